@@ -1,0 +1,174 @@
+"""Fill one canvas by repeated denoising steps.
+
+Takes a prompt that is already in the KV cache; returns the token ids of the middle.
+
+    initialize_canvas -> denoising_step (repeat) -> Filled
+        decode          logits of the whole canvas, bidirectional, self-conditioned on the last step's
+        temperature     falls linearly from t_max to t_min
+        sample_canvas   one candidate token per position
+        accept_tokens   keep the lowest-entropy positions within entropy_bound
+        renoise_tokens  draw every other position anew
+
+Knows:    token ids, logits, the cache.  Never: text, files, LSP.
+Shapes:   one canvas of C positions, V vocabulary.
+Stops:    the answer (what stands before its end) is stable and confident, or steps_left is 0, or ``stop``
+          says so; ``stop`` is read before every step, so it takes effect within one step.
+Draws:    in the order of transformers' ``generate``, so that the same seed gives the same canvas there.
+Source:   entropy bound, arXiv 2505.24857; the loop, transformers' DiffusionGemmaGenerationMixin.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers.cache_utils import DynamicCache
+
+from fimserver.engine.answer import AnswerEnd, Healing
+from fimserver.engine.model import Model
+
+
+@dataclass(frozen=True, slots=True)
+class DenoisingOptions:
+    """Thresholds in nats of entropy; names as in transformers' generation config."""
+
+    max_denoising_steps: int
+    entropy_bound: float
+    confidence_threshold: float
+    stability_threshold: int
+    t_min: float
+    t_max: float
+
+
+@dataclass(frozen=True, slots=True)
+class CanvasState:
+    """One canvas between two steps.
+
+    ``canvas`` (1, C) goes into the next step; ``best`` (1, C) is the most likely token everywhere and the
+    draft; ``logits`` (1, C, V) condition the next step; ``history`` holds the earlier ``best``, newest last.
+    """
+
+    canvas: torch.Tensor
+    best: torch.Tensor
+    logits: torch.Tensor | None
+    accepted_mask: torch.Tensor
+    entropy: torch.Tensor
+    steps_left: int
+    history: tuple[torch.Tensor, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """Token ids of the answer, end excluded; ``finish`` is end, length, steps or latency."""
+
+    token_ids: tuple[int, ...]
+    finish: str
+    steps: int
+
+
+def initialize_canvas(model: Model, options: DenoisingOptions, generator: torch.Generator) -> CanvasState:
+    """A canvas of uniform random tokens: the model's noise, it has no mask token."""
+    canvas = draw_noise(model, generator)
+    nothing = torch.zeros_like(canvas, dtype=torch.bool)
+    no_entropy = torch.zeros(canvas.shape, device=canvas.device)
+    return CanvasState(canvas, canvas, None, nothing, no_entropy, options.max_denoising_steps)
+
+
+def draw_noise(model: Model, generator: torch.Generator) -> torch.Tensor:
+    """Random tokens (1, C) over the whole vocabulary."""
+    shape = (1, model.canvas_length)
+    return torch.randint(0, model.vocab_size, shape, generator=generator, device=model.device)
+
+
+def temperature(options: DenoisingOptions, steps_left: int) -> float:
+    """``t_max`` at the first step, towards ``t_min`` at the last."""
+    return options.t_min + (options.t_max - options.t_min) * (steps_left / options.max_denoising_steps)
+
+
+def sample_canvas(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """One candidate per position, (1, C), from logits (1, C, V)."""
+    probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
+    return torch.multinomial(probabilities[0], num_samples=1, generator=generator).T
+
+
+def token_entropy(logits: torch.Tensor) -> torch.Tensor:
+    """Entropy in nats of every position, (1, C)."""
+    return torch.special.entr(torch.softmax(logits, dim=-1, dtype=torch.float32)).sum(-1)
+
+
+def accept_tokens(entropy: torch.Tensor, entropy_bound: float) -> torch.Tensor:
+    """Mask (1, C), True = keep: the k lowest entropies whose sum without the largest is within the bound."""
+    ascending, order = torch.sort(entropy, dim=-1)
+    within = torch.cumsum(ascending, dim=-1) - ascending <= entropy_bound
+    return torch.zeros_like(within).scatter(-1, order, within)
+
+
+@torch.inference_mode()
+def denoising_step(  # noqa: PLR0913, PLR0917  the loop's whole state is its arguments
+    model: Model,
+    cache: DynamicCache,
+    state: CanvasState,
+    options: DenoisingOptions,
+    generator: torch.Generator,
+    healing: Healing | None = None,
+) -> CanvasState:
+    """The state one step later."""
+    logits = model.decode(state.canvas, cache, state.logits) / temperature(options, state.steps_left)
+    if healing is not None:
+        logits = healing.constrain_canvas(logits[0])[None]
+    candidates = sample_canvas(logits, generator)
+    entropy = token_entropy(logits)
+    accepted_mask = accept_tokens(entropy, options.entropy_bound)
+    canvas = torch.where(accepted_mask, candidates, draw_noise(model, generator))
+    return CanvasState(
+        canvas=canvas,
+        best=logits.argmax(-1),
+        logits=logits.to(model.network.dtype),
+        accepted_mask=accepted_mask,
+        entropy=entropy,
+        steps_left=state.steps_left - 1,
+        history=(*state.history, state.best)[-max(1, options.stability_threshold) :],
+    )
+
+
+def is_settled(state: CanvasState, options: DenoisingOptions, num_positions: int) -> bool:
+    """Whether the first positions are the same as ``stability_threshold`` steps before, and confident.
+
+    transformers asks this of the whole canvas (``num_positions`` = C); an answer needs only what stands
+    before its end, and the end itself.
+    """
+    if state.logits is None or len(state.history) < options.stability_threshold:
+        return False
+    part = slice(0, num_positions)
+    earlier = state.history[len(state.history) - options.stability_threshold :]
+    stable = all(torch.equal(h[:, part], state.best[:, part]) for h in earlier)
+    return stable and float(state.entropy[:, part].mean()) < options.confidence_threshold
+
+
+def fill_canvas(  # noqa: PLR0913  one call has one place
+    model: Model,
+    cache: DynamicCache,
+    options: DenoisingOptions,
+    *,
+    generator: torch.Generator,
+    answer_end: AnswerEnd,
+    healing: Healing,
+    stop: Callable[[], bool],
+    on_step: Callable[[CanvasState, Sequence[int]], None],
+) -> Filled:
+    """Denoise one canvas until its answer is settled; the best draft when time or steps run out."""
+    state = initialize_canvas(model, options, generator)
+    answer: list[int] = []
+    finish = "steps"
+    while state.steps_left:
+        if stop():
+            finish = "latency"
+            break
+        state = denoising_step(model, cache, state, options, generator, healing)
+        best = state.best[0].tolist()
+        length = answer_end.find(best)
+        answer = best[:length]
+        on_step(state, answer)
+        if is_settled(state, options, length + 1):
+            finish = "end" if length < len(best) else "length"
+            break
+    return Filled(tuple(answer), finish, options.max_denoising_steps - state.steps_left)

@@ -1,0 +1,57 @@
+"""Write the prompt: which ids the encoder reads before a canvas.
+
+Layout "fim":  ``<bos><suf> suffix <pre> prefix <mid>``, canvas = middle, ``<eos>``, pads. The suffix comes
+first, so that typing extends the prompt at its end and the KV cache survives.
+
+Token healing: the word that the cursor cuts comes off the prompt and must begin the answer, because a
+tokenizer would never have cut there (``healed``).
+
+Knows:  token ids, the context's texts.  Never: tensors, documents.
+"""
+
+from dataclasses import dataclass
+
+from fimserver.engine.vocabulary import Vocabulary
+from fimserver.engine.weights import ModelMetadata
+from fimserver.types import FimContext
+
+_CUTS_PER_BUDGET = 4  # a prefix that is too long loses quarters of its budget, or each key would move the cut
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Ids for the encoder; ``healed`` is text that the answer must begin with and that was typed already."""
+
+    token_ids: tuple[int, ...]
+    healed: str
+
+
+def build_prompt(context: FimContext, vocabulary: Vocabulary, metadata: ModelMetadata) -> Prompt:
+    """Prompt of a context, at most ``max_prompt_tokens`` long."""
+    special = metadata.special_tokens
+    head, healed = split_last_word(context.prefix)
+    suffix = vocabulary.encode(context.suffix[: metadata.max_suffix_tokens * 8])[: metadata.max_suffix_tokens]
+    budget = metadata.max_prompt_tokens - len(suffix) - 4
+    prefix = trim_front(vocabulary.encode(head), budget)
+    ids = (special["bos"], special["suffix"], *suffix, special["prefix"], *prefix, special["middle"])
+    return Prompt(ids, healed)
+
+
+def trim_front(token_ids: list[int], budget: int) -> list[int]:
+    """At most ``budget`` of the last ids, cut at a stride, so that the next keystroke keeps the cut."""
+    excess = len(token_ids) - budget
+    if excess <= 0:
+        return token_ids
+    stride = max(1, budget // _CUTS_PER_BUDGET)
+    return token_ids[-(-excess // stride) * stride :]
+
+
+def split_last_word(prefix: str) -> tuple[str, str]:
+    """The prefix without the word before the cursor (and the blank before that), and that word."""
+    start = len(prefix)
+    while start and (prefix[start - 1].isalpha() or prefix[start - 1] == "_"):
+        start -= 1
+    line_start = prefix.rfind("\n", 0, start) + 1
+    if line_start < start < len(prefix) and prefix[start - 1] == " " and prefix[line_start:start].strip():
+        start -= 1
+    return prefix[:start], prefix[start:]

@@ -1,0 +1,79 @@
+"""The tokenizer as the engine needs it: ids, and the bytes each id stands for.
+
+Bytes, not text, because a byte-level token may be half a character; healing and joining stay exact.
+
+Knows:  token ids and bytes.  Never: tensors, documents.
+"""
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from fimserver.errors import WeightsError
+
+
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's table of printable stand-ins for bytes (openai/gpt-2, ``bytes_to_unicode``)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    table = {chr(b): b for b in printable}
+    table.update({chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in printable)})
+    return table
+
+
+class Vocabulary:
+    """Text to ids and back; ``special_ids`` never stand for text."""
+
+    def __init__(self, tokenizer: Tokenizer, special_ids: Iterable[int]) -> None:
+        self._tokenizer = tokenizer
+        # "<mid>" typed in a file is text like any other: without this it would become a control token.
+        tokenizer.encode_special_tokens = True
+        self.size = tokenizer.get_vocab_size()
+        self.special_ids = frozenset(special_ids)
+
+    @classmethod
+    def load(cls, path: Path, special_ids: Iterable[int]) -> "Vocabulary":
+        """Vocabulary of a ``tokenizer.json``. Raises ``WeightsError``."""
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises bare Exception
+            msg = f"{path} cannot be read as a tokenizer ({error}); copy the model folder again"
+            raise WeightsError(msg) from error
+        return cls(tokenizer, special_ids)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; lone surrogates become U+FFFD."""
+        clean = text.encode("utf-8", "replace").decode("utf-8") if not text.isascii() else text
+        return list(self._tokenizer.encode(clean, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids; special ids are left out, a half character at either end too."""
+        return b"".join(self.token_bytes[i] for i in ids).decode("utf-8", "ignore")
+
+    def show(self, token_id: int) -> str:
+        """One token for a person: special tokens by name."""
+        if token_id in self.special_ids:
+            return self._tokenizer.id_to_token(token_id) or f"<{token_id}>"
+        return self.token_bytes[token_id].decode("utf-8", "replace")
+
+    @cached_property
+    def token_bytes(self) -> list[bytes]:
+        """Bytes of each id, in order; empty for special ids."""
+        table = _byte_of_character()
+        byte_level = '"ByteLevel"' in self._tokenizer.to_str()
+        result = []
+        for i in range(self.size):
+            token = self._tokenizer.id_to_token(i)
+            if i in self.special_ids or token is None:
+                result.append(b"")
+            elif byte_level:
+                result.append(bytes(table[c] for c in token))
+            else:
+                result.append(self._tokenizer.decode([i]).encode())
+        return result
+
+    @cached_property
+    def num_newlines(self) -> list[int]:
+        """Newlines in each token."""
+        return [b.count(b"\n") for b in self.token_bytes]

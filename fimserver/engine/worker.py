@@ -1,0 +1,210 @@
+"""The engine in a process of its own: frames in, frames out, one completion at a time, newest first.
+
+    from the server   complete {id, context, sampling}   cancel {id}
+    to the server     ready {info} | failed {message}
+                      draft {id, draft}   generation {id, generation}
+                      cancelled {id}      error {id, message}
+
+Frames use private copies of the standard streams; file descriptor 1 then points at stderr, so a stray print
+cannot corrupt them. The end of the input ends the process: no worker outlives its server.
+
+Knows:  the engine, frames.  Never: LSP, documents.
+"""
+
+import json
+import logging
+import os
+import sys
+import threading
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from fimserver.engine.frames import from_plain, read_frame, to_plain, write_frame
+from fimserver.errors import CompletionCancelledError, FimserverError
+from fimserver.types import Draft, FimContext, Hole, HoleKind, Sampling
+
+if TYPE_CHECKING:
+    from fimserver.engine.engine import Engine
+
+_NICENESS = 5  # the editor's own processes go first
+_logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Inbox:
+    """Requests that wait; shared by the thread that reads and the one that computes."""
+
+    waiting: list[dict[str, Any]] = field(default_factory=list)
+    cancelled: set[int] = field(default_factory=set)
+    current: int | None = None
+    changed: threading.Condition = field(default_factory=threading.Condition)
+
+    def put(self, request: dict[str, Any]) -> None:
+        """Add a request."""
+        with self.changed:
+            self.waiting.append(request)
+            self.changed.notify()
+
+    def take_newest(self) -> dict[str, Any]:
+        """Wait for a request and take the newest."""
+        with self.changed:
+            self.current = None
+            self.changed.wait_for(lambda: self.waiting)
+            request = self.waiting.pop()
+            self.current = request["id"]
+            return request
+
+    def cancel(self, request_id: int) -> bool:
+        """Cancel a request; ``True`` when it was waiting and has to be answered by the caller."""
+        with self.changed:
+            if request_id == self.current:
+                self.cancelled.add(request_id)
+                return False
+            before = len(self.waiting)
+            self.waiting = [r for r in self.waiting if r["id"] != request_id]
+            return len(self.waiting) < before
+
+    def is_cancelled(self, request_id: int) -> bool:
+        """Whether a running request should end."""
+        return request_id in self.cancelled
+
+    def forget(self, request_id: int) -> None:
+        """Drop a finished request's cancellation."""
+        with self.changed:
+            self.cancelled.discard(request_id)
+
+
+class Outbox:
+    """Writes frames from either thread, one at a time."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._lock = threading.Lock()
+
+    def send(self, kind: str, **values: Any) -> None:  # noqa: ANN401  JSON values
+        """Send one message; a server that is gone ends the process."""
+        try:
+            with self._lock:
+                write_frame(self._stream, {"type": kind, **values})
+        except OSError:
+            os._exit(0)
+
+
+def main() -> int:
+    """Entry point; ``argv[1]`` is a JSON object with model, device and threads."""
+    stream_in, stream_out = take_private_streams()
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="fimserver engine: %(message)s")
+    options = json.loads(sys.argv[1])
+    inbox, outbox = Inbox(), Outbox(stream_out)
+    threading.Thread(target=read_requests, args=(stream_in, inbox, outbox), daemon=True).start()
+    lower_priority()
+    try:
+        engine = load_engine(**options)
+    except FimserverError as error:
+        outbox.send("failed", message=str(error))
+        return 1
+    except Exception as error:  # the outermost handler: whatever it is, the server has to hear of it
+        outbox.send("failed", message=f"the engine cannot load: {type(error).__name__}: {error}")
+        return 1
+    outbox.send("ready", info=to_plain(engine.info))
+    while True:
+        request = inbox.take_newest()
+        answer(engine, request, inbox, outbox)
+        inbox.forget(request["id"])
+
+
+def take_private_streams() -> tuple[BinaryIO, BinaryIO]:
+    """Copies of stdin and stdout for frames; the originals become nothing and stderr."""
+    stream_in, stream_out = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    with Path(os.devnull).open("rb") as nothing:
+        os.dup2(nothing.fileno(), 0)
+    os.dup2(2, 1)
+    return stream_in, stream_out
+
+
+def lower_priority() -> None:
+    """Let the editor have the processor first, where the system knows how."""
+    if hasattr(os, "nice"):
+        os.nice(_NICENESS)
+
+
+def read_requests(stream: BinaryIO, inbox: Inbox, outbox: Outbox) -> None:
+    """Read frames until the server closes the pipe, then end the process."""
+    try:
+        while (message := read_frame(stream)) is not None:
+            if message["type"] == "complete":
+                inbox.put(message)
+            elif message["type"] == "cancel" and inbox.cancel(message["id"]):
+                outbox.send("cancelled", id=message["id"])
+    finally:
+        os._exit(0)
+
+
+def load_engine(model: str, device: str, threads: int) -> "Engine":
+    """Import torch, load the model and run it once, so that the first request is as fast as the next.
+
+    Raises ``FimserverError``; an import that fails is one too.
+    """
+    os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is fetched, whatever a library would like
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        import torch  # noqa: PLC0415  seconds of import, and only this process pays them
+
+        from fimserver.engine.engine import Engine  # noqa: PLC0415
+    except ImportError as error:
+        msg = f"a package is missing ({error}); install again with: pip install fimserver"
+        raise FimserverError(msg) from error
+    torch.set_num_threads(threads or max(1, count_physical_cores() - 1))
+    engine = Engine.load(model, device)
+    hole = Hole(HoleKind.REST_OF_LINE, max_lines=1, estimated_tokens=1)
+    engine.complete(FimContext("def probe(value):\n    return ", "\n", "probe.py", "python", hole), Sampling(seed=0))
+    engine.prompt_cache.clear()
+    return engine
+
+
+def count_physical_cores() -> int:
+    """Cores this process may use, hyper-threads counted once; 1 at least."""
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    cores = set()
+    for cpu in usable:
+        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            cores.add(topology.read_text(encoding="ascii").strip())
+        except OSError:
+            cores.add(str(cpu))
+    return max(1, len(cores))
+
+
+def answer(engine: "Engine", request: dict[str, Any], inbox: Inbox, outbox: Outbox) -> None:
+    """Compute one request and send what came of it. Errors are sent without the texts they are about."""
+    request_id = request["id"]
+
+    def on_draft(draft: Draft) -> None:
+        if request["drafts"]:
+            outbox.send("draft", id=request_id, draft=to_plain(draft))
+
+    try:
+        generation = engine.complete(
+            from_plain(FimContext, request["context"]),
+            from_plain(Sampling, request["sampling"]),
+            cancelled=lambda: inbox.is_cancelled(request_id),
+            on_draft=on_draft,
+        )
+    except CompletionCancelledError:
+        outbox.send("cancelled", id=request_id)
+    except Exception as error:  # the outermost handler: one request fails, the worker goes on
+        engine.prompt_cache.clear()
+        frames = traceback.extract_tb(error.__traceback__)[-3:]
+        where = " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in reversed(frames))
+        _logger.error("request %s failed: %s at %s", request_id, type(error).__name__, where)  # noqa: TRY400  a traceback could quote code
+        outbox.send("error", id=request_id, message=f"the engine failed on this request ({type(error).__name__})")
+        if "CUDA error" in str(error):
+            os._exit(3)  # the CUDA context is lost for good: a new process gets a new one
+    else:
+        outbox.send("generation", id=request_id, generation=to_plain(generation))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

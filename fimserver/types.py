@@ -1,0 +1,159 @@
+"""Every value that crosses a room's wall: frozen, slotted, plain data.
+
+    Snapshot -> find_hole -> Hole -> build_context -> FimContext     lsp/ and context/
+    FimContext + Sampling -> engine -> Draft ... Generation          engine/
+    Generation -> to_completion -> Completion | NoCompletion         context/
+
+Offsets are code points of ``Snapshot.text``, ends exclusive.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class HoleKind(StrEnum):
+    """What may be filled at the cursor."""
+
+    REST_OF_LINE = "rest_of_line"
+    EXPRESSION = "expression"
+    STATEMENT = "statement"
+    BLOCK = "block"
+    DOCSTRING = "docstring"
+    COMMENT = "comment"
+    STRING = "string"
+    SPAN = "span"  # any text at all: holes cut by an evaluation
+
+
+class Mode(StrEnum):
+    """How the middle is decoded; ``AUTO`` leaves it to the model's own metadata."""
+
+    AUTO = "auto"
+    DIFFUSION = "diffusion"
+    AUTOREGRESSIVE = "autoregressive"
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One document at the moment a request arrived; ``cursor`` is an offset into ``text``."""
+
+    uri: str
+    version: int
+    language_id: str
+    text: str
+    cursor: int
+
+
+@dataclass(frozen=True, slots=True)
+class Hole:
+    """What may be filled: at most ``max_lines`` lines, the cursor's own line counted."""
+
+    kind: HoleKind
+    max_lines: int
+    estimated_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class NoCompletion:
+    """Nothing is offered, and why: a short machine word and a sentence for the person."""
+
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Snippet:
+    """A piece of another file that may help."""
+
+    path: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class FimContext:
+    """Everything the engine is told; line ends are ``\\n``, budgets are in characters."""
+
+    prefix: str
+    suffix: str
+    path: str
+    language_id: str
+    hole: Hole
+    snippets: tuple[Snippet, ...] = ()
+    guesses: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to decode. ``None`` means what the model's own metadata says.
+
+    ``max_latency_ms`` ends a completion at its best draft; ``trace`` adds every canvas to drafts.
+    """
+
+    mode: Mode = Mode.AUTO
+    seed: int | None = None
+    max_denoising_steps: int | None = None
+    max_latency_ms: int | None = None
+    trace: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CanvasToken:
+    """One canvas position in a trace: its text and whether the sampler kept it."""
+
+    text: str
+    accepted: bool
+    entropy: float
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """The best answer after one step; ``canvas`` is filled only when a trace was asked for."""
+
+    step: int
+    text: str
+    canvas: tuple[CanvasToken, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What the engine answers: raw text of the middle and what it cost.
+
+    ``finish``: ``end`` the answer ended by itself, ``length`` canvas or token budget full,
+    ``steps`` denoising steps spent, ``latency`` time spent.
+    ``timings_ms`` has prompt, encode, decode and total.
+    """
+
+    text: str
+    mode: Mode
+    finish: str
+    num_tokens: int
+    denoising_steps: int
+    forward_passes: int
+    cached_tokens: int
+    prompt_tokens: int
+    timings_ms: dict[str, float]
+    prompt_text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What the engine says of its model once it is loaded; budgets are in tokens."""
+
+    name: str
+    device: str
+    dtype: str
+    num_parameters: int
+    max_prompt_tokens: int
+    canvas_length: int
+    preferred_mode: Mode
+    load_ms: float
+    num_threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """Text to offer: ``middle`` replaces ``[replace_start, replace_end)`` of the snapshot."""
+
+    id: str
+    middle: str
+    replace_start: int
+    replace_end: int
