@@ -85,13 +85,15 @@ class FimContext:
 class Sampling:
     """How to decode. ``None`` means what the model's own metadata says.
 
-    ``max_latency_ms`` ends a completion at its best draft; ``trace`` adds every canvas to drafts.
+    ``max_latency_ms`` ends a completion at its best draft; an answer has at least ``min_tokens`` (0 or 1)
+    tokens; ``trace`` adds every canvas to drafts.
     """
 
     mode: Mode = Mode.AUTO
     seed: int | None = None
     max_denoising_steps: int | None = None
     max_latency_ms: int | None = None
+    min_tokens: int = 0
     trace: bool = False
 
 

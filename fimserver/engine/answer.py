@@ -1,7 +1,7 @@
 """Where an answer ends, and how it must begin: the two rules that every decoding loop shares.
 
     AnswerEnd   the answer stands before the first end token, or before the newline that is one too many
-    Healing     the answer's first bytes repeat the word that was taken off the prompt
+    AnswerStart the answer's first bytes repeat the word that was taken off the prompt
 
 Knows:   token ids, bytes, logits.  Never: prompts, caches, steps.
 Shapes:  C positions, V vocabulary.
@@ -32,49 +32,67 @@ class AnswerEnd:
         return len(token_ids)
 
 
-class Healing:
-    """Masks the vocabulary so that the first tokens spell ``healed``, and may go on.
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """What the start of an answer still owes: bytes to spell, and a token beyond them."""
 
-    Raises nothing: where no token can spell the rest, the logits are left alone.
+    rest: bytes
+    needs_more: bool
+
+
+class AnswerStart:
+    """Masks the vocabulary so that the first tokens spell the healed word, and may go on.
+
+    With ``min_tokens`` 1 the answer does not end before it has a token of its own. Where no token can spell
+    the rest, the logits are left alone.
     """
 
-    def __init__(self, vocabulary: Vocabulary, healed: str, vocab_size: int, device: torch.device) -> None:
-        self._tokens = vocabulary.token_bytes
+    def __init__(self, answer_end: AnswerEnd, healed: str, *, min_tokens: int, vocab_size: int) -> None:
+        self._tokens = answer_end.vocabulary.token_bytes
+        self._answer_end = answer_end
         self._vocab_size = vocab_size
-        self._device = device
-        self.healed = healed.encode("utf-8", "replace")
+        self._masks: dict[Beginning, torch.Tensor] = {}
+        self.beginning = Beginning(healed.encode("utf-8", "replace"), needs_more=min_tokens > 0)
 
-    def allowed_mask(self, rest: bytes) -> torch.Tensor:
-        """Tokens that begin with ``rest`` or that ``rest`` begins with, (V,) bool."""
-        mask = [bool(t) and (t.startswith(rest) or rest.startswith(t)) for t in self._tokens]
-        mask += [False] * (self._vocab_size - len(mask))
-        return torch.tensor(mask, device=self._device)
+    def allowed_mask(self, beginning: Beginning, device: torch.device) -> torch.Tensor:
+        """Tokens that may come next, (V,) bool."""
+        if beginning not in self._masks:
+            rest = beginning.rest
+            if rest:
+                mask = [bool(t) and (t.startswith(rest) or rest.startswith(t)) for t in self._tokens]
+            else:
+                mask = [self._answer_end.find([i]) == 1 for i in range(len(self._tokens))]
+            mask += [False] * (self._vocab_size - len(mask))
+            self._masks[beginning] = torch.tensor(mask, device=device)
+        return self._masks[beginning]
 
-    def constrain(self, logits: torch.Tensor, rest: bytes) -> torch.Tensor:
-        """Logits (V,) with every token that disagrees with ``rest`` at minus infinity."""
-        if not rest:
+    def constrain(self, logits: torch.Tensor, beginning: Beginning) -> torch.Tensor:
+        """Logits (V,) with every token that may not come next at minus infinity."""
+        if not beginning.rest and not beginning.needs_more:
             return logits
-        mask = self.allowed_mask(rest)
+        mask = self.allowed_mask(beginning, logits.device)
         return logits.masked_fill(~mask, -torch.inf) if bool(mask.any()) else logits
 
-    def rest_after(self, rest: bytes, token_id: int) -> bytes:
-        """What of ``rest`` is still to be spelled after a token."""
-        return rest[len(self._tokens[token_id]) :] if token_id < len(self._tokens) else b""
+    def after(self, beginning: Beginning, token_id: int) -> Beginning:
+        """What is still owed once a token is written."""
+        written = len(self._tokens[token_id]) if token_id < len(self._tokens) else 0
+        rest = beginning.rest[written:]
+        return Beginning(rest, beginning.needs_more and written <= len(beginning.rest))
 
     def constrain_canvas(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits (C, V) whose best first tokens spell the healed word.
+        """Logits (C, V) whose best first tokens begin the answer as they must.
 
         A position that spells only a part is settled on its best token, since the next one depends on it.
         """
-        rest = self.healed
-        if not rest:
+        beginning = self.beginning
+        if not beginning.rest and not beginning.needs_more:
             return logits
         logits = logits.clone()
         for position in range(len(logits)):
-            logits[position] = self.constrain(logits[position], rest)
+            logits[position] = self.constrain(logits[position], beginning)
             best = int(logits[position].argmax())
-            rest = self.rest_after(rest, best)
-            if not rest:
+            beginning = self.after(beginning, best)
+            if not beginning.rest and not beginning.needs_more:
                 break
             settled = torch.full_like(logits[position], -torch.inf)
             settled[best] = logits[position, best]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from fimserver.engine.answer import AnswerEnd, Healing
+from fimserver.engine.answer import AnswerEnd, AnswerStart
 from fimserver.engine.denoise import Filled
 from fimserver.engine.kv_cache import PromptCache
 from fimserver.engine.model import Model
@@ -23,7 +23,7 @@ def fill_left_to_right(  # noqa: PLR0913  one call has one place
     *,
     max_tokens: int,
     answer_end: AnswerEnd,
-    healing: Healing,
+    answer_start: AnswerStart,
     stop: Callable[[], bool],
     on_token: Callable[[Sequence[int]], None],
 ) -> Filled:
@@ -32,14 +32,14 @@ def fill_left_to_right(  # noqa: PLR0913  one call has one place
     What is written stays in the prompt's cache: who accepts it has it encoded already.
     """
     answer: list[int] = []
-    rest = healing.healed
+    beginning = answer_start.beginning
     passes = 0
     while True:
-        token_id = int(healing.constrain(logits[0], rest).argmax())
+        token_id = int(answer_start.constrain(logits[0], beginning).argmax())
         if answer_end.find([*answer, token_id]) == len(answer):
             return Filled(tuple(answer), "end", passes)
         answer.append(token_id)
-        rest = healing.rest_after(rest, token_id)
+        beginning = answer_start.after(beginning, token_id)
         on_token(answer)
         if len(answer) >= max_tokens:
             return Filled(tuple(answer), "length", passes)

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from transformers.cache_utils import DynamicCache
 
-from fimserver.engine.answer import AnswerEnd, Healing
+from fimserver.engine.answer import AnswerEnd, AnswerStart
 from fimserver.engine.model import Model
 
 
@@ -109,12 +109,12 @@ def denoising_step(  # noqa: PLR0913, PLR0917  the loop's whole state is its arg
     state: CanvasState,
     options: DenoisingOptions,
     generator: torch.Generator,
-    healing: Healing | None = None,
+    answer_start: AnswerStart | None = None,
 ) -> CanvasState:
     """The state one step later."""
     logits = model.decode(state.canvas, cache, state.logits) / temperature(options, state.steps_left)
-    if healing is not None:
-        logits = healing.constrain_canvas(logits[0])[None]
+    if answer_start is not None:
+        logits = answer_start.constrain_canvas(logits[0])[None]
     candidates = sample_canvas(logits, generator)
     entropy = token_entropy(logits)
     accepted_mask = accept_tokens(entropy, options.entropy_bound)
@@ -151,7 +151,7 @@ def fill_canvas(  # noqa: PLR0913  one call has one place
     *,
     generator: torch.Generator,
     answer_end: AnswerEnd,
-    healing: Healing,
+    answer_start: AnswerStart,
     stop: Callable[[], bool],
     on_step: Callable[[CanvasState, Sequence[int]], None],
 ) -> Filled:
@@ -163,7 +163,7 @@ def fill_canvas(  # noqa: PLR0913  one call has one place
         if stop():
             finish = "latency"
             break
-        state = denoising_step(model, cache, state, options, generator, healing)
+        state = denoising_step(model, cache, state, options, generator, answer_start)
         best = state.best[0].tolist()
         length = answer_end.find(best)
         answer = best[:length]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from fimserver.engine.answer import AnswerEnd, Healing
+from fimserver.engine.answer import AnswerEnd, AnswerStart
 from fimserver.engine.autoregressive import fill_left_to_right
 from fimserver.engine.denoise import CanvasState, DenoisingOptions, Filled, fill_canvas
 from fimserver.engine.kv_cache import PromptCache
@@ -101,8 +101,10 @@ class Engine:
         clock.lap("encode")
 
         mode = self.model.metadata.preferred_mode if sampling.mode is Mode.AUTO else sampling.mode
-        healing = Healing(self.vocabulary, prompt.healed, self.model.vocab_size, self.model.device)
         answer_end = AnswerEnd(self.vocabulary, context.hole.max_lines)
+        answer_start = AnswerStart(
+            answer_end, prompt.healed, min_tokens=sampling.min_tokens, vocab_size=self.model.vocab_size
+        )
         num_healed = len(prompt.healed)
 
         def to_text(token_ids: Sequence[int]) -> str:
@@ -122,7 +124,7 @@ class Engine:
                 options,
                 generator=torch.Generator(self.model.device).manual_seed(seed),
                 answer_end=answer_end,
-                healing=healing,
+                answer_start=answer_start,
                 stop=clock.is_over,
                 on_step=on_step,
             )
@@ -133,7 +135,7 @@ class Engine:
                 logits,
                 max_tokens=self.model.canvas_length,
                 answer_end=answer_end,
-                healing=healing,
+                answer_start=answer_start,
                 stop=clock.is_over,
                 on_token=lambda answer: on_draft(Draft(len(answer), to_text(answer))),
             )

@@ -1,0 +1,149 @@
+"""The ``fimserver`` command.
+
+    lsp        serve an editor over stdio
+    complete   complete at one place of one file
+    eval       measure quality
+    doctor     what is installed, and whether the model answers
+
+Exit codes: 0 done, 1 nothing to complete or a check failed (the reason is on stderr), 2 wrong use.
+Standard output is for results; progress, reasons and logs go to stderr.
+"""
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fimserver import __version__
+from fimserver.errors import FimserverError, SettingsError
+from fimserver.settings import BY_WIRE_NAME, Settings, parse_settings
+from fimserver.types import Mode
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="fimserver")
+def main() -> None:
+    """Code completion on your own machine: fill the middle with a text-diffusion model."""
+
+
+def _engine_options(command: Any) -> Any:  # noqa: ANN401  click's decorators
+    """Options that every command with a model has; each is a setting of the same name."""
+    for option in (
+        click.option("--model", metavar="NAME|FOLDER", help="The shipped model's name, or a checkpoint folder."),
+        click.option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps."),
+        click.option("--threads", type=int, metavar="N", help="CPU threads; 0 means physical cores less one."),
+    ):
+        command = option(command)
+    return command
+
+
+def _decoding_options(command: Any) -> Any:  # noqa: ANN401
+    for option in (
+        click.option("--mode", type=click.Choice([m.value for m in Mode]), help="How the middle is decoded."),
+        click.option("--seed", type=int, default=0, show_default=True, help="Seed of the canvas noise."),
+        click.option("--max-denoising-steps", type=int, metavar="N", help="Most steps for one canvas."),
+    ):
+        command = option(command)
+    return command
+
+
+def _settings(pairs: tuple[str, ...] = (), **options: object) -> Settings:
+    """Settings from options and ``--set NAME=VALUE`` pairs; a wrong one is wrong use."""
+    names = {setting.name: wire_name for wire_name, setting in BY_WIRE_NAME.items()}
+    values: dict[str, Any] = {names[k]: v for k, v in options.items() if v is not None}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            msg = f"--set {pair}: write NAME=VALUE, for instance --set comments=true"
+            raise click.UsageError(msg)
+        try:
+            values[name] = json.loads(value)
+        except ValueError:
+            values[name] = value
+    try:
+        return parse_settings(values)
+    except SettingsError as error:
+        raise click.UsageError(str(error)) from error
+
+
+@main.command()
+@_engine_options
+def lsp(**options: object) -> None:
+    """Serve one editor over stdio (LSP 3.18, textDocument/inlineCompletion)."""
+    from fimserver.lsp.server import run_stdio  # noqa: PLC0415  only this command pays for pygls
+
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="fimserver: %(levelname)s %(message)s")
+    if sys.stdin.isatty():
+        click.echo("fimserver lsp waits for an editor on stdin; see README.md, or try: fimserver complete", err=True)
+    _settings(**options)
+    names = {setting.name: wire_name for wire_name, setting in BY_WIRE_NAME.items()}
+    sys.exit(run_stdio({names[k]: v for k, v in options.items() if v is not None}))
+
+
+@main.command()
+@click.argument("target", metavar="FILE:LINE:COL")
+@click.option("--path", metavar="NAME", help="File name of the text on standard input (FILE is -).")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--trace", is_flag=True, help="Show hole, context, prompt, every canvas and timings.")
+@click.option("--set", "pairs", multiple=True, metavar="NAME=VALUE", help="Any setting; see docs/settings.md.")
+@_decoding_options
+@_engine_options
+def complete(  # noqa: PLR0913, PLR0917  click hands every option over
+    target: str, path: str | None, as_json: bool, trace: bool, pairs: tuple[str, ...], **options: object  # noqa: FBT001
+) -> None:
+    """Complete at LINE:COL of FILE (from 1, columns in characters; - reads standard input)."""
+    from fimserver.completion import Target, complete_target, parse_target, print_result  # noqa: PLC0415
+
+    settings = _settings(pairs, **options)
+    try:
+        place: Target = parse_target(target, path, sys.stdin.buffer)
+    except FimserverError as error:
+        raise click.UsageError(str(error)) from error
+    result = complete_target(place, settings, trace=trace)
+    print_result(result, place, as_json=as_json, trace=trace)
+    sys.exit(0 if result.completion is not None else 1)
+
+
+@main.group(name="eval")
+def evaluate() -> None:
+    """Measure quality."""
+
+
+@evaluate.command()
+@click.option(
+    "--data",
+    required=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="HumanEval-Infilling items, .jsonl or .jsonl.gz.",
+)
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N items.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@_decoding_options
+@_engine_options
+def infilling(data: Path, limit: int | None, as_json: bool, **options: object) -> None:  # noqa: FBT001
+    """Fill the holes of a HumanEval-Infilling file: exact match, edit similarity, passes, time."""
+    from fimserver.bench.infilling import evaluate_file, print_summary  # noqa: PLC0415
+
+    settings = _settings(**options)
+    try:
+        summary = evaluate_file(data, settings, limit=limit)
+    except FimserverError as error:
+        click.echo(f"fimserver: {error}", err=True)
+        sys.exit(1)
+    print_summary(summary, as_json=as_json)
+
+
+@main.command()
+@_engine_options
+def doctor(**options: object) -> None:
+    """Check the installation; every line that fails says how to mend it."""
+    from fimserver.doctor import run_checks  # noqa: PLC0415
+
+    sys.exit(0 if run_checks(_settings(**options)) else 1)
+
+
+if __name__ == "__main__":
+    main()

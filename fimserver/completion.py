@@ -1,0 +1,228 @@
+"""``fimserver complete``: one place of one file, through the same rooms as an editor's request.
+
+Knows:  files, context/, the engine's client, the terminal.  Never: LSP.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from rich.console import Console
+from rich.text import Text
+
+from fimserver.context.hole import find_hole, line_around
+from fimserver.context.postprocess import to_completion
+from fimserver.context.syntax import parse
+from fimserver.context.window import budget_for, build_context
+from fimserver.engine.client import EngineClient, EngineOptions
+from fimserver.errors import EngineError, PositionError
+from fimserver.settings import Settings
+from fimserver.text import Encoding, LineIndex
+from fimserver.types import (
+    CanvasToken,
+    Completion,
+    Draft,
+    FimContext,
+    Generation,
+    Hole,
+    Mode,
+    ModelInfo,
+    NoCompletion,
+    Sampling,
+    Snapshot,
+)
+
+LOAD_TIMEOUT_S = 300.0
+_LANGUAGE_OF = {".py": "python", ".pyi": "python", ".pyw": "python"}
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A place in a text, as the person named it."""
+
+    name: str
+    snapshot: Snapshot
+
+
+@dataclass(slots=True)
+class Result:
+    """What came of it; the reason when ``completion`` is ``None``."""
+
+    completion: Completion | None = None
+    refusal: NoCompletion | None = None
+    hole: Hole | None = None
+    context: FimContext | None = None
+    generation: Generation | None = None
+    model: ModelInfo | None = None
+    drafts: list[Draft] = field(default_factory=list)
+    timings_ms: dict[str, float] = field(default_factory=dict)
+
+
+def parse_target(target: str, path: str | None, stdin: BinaryIO) -> Target:
+    """Read ``FILE:LINE:COL`` (or ``-:LINE:COL``). Raises ``PositionError`` with what to write instead."""
+    parts = target.rsplit(":", 2)
+    if len(parts) != 3 or not parts[0] or not all(p.isascii() and p.isdigit() for p in parts[1:]):  # noqa: PLR2004
+        msg = f"{target!r} is no place in a file; write FILE:LINE:COL, for instance app.py:12:5"
+        raise PositionError(msg)
+    name, line, column = parts[0], int(parts[1]), int(parts[2])
+    if name == "-":
+        name, data = path or "stdin.py", stdin.read()
+    else:
+        try:
+            data = Path(name).read_bytes()
+        except OSError as error:
+            msg = f"{name} cannot be read: {error.strerror}"
+            raise PositionError(msg) from error
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        msg = f"{name} is not UTF-8 (byte {error.start}); convert it first"
+        raise PositionError(msg) from error
+    index = LineIndex(text)
+    if not 1 <= line <= len(index.starts):
+        msg = f"{name} has lines 1 to {len(index.starts)}, not {line}"
+        raise PositionError(msg)
+    start, end = index.line_range(line - 1)
+    if not 1 <= column <= end - start + 1:
+        msg = f"line {line} of {name} has columns 1 to {end - start + 1}, not {column}"
+        raise PositionError(msg)
+    language = _LANGUAGE_OF.get(Path(name).suffix, Path(name).suffix.lstrip(".") or "plaintext")
+    uri = Path(name).absolute().as_uri()
+    return Target(name, Snapshot(uri, 0, language, text, start + column - 1))
+
+
+def complete_target(target: Target, settings: Settings, *, trace: bool) -> Result:
+    """Complete as an invoked request would be; an engine is started for it and ended."""
+    result = Result()
+    begin = time.perf_counter()
+    snapshot = target.snapshot
+    tree = parse(snapshot.text, snapshot.language_id)
+    hole = find_hole(snapshot, tree, settings)
+    context_ms = (time.perf_counter() - begin) * 1e3
+    if isinstance(hole, NoCompletion):
+        result.refusal = hole
+        result.timings_ms = {"context": context_ms, "total": context_ms}
+        return result
+    result.hole = hole
+    engine = EngineClient(EngineOptions(settings.model, settings.device, settings.threads))
+    begin = time.perf_counter()
+    try:
+        with Console(stderr=True).status("loading the model"):
+            engine.start()
+            result.model = engine.wait_until_ready(LOAD_TIMEOUT_S)
+        startup_ms = (time.perf_counter() - begin) * 1e3
+        result.context = build_context(snapshot, hole, budget_for(result.model.max_prompt_tokens))
+        sampling = Sampling(
+            mode=Mode(settings.mode),
+            seed=settings.seed,
+            max_denoising_steps=settings.max_denoising_steps,
+            max_latency_ms=settings.max_latency_ms,
+            min_tokens=1,
+            trace=trace,
+        )
+        pending = engine.complete(result.context, sampling, on_draft=result.drafts.append if trace else None)
+        result.generation = pending.future.result()
+    except EngineError as error:
+        result.refusal = NoCompletion("engine", str(error))
+        return result
+    finally:
+        engine.close()
+    begin = time.perf_counter()
+    outcome = to_completion(result.generation.text, hole, snapshot, tree)
+    postprocess_ms = (time.perf_counter() - begin) * 1e3
+    model = result.generation.timings_ms
+    result.timings_ms = {
+        "startup": startup_ms,
+        "context": context_ms,
+        **{name: ms for name, ms in model.items() if name != "total"},
+        "model": model["total"],
+        "postprocess": postprocess_ms,
+        "total": context_ms + model["total"] + postprocess_ms,
+    }
+    if isinstance(outcome, Completion):
+        result.completion = outcome
+    else:
+        result.refusal = outcome
+    return result
+
+
+def print_result(result: Result, target: Target, *, as_json: bool, trace: bool) -> None:
+    """The completion on stdout (on a terminal within its line), a reason on stderr."""
+    if trace:
+        print_trace(result, Console(stderr=as_json, highlight=False, soft_wrap=True))
+    if as_json:
+        sys.stdout.write(json.dumps(to_json(result, target)) + "\n")
+    elif result.completion is not None:
+        if sys.stdout.isatty():
+            before, after = line_around(target.snapshot)
+            line = Text.assemble((before, "dim"), (result.completion.middle, "bold green"), (after, "dim"))
+            Console(highlight=False, soft_wrap=True).print(line)
+        else:
+            sys.stdout.write(result.completion.middle + "\n")
+    if result.refusal is not None:
+        sys.stderr.write(f"fimserver: nothing to offer: {result.refusal.detail}\n")
+
+
+def to_json(result: Result, target: Target) -> dict[str, Any]:
+    """The object that ``--json`` prints; lines and columns count from 1, as in the argument."""
+    index = LineIndex(target.snapshot.text)
+
+    def place(offset: int) -> dict[str, int]:
+        line, column = index.to_position(offset, Encoding.UTF32)
+        return {"line": line + 1, "column": column + 1}
+
+    completion, generation = result.completion, result.generation
+    return {
+        "text": completion.middle if completion else None,
+        "range": {"start": place(completion.replace_start), "end": place(completion.replace_end)}
+        if completion
+        else None,
+        "hole": dataclasses.asdict(result.hole) if result.hole else None,
+        "reason": result.refusal.reason if result.refusal else None,
+        "detail": result.refusal.detail if result.refusal else None,
+        "mode": generation.mode if generation else None,
+        "denoising_steps": generation.denoising_steps if generation else 0,
+        "forward_passes": generation.forward_passes if generation else 0,
+        "timings_ms": {name: round(ms, 1) for name, ms in result.timings_ms.items()},
+        "model": dataclasses.asdict(result.model) if result.model else None,
+    }
+
+
+def print_trace(result: Result, console: Console) -> None:
+    """Hole, context, prompt, the canvas after every step, timings."""
+
+    def heading(text: str) -> None:
+        console.print(Text(text, style="bold underline"))
+
+    heading("hole")
+    console.print(Text(str(dataclasses.asdict(result.hole)) if result.hole else str(result.refusal)))
+    if result.context is not None:
+        heading(f"context ({len(result.context.prefix)} characters before, {len(result.context.suffix)} after)")
+        before, after = result.context.prefix[-200:], result.context.suffix[:200]
+        console.print(Text.assemble((before, "cyan"), ("\u258f", "bold red"), (after, "magenta")))
+    if result.generation is not None:
+        heading(f"prompt ({result.generation.prompt_tokens} tokens)")
+        console.print(Text(result.generation.prompt_text, style="dim"))
+        heading("canvas after every step" if any(d.canvas for d in result.drafts) else "answer after every token")
+        if any(d.canvas for d in result.drafts):
+            console.print(Text.assemble(("accepted", "green"), " ", ("renoised", "red strike")))
+        for draft in result.drafts:
+            console.print(Text.assemble((f"{draft.step:3d}  ", "bold"), *_canvas_text(draft)))
+        heading("answer")
+        console.print(Text(repr(result.generation.text) + f"  ({result.generation.finish})"))
+    heading("timings, ms")
+    console.print(Text("  ".join(f"{name} {ms:.1f}" for name, ms in result.timings_ms.items())))
+
+
+def _canvas_text(draft: Draft) -> list[Any]:
+    if not draft.canvas:
+        return [repr(draft.text)]
+
+    def shown(token: CanvasToken) -> str:
+        return token.text.replace("\n", "\u23ce").replace("\t", "\u21e5")
+
+    return [(shown(t), "green" if t.accepted else "red strike") for t in draft.canvas]

@@ -1,0 +1,184 @@
+"""From the engine's raw text to what is offered, or the reason why nothing is.
+
+    to_completion(text, hole, snapshot, tree)   -> Completion | NoCompletion
+        cut_at_hole_end      lines beyond the hole, lines indented less than it
+        cut_repetition       a line or a phrase over and over
+        cut_repeated_suffix  what already stands behind the cursor
+        variants             the text; then without a stray closer, with missing ones, with fewer lines
+        is_sound             the first variant after which the code is no more broken than before
+
+Knows:  text, trees, holes.  Never: tokens, LSP.
+"""
+
+import re
+import uuid
+from collections.abc import Iterator
+
+from fimserver.context.hole import line_around
+from fimserver.context.scan import scan_python
+from fimserver.context.soundness import is_sound
+from fimserver.context.syntax import SyntaxTree
+from fimserver.text import leading_whitespace, line_ending, to_newlines
+from fimserver.types import Completion, Hole, HoleKind, NoCompletion, Snapshot
+
+_TEXT_KINDS = (HoleKind.COMMENT, HoleKind.DOCSTRING, HoleKind.STRING)
+_COMPOUND = re.compile(r"\s*(async|class|def|elif|else|except|finally|for|if|match|case|try|while|with)\b")
+_CLOSING_RUN = re.compile(r"[)\]}\"']*")
+_REPEATED_PHRASE = re.compile(r"(\S.{0,24}?)\1{4,}")
+_MAX_EQUAL_LINES = 3
+_TRIVIAL_LINE_LENGTH = 4  # ")", "pass" may well stand twice
+_INDENT_WIDTH = 4
+
+
+def to_completion(text: str, hole: Hole, snapshot: Snapshot, tree: SyntaxTree | None) -> Completion | NoCompletion:
+    """What to offer for the engine's ``text``; ``tree`` is the snapshot's, if its language has one."""
+    before, after = line_around(snapshot)
+    if not text.strip():
+        return NoCompletion("empty", "the model has nothing to add here")
+    middle = cut_at_hole_end(text, hole, before)
+    middle = cut_repetition(middle)
+    if not middle.strip():
+        return NoCompletion("repetition", "the model only repeated itself")
+    following = [line.strip() for line in to_newlines(snapshot.text[snapshot.cursor :]).split("\n")[1:]]
+    middle = cut_repeated_suffix(middle, before, after, [line for line in following if line][:3])
+    if not middle.strip():
+        return NoCompletion("repeats_suffix", "what the model would add already stands behind the cursor")
+    middle = match_indentation(join(before, middle), snapshot.text).rstrip()
+    ending = line_ending(snapshot.text)
+    for variant in variants(middle, hole, before, after):
+        candidate = variant.replace("\n", ending)
+        if candidate.strip() and is_sound(snapshot, candidate, tree):
+            return Completion(uuid.uuid4().hex[:12], candidate, snapshot.cursor, snapshot.cursor)
+    return NoCompletion("syntax", "the model's answer would have broken the code around it")
+
+
+def cut_at_hole_end(text: str, hole: Hole, before: str) -> str:
+    """At most the hole's lines, and none that is indented less than the hole."""
+    lines = text.split("\n")[: hole.max_lines]
+    if len(lines) == 1 or hole.kind in _TEXT_KINDS:
+        return "\n".join(lines)
+    header = leading_whitespace(before) if before.strip() else None
+    kept = [lines[0]]
+    for line in lines[1:]:
+        indent = leading_whitespace(line)
+        if line.strip():
+            ends = len(indent) <= len(header) if header is not None else len(indent) < len(before)
+            if ends:
+                break
+        kept.append(line.rstrip())
+    return "\n".join(kept)
+
+
+def cut_repetition(text: str) -> str:
+    """The text up to where a line or a phrase begins to repeat without end."""
+    lines = text.split("\n")
+    for i in range(len(lines) - _MAX_EQUAL_LINES + 1):
+        run = {line.strip() for line in lines[i : i + _MAX_EQUAL_LINES]}
+        if len(run) == 1 and run != {""}:
+            lines = lines[: i + 1]
+            break
+    kept = "\n".join(lines)
+    for match in _REPEATED_PHRASE.finditer(kept):
+        if len(set(match[1])) > 1 or match[1].isalnum():  # a ruler of dashes is no accident
+            return kept[: match.start()]
+    return kept
+
+
+def cut_repeated_suffix(middle: str, before: str, after: str, following: list[str]) -> str:
+    """The middle without its end where that repeats the rest of the line or the next lines."""
+    tail = after.rstrip()
+    overlap = next((n for n in range(min(len(middle), len(tail)), 0, -1) if middle.endswith(tail[:n])), 0)
+    if overlap and (re.search(r"\w", tail[:overlap]) or is_unmatched(before, middle)):
+        middle = middle[: len(middle) - overlap]
+    if not following:
+        return middle
+    lines = middle.split("\n")
+    for n in range(len(lines)):
+        line = before + lines[n] if n == 0 else lines[n]
+        rest = [other.strip() for other in (line, *lines[n + 1 :]) if other.strip()]
+        repeats = rest[: len(following)] == following[: len(rest)] if rest else False
+        if repeats and (n > 0 or len(rest[0]) > _TRIVIAL_LINE_LENGTH):
+            return "\n".join(lines[:n])
+    return middle
+
+
+def is_unmatched(before: str, middle: str) -> bool:
+    """Whether the middle closes a bracket or quote that it did not open: the suffix closes that one already."""
+    own = scan_python(middle)
+    if own.unmatched is not None:
+        return True
+    opened, closed = scan_python(before).quote, scan_python(before + middle).quote
+    return bool(opened) and closed != opened
+
+
+def join(before: str, middle: str) -> str:
+    """The middle without the blanks that the line already has before the cursor."""
+    if before.endswith((" ", "\t")) and middle[:1] == " ":
+        return middle.lstrip(" ")
+    return middle
+
+
+def match_indentation(middle: str, text: str) -> str:
+    """Later lines in tabs where the file is indented with tabs."""
+    if "\n" not in middle or not re.search(r"^\t", text, re.MULTILINE) or re.search(r"^ {2}", text, re.MULTILINE):
+        return middle
+    first, *lines = middle.split("\n")
+    for i, line in enumerate(lines):
+        indent = leading_whitespace(line)
+        width = len(indent.expandtabs(_INDENT_WIDTH))
+        lines[i] = "\t" * (width // _INDENT_WIDTH) + line[len(indent) :]
+    return "\n".join([first, *lines])
+
+
+def variants(middle: str, hole: Hole, before: str, after: str) -> Iterator[str]:
+    """The middle, then what a person would have written instead where the model lost count; no text twice."""
+    seen: set[str] = set()
+    for variant in _variants(middle, hole, before, after):
+        if variant not in seen:
+            seen.add(variant)
+            yield variant
+
+
+def _variants(middle: str, hole: Hole, before: str, after: str) -> Iterator[str]:
+    yield middle
+    if hole.kind in _TEXT_KINDS and hole.kind is not HoleKind.STRING:
+        return
+    lines = middle.split("\n")
+    for n in range(len(lines), 0, -1):
+        part = "\n".join(lines[:n]).rstrip()
+        if n < len(lines):
+            yield part
+        yield from _balanced(part, before if n == 1 else "", after)
+
+
+def _balanced(part: str, before: str, after: str) -> Iterator[str]:
+    """One line with its brackets closed, or cut where one too many was closed, or where it was still whole."""
+    line = part.rsplit("\n", 1)[-1]
+    head = part[: len(part) - len(line)]
+    state = scan_python(before + line)
+    if state.unmatched is not None and state.unmatched >= len(before):
+        line = line[: state.unmatched - len(before)]
+        yield head + line
+        state = scan_python(before + line)
+    colon = ":" if _COMPOUND.match(before + line) and not after.strip() and not line.endswith(":") else ""
+    yield head + line + missing_closers(before + line, after) + colon
+    for cut in _cuts(line):
+        yield head + cut + missing_closers(before + cut, after) + colon
+
+
+def _cuts(line: str) -> Iterator[str]:
+    """Ever shorter beginnings of a line, cut before a separator or an opening bracket."""
+    places = [m.start() for m in re.finditer(r"[,(\[{]| (?:and|or|if|for|in|is|[-+*/%=<>|&]+) ", line)]
+    for place in reversed(places[:6]):
+        if line[:place].strip():
+            yield line[:place].rstrip()
+
+
+def missing_closers(code: str, after: str) -> str:
+    """What has to be added behind ``code`` so that the rest of the line closes only what is still open."""
+    closers = scan_python(code).closers
+    run = _CLOSING_RUN.match(after.strip())
+    standing = run.group() if run else ""
+    while standing and not closers.endswith(standing):
+        standing = standing[:-1]
+    return closers[: len(closers) - len(standing)]

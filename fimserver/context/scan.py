@@ -1,0 +1,73 @@
+"""What is open at the end of a piece of code: brackets, a string, a comment. Lexical, so it works on broken code.
+
+Knows:  characters of Python-like code.  Never: trees, documents.
+"""
+
+import re
+from dataclasses import dataclass
+
+_PYTHON_TOKEN = re.compile(
+    r"""(?P<comment>\#[^\n]*)
+      | (?P<quote>\"\"\"|'''|"|')
+      | (?P<open>[(\[{]) | (?P<close>[)\]}])
+      | [^\#"'()\[\]{}]+""",
+    re.VERBOSE,
+)
+# Up to the closing quote; a backslash hides a quote in raw strings too. A newline ends a short string.
+_STRING_END = {
+    quote: re.compile(rf"(?:[^\\{stop}]|\\.|(?!{quote})[{stop}])*?(?:{quote}|{end})", re.DOTALL)
+    for quote, stop, end in (('"""', '"', "(?!)"), ("'''", "'", "(?!)"), ('"', '"\n', "(?=\n)"), ("'", "'\n", "(?=\n)"))
+}
+CLOSER_OF = {"(": ")", "[": "]", "{": "}"}
+
+
+@dataclass(frozen=True, slots=True)
+class OpenState:
+    """What is open at the end: ``brackets`` outermost first, ``quote`` of an unfinished string, a comment.
+
+    ``unmatched`` is the offset of the first closing bracket that nothing opened, or ``None``; ``quote_start``
+    is where the unfinished string begins.
+    """
+
+    brackets: str
+    quote: str
+    quote_start: int
+    in_comment: bool
+    unmatched: int | None
+
+    @property
+    def closers(self) -> str:
+        """Text that closes everything that is open."""
+        return self.quote + "".join(CLOSER_OF[b] for b in reversed(self.brackets))
+
+
+def scan_python(code: str) -> OpenState:
+    """State at the end of Python code that begins outside any string."""
+    brackets: list[str] = []
+    unmatched: int | None = None
+    position = 0
+    while position < len(code):
+        match = _PYTHON_TOKEN.match(code, position)
+        assert match is not None  # noqa: S101  the last branch takes any character
+        position = match.end()
+        if match["comment"] and position == len(code):
+            return OpenState("".join(brackets), "", position, in_comment=True, unmatched=unmatched)
+        if quote := match["quote"]:
+            end = _find_string_end(code, position, quote)
+            if end is None:
+                return OpenState("".join(brackets), quote, match.start(), in_comment=False, unmatched=unmatched)
+            position = end
+        elif match["open"]:
+            brackets.append(match["open"])
+        elif match["close"]:
+            if brackets and CLOSER_OF[brackets[-1]] == match["close"]:
+                brackets.pop()
+            elif unmatched is None:
+                unmatched = match.start()
+    return OpenState("".join(brackets), "", len(code), in_comment=False, unmatched=unmatched)
+
+
+def _find_string_end(code: str, position: int, quote: str) -> int | None:
+    """Offset after the string that ``quote`` opened before ``position``; ``None`` when it is open."""
+    match = _STRING_END[quote].match(code, position)
+    return match.end() if match else None

@@ -1,0 +1,121 @@
+"""Whether the code is no more broken with a completion in it than without.
+
+    is_sound(snapshot, middle, tree)
+
+Sound means: no error or missing node in the statement that holds the cursor, no new one elsewhere, and for
+Python, ``ast.parse`` succeeds when the rest of the file parses.
+
+Knows:  trees, Python's own parser.  Never: the model, LSP.
+"""
+
+import ast
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tree_sitter import Node
+
+from fimserver.context.syntax import SyntaxTree, parse
+from fimserver.types import Snapshot
+
+_BODIES = ("module", "block")
+
+
+def is_sound(snapshot: Snapshot, middle: str, tree: SyntaxTree | None) -> bool:
+    """Whether ``middle`` may be put at the snapshot's cursor. Without a tree nothing can be said: ``True``."""
+    if tree is None:
+        return True
+    text = snapshot.text[: snapshot.cursor] + middle + snapshot.text[snapshot.cursor :]
+    new = parse(text, snapshot.language_id, tree)
+    if new is None:
+        return True
+    start = new.to_byte(snapshot.cursor)
+    end = new.to_byte(snapshot.cursor + len(middle))
+    statement = find_statement(new, start, end)
+    if statement is None or not no_new_errors(tree, new, statement, at=start, added=end - start):
+        return False
+    if snapshot.language_id != "python" or python_parses(text):
+        return True
+    return not any(map(python_parses, without_statement(new, statement)))
+
+
+def without_statement(new: SyntaxTree, statement: "Statement") -> Iterator[str]:
+    """The rest of the file: with a stand-in for the statement, and also without the deeper lines behind it.
+
+    Those are its body, or the arguments that the file had before its first line was changed: a middle that
+    leaves them hanging broke the file, however broken it was without any middle.
+    """
+    head, tail = new.source[: statement.start], new.source[statement.end :]
+    yield (head + statement.stand_in + tail).decode("utf-8", "replace")
+    indent = len(head) - (head.rfind(b"\n") + 1)
+    lines = tail.split(b"\n")
+    keep = next((i for i, line in enumerate(lines) if i and _begins_statement(line, indent)), len(lines))
+    yield (head + b"pass\n" + b"\n".join(lines[keep:])).decode("utf-8", "replace")
+
+
+def _begins_statement(line: bytes, indent: int) -> bool:
+    code = line.lstrip()
+    return bool(code) and code[:1] not in b")]}" and len(line) - len(code) <= indent
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """Bytes ``[start, end)`` of the statements at the cursor; ``stand_in`` could replace them and parse."""
+
+    start: int
+    end: int
+    stand_in: bytes
+
+
+def find_statement(new: SyntaxTree, start: int, end: int) -> Statement | None:
+    """The statements that hold ``[start, end)``; of one whose body follows, the header only.
+
+    ``None`` when an error holds them.
+    """
+    first, last = _statement_at(new, start), _statement_at(new, max(start, end - 1))
+    if first is None or last is None:
+        return None
+    begin = min(first.start_byte, start)
+    body = next((i for i, c in enumerate(last.children) if c.type == "block" and c.start_byte >= end), 0)
+    if body:
+        return Statement(begin, max(end, last.children[body - 1].end_byte), b"if True:")
+    return Statement(begin, max(end, last.end_byte), b"pass")
+
+
+def _statement_at(new: SyntaxTree, byte: int) -> Node | None:
+    node = new.tree.root_node.descendant_for_byte_range(max(0, byte - 1), byte)
+    while node is not None and node.parent is not None and node.parent.type not in _BODIES:
+        if node.is_error:
+            return None
+        node = node.parent
+    return None if node is None or node.is_error else node
+
+
+def no_new_errors(
+    old: SyntaxTree, new: SyntaxTree, statement: Statement, *, at: int, added: int
+) -> bool:
+    """No error touches the statement; each one elsewhere lies within one that was there before."""
+
+    def shifted(byte: int) -> int:
+        return byte + added if byte >= at else byte
+
+    before = [(shifted(start), shifted(end)) for start, end in old.errors()]
+    for start, end in new.errors():
+        if start < statement.end and end > statement.start:
+            return False
+        if start == end and statement.start <= start <= statement.end:
+            return False  # a missing node has no width
+        if not any(b_start <= start and end <= b_end for b_start, b_end in before):
+            return False
+    return True
+
+
+def python_parses(text: str) -> bool:
+    """Whether Python's own parser takes the text."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an odd escape sequence is the person's business
+        try:
+            ast.parse(text)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return False
+    return True

@@ -1,0 +1,125 @@
+"""Syntax trees that follow the text: parsed once, then only where an edit touched them.
+
+    parse(text, language_id, old)   -> SyntaxTree, or None for a language without a grammar here
+
+Knows:  tree-sitter, UTF-8 bytes.  Never: holes, LSP.
+Offsets: code points outside, bytes inside; ``to_byte`` and ``to_offset`` join the two.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import tree_sitter_python
+from tree_sitter import Language, Node, Parser, Tree
+
+_GRAMMARS: dict[str, Callable[[], object]] = {"python": tree_sitter_python.language}
+
+
+@dataclass(frozen=True)
+class SyntaxTree:
+    """The tree of one text. ``source`` is the text in UTF-8."""
+
+    text: str
+    source: bytes
+    tree: Tree
+    language_id: str
+
+    def to_byte(self, offset: int) -> int:
+        """Byte of a code point offset."""
+        return offset if len(self.source) == len(self.text) else len(_encode(self.text[:offset]))
+
+    def to_offset(self, byte: int) -> int:
+        """Code point offset of a byte that begins a character."""
+        if len(self.source) == len(self.text):
+            return byte
+        return len(self.source[:byte].decode("utf-8", "surrogatepass"))
+
+    def ancestors(self, offset: int) -> Iterator[Node]:
+        """The smallest node that ends at or holds ``offset``, then its parents."""
+        byte = self.to_byte(offset)
+        node = self.tree.root_node.descendant_for_byte_range(max(0, byte - 1), byte)
+        while node is not None:
+            yield node
+            node = node.parent
+
+    def errors(self) -> list[tuple[int, int]]:
+        """Byte ranges of error and missing nodes, outermost only, in order."""
+        found: list[tuple[int, int]] = []
+        stack = [self.tree.root_node]
+        while stack:
+            node = stack.pop()
+            if node.is_error or node.is_missing:
+                found.append((node.start_byte, node.end_byte))
+            elif node.has_error:
+                stack.extend(reversed(node.children))
+        return found
+
+
+def parse(text: str, language_id: str, old: SyntaxTree | None = None) -> SyntaxTree | None:
+    """Tree of a text; ``old`` is any earlier tree of the same document, of which the unchanged part is kept."""
+    parser = _parser(language_id)
+    if parser is None:
+        return None
+    source = _encode(text)
+    if old is None or old.language_id != language_id:
+        return SyntaxTree(text, source, parser.parse(source), language_id)
+    if old.source == source:
+        return old
+    return SyntaxTree(text, source, parser.parse(source, _edited(old, source)), language_id)
+
+
+def _edited(old: SyntaxTree, source: bytes) -> Tree:
+    """A copy of the old tree with one edit that spans everything that differs."""
+    start = common_prefix_length(old.source, source)
+    longest_tail = min(len(old.source), len(source)) - start
+    tail = common_suffix_length(old.source, source, longest_tail)
+    old_end, new_end = len(old.source) - tail, len(source) - tail
+    tree = old.tree.copy()
+    tree.edit(
+        start_byte=start,
+        old_end_byte=old_end,
+        new_end_byte=new_end,
+        start_point=_point(source, start),
+        old_end_point=_point(old.source, old_end),
+        new_end_point=_point(source, new_end),
+    )
+    return tree
+
+
+def common_prefix_length(a: bytes, b: bytes) -> int:
+    """How many leading bytes two strings share; halving, so that comparing is left to C."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def common_suffix_length(a: bytes, b: bytes, longest: int) -> int:
+    """How many trailing bytes two strings share, at most ``longest``."""
+    low, high = 0, longest
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[len(a) - middle : len(a) - low] == b[len(b) - middle : len(b) - low]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _point(source: bytes, byte: int) -> tuple[int, int]:
+    return source.count(b"\n", 0, byte), byte - (source.rfind(b"\n", 0, byte) + 1)
+
+
+def _encode(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
+
+
+@cache
+def _parser(language_id: str) -> Parser | None:
+    grammar = _GRAMMARS.get(language_id)
+    return Parser(Language(grammar())) if grammar else None

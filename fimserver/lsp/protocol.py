@@ -1,0 +1,118 @@
+"""pygls' protocol with what it leaves out: an answer to bad requests, and documents of our own.
+
+- A request whose parameters do not fit its type is answered with an error; pygls answers nothing.
+- A request before ``initialize`` or after ``shutdown`` is refused as LSP says.
+- An inline completion's snapshot is taken when its message arrives, not when its handler runs: an edit that is
+  buffered right behind it must not be seen. Its ``textDocument.version``, which Copilot's clients send and
+  lsprotocol drops, is kept.
+- Documents are kept by ``Session``: pygls splits lines where LSP does not.
+
+Knows:  pygls, raw messages.  Never: what a completion is.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import cattrs
+from lsprotocol import types as lsp
+from pygls.exceptions import JsonRpcException
+from pygls.protocol import LanguageServerProtocol, lsp_method
+
+from fimserver.lsp.convert import Document, apply_changes
+
+if TYPE_CHECKING:
+    from fimserver.lsp.server import FimLanguageServer
+
+_logger = logging.getLogger(__name__)
+
+
+class FimProtocol(LanguageServerProtocol):
+    """One connection's protocol."""
+
+    _server: FimLanguageServer
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401  as pygls has it
+        super().__init__(*args, **kwargs)
+        self._initialized = False
+        self._client_versions: dict[int | str, int] = {}
+
+    @property
+    def is_shut_down(self) -> bool:
+        """Whether the client asked for ``shutdown``."""
+        return self._shutdown
+
+    def structure_message(self, data: dict[str, Any]) -> Any:  # noqa: ANN401  pygls' hook for JSON objects
+        """Typed message of a JSON object; ``None`` for one that was refused here."""
+        if "jsonrpc" not in data:
+            return data
+        method, message_id = data.get("method"), data.get("id")
+        try:
+            message = super().structure_message(data)
+        except JsonRpcException as error:
+            reasons = _reasons(error.__cause__)
+            _logger.warning("invalid parameters of %s: %s", method, reasons)
+            if method is not None and message_id is not None:
+                self._refuse(message_id, lsp.ErrorCodes.InvalidParams, f"invalid parameters of {method}: {reasons}")
+            return None
+        if method == lsp.TEXT_DOCUMENT_INLINE_COMPLETION and message_id is not None:
+            version = data["params"]["textDocument"].get("version")
+            if isinstance(version, int):
+                self._client_versions[message_id] = version
+        return message
+
+    def handle_message(self, message: Any) -> None:  # noqa: ANN401  any of LSP's messages
+        """Hand a message to its handler, or refuse it."""
+        if message is None:
+            return
+        method, message_id = getattr(message, "method", None), getattr(message, "id", None)
+        if method is not None and message_id is not None:
+            if self._shutdown:
+                self._refuse(message_id, lsp.ErrorCodes.InvalidRequest, "the server was shut down")
+                return
+            if not self._initialized and method != lsp.INITIALIZE:
+                self._refuse(message_id, lsp.ErrorCodes.ServerNotInitialized, "send initialize first")
+                return
+        if method == lsp.INITIALIZE:
+            self._initialized = True
+        if method == lsp.TEXT_DOCUMENT_INLINE_COMPLETION:
+            version = self._client_versions.pop(message_id, None) if message_id is not None else None
+            self._server.receive(message_id, message.params, version)
+        super().handle_message(message)
+
+    def _refuse(self, message_id: int | str, code: lsp.ErrorCodes, text: str) -> None:
+        self._send_response(message_id, error=lsp.ResponseError(code=code.value, message=text))
+
+    @lsp_method(lsp.TEXT_DOCUMENT_DID_OPEN)
+    def lsp_text_document__did_open(self, params: lsp.DidOpenTextDocumentParams) -> None:
+        """Keep a document."""
+        item = params.text_document
+        self._server.session.open(Document(item.uri, item.language_id, item.version, item.text))
+
+    @lsp_method(lsp.TEXT_DOCUMENT_DID_CHANGE)
+    def lsp_text_document__did_change(self, params: lsp.DidChangeTextDocumentParams) -> None:
+        """Apply edits to a document that is open."""
+        session = self._server.session
+        uri = params.text_document.uri
+        if uri not in session.documents:
+            _logger.warning("a document was changed that is not open")
+            return
+        session.documents[uri] = apply_changes(
+            session.documents[uri],
+            params.content_changes,
+            version=params.text_document.version,
+            encoding=session.encoding,
+        )
+
+    @lsp_method(lsp.TEXT_DOCUMENT_DID_CLOSE)
+    def lsp_text_document__did_close(self, params: lsp.DidCloseTextDocumentParams) -> None:
+        """Forget a document."""
+        self._server.session.close(params.text_document.uri)
+
+
+def _reasons(error: BaseException | None) -> str:
+    """What did not fit, by its place in the message; values are never quoted."""
+    if error is None:
+        return "the message does not fit its type"
+    return "; ".join(cattrs.transform_error(error))

@@ -1,0 +1,378 @@
+"""The language server: an inline completion from request to answer.
+
+    receive                 at the message's arrival: snapshot, earlier request of the document superseded
+    on_inline_completion    async: gate, debounce, hole, context, engine, postprocess, items
+
+No handler blocks: the engine is another process, and what waits is awaited. Every empty answer has a reason,
+which ``fimserver.explain`` tells.
+
+Knows:  LSP, sessions, the engine's client.  Never: tokens, tensors, torch.
+"""
+
+import asyncio
+import logging
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from lsprotocol import types as lsp
+from pygls.exceptions import JsonRpcInvalidParams
+from pygls.lsp.server import LanguageServer
+
+from fimserver import __version__
+from fimserver.context.hole import find_hole
+from fimserver.context.postprocess import to_completion
+from fimserver.context.window import budget_for, build_context
+from fimserver.engine.client import EngineClient, EngineOptions, EngineState, PendingCompletion
+from fimserver.errors import CompletionCancelledError, EngineError, PositionError
+from fimserver.lsp.convert import (
+    ACCEPT_COMMAND,
+    Selection,
+    find_selection,
+    take_snapshot,
+    to_inline_items,
+    with_selection,
+)
+from fimserver.lsp.protocol import FimProtocol
+from fimserver.lsp.session import Session
+from fimserver.settings import ENGINE_SETTINGS, Settings
+from fimserver.text import Encoding
+from fimserver.types import Completion, Mode, NoCompletion, Sampling, Snapshot
+
+LOAD_TIMEOUT_S = 60.0
+EXPLAIN_COMMAND = "fimserver.explain"
+RESTART_COMMAND = "fimserver.restart"
+STATUS_NOTIFICATION = "didChangeStatus"  # Copilot's names, which clients know already
+_PROGRESS_TOKEN = "fimserver.loading"  # noqa: S105  a progress token, not a secret
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Request:
+    """One inline completion between its arrival and its answer."""
+
+    snapshot: Snapshot  # as it would be with the selected item accepted
+    document_snapshot: Snapshot  # as the document is
+    selection: Selection | None
+    invoked: bool
+    stale: bool
+    superseded: asyncio.Event = field(default_factory=asyncio.Event)
+    pending: PendingCompletion | None = None
+
+    def supersede(self) -> None:
+        """End this request: a newer one took its place."""
+        self.superseded.set()
+        if self.pending is not None:
+            self.pending.cancel()
+
+
+class FimLanguageServer(LanguageServer):
+    """One connection over stdio, and the engine behind it."""
+
+    protocol: FimProtocol
+
+    def __init__(self, overrides: dict[str, Any] | None = None) -> None:
+        super().__init__("fimserver", __version__, protocol_cls=FimProtocol)
+        self.session = Session()
+        self.overrides = overrides or {}  # from the command line: they win over the editor's
+        self.engine = EngineClient(on_state=self._on_engine_state)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._received: dict[int | str, Request | JsonRpcInvalidParams] = {}
+        self._active: dict[str, Request] = {}
+        self._progress: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+        _register(self)
+
+    def report_server_error(self, error: Exception, source: Any) -> None:  # noqa: ANN401  pygls' signature
+        """One line in the log; never a pop-up, never the text it is about."""
+        _logger.error("%s in a handler (%s)", type(error).__name__, getattr(source, "__name__", source))
+
+    # Life of the connection
+
+    def on_initialize(self, params: lsp.InitializeParams) -> None:
+        """Take encoding and settings, and start loading the model: the answer does not wait for it."""
+        self._loop = asyncio.get_running_loop()
+        chosen = self.protocol.workspace.position_encoding
+        self.session.encoding = Encoding(str(getattr(chosen, "value", chosen)))
+        options = params.initialization_options
+        self._configure(options if isinstance(options, dict) else {})
+
+    def on_initialized(self) -> None:
+        """Start the engine; ask for settings where the client is to be asked."""
+        self.engine.options = engine_options(self.session.settings)
+        self.engine.start()
+        self._keep(self._pull_settings())
+
+    def on_did_change_configuration(self, params: lsp.DidChangeConfigurationParams) -> None:
+        """Take settings as they change; an engine that runs with others is started again."""
+        if isinstance(params.settings, dict) and params.settings:
+            self._configure(params.settings)
+        else:
+            self._keep(self._pull_settings())
+
+    async def _pull_settings(self) -> None:
+        workspace = self.client_capabilities.workspace
+        if workspace is None or not workspace.configuration:
+            return
+        item = lsp.ConfigurationItem(section="fimserver")
+        answer = await self.workspace_configuration_async(lsp.ConfigurationParams([item]))
+        if answer and isinstance(answer[0], dict):
+            self._configure(answer[0])
+
+    def _configure(self, values: dict[str, Any]) -> None:
+        old = self.session.settings
+        problems = self.session.configure(values)
+        self.session.settings, more = _override(self.session.settings, self.overrides)
+        for problem in [*problems, *more]:
+            self.window_show_message(lsp.ShowMessageParams(lsp.MessageType.Warning, problem))
+        logging.getLogger("fimserver").setLevel(self.session.settings.log_level.upper())
+        changed = any(getattr(old, key) != getattr(self.session.settings, key) for key in ENGINE_SETTINGS)
+        if changed and self.engine.state is not EngineState.STOPPED:
+            self._restart_engine()
+
+    def _restart_engine(self) -> None:
+        options = engine_options(self.session.settings)
+        self._keep(asyncio.to_thread(self.engine.restart, options))
+
+    def _keep(self, coroutine: Any) -> None:  # noqa: ANN401  any coroutine
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # State of the engine
+
+    def _on_engine_state(self, state: EngineState, detail: str) -> None:
+        """Called by the engine client's threads."""
+        if self._loop is not None and not self._loop.is_closed():
+            with suppress(RuntimeError):  # the loop closed in between
+                self._loop.call_soon_threadsafe(self._announce, state, detail)
+
+    def _announce(self, state: EngineState, detail: str) -> None:
+        _logger.info("engine %s: %s", state, detail)
+        if state is EngineState.STOPPED:
+            return
+        kind = "Error" if state is EngineState.FAILED else "Normal"
+        status = {"kind": kind, "busy": state is EngineState.LOADING, "message": detail}
+        self.protocol.notify(STATUS_NOTIFICATION, status)
+        if state is EngineState.FAILED:
+            message = f"fimserver gives no completions: {detail}"
+            self.window_show_message(lsp.ShowMessageParams(lsp.MessageType.Error, message))
+        window = self.client_capabilities.window
+        if window is not None and window.work_done_progress:
+            if state is EngineState.LOADING and self._progress is None:
+                self._progress = asyncio.get_running_loop().create_task(self._show_progress(detail))
+
+    async def _show_progress(self, detail: str) -> None:
+        token = _PROGRESS_TOKEN
+        with suppress(Exception):  # a client that refuses the token shows no progress, nothing else
+            await self.work_done_progress.create_async(token)
+        begin = lsp.WorkDoneProgressBegin(title="fimserver", message=detail, cancellable=False)
+        self.work_done_progress.begin(token, begin)
+        try:
+            await self._wait_for_engine()
+            text = self.engine.detail
+        except EngineError as error:
+            text = str(error)
+        self.work_done_progress.end(token, lsp.WorkDoneProgressEnd(message=text))
+        self.work_done_progress.tokens.pop(token, None)
+        self._progress = None
+
+    async def _wait_for_engine(self) -> None:
+        await asyncio.to_thread(self.engine.wait_until_ready, LOAD_TIMEOUT_S)
+
+    # A request
+
+    def receive(
+        self, message_id: int | str | None, params: lsp.InlineCompletionParams, version: int | None
+    ) -> None:
+        """Take the snapshot of a request that has just arrived, and supersede the document's earlier one."""
+        if message_id is None:
+            return
+        try:
+            request = self._to_request(params, version)
+        except PositionError as error:
+            self._received[message_id] = JsonRpcInvalidParams(str(error))
+            return
+        except KeyError:
+            text = "the document is not open here; the editor has to send textDocument/didOpen first"
+            self._received[message_id] = JsonRpcInvalidParams(text)
+            return
+        self._received[message_id] = request
+        uri = request.snapshot.uri
+        earlier = self._active.get(uri)
+        if earlier is not None and not (earlier.invoked and self.session.is_current(earlier.document_snapshot)):
+            earlier.supersede()
+        self._active[uri] = request
+
+    def _to_request(self, params: lsp.InlineCompletionParams, version: int | None) -> Request:
+        document = self.session.documents[params.text_document.uri]
+        encoding = self.session.encoding
+        snapshot = take_snapshot(document, params.position, encoding)
+        selection = find_selection(snapshot, params.context.selected_completion_info, encoding)
+        return Request(
+            snapshot=with_selection(snapshot, selection),
+            document_snapshot=snapshot,
+            selection=selection,
+            invoked=params.context.trigger_kind is lsp.InlineCompletionTriggerKind.Invoked,
+            stale=version is not None and version != document.version,
+        )
+
+    async def on_inline_completion(self) -> lsp.InlineCompletionList:
+        """Answer the request that ``receive`` took in."""
+        message_id = self.protocol.msg_id
+        request = self._received.pop(message_id) if message_id is not None else None
+        if not isinstance(request, Request):
+            raise request or JsonRpcInvalidParams("a request needs an id")
+        try:
+            outcome, source = await self._answer(request)
+        except asyncio.CancelledError:
+            request.supersede()
+            self.session.explain(request.snapshot, NoCompletion("cancelled", "the editor cancelled it"), "")
+            raise
+        finally:
+            if self._active.get(request.snapshot.uri) is request:
+                del self._active[request.snapshot.uri]
+        self.session.explain(request.snapshot, outcome, source)
+        if isinstance(outcome, NoCompletion):
+            return lsp.InlineCompletionList([])
+        items = to_inline_items(outcome, request.document_snapshot, self.session.encoding, request.selection)
+        return lsp.InlineCompletionList(items)
+
+    async def _answer(self, request: Request) -> tuple[Completion | NoCompletion, str]:
+        """The outcome of a request and where it came from: cache or model."""
+        snapshot, settings = request.snapshot, self.session.settings
+        if not settings.enabled:
+            return NoCompletion("disabled", "set fimserver.enabled to true"), ""
+        if request.stale:
+            return NoCompletion("stale", "the request names a version of the text that is not here"), ""
+        tree = self.session.tree_of(snapshot)
+        hole = find_hole(snapshot, tree, settings)
+        if isinstance(hole, NoCompletion):
+            return hole, ""
+        if (cached := self.session.cache.find(snapshot)) is not None:
+            return cached, "cache"
+        if refusal := await self._wait_until_due(request):
+            return refusal, ""
+        budget = budget_for(self.engine.info.max_prompt_tokens if self.engine.info else 0)
+        sampling = Sampling(
+            mode=Mode(settings.mode),
+            seed=settings.seed,
+            max_denoising_steps=settings.max_denoising_steps,
+            max_latency_ms=settings.max_latency_ms,
+            min_tokens=1 if request.invoked else 0,
+        )
+        try:
+            request.pending = self.engine.complete(build_context(snapshot, hole, budget), sampling)
+            generation = await asyncio.wrap_future(request.pending.future)
+        except CompletionCancelledError:
+            return NoCompletion("superseded", "a newer request of this document took its place"), ""
+        except EngineError as error:
+            return NoCompletion("engine", str(error)), ""
+        _logger.info("request answered: %s, %d passes, %s ms", generation.mode, generation.forward_passes,
+                     generation.timings_ms["total"])
+        outcome = to_completion(generation.text, hole, snapshot, tree)
+        if isinstance(outcome, Completion):
+            self.session.cache.remember(snapshot, outcome)
+        if not self.session.is_current(request.document_snapshot):
+            return NoCompletion("stale", "the text changed while the completion was computed"), ""
+        return outcome, "model"
+
+    async def _wait_until_due(self, request: Request) -> NoCompletion | None:
+        """Wait for the engine (invoked) or for a pause in typing (automatic); a reason when it is not due."""
+        superseded = NoCompletion("superseded", "a newer request of this document took its place")
+        if self.engine.state is not EngineState.READY:
+            if self.engine.state is EngineState.LOADING and not request.invoked:
+                return NoCompletion("loading", "the model is still loading")
+            try:
+                await self._wait_for_engine()
+            except EngineError as error:
+                return NoCompletion("engine", str(error))
+        if not request.invoked:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(request.superseded.wait(), self.session.settings.debounce_ms / 1e3)
+        if request.superseded.is_set():
+            return superseded
+        if not self.session.is_current(request.document_snapshot):
+            return NoCompletion("stale", "the text changed before the completion was begun")
+        return None
+
+    # Commands and Copilot's notifications
+
+    def on_accept(self, *_arguments: object) -> None:
+        """The person pressed Tab."""
+        self.session.counters["accepted"] += 1
+
+    def on_explain(self, *arguments: object) -> dict[str, Any]:
+        """Why the last request of a document (or of any) was answered as it was; no text of it."""
+        uri = arguments[0] if arguments and isinstance(arguments[0], str) else None
+        explanations = self.session.explanations
+        last = explanations.get(uri) if uri else next(reversed(explanations.values()), None)
+        return {
+            "last": last,
+            "engine": {"state": self.engine.state, "detail": self.engine.detail, "pid": self.engine.pid},
+            "counters": dict(self.session.counters),
+        }
+
+    def on_restart(self, *_arguments: object) -> None:
+        """Start the engine again."""
+        self._restart_engine()
+
+
+def engine_options(settings: Settings) -> EngineOptions:
+    """What the worker is started with."""
+    return EngineOptions(model=settings.model, device=settings.device, threads=settings.threads)
+
+
+def _override(settings: Settings, overrides: dict[str, Any]) -> tuple[Settings, list[str]]:
+    session = Session(settings=settings)
+    problems = session.configure(overrides)
+    return session.settings, problems
+
+
+def _register(server: FimLanguageServer) -> None:
+    """Tie LSP's methods to the server's; pygls reads the capabilities from what is registered."""
+
+    @server.feature(lsp.INITIALIZE)
+    def initialize(params: lsp.InitializeParams) -> None:
+        server.on_initialize(params)
+
+    @server.feature(lsp.INITIALIZED)
+    def initialized(_params: lsp.InitializedParams) -> None:
+        server.on_initialized()
+
+    @server.feature(lsp.WORKSPACE_DID_CHANGE_CONFIGURATION)
+    def did_change_configuration(params: lsp.DidChangeConfigurationParams) -> None:
+        server.on_did_change_configuration(params)
+
+    # Without the options object pygls does not advertise the capability.
+    @server.feature(lsp.TEXT_DOCUMENT_INLINE_COMPLETION, lsp.InlineCompletionOptions())
+    async def inline_completion(_params: lsp.InlineCompletionParams) -> lsp.InlineCompletionList:
+        return await server.on_inline_completion()
+
+    def count(name: str) -> None:
+        @server.feature(name)
+        def counted(_params: object) -> None:
+            server.session.counters[name.removeprefix("textDocument/")] += 1
+
+    for name in ("textDocument/didShowCompletion", "textDocument/didPartiallyAcceptCompletion"):
+        count(name)
+
+    @server.feature("textDocument/didFocus")
+    def did_focus(_params: object) -> None:
+        server.session.counters["didFocus"] += 1
+
+    server.command(ACCEPT_COMMAND)(server.on_accept)
+    server.command(EXPLAIN_COMMAND)(server.on_explain)
+    server.command(RESTART_COMMAND)(server.on_restart)
+
+
+def run_stdio(overrides: dict[str, Any] | None = None) -> int:
+    """Serve one editor over stdio until it leaves; 0 after an orderly ``shutdown``, else 1."""
+    for name in ("pygls", "asyncio", "cattrs"):  # their messages quote parameters, which are people's code
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+    server = FimLanguageServer(overrides)
+    try:
+        server.start_io()
+    finally:
+        server.engine.close()
+    return 0 if server.protocol.is_shut_down else 1
