@@ -40,11 +40,19 @@ def build_context(
     return FimContext(
         prefix=to_newlines(text[cut_start(text, cursor, budget.prefix) : cursor]),
         suffix=to_newlines(text[cursor : cut_end(text, cursor, budget.suffix)]),
-        path=unquote(urlsplit(snapshot.uri).path),
+        path=path_of(snapshot.uri),
         language_id=snapshot.language_id,
         hole=hole,
         snippets=snippets,
     )
+
+
+def path_of(uri: str) -> str:
+    """Path within a URI, decoded; the URI itself where it is none."""
+    try:
+        return unquote(urlsplit(uri).path)
+    except ValueError:
+        return uri
 
 
 def cut_start(text: str, cursor: int, budget: int) -> int:

@@ -11,8 +11,10 @@ Knows:  LSP, sessions, the engine's client.  Never: tokens, tensors, torch.
 
 import asyncio
 import logging
+import traceback
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from lsprotocol import types as lsp
@@ -128,9 +130,10 @@ class FimLanguageServer(LanguageServer):
         logging.getLogger("fimserver").setLevel(self.session.settings.log_level.upper())
         changed = any(getattr(old, key) != getattr(self.session.settings, key) for key in ENGINE_SETTINGS)
         if changed and self.engine.state is not EngineState.STOPPED:
-            self._restart_engine()
+            self.restart_engine()
 
-    def _restart_engine(self) -> None:
+    def restart_engine(self) -> None:
+        """End the engine and start one with the settings as they are."""
         options = engine_options(self.session.settings)
         self._keep(asyncio.to_thread(self.engine.restart, options))
 
@@ -229,6 +232,11 @@ class FimLanguageServer(LanguageServer):
             request.supersede()
             self.session.explain(request.snapshot, NoCompletion("cancelled", "the editor cancelled it"), "")
             raise
+        except Exception as error:  # the outermost handler: one request fails, the editor goes on
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{Path(frame.filename).name}:{frame.lineno}"
+            _logger.error("request %s failed: %s at %s", message_id, type(error).__name__, where)  # noqa: TRY400  a traceback could quote code
+            outcome, source = NoCompletion("error", f"an error in fimserver: {type(error).__name__} at {where}"), ""
         finally:
             if self._active.get(request.snapshot.uri) is request:
                 del self._active[request.snapshot.uri]
@@ -243,8 +251,8 @@ class FimLanguageServer(LanguageServer):
         snapshot, settings = request.snapshot, self.session.settings
         if not settings.enabled:
             return NoCompletion("disabled", "set fimserver.enabled to true"), ""
-        if request.stale:
-            return NoCompletion("stale", "the request names a version of the text that is not here"), ""
+        if request.stale or not self.session.is_current(request.document_snapshot):
+            return NoCompletion("stale", "the text has changed since, or the request names another version of it"), ""
         tree = self.session.tree_of(snapshot)
         hole = find_hole(snapshot, tree, settings)
         if isinstance(hole, NoCompletion):
@@ -296,26 +304,15 @@ class FimLanguageServer(LanguageServer):
             return NoCompletion("stale", "the text changed before the completion was begun")
         return None
 
-    # Commands and Copilot's notifications
-
-    def on_accept(self, *_arguments: object) -> None:
-        """The person pressed Tab."""
-        self.session.counters["accepted"] += 1
-
-    def on_explain(self, *arguments: object) -> dict[str, Any]:
+    def explain(self, uri: object = None) -> dict[str, Any]:
         """Why the last request of a document (or of any) was answered as it was; no text of it."""
-        uri = arguments[0] if arguments and isinstance(arguments[0], str) else None
         explanations = self.session.explanations
-        last = explanations.get(uri) if uri else next(reversed(explanations.values()), None)
+        last = explanations.get(uri) if isinstance(uri, str) else next(reversed(explanations.values()), None)
         return {
             "last": last,
             "engine": {"state": self.engine.state, "detail": self.engine.detail, "pid": self.engine.pid},
             "counters": dict(self.session.counters),
         }
-
-    def on_restart(self, *_arguments: object) -> None:
-        """Start the engine again."""
-        self._restart_engine()
 
 
 def engine_options(settings: Settings) -> EngineOptions:
@@ -361,9 +358,17 @@ def _register(server: FimLanguageServer) -> None:
     def did_focus(_params: object) -> None:
         server.session.counters["didFocus"] += 1
 
-    server.command(ACCEPT_COMMAND)(server.on_accept)
-    server.command(EXPLAIN_COMMAND)(server.on_explain)
-    server.command(RESTART_COMMAND)(server.on_restart)
+    @server.command(ACCEPT_COMMAND)
+    def accept(*_arguments: object) -> None:
+        server.session.counters["accepted"] += 1
+
+    @server.command(EXPLAIN_COMMAND)
+    def explain(*arguments: object) -> dict[str, Any]:
+        return server.explain(arguments[0] if arguments else None)
+
+    @server.command(RESTART_COMMAND)
+    def restart(*_arguments: object) -> None:
+        server.restart_engine()
 
 
 def run_stdio(overrides: dict[str, Any] | None = None) -> int:

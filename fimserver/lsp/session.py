@@ -100,6 +100,7 @@ class Session:
         else:
             entry = {"outcome": "empty", "reason": outcome.reason, "detail": outcome.detail}
         self.counters["offered" if isinstance(outcome, Completion) else f"empty.{outcome.reason}"] += 1
+        self.explanations.pop(snapshot.uri, None)
         self.explanations[snapshot.uri] = {"version": snapshot.version, **entry}
 
     def configure(self, values: dict[str, Any]) -> list[str]:

@@ -1,0 +1,365 @@
+"""The server as an editor meets it: raw frames over stdio, the shipped model behind it."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from lsp_client import LspClient
+
+URI = "file:///work/app.py"
+TEXT = "import os\n\n\ndef read(path):\n    with open(path) as file:\n        return fi\n\n\ndef main():\n    pass\n"
+LINE, COLUMN = 5, 17
+
+
+@pytest.fixture(scope="module")
+def ready() -> Iterator[LspClient]:
+    """One server with its model loaded, shared by the tests that leave it as it was."""
+    client = LspClient()
+    client.initialize(options={"seed": 0, "debounceMs": 0})
+    client.wait_until_ready()
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def fresh() -> Iterator[LspClient]:
+    client = LspClient()
+    yield client
+    client.close()
+
+
+def test_initialize_is_quick_and_before_the_model(fresh: LspClient) -> None:
+    begin = time.perf_counter()
+    result = fresh.initialize()
+    assert time.perf_counter() - begin < 1.5
+    capabilities = result["capabilities"]
+    assert capabilities["inlineCompletionProvider"] is not None
+    assert capabilities["textDocumentSync"]["change"] == 2
+    assert capabilities["positionEncoding"] == "utf-16"
+    assert not any(n["method"] == "didChangeStatus" and not n["params"]["busy"] for n in fresh.notifications)
+
+
+def test_item_has_text_range_and_command(ready: LspClient) -> None:
+    ready.open(URI, TEXT)
+    (item,) = ready.complete(URI, LINE, COLUMN)
+    assert item["insertText"].strip()
+    assert "\n" not in item["insertText"]
+    place = {"line": LINE, "character": COLUMN}
+    assert item["range"] == {"start": place, "end": place}
+    assert item["command"]["command"] == "fimserver.didAcceptCompletion"
+    before = ready.explain()["counters"].get("accepted", 0)
+    ready.request("workspace/executeCommand", item["command"])
+    assert ready.explain()["counters"]["accepted"] == before + 1
+
+
+@pytest.mark.parametrize(("encoding", "column"), [("utf-8", 22), ("utf-16", 20), ("utf-32", 19)])
+def test_encodings_behind_emoji(fresh: LspClient, encoding: str, column: int) -> None:
+    result = fresh.initialize(encodings=[encoding], options={"seed": 0})
+    assert result["capabilities"]["positionEncoding"] == encoding
+    fresh.open(URI, TEXT.replace("file:\n", "file:  #\n"))
+    # An edit behind an emoji: the line becomes  return ("🐍", fi
+    line = '        return ("\U0001f40d", fi'
+    fresh.change(URI, 2, edit(5, 0, 5, 17, line))
+    fresh.change(URI, 3, edit(5, column, 5, column + 4, ", fi"))
+    units = {"utf-8": len(line.encode()), "utf-16": len(line) + 1, "utf-32": len(line)}[encoding]
+    (item,) = fresh.complete(URI, 5, units)
+    assert item["range"]["start"] == {"line": 5, "character": units}
+    explained = fresh.explain()["last"]
+    assert explained["outcome"] == "offered"
+    inside = {"utf-8": 18, "utf-16": 18}.get(encoding)
+    if inside is not None:  # the second unit of the emoji
+        answer = fresh.wait(fresh.send_completion(URI, 5, inside))
+        assert "inside a character" in answer["error"]["message"]
+
+
+def edit(start_line: int, start: int, end_line: int, end: int, text: str) -> dict[str, object]:
+    span = {"start": {"line": start_line, "character": start}, "end": {"line": end_line, "character": end}}
+    return {"range": span, "text": text}
+
+
+def test_cancelled_request_is_answered_within_one_step(fresh: LspClient) -> None:
+    fresh.initialize(options={"mode": "diffusion", "maxDenoisingSteps": 256, "maxLatencyMs": 60000})
+    fresh.wait_until_ready()
+    fresh.open(URI, TEXT)
+    begin = time.perf_counter()
+    fresh.complete(URI, LINE, COLUMN)
+    a_whole_answer = time.perf_counter() - begin
+    fresh.change(URI, 2, edit(0, 0, 0, 0, "#\n"))
+    request = fresh.send_completion(URI, LINE + 1, COLUMN)
+    time.sleep(min(0.2, a_whole_answer / 4))
+    begin = time.perf_counter()
+    fresh.notify("$/cancelRequest", {"id": request})
+    answer = fresh.wait(request)
+    assert answer["error"]["code"] == -32800
+    assert answer["at"] - begin < 0.15
+    # The engine stopped too: the next answer does not wait for the cancelled one.
+    assert fresh.explain()["last"]["reason"] == "cancelled"
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"textDocument": {"uri": URI}, "position": {"line": 0, "character": 0}}, "context"),
+        ({"position": {"line": 0, "character": 0}, "context": {"triggerKind": 1}}, "textDocument"),
+        ({"textDocument": {"uri": 7}, "position": {"line": 0, "character": 0}, "context": {"triggerKind": 1}}, "not open"),
+        ({"textDocument": {"uri": URI}, "position": {"line": "a", "character": 0}, "context": {"triggerKind": 1}}, "line"),
+        ({"textDocument": {"uri": URI}, "position": {"line": 0, "character": 0}, "context": {"triggerKind": 9}}, "trigger"),
+        ({"textDocument": {"uri": "file:///no"}, "position": {"line": 0, "character": 0}, "context": {"triggerKind": 1}}, "not open"),
+        ({"textDocument": {"uri": URI}, "position": {"line": 999, "character": 0}, "context": {"triggerKind": 1}}, "outside"),
+        (None, "textDocument"),
+        ([], ""),
+    ],
+)
+def test_bad_parameters_get_an_error(ready: LspClient, params: object, message: str) -> None:
+    ready.open(URI, TEXT)
+    answer = ready.wait(ready.send("textDocument/inlineCompletion", params), 5)
+    assert answer["error"]["code"] == -32602
+    assert message.lower() in answer["error"]["message"].lower()
+    assert "return fi" not in answer["error"]["message"]
+    assert ready.complete(URI, LINE, COLUMN), "the server goes on"
+
+
+def test_requests_outside_the_session_are_refused(fresh: LspClient) -> None:
+    early = fresh.wait(fresh.send_completion(URI, 0, 0))
+    assert early["error"]["code"] == -32002
+    fresh.initialize()
+    fresh.request("shutdown", None)
+    late = fresh.wait(fresh.send_completion(URI, 0, 0))
+    assert late["error"]["code"] == -32600
+    fresh.notify("exit", None)
+    assert fresh.process.wait(10) == 0
+
+
+def test_unknown_method_and_broken_json_leave_the_server_alive(fresh: LspClient) -> None:
+    fresh.initialize()
+    unknown = fresh.wait(fresh.send("textDocument/noSuchThing", {}))
+    assert unknown["error"]["code"] == -32601
+    fresh.write(b"Content-Length: 9\r\n\r\n{\"broken\"")
+    fresh.notify("textDocument/didOpen", {"textDocument": {"uri": URI}})
+    assert fresh.shutdown() == 0
+
+
+def test_exit_codes(fresh: LspClient) -> None:
+    fresh.initialize()
+    fresh.notify("exit", None)
+    assert fresh.process.wait(10) == 1
+    other = LspClient()
+    other.initialize()
+    assert other.process.stdin is not None
+    other.process.stdin.close()
+    assert other.process.wait(10) == 1
+    other.close()
+
+
+def test_snapshot_is_taken_at_receipt(ready: LspClient) -> None:
+    """A request and an edit in one write: the request must not see the edit, so it is stale, not wrong."""
+    ready.open(URI, TEXT.replace("main", "other"))
+    ready.next_id += 1
+    request = {
+        "jsonrpc": "2.0",
+        "id": ready.next_id,
+        "method": "textDocument/inlineCompletion",
+        "params": {
+            "textDocument": {"uri": URI},
+            "position": {"line": LINE, "character": COLUMN},
+            "context": {"triggerKind": 1},
+        },
+    }
+    change = {
+        "jsonrpc": "2.0",
+        "method": "textDocument/didChange",
+        "params": {"textDocument": {"uri": URI, "version": 2}, "contentChanges": [{"text": "x = 1\n"}]},
+    }
+    ready.write(ready.frame(request) + ready.frame(change))
+    answer = ready.wait(ready.next_id)
+    assert answer["result"] == {"items": []}, "line 5 is gone: with the newer text this would be an error"
+    assert ready.explain()["last"]["reason"] == "stale"
+
+
+def test_newer_request_supersedes_the_older(fresh: LspClient) -> None:
+    """Neovim's own client does not cancel while typing: the server does."""
+    fresh.initialize(options={"mode": "diffusion", "maxDenoisingSteps": 256, "maxLatencyMs": 60000, "debounceMs": 0})
+    fresh.wait_until_ready()
+    fresh.open(URI, TEXT)
+    older = fresh.send_completion(URI, LINE, COLUMN, invoked=False)
+    time.sleep(0.1)
+    fresh.change(URI, 2, edit(LINE, COLUMN, LINE, COLUMN, "l"))
+    newer = fresh.send_completion(URI, LINE, COLUMN + 1, invoked=False)
+    assert fresh.wait(older)["result"] == {"items": []}
+    assert newer not in fresh.answers or fresh.answers[older]["at"] <= fresh.answers[newer]["at"]
+    assert "result" in fresh.wait(newer)
+    assert fresh.explain()["counters"]["empty.superseded"] == 1
+
+
+def test_version_in_the_request_is_kept(ready: LspClient) -> None:
+    """Copilot's clients name the version they ask about; lsprotocol drops the field."""
+    ready.open(URI, TEXT, version=7)
+    params = {
+        "textDocument": {"uri": URI, "version": 6},
+        "position": {"line": LINE, "character": COLUMN},
+        "context": {"triggerKind": 1},
+    }
+    assert ready.request("textDocument/inlineCompletion", params) == {"items": []}
+    assert ready.explain()["last"]["reason"] == "stale"
+    params["textDocument"] = {"uri": URI, "version": 7}
+    assert ready.request("textDocument/inlineCompletion", params)["items"]
+
+
+def test_lines_end_where_lsp_says(ready: LspClient) -> None:
+    """Form feed and U+2028 are characters of a line; a lone CR ends one."""
+    text = "a = '\x0c\u2028'\rb = 2\r\n" + TEXT
+    ready.open(URI, text)
+    (item,) = ready.complete(URI, LINE + 2, COLUMN)
+    assert item["range"]["start"]["line"] == LINE + 2
+
+
+def test_typing_the_completion_needs_no_model(ready: LspClient) -> None:
+    ready.open(URI, TEXT)
+    (item,) = ready.complete(URI, LINE, COLUMN)
+    text = item["insertText"]
+    ready.change(URI, 2, edit(LINE, COLUMN, LINE, COLUMN, text[0]))
+    (rest,) = ready.complete(URI, LINE, COLUMN + 1, invoked=False)
+    assert rest["insertText"] == text[1:]
+    assert ready.explain()["last"]["source"] == "cache"
+
+
+def test_selected_popup_item_is_extended(ready: LspClient) -> None:
+    ready.open(URI, "import os\nos.pa\n")
+    span = {"start": {"line": 1, "character": 3}, "end": {"line": 1, "character": 5}}
+    (item,) = ready.complete(URI, 1, 5, selectedCompletionInfo={"range": span, "text": "path.join"})
+    assert item["range"] == span
+    assert item["insertText"].startswith("path.join")
+    assert len(item["insertText"]) > len("path.join")
+
+
+def test_automatic_request_while_loading_is_empty_and_invoked_waits(fresh: LspClient) -> None:
+    fresh.initialize(window={"workDoneProgress": True})
+    fresh.open(URI, TEXT)
+    assert fresh.complete(URI, LINE, COLUMN, invoked=False) == []
+    assert fresh.explain()["last"]["reason"] == "loading"
+    status = fresh.wait_for_notification("didChangeStatus")
+    assert status["busy"] is True
+    assert fresh.complete(URI, LINE, COLUMN, invoked=True)
+    assert any(r["method"] == "window/workDoneProgress/create" for r in fresh.requests)
+    kinds = [n["params"]["value"]["kind"] for n in fresh.notifications if n["method"] == "$/progress"]
+    assert kinds[0] == "begin"
+    fresh.wait_for_notification("$/progress", lambda p: p["value"]["kind"] == "end")
+
+
+def test_settings_from_the_editor(fresh: LspClient) -> None:
+    fresh.initialize(options={"maxLines": 0, "nonsense": 1, "enabled": False})
+    first = fresh.wait_for_notification("window/showMessage")
+    assert "fimserver.maxLines is 0" in first["message"]
+    assert "1 to 200" in first["message"]
+    fresh.wait_for_notification("window/showMessage", lambda p: "fimserver.nonsense" in p["message"])
+    fresh.open(URI, TEXT)
+    assert fresh.complete(URI, LINE, COLUMN) == []
+    assert fresh.explain()["last"]["reason"] == "disabled"
+    fresh.notify("workspace/didChangeConfiguration", {"settings": {"fimserver": {"enabled": True}}})
+    assert fresh.complete(URI, LINE, COLUMN)
+
+
+def test_settings_are_pulled_where_the_client_is_to_be_asked(fresh: LspClient) -> None:
+    fresh.configuration = {"enabled": False}
+    fresh.initialize(workspace={"configuration": True})
+    fresh.open(URI, TEXT)
+    deadline = time.monotonic() + 10
+    while not any(r["method"] == "workspace/configuration" for r in fresh.requests) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    fresh.request("workspace/executeCommand", {"command": "fimserver.explain", "arguments": []})
+    fresh.complete(URI, LINE, COLUMN)
+    assert fresh.explain()["last"]["reason"] == "disabled"
+
+
+def test_comments_and_docstrings_are_off_strings_on(ready: LspClient) -> None:
+    for text, reason in (("x = 1  # the su\n", "in_comment"), ('"""A modu\n"""\n', "in_docstring")):
+        ready.open(URI, text)
+        assert ready.complete(URI, 0, len(text.split("\n", maxsplit=1)[0])) == []
+        assert ready.explain()["last"]["reason"] == reason
+    ready.open(URI, 'mode = "re"\n')
+    ready.complete(URI, 0, 10)
+    assert ready.explain()["last"].get("reason") != "in_string"
+
+
+def test_bad_model_is_explained_and_mended_by_a_setting(fresh: LspClient) -> None:
+    fresh.initialize(options={"model": "/no/such/model"})
+    error = fresh.wait_for_notification("window/showMessage")
+    assert "/no/such/model" in error["message"]
+    fresh.open(URI, TEXT)
+    assert fresh.complete(URI, LINE, COLUMN) == []
+    assert fresh.explain()["last"]["reason"] == "engine"
+    fresh.notify("workspace/didChangeConfiguration", {"settings": {"fimserver": {"model": "tiny"}}})
+    fresh.wait_for_notification("didChangeStatus", lambda p: "tiny on" in p["message"])
+    assert fresh.complete(URI, LINE, COLUMN)
+
+
+def test_dead_engine_is_started_again_and_the_request_answered(fresh: LspClient) -> None:
+    fresh.initialize()
+    fresh.wait_until_ready()
+    fresh.open(URI, TEXT)
+    pid = fresh.explain()["engine"]["pid"]
+    subprocess.run(["kill", "-9", str(pid)], check=True)
+    assert fresh.complete(URI, LINE, COLUMN)
+    assert fresh.explain()["engine"]["pid"] != pid
+
+
+def test_engine_ends_with_its_server(fresh: LspClient) -> None:
+    fresh.initialize()
+    fresh.wait_until_ready()
+    pid = fresh.explain()["engine"]["pid"]
+    fresh.process.kill()
+    fresh.process.wait()
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes():
+        assert time.monotonic() < deadline, "the worker outlived its server"
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_server_process_never_maps_torch(ready: LspClient) -> None:
+    maps = Path(f"/proc/{ready.process.pid}/maps").read_text()
+    assert "libtorch" not in maps
+    assert "libtorch" in Path(f"/proc/{ready.explain()['engine']['pid']}/maps").read_text()
+
+
+def test_logs_hold_no_code(tmp_path: Path) -> None:
+    client = LspClient(log=tmp_path / "log")
+    client.initialize(options={"logLevel": "debug"})
+    client.wait_until_ready()
+    client.open(URI, TEXT.replace("main", "confidential_name"))
+    assert client.complete(URI, LINE, COLUMN)
+    client.send("textDocument/inlineCompletion", {"textDocument": "confidential_name"})
+    client.notify("textDocument/didChange", {"textDocument": {"uri": URI}, "contentChanges": "confidential_name"})
+    client.notify("textDocument/didOpen", {"textDocument": {"text": "confidential_name"}})
+    assert client.shutdown() == 0
+    log = (tmp_path / "log").read_text()
+    assert "request answered" in log
+    assert "confidential_name" not in log
+
+
+def test_odd_uris_and_many_documents(ready: LspClient) -> None:
+    uris = ["untitled:Untitled-1", "file:///a%20b/%F0%9F%90%8D.py", "vscode-notebook-cell:/x.ipynb#W0", "file://", "not a uri", "//["]
+    for uri in uris:
+        ready.open(uri, TEXT)
+        assert ready.complete(uri, LINE, COLUMN), uri
+        ready.notify("textDocument/didClose", {"textDocument": {"uri": uri}})
+
+
+def test_crlf_document_gets_crlf_and_no_duplicate_cr(ready: LspClient) -> None:
+    ready.open(URI, TEXT.replace("\n", "\r\n"))
+    (item,) = ready.complete(URI, LINE, COLUMN)
+    assert "\r" not in item["insertText"]
+    ready.open(URI, "def add(a, b):\r\n")
+    for item in ready.complete(URI, 0, 14):
+        assert item["insertText"].count("\n") == item["insertText"].count("\r\n")
+
+
+def test_other_language_by_lines(ready: LspClient) -> None:
+    ready.open("file:///a.go", "package main\n\nfunc add(a int, b int) int {\n\treturn a +\n}\n", language="go")
+    items = ready.complete("file:///a.go", 3, 11)
+    assert items or ready.explain()["last"]["reason"] in {"empty", "repetition"}
+    assert json.dumps(items).count("\\n") == 0
