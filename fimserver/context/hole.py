@@ -26,6 +26,7 @@ _ESTIMATED_TOKENS = {
 }
 _WORD = re.compile(r"\w")
 _CLOSERS_ONLY = re.compile(r"[\s)\]}\"'`,:;>]*")
+COMPOUND = re.compile(r"\s*(async|class|def|elif|else|except|finally|for|if|match|case|try|while|with)\b")
 _BLOCK_END = re.compile(r"[:{]\s*$")
 _COMMENT_LINE = re.compile(r"\s*#")
 _TRIPLE = ('"""', "'''")
@@ -129,9 +130,15 @@ def _find_in_code(snapshot: Snapshot, before: str, after: str) -> HoleKind | NoC
     if not before.strip():
         return _find_on_blank_line(snapshot, after)
     if not after.strip():
-        opens_block = before.rstrip().endswith(":") and not scan_python(before).brackets
-        return HoleKind.BLOCK if opens_block and not before.lstrip().startswith("#") else HoleKind.REST_OF_LINE
+        return HoleKind.BLOCK if _opens_block(before) else HoleKind.REST_OF_LINE
     return HoleKind.EXPRESSION
+
+
+def _opens_block(line: str) -> bool:
+    """Whether a line ends a header: not a slice, an annotation or a lambda."""
+    state = scan_python(line)
+    header = COMPOUND.match(line) is not None or state.unmatched is not None  # its first line may stand above
+    return header and line.rstrip().endswith(":") and not state.brackets
 
 
 def _find_on_blank_line(snapshot: Snapshot, after: str) -> HoleKind | NoCompletion:

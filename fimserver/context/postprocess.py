@@ -14,7 +14,7 @@ import re
 import uuid
 from collections.abc import Iterator
 
-from fimserver.context.hole import line_around
+from fimserver.context.hole import COMPOUND, line_around
 from fimserver.context.scan import scan_python
 from fimserver.context.soundness import is_sound
 from fimserver.context.syntax import SyntaxTree
@@ -22,7 +22,6 @@ from fimserver.text import leading_whitespace, line_ending, to_newlines
 from fimserver.types import Completion, Hole, HoleKind, NoCompletion, Snapshot
 
 _TEXT_KINDS = (HoleKind.COMMENT, HoleKind.DOCSTRING, HoleKind.STRING)
-_COMPOUND = re.compile(r"\s*(async|class|def|elif|else|except|finally|for|if|match|case|try|while|with)\b")
 _CLOSING_RUN = re.compile(r"[)\]}\"']*")
 _REPEATED_PHRASE = re.compile(r"(\S.{0,24}?)\1{4,}")
 _MAX_EQUAL_LINES = 3
@@ -86,9 +85,8 @@ def cut_repetition(text: str) -> str:
 
 def cut_repeated_suffix(middle: str, before: str, after: str, following: list[str]) -> str:
     """The middle without its end where that repeats the rest of the line or the next lines."""
-    tail = after.rstrip()
-    overlap = next((n for n in range(min(len(middle), len(tail)), 0, -1) if middle.endswith(tail[:n])), 0)
-    if overlap and (re.search(r"\w", tail[:overlap]) or is_unmatched(before, middle)):
+    overlap = overlap_with(middle, after)
+    if overlap and (re.search(r"\w", after[:overlap]) or is_unmatched(before, middle)):
         middle = middle[: len(middle) - overlap]
     if not following:
         return middle
@@ -100,6 +98,12 @@ def cut_repeated_suffix(middle: str, before: str, after: str, following: list[st
         if repeats and (n > 0 or len(rest[0]) > _TRIVIAL_LINE_LENGTH):
             return "\n".join(lines[:n])
     return middle
+
+
+def overlap_with(middle: str, after: str) -> int:
+    """How many last characters of the middle are the first of the rest of the line."""
+    tail = after.rstrip()
+    return next((n for n in range(min(len(middle), len(tail)), 0, -1) if middle.endswith(tail[:n])), 0)
 
 
 def is_unmatched(before: str, middle: str) -> bool:
@@ -141,6 +145,8 @@ def variants(middle: str, hole: Hole, before: str, after: str) -> Iterator[str]:
 
 def _variants(middle: str, hole: Hole, before: str, after: str) -> Iterator[str]:
     yield middle
+    if overlap := overlap_with(middle, after):
+        yield middle[:-overlap]
     if hole.kind in _TEXT_KINDS and hole.kind is not HoleKind.STRING:
         return
     lines = middle.split("\n")
@@ -160,7 +166,7 @@ def _balanced(part: str, before: str, after: str) -> Iterator[str]:
         line = line[: state.unmatched - len(before)]
         yield head + line
         state = scan_python(before + line)
-    colon = ":" if _COMPOUND.match(before + line) and not after.strip() and not line.endswith(":") else ""
+    colon = ":" if COMPOUND.match(before + line) and not after.strip() and not line.endswith(":") else ""
     yield head + line + missing_closers(before + line, after) + colon
     for cut in _cuts(line):
         yield head + cut + missing_closers(before + cut, after) + colon
@@ -168,7 +174,7 @@ def _balanced(part: str, before: str, after: str) -> Iterator[str]:
 
 def _cuts(line: str) -> Iterator[str]:
     """Ever shorter beginnings of a line, cut before a separator or an opening bracket."""
-    places = [m.start() for m in re.finditer(r"[,(\[{]| (?:and|or|if|for|in|is|[-+*/%=<>|&]+) ", line)]
+    places = [m.start() for m in re.finditer(r"[,(\[{]| (?:and|or|if|for|in|is|[-+*/%=<>|&]+)(?= |$)", line)]
     for place in reversed(places[:6]):
         if line[:place].strip():
             yield line[:place].rstrip()

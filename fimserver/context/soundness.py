@@ -10,8 +10,8 @@ Knows:  trees, Python's own parser.  Never: the model, LSP.
 
 import ast
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from tree_sitter import Node
 
@@ -19,6 +19,7 @@ from fimserver.context.syntax import SyntaxTree, parse
 from fimserver.types import Snapshot
 
 _BODIES = ("module", "block")
+_STAND_INS = (b"pass", b"if True:", b"except Exception: pass", b"except Exception:", b"else:", b"try:", b"@property")
 
 
 def is_sound(snapshot: Snapshot, middle: str, tree: SyntaxTree | None) -> bool:
@@ -36,21 +37,26 @@ def is_sound(snapshot: Snapshot, middle: str, tree: SyntaxTree | None) -> bool:
         return False
     if snapshot.language_id != "python" or python_parses(text):
         return True
-    return not any(map(python_parses, without_statement(new, statement)))
+    return not rest_parses(new.source[: statement.start], new.source[statement.end :])
 
 
-def without_statement(new: SyntaxTree, statement: "Statement") -> Iterator[str]:
-    """The rest of the file: with a stand-in for the statement, and also without the deeper lines behind it.
+@lru_cache(maxsize=8)
+def rest_parses(head: bytes, tail: bytes) -> bool:
+    """Whether the file parses with anything simple in the statement's place.
 
-    Those are its body, or the arguments that the file had before its first line was changed: a middle that
-    leaves them hanging broke the file, however broken it was without any middle.
+    Then a middle that leaves it broken is at fault, and not the rest of the file. Tried with the lines behind
+    the statement, and without those that are deeper: its body, or the arguments that the file had there before
+    its first line was changed.
     """
-    head, tail = new.source[: statement.start], new.source[statement.end :]
-    yield (head + statement.stand_in + tail).decode("utf-8", "replace")
     indent = len(head) - (head.rfind(b"\n") + 1)
     lines = tail.split(b"\n")
     keep = next((i for i, line in enumerate(lines) if i and _begins_statement(line, indent)), len(lines))
-    yield (head + b"pass\n" + b"\n".join(lines[keep:])).decode("utf-8", "replace")
+    without_deeper = b"\n" + b"\n".join(lines[keep:])
+    return any(
+        python_parses((head + stand_in + rest).decode("utf-8", "replace"))
+        for rest in (tail, without_deeper)
+        for stand_in in _STAND_INS
+    )
 
 
 def _begins_statement(line: bytes, indent: int) -> bool:
@@ -60,11 +66,10 @@ def _begins_statement(line: bytes, indent: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """Bytes ``[start, end)`` of the statements at the cursor; ``stand_in`` could replace them and parse."""
+    """Bytes ``[start, end)`` of the statements at the cursor."""
 
     start: int
     end: int
-    stand_in: bytes
 
 
 def find_statement(new: SyntaxTree, start: int, end: int) -> Statement | None:
@@ -78,8 +83,8 @@ def find_statement(new: SyntaxTree, start: int, end: int) -> Statement | None:
     begin = min(first.start_byte, start)
     body = next((i for i, c in enumerate(last.children) if c.type == "block" and c.start_byte >= end), 0)
     if body:
-        return Statement(begin, max(end, last.children[body - 1].end_byte), b"if True:")
-    return Statement(begin, max(end, last.end_byte), b"pass")
+        return Statement(begin, max(end, last.children[body - 1].end_byte))
+    return Statement(begin, max(end, last.end_byte))
 
 
 def _statement_at(new: SyntaxTree, byte: int) -> Node | None:

@@ -79,9 +79,9 @@ def draw_noise(model: Model, generator: torch.Generator) -> torch.Tensor:
     return torch.randint(0, model.vocab_size, shape, generator=generator, device=model.device)
 
 
-def temperature(options: DenoisingOptions, steps_left: int) -> float:
-    """``t_max`` at the first step, towards ``t_min`` at the last."""
-    return options.t_min + (options.t_max - options.t_min) * (steps_left / options.max_denoising_steps)
+def temperature(options: DenoisingOptions, steps_left: int) -> torch.Tensor:
+    """``t_max`` at the first step, towards ``t_min`` at the last; a float32 scalar, rounded as transformers does."""
+    return options.t_min + (options.t_max - options.t_min) * (torch.tensor(steps_left) / options.max_denoising_steps)
 
 
 def sample_canvas(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -1,0 +1,132 @@
+"""Two real models for every test that needs one: the shipped one, and a random one of many experts.
+
+The shipped model has one expert and a window larger than its prompts. The random one is the same class with 8
+experts (2 chosen), a window of 32, full layers whose keys are their values, and a canvas of 16: routing and
+windowing are exercised there.
+"""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, DiffusionGemmaTextConfig
+from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
+    DiffusionGemmaGenerationConfig,
+    EntropyBoundSamplerConfig,
+)
+
+from fimserver.engine.engine import Engine
+from fimserver.engine.model import Model
+from fimserver.engine.vocabulary import Vocabulary
+from fimserver.engine.weights import SHIPPED_MODELS, read_metadata
+
+pytest.register_assert_rewrite("cases", "lsp_client")
+
+TINY = SHIPPED_MODELS / "tiny"
+torch.set_num_threads(1)  # workers side by side share the cores
+
+
+def make_random_network() -> DiffusionGemmaForBlockDiffusion:
+    torch.manual_seed(0)
+    text = DiffusionGemmaTextConfig(
+        vocab_size=8192,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        global_head_dim=32,
+        num_global_key_value_heads=1,
+        sliding_window=32,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+        num_experts=8,
+        top_k_experts=2,
+        moe_intermediate_size=32,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+        max_position_embeddings=4096,
+        initializer_range=0.3,
+    )
+    vision = {
+        "model_type": "gemma4_vision",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "position_embedding_size": 4,
+    }
+    config = DiffusionGemmaConfig(text_config=text, vision_config=vision, canvas_length=16, initializer_range=0.3)
+    network = DiffusionGemmaForBlockDiffusion(config).eval()
+    network.generation_config = DiffusionGemmaGenerationConfig(
+        bos_token_id=2,
+        eos_token_id=1,
+        pad_token_id=0,
+        max_denoising_steps=48,
+        t_min=0.4,
+        t_max=0.8,
+        stability_threshold=1,
+        confidence_threshold=0.005,
+        sampler_config=EntropyBoundSamplerConfig(entropy_bound=0.1),
+    )
+    return network
+
+
+@pytest.fixture(scope="session")
+def vocabulary() -> Vocabulary:
+    return Vocabulary.load(TINY / "tokenizer.json", range(8))
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Model:
+    return Model.load(TINY, torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def random_model() -> Model:
+    metadata = replace(read_metadata(TINY), name="random", max_prompt_tokens=256)
+    return Model(make_random_network(), metadata)
+
+
+@pytest.fixture(params=["tiny", "random"])
+def model(request: pytest.FixtureRequest, tiny_model: Model, random_model: Model) -> Model:
+    return tiny_model if request.param == "tiny" else random_model
+
+
+@pytest.fixture
+def engine(model: Model, vocabulary: Vocabulary) -> Engine:
+    return Engine(model, vocabulary)
+
+
+@pytest.fixture
+def tiny_engine(tiny_model: Model, vocabulary: Vocabulary) -> Engine:
+    return Engine(tiny_model, vocabulary)
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> Path:
+    """A copy of the shipped model to damage."""
+    folder = tmp_path / "model"
+    shutil.copytree(TINY, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def random_folder(random_model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The random model as a checkpoint folder."""
+    folder = tmp_path_factory.mktemp("random")
+    random_model.network.save_pretrained(folder)
+    shutil.copy(TINY / "tokenizer.json", folder)
+    metadata = json.loads((TINY / "fimserver.json").read_text())
+    (folder / "fimserver.json").write_text(json.dumps({**metadata, "name": "random", "max_prompt_tokens": 256}))
+    return folder
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update", action="store_true", help="rewrite the expected results of data-driven cases")

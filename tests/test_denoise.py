@@ -1,0 +1,237 @@
+"""The denoising loop, held against transformers' own with the same random draws."""
+
+import random
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+from transformers.models.diffusion_gemma import generation_diffusion_gemma as reference
+
+from fimserver.engine.answer import AnswerEnd, AnswerStart
+from fimserver.engine.denoise import (
+    CanvasState,
+    DenoisingOptions,
+    accept_tokens,
+    denoising_step,
+    fill_canvas,
+    initialize_canvas,
+    is_settled,
+    temperature,
+    token_entropy,
+)
+from fimserver.engine.kv_cache import PromptCache
+from fimserver.engine.model import Model
+from fimserver.engine.vocabulary import Vocabulary
+from fimserver.errors import CompletionCancelledError
+
+PUBLISHED = DenoisingOptions(
+    max_denoising_steps=48, entropy_bound=0.1, confidence_threshold=0.005, stability_threshold=1, t_min=0.4, t_max=0.8
+)
+
+
+def code_prompt(vocabulary: Vocabulary, text: str = "def add(first, second):\n    return") -> list[int]:
+    return [2, 3, *vocabulary.encode("\n\nprint(add(1, 2))\n"), 4, *vocabulary.encode(text), 5]
+
+
+def run_ours(model: Model, prompt: list[int], options: DenoisingOptions, seed: int) -> tuple[list[int], int]:
+    """One canvas with transformers' rule of stopping: all of it stable and confident."""
+    cache = PromptCache(model.text_config)
+    cache.encode(model, prompt)
+    generator = torch.Generator().manual_seed(seed)
+    state = initialize_canvas(model, options, generator)
+    while state.steps_left:
+        state = denoising_step(model, cache.cache, state, options, generator)
+        if is_settled(state, options, model.canvas_length):
+            break
+    return state.best[0].tolist(), options.max_denoising_steps - state.steps_left
+
+
+def run_theirs(model: Model, prompt: list[int], options: DenoisingOptions, seed: int) -> tuple[list[int], int]:
+    steps: list[list[int]] = []
+
+    class Drafts:
+        def put(self, _value: torch.Tensor) -> None: ...
+        def put_draft(self, value: torch.Tensor) -> None:
+            steps.append(value[0].tolist())
+
+        def end(self) -> None: ...
+
+    torch.manual_seed(seed)
+    model.network.generate(
+        input_ids=torch.tensor([prompt]),
+        max_new_tokens=model.canvas_length,
+        streamer=Drafts(),
+        max_denoising_steps=options.max_denoising_steps,
+        sampler_config=reference.EntropyBoundSamplerConfig(entropy_bound=options.entropy_bound),
+        t_min=options.t_min,
+        t_max=options.t_max,
+        confidence_threshold=options.confidence_threshold,
+        stability_threshold=options.stability_threshold,
+    )
+    return steps[-1], len(steps)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "options",
+    [
+        PUBLISHED,
+        DenoisingOptions(
+            max_denoising_steps=20,
+            entropy_bound=40.0,
+            confidence_threshold=1.5,
+            stability_threshold=1,
+            t_min=0.1,
+            t_max=0.9,
+        ),
+    ],
+    ids=["published", "loose"],
+)
+def test_same_tokens_as_transformers_generate(
+    model: Model, vocabulary: Vocabulary, options: DenoisingOptions, seed: int
+) -> None:
+    prompt = code_prompt(vocabulary)
+    assert run_ours(model, prompt, options, seed) == run_theirs(model, prompt, options, seed)
+
+
+def test_the_comparison_sees_early_stops(tiny_model: Model, vocabulary: Vocabulary) -> None:
+    """The loose options above do stop before the budget is spent, or the test would prove less."""
+    options = DenoisingOptions(20, 40.0, 1.5, 1, 0.1, 0.9)
+    steps = [run_theirs(tiny_model, code_prompt(vocabulary), options, seed)[1] for seed in range(3)]
+    assert min(steps) < 20
+
+
+def test_accept_tokens_is_the_entropy_bound() -> None:
+    rng = random.Random(0)
+    for _ in range(200):
+        entropies = [rng.choice([0.0, rng.random() * 0.1, rng.random()]) for _ in range(12)]
+        bound = rng.random() * 0.5
+        mask = accept_tokens(torch.tensor([entropies]), bound)[0].tolist()
+        ascending = sorted(range(12), key=lambda i: (entropies[i], i))
+        total, kept = 0.0, set()
+        for i in ascending:
+            if total > bound:
+                break
+            kept.add(i)
+            total += entropies[i]
+        assert {i for i, keep in enumerate(mask) if keep} == kept
+
+
+def test_accept_tokens_like_transformers() -> None:
+    torch.manual_seed(1)
+    sampler = reference.EntropyBoundSampler(reference.EntropyBoundSamplerConfig(entropy_bound=0.3), 16, 50, 8)
+    for scale in (1.0, 5.0, 20.0):
+        logits = torch.randn(1, 16, 50) * scale
+        sampler.accept_canvas(torch.zeros(1, 16, dtype=torch.long), torch.ones(1, 16, dtype=torch.long), logits, 1)
+        assert torch.equal(accept_tokens(token_entropy(logits), 0.3), sampler.accepted_token_mask)
+
+
+def test_temperature_falls_from_max_to_min() -> None:
+    assert float(temperature(PUBLISHED, 48)) == pytest.approx(0.8)
+    assert float(temperature(PUBLISHED, 24)) == pytest.approx(0.6)
+    assert float(temperature(PUBLISHED, 1)) == pytest.approx(0.4 + 0.4 / 48)
+
+
+def settled_state(bests: list[list[int]], entropy: float) -> CanvasState:
+    tensors = [torch.tensor([b]) for b in bests]
+    n = tensors[-1].shape[1]
+    return CanvasState(
+        canvas=tensors[-1],
+        best=tensors[-1],
+        logits=torch.zeros(1, n, 4),
+        accepted_mask=torch.ones(1, n, dtype=torch.bool),
+        entropy=torch.full((1, n), entropy),
+        steps_left=3,
+        history=tuple(tensors[:-1]),
+    )
+
+
+@pytest.mark.parametrize(
+    ("bests", "entropy", "threshold", "positions", "settled"),
+    [
+        ([[1, 2, 3], [1, 2, 3]], 0.001, 1, 3, True),
+        ([[1, 2, 9], [1, 2, 3]], 0.001, 1, 3, False),
+        ([[1, 2, 9], [1, 2, 3]], 0.001, 1, 2, True),  # what stands behind the answer's end may change
+        ([[1, 2, 3], [1, 2, 3]], 0.9, 1, 3, False),
+        ([[1, 2, 3], [1, 2, 3]], 0.001, 2, 3, False),
+        ([[1, 2, 3], [1, 2, 3], [1, 2, 3]], 0.001, 2, 3, True),
+        ([[9, 2, 3], [1, 2, 3], [1, 2, 3]], 0.001, 2, 3, False),
+        ([[1, 2, 3]], 0.001, 0, 3, True),
+    ],
+)
+def test_is_settled(bests: list[list[int]], entropy: float, threshold: int, positions: int, *, settled: bool) -> None:
+    options = DenoisingOptions(8, 0.1, 0.1, threshold, 0.4, 0.8)
+    assert is_settled(settled_state(bests, entropy), options, positions) is settled
+
+
+def fill(
+    model: Model,
+    vocabulary: Vocabulary,
+    *,
+    stop: Callable[[], bool] = lambda: False,
+    healed: str = "",
+    seed: int = 0,
+    options: DenoisingOptions = PUBLISHED,
+) -> tuple[str, str, int, list[CanvasState]]:
+    cache = PromptCache(model.text_config)
+    cache.encode(model, code_prompt(vocabulary))
+    states: list[CanvasState] = []
+    end = AnswerEnd(vocabulary, 1)
+    filled = fill_canvas(
+        model,
+        cache.cache,
+        options,
+        generator=torch.Generator().manual_seed(seed),
+        answer_end=end,
+        answer_start=AnswerStart(end, healed, min_tokens=1, vocab_size=model.vocab_size),
+        stop=stop,
+        on_step=lambda state, _answer: states.append(state),
+    )
+    return vocabulary.decode(filled.token_ids), filled.finish, filled.steps, states
+
+
+def test_accepted_tokens_stay_and_the_rest_is_drawn_anew(model: Model, vocabulary: Vocabulary) -> None:
+    _, _, _, states = fill(model, vocabulary, options=DenoisingOptions(8, 5.0, 0.0, 1, 0.4, 0.8))
+    assert len(states) == 8
+    assert all(s.canvas.shape == (1, model.canvas_length) for s in states)
+    for earlier, later in pairwise(states):
+        kept = later.accepted_mask
+        assert bool((earlier.canvas != later.canvas)[~kept].all()) or not bool((~kept).any())
+    assert any(bool((~s.accepted_mask).any()) for s in states)
+
+
+def test_same_seed_same_answer(model: Model, vocabulary: Vocabulary) -> None:
+    assert fill(model, vocabulary, seed=5)[:3] == fill(model, vocabulary, seed=5)[:3]
+
+
+def test_stop_ends_at_the_best_draft(model: Model, vocabulary: Vocabulary) -> None:
+    calls = iter([False, False, False, True])
+    text, finish, steps, states = fill(model, vocabulary, stop=lambda: next(calls))
+    assert (finish, steps) == ("latency", 3)
+    best = states[-1].best[0].tolist()
+    assert text == vocabulary.decode(best[: AnswerEnd(vocabulary, 1).find(best)])
+
+
+def test_cancel_takes_effect_within_one_step(model: Model, vocabulary: Vocabulary) -> None:
+    """A fake clock of steps: cancelled during step n, no step after n is begun."""
+    for cancelled_in in (0, 1, 4):
+        states: list[int] = []
+
+        def stop(states: list[int] = states, cancelled_in: int = cancelled_in) -> bool:
+            if len(states) >= cancelled_in:
+                raise CompletionCancelledError
+            states.append(1)
+            return False
+
+        with pytest.raises(CompletionCancelledError):
+            fill(model, vocabulary, stop=stop)
+        assert len(states) == cancelled_in
+
+
+def test_healed_answers_begin_with_the_word(model: Model, vocabulary: Vocabulary) -> None:
+    for healed in (" fir", " s", " zq", " \u00e9t\u00e9"):
+        for seed in range(2):
+            text = fill(model, vocabulary, healed=healed, seed=seed)[0]
+            assert text.startswith(healed)
+            assert len(text) > len(healed), "min_tokens asks for more than what was typed"

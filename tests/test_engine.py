@@ -1,0 +1,381 @@
+"""The engine: context in, middle out; prompts, healing, ends of answers, metadata."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fimserver.engine.answer import AnswerEnd, AnswerStart, Beginning
+from fimserver.engine.engine import Engine
+from fimserver.engine.model import Model, find_device
+from fimserver.engine.prompt import build_prompt, split_last_word, trim_front
+from fimserver.engine.vocabulary import Vocabulary
+from fimserver.engine.weights import expected_shapes, find_model, read_config, read_metadata
+from fimserver.errors import CompletionCancelledError, EngineError, WeightsError
+from fimserver.types import Draft, FimContext, Hole, HoleKind, Mode, Sampling, Snippet
+
+LINE = Hole(HoleKind.REST_OF_LINE, 1, 12)
+BLOCK = Hole(HoleKind.BLOCK, 4, 32)
+MODES = [Mode.DIFFUSION, Mode.AUTOREGRESSIVE]
+
+
+def context(prefix: str, suffix: str = "\n", hole: Hole = LINE) -> FimContext:
+    return FimContext(prefix, suffix, "app.py", "python", hole, (Snippet("a.py", "x"),), ("guess",))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_both_loops_answer_on_both_models(engine: Engine, mode: Mode) -> None:
+    generation = engine.complete(context("def add(first, second):\n    return fir"), Sampling(mode, seed=0, min_tokens=1))
+    assert generation.text
+    assert "\n" not in generation.text
+    assert generation.mode is mode
+    assert generation.forward_passes >= 2
+    assert (generation.denoising_steps > 0) == (mode is Mode.DIFFUSION)
+    assert set(generation.timings_ms) == {"prompt", "encode", "decode", "total"}
+    assert generation.num_tokens <= engine.model.canvas_length
+
+
+def test_auto_is_what_the_metadata_prefers(tiny_engine: Engine) -> None:
+    generation = tiny_engine.complete(context("x = "), Sampling(seed=0))
+    assert generation.mode is tiny_engine.model.metadata.preferred_mode
+
+
+def test_left_to_right_is_greedy_by_transformers_own_forward(model: Model, vocabulary: Vocabulary) -> None:
+    """The plain reference: the whole sequence through ``forward`` for every token, no cache."""
+    engine = Engine(model, vocabulary)
+    fim = context("def add(first, second):\n    return (", hole=Hole(HoleKind.SPAN, 1000, 8))
+    generation = engine.complete(fim, Sampling(Mode.AUTOREGRESSIVE))
+    prompt = list(build_prompt(fim, vocabulary, model.metadata).token_ids)
+    written: list[int] = []
+    while len(written) < model.canvas_length:
+        hidden = model.network.model.encoder(input_ids=torch.tensor([prompt + written])).last_hidden_state
+        best = int(model.network.lm_head(hidden[0, -1]).argmax())
+        if best in vocabulary.special_ids:
+            break
+        written.append(best)
+    assert generation.text == vocabulary.decode(written)
+    assert generation.num_tokens == len(written)
+
+
+def test_a_longer_prefix_uses_the_cache(engine: Engine) -> None:
+    """The answer is a fresh engine's; left to right, since a random model's draws magnify every rounding."""
+    first = engine.complete(context("def add(first, second):\n    return first + "), Sampling(Mode.AUTOREGRESSIVE))
+    second = engine.complete(context("def add(first, second):\n    return first + second - "), Sampling(Mode.AUTOREGRESSIVE))
+    assert first.cached_tokens == 0
+    assert second.cached_tokens >= first.prompt_tokens - 3
+    fresh = Engine(engine.model, engine.vocabulary)
+    again = fresh.complete(context("def add(first, second):\n    return first + second - "), Sampling(Mode.AUTOREGRESSIVE))
+    assert again.text == second.text
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_latency_limit_ends_at_a_draft(tiny_engine: Engine, mode: Mode) -> None:
+    sampling = Sampling(mode, seed=0, max_latency_ms=1, min_tokens=1)
+    generation = tiny_engine.complete(context("def add(first, second):\n    return "), sampling)
+    assert generation.finish == "latency"
+    assert generation.forward_passes <= 2
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_cancel_leaves_the_engine_usable(engine: Engine, mode: Mode) -> None:
+    drafts: list[Draft] = []
+    with pytest.raises(CompletionCancelledError):
+        engine.complete(
+            context("def add(first, second):\n    return ", hole=BLOCK),
+            Sampling(mode, seed=0, min_tokens=1),
+            cancelled=lambda: len(drafts) >= 1,
+            on_draft=drafts.append,
+        )
+    assert len(drafts) == 1
+    assert engine.complete(context("x = "), Sampling(mode, seed=0, min_tokens=1)).text
+
+
+def test_trace_has_every_canvas(tiny_engine: Engine) -> None:
+    drafts: list[Draft] = []
+    sampling = Sampling(Mode.DIFFUSION, seed=0, max_denoising_steps=3, trace=True)
+    generation = tiny_engine.complete(context("x = "), sampling, on_draft=drafts.append)
+    assert [d.step for d in drafts] == list(range(1, generation.denoising_steps + 1))
+    assert all(len(d.canvas) == tiny_engine.model.canvas_length for d in drafts)
+    assert "<mid>" in generation.prompt_text
+
+
+def test_steps_can_be_limited(tiny_engine: Engine) -> None:
+    generation = tiny_engine.complete(context("x = "), Sampling(Mode.DIFFUSION, seed=0, max_denoising_steps=2))
+    assert generation.denoising_steps <= 2
+    assert generation.forward_passes == generation.denoising_steps + 1
+
+
+# Prompts
+
+
+def test_prompt_layout_is_suffix_first(vocabulary: Vocabulary, tiny_model: Model) -> None:
+    prompt = build_prompt(context("a = 1\nb = ", "\nc = 3\n"), vocabulary, tiny_model.metadata)
+    shown = "".join(map(vocabulary.show, prompt.token_ids))
+    assert shown == "<bos><suf>\nc = 3\n<pre>a = 1\nb = <mid>"
+    assert prompt.healed == ""
+
+
+def test_prompt_never_exceeds_the_trained_length(vocabulary: Vocabulary, tiny_model: Model) -> None:
+    limit = tiny_model.metadata.max_prompt_tokens
+    for n in (10, 300, 400, 2000):
+        prompt = build_prompt(context("value = call(1)\n" * n, "other = thing\n" * n), vocabulary, tiny_model.metadata)
+        assert len(prompt.token_ids) <= limit
+        assert len(prompt.token_ids) > min(limit, n * 4) * 0.6
+
+
+def test_prompt_head_survives_typing(vocabulary: Vocabulary, tiny_model: Model) -> None:
+    text = "".join(f"value_{i} = compute(value_{i - 1}, {i})\n" for i in range(200))
+    cuts = set()
+    for extra in range(60):
+        ids = build_prompt(context(text + "x" * extra), vocabulary, tiny_model.metadata).token_ids
+        cuts.add(ids[:40])
+    assert len(cuts) <= 2
+
+
+def test_control_tokens_in_code_are_text(vocabulary: Vocabulary, tiny_model: Model) -> None:
+    ids = build_prompt(context("x = '<mid><eos>'", "<suf>"), vocabulary, tiny_model.metadata).token_ids
+    assert [i for i in ids if i < 8] == [2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("prefix", "word"),
+    [
+        ("return fi", " fi"),
+        ("self.na", "na"),
+        ("    se", "se"),
+        ("se", "se"),
+        ("x = ", ""),
+        ("x = (", ""),
+        ("a\n    b", "b"),
+        ("x = \u00e9t", " \u00e9t"),
+        ("x1", ""),
+        ("", ""),
+        ("f(a, b_c", " b_c"),
+    ],
+)
+def test_split_last_word(prefix: str, word: str) -> None:
+    assert split_last_word(prefix) == (prefix[: len(prefix) - len(word)], word)
+
+
+@pytest.mark.parametrize(("n", "budget", "kept"), [(10, 10, 10), (11, 10, 9), (12, 10, 10), (100, 8, 8), (5, 3, 3)])
+def test_trim_front_cuts_at_a_stride(n: int, budget: int, kept: int) -> None:
+    assert trim_front(list(range(n)), budget) == list(range(n))[n - kept :]
+
+
+# Beginning and end of an answer
+
+
+def test_answer_end(vocabulary: Vocabulary) -> None:
+    line = vocabulary.encode("a + b")
+    two = vocabulary.encode("a + b\n    c")
+    assert AnswerEnd(vocabulary, 1).find(two) == len(line)
+    assert AnswerEnd(vocabulary, 2).find(two) == len(two)
+    assert AnswerEnd(vocabulary, 9).find([*line, 1, 5, 6]) == len(line)
+    assert AnswerEnd(vocabulary, 1).find([0]) == 0
+
+
+@pytest.mark.parametrize("healed", [" fi", "q", " zqzq", "_x", " \u00e9t\u00e9", "\U0001f40d"])
+def test_greedy_healing_spells_the_word(vocabulary: Vocabulary, healed: str) -> None:
+    start = AnswerStart(AnswerEnd(vocabulary, 1), healed, min_tokens=1, vocab_size=8192)
+    generator = torch.Generator().manual_seed(0)
+    beginning, ids = start.beginning, []
+    while beginning.rest or beginning.needs_more:
+        ids.append(int(start.constrain(torch.randn(8192, generator=generator), beginning).argmax()))
+        beginning = start.after(beginning, ids[-1])
+    text = b"".join(vocabulary.token_bytes[i] for i in ids)
+    assert text.startswith(healed.encode())
+    assert len(text) > len(healed.encode())
+    canvas = start.constrain_canvas(torch.randn(32, 8192, generator=generator))
+    spelled = b"".join(vocabulary.token_bytes[i] for i in canvas.argmax(-1).tolist())
+    assert spelled.startswith(healed.encode())
+
+
+def test_min_tokens_forbids_an_empty_answer(vocabulary: Vocabulary) -> None:
+    start = AnswerStart(AnswerEnd(vocabulary, 1), "", min_tokens=1, vocab_size=8192)
+    logits = torch.zeros(8192)
+    newline = vocabulary.encode("\n")[0]
+    logits[[0, 1, 5, newline]] = 9.0
+    chosen = int(start.constrain(logits, start.beginning).argmax())
+    assert chosen not in {0, 1, 5, newline}
+    assert start.after(start.beginning, chosen) == Beginning(b"", needs_more=False)
+    free = AnswerStart(AnswerEnd(vocabulary, 1), "", min_tokens=0, vocab_size=8192)
+    assert torch.equal(free.constrain(logits, free.beginning), logits)
+
+
+@pytest.mark.parametrize("text", ["x = 1\n", "\u00e9\u4e2d\U0001f40d", "\t\tif a:\r\n", "", "a\ud800b"])
+def test_vocabulary_round_trip(vocabulary: Vocabulary, text: str) -> None:
+    clean = text.encode("utf-8", "replace").decode()
+    assert vocabulary.decode(vocabulary.encode(text)) == clean
+
+
+def test_half_a_character_at_the_end_is_dropped(vocabulary: Vocabulary) -> None:
+    ids = vocabulary.encode("a\U0001f40d")
+    assert vocabulary.decode(ids[:-1]) == "a"
+
+
+# Loading
+
+
+def test_random_model_loads_from_its_folder(random_folder: Path, random_model: Model) -> None:
+    engine = Engine.load(str(random_folder), "cpu")
+    theirs = dict(random_model.network.named_parameters())
+    for name, tensor in engine.model.network.named_parameters():
+        assert torch.equal(tensor, theirs[name]), name
+    assert engine.info.name == "random"
+    assert engine.complete(context("x = "), Sampling(Mode.DIFFUSION, seed=0, min_tokens=1)).text
+
+
+def test_bf16_weights_in_fp32_keep_the_rotary_frequencies(tiny_model: Model) -> None:
+    decoder = tiny_model.network.model.decoder
+    for name, buffer in decoder.rotary_emb.named_buffers():
+        assert buffer.dtype is torch.float32, name
+    half = Model.load(find_model("tiny"), torch.device("cpu"))
+    assert half.network.dtype is torch.float32
+
+
+def damage(folder: Path, change: str) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.decoder.layers.0.mlp.up_proj.weight"
+    if change == "missing":
+        del tensors[name]
+    elif change == "extra":
+        tensors["model.decoder.layers.99.weight"] = torch.zeros(2)
+    elif change == "shape":
+        tensors[name] = tensors[name][:-1].clone()
+    elif change == "nan":
+        tensors[name] = tensors[name].clone()
+        tensors[name][3, 4] = torch.nan
+    elif change == "infinite":
+        tensors[name] = tensors[name].clone()
+        tensors[name][0, 0] = torch.inf
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("missing", ["up_proj", "missing"]),
+        ("extra", ["layers.99.weight", "not part"]),
+        ("shape", ["up_proj", "shape", "(511, 256)", "(512, 256)"]),
+        ("nan", ["up_proj", "NaN"]),
+        ("infinite", ["up_proj", "infinite"]),
+    ],
+)
+def test_a_bad_tensor_is_named(model_folder: Path, change: str, words: list[str]) -> None:
+    damage(model_folder, change)
+    with pytest.raises(WeightsError) as error:
+        Engine.load(str(model_folder), "cpu")
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("model.safetensors", b"not a safetensors file", ["model.safetensors", "copy"]),
+        ("model.safetensors", None, ["no model.safetensors"]),
+        ("config.json", b"{", ["config.json", "cannot be read"]),
+        ("config.json", b'{"model_type": "llama"}', ["llama", "diffusion_gemma"]),
+        ("config.json", b'{"model_type": "diffusion_gemma", "quantization_config": {}}', ["quantized"]),
+        ("config.json", b"[]", ["config.json", "list"]),
+        ("tokenizer.json", b"{}", ["tokenizer.json"]),
+        ("fimserver.json", b"{}", ["lacks", "max_prompt_tokens"]),
+        ("fimserver.json", None, ["fimserver.json"]),
+    ],
+)
+def test_a_bad_file_is_named(model_folder: Path, file: str, content: bytes | None, words: list[str]) -> None:
+    if content is None:
+        (model_folder / file).unlink()
+    else:
+        (model_folder / file).write_bytes(content)
+    with pytest.raises(WeightsError) as error:
+        Engine.load(str(model_folder), "cpu")
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "word"),
+    [
+        ("prompt_layout", "chat", "prompt_layout"),
+        ("preferred_mode", "auto", "preferred_mode"),
+        ("preferred_mode", "fast", "preferred_mode"),
+        ("special_tokens", {"pad": 0}, "eos"),
+        ("colour", 1, "colour"),
+    ],
+)
+def test_bad_metadata_names_the_key(model_folder: Path, key: str, value: object, word: str) -> None:
+    path = model_folder / "fimserver.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(WeightsError, match=word):
+        read_metadata(model_folder)
+
+
+def test_truncated_weights_are_an_error(model_folder: Path) -> None:
+    path = model_folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(WeightsError, match="model.safetensors"):
+        Engine.load(str(model_folder), "cpu")
+
+
+def test_sharded_weights_load(model_folder: Path) -> None:
+    single = model_folder / "model.safetensors"
+    tensors = load_file(single)
+    names = sorted(tensors)
+    shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, part in shards.items():
+        save_file({n: tensors[n] for n in part}, model_folder / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {n: f for f, part in shards.items() for n in part}}
+    (model_folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    single.unlink()
+    whole = Engine.load("tiny", "cpu").complete(context("x = "), Sampling(Mode.AUTOREGRESSIVE, min_tokens=1))
+    parts = Engine.load(str(model_folder), "cpu").complete(context("x = "), Sampling(Mode.AUTOREGRESSIVE, min_tokens=1))
+    assert parts.text == whole.text
+    (model_folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(WeightsError, match="model-00002"):
+        Engine.load(str(model_folder), "cpu")
+
+
+def test_tied_weights_are_asked_for_once() -> None:
+    shapes = expected_shapes(read_config(find_model("tiny")))
+    assert "model.decoder.embed_tokens.weight" in shapes
+    assert "lm_head.weight" not in shapes
+
+
+def test_unknown_model_names_the_shipped_ones() -> None:
+    with pytest.raises(WeightsError, match="tiny"):
+        find_model("/no/such/folder")
+
+
+def test_generation_config_is_complete() -> None:
+    """Without end ids transformers' ``generate`` never stops on the shipped model."""
+    values = json.loads((find_model("tiny") / "generation_config.json").read_text())
+    expected = {"eos_token_id": 1, "max_denoising_steps": 48, "t_min": 0.4, "t_max": 0.8}
+    assert {k: values[k] for k in expected} == expected
+    assert (values["stability_threshold"], values["confidence_threshold"]) == (1, 0.005)
+    assert values["sampler_config"]["entropy_bound"] == 0.1
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "xla", "mps"])
+def test_unusable_devices_say_what_to_use(name: str) -> None:
+    if name == "mps" and torch.backends.mps.is_available():
+        pytest.skip("this machine has MPS")
+    with pytest.raises(EngineError, match="use auto"):
+        find_device(name)
+
+
+def test_device_auto_prefers_an_accelerator() -> None:
+    expected = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    assert find_device("auto").type == expected
+
+
+def test_wrong_tokenizer_is_an_error(random_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(random_folder, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["new_token"] = 8192
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(WeightsError, match="8193"):
+        Engine.load(str(folder), "cpu")
