@@ -29,7 +29,7 @@ def main() -> None:
     """Code completion on your own machine: fill the middle with a text-diffusion model."""
 
 
-def _engine_options(command: Any) -> Any:  # noqa: ANN401  click's decorators
+def _engine_options(command: Any) -> Any:
     """Options that every command with a model has; each is a setting of the same name."""
     for option in (
         click.option("--model", metavar="NAME|FOLDER", help="The shipped model's name, or a checkpoint folder."),
@@ -40,7 +40,7 @@ def _engine_options(command: Any) -> Any:  # noqa: ANN401  click's decorators
     return command
 
 
-def _decoding_options(command: Any) -> Any:  # noqa: ANN401
+def _decoding_options(command: Any) -> Any:
     for option in (
         click.option("--mode", type=click.Choice([m.value for m in Mode]), help="How the middle is decoded."),
         click.option("--seed", type=int, default=0, show_default=True, help="Seed of the canvas noise."),
@@ -50,7 +50,7 @@ def _decoding_options(command: Any) -> Any:  # noqa: ANN401
     return command
 
 
-def _settings(pairs: tuple[str, ...] = (), **options: object) -> Settings:
+def _settings(options: dict[str, Any], pairs: tuple[str, ...] = ()) -> Settings:
     """Settings from options and ``--set NAME=VALUE`` pairs; a wrong one is wrong use."""
     names = {setting.name: wire_name for wire_name, setting in BY_WIRE_NAME.items()}
     values: dict[str, Any] = {names[k]: v for k, v in options.items() if v is not None}
@@ -71,19 +71,19 @@ def _settings(pairs: tuple[str, ...] = (), **options: object) -> Settings:
 
 @main.command()
 @_engine_options
-def lsp(**options: object) -> None:
+def lsp(**options: Any) -> None:
     """Serve one editor over stdio (LSP 3.18, textDocument/inlineCompletion)."""
     from fimserver.lsp.server import run_stdio  # noqa: PLC0415  only this command pays for pygls
 
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="fimserver: %(levelname)s %(message)s")
     if sys.stdin.isatty():
         click.echo("fimserver lsp waits for an editor on stdin; see README.md, or try: fimserver complete", err=True)
-    _settings(**options)
+    _settings(options)
     names = {setting.name: wire_name for wire_name, setting in BY_WIRE_NAME.items()}
     sys.exit(run_stdio({names[k]: v for k, v in options.items() if v is not None}))
 
 
-@main.command()
+@main.command(context_settings={"ignore_unknown_options": True})  # or -:LINE:COL would be taken for one
 @click.argument("target", metavar="FILE:LINE:COL")
 @click.option("--path", metavar="NAME", help="File name of the text on standard input (FILE is -).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -91,13 +91,18 @@ def lsp(**options: object) -> None:
 @click.option("--set", "pairs", multiple=True, metavar="NAME=VALUE", help="Any setting; see docs/settings.md.")
 @_decoding_options
 @_engine_options
-def complete(  # noqa: PLR0913, PLR0917  click hands every option over
-    target: str, path: str | None, as_json: bool, trace: bool, pairs: tuple[str, ...], **options: object  # noqa: FBT001
+def complete(
+    target: str,
+    path: str | None,
+    as_json: bool,  # noqa: FBT001  click hands flags over by name
+    trace: bool,  # noqa: FBT001
+    pairs: tuple[str, ...],
+    **options: Any,
 ) -> None:
     """Complete at LINE:COL of FILE (from 1, columns in characters; - reads standard input)."""
     from fimserver.completion import Target, complete_target, parse_target, print_result  # noqa: PLC0415
 
-    settings = _settings(pairs, **options)
+    settings = _settings(options, pairs)
     try:
         place: Target = parse_target(target, path, sys.stdin.buffer)
     except FimserverError as error:
@@ -123,11 +128,11 @@ def evaluate() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @_decoding_options
 @_engine_options
-def infilling(data: Path, limit: int | None, as_json: bool, **options: object) -> None:  # noqa: FBT001
+def infilling(data: Path, limit: int | None, as_json: bool, **options: Any) -> None:  # noqa: FBT001
     """Fill the holes of a HumanEval-Infilling file: exact match, edit similarity, passes, time."""
     from fimserver.bench.infilling import evaluate_file, print_summary  # noqa: PLC0415
 
-    settings = _settings(**options)
+    settings = _settings(options)
     try:
         summary = evaluate_file(data, settings, limit=limit)
     except FimserverError as error:
@@ -138,11 +143,11 @@ def infilling(data: Path, limit: int | None, as_json: bool, **options: object) -
 
 @main.command()
 @_engine_options
-def doctor(**options: object) -> None:
+def doctor(**options: Any) -> None:
     """Check the installation; every line that fails says how to mend it."""
     from fimserver.doctor import run_checks  # noqa: PLC0415
 
-    sys.exit(0 if run_checks(_settings(**options)) else 1)
+    sys.exit(0 if run_checks(_settings(options)) else 1)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Knows:  packages, the machine, the engine's client.  Never: LSP, torch (the engi
 import os
 import platform
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -20,7 +19,16 @@ from fimserver.settings import Settings
 from fimserver.types import FimContext, Hole, HoleKind, Sampling
 
 LOAD_TIMEOUT_S = 300.0
-_PACKAGES = ("pygls", "lsprotocol", "torch", "transformers", "tokenizers", "safetensors", "tree-sitter", "tree-sitter-python")
+_PACKAGES = (
+    "pygls",
+    "lsprotocol",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "tree-sitter",
+    "tree-sitter-python",
+)
 _LEAST_FREE_BYTES = 1_500_000_000  # torch, transformers and the shipped model in one process
 _PROBE = "def add(first, second):\n    return first + "
 
@@ -38,8 +46,7 @@ def run_checks(settings: Settings) -> bool:
     """Print every check; whether all are good."""
     console = Console(highlight=False, soft_wrap=True)
     good = True
-    checks: list[Callable[[Settings], Check]] = [check_python, check_packages, check_memory, check_grammar, check_model]
-    for check in checks:
+    for check in (check_python, check_packages, check_memory, check_grammar, check_model):
         result = check(settings)
         mark = ("FAIL", "bold red") if result.remedy else ("ok  ", "green")
         console.print(Text.assemble(mark, f" {result.name:9} {result.found}"))
@@ -51,7 +58,9 @@ def run_checks(settings: Settings) -> bool:
 
 def check_python(_settings: Settings) -> Check:
     """Version and place of the interpreter."""
-    return Check("python", f"{platform.python_version()} ({sys.executable}), fimserver {__version__}, {platform.platform()}")
+    return Check(
+        "python", f"{platform.python_version()} ({sys.executable}), fimserver {__version__}, {platform.platform()}"
+    )
 
 
 def check_packages(_settings: Settings) -> Check:
@@ -62,7 +71,9 @@ def check_packages(_settings: Settings) -> Check:
             found.append(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:
             missing.append(name)
-    remedy = f"missing: {', '.join(missing)}; install with: {sys.executable} -m pip install fimserver" if missing else ""
+    remedy = (
+        f"missing: {', '.join(missing)}; install with: {sys.executable} -m pip install fimserver" if missing else ""
+    )
     return Check("packages", ", ".join(found), remedy)
 
 
@@ -86,7 +97,11 @@ def check_grammar(_settings: Settings) -> Check:
 
         tree = parse("x = 1\n", "python")
     except (ImportError, OSError, ValueError, TypeError) as error:
-        return Check("grammars", f"{type(error).__name__}: {error}", "pip install --force-reinstall tree-sitter tree-sitter-python")
+        return Check(
+            "grammars",
+            f"{type(error).__name__}: {error}",
+            "pip install --force-reinstall tree-sitter tree-sitter-python",
+        )
     errors = tree.errors() if tree is not None else [(0, 0)]
     return Check("grammars", "python", "pip install --upgrade tree-sitter tree-sitter-python" if errors else "")
 
@@ -101,7 +116,11 @@ def check_model(settings: Settings) -> Check:
         pending = engine.complete(FimContext(_PROBE, "\n", "probe.py", "python", hole), Sampling(seed=0, min_tokens=1))
         generation = pending.future.result(LOAD_TIMEOUT_S)
     except (EngineError, TimeoutError) as error:
-        return Check("model", f"{settings.model} on {settings.device}", str(error) or "no answer: kill python processes of fimserver and try again")
+        return Check(
+            "model",
+            f"{settings.model} on {settings.device}",
+            str(error) or "no answer: kill python processes of fimserver and try again",
+        )
     finally:
         engine.close()
     found = (

@@ -18,15 +18,15 @@ from fimserver.types import Mode
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
-def _setting(
-    default: Any,  # noqa: ANN401  one helper for every type in the table
+def _setting(  # noqa: PLR0913  the columns of the table
+    default: Any,
     doc: str,
     *,
     low: int | None = None,
     high: int | None = None,
     choices: tuple[str, ...] = (),
     pattern: re.Pattern[str] | None = None,
-) -> Any:  # noqa: ANN401
+) -> Any:
     metadata = {"doc": doc, "low": low, "high": high, "choices": choices, "pattern": pattern}
     return field(default=default, metadata=metadata)
 
@@ -63,12 +63,8 @@ class Settings:
     max_latency_ms: int = _setting(
         default=2000, doc="Longest model time; then the best draft is the answer.", low=50, high=60000
     )
-    model: str = _setting(
-        default="tiny", doc="The shipped model's name, or the folder of a DiffusionGemma checkpoint."
-    )
-    device: str = _setting(
-        default="auto", doc="auto, cpu, cuda, cuda:N or mps (torch's names).", pattern=_DEVICE
-    )
+    model: str = _setting(default="tiny", doc="The shipped model's name, or the folder of a DiffusionGemma checkpoint.")
+    device: str = _setting(default="auto", doc="auto, cpu, cuda, cuda:N or mps (torch's names).", pattern=_DEVICE)
     threads: int = _setting(
         default=0, doc="CPU threads of the model; 0 means physical cores less one.", low=0, high=1024
     )
@@ -103,7 +99,7 @@ def allowed_values(setting: "dataclasses.Field[Any]") -> str:
     return "true | false" if setting.type is bool else "text"
 
 
-def _check(wire_name: str, value: Any) -> None:  # noqa: ANN401
+def _check(wire_name: str, value: Any) -> None:
     setting = BY_WIRE_NAME[wire_name]
     m = setting.metadata
     if value is None:

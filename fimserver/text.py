@@ -1,6 +1,6 @@
-"""Lines, positions and edits of a text. Standard library only.
+r"""Lines, positions and edits of a text. Standard library only.
 
-A line ends at ``\\n``, ``\\r\\n`` or ``\\r`` and nowhere else (not at a form feed, not at U+2028), as LSP
+A line ends at ``\n``, ``\r\n`` or ``\r`` and nowhere else (not at a form feed, not at U+2028), as LSP
 has it. Offsets are code points; columns are units of the negotiated encoding.
 
 Knows:  str.  Never: LSP types, documents, files.
@@ -108,13 +108,13 @@ def replace(text: str, start: int, end: int, new: str) -> str:
 
 
 def line_ending(text: str) -> str:
-    """The line end a text uses: that of its first line, ``\\n`` for a single line."""
+    r"""The line end a text uses: that of its first line, ``\n`` for a single line."""
     match = _LINE_END.search(text)
     return match.group() if match else "\n"
 
 
 def to_newlines(text: str) -> str:
-    """The text with every line end as ``\\n``."""
+    r"""The text with every line end as ``\n``."""
     return _LINE_END.sub("\n", text) if "\r" in text else text
 
 

@@ -70,7 +70,7 @@ class Snippet:
 
 @dataclass(frozen=True, slots=True)
 class FimContext:
-    """Everything the engine is told; line ends are ``\\n``, budgets are in characters."""
+    r"""Everything the engine is told; line ends are ``\n``, budgets are in characters."""
 
     prefix: str
     suffix: str

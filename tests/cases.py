@@ -74,7 +74,9 @@ def check(case: Case, actual: str, request: pytest.FixtureRequest) -> None:
     if actual != expected and request.config.getoption("--update"):
         path = DATA / case.file
         text = path.read_text(encoding="utf-8")
-        start = text.index(f"\n=== {case.name}") if not text.startswith(f"=== {case.name}") else 0
+        header = re.search(rf"^=== {re.escape(case.name)}(?: \[.*\])?$", text, re.MULTILINE)
+        assert header
+        start = header.start()
         place = text.index(f"--- {title}\n", start) + len(f"--- {title}\n")
         assert text.startswith(expected, place)
         path.write_text(text[:place] + actual + text[place + len(expected) :], encoding="utf-8")

@@ -18,14 +18,16 @@ class LspClient:
 
     def __init__(self, *arguments: str, env: dict[str, str] | None = None, log: Path | None = None) -> None:
         self.log = log
-        stderr = log.open("wb") if log else subprocess.DEVNULL
+        stderr = log.open("wb") if log else None
         self.process = subprocess.Popen(
             [*SERVER, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=stderr,
+            stderr=stderr or subprocess.DEVNULL,
             env={**os.environ, **(env or {})},
         )
+        if stderr is not None:
+            stderr.close()
         self.next_id = 1
         self.answers: dict[int | str, dict[str, Any]] = {}
         self.notifications: list[dict[str, Any]] = []

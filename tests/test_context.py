@@ -97,7 +97,9 @@ def test_budget_grows_with_the_prompt() -> None:
     assert budget_for(768).suffix > budget_for(384).suffix
 
 
-@pytest.mark.parametrize(("uri", "path"), [("file:///a%20b.py", "/a b.py"), ("untitled:x", "x"), ("//[", "//["), ("", "")])
+@pytest.mark.parametrize(
+    ("uri", "path"), [("file:///a%20b.py", "/a b.py"), ("untitled:x", "x"), ("//[", "//["), ("", "")]
+)
 def test_path_of_odd_uris(uri: str, path: str) -> None:
     assert path_of(uri) == path
 
@@ -107,7 +109,17 @@ def test_path_of_odd_uris(uri: str, path: str) -> None:
 
 def test_tree_after_random_edits_equals_a_fresh_parse() -> None:
     rng = random.Random(0)
-    pieces = ["x = 1\n", "def f(a):\n    return a\n", '"""d"""', "(", ")", "\n", "    ", "\U0001f40d = '\u00e9'\n", "if a:\n"]
+    pieces = [
+        "x = 1\n",
+        "def f(a):\n    return a\n",
+        '"""d"""',
+        "(",
+        ")",
+        "\n",
+        "    ",
+        "\U0001f40d = '\u00e9'\n",
+        "if a:\n",
+    ]
     text = "".join(rng.choices(pieces, k=30))
     tree = parse(text, "python")
     for _ in range(150):
@@ -137,7 +149,10 @@ def test_offsets_and_bytes() -> None:
     assert [tree.to_offset(b) for b in (0, 2, 6, 7)] == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize(("a", "b", "prefix", "suffix"), [(b"", b"", 0, 0), (b"abc", b"abc", 3, 3), (b"abXc", b"abYc", 2, 1), (b"a", b"b", 0, 0), (b"aa", b"aaa", 2, 2)])
+@pytest.mark.parametrize(
+    ("a", "b", "prefix", "suffix"),
+    [(b"", b"", 0, 0), (b"abc", b"abc", 3, 3), (b"abXc", b"abYc", 2, 1), (b"a", b"b", 0, 0), (b"aa", b"aaa", 2, 2)],
+)
 def test_common_ends(a: bytes, b: bytes, prefix: int, suffix: int) -> None:
     assert common_prefix_length(a, b) == prefix
     assert common_suffix_length(a, b, min(len(a), len(b))) == suffix
@@ -214,7 +229,27 @@ def pick_line_end(text: str, rng: random.Random) -> tuple[int, int]:
 def test_whatever_is_offered_parses_where_the_file_did() -> None:
     """Random answers on real lines: nothing that is offered breaks the file."""
     rng = random.Random(2)
-    words = ["self", ".", "x", "(", ")", "[", "]", ", ", " = ", ":", "'", '"', " + ", "in", " if ", "\n    ", "#", "{", "1"]
+    words = [
+        "self",
+        ".",
+        "x",
+        "(",
+        ")",
+        "[",
+        "]",
+        ", ",
+        " = ",
+        ":",
+        "'",
+        '"',
+        " + ",
+        "in",
+        " if ",
+        "\n    ",
+        "#",
+        "{",
+        "1",
+    ]
     offered = 0
     for name in ("textwrap", "csv", "heapq", "shelve"):
         text = (STDLIB / f"{name}.py").read_text(encoding="utf-8")

@@ -28,7 +28,9 @@ def context(prefix: str, suffix: str = "\n", hole: Hole = LINE) -> FimContext:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_both_loops_answer_on_both_models(engine: Engine, mode: Mode) -> None:
-    generation = engine.complete(context("def add(first, second):\n    return fir"), Sampling(mode, seed=0, min_tokens=1))
+    generation = engine.complete(
+        context("def add(first, second):\n    return fir"), Sampling(mode, seed=0, min_tokens=1)
+    )
     assert generation.text
     assert "\n" not in generation.text
     assert generation.mode is mode
@@ -63,11 +65,15 @@ def test_left_to_right_is_greedy_by_transformers_own_forward(model: Model, vocab
 def test_a_longer_prefix_uses_the_cache(engine: Engine) -> None:
     """The answer is a fresh engine's; left to right, since a random model's draws magnify every rounding."""
     first = engine.complete(context("def add(first, second):\n    return first + "), Sampling(Mode.AUTOREGRESSIVE))
-    second = engine.complete(context("def add(first, second):\n    return first + second - "), Sampling(Mode.AUTOREGRESSIVE))
+    second = engine.complete(
+        context("def add(first, second):\n    return first + second - "), Sampling(Mode.AUTOREGRESSIVE)
+    )
     assert first.cached_tokens == 0
     assert second.cached_tokens >= first.prompt_tokens - 3
     fresh = Engine(engine.model, engine.vocabulary)
-    again = fresh.complete(context("def add(first, second):\n    return first + second - "), Sampling(Mode.AUTOREGRESSIVE))
+    again = fresh.complete(
+        context("def add(first, second):\n    return first + second - "), Sampling(Mode.AUTOREGRESSIVE)
+    )
     assert again.text == second.text
 
 
@@ -316,7 +322,7 @@ def test_bad_metadata_names_the_key(model_folder: Path, key: str, value: object,
 def test_truncated_weights_are_an_error(model_folder: Path) -> None:
     path = model_folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(WeightsError, match="model.safetensors"):
+    with pytest.raises(WeightsError, match=r"model\.safetensors"):
         Engine.load(str(model_folder), "cpu")
 
 

@@ -110,6 +110,8 @@ def test_memory_of_sliding_layers_is_bounded(random_model: Model) -> None:
     assert sliding.keys.shape[-2] == 31
 
 
-@pytest.mark.parametrize(("a", "b", "n"), [([], [], 0), ([1], [1], 1), ([1, 2], [1, 3], 1), ([1, 2], [1, 2, 3], 2), ([2], [1], 0)])
+@pytest.mark.parametrize(
+    ("a", "b", "n"), [([], [], 0), ([1], [1], 1), ([1, 2], [1, 3], 1), ([1, 2], [1, 2, 3], 2), ([2], [1], 0)]
+)
 def test_common_prefix_length(a: list[int], b: list[int], n: int) -> None:
     assert common_prefix_length(a, b) == n

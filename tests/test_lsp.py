@@ -105,11 +105,30 @@ def test_cancelled_request_is_answered_within_one_step(fresh: LspClient) -> None
     [
         ({"textDocument": {"uri": URI}, "position": {"line": 0, "character": 0}}, "context"),
         ({"position": {"line": 0, "character": 0}, "context": {"triggerKind": 1}}, "textDocument"),
-        ({"textDocument": {"uri": 7}, "position": {"line": 0, "character": 0}, "context": {"triggerKind": 1}}, "not open"),
-        ({"textDocument": {"uri": URI}, "position": {"line": "a", "character": 0}, "context": {"triggerKind": 1}}, "line"),
-        ({"textDocument": {"uri": URI}, "position": {"line": 0, "character": 0}, "context": {"triggerKind": 9}}, "trigger"),
-        ({"textDocument": {"uri": "file:///no"}, "position": {"line": 0, "character": 0}, "context": {"triggerKind": 1}}, "not open"),
-        ({"textDocument": {"uri": URI}, "position": {"line": 999, "character": 0}, "context": {"triggerKind": 1}}, "outside"),
+        (
+            {"textDocument": {"uri": 7}, "position": {"line": 0, "character": 0}, "context": {"triggerKind": 1}},
+            "not open",
+        ),
+        (
+            {"textDocument": {"uri": URI}, "position": {"line": "a", "character": 0}, "context": {"triggerKind": 1}},
+            "line",
+        ),
+        (
+            {"textDocument": {"uri": URI}, "position": {"line": 0, "character": 0}, "context": {"triggerKind": 9}},
+            "trigger",
+        ),
+        (
+            {
+                "textDocument": {"uri": "file:///no"},
+                "position": {"line": 0, "character": 0},
+                "context": {"triggerKind": 1},
+            },
+            "not open",
+        ),
+        (
+            {"textDocument": {"uri": URI}, "position": {"line": 999, "character": 0}, "context": {"triggerKind": 1}},
+            "outside",
+        ),
         (None, "textDocument"),
         ([], ""),
     ],
@@ -138,7 +157,7 @@ def test_unknown_method_and_broken_json_leave_the_server_alive(fresh: LspClient)
     fresh.initialize()
     unknown = fresh.wait(fresh.send("textDocument/noSuchThing", {}))
     assert unknown["error"]["code"] == -32601
-    fresh.write(b"Content-Length: 9\r\n\r\n{\"broken\"")
+    fresh.write(b'Content-Length: 9\r\n\r\n{"broken"')
     fresh.notify("textDocument/didOpen", {"textDocument": {"uri": URI}})
     assert fresh.shutdown() == 0
 
@@ -336,13 +355,21 @@ def test_logs_hold_no_code(tmp_path: Path) -> None:
     client.notify("textDocument/didChange", {"textDocument": {"uri": URI}, "contentChanges": "confidential_name"})
     client.notify("textDocument/didOpen", {"textDocument": {"text": "confidential_name"}})
     assert client.shutdown() == 0
+    client.close()
     log = (tmp_path / "log").read_text()
     assert "request answered" in log
     assert "confidential_name" not in log
 
 
 def test_odd_uris_and_many_documents(ready: LspClient) -> None:
-    uris = ["untitled:Untitled-1", "file:///a%20b/%F0%9F%90%8D.py", "vscode-notebook-cell:/x.ipynb#W0", "file://", "not a uri", "//["]
+    uris = [
+        "untitled:Untitled-1",
+        "file:///a%20b/%F0%9F%90%8D.py",
+        "vscode-notebook-cell:/x.ipynb#W0",
+        "file://",
+        "not a uri",
+        "//[",
+    ]
     for uri in uris:
         ready.open(uri, TEXT)
         assert ready.complete(uri, LINE, COLUMN), uri

@@ -85,11 +85,11 @@ def evaluate_file(path: Path, settings: Settings, *, limit: int | None) -> Summa
         sampling = Sampling(
             mode=Mode(settings.mode), seed=settings.seed, max_denoising_steps=settings.max_denoising_steps
         )
-        progress = track(
-            items, description="filling", console=Console(stderr=True), disable=not sys.stderr.isatty()
-        )
+        progress = track(items, description="filling", console=Console(stderr=True), disable=not sys.stderr.isatty())
         generations = [
-            engine.complete(FimContext(i.prompt, i.suffix, f"{i.task_id}.py", "python", _SPAN), sampling).future.result()
+            engine.complete(
+                FimContext(i.prompt, i.suffix, f"{i.task_id}.py", "python", _SPAN), sampling
+            ).future.result()
             for i in progress
         ]
     finally:

@@ -48,7 +48,7 @@ def scan_python(code: str) -> OpenState:
     position = 0
     while position < len(code):
         match = _PYTHON_TOKEN.match(code, position)
-        assert match is not None  # noqa: S101  the last branch takes any character
+        assert match is not None
         position = match.end()
         if match["comment"] and position == len(code):
             return OpenState("".join(brackets), "", position, in_comment=True, unmatched=unmatched)

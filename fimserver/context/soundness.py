@@ -96,9 +96,7 @@ def _statement_at(new: SyntaxTree, byte: int) -> Node | None:
     return None if node is None or node.is_error else node
 
 
-def no_new_errors(
-    old: SyntaxTree, new: SyntaxTree, statement: Statement, *, at: int, added: int
-) -> bool:
+def no_new_errors(old: SyntaxTree, new: SyntaxTree, statement: Statement, *, at: int, added: int) -> bool:
     """No error touches the statement; each one elsewhere lies within one that was there before."""
 
     def shifted(byte: int) -> int:

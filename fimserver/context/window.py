@@ -32,10 +32,8 @@ def budget_for(max_prompt_tokens: int) -> Budget:
     return Budget(prefix=characters, suffix=characters // 2)
 
 
-def build_context(
-    snapshot: Snapshot, hole: Hole, budget: Budget, snippets: tuple[Snippet, ...] = ()
-) -> FimContext:
-    """What the engine is told of a snapshot; line ends become ``\\n``."""
+def build_context(snapshot: Snapshot, hole: Hole, budget: Budget, snippets: tuple[Snippet, ...] = ()) -> FimContext:
+    r"""What the engine is told of a snapshot; line ends become ``\n``."""
     text, cursor = snapshot.text, snapshot.cursor
     return FimContext(
         prefix=to_newlines(text[cut_start(text, cursor, budget.prefix) : cursor]),

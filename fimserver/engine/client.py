@@ -18,9 +18,10 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from fimserver.engine.frames import from_plain, read_frame, to_plain, write_frame
 from fimserver.errors import CompletionCancelledError, EngineError, FrameError
@@ -173,11 +174,8 @@ class EngineClient:
                 self._set_state(EngineState.STOPPED, reason)
             self._finish_all(reason)
         if process is not None:
-            process.kill()  # it holds nothing that needs saving
+            process.kill()  # it holds nothing that needs saving; the reader sees its end and closes the pipes
             process.wait()
-            for stream in (process.stdin, process.stdout):
-                if stream is not None:
-                    _close_quietly(stream)
 
     def _set_state(self, state: EngineState, detail: str) -> None:
         with self._settled:
@@ -203,19 +201,22 @@ class EngineClient:
             return
         try:
             with self._write_lock:
-                write_frame(process.stdin, message)
+                write_frame(cast("BinaryIO", process.stdin), message)
         except (OSError, ValueError):
             return  # it has just died: the reader sees that too and asks again
 
     def _read(self, process: "subprocess.Popen[bytes]") -> None:
         stream = process.stdout
-        assert stream is not None  # noqa: S101  it was opened as a pipe
+        assert stream is not None
         try:
-            while (message := read_frame(stream)) is not None:
+            while (message := read_frame(cast("BinaryIO", stream))) is not None:
                 self._on_message(process, message)
         except (FrameError, OSError, ValueError):
             process.kill()
         process.wait()
+        for pipe in (process.stdin, process.stdout):
+            with suppress(OSError):  # what was buffered for it is lost with it
+                cast("BinaryIO", pipe).close()
         self._on_death(process)
 
     def _on_message(self, process: "subprocess.Popen[bytes]", message: dict[str, Any]) -> None:
@@ -293,10 +294,3 @@ class EngineClient:
             pending.future.set_exception(error)
         elif generation is not None:
             pending.future.set_result(generation)
-
-
-def _close_quietly(stream: Any) -> None:  # noqa: ANN401  either end of a pipe
-    try:
-        stream.close()
-    except OSError:
-        return

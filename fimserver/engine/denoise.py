@@ -92,7 +92,8 @@ def sample_canvas(logits: torch.Tensor, generator: torch.Generator) -> torch.Ten
 
 def token_entropy(logits: torch.Tensor) -> torch.Tensor:
     """Entropy in nats of every position, (1, C)."""
-    return torch.special.entr(torch.softmax(logits, dim=-1, dtype=torch.float32)).sum(-1)
+    entropy: torch.Tensor = torch.special.entr(torch.softmax(logits, dim=-1, dtype=torch.float32)).sum(-1)
+    return entropy
 
 
 def accept_tokens(entropy: torch.Tensor, entropy_bound: float) -> torch.Tensor:

@@ -13,7 +13,6 @@ Raises:  CompletionCancelledError within one step of ``cancelled`` turning true.
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 
@@ -50,7 +49,7 @@ class Engine:
     def load(cls, name: str, device: str) -> "Engine":
         """Engine of a shipped model's name or a folder. Raises ``WeightsError``, ``EngineError``."""
         begin = time.perf_counter()
-        folder: Path = find_model(name)
+        folder = find_model(name)
         model = Model.load(folder, find_device(device))
         vocabulary = Vocabulary.load(folder / "tokenizer.json", range(model.metadata.num_special_tokens))
         return cls(model, vocabulary, load_ms=(time.perf_counter() - begin) * 1e3)

@@ -48,7 +48,7 @@ def read_frame(stream: BinaryIO) -> dict[str, Any] | None:
     return message
 
 
-def to_plain(value: Any) -> dict[str, Any]:  # noqa: ANN401  any of our dataclasses
+def to_plain(value: Any) -> dict[str, Any]:
     """A dataclass as JSON values."""
     return dataclasses.asdict(value)
 
@@ -59,7 +59,7 @@ def from_plain(cls: type[T], values: Mapping[str, Any]) -> T:
     return cls(**{name: _revive(hints[name], value) for name, value in values.items()})
 
 
-def _revive(hint: Any, value: Any) -> Any:  # noqa: ANN401
+def _revive(hint: Any, value: Any) -> Any:
     if value is None:
         return None
     origin = typing.get_origin(hint)

@@ -22,7 +22,7 @@ from fimserver.engine.model import Model
 MARGIN_TOKENS = 1024
 
 
-class SlidingLayer(DynamicSlidingWindowLayer):
+class SlidingLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]  # transformers is not followed
     """A sliding layer that can be trimmed: it stores a margin before its window.
 
     ``keys`` and ``values`` are views of the window, because the decoder reads them as they are.
@@ -54,8 +54,9 @@ class SlidingLayer(DynamicSlidingWindowLayer):
         """Whether the window before the last ``num_tokens`` is still stored."""
         if not self.is_initialized:
             return True
-        needed = min(self.sliding_window - 1, self.cumulative_length - num_tokens)
-        return self._stored_keys.shape[-2] - num_tokens >= needed
+        needed: int = min(self.sliding_window - 1, self.cumulative_length - num_tokens)
+        stored: int = self._stored_keys.shape[-2]
+        return bool(stored - num_tokens >= needed)
 
     def trim(self, num_tokens: int) -> None:
         """Forget the last ``num_tokens``."""

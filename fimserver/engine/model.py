@@ -35,7 +35,7 @@ class Model:
         """Model of a folder on ``device``: fp32 on CPU and MPS, bf16 on CUDA. Raises ``WeightsError``."""
         metadata = read_metadata(folder)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        network = load_weights(folder, dtype=dtype).to(device)  # type: ignore[arg-type]
+        network = load_weights(folder, dtype=dtype).to(device)
         return cls(network, metadata)
 
     @torch.inference_mode()
@@ -87,7 +87,8 @@ def find_device(name: str) -> torch.device:
         msg = f"device {name!r} is not supported; use auto, cpu, cuda, cuda:N or mps"
         raise EngineError(msg)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        msg = f"device {name!r}: torch sees {torch.cuda.device_count()} CUDA devices; use auto or cpu, or install CUDA torch"
+        count = torch.cuda.device_count()
+        msg = f"device {name!r}: torch sees {count} CUDA devices; use auto or cpu, or install CUDA torch"
         raise EngineError(msg)
     if device.type == "mps" and not torch.backends.mps.is_available():
         msg = "device 'mps': torch has no MPS on this machine; use auto or cpu"

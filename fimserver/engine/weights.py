@@ -91,7 +91,7 @@ def load_weights(folder: Path, *, dtype: torch.dtype) -> DiffusionGemmaForBlockD
     """The model of a folder, on the CPU, every tensor checked before the first one is used."""
     config = read_config(folder)
     check_tensors(folder, expected_shapes(config))
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()
     model, info = DiffusionGemmaForBlockDiffusion.from_pretrained(
         str(folder), config=config, dtype=dtype, output_loading_info=True, local_files_only=True
     )
@@ -99,7 +99,7 @@ def load_weights(folder: Path, *, dtype: torch.dtype) -> DiffusionGemmaForBlockD
         if info.get(problem):
             msg = f"{folder}: transformers reports {problem}: {sorted(map(str, info[problem]))[:3]}"
             raise WeightsError(msg)
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval()
 
 
 def read_config(folder: Path) -> DiffusionGemmaConfig:
@@ -134,7 +134,8 @@ def check_tensors(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> None
                     msg = f"{path.name}: tensor {name} is not part of this model; config.json and weights do not match"
                     raise WeightsError(msg)
                 if tuple(tensor.shape) != expected[name]:
-                    msg = f"{path.name}: tensor {name} has shape {tuple(tensor.shape)}, config.json asks for {expected[name]}"
+                    shape = tuple(tensor.shape)
+                    msg = f"{path.name}: tensor {name} has shape {shape}, config.json asks for {expected[name]}"
                     raise WeightsError(msg)
                 if not bool(torch.isfinite(tensor).all()):
                     msg = f"{path.name}: tensor {name} has NaN or infinite values; {remedy}"

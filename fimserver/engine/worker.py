@@ -83,7 +83,7 @@ class Outbox:
         self._stream = stream
         self._lock = threading.Lock()
 
-    def send(self, kind: str, **values: Any) -> None:  # noqa: ANN401  JSON values
+    def send(self, kind: str, **values: Any) -> None:
         """Send one message; a server that is gone ends the process."""
         try:
             with self._lock:
@@ -105,7 +105,7 @@ def main() -> int:
     except FimserverError as error:
         outbox.send("failed", message=str(error))
         return 1
-    except Exception as error:  # the outermost handler: whatever it is, the server has to hear of it
+    except Exception as error:  # noqa: BLE001  the outermost handler: whatever it is, the server has to hear of it
         outbox.send("failed", message=f"the engine cannot load: {type(error).__name__}: {error}")
         return 1
     outbox.send("ready", info=to_plain(engine.info))
@@ -194,7 +194,7 @@ def answer(engine: "Engine", request: dict[str, Any], inbox: Inbox, outbox: Outb
         )
     except CompletionCancelledError:
         outbox.send("cancelled", id=request_id)
-    except Exception as error:  # the outermost handler: one request fails, the worker goes on
+    except Exception as error:  # noqa: BLE001  the outermost handler: one request fails, the worker goes on
         engine.prompt_cache.clear()
         frames = traceback.extract_tb(error.__traceback__)[-3:]
         where = " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in reversed(frames))

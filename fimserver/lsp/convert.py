@@ -60,9 +60,7 @@ def apply_changes(
     return replace(document, text=text, version=version)
 
 
-def find_selection(
-    snapshot: Snapshot, info: lsp.SelectedCompletionInfo | None, encoding: Encoding
-) -> Selection | None:
+def find_selection(snapshot: Snapshot, info: lsp.SelectedCompletionInfo | None, encoding: Encoding) -> Selection | None:
     """The selected item, if there is one. Raises ``PositionError``."""
     if info is None:
         return None
@@ -92,8 +90,6 @@ def to_inline_items(
     else:
         start, end, text = selection.start, selection.end, selection.text + completion.middle
     index = LineIndex(snapshot.text)
-    edit = lsp.Range(
-        lsp.Position(*index.to_position(start, encoding)), lsp.Position(*index.to_position(end, encoding))
-    )
+    edit = lsp.Range(lsp.Position(*index.to_position(start, encoding)), lsp.Position(*index.to_position(end, encoding)))
     command = lsp.Command("Completion accepted", ACCEPT_COMMAND, arguments=[completion.id])
     return [lsp.InlineCompletionItem(text, range=edit, command=command)]

@@ -33,7 +33,7 @@ class FimProtocol(LanguageServerProtocol):
 
     _server: FimLanguageServer
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401  as pygls has it
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._initialized = False
         self._client_versions: dict[int | str, int] = {}
@@ -43,7 +43,7 @@ class FimProtocol(LanguageServerProtocol):
         """Whether the client asked for ``shutdown``."""
         return self._shutdown
 
-    def structure_message(self, data: dict[str, Any]) -> Any:  # noqa: ANN401  pygls' hook for JSON objects
+    def structure_message(self, data: dict[str, Any]) -> Any:
         """Typed message of a JSON object; ``None`` for one that was refused here."""
         if "jsonrpc" not in data:
             return data
@@ -62,7 +62,7 @@ class FimProtocol(LanguageServerProtocol):
                 self._client_versions[message_id] = version
         return message
 
-    def handle_message(self, message: Any) -> None:  # noqa: ANN401  any of LSP's messages
+    def handle_message(self, message: Any) -> None:
         """Hand a message to its handler, or refuse it."""
         if message is None:
             return

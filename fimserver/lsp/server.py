@@ -39,7 +39,7 @@ from fimserver.lsp.protocol import FimProtocol
 from fimserver.lsp.session import Session
 from fimserver.settings import ENGINE_SETTINGS, Settings
 from fimserver.text import Encoding
-from fimserver.types import Completion, Mode, NoCompletion, Sampling, Snapshot
+from fimserver.types import Completion, Generation, Hole, Mode, NoCompletion, Sampling, Snapshot
 
 LOAD_TIMEOUT_S = 60.0
 EXPLAIN_COMMAND = "fimserver.explain"
@@ -47,6 +47,17 @@ RESTART_COMMAND = "fimserver.restart"
 STATUS_NOTIFICATION = "didChangeStatus"  # Copilot's names, which clients know already
 _PROGRESS_TOKEN = "fimserver.loading"  # noqa: S105  a progress token, not a secret
 _logger = logging.getLogger(__name__)
+
+
+class _RefusedError(Exception):
+    """Ends a request with nothing, and says why."""
+
+    def __init__(self, outcome: NoCompletion) -> None:
+        super().__init__(outcome.reason)
+        self.outcome = outcome
+
+
+_SUPERSEDED = NoCompletion("superseded", "a newer request of this document took its place")
 
 
 @dataclass(eq=False)
@@ -83,9 +94,10 @@ class FimLanguageServer(LanguageServer):
         self._active: dict[str, Request] = {}
         self._progress: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
-        _register(self)
+        _register_features(self)
+        _register_commands(self)
 
-    def report_server_error(self, error: Exception, source: Any) -> None:  # noqa: ANN401  pygls' signature
+    def report_server_error(self, error: Exception, source: Any) -> None:
         """One line in the log; never a pop-up, never the text it is about."""
         _logger.error("%s in a handler (%s)", type(error).__name__, getattr(source, "__name__", source))
 
@@ -137,7 +149,7 @@ class FimLanguageServer(LanguageServer):
         options = engine_options(self.session.settings)
         self._keep(asyncio.to_thread(self.engine.restart, options))
 
-    def _keep(self, coroutine: Any) -> None:  # noqa: ANN401  any coroutine
+    def _keep(self, coroutine: Any) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -161,9 +173,9 @@ class FimLanguageServer(LanguageServer):
             message = f"fimserver gives no completions: {detail}"
             self.window_show_message(lsp.ShowMessageParams(lsp.MessageType.Error, message))
         window = self.client_capabilities.window
-        if window is not None and window.work_done_progress:
-            if state is EngineState.LOADING and self._progress is None:
-                self._progress = asyncio.get_running_loop().create_task(self._show_progress(detail))
+        shows_progress = window is not None and window.work_done_progress
+        if shows_progress and state is EngineState.LOADING and self._progress is None:
+            self._progress = asyncio.get_running_loop().create_task(self._show_progress(detail))
 
     async def _show_progress(self, detail: str) -> None:
         token = _PROGRESS_TOKEN
@@ -185,9 +197,7 @@ class FimLanguageServer(LanguageServer):
 
     # A request
 
-    def receive(
-        self, message_id: int | str | None, params: lsp.InlineCompletionParams, version: int | None
-    ) -> None:
+    def receive(self, message_id: int | str | None, params: lsp.InlineCompletionParams, version: int | None) -> None:
         """Take the snapshot of a request that has just arrived, and supersede the document's earlier one."""
         if message_id is None:
             return
@@ -226,17 +236,21 @@ class FimLanguageServer(LanguageServer):
         request = self._received.pop(message_id) if message_id is not None else None
         if not isinstance(request, Request):
             raise request or JsonRpcInvalidParams("a request needs an id")
+        outcome: Completion | NoCompletion
+        source = ""
         try:
             outcome, source = await self._answer(request)
+        except _RefusedError as refused:
+            outcome = refused.outcome
         except asyncio.CancelledError:
             request.supersede()
             self.session.explain(request.snapshot, NoCompletion("cancelled", "the editor cancelled it"), "")
             raise
-        except Exception as error:  # the outermost handler: one request fails, the editor goes on
+        except Exception as error:  # noqa: BLE001  the outermost handler: one request fails, the editor goes on
             frame = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{Path(frame.filename).name}:{frame.lineno}"
             _logger.error("request %s failed: %s at %s", message_id, type(error).__name__, where)  # noqa: TRY400  a traceback could quote code
-            outcome, source = NoCompletion("error", f"an error in fimserver: {type(error).__name__} at {where}"), ""
+            outcome = NoCompletion("error", f"an error in fimserver: {type(error).__name__} at {where}")
         finally:
             if self._active.get(request.snapshot.uri) is request:
                 del self._active[request.snapshot.uri]
@@ -246,21 +260,51 @@ class FimLanguageServer(LanguageServer):
         items = to_inline_items(outcome, request.document_snapshot, self.session.encoding, request.selection)
         return lsp.InlineCompletionList(items)
 
-    async def _answer(self, request: Request) -> tuple[Completion | NoCompletion, str]:
-        """The outcome of a request and where it came from: cache or model."""
+    async def _answer(self, request: Request) -> tuple[Completion, str]:
+        """The completion of a request and where it came from: cache or model. Raises ``_RefusedError``."""
         snapshot, settings = request.snapshot, self.session.settings
         if not settings.enabled:
-            return NoCompletion("disabled", "set fimserver.enabled to true"), ""
-        if request.stale or not self.session.is_current(request.document_snapshot):
-            return NoCompletion("stale", "the text has changed since, or the request names another version of it"), ""
+            raise _RefusedError(NoCompletion("disabled", "set fimserver.enabled to true"))
+        if request.stale:
+            raise _RefusedError(NoCompletion("stale", "the request names a version of the text that is not here"))
+        self._check_current(request)
         tree = self.session.tree_of(snapshot)
         hole = find_hole(snapshot, tree, settings)
         if isinstance(hole, NoCompletion):
-            return hole, ""
+            raise _RefusedError(hole)
         if (cached := self.session.cache.find(snapshot)) is not None:
             return cached, "cache"
-        if refusal := await self._wait_until_due(request):
-            return refusal, ""
+        await self._wait_until_due(request)
+        generation = await self._generate(request, hole)
+        outcome = to_completion(generation.text, hole, snapshot, tree)
+        if isinstance(outcome, NoCompletion):
+            raise _RefusedError(outcome)
+        self.session.cache.remember(snapshot, outcome)
+        self._check_current(request)
+        return outcome, "model"
+
+    def _check_current(self, request: Request) -> None:
+        if not self.session.is_current(request.document_snapshot):
+            raise _RefusedError(NoCompletion("stale", "the text changed since the request"))
+
+    async def _wait_until_due(self, request: Request) -> None:
+        """Wait for the engine (invoked) or for a pause in typing (automatic)."""
+        if self.engine.state is EngineState.LOADING and not request.invoked:
+            raise _RefusedError(NoCompletion("loading", "the model is still loading"))
+        if self.engine.state is not EngineState.READY:
+            try:
+                await self._wait_for_engine()
+            except EngineError as error:
+                raise _RefusedError(NoCompletion("engine", str(error))) from error
+        if not request.invoked:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(request.superseded.wait(), self.session.settings.debounce_ms / 1e3)
+        if request.superseded.is_set():
+            raise _RefusedError(_SUPERSEDED)
+        self._check_current(request)
+
+    async def _generate(self, request: Request, hole: Hole) -> Generation:
+        settings = self.session.settings
         budget = budget_for(self.engine.info.max_prompt_tokens if self.engine.info else 0)
         sampling = Sampling(
             mode=Mode(settings.mode),
@@ -270,39 +314,19 @@ class FimLanguageServer(LanguageServer):
             min_tokens=1 if request.invoked else 0,
         )
         try:
-            request.pending = self.engine.complete(build_context(snapshot, hole, budget), sampling)
+            request.pending = self.engine.complete(build_context(request.snapshot, hole, budget), sampling)
             generation = await asyncio.wrap_future(request.pending.future)
         except CompletionCancelledError:
-            return NoCompletion("superseded", "a newer request of this document took its place"), ""
+            raise _RefusedError(_SUPERSEDED) from None
         except EngineError as error:
-            return NoCompletion("engine", str(error)), ""
-        _logger.info("request answered: %s, %d passes, %s ms", generation.mode, generation.forward_passes,
-                     generation.timings_ms["total"])
-        outcome = to_completion(generation.text, hole, snapshot, tree)
-        if isinstance(outcome, Completion):
-            self.session.cache.remember(snapshot, outcome)
-        if not self.session.is_current(request.document_snapshot):
-            return NoCompletion("stale", "the text changed while the completion was computed"), ""
-        return outcome, "model"
-
-    async def _wait_until_due(self, request: Request) -> NoCompletion | None:
-        """Wait for the engine (invoked) or for a pause in typing (automatic); a reason when it is not due."""
-        superseded = NoCompletion("superseded", "a newer request of this document took its place")
-        if self.engine.state is not EngineState.READY:
-            if self.engine.state is EngineState.LOADING and not request.invoked:
-                return NoCompletion("loading", "the model is still loading")
-            try:
-                await self._wait_for_engine()
-            except EngineError as error:
-                return NoCompletion("engine", str(error))
-        if not request.invoked:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(request.superseded.wait(), self.session.settings.debounce_ms / 1e3)
-        if request.superseded.is_set():
-            return superseded
-        if not self.session.is_current(request.document_snapshot):
-            return NoCompletion("stale", "the text changed before the completion was begun")
-        return None
+            raise _RefusedError(NoCompletion("engine", str(error))) from error
+        _logger.info(
+            "request answered: %s, %d passes, %s ms",
+            generation.mode,
+            generation.forward_passes,
+            generation.timings_ms["total"],
+        )
+        return generation
 
     def explain(self, uri: object = None) -> dict[str, Any]:
         """Why the last request of a document (or of any) was answered as it was; no text of it."""
@@ -326,7 +350,7 @@ def _override(settings: Settings, overrides: dict[str, Any]) -> tuple[Settings, 
     return session.settings, problems
 
 
-def _register(server: FimLanguageServer) -> None:
+def _register_features(server: FimLanguageServer) -> None:
     """Tie LSP's methods to the server's; pygls reads the capabilities from what is registered."""
 
     @server.feature(lsp.INITIALIZE)
@@ -358,6 +382,8 @@ def _register(server: FimLanguageServer) -> None:
     def did_focus(_params: object) -> None:
         server.session.counters["didFocus"] += 1
 
+
+def _register_commands(server: FimLanguageServer) -> None:
     @server.command(ACCEPT_COMMAND)
     def accept(*_arguments: object) -> None:
         server.session.counters["accepted"] += 1

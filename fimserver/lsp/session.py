@@ -82,9 +82,7 @@ class Session:
     def is_current(self, snapshot: Snapshot) -> bool:
         """Whether the document still reads as it did when the snapshot was taken."""
         document = self.documents.get(snapshot.uri)
-        return document is not None and (
-            document.version == snapshot.version or document.text == snapshot.text
-        )
+        return document is not None and (document.version == snapshot.version or document.text == snapshot.text)
 
     def tree_of(self, snapshot: Snapshot) -> SyntaxTree | None:
         """Syntax tree of a snapshot, made from the document's last one."""
@@ -107,6 +105,6 @@ class Session:
         """Take settings from an editor, bare or under ``fimserver``; one sentence for each that is wrong."""
         section = values.get("fimserver", values)
         if not isinstance(section, dict):
-            return ["the fimserver section of the settings is not an object; use {\"maxLines\": 8} and the like"]
+            return ['the fimserver section of the settings is not an object; use {"maxLines": 8} and the like']
         self.settings, problems = read_settings(section, self.settings)
         return problems

@@ -1,0 +1,191 @@
+"""The command line as a person types it."""
+
+import gzip
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fimserver
+from fimserver.bench.infilling import edit_similarity, parses, read_items
+from fimserver.errors import FimserverError
+
+SAMPLE = Path(fimserver.__file__).parent / "samples" / "inventory.py"
+ROOT = Path(__file__).parent.parent
+
+
+def run(*arguments: str | Path, stdin: str = "", cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-P", "-m", "fimserver.cli", *map(str, arguments)]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, cwd=cwd, timeout=120, check=False)
+
+
+def readme_target() -> str:
+    match = re.search(
+        r"fimserver complete \S*(inventory\.py:\d+:\d+)", (ROOT / "README.md").read_text(encoding="utf-8")
+    )
+    assert match, "README.md completes the sample file"
+    return match[1]
+
+
+def test_the_readme_completes_the_sample() -> None:
+    result = run("complete", SAMPLE.parent / readme_target())
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip()
+
+
+def test_json_has_everything_and_nothing_else_is_on_stdout() -> None:
+    result = run("complete", SAMPLE.parent / readme_target(), "--json")
+    values = json.loads(result.stdout)
+    assert result.stdout.count("\n") == 1
+    keys = {"text", "range", "hole", "reason", "mode", "denoising_steps", "forward_passes", "timings_ms", "model"}
+    assert keys <= values.keys()
+    assert values["reason"] is None
+    assert values["range"]["start"] == values["range"]["end"]
+    assert {"startup", "total", "model", "encode", "decode"} <= values["timings_ms"].keys()
+    assert values["timings_ms"]["total"] < 2000
+    assert values["model"]["name"] == "tiny"
+    line, column = map(int, readme_target().split(":")[1:])
+    assert values["range"]["start"] == {"line": line, "column": column}
+
+
+def test_nothing_to_complete_is_exit_1_with_a_reason() -> None:
+    result = run("complete", "-:1:5", "--path", "a.py", "--json", stdin="# comment\n")
+    assert result.returncode == 1
+    values = json.loads(result.stdout)
+    assert values["text"] is None
+    assert values["reason"] == "in_comment"
+    assert "fimserver.comments" in result.stderr
+    assert "total" in values["timings_ms"]
+
+
+def test_a_setting_can_be_given() -> None:
+    result = run("complete", "-:1:6", "--path", "a.py", "--set", "comments=true", "--json", stdin="# the \n")
+    assert json.loads(result.stdout)["hole"]["kind"] == "comment"
+
+
+def test_standard_input_and_characters_not_bytes() -> None:
+    result = run("complete", "-:1:15", "--path", "a.py", "--json", stdin="x = '\U0001f40d\u00e9' + nam\nname = 1\n")
+    values = json.loads(result.stdout)
+    assert values["hole"]["kind"] == "rest_of_line"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["complete"], "FILE:LINE:COL"),
+        (["complete", "a.py"], "FILE:LINE:COL"),
+        (["complete", "a.py:x:1"], "FILE:LINE:COL"),
+        (["complete", "/no/such.py:1:1"], "cannot be read"),
+        (["complete", f"{SAMPLE}:9999:1"], "has lines 1 to"),
+        (["complete", f"{SAMPLE}:1:999"], "has columns 1 to"),
+        (["complete", f"{SAMPLE}:0:1"], "has lines 1 to"),
+        (["complete", f"{SAMPLE}:1:1", "--mode", "fast"], "fast"),
+        (["complete", f"{SAMPLE}:1:1", "--device", "gpu"], "fimserver.device"),
+        (["complete", f"{SAMPLE}:1:1", "--set", "maxLines=0"], "1 to 200"),
+        (["complete", f"{SAMPLE}:1:1", "--set", "maxLines"], "NAME=VALUE"),
+        (["complete", f"{SAMPLE}:1:1", "--set", "no=1"], "not a setting"),
+        (["lsp", "--device", "gpu"], "fimserver.device"),
+        (["eval", "infilling"], "--data"),
+        (["nonsense"], "nonsense"),
+    ],
+)
+def test_wrong_use_is_exit_2_and_says_what_to_write(arguments: list[str], words: str) -> None:
+    result = run(*arguments)
+    assert result.returncode == 2
+    assert words in result.stderr
+    assert result.stdout == ""
+
+
+def test_not_utf8_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "latin.py"
+    path.write_bytes(b"x = '\xe9'\n")
+    result = run("complete", f"{path}:1:1")
+    assert result.returncode == 2
+    assert "not UTF-8" in result.stderr
+
+
+def test_a_bad_model_is_exit_1_with_the_reason() -> None:
+    result = run("complete", SAMPLE.parent / readme_target(), "--model", "/no/such", "--json")
+    assert result.returncode == 1
+    assert json.loads(result.stdout)["reason"] == "engine"
+    assert "/no/such" in result.stderr
+
+
+@pytest.mark.parametrize("mode", ["diffusion", "autoregressive"])
+def test_trace_shows_the_way(mode: str) -> None:
+    result = run("complete", SAMPLE.parent / readme_target(), "--trace", "--mode", mode)
+    for heading in ("hole", "context", "prompt", "timings, ms", "<mid>"):
+        assert heading in result.stdout
+    assert ("canvas after every step" in result.stdout) == (mode == "diffusion")
+    quiet = run("complete", SAMPLE.parent / readme_target(), "--trace", "--json", "--mode", mode)
+    json.loads(quiet.stdout)
+    assert "timings, ms" in quiet.stderr
+
+
+def test_version() -> None:
+    result = run("--version")
+    assert result.returncode == 0
+    assert fimserver.__version__ in result.stdout
+
+
+def test_doctor_is_content_here() -> None:
+    result = run("doctor", "--device", "cpu")
+    assert result.returncode == 0, result.stdout
+    assert "FAIL" not in result.stdout
+    for word in ("python", "packages", "memory", "grammars", "probe answered"):
+        assert word in result.stdout
+
+
+def test_doctor_says_how_to_mend() -> None:
+    result = run("doctor", "--model", "/no/such")
+    assert result.returncode == 1
+    assert "FAIL model" in result.stdout
+    assert "set fimserver.model" in result.stdout
+
+
+def write_items(path: Path) -> Path:
+    item = {"task_id": "T/0", "prompt": "def f(a):\n    return ", "suffix": "\n", "canonical_solution": "a", "test": ""}
+    lines = "".join(json.dumps({**item, "task_id": f"T/{i}"}) + "\n" for i in range(4))
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.write(lines)
+    return path
+
+
+@pytest.mark.parametrize("mode", ["diffusion", "autoregressive"])
+def test_eval_infilling(tmp_path: Path, mode: str) -> None:
+    data = write_items(tmp_path / "items.jsonl.gz")
+    result = run("eval", "infilling", "--data", data, "--limit", "2", "--mode", mode, "--json")
+    assert result.returncode == 0, result.stderr
+    values = json.loads(result.stdout)
+    assert values["items"] == 2
+    assert values["mode"] == mode
+    for key in ("exact_match", "edit_similarity", "answered", "parse_ok"):
+        assert 0 <= values[key] <= 1
+    assert values["forward_passes"] >= 1
+    assert values["ms_per_item"] > 0
+
+
+def test_eval_names_a_bad_line(tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"task_id": 1}\n')
+    result = run("eval", "infilling", "--data", path)
+    assert result.returncode == 1
+    assert "line 1" in result.stderr
+    with pytest.raises(FimserverError):
+        list(read_items(path, None))
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "value"),
+    [("", "", 1), ("abc", "abc", 1), ("abc", "", 0), ("kitten", "sitting", 1 - 3 / 7), ("ab", "ba", 0)],
+)
+def test_edit_similarity(a: str, b: str, value: float) -> None:
+    assert edit_similarity(a, b) == pytest.approx(value)
+
+
+def test_parses() -> None:
+    assert parses("x = '\\d'")
+    assert not parses("x = (")

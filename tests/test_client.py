@@ -1,0 +1,306 @@
+"""The engine's client with workers that fail in every way: small scripts in place of the real one."""
+
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from fimserver.engine import client as client_module
+from fimserver.engine.client import EngineClient, EngineOptions, EngineState
+from fimserver.engine.frames import from_plain, read_frame, to_plain, write_frame
+from fimserver.engine.worker import Inbox, count_physical_cores
+from fimserver.errors import CompletionCancelledError, EngineError, FrameError
+from fimserver.types import Draft, FimContext, Generation, Hole, HoleKind, Mode, ModelInfo, Sampling
+
+CONTEXT = FimContext("x = ", "\n", "a.py", "python", Hole(HoleKind.REST_OF_LINE, 1, 8))
+PREAMBLE = """
+    import os, sys, time
+    from pathlib import Path
+    from fimserver.engine.frames import read_frame, write_frame
+    def send(**message): write_frame(sys.stdout.buffer, message)
+    def ready(): send(type="ready", info=dict(name="fake", device="cpu", dtype="float32", num_parameters=1,
+        max_prompt_tokens=10, canvas_length=4, preferred_mode="diffusion", load_ms=1.0, num_threads=1))
+    def generation(request, text): send(type="generation", id=request["id"], generation=dict(text=text,
+        mode="diffusion", finish="end", num_tokens=1, denoising_steps=1, forward_passes=2, cached_tokens=0,
+        prompt_tokens=3, timings_ms={"total": 1.0}, prompt_text=""))
+    def receive(): return read_frame(sys.stdin.buffer)
+"""
+STARTS = """
+starts = Path(__file__).with_suffix(".starts")
+starts.write_text((starts.read_text() if starts.exists() else "") + "x")
+n = len(starts.read_text())
+"""
+
+Worker = Callable[[str], EngineClient]
+
+
+@pytest.fixture
+def worker(tmp_path: Path) -> Iterator[Worker]:
+    clients = []
+
+    def start(body: str) -> EngineClient:
+        path = tmp_path / "worker.py"
+        path.write_text(textwrap.dedent(PREAMBLE) + STARTS + textwrap.dedent(body))
+        client = EngineClient(EngineOptions(command=(sys.executable, "-P", str(path))))
+        clients.append(client)
+        client.start()
+        return client
+
+    yield start
+    for client in clients:
+        client.close()
+
+
+def test_answers(worker: Worker) -> None:
+    client = worker("ready()\nwhile r := receive(): generation(r, r['context']['prefix'])")
+    assert client.wait_until_ready(10).name == "fake"
+    assert client.state is EngineState.READY
+    assert client.complete(CONTEXT, Sampling()).future.result(10).text == "x = "
+
+
+def test_requests_before_ready_are_kept(worker: Worker) -> None:
+    client = worker("time.sleep(0.3)\nready()\nwhile r := receive(): generation(r, 'late')")
+    pending = [client.complete(CONTEXT, Sampling()) for _ in range(3)]
+    assert [p.future.result(10).text for p in pending] == ["late"] * 3
+
+
+def test_a_request_of_a_dead_worker_is_asked_again(worker: Worker) -> None:
+    client = worker("ready()\nr = receive()\nif n == 1: os._exit(9)\ngeneration(r, f'start {n}')\nreceive()")
+    assert client.complete(CONTEXT, Sampling()).future.result(10).text == "start 2"
+
+
+def test_a_request_that_kills_twice_is_ended(worker: Worker) -> None:
+    client = worker(
+        """
+        ready()
+        while r := receive():
+            if r['sampling']['seed'] == 1: os._exit(9)
+            generation(r, f'start {n}')
+        """
+    )
+    client.wait_until_ready(10)
+    with pytest.raises(EngineError, match="died twice"):
+        client.complete(CONTEXT, Sampling(seed=1)).future.result(10)
+    assert client.complete(CONTEXT, Sampling()).future.result(10).text == "start 3"
+
+
+def test_a_worker_that_keeps_dying_is_given_up(worker: Worker) -> None:
+    client = worker("ready()\nreceive()\nos._exit(9)")
+    for _ in range(2):
+        with pytest.raises(EngineError):
+            client.complete(CONTEXT, Sampling()).future.result(10)
+        if client.state is EngineState.FAILED:
+            break
+    assert client.state is EngineState.FAILED
+    assert "doctor" in client.detail
+    with pytest.raises(EngineError, match="died 3 times"):
+        client.complete(CONTEXT, Sampling())
+
+
+def test_death_while_loading_is_a_failure_with_its_code(worker: Worker) -> None:
+    client = worker("os._exit(7)")
+    with pytest.raises(EngineError, match="code 7 while loading"):
+        client.wait_until_ready(10)
+
+
+def test_a_failed_load_says_why_and_ends_requests(worker: Worker) -> None:
+    client = worker("time.sleep(0.2)\nsend(type='failed', message='tensor x is missing')\nsys.exit(1)")
+    pending = client.complete(CONTEXT, Sampling())
+    with pytest.raises(EngineError, match="tensor x is missing"):
+        pending.future.result(10)
+    with pytest.raises(EngineError, match="tensor x is missing"):
+        client.wait_until_ready(10)
+
+
+def test_still_loading_is_said(worker: Worker) -> None:
+    client = worker("time.sleep(30)")
+    with pytest.raises(EngineError, match="still loading"):
+        client.wait_until_ready(0.05)
+
+
+def test_garbage_on_the_pipe_starts_a_new_worker(worker: Worker) -> None:
+    client = worker(
+        """
+        ready()
+        r = receive()
+        if n == 1:
+            os.write(1, b'print of a library\\n')
+            time.sleep(30)
+        generation(r, f'start {n}')
+        receive()
+        """
+    )
+    assert client.complete(CONTEXT, Sampling()).future.result(10).text == "start 2"
+
+
+def test_a_hung_worker_is_killed(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "HANG_TIMEOUT_S", 0.5)
+    client = worker("ready()\nr = receive()\nif n == 1: time.sleep(60)\ngeneration(r, f'start {n}')\nreceive()")
+    assert client.complete(CONTEXT, Sampling()).future.result(10).text == "start 2"
+
+
+def test_cancel_reaches_the_worker(worker: Worker) -> None:
+    client = worker("ready()\nr = receive()\nc = receive()\nsend(type=c['type'] + 'led', id=c['id'])\nreceive()")
+    client.wait_until_ready(10)
+    pending = client.complete(CONTEXT, Sampling())
+    pending.cancel()
+    with pytest.raises(CompletionCancelledError):
+        pending.future.result(10)
+    pending.cancel()
+
+
+def test_cancel_before_sending_ends_at_once(worker: Worker) -> None:
+    client = worker("time.sleep(0.3)\nready()\nwhile r := receive(): generation(r, 'x')")
+    pending = client.complete(CONTEXT, Sampling())
+    pending.cancel()
+    with pytest.raises(CompletionCancelledError):
+        pending.future.result(0.1)
+    assert client.complete(CONTEXT, Sampling()).future.result(10).text == "x"
+
+
+def test_an_error_of_one_request_leaves_the_worker(worker: Worker) -> None:
+    client = worker(
+        """
+        ready()
+        r = receive()
+        send(type='error', id=r['id'], message='failed on this')
+        r = receive()
+        generation(r, 'fine')
+        receive()
+        """
+    )
+    with pytest.raises(EngineError, match="failed on this"):
+        client.complete(CONTEXT, Sampling()).future.result(10)
+    assert client.complete(CONTEXT, Sampling()).future.result(10).text == "fine"
+
+
+def test_drafts_come_before_the_answer(worker: Worker) -> None:
+    client = worker(
+        """
+        ready()
+        r = receive()
+        canvas = [dict(text='t', accepted=True, entropy=0.5)]
+        for i in range(3): send(type='draft', id=r['id'], draft=dict(step=i, text=str(i), canvas=canvas))
+        generation(r, 'done')
+        receive()
+        """
+    )
+    drafts: list[Draft] = []
+    assert client.complete(CONTEXT, Sampling(), on_draft=drafts.append).future.result(10).text == "done"
+    assert [d.text for d in drafts] == ["0", "1", "2"]
+    assert drafts[0].canvas[0].accepted is True
+
+
+def test_close_ends_requests_with_the_reason(worker: Worker) -> None:
+    client = worker("ready()\ntime.sleep(60)")
+    client.wait_until_ready(10)
+    pending = client.complete(CONTEXT, Sampling())
+    client.close("going home")
+    with pytest.raises(EngineError, match="going home"):
+        pending.future.result(1)
+    with pytest.raises(EngineError, match="going home"):
+        client.complete(CONTEXT, Sampling())
+    assert client.pid is None
+
+
+def test_a_command_that_cannot_start() -> None:
+    client = EngineClient(EngineOptions(command=("/no/such/python",)))
+    client.start()
+    with pytest.raises(EngineError, match="cannot be started"):
+        client.wait_until_ready(1)
+
+
+def test_real_worker_is_not_confused_by_files_of_the_workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An editor starts us inside a project that may have its own torch.py or types.py."""
+    for name in ("torch.py", "types.py", "fimserver.py", "json.py"):
+        (tmp_path / name).write_text("raise SystemExit('the wrong file was imported')")
+    monkeypatch.chdir(tmp_path)
+    client = EngineClient()
+    client.start()
+    assert client.wait_until_ready(60).name == "tiny"
+    client.close()
+
+
+def test_real_worker_takes_the_newest_first() -> None:
+    client = EngineClient()
+    client.start()
+    client.wait_until_ready(60)
+    done: list[str] = []
+    first = client.complete(CONTEXT, Sampling(Mode.DIFFUSION, seed=0, max_denoising_steps=20, min_tokens=1))
+    time.sleep(0.1)  # it is being computed
+    others = [client.complete(CONTEXT, Sampling(Mode.AUTOREGRESSIVE)) for _ in range(3)]
+    names = ["first", "second", "third", "fourth"]
+    for name, pending in zip(names, [first, *others], strict=True):
+        pending.future.add_done_callback(partial(lambda name, _future: done.append(name), name))
+    for pending in [first, *others]:
+        pending.future.result(30)
+    client.close()
+    assert done == ["first", "fourth", "third", "second"]
+
+
+# Frames and values
+
+
+def test_values_survive_the_wire() -> None:
+    info = ModelInfo("m", "cpu", "float32", 5, 384, 32, Mode.DIFFUSION, 1.5, 2)
+    draft = Draft(1, "x", ())
+    for value in (CONTEXT, Sampling(seed=3), info, draft):
+        assert from_plain(type(value), to_plain(value)) == value
+    generation = Generation("t", Mode.AUTOREGRESSIVE, "end", 1, 0, 2, 3, 4, {"total": 1.0})
+    revived = from_plain(Generation, to_plain(generation))
+    assert revived.mode is Mode.AUTOREGRESSIVE
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"hello\r\n\r\n{}",
+        b"Content-Length: x\r\n\r\n{}",
+        b"Content-Length: 2\r\n\r\n[]",
+        b"Content-Length: 1\r\n\r\n{",
+        b"Content-Length: 99999999999\r\n\r\n",
+    ],
+)
+def test_bad_frames_are_errors(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "frame"
+    path.write_bytes(data)
+    with path.open("rb") as stream, pytest.raises(FrameError):
+        read_frame(stream)
+
+
+def test_frames_round_trip_and_end(tmp_path: Path) -> None:
+    path = tmp_path / "frames"
+    messages: list[dict[str, object]] = [{"a": "\u00e9\U0001f40d\n"}, {"b": [1, None]}]
+    with path.open("wb") as stream:
+        for message in messages:
+            write_frame(stream, message)
+    with path.open("rb") as stream:
+        assert [read_frame(stream), read_frame(stream), read_frame(stream)] == [*messages, None]
+    path.write_bytes(path.read_bytes()[:-3])
+    with path.open("rb") as stream:
+        read_frame(stream)
+        assert read_frame(stream) is None
+
+
+def test_inbox_cancels_what_waits_and_what_runs() -> None:
+    inbox = Inbox()
+    for i in (1, 2, 3):
+        inbox.put({"id": i})
+    assert inbox.cancel(1) is True
+    assert inbox.take_newest()["id"] == 3
+    assert inbox.cancel(3) is False
+    assert inbox.is_cancelled(3)
+    assert inbox.cancel(1) is False
+    assert inbox.take_newest()["id"] == 2
+    waiter = threading.Timer(0.05, inbox.put, [{"id": 4}])
+    waiter.start()
+    assert inbox.take_newest()["id"] == 4
+
+
+def test_physical_cores() -> None:
+    assert count_physical_cores() >= 1

@@ -1,0 +1,84 @@
+"""The walls between the rooms: who may import whom, and which process may hold torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fimserver
+
+PACKAGE = Path(fimserver.__file__).parent
+
+# room or file -> what its modules may not import
+FORBIDDEN = {
+    "lsp": [
+        "torch",
+        "transformers",
+        "tokenizers",
+        "safetensors",
+        "numpy",
+        "fimserver.engine.engine",
+        "fimserver.engine.model",
+        "fimserver.engine.prompt",
+        "fimserver.engine.denoise",
+        "fimserver.engine.vocabulary",
+        "fimserver.engine.worker",
+    ],
+    "context": ["torch", "transformers", "tokenizers", "pygls", "lsprotocol", "fimserver.lsp", "fimserver.engine"],
+    "engine": ["pygls", "lsprotocol", "tree_sitter", "fimserver.lsp", "fimserver.context", "click", "rich"],
+    "text.py": ["torch", "pygls", "tree_sitter", "fimserver.lsp", "fimserver.context", "fimserver.engine"],
+    "types.py": ["torch", "pygls", "tree_sitter", "fimserver.lsp", "fimserver.context", "fimserver.engine"],
+}
+STANDARD_LIBRARY_ONLY = ["text.py", "types.py", "errors.py", "settings.py", "engine/frames.py", "engine/client.py"]
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: write absolute imports"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+    return found
+
+
+@pytest.mark.parametrize("room", list(FORBIDDEN))
+def test_walls(room: str) -> None:
+    place = PACKAGE / room
+    files = [place] if place.is_file() else sorted(place.rglob("*.py"))
+    assert files
+    for file in files:
+        for name in imports(file):
+            crossed = [f for f in FORBIDDEN[room] if name == f or name.startswith(f + ".")]
+            assert not crossed, f"{file.relative_to(PACKAGE)} imports {name}"
+
+
+@pytest.mark.parametrize("file", STANDARD_LIBRARY_ONLY)
+def test_standard_library_only(file: str) -> None:
+    for name in imports(PACKAGE / file):
+        top = name.split(".")[0]
+        assert top == "fimserver" or top in sys.stdlib_module_names, f"{file} imports {name}"
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("fimserver.lsp.server", ["torch", "transformers", "tokenizers", "numpy"]),
+        ("fimserver.cli", ["torch", "pygls", "tree_sitter", "rich"]),
+        ("fimserver.engine.worker", ["torch", "pygls", "tree_sitter"]),
+        ("fimserver.engine.engine", ["pygls", "tree_sitter", "platformdirs", "click"]),
+        ("fimserver.bench.infilling", ["pygls", "tree_sitter", "platformdirs", "torch"]),
+    ],
+)
+def test_what_an_import_brings_along(module: str, absent: list[str]) -> None:
+    code = f"import sys, {module}; print([m for m in {absent!r} if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_no_file_is_named_for_nothing() -> None:
+    for file in PACKAGE.rglob("*.py"):
+        assert file.stem not in {"utils", "common", "base", "manager", "helpers", "misc"}
