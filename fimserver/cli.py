@@ -9,6 +9,7 @@ Exit codes: 0 done, 1 nothing to complete or a check failed (the reason is on st
 Standard output is for results; progress, reasons and logs go to stderr.
 """
 
+import dataclasses
 import json
 import logging
 import sys
@@ -130,11 +131,29 @@ def evaluate() -> None:
 @_engine_options
 def infilling(data: Path, limit: int | None, as_json: bool, **options: Any) -> None:  # noqa: FBT001
     """Fill the holes of a HumanEval-Infilling file: exact match, edit similarity, passes, time."""
-    from fimserver.bench.infilling import evaluate_file, print_summary  # noqa: PLC0415
+    from fimserver.bench.infilling import evaluate_file  # noqa: PLC0415
 
     settings = _settings(options)
     try:
         summary = evaluate_file(data, settings, limit=limit)
+    except FimserverError as error:
+        click.echo(f"fimserver: {error}", err=True)
+        sys.exit(1)
+    print_summary(summary, as_json=as_json)
+
+
+@evaluate.command()
+@click.option("--limit", type=click.IntRange(min=1), default=100, show_default=True, metavar="N", help="Holes.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@_decoding_options
+@_engine_options
+def lines(limit: int, as_json: bool, **options: Any) -> None:  # noqa: FBT001
+    """Complete cut code lines of the standard library, as an editor would ask: answered, exact, sound, time."""
+    from fimserver.bench.lines import evaluate_lines  # noqa: PLC0415
+
+    settings = _settings(options)
+    try:
+        summary = evaluate_lines(settings, limit=limit)
     except FimserverError as error:
         click.echo(f"fimserver: {error}", err=True)
         sys.exit(1)
@@ -148,6 +167,16 @@ def doctor(**options: Any) -> None:
     from fimserver.doctor import run_checks  # noqa: PLC0415
 
     sys.exit(0 if run_checks(_settings(options)) else 1)
+
+
+def print_summary(summary: Any, *, as_json: bool) -> None:
+    """A dataclass of results: one JSON object, or a line each."""
+    values = dataclasses.asdict(summary)
+    if as_json:
+        click.echo(json.dumps(values))
+        return
+    for name, value in values.items():
+        click.echo(f"{name:16} {f'{value:.3f}' if isinstance(value, float) else value}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -96,10 +97,27 @@ def parse_target(target: str, path: str | None, stdin: BinaryIO) -> Target:
 
 
 def complete_target(target: Target, settings: Settings, *, trace: bool) -> Result:
-    """Complete as an invoked request would be; an engine is started for it and ended."""
+    """Complete as an invoked request would be; an engine is started for it, where it is needed, and ended."""
+    engine = EngineClient(EngineOptions(settings.model, settings.device, settings.threads))
+
+    def get_engine() -> EngineClient:
+        with Console(stderr=True).status("loading the model"):
+            engine.start()
+            engine.wait_until_ready(LOAD_TIMEOUT_S)
+        return engine
+
+    try:
+        return complete_snapshot(target.snapshot, settings, get_engine, trace=trace)
+    finally:
+        engine.close()
+
+
+def complete_snapshot(
+    snapshot: Snapshot, settings: Settings, get_engine: Callable[[], EngineClient], *, trace: bool = False
+) -> Result:
+    """Hole, context, engine, postprocess. ``get_engine`` is called once there is something to fill."""
     result = Result()
     begin = time.perf_counter()
-    snapshot = target.snapshot
     tree = parse(snapshot.text, snapshot.language_id)
     hole = find_hole(snapshot, tree, settings)
     context_ms = (time.perf_counter() - begin) * 1e3
@@ -108,12 +126,10 @@ def complete_target(target: Target, settings: Settings, *, trace: bool) -> Resul
         result.timings_ms = {"context": context_ms, "total": context_ms}
         return result
     result.hole = hole
-    engine = EngineClient(EngineOptions(settings.model, settings.device, settings.threads))
     begin = time.perf_counter()
     try:
-        with Console(stderr=True).status("loading the model"):
-            engine.start()
-            result.model = engine.wait_until_ready(LOAD_TIMEOUT_S)
+        engine = get_engine()
+        result.model = engine.wait_until_ready(0)
         startup_ms = (time.perf_counter() - begin) * 1e3
         result.context = build_context(snapshot, hole, budget_for(result.model.max_prompt_tokens))
         sampling = Sampling(
@@ -129,8 +145,6 @@ def complete_target(target: Target, settings: Settings, *, trace: bool) -> Resul
     except EngineError as error:
         result.refusal = NoCompletion("engine", str(error))
         return result
-    finally:
-        engine.close()
     begin = time.perf_counter()
     outcome = to_completion(result.generation.text, hole, snapshot, tree)
     postprocess_ms = (time.perf_counter() - begin) * 1e3

@@ -61,7 +61,7 @@ class Settings:
         default=40, doc="Pause in typing before an automatic request is computed.", low=0, high=2000
     )
     max_latency_ms: int = _setting(
-        default=2000, doc="Longest model time; then the best draft is the answer.", low=50, high=60000
+        default=1500, doc="Longest model time; then the best draft is the answer.", low=50, high=60000
     )
     model: str = _setting(default="tiny", doc="The shipped model's name, or the folder of a DiffusionGemma checkpoint.")
     device: str = _setting(default="auto", doc="auto, cpu, cuda, cuda:N or mps (torch's names).", pattern=_DEVICE)

@@ -189,3 +189,16 @@ def test_edit_similarity(a: str, b: str, value: float) -> None:
 def test_parses() -> None:
     assert parses("x = '\\d'")
     assert not parses("x = (")
+
+
+@pytest.mark.parametrize("mode", ["diffusion", "autoregressive"])
+def test_eval_lines_shows_what_an_editor_gets(mode: str) -> None:
+    """Cut lines of the standard library: at least half are answered, in time, and no offer breaks a file."""
+    result = run("eval", "lines", "--limit", "24", "--mode", mode, "--json")
+    assert result.returncode == 0, result.stderr
+    values = json.loads(result.stdout)
+    assert values["answered"] >= 0.5
+    assert values["broken"] == 0
+    assert values["ms_p50"] < 2000
+    assert values["mode"] == mode
+    assert sum(values["refusals"].values()) == round(24 * (1 - values["answered"]))

@@ -13,7 +13,7 @@ import statistics
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -134,13 +134,3 @@ def parses(text: str) -> bool:
         except (SyntaxError, ValueError):
             return False
     return True
-
-
-def print_summary(summary: Summary, *, as_json: bool) -> None:
-    """One JSON object, or a line each."""
-    values = asdict(summary)
-    if as_json:
-        sys.stdout.write(json.dumps(values) + "\n")
-        return
-    for name, value in values.items():
-        sys.stdout.write(f"{name:16} {f'{value:.3f}' if isinstance(value, float) else value}\n")
