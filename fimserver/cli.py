@@ -70,7 +70,7 @@ def _settings(options: dict[str, Any], pairs: tuple[str, ...] = ()) -> Settings:
         raise click.UsageError(str(error)) from error
 
 
-@main.command()
+@main.command(short_help="Serve one editor over stdio.")
 @_engine_options
 def lsp(**options: Any) -> None:
     """Serve one editor over stdio (LSP 3.18, textDocument/inlineCompletion)."""
@@ -84,7 +84,9 @@ def lsp(**options: Any) -> None:
     sys.exit(run_stdio({names[k]: v for k, v in options.items() if v is not None}))
 
 
-@main.command(context_settings={"ignore_unknown_options": True})  # or -:LINE:COL would be taken for one
+@main.command(
+    short_help="Complete at one place of a file.", context_settings={"ignore_unknown_options": True}
+)  # or -:LINE:COL would be taken for one
 @click.argument("target", metavar="FILE:LINE:COL")
 @click.option("--path", metavar="NAME", help="File name of the text on standard input (FILE is -).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -100,7 +102,11 @@ def complete(
     pairs: tuple[str, ...],
     **options: Any,
 ) -> None:
-    """Complete at LINE:COL of FILE (from 1, columns in characters; - reads standard input)."""
+    """Complete at LINE:COL of FILE, for instance app.py:12:5; - reads standard input.
+
+    Lines and columns count from 1, columns in characters; the end of a line is its length and 1.
+    With --json the trace goes to standard error.
+    """
     from fimserver.completion import Target, complete_target, parse_target, print_result  # noqa: PLC0415
 
     settings = _settings(options, pairs)

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -38,6 +39,8 @@ from fimserver.types import (
 )
 
 LOAD_TIMEOUT_S = 300.0
+_SHOWN = 400  # characters of context on either side in a trace
+_LONGEST_RUN = 3  # equal canvas tokens in a row before a trace counts them
 _LANGUAGE_OF = {".py": "python", ".pyi": "python", ".pyw": "python"}
 
 
@@ -178,7 +181,8 @@ def print_result(result: Result, target: Target, *, as_json: bool, trace: bool) 
         else:
             sys.stdout.write(result.completion.middle + "\n")
     if result.refusal is not None:
-        sys.stderr.write(f"fimserver: nothing to offer: {result.refusal.detail}\n")
+        what = "" if result.refusal.reason == "engine" else "nothing to offer: "
+        sys.stderr.write(f"fimserver: {what}{result.refusal.detail}\n")
 
 
 def to_json(result: Result, target: Target) -> dict[str, Any]:
@@ -213,10 +217,14 @@ def print_trace(result: Result, console: Console) -> None:
         console.print(Text(text, style="bold underline"))
 
     heading("hole")
-    console.print(Text(str(dataclasses.asdict(result.hole)) if result.hole else str(result.refusal)))
+    if result.hole is not None:
+        hole = result.hole
+        console.print(f"{hole.kind}, lines at most {hole.max_lines}, tokens about {hole.estimated_tokens}")
     if result.context is not None:
-        heading(f"context ({len(result.context.prefix)} characters before, {len(result.context.suffix)} after)")
-        before, after = result.context.prefix[-200:], result.context.suffix[:200]
+        prefix, suffix = result.context.prefix, result.context.suffix
+        heading(f"context ({len(prefix)} characters before, {len(suffix)} after)")
+        before = prefix if len(prefix) <= _SHOWN else "\u2026" + prefix[-_SHOWN:]
+        after = suffix if len(suffix) <= _SHOWN else suffix[:_SHOWN] + "\u2026"
         console.print(Text.assemble((before, "cyan"), ("\u258f", "bold red"), (after, "magenta")))
     if result.generation is not None:
         heading(f"prompt ({result.generation.prompt_tokens} tokens)")
@@ -227,7 +235,12 @@ def print_trace(result: Result, console: Console) -> None:
         for draft in result.drafts:
             console.print(Text.assemble((f"{draft.step:3d}  ", "bold"), *_canvas_text(draft)))
         heading("answer")
-        console.print(Text(repr(result.generation.text) + f"  ({result.generation.finish})"))
+        console.print(Text(repr(result.generation.text) + f"  (ended by: {result.generation.finish})"))
+    heading("offered")
+    if result.completion is not None:
+        console.print(Text(repr(result.completion.middle), style="bold green"))
+    elif result.refusal is not None:
+        console.print(f"nothing ({result.refusal.reason}): {result.refusal.detail}")
     heading("timings, ms")
     console.print(Text("  ".join(f"{name} {ms:.1f}" for name, ms in result.timings_ms.items())))
 
@@ -239,4 +252,9 @@ def _canvas_text(draft: Draft) -> list[Any]:
     def shown(token: CanvasToken) -> str:
         return token.text.replace("\n", "\u23ce").replace("\t", "\u21e5")
 
-    return [(shown(t), "green" if t.accepted else "red strike") for t in draft.canvas]
+    parts: list[Any] = []
+    for (text, accepted), run in groupby(draft.canvas, key=lambda t: (shown(t), t.accepted)):
+        number = len(list(run))
+        counted = f"{text}\u00d7{number}" if number > _LONGEST_RUN else text * number
+        parts.append((counted, "green" if accepted else "red strike"))
+    return parts

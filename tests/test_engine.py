@@ -120,8 +120,8 @@ def test_steps_can_be_limited(tiny_engine: Engine) -> None:
 def test_prompt_layout_is_suffix_first(vocabulary: Vocabulary, tiny_model: Model) -> None:
     prompt = build_prompt(context("a = 1\nb = ", "\nc = 3\n"), vocabulary, tiny_model.metadata)
     shown = "".join(map(vocabulary.show, prompt.token_ids))
-    assert shown == "<bos><suf>\nc = 3\n<pre>a = 1\nb = <mid>"
-    assert prompt.healed == ""
+    assert shown == "<bos><suf>\nc = 3\n<pre>a = 1\nb =<mid>"
+    assert prompt.healed == " "
 
 
 def test_prompt_never_exceeds_the_trained_length(vocabulary: Vocabulary, tiny_model: Model) -> None:
@@ -153,7 +153,11 @@ def test_control_tokens_in_code_are_text(vocabulary: Vocabulary, tiny_model: Mod
         ("self.na", "na"),
         ("    se", "se"),
         ("se", "se"),
-        ("x = ", ""),
+        ("x = ", " "),
+        ("x =  ", " "),
+        ("    ", ""),
+        ("a\n    ", ""),
+        ("\t", ""),
         ("x = (", ""),
         ("a\n    b", "b"),
         ("x = \u00e9t", " \u00e9t"),

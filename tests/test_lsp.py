@@ -390,3 +390,34 @@ def test_other_language_by_lines(ready: LspClient) -> None:
     items = ready.complete("file:///a.go", 3, 11)
     assert items or ready.explain()["last"]["reason"] in {"empty", "repetition"}
     assert json.dumps(items).count("\\n") == 0
+
+
+def test_copilots_notifications_are_taken(ready: LspClient) -> None:
+    before = ready.explain()["counters"]
+    ready.notify("textDocument/didShowCompletion", {"item": {"insertText": "x"}})
+    ready.notify("textDocument/didPartiallyAcceptCompletion", {"item": {}, "acceptedLength": 3})
+    ready.notify("textDocument/didFocus", {"textDocument": {"uri": URI}})
+    after = ready.explain()["counters"]
+    for name in ("didShowCompletion", "didPartiallyAcceptCompletion", "didFocus"):
+        assert after[name] == before.get(name, 0) + 1
+
+
+def test_restart_command_brings_a_new_engine(fresh: LspClient) -> None:
+    fresh.initialize(options={"threads": 1})
+    fresh.wait_until_ready()
+    pid = fresh.explain()["engine"]["pid"]
+    fresh.request("workspace/executeCommand", {"command": "fimserver.restart", "arguments": []})
+    fresh.open(URI, TEXT)
+    deadline = time.monotonic() + 30
+    while fresh.explain()["engine"]["pid"] in {pid, None}:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert fresh.complete(URI, LINE, COLUMN)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_engine_leaves_the_processor_to_the_editor(ready: LspClient) -> None:
+    pid = ready.explain()["engine"]["pid"]
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1].split()
+    own = Path("/proc/self/stat").read_text().rsplit(") ", 1)[1].split()
+    assert int(fields[16]) == min(19, int(own[16]) + 5)

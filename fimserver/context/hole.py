@@ -12,7 +12,7 @@ import re
 from fimserver.context.scan import scan_python
 from fimserver.context.syntax import SyntaxTree
 from fimserver.settings import Settings
-from fimserver.text import LineIndex
+from fimserver.text import LineIndex, leading_whitespace
 from fimserver.types import Hole, HoleKind, NoCompletion, Snapshot
 
 _ESTIMATED_TOKENS = {
@@ -130,8 +130,16 @@ def _find_in_code(snapshot: Snapshot, before: str, after: str) -> HoleKind | NoC
     if not before.strip():
         return _find_on_blank_line(snapshot, after)
     if not after.strip():
-        return HoleKind.BLOCK if _opens_block(before) else HoleKind.REST_OF_LINE
+        unfinished = COMPOUND.match(before) is not None and not body_follows(snapshot, before)
+        return HoleKind.BLOCK if unfinished or _opens_block(before) else HoleKind.REST_OF_LINE
     return HoleKind.EXPRESSION
+
+
+def body_follows(snapshot: Snapshot, line: str) -> bool:
+    """Whether the next line with anything on it is indented deeper than ``line``, the cursor's."""
+    following = snapshot.text[snapshot.cursor :].splitlines()[1:]
+    first = next((other for other in following if other.strip()), "")
+    return len(leading_whitespace(first)) > len(leading_whitespace(line))
 
 
 def _opens_block(line: str) -> bool:

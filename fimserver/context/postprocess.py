@@ -5,6 +5,7 @@
         cut_repetition       a line or a phrase over and over
         cut_repeated_suffix  what already stands behind the cursor
         variants             the text; then without a stray closer, with missing ones, with fewer lines
+        with_body            a header whose body is still to be written gets the shortest there is
         is_sound             the first variant after which the code is no more broken than before
 
 Knows:  text, trees, holes.  Never: tokens, LSP.
@@ -32,7 +33,8 @@ _INDENT_WIDTH = 4
 def to_completion(text: str, hole: Hole, snapshot: Snapshot, tree: SyntaxTree | None) -> Completion | NoCompletion:
     """What to offer for the engine's ``text``; ``tree`` is the snapshot's, if its language has one."""
     before, after = line_around(snapshot)
-    if not text.strip():
+    quotes_only = hole.kind is not HoleKind.STRING and not text.strip(" \n\"'")  # an empty string, no code
+    if not text.strip() or quotes_only:
         return NoCompletion("empty", "the model has nothing to add here")
     middle = cut_at_hole_end(text, hole, before)
     middle = cut_repetition(middle)
@@ -43,11 +45,13 @@ def to_completion(text: str, hole: Hole, snapshot: Snapshot, tree: SyntaxTree | 
     if not middle.strip():
         return NoCompletion("repeats_suffix", "what the model would add already stands behind the cursor")
     middle = match_indentation(join(before, middle), snapshot.text).rstrip()
-    ending = line_ending(snapshot.text)
+    ending, unit = line_ending(snapshot.text), indent_unit(snapshot.text)
     for variant in variants(middle, hole, before, after):
-        candidate = variant.replace("\n", ending)
-        if candidate.strip() and is_sound(snapshot, candidate, tree):
-            return Completion(uuid.uuid4().hex[:12], candidate, snapshot.cursor, snapshot.cursor)
+        forms = [variant] if hole.kind is not HoleKind.BLOCK else [variant, with_body(variant, before, unit)]
+        for form in forms:
+            candidate = form.replace("\n", ending)
+            if candidate.strip() and is_sound(snapshot, candidate, tree):
+                return Completion(uuid.uuid4().hex[:12], candidate, snapshot.cursor, snapshot.cursor)
     return NoCompletion("syntax", "the model's answer would have broken the code around it")
 
 
@@ -154,22 +158,38 @@ def _variants(middle: str, hole: Hole, before: str, after: str) -> Iterator[str]
         part = "\n".join(lines[:n]).rstrip()
         if n < len(lines):
             yield part
-        yield from _balanced(part, before if n == 1 else "", after)
+        yield from _balanced(part, before, after)
 
 
 def _balanced(part: str, before: str, after: str) -> Iterator[str]:
-    """One line with its brackets closed, or cut where one too many was closed, or where it was still whole."""
-    line = part.rsplit("\n", 1)[-1]
-    head = part[: len(part) - len(line)]
-    state = scan_python(before + line)
-    if state.unmatched is not None and state.unmatched >= len(before):
-        line = line[: state.unmatched - len(before)]
-        yield head + line
-        state = scan_python(before + line)
-    colon = ":" if COMPOUND.match(before + line) and not after.strip() and not line.endswith(":") else ""
-    yield head + line + missing_closers(before + line, after) + colon
-    for cut in _cuts(line):
-        yield head + cut + missing_closers(before + cut, after) + colon
+    """Text with its brackets closed, or cut where one too many was closed, or where its last line was whole."""
+    unmatched = scan_python(before + part).unmatched
+    if unmatched is not None and unmatched >= len(before):
+        part = part[: unmatched - len(before)]
+        yield part
+    line = (before + part).rsplit("\n", 1)[-1]
+    colon = ":" if COMPOUND.match(line) and not after.strip() and not line.endswith(":") else ""
+    yield part + missing_closers(before + part, after) + colon
+    last = part.rsplit("\n", 1)[-1]
+    head = part[: len(part) - len(last)]
+    for cut in _cuts(last):
+        yield head + cut + missing_closers(before + head + cut, after) + colon
+
+
+def with_body(variant: str, before: str, unit: str) -> str:
+    """A variant that ends with a header, with the shortest body there is: without one it would not parse."""
+    line = (before + variant).rsplit("\n", 1)[-1]
+    if not (COMPOUND.match(line) and line.endswith(":")):
+        return variant
+    return f"{variant}\n{leading_whitespace(line)}{unit}pass"
+
+
+def indent_unit(text: str) -> str:
+    """What one level of indentation is in a file: a tab, or its narrowest blanks."""
+    widths = {leading_whitespace(line) for line in text.splitlines() if line.strip()} - {""}
+    if any(width.startswith("\t") for width in widths):
+        return "\t"
+    return min((width for width in widths if len(width) > 1), key=len, default=" " * _INDENT_WIDTH)
 
 
 def _cuts(line: str) -> Iterator[str]:

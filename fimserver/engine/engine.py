@@ -146,7 +146,7 @@ class Engine:
             cached_tokens=cached_tokens,
             prompt_tokens=len(prompt.token_ids),
             timings_ms=clock.timings_ms(),
-            prompt_text="".join(map(self.vocabulary.show, prompt.token_ids)) if sampling.trace else "",
+            prompt_text=self.vocabulary.show_all(prompt.token_ids) if sampling.trace else "",
         )
 
     @staticmethod

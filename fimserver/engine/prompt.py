@@ -4,7 +4,7 @@ Layout "fim":  ``<bos><suf> suffix <pre> prefix <mid>``, canvas = middle, ``<eos
 first, so that typing extends the prompt at its end and the KV cache survives.
 
 Token healing: the word that the cursor cuts comes off the prompt and must begin the answer, because a
-tokenizer would never have cut there (``healed``).
+tokenizer would never have cut there (``healed``). So does a single blank: tokens of words begin with theirs.
 
 Knows:  token ids, the context's texts.  Never: tensors, documents.
 """
@@ -47,11 +47,14 @@ def trim_front(token_ids: list[int], budget: int) -> list[int]:
 
 
 def split_last_word(prefix: str) -> tuple[str, str]:
-    """The prefix without the word before the cursor (and the blank before that), and that word."""
+    """The prefix without the word before the cursor and the blank before that, and what was taken off.
+
+    A blank alone is taken off too, since a word's token begins with it; indentation never is.
+    """
     start = len(prefix)
     while start and (prefix[start - 1].isalpha() or prefix[start - 1] == "_"):
         start -= 1
     line_start = prefix.rfind("\n", 0, start) + 1
-    if line_start < start < len(prefix) and prefix[start - 1] == " " and prefix[line_start:start].strip():
+    if start and prefix[start - 1] == " " and prefix[line_start:start].strip():
         start -= 1
     return prefix[:start], prefix[start:]

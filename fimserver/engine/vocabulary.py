@@ -7,6 +7,7 @@ Knows:  token ids and bytes.  Never: tensors, documents.
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -56,6 +57,11 @@ class Vocabulary:
         if token_id in self.special_ids:
             return self._tokenizer.id_to_token(token_id) or f"<{token_id}>"
         return self.token_bytes[token_id].decode("utf-8", "replace")
+
+    def show_all(self, ids: Sequence[int]) -> str:
+        """Ids for a person: characters that several tokens spell are whole."""
+        runs = [list(run) for _, run in groupby(ids, key=self.special_ids.__contains__)]
+        return "".join("".join(map(self.show, r)) if r[0] in self.special_ids else self.decode(r) for r in runs)
 
     @cached_property
     def token_bytes(self) -> list[bytes]:

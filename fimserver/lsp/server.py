@@ -339,6 +339,16 @@ class FimLanguageServer(LanguageServer):
         }
 
 
+def to_sentence(answer: dict[str, Any]) -> str:
+    """An explanation for a person."""
+    engine, last = answer["engine"], answer["last"]
+    if last is None:
+        return f"fimserver: no request yet; the engine is {engine['state']} ({engine['detail']})"
+    if last["outcome"] == "offered":
+        return "fimserver: the last request was answered with a completion"
+    return f"fimserver: nothing was offered, because {last['detail']} ({last['reason']})"
+
+
 def engine_options(settings: Settings) -> EngineOptions:
     """What the worker is started with."""
     return EngineOptions(model=settings.model, device=settings.device, threads=settings.threads)
@@ -390,7 +400,9 @@ def _register_commands(server: FimLanguageServer) -> None:
 
     @server.command(EXPLAIN_COMMAND)
     def explain(*arguments: object) -> dict[str, Any]:
-        return server.explain(arguments[0] if arguments else None)
+        answer = server.explain(arguments[0] if arguments else None)
+        server.window_show_message(lsp.ShowMessageParams(lsp.MessageType.Info, to_sentence(answer)))
+        return answer
 
     @server.command(RESTART_COMMAND)
     def restart(*_arguments: object) -> None:

@@ -1,0 +1,64 @@
+"""Documents that can fail: links lead somewhere, commands and settings exist, paths are none of ours."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fimserver.lsp.convert import ACCEPT_COMMAND
+from fimserver.lsp.server import EXPLAIN_COMMAND, RESTART_COMMAND
+from fimserver.settings import BY_WIRE_NAME
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "fimserver").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+        if not link.startswith("http"):
+            assert (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_settings_in_documents_exist(page: Path) -> None:
+    commands = {c.removeprefix("fimserver.") for c in (ACCEPT_COMMAND, EXPLAIN_COMMAND, RESTART_COMMAND)}
+    for name in re.findall(r"`fimserver\.([a-z][A-Za-z]+)`", page.read_text(encoding="utf-8")):
+        assert name in BY_WIRE_NAME or name in commands or name in {"json"}, name
+
+
+def test_files_in_the_architecture_exist() -> None:
+    text = (ROOT / "fimserver" / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    files = set(re.findall(r"`([a-z_/]+\.py)", text))
+    assert len(files) > 10
+    known = {p.name for p in (ROOT / "fimserver").rglob("*.py")}
+    for file in files:
+        exists = (ROOT / file).exists() or (ROOT / "fimserver" / file).exists() or file in known
+        assert exists, file
+
+
+def test_functions_in_the_architecture_exist() -> None:
+    text = (ROOT / "fimserver" / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    source = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "fimserver").rglob("*.py"))
+    named = re.findall(r"\.py: ([A-Za-z_.]+)`", text)
+    assert len(named) > 8
+    for name in named:
+        last = name.rsplit(".", 1)[-1]
+        assert re.search(rf"(def|class) {last}\b", source), name
+
+
+def test_commands_in_the_readme_exist() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for line in set(re.findall(r"fimserver (lsp|complete|eval \w+|doctor)\b", text)):
+        command = [sys.executable, "-P", "-m", "fimserver.cli", *line.split(), "--help"]
+        assert subprocess.run(command, capture_output=True, check=False).returncode == 0, line
+
+
+def test_the_gate_runs_the_readmes_test_command() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text.split("## Test it", 1)[1]
+    command = next(line for line in section.splitlines() if line.startswith("python3 -m venv"))
+    assert "-m tests" in command
+    assert "## Test it" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
