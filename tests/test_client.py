@@ -5,6 +5,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +29,10 @@ PREAMBLE = """
     def generation(request, text): send(type="generation", id=request["id"], generation=dict(text=text,
         mode="diffusion", finish="end", num_tokens=1, denoising_steps=1, forward_passes=2, cached_tokens=0,
         prompt_tokens=3, timings_ms={"total": 1.0}, prompt_text=""))
-    def receive(): return read_frame(sys.stdin.buffer)
+    def receive():
+        message = read_frame(sys.stdin.buffer)
+        if message and message["type"] == "complete": send(type="started", id=message["id"])
+        return message
 """
 STARTS = """
 starts = Path(__file__).with_suffix(".starts")
@@ -241,6 +245,90 @@ def test_real_worker_takes_the_newest_first() -> None:
         pending.future.result(30)
     client.close()
     assert done == ["first", "fourth", "third", "second"]
+
+
+def test_the_others_of_a_dead_worker_are_not_blamed(worker: Worker) -> None:
+    client = worker("""
+        ready()
+        while r := receive():
+            if r['sampling']['seed'] == 1: time.sleep(0.3); os._exit(9)
+            generation(r, f'start {n}')
+        """)
+    client.wait_until_ready(10)
+    bad = client.complete(CONTEXT, Sampling(seed=1))
+    good = [client.complete(CONTEXT, Sampling()) for _ in range(3)]
+    with pytest.raises(EngineError, match="died twice"):
+        bad.future.result(10)
+    assert [p.future.result(10).text for p in good] == ["start 3"] * 3
+
+
+def test_restart_keeps_open_requests_and_takes_the_newest_options(worker: Worker) -> None:
+    client = worker("""
+        import json
+        options = json.loads(sys.argv[1])
+        time.sleep(0.2)
+        ready()
+        while r := receive():
+            if options['threads'] != 2: time.sleep(60)
+            generation(r, f"threads {options['threads']}")
+        """)
+    client.wait_until_ready(10)
+    pending = client.complete(CONTEXT, Sampling())
+    for threads in (3, 1, 2):
+        client.restart(replace(client.options, threads=threads))
+        assert client.state is EngineState.LOADING
+    assert pending.future.result(10).text == "threads 2"
+
+
+def test_a_cancelled_request_is_not_asked_again(worker: Worker) -> None:
+    client = worker(
+        "ready()\nr = receive()\nif n == 1: time.sleep(0.5); os._exit(9)\ngeneration(r, 'asked again')\nreceive()"
+    )
+    client.wait_until_ready(10)
+    pending = client.complete(CONTEXT, Sampling())
+    pending.cancel()
+    with pytest.raises(CompletionCancelledError):
+        pending.future.result(10)
+
+
+def test_a_callback_that_raises_loses_nothing(worker: Worker) -> None:
+    client = worker(
+        "ready()\nwhile r := receive():\n  send(type='draft', id=r['id'], draft=dict(step=1, text='', canvas=[]))\n  generation(r, 'x')"
+    )
+
+    def fail(_draft: Draft) -> None:
+        msg = "mine"
+        raise RuntimeError(msg)
+
+    assert client.complete(CONTEXT, Sampling(), on_draft=fail).future.result(10).text == "x"
+    assert client.complete(CONTEXT, Sampling()).future.result(10).text == "x"
+
+
+def test_a_malformed_answer_starts_a_new_worker(worker: Worker) -> None:
+    client = worker(
+        "ready()\nr = receive()\nif n == 1: send(type='generation', id=r['id'], generation={}); time.sleep(60)\ngeneration(r, f'start {n}')\nreceive()"
+    )
+    assert client.complete(CONTEXT, Sampling()).future.result(10).text == "start 2"
+
+
+def test_a_stopped_worker_holds_nobody_up(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Far more than a pipe takes, to a worker that does not read: the callers go on at once."""
+    monkeypatch.setattr(client_module, "HANG_TIMEOUT_S", 1.0)
+    client = worker("ready()\nif n == 1: time.sleep(60)\nwhile r := receive(): generation(r, f'start {n}')")
+    client.wait_until_ready(10)
+    context = replace(CONTEXT, prefix="x" * 20_000)
+    begin = time.perf_counter()
+    pending = [client.complete(context, Sampling()) for _ in range(30)]
+    pending[3].cancel()
+    assert time.perf_counter() - begin < 0.5
+    assert pending[0].future.result(10).text == "start 2"
+
+
+def test_waiting_in_the_queue_is_no_hang(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "HANG_TIMEOUT_S", 1.0)
+    client = worker("ready()\nwhile r := receive(): time.sleep(0.4); generation(r, f'start {n}')")
+    pending = [client.complete(CONTEXT, Sampling()) for _ in range(5)]
+    assert [p.future.result(10).text for p in pending] == ["start 1"] * 5
 
 
 # Frames and values

@@ -2,16 +2,20 @@
 
     start()      spawns the worker; state goes LOADING -> READY or FAILED
     complete()   a future of a Generation; drafts come through a callback
+    restart()    another worker with other options; open requests go over to it
     close()      ends the worker, and every open request with a reason
 
-A request that was open when the worker died is asked once more of the next worker; a second death ends it.
-A worker that dies ``MAX_DEATHS`` times within ``DEATH_WINDOW_S`` is given up: FAILED, with the reason.
+What was waiting when a worker died is asked of the next one; the request that it was computing is asked once
+more, and ended after a second death. A worker that dies ``MAX_DEATHS`` times within ``DEATH_WINDOW_S``, or while
+loading, is given up: FAILED, with the reason.
 
 Knows:   processes, frames, threads.  Never: torch, LSP.
-Threads: any may call; callbacks come from the thread that reads the worker.
+Threads: any may call, and none waits for the worker. Each worker has a thread that reads and one that writes;
+         one watchdog kills a worker that gives no sign. Callbacks must not block.
 """
 
 import json
+import queue
 import subprocess
 import sys
 import threading
@@ -24,13 +28,15 @@ from enum import StrEnum
 from typing import Any, BinaryIO, cast
 
 from fimserver.engine.frames import from_plain, read_frame, to_plain, write_frame
-from fimserver.errors import CompletionCancelledError, EngineError, FrameError
+from fimserver.errors import CompletionCancelledError, EngineError
 from fimserver.types import Draft, FimContext, Generation, ModelInfo, Sampling
 
 MAX_DEATHS = 3
 DEATH_WINDOW_S = 60.0
-HANG_TIMEOUT_S = 90.0  # beyond any latency limit: such a worker will never answer
+HANG_TIMEOUT_S = 90.0  # without any sign while a request is computed
+LOAD_TIMEOUT_S = 600.0  # without having loaded
 _MAX_ATTEMPTS = 2
+_ENDINGS = ("generation", "cancelled", "error")
 
 
 class EngineState(StrEnum):
@@ -61,12 +67,22 @@ class PendingCompletion:
     client: "EngineClient"
     on_draft: Callable[[Draft], None] | None
     future: "Future[Generation]" = field(default_factory=Future)
-    attempts: int = 0
-    watchdog: threading.Timer | None = None
+    is_sent: bool = False
+    is_cancelled: bool = False
+    num_deaths: int = 0
 
     def cancel(self) -> None:
         """Ask the worker to stop within one step; the future then raises ``CompletionCancelledError``."""
         self.client.cancel(self.id)
+
+
+@dataclass(eq=False)
+class _Worker:
+    """One process and what is still to be written to it; ``current`` is the request that it computes."""
+
+    process: "subprocess.Popen[bytes]"
+    outgoing: "queue.SimpleQueue[dict[str, Any] | None]" = field(default_factory=queue.SimpleQueue)
+    current: int | None = None
 
 
 class EngineClient:
@@ -80,52 +96,56 @@ class EngineClient:
     ) -> None:
         self.options = options or EngineOptions()
         self.state = EngineState.STOPPED
-        self.detail = "not started"
+        self.detail = "the engine was not started"
         self.info: ModelInfo | None = None
         self._on_state = on_state
-        self._lock = threading.RLock()
-        self._write_lock = threading.Lock()
-        self._settled = threading.Condition(self._lock)
-        self._process: subprocess.Popen[bytes] | None = None
+        self._changed = threading.Condition(threading.RLock())
+        self._worker: _Worker | None = None
         self._pending: dict[int, PendingCompletion] = {}
         self._next_id = 1
         self._deaths: list[float] = []
+        self._deadline: float | None = None  # when the watchdog ends the worker
+        self._watchdog: threading.Thread | None = None
 
     @property
     def pid(self) -> int | None:
         """Process id of the worker, if there is one."""
-        return self._process.pid if self._process else None
+        worker = self._worker
+        return worker.process.pid if worker else None
 
     def start(self) -> None:
         """Start a worker unless one is there."""
-        with self._lock:
-            if self._process is not None:
-                return
-            self.info = None
-            arguments = {key: getattr(self.options, key) for key in ("model", "device", "threads")}
-            try:
-                self._process = subprocess.Popen(  # noqa: S603  our own interpreter
-                    [*self.options.command, json.dumps(arguments)],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                )
-            except OSError as error:
-                self._set_state(EngineState.FAILED, f"the engine cannot be started: {error}")
-                return
-            self._set_state(EngineState.LOADING, f"loading model {self.options.model}")
-            threading.Thread(target=self._read, args=(self._process,), daemon=True).start()
+        with self._changed:
+            if self._worker is None:
+                self._spawn()
 
     def restart(self, options: EngineOptions) -> None:
-        """End the worker and start one with other options; open requests end."""
-        self.close("the engine's settings changed")
-        self.options = options
-        self._deaths.clear()
-        self.start()
+        """Replace the worker by one with ``options``; open requests wait for it."""
+        with self._changed:
+            old, self._worker = self._worker, None
+            self.options = options
+            self._deaths.clear()
+            self._requeue()
+            self._spawn()
+        if old is not None:
+            _end(old)
+
+    def close(self, reason: str = "the engine was stopped") -> None:
+        """End the worker and every open request."""
+        with self._changed:
+            worker, self._worker = self._worker, None
+            self._deadline = None
+            if self.state is not EngineState.FAILED:
+                self._set_state(EngineState.STOPPED, reason)
+            self._finish_all(reason)
+        if worker is not None:
+            _end(worker)
+            worker.process.wait()
 
     def wait_until_ready(self, timeout_s: float) -> ModelInfo:
         """Block until the model is loaded. Raises ``EngineError`` with the reason when it is not."""
-        with self._settled:
-            self._settled.wait_for(lambda: self.state is not EngineState.LOADING, timeout_s)
+        with self._changed:
+            self._changed.wait_for(lambda: self.state is not EngineState.LOADING, timeout_s)
             if self.state is EngineState.READY and self.info:
                 return self.info
             detail = self.detail if self.state is not EngineState.LOADING else f"still loading after {timeout_s:.0f} s"
@@ -135,8 +155,8 @@ class EngineClient:
         self, context: FimContext, sampling: Sampling, *, on_draft: Callable[[Draft], None] | None = None
     ) -> PendingCompletion:
         """Ask for a completion. Raises ``EngineError`` when no worker is there or will be."""
-        with self._lock:
-            if self._process is None:
+        with self._changed:
+            if self._worker is None:
                 raise EngineError(self.detail)
             message = {
                 "type": "complete",
@@ -149,148 +169,174 @@ class EngineClient:
             pending.future.set_running_or_notify_cancel()  # only the worker's answer ends it
             self._next_id += 1
             self._pending[pending.id] = pending
-            ready = self.state is EngineState.READY
-        if ready:
-            self._send_request(pending)
-        return pending
+            if self.state is EngineState.READY:
+                self._send(pending)
+            return pending
 
     def cancel(self, request_id: int) -> None:
         """Cancel a request; one that was never sent ends at once."""
-        with self._lock:
+        with self._changed:
             pending = self._pending.get(request_id)
-            if pending is None:
+            if pending is None or pending.is_cancelled:
                 return
-            sent = pending.attempts > 0 and self.state is EngineState.READY
-            if not sent:
-                self._finish(pending, error=CompletionCancelledError("cancelled before it was sent"))
-        if sent:
-            self._write({"type": "cancel", "id": request_id})
+            pending.is_cancelled = True
+            if pending.is_sent and self._worker is not None:
+                self._worker.outgoing.put({"type": "cancel", "id": request_id})
+            else:
+                self._finish(pending, CompletionCancelledError("cancelled before it was sent"))
 
-    def close(self, reason: str = "the engine was stopped") -> None:
-        """End the worker and every open request."""
-        with self._lock:
-            process, self._process = self._process, None
-            if self.state is not EngineState.FAILED:
-                self._set_state(EngineState.STOPPED, reason)
-            self._finish_all(reason)
-        if process is not None:
-            process.kill()  # it holds nothing that needs saving; the reader sees its end and closes the pipes
-            process.wait()
+    # From here on: called with the lock held, or by a worker's own threads.
 
     def _set_state(self, state: EngineState, detail: str) -> None:
-        with self._settled:
-            self.state, self.detail = state, detail
-            self._settled.notify_all()
+        self.state, self.detail = state, detail
+        self._changed.notify_all()
         self._on_state(state, detail)
 
-    def _send_request(self, pending: PendingCompletion) -> None:
-        pending.attempts += 1
-        pending.watchdog = threading.Timer(HANG_TIMEOUT_S, self._kill_hung)
-        pending.watchdog.daemon = True
-        pending.watchdog.start()
-        self._write(pending.message)
-
-    def _kill_hung(self) -> None:
-        with self._lock:
-            if self._process is not None:
-                self._process.kill()  # the reader sees the end of its output and starts another
-
-    def _write(self, message: dict[str, Any]) -> None:
-        process = self._process
-        if process is None or process.stdin is None:
+    def _spawn(self) -> None:
+        self.info = None
+        arguments = {key: getattr(self.options, key) for key in ("model", "device", "threads")}
+        try:
+            process = subprocess.Popen(  # noqa: S603  our own interpreter
+                [*self.options.command, json.dumps(arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
+        except OSError as error:
+            self._set_state(EngineState.FAILED, f"the engine cannot be started: {error}")
+            self._finish_all(self.detail)
             return
-        try:
-            with self._write_lock:
-                write_frame(cast("BinaryIO", process.stdin), message)
-        except (OSError, ValueError):
-            return  # it has just died: the reader sees that too and asks again
+        worker = self._worker = _Worker(process)
+        self._set_state(EngineState.LOADING, f"loading model {self.options.model}")
+        self._expect_sign(LOAD_TIMEOUT_S)
+        threading.Thread(target=self._read, args=(worker,), daemon=True).start()
+        threading.Thread(target=_write, args=(worker,), daemon=True).start()
 
-    def _read(self, process: "subprocess.Popen[bytes]") -> None:
-        stream = process.stdout
-        assert stream is not None
-        try:
-            while (message := read_frame(cast("BinaryIO", stream))) is not None:
-                self._on_message(process, message)
-        except (FrameError, OSError, ValueError):
-            process.kill()
-        process.wait()
-        for pipe in (process.stdin, process.stdout):
-            with suppress(OSError):  # what was buffered for it is lost with it
-                cast("BinaryIO", pipe).close()
-        self._on_death(process)
+    def _expect_sign(self, within_s: float) -> None:
+        self._deadline = time.monotonic() + within_s
+        if self._watchdog is None:
+            self._watchdog = threading.Thread(target=self._watch, daemon=True)
+            self._watchdog.start()
+        self._changed.notify_all()
 
-    def _on_message(self, process: "subprocess.Popen[bytes]", message: dict[str, Any]) -> None:
+    def _watch(self) -> None:
+        """End a worker that is past its deadline; the reader sees its end and starts another."""
+        with self._changed:
+            while self._worker is not None:
+                remaining = None if self._deadline is None else self._deadline - time.monotonic()
+                if remaining is not None and remaining <= 0:
+                    self._deadline = remaining = None
+                    self._worker.process.kill()
+                self._changed.wait(remaining)
+            self._watchdog = None
+
+    def _send(self, pending: PendingCompletion) -> None:
+        if self._worker is not None and not pending.is_sent:
+            pending.is_sent = True
+            self._worker.outgoing.put(pending.message)
+            if self._deadline is None:
+                self._expect_sign(HANG_TIMEOUT_S)
+
+    def _requeue(self) -> None:
+        """Open requests wait for the next worker; those that were cancelled end now."""
+        for pending in list(self._pending.values()):
+            pending.is_sent = False
+            if pending.is_cancelled:
+                self._finish(pending, CompletionCancelledError("cancelled"))
+
+    def _read(self, worker: _Worker) -> None:
+        """Handle what a worker says until it ends. Nonsense from it ends it."""
+        with suppress(Exception):  # whatever a message was, the worker that sent it cannot be trusted
+            while (message := read_frame(cast("BinaryIO", worker.process.stdout))) is not None:
+                self._on_message(worker, message)
+        _end(worker)
+        worker.process.wait()
+        cast("BinaryIO", worker.process.stdout).close()
+        self._on_death(worker)
+
+    def _on_message(self, worker: _Worker, message: dict[str, Any]) -> None:
         kind = message["type"]
-        with self._lock:
-            if process is not self._process:
+        with self._changed:
+            if worker is not self._worker:
                 return
             pending = self._pending.get(message.get("id", -1))
-        if kind == "ready":
-            with self._lock:
+            if kind == "ready":
                 self.info = from_plain(ModelInfo, message["info"])
                 self._set_state(EngineState.READY, f"{self.info.name} on {self.info.device}")
-                waiting = list(self._pending.values())
-            for request in waiting:
-                self._send_request(request)
-        elif kind == "failed":
-            self._set_state(EngineState.FAILED, message["message"])
-        elif pending is None:
-            return
-        elif kind == "draft":
-            if pending.on_draft is not None:
+                for waiting in list(self._pending.values()):
+                    self._send(waiting)
+            elif kind == "failed":
+                self._set_state(EngineState.FAILED, message["message"])
+            elif kind == "started":
+                worker.current = message["id"]
+            elif kind in _ENDINGS:
+                worker.current = None if message["id"] == worker.current else worker.current
+                if pending is not None:
+                    self._finish(pending, _to_outcome(kind, message))
+            self._deadline = None
+            if any(p.is_sent for p in self._pending.values()):
+                self._expect_sign(HANG_TIMEOUT_S)
+        if kind == "draft" and pending is not None and pending.on_draft is not None:
+            with suppress(Exception):  # a caller's mistake is no reason to lose the worker
                 pending.on_draft(from_plain(Draft, message["draft"]))
-        elif kind == "generation":
-            self._finish(pending, generation=from_plain(Generation, message["generation"]))
-        elif kind == "cancelled":
-            self._finish(pending, error=CompletionCancelledError("cancelled"))
-        else:
-            self._finish(pending, error=EngineError(message["message"]))
 
-    def _on_death(self, process: "subprocess.Popen[bytes]") -> None:
-        with self._lock:
-            if process is not self._process:
+    def _on_death(self, worker: _Worker) -> None:
+        with self._changed:
+            if worker is not self._worker:
                 return
-            self._process = None
-            loaded = self.state is EngineState.READY
+            self._worker = None
             now = time.monotonic()
             self._deaths = [t for t in self._deaths if now - t < DEATH_WINDOW_S] + [now]
-            if self.state is not EngineState.FAILED:
-                code = process.returncode
-                if not loaded:
-                    self._set_state(EngineState.FAILED, f"the engine ended with code {code} while loading")
-                elif len(self._deaths) >= MAX_DEATHS:
-                    self._set_state(
-                        EngineState.FAILED,
-                        f"the engine died {MAX_DEATHS} times within {DEATH_WINDOW_S:.0f} s (last code {code}); "
-                        "run `fimserver doctor`, then restart the server",
-                    )
+            code = worker.process.returncode
+            if self.state is EngineState.LOADING:
+                self._set_state(EngineState.FAILED, f"the engine ended with code {code} while loading")
+            elif self.state is EngineState.READY and len(self._deaths) >= MAX_DEATHS:
+                self._set_state(
+                    EngineState.FAILED,
+                    f"the engine died {MAX_DEATHS} times within {DEATH_WINDOW_S:.0f} s (last code {code}); "
+                    "run `fimserver doctor`, then restart the server",
+                )
             if self.state is EngineState.FAILED:
                 self._finish_all(self.detail)
+                self._changed.notify_all()
                 return
-            for pending in list(self._pending.values()):
-                if pending.watchdog is not None:
-                    pending.watchdog.cancel()
-                if pending.attempts >= _MAX_ATTEMPTS:
-                    self._finish(pending, error=EngineError("the engine died twice on this request"))
-        self.start()
+            culprit = self._pending.get(worker.current) if worker.current is not None else None
+            self._requeue()
+            if culprit is not None:
+                culprit.num_deaths += 1
+                if culprit.num_deaths >= _MAX_ATTEMPTS:
+                    self._finish(culprit, EngineError("the engine died twice on this request"))
+            self._spawn()
 
     def _finish_all(self, reason: str) -> None:
         for pending in list(self._pending.values()):
-            self._finish(pending, error=EngineError(reason))
+            self._finish(pending, EngineError(reason))
 
-    def _finish(
-        self,
-        pending: PendingCompletion,
-        *,
-        generation: Generation | None = None,
-        error: Exception | None = None,
-    ) -> None:
-        with self._lock:
-            if self._pending.pop(pending.id, None) is None:
-                return
-        if pending.watchdog is not None:
-            pending.watchdog.cancel()
-        if error is not None:
-            pending.future.set_exception(error)
-        elif generation is not None:
-            pending.future.set_result(generation)
+    def _finish(self, pending: PendingCompletion, outcome: Generation | Exception) -> None:
+        if self._pending.pop(pending.id, None) is None:
+            return
+        if isinstance(outcome, Exception):
+            pending.future.set_exception(outcome)
+        else:
+            pending.future.set_result(outcome)
+
+
+def _to_outcome(kind: str, message: dict[str, Any]) -> Generation | Exception:
+    if kind == "generation":
+        return from_plain(Generation, message["generation"])
+    if kind == "cancelled":
+        return CompletionCancelledError("cancelled")
+    return EngineError(message["message"])
+
+
+def _write(worker: _Worker) -> None:
+    """Write what is put into a worker's queue; a full pipe holds up this thread alone."""
+    stream = cast("BinaryIO", worker.process.stdin)
+    with suppress(OSError, ValueError):  # it has just died: the reader sees that too
+        while (message := worker.outgoing.get()) is not None:
+            write_frame(stream, message)
+    with suppress(OSError):
+        stream.close()
+
+
+def _end(worker: _Worker) -> None:
+    """Kill a worker, which holds nothing that needs saving, and let its writer go."""
+    worker.process.kill()
+    worker.outgoing.put(None)

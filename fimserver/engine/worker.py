@@ -2,7 +2,8 @@
 
     from the server   complete {id, context, sampling}   cancel {id}
     to the server     ready {info} | failed {message}
-                      draft {id, draft}   generation {id, generation}
+                      started {id}        draft {id, draft}   alive {id}
+                      generation {id, generation}
                       cancelled {id}      error {id, message}
 
 Frames use private copies of the standard streams; file descriptor 1 then points at stderr, so a stray print
@@ -16,6 +17,7 @@ import logging
 import os
 import sys
 import threading
+import time
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +30,7 @@ from fimserver.types import Draft, FimContext, Hole, HoleKind, Sampling
 if TYPE_CHECKING:
     from fimserver.engine.engine import Engine
 
+_SIGN_S = 1.0  # a long request says so often that it is alive
 _NICENESS = 5  # the editor's own processes go first
 _logger = logging.getLogger(__name__)
 
@@ -181,9 +184,18 @@ def answer(engine: "Engine", request: dict[str, Any], inbox: Inbox, outbox: Outb
     """Compute one request and send what came of it. Errors are sent without the texts they are about."""
     request_id = request["id"]
 
+    last_sign = time.monotonic()
+
     def on_draft(draft: Draft) -> None:
+        nonlocal last_sign
+        now = time.monotonic()
         if request["drafts"]:
             outbox.send("draft", id=request_id, draft=to_plain(draft))
+        elif now - last_sign > _SIGN_S:
+            last_sign = now
+            outbox.send("alive", id=request_id)
+
+    outbox.send("started", id=request_id)
 
     try:
         generation = engine.complete(
