@@ -83,8 +83,6 @@ def to_wire_name(name: str) -> str:
 
 BY_WIRE_NAME = {to_wire_name(f.name): f for f in fields(Settings)}
 
-ENGINE_SETTINGS = ("model", "device", "threads")  # these need a new engine when they change
-
 
 def allowed_values(setting: "dataclasses.Field[Any]") -> str:
     """What a setting may be, in words: for errors and for the table."""

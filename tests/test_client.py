@@ -292,9 +292,12 @@ def test_a_cancelled_request_is_not_asked_again(worker: Worker) -> None:
 
 
 def test_a_callback_that_raises_loses_nothing(worker: Worker) -> None:
-    client = worker(
-        "ready()\nwhile r := receive():\n  send(type='draft', id=r['id'], draft=dict(step=1, text='', canvas=[]))\n  generation(r, 'x')"
-    )
+    client = worker("""
+        ready()
+        while r := receive():
+            send(type='draft', id=r['id'], draft=dict(step=1, text='', canvas=[]))
+            generation(r, 'x')
+        """)
 
     def fail(_draft: Draft) -> None:
         msg = "mine"
@@ -305,9 +308,15 @@ def test_a_callback_that_raises_loses_nothing(worker: Worker) -> None:
 
 
 def test_a_malformed_answer_starts_a_new_worker(worker: Worker) -> None:
-    client = worker(
-        "ready()\nr = receive()\nif n == 1: send(type='generation', id=r['id'], generation={}); time.sleep(60)\ngeneration(r, f'start {n}')\nreceive()"
-    )
+    client = worker("""
+        ready()
+        r = receive()
+        if n == 1:
+            send(type='generation', id=r['id'], generation={})
+            time.sleep(60)
+        generation(r, f'start {n}')
+        receive()
+        """)
     assert client.complete(CONTEXT, Sampling()).future.result(10).text == "start 2"
 
 

@@ -129,6 +129,18 @@ def test_cancelled_request_is_answered_within_one_step(fresh: LspClient) -> None
             {"textDocument": {"uri": URI}, "position": {"line": 999, "character": 0}, "context": {"triggerKind": 1}},
             "outside",
         ),
+        (
+            {"textDocument": {"uri": URI}, "position": {"line": 0.5, "character": 0}, "context": {"triggerKind": 1}},
+            "line",
+        ),
+        (
+            {"textDocument": {"uri": URI}, "position": {"line": 0, "character": "3"}, "context": {"triggerKind": 1}},
+            "character",
+        ),
+        (
+            {"textDocument": {"uri": URI}, "position": {"line": 0, "character": 0}, "context": {"triggerKind": True}},
+            "triggerKind",
+        ),
         (None, "textDocument"),
         ([], ""),
     ],
@@ -206,8 +218,7 @@ def test_newer_request_supersedes_the_older(fresh: LspClient) -> None:
     fresh.open(URI, TEXT)
     older = fresh.send_completion(URI, LINE, COLUMN, invoked=False)
     time.sleep(0.1)
-    fresh.change(URI, 2, edit(LINE, COLUMN, LINE, COLUMN, "l"))
-    newer = fresh.send_completion(URI, LINE, COLUMN + 1, invoked=False)
+    newer = fresh.send_completion(URI, LINE - 1, COLUMN, invoked=False)
     assert fresh.wait(older)["result"] == {"items": []}
     assert newer not in fresh.answers or fresh.answers[older]["at"] <= fresh.answers[newer]["at"]
     assert "result" in fresh.wait(newer)
@@ -421,3 +432,137 @@ def test_engine_leaves_the_processor_to_the_editor(ready: LspClient) -> None:
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1].split()
     own = Path("/proc/self/stat").read_text().rsplit(") ", 1)[1].split()
     assert int(fields[16]) == min(19, int(own[16]) + 5)
+
+
+def test_reopened_with_the_same_version_is_another_text(ready: LspClient) -> None:
+    ready.open(URI, TEXT.replace("main", "reopened"), version=2)
+    request = ready.send_completion(URI, LINE, COLUMN)
+    ready.notify("textDocument/didClose", {"textDocument": {"uri": URI}})
+    ready.open(URI, "# entirely other\n", version=2)
+    assert ready.wait(request)["result"] == {"items": []}
+
+
+def test_an_edit_ends_the_request_about_the_old_text(fresh: LspClient) -> None:
+    fresh.initialize(options={"mode": "diffusion", "maxDenoisingSteps": 256, "maxLatencyMs": 60000})
+    fresh.wait_until_ready()
+    fresh.open(URI, TEXT)
+    request = fresh.send_completion(URI, LINE, COLUMN)
+    time.sleep(0.1)
+    begin = time.perf_counter()
+    fresh.change(URI, 2, edit(0, 0, 0, 0, "#\n"))
+    assert fresh.wait(request)["result"] == {"items": []}
+    assert fresh.answers[request]["at"] - begin < 0.3
+    assert fresh.explain()["last"]["reason"] == "stale"
+
+
+def test_an_unreadable_edit_is_never_answered_from_the_old_text(ready: LspClient) -> None:
+    ready.open(URI, TEXT)
+    broken = {"textDocument": {"uri": URI, "version": 2}, "contentChanges": [{"txt": "x"}]}
+    ready.notify("textDocument/didChange", broken)
+    answer = ready.wait(ready.send_completion(URI, LINE, COLUMN))
+    assert "open it again" in answer["error"]["message"]
+    ready.change(URI, 3, {"text": TEXT})
+    assert ready.complete(URI, LINE, COLUMN)
+
+
+def test_invoked_requests_survive_a_change_of_settings(fresh: LspClient) -> None:
+    """The engine is started anew under the request: it waits, and is answered by the new one."""
+    fresh.initialize()
+    fresh.wait_until_ready()
+    fresh.open(URI, TEXT)
+    before = fresh.send_completion(URI, LINE, COLUMN)
+    fresh.notify("workspace/didChangeConfiguration", {"settings": {"fimserver": {"threads": 2}}})
+    fresh.notify("workspace/didChangeConfiguration", {"settings": {"fimserver": {"threads": 1}}})
+    assert fresh.complete(URI, LINE, COLUMN, invoked=False) == []
+    assert fresh.explain()["last"]["reason"] == "loading"
+    assert fresh.wait(before)["result"]["items"]
+    command_line = Path(f"/proc/{fresh.explain()['engine']['pid']}/cmdline").read_text()
+    assert '"threads": 1' in command_line
+
+
+def test_invoked_request_before_initialized_waits(fresh: LspClient) -> None:
+    fresh.request("initialize", {"processId": None, "rootUri": None, "capabilities": {}})
+    fresh.open(URI, TEXT)
+    request = fresh.send_completion(URI, LINE, COLUMN)
+    assert fresh.send_completion(URI, LINE, COLUMN, invoked=False)
+    fresh.notify("initialized", {})
+    assert fresh.wait(request)["result"]["items"]
+
+
+def test_leaving_does_not_wait_for_the_model(fresh: LspClient) -> None:
+    fresh.initialize()
+    fresh.open(URI, TEXT)
+    fresh.send_completion(URI, LINE, COLUMN)
+    begin = time.perf_counter()
+    assert fresh.shutdown() == 0
+    assert time.perf_counter() - begin < 1.5
+
+
+def test_a_stopped_engine_does_not_stop_the_server(fresh: LspClient) -> None:
+    fresh.initialize(options={"debounceMs": 0})
+    fresh.wait_until_ready()
+    pid = fresh.explain()["engine"]["pid"]
+    subprocess.run(["kill", "-STOP", str(pid)], check=True)
+    for i in range(40):
+        fresh.open(f"{URI}{i}", "x = 1\n" * 2000 + "y = ")
+        fresh.send_completion(f"{URI}{i}", 2000, 4, invoked=False)
+    assert fresh.explain()["engine"]["state"] == "ready"
+    assert fresh.shutdown() == 0
+
+
+def test_settings_that_are_taken_back_fall_back(ready: LspClient) -> None:
+    def configure(settings: object) -> None:
+        ready.notify("workspace/didChangeConfiguration", {"settings": settings})
+
+    ready.open(URI, TEXT)
+    configure({"fimserver": {"enabled": False}})
+    assert ready.complete(URI, LINE, COLUMN) == []
+    configure({"python": {"x": 1}, "editor": {}})
+    assert ready.complete(URI, LINE, COLUMN) == []
+    configure({"fimserver": {}})
+    assert ready.complete(URI, LINE, COLUMN)
+    shown = [n["params"]["message"] for n in ready.notifications if n["method"] == "window/showMessage"]
+    assert not any("python" in message for message in shown)
+
+
+def test_other_settings_mean_another_answer(ready: LspClient) -> None:
+    ready.open(URI, TEXT)
+    ready.complete(URI, LINE, COLUMN)
+    ready.complete(URI, LINE, COLUMN)
+    assert ready.explain()["last"]["source"] == "cache"
+    ready.notify("workspace/didChangeConfiguration", {"settings": {"fimserver": {"maxLines": 1}}})
+    ready.complete(URI, LINE, COLUMN)
+    assert ready.explain()["last"]["source"] == "model"
+    ready.notify("workspace/didChangeConfiguration", {"settings": {"fimserver": {}}})
+
+
+def test_automatic_requests_wait_for_a_pause_and_invoked_ones_do_not(fresh: LspClient) -> None:
+    fresh.initialize(options={"debounceMs": 1500})
+    fresh.wait_until_ready()
+    fresh.open(URI, TEXT)
+    begin = time.perf_counter()
+    assert fresh.complete(URI, LINE, COLUMN)
+    assert time.perf_counter() - begin < 1.5
+    fresh.change(URI, 2, edit(0, 0, 0, 0, "#\n"))
+    begin = time.perf_counter()
+    fresh.complete(URI, LINE + 1, COLUMN, invoked=False)
+    assert time.perf_counter() - begin >= 1.5
+
+
+def test_initialize_twice_and_odd_methods_are_refused(fresh: LspClient) -> None:
+    fresh.initialize()
+    again = fresh.wait(fresh.send("initialize", {"processId": None, "rootUri": None, "capabilities": {}}))
+    assert again["error"]["code"] == -32600
+    fresh.send_raw({"jsonrpc": "2.0", "id": 900, "method": 7, "params": {}})
+    assert fresh.wait(900)["error"]["code"] == -32600
+
+
+def test_explain_speaks_to_the_person(ready: LspClient) -> None:
+    ready.open(URI, "x = 1  # the su\n")
+    ready.complete(URI, 0, 15)
+    ready.explain()
+    ready.wait_for_notification("window/showMessage", lambda p: "fimserver.comments" in p["message"])
+    ready.open("file:///other.py", TEXT)
+    ready.complete("file:///other.py", LINE, COLUMN)
+    asked = {"command": "fimserver.explain", "arguments": [URI]}
+    assert ready.request("workspace/executeCommand", asked)["last"]["reason"] == "in_comment"

@@ -48,13 +48,21 @@ class FimProtocol(LanguageServerProtocol):
         if "jsonrpc" not in data:
             return data
         method, message_id = data.get("method"), data.get("id")
+        if method is not None and not isinstance(method, str):
+            if message_id is not None:
+                self._refuse(message_id, lsp.ErrorCodes.InvalidRequest, "the method of a message is a string")
+            return None
         try:
             message = super().structure_message(data)
+            reasons = _coerced(data["params"]) if method == lsp.TEXT_DOCUMENT_INLINE_COMPLETION else ""
         except JsonRpcException as error:
-            reasons = _reasons(error.__cause__)
+            message, reasons = None, _reasons(error.__cause__)
+        if reasons:
             _logger.warning("invalid parameters of %s: %s", method, reasons)
             if method is not None and message_id is not None:
                 self._refuse(message_id, lsp.ErrorCodes.InvalidParams, f"invalid parameters of {method}: {reasons}")
+            elif method == lsp.TEXT_DOCUMENT_DID_CHANGE:
+                self._server.lose_document(data)
             return None
         if method == lsp.TEXT_DOCUMENT_INLINE_COMPLETION and message_id is not None:
             version = data["params"]["textDocument"].get("version")
@@ -71,6 +79,9 @@ class FimProtocol(LanguageServerProtocol):
             if self._shutdown:
                 self._refuse(message_id, lsp.ErrorCodes.InvalidRequest, "the server was shut down")
                 return
+            if self._initialized and method == lsp.INITIALIZE:
+                self._refuse(message_id, lsp.ErrorCodes.InvalidRequest, "initialize was sent already")
+                return
             if not self._initialized and method != lsp.INITIALIZE:
                 self._refuse(message_id, lsp.ErrorCodes.ServerNotInitialized, "send initialize first")
                 return
@@ -81,6 +92,11 @@ class FimProtocol(LanguageServerProtocol):
             self._server.receive(message_id, message.params, version)
         super().handle_message(message)
 
+    def _handle_cancel_notification(self, msg_id: int | str) -> None:
+        """Also of a request whose handler has not begun, which pygls cancels without running it."""
+        super()._handle_cancel_notification(msg_id)
+        self._server.forget(msg_id)
+
     def _refuse(self, message_id: int | str, code: lsp.ErrorCodes, text: str) -> None:
         self._send_response(message_id, error=lsp.ResponseError(code=code.value, message=text))
 
@@ -88,6 +104,7 @@ class FimProtocol(LanguageServerProtocol):
     def lsp_text_document__did_open(self, params: lsp.DidOpenTextDocumentParams) -> None:
         """Keep a document."""
         item = params.text_document
+        self._server.end_request(item.uri)
         self._server.session.open(Document(item.uri, item.language_id, item.version, item.text))
 
     @lsp_method(lsp.TEXT_DOCUMENT_DID_CHANGE)
@@ -98,17 +115,30 @@ class FimProtocol(LanguageServerProtocol):
         if uri not in session.documents:
             _logger.warning("a document was changed that is not open")
             return
-        session.documents[uri] = apply_changes(
-            session.documents[uri],
-            params.content_changes,
-            version=params.text_document.version,
-            encoding=session.encoding,
-        )
+        old = session.documents[uri]
+        version = params.text_document.version
+        new = apply_changes(old, params.content_changes, version=version, encoding=session.encoding)
+        session.documents[uri] = new
+        if any(isinstance(change, lsp.TextDocumentContentChangeWholeDocument) for change in params.content_changes):
+            session.lost.discard(uri)
+        if new.text != old.text:
+            self._server.end_request(uri)
 
     @lsp_method(lsp.TEXT_DOCUMENT_DID_CLOSE)
     def lsp_text_document__did_close(self, params: lsp.DidCloseTextDocumentParams) -> None:
         """Forget a document."""
+        self._server.end_request(params.text_document.uri)
         self._server.session.close(params.text_document.uri)
+
+
+def _coerced(params: Any) -> str:
+    """What is of a wrong type in an inline completion's parameters and would be converted in silence."""
+    fields = {
+        "position.line": params["position"]["line"],
+        "position.character": params["position"]["character"],
+        "context.triggerKind": params["context"]["triggerKind"],
+    }
+    return "; ".join(f"{name} is not a whole number" for name, value in fields.items() if type(value) is not int)
 
 
 def _reasons(error: BaseException | None) -> str:

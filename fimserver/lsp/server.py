@@ -13,7 +13,7 @@ import asyncio
 import logging
 import traceback
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from fimserver.lsp.convert import (
 )
 from fimserver.lsp.protocol import FimProtocol
 from fimserver.lsp.session import Session
-from fimserver.settings import ENGINE_SETTINGS, Settings
+from fimserver.settings import read_settings
 from fimserver.text import Encoding
 from fimserver.types import Completion, Generation, Hole, Mode, NoCompletion, Sampling, Snapshot
 
@@ -58,6 +58,8 @@ class _RefusedError(Exception):
 
 
 _SUPERSEDED = NoCompletion("superseded", "a newer request of this document took its place")
+_CHANGED = NoCompletion("stale", "the text changed since the request")
+_CANCELLED = NoCompletion("cancelled", "the editor cancelled it")
 
 
 @dataclass(eq=False)
@@ -69,12 +71,14 @@ class Request:
     selection: Selection | None
     invoked: bool
     stale: bool
-    superseded: asyncio.Event = field(default_factory=asyncio.Event)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    why_ended: NoCompletion | None = None
     pending: PendingCompletion | None = None
 
-    def supersede(self) -> None:
-        """End this request: a newer one took its place."""
-        self.superseded.set()
+    def end(self, why: NoCompletion) -> None:
+        """Answer with nothing as soon as can be."""
+        self.why_ended = self.why_ended or why
+        self.ended.set()
         if self.pending is not None:
             self.pending.cancel()
 
@@ -93,7 +97,9 @@ class FimLanguageServer(LanguageServer):
         self._received: dict[int | str, Request | JsonRpcInvalidParams] = {}
         self._active: dict[str, Request] = {}
         self._progress: asyncio.Task[None] | None = None
+        self._engine_settled = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._problems_shown: set[str] = set()
         _register_features(self)
         _register_commands(self)
 
@@ -109,11 +115,11 @@ class FimLanguageServer(LanguageServer):
         chosen = self.protocol.workspace.position_encoding
         self.session.encoding = Encoding(str(getattr(chosen, "value", chosen)))
         options = params.initialization_options
-        self._configure(options if isinstance(options, dict) else {})
+        self._take(self.session.initialize(options if isinstance(options, dict) else {}))
 
     def on_initialized(self) -> None:
         """Start the engine; ask for settings where the client is to be asked."""
-        self.engine.options = engine_options(self.session.settings)
+        self.engine.options = self._engine_options()
         self.engine.start()
         self._keep(self._pull_settings())
 
@@ -134,20 +140,28 @@ class FimLanguageServer(LanguageServer):
             self._configure(answer[0])
 
     def _configure(self, values: dict[str, Any]) -> None:
-        old = self.session.settings
-        problems = self.session.configure(values)
-        self.session.settings, more = _override(self.session.settings, self.overrides)
+        self._take(self.session.configure(values))
+
+    def _take(self, problems: list[str]) -> None:
+        """Put the session's settings to work; what was wrong with them is said once."""
+        self.session.settings, more = read_settings(self.overrides, self.session.settings)
         for problem in [*problems, *more]:
-            self.window_show_message(lsp.ShowMessageParams(lsp.MessageType.Warning, problem))
+            if problem not in self._problems_shown:
+                self._problems_shown.add(problem)
+                self.window_show_message(lsp.ShowMessageParams(lsp.MessageType.Warning, problem))
         logging.getLogger("fimserver").setLevel(self.session.settings.log_level.upper())
-        changed = any(getattr(old, key) != getattr(self.session.settings, key) for key in ENGINE_SETTINGS)
-        if changed and self.engine.state is not EngineState.STOPPED:
+        if self.engine.state is not EngineState.STOPPED and self.engine.options != self._engine_options():
             self.restart_engine()
 
+    def _engine_options(self) -> EngineOptions:
+        settings = self.session.settings
+        return replace(self.engine.options, model=settings.model, device=settings.device, threads=settings.threads)
+
     def restart_engine(self) -> None:
-        """End the engine and start one with the settings as they are."""
-        options = engine_options(self.session.settings)
-        self._keep(asyncio.to_thread(self.engine.restart, options))
+        """Replace the engine by one with the settings as they are; open requests wait for it."""
+        self.session.cache.clear()
+        self._engine_settled.clear()
+        self.engine.restart(self._engine_options())
 
     def _keep(self, coroutine: Any) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
@@ -166,6 +180,10 @@ class FimLanguageServer(LanguageServer):
         _logger.info("engine %s: %s", state, detail)
         if state is EngineState.STOPPED:
             return
+        if self.engine.state is EngineState.LOADING:
+            self._engine_settled.clear()
+        else:
+            self._engine_settled.set()
         kind = "Error" if state is EngineState.FAILED else "Normal"
         status = {"kind": kind, "busy": state is EngineState.LOADING, "message": detail}
         self.protocol.notify(STATUS_NOTIFICATION, status)
@@ -183,17 +201,23 @@ class FimLanguageServer(LanguageServer):
             await self.work_done_progress.create_async(token)
         begin = lsp.WorkDoneProgressBegin(title="fimserver", message=detail, cancellable=False)
         self.work_done_progress.begin(token, begin)
-        try:
-            await self._wait_for_engine()
-            text = self.engine.detail
-        except EngineError as error:
-            text = str(error)
-        self.work_done_progress.end(token, lsp.WorkDoneProgressEnd(message=text))
+        await self._engine_settled.wait()
+        self.work_done_progress.end(token, lsp.WorkDoneProgressEnd(message=self.engine.detail))
         self.work_done_progress.tokens.pop(token, None)
         self._progress = None
 
     async def _wait_for_engine(self) -> None:
-        await asyncio.to_thread(self.engine.wait_until_ready, LOAD_TIMEOUT_S)
+        """Wait until the model is loaded. Raises ``_RefusedError`` with the reason when it is not."""
+        try:
+            async with asyncio.timeout(LOAD_TIMEOUT_S):
+                while self.engine.state in (EngineState.STOPPED, EngineState.LOADING):
+                    self._engine_settled.clear()  # set by the next announcement, which is not behind us
+                    await self._engine_settled.wait()
+        except TimeoutError:
+            why = NoCompletion("loading", f"the model is still loading after {LOAD_TIMEOUT_S:.0f} s")
+            raise _RefusedError(why) from None
+        if self.engine.state is EngineState.FAILED:
+            raise _RefusedError(NoCompletion("engine", self.engine.detail))
 
     # A request
 
@@ -210,12 +234,41 @@ class FimLanguageServer(LanguageServer):
             text = "the document is not open here; the editor has to send textDocument/didOpen first"
             self._received[message_id] = JsonRpcInvalidParams(text)
             return
-        self._received[message_id] = request
         uri = request.snapshot.uri
+        if uri in self.session.lost:
+            text = "an edit of this document could not be read; close and open it again"
+            self._received[message_id] = JsonRpcInvalidParams(text)
+            return
+        self._received[message_id] = request
         earlier = self._active.get(uri)
-        if earlier is not None and not (earlier.invoked and self.session.is_current(earlier.document_snapshot)):
-            earlier.supersede()
+        if earlier is not None and not (earlier.invoked and not request.invoked):
+            earlier.end(_SUPERSEDED)
         self._active[uri] = request
+
+    def end_request(self, uri: str) -> None:
+        """A document's text is gone: so is the request about it."""
+        if (request := self._active.get(uri)) is not None:
+            request.end(_CHANGED)
+
+    def forget(self, message_id: int | str) -> None:
+        """A request was cancelled, perhaps before its handler began."""
+        request = self._received.pop(message_id, None)
+        if isinstance(request, Request):
+            request.end(_CANCELLED)
+            self._drop(request)
+            self.session.explain(request.snapshot, _CANCELLED, "")
+
+    def _drop(self, request: Request) -> None:
+        if self._active.get(request.snapshot.uri) is request:
+            del self._active[request.snapshot.uri]
+
+    def lose_document(self, message: dict[str, Any]) -> None:
+        """An edit could not be read: until the whole text comes, the document here is not the editor's."""
+        with suppress(KeyError, TypeError):
+            uri = message["params"]["textDocument"]["uri"]
+            if uri in self.session.documents:
+                self.session.lost.add(uri)
+                self.end_request(uri)
 
     def _to_request(self, params: lsp.InlineCompletionParams, version: int | None) -> Request:
         document = self.session.documents[params.text_document.uri]
@@ -243,8 +296,8 @@ class FimLanguageServer(LanguageServer):
         except _RefusedError as refused:
             outcome = refused.outcome
         except asyncio.CancelledError:
-            request.supersede()
-            self.session.explain(request.snapshot, NoCompletion("cancelled", "the editor cancelled it"), "")
+            request.end(_CANCELLED)
+            self.session.explain(request.snapshot, _CANCELLED, "")
             raise
         except Exception as error:  # noqa: BLE001  the outermost handler: one request fails, the editor goes on
             frame = traceback.extract_tb(error.__traceback__)[-1]
@@ -252,8 +305,7 @@ class FimLanguageServer(LanguageServer):
             _logger.error("request %s failed: %s at %s", message_id, type(error).__name__, where)  # noqa: TRY400  a traceback could quote code
             outcome = NoCompletion("error", f"an error in fimserver: {type(error).__name__} at {where}")
         finally:
-            if self._active.get(request.snapshot.uri) is request:
-                del self._active[request.snapshot.uri]
+            self._drop(request)
         self.session.explain(request.snapshot, outcome, source)
         if isinstance(outcome, NoCompletion):
             return lsp.InlineCompletionList([])
@@ -284,23 +336,19 @@ class FimLanguageServer(LanguageServer):
         return outcome, "model"
 
     def _check_current(self, request: Request) -> None:
+        if request.why_ended is not None:
+            raise _RefusedError(request.why_ended)
         if not self.session.is_current(request.document_snapshot):
-            raise _RefusedError(NoCompletion("stale", "the text changed since the request"))
+            raise _RefusedError(_CHANGED)
 
     async def _wait_until_due(self, request: Request) -> None:
         """Wait for the engine (invoked) or for a pause in typing (automatic)."""
-        if self.engine.state is EngineState.LOADING and not request.invoked:
-            raise _RefusedError(NoCompletion("loading", "the model is still loading"))
-        if self.engine.state is not EngineState.READY:
-            try:
-                await self._wait_for_engine()
-            except EngineError as error:
-                raise _RefusedError(NoCompletion("engine", str(error))) from error
         if not request.invoked:
+            if self.engine.state in (EngineState.STOPPED, EngineState.LOADING):
+                raise _RefusedError(NoCompletion("loading", "the model is still loading"))
             with suppress(TimeoutError):
-                await asyncio.wait_for(request.superseded.wait(), self.session.settings.debounce_ms / 1e3)
-        if request.superseded.is_set():
-            raise _RefusedError(_SUPERSEDED)
+                await asyncio.wait_for(request.ended.wait(), self.session.settings.debounce_ms / 1e3)
+        await self._wait_for_engine()
         self._check_current(request)
 
     async def _generate(self, request: Request, hole: Hole) -> Generation:
@@ -317,7 +365,7 @@ class FimLanguageServer(LanguageServer):
             request.pending = self.engine.complete(build_context(request.snapshot, hole, budget), sampling)
             generation = await asyncio.wrap_future(request.pending.future)
         except CompletionCancelledError:
-            raise _RefusedError(_SUPERSEDED) from None
+            raise _RefusedError(request.why_ended or _CANCELLED) from None
         except EngineError as error:
             raise _RefusedError(NoCompletion("engine", str(error))) from error
         _logger.info(
@@ -349,17 +397,6 @@ def to_sentence(answer: dict[str, Any]) -> str:
     return f"fimserver: nothing was offered, because {last['detail']} ({last['reason']})"
 
 
-def engine_options(settings: Settings) -> EngineOptions:
-    """What the worker is started with."""
-    return EngineOptions(model=settings.model, device=settings.device, threads=settings.threads)
-
-
-def _override(settings: Settings, overrides: dict[str, Any]) -> tuple[Settings, list[str]]:
-    session = Session(settings=settings)
-    problems = session.configure(overrides)
-    return session.settings, problems
-
-
 def _register_features(server: FimLanguageServer) -> None:
     """Tie LSP's methods to the server's; pygls reads the capabilities from what is registered."""
 
@@ -370,6 +407,10 @@ def _register_features(server: FimLanguageServer) -> None:
     @server.feature(lsp.INITIALIZED)
     def initialized(_params: lsp.InitializedParams) -> None:
         server.on_initialized()
+
+    @server.feature(lsp.SHUTDOWN)
+    def shutdown(_params: None) -> None:
+        server.engine.close("the server was shut down")
 
     @server.feature(lsp.WORKSPACE_DID_CHANGE_CONFIGURATION)
     def did_change_configuration(params: lsp.DidChangeConfigurationParams) -> None:
@@ -382,30 +423,30 @@ def _register_features(server: FimLanguageServer) -> None:
 
     def count(name: str) -> None:
         @server.feature(name)
-        def counted(_params: object) -> None:
+        def counted(_params: Any) -> None:
             server.session.counters[name.removeprefix("textDocument/")] += 1
 
     for name in ("textDocument/didShowCompletion", "textDocument/didPartiallyAcceptCompletion"):
         count(name)
 
     @server.feature("textDocument/didFocus")
-    def did_focus(_params: object) -> None:
+    def did_focus(_params: Any) -> None:
         server.session.counters["didFocus"] += 1
 
 
 def _register_commands(server: FimLanguageServer) -> None:
     @server.command(ACCEPT_COMMAND)
-    def accept(*_arguments: object) -> None:
+    def accept(*_arguments: Any) -> None:
         server.session.counters["accepted"] += 1
 
     @server.command(EXPLAIN_COMMAND)
-    def explain(*arguments: object) -> dict[str, Any]:
+    def explain(*arguments: Any) -> dict[str, Any]:
         answer = server.explain(arguments[0] if arguments else None)
         server.window_show_message(lsp.ShowMessageParams(lsp.MessageType.Info, to_sentence(answer)))
         return answer
 
     @server.command(RESTART_COMMAND)
-    def restart(*_arguments: object) -> None:
+    def restart(*_arguments: Any) -> None:
         server.restart_engine()
 
 

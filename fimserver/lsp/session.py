@@ -9,7 +9,7 @@ from typing import Any
 
 from fimserver.context.syntax import SyntaxTree, parse
 from fimserver.lsp.convert import Document
-from fimserver.settings import Settings, read_settings
+from fimserver.settings import BY_WIRE_NAME, Settings, read_settings
 from fimserver.text import Encoding
 from fimserver.types import Completion, NoCompletion, Snapshot
 
@@ -54,6 +54,10 @@ class CompletionCache:
         kept = [e for e in self._entries if e.uri != uri]
         self._entries = deque(kept, maxlen=_MAX_REMEMBERED)
 
+    def clear(self) -> None:
+        """Drop everything: what was decoded under other settings is not offered under these."""
+        self._entries.clear()
+
 
 @dataclass
 class Session:
@@ -61,20 +65,24 @@ class Session:
 
     encoding: Encoding = Encoding.UTF16
     settings: Settings = field(default_factory=Settings)
+    initial_settings: Settings = field(default_factory=Settings)
     documents: dict[str, Document] = field(default_factory=dict)
     cache: CompletionCache = field(default_factory=CompletionCache)
     counters: Counter[str] = field(default_factory=Counter)
     explanations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    lost: set[str] = field(default_factory=set)  # documents of which an edit could not be read
     _trees: dict[str, SyntaxTree] = field(default_factory=dict)
 
     def open(self, document: Document) -> None:
         """A document was opened."""
         self.documents[document.uri] = document
+        self.lost.discard(document.uri)
         self._trees.pop(document.uri, None)
 
     def close(self, uri: str) -> None:
         """A document was closed."""
         self.documents.pop(uri, None)
+        self.lost.discard(uri)
         self._trees.pop(uri, None)
         self.explanations.pop(uri, None)
         self.cache.forget(uri)
@@ -82,7 +90,7 @@ class Session:
     def is_current(self, snapshot: Snapshot) -> bool:
         """Whether the document still reads as it did when the snapshot was taken."""
         document = self.documents.get(snapshot.uri)
-        return document is not None and (document.version == snapshot.version or document.text == snapshot.text)
+        return document is not None and document.text == snapshot.text  # versions begin anew with each opening
 
     def tree_of(self, snapshot: Snapshot) -> SyntaxTree | None:
         """Syntax tree of a snapshot, made from the document's last one."""
@@ -98,13 +106,27 @@ class Session:
         else:
             entry = {"outcome": "empty", "reason": outcome.reason, "detail": outcome.detail}
         self.counters["offered" if isinstance(outcome, Completion) else f"empty.{outcome.reason}"] += 1
+        if snapshot.uri not in self.documents:
+            return
         self.explanations.pop(snapshot.uri, None)
         self.explanations[snapshot.uri] = {"version": snapshot.version, **entry}
 
+    def initialize(self, options: dict[str, Any]) -> list[str]:
+        """Take ``initializationOptions``: bare keys; one sentence for each that is wrong."""
+        self.initial_settings, problems = read_settings(options)
+        self.settings = self.initial_settings
+        return problems
+
     def configure(self, values: dict[str, Any]) -> list[str]:
-        """Take settings from an editor, bare or under ``fimserver``; one sentence for each that is wrong."""
+        """Take an editor's settings over the initial ones, bare or under ``fimserver``; what is not named falls back.
+
+        An object with other tools' sections alone changes nothing.
+        """
         section = values.get("fimserver", values)
         if not isinstance(section, dict):
             return ['the fimserver section of the settings is not an object; use {"maxLines": 8} and the like']
-        self.settings, problems = read_settings(section, self.settings)
+        if section is values and not BY_WIRE_NAME.keys() & values.keys():
+            return []
+        self.settings, problems = read_settings(section, self.initial_settings)
+        self.cache.clear()
         return problems
