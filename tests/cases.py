@@ -46,7 +46,7 @@ class Case:
 
 def read_cases(file: str) -> list[Case]:
     cases = []
-    for block in re.split(r"^=== ", (DATA / file).read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
+    for block in re.split(r"^=== ", (DATA / file).read_bytes().decode(), flags=re.MULTILINE)[1:]:
         header, rest = block.split("\n", 1)
         match = re.fullmatch(r"(.*?)(?: \[(.*)\])?", header)
         assert match

@@ -217,10 +217,8 @@ def test_newer_request_supersedes_the_older(fresh: LspClient) -> None:
     fresh.wait_until_ready()
     fresh.open(URI, TEXT)
     older = fresh.send_completion(URI, LINE, COLUMN, invoked=False)
-    time.sleep(0.1)
     newer = fresh.send_completion(URI, LINE - 1, COLUMN, invoked=False)
     assert fresh.wait(older)["result"] == {"items": []}
-    assert newer not in fresh.answers or fresh.answers[older]["at"] <= fresh.answers[newer]["at"]
     assert "result" in fresh.wait(newer)
     assert fresh.explain()["counters"]["empty.superseded"] == 1
 

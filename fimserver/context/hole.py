@@ -9,10 +9,12 @@ Knows:  text, trees, the person's settings.  Never: the model, LSP.
 
 import re
 
+from tree_sitter import Node
+
 from fimserver.context.scan import scan_python
 from fimserver.context.syntax import SyntaxTree
 from fimserver.settings import Settings
-from fimserver.text import LineIndex, leading_whitespace
+from fimserver.text import LineIndex, leading_whitespace, to_newlines
 from fimserver.types import Hole, HoleKind, NoCompletion, Snapshot
 
 _ESTIMATED_TOKENS = {
@@ -28,7 +30,6 @@ _WORD = re.compile(r"\w")
 _CLOSERS_ONLY = re.compile(r"[\s)\]}\"'`,:;>]*")
 COMPOUND = re.compile(r"\s*(async|class|def|elif|else|except|finally|for|if|match|case|try|while|with)\b")
 _BLOCK_END = re.compile(r"[:{]\s*$")
-_COMMENT_LINE = re.compile(r"\s*#")
 _TRIPLE = ('"""', "'''")
 _BODY_PARENTS = ("module", "block")
 
@@ -76,10 +77,9 @@ def _max_lines(kind: HoleKind, snapshot: Snapshot, after: str, settings: Setting
     return 1
 
 
-def _inside_word(before: str, after: str) -> NoCompletion | None:
-    if after and _WORD.match(after):
+def _before_word(after: str) -> NoCompletion | None:
+    if _WORD.match(after):
         return NoCompletion("before_word", "the cursor stands directly before a word; move past it or add a blank")
-    del before
     return None
 
 
@@ -101,8 +101,8 @@ def _find_in_text(snapshot: Snapshot, tree: SyntaxTree) -> HoleKind | NoCompleti
     return None
 
 
-def _is_docstring(node: "object") -> bool:
-    parent = getattr(node, "parent", None)
+def _is_docstring(node: Node) -> bool:
+    parent = node.parent
     if parent is None or parent.type != "expression_statement":
         return False
     block = parent.parent
@@ -116,7 +116,7 @@ def _scan_in_text(snapshot: Snapshot) -> HoleKind | None:
         return HoleKind.COMMENT
     if not state.quote:
         return None
-    earlier = snapshot.text[: state.quote_start].rstrip("rbfuRBFU")
+    earlier = snapshot.text[: state.text_start].rstrip("rbfuRBFU")
     line_start = earlier.rfind("\n") + 1
     opens_body = earlier[:line_start].rstrip().endswith(":") or not earlier.strip()
     if state.quote in _TRIPLE and not earlier[line_start:].strip() and opens_body:
@@ -125,7 +125,7 @@ def _scan_in_text(snapshot: Snapshot) -> HoleKind | None:
 
 
 def _find_in_code(snapshot: Snapshot, before: str, after: str) -> HoleKind | NoCompletion:
-    if refusal := _inside_word(before, after):
+    if refusal := _before_word(after):
         return refusal
     if not before.strip():
         return _find_on_blank_line(snapshot, after)
@@ -137,7 +137,7 @@ def _find_in_code(snapshot: Snapshot, before: str, after: str) -> HoleKind | NoC
 
 def body_follows(snapshot: Snapshot, line: str) -> bool:
     """Whether the next line with anything on it is indented deeper than ``line``, the cursor's."""
-    following = snapshot.text[snapshot.cursor :].splitlines()[1:]
+    following = to_newlines(snapshot.text[snapshot.cursor :]).split("\n")[1:]
     first = next((other for other in following if other.strip()), "")
     return len(leading_whitespace(first)) > len(leading_whitespace(line))
 
@@ -152,16 +152,24 @@ def _opens_block(line: str) -> bool:
 def _find_on_blank_line(snapshot: Snapshot, after: str) -> HoleKind | NoCompletion:
     if after.strip():
         return NoCompletion("before_code", "code follows the cursor on its line; go to a line of its own")
-    earlier = [line for line in snapshot.text[: snapshot.cursor].splitlines()[:-1] if line.strip()]
-    code = [line for line in earlier if not _COMMENT_LINE.match(line)]
-    if code and _BLOCK_END.search(code[-1]):
-        return HoleKind.BLOCK
+    opens = _opens_block if snapshot.language_id == "python" else _BLOCK_END.search
+    index = LineIndex(snapshot.text)
+    for number in reversed(range(index.line_of(snapshot.cursor))):
+        line = without_comment(snapshot.text[slice(*index.line_range(number))])
+        if line.strip():
+            return HoleKind.BLOCK if opens(line) else HoleKind.STATEMENT
     return HoleKind.STATEMENT
+
+
+def without_comment(line: str) -> str:
+    """A line of code without the comment at its end."""
+    state = scan_python(line)
+    return line[: state.text_start] if state.in_comment else line
 
 
 def _find_by_lines(snapshot: Snapshot, before: str, after: str) -> HoleKind | NoCompletion:
     """The plain fallback: blank line, end of line, before closers, or between code."""
-    if refusal := _inside_word(before, after):
+    if refusal := _before_word(after):
         return refusal
     if not before.strip():
         return _find_on_blank_line(snapshot, after)

@@ -1,7 +1,9 @@
 """From the engine's raw text to what is offered, or the reason why nothing is.
 
     to_completion(text, hole, snapshot, tree)   -> Completion | NoCompletion
+        cut_at_quote         what stands behind the end of the string that holds the cursor
         cut_at_hole_end      lines beyond the hole, lines indented less than it
+        cut_comment          a comment that would swallow the rest of the line
         cut_repetition       a line or a phrase over and over
         cut_repeated_suffix  what already stands behind the cursor
         variants             the text; then without a stray closer, with missing ones, with fewer lines
@@ -12,11 +14,12 @@ Knows:  text, trees, holes.  Never: tokens, LSP.
 """
 
 import re
+import time
 import uuid
 from collections.abc import Iterator
 
 from fimserver.context.hole import COMPOUND, line_around
-from fimserver.context.scan import scan_python
+from fimserver.context.scan import find_string_end, scan_python
 from fimserver.context.soundness import is_sound
 from fimserver.context.syntax import SyntaxTree
 from fimserver.text import leading_whitespace, line_ending, to_newlines
@@ -25,6 +28,8 @@ from fimserver.types import Completion, Hole, HoleKind, NoCompletion, Snapshot
 _TEXT_KINDS = (HoleKind.COMMENT, HoleKind.DOCSTRING, HoleKind.STRING)
 _CLOSING_RUN = re.compile(r"[)\]}\"']*")
 _REPEATED_PHRASE = re.compile(r"(\S.{0,24}?)\1{4,}")
+_NUMBER_END = re.compile(r"(?<![\w.])\d+$")
+_MAX_SECONDS = 0.25  # the event loop waits meanwhile
 _MAX_EQUAL_LINES = 3
 _TRIVIAL_LINE_LENGTH = 4  # ")", "pass" may well stand twice
 _INDENT_WIDTH = 4
@@ -33,47 +38,73 @@ _INDENT_WIDTH = 4
 def to_completion(text: str, hole: Hole, snapshot: Snapshot, tree: SyntaxTree | None) -> Completion | NoCompletion:
     """What to offer for the engine's ``text``; ``tree`` is the snapshot's, if its language has one."""
     before, after = line_around(snapshot)
-    quotes_only = hole.kind is not HoleKind.STRING and not text.strip(" \n\"'")  # an empty string, no code
-    if not text.strip() or quotes_only:
+    text = to_newlines(text)
+    if hole.kind in (HoleKind.STRING, HoleKind.DOCSTRING):
+        text = cut_at_quote(text, snapshot, after)
+    middle = cut_at_hole_end(match_indentation(text, snapshot.text), hole, before)
+    quotes_only = hole.kind is not HoleKind.STRING and not middle.strip(" \n\"'")  # an empty string, no code
+    if not middle.strip() or quotes_only:
         return NoCompletion("empty", "the model has nothing to add here")
-    middle = cut_at_hole_end(text, hole, before)
-    middle = cut_repetition(middle)
-    if not middle.strip():
-        return NoCompletion("repetition", "the model only repeated itself")
+    middle = cut_comment(cut_repetition(middle), hole, before, after)
     following = [line.strip() for line in to_newlines(snapshot.text[snapshot.cursor :]).split("\n")[1:]]
     middle = cut_repeated_suffix(middle, before, after, [line for line in following if line][:3])
     if not middle.strip():
         return NoCompletion("repeats_suffix", "what the model would add already stands behind the cursor")
-    middle = match_indentation(join(before, middle), snapshot.text).rstrip()
+    middle = join(before, middle).rstrip()
     ending, unit = line_ending(snapshot.text), indent_unit(snapshot.text)
+    give_up = time.perf_counter() + _MAX_SECONDS
     for variant in variants(middle, hole, before, after):
         forms = [variant] if hole.kind is not HoleKind.BLOCK else [variant, with_body(variant, before, unit)]
         for form in forms:
             candidate = form.replace("\n", ending)
             if candidate.strip() and is_sound(snapshot, candidate, tree):
                 return Completion(uuid.uuid4().hex[:12], candidate, snapshot.cursor, snapshot.cursor)
+        if time.perf_counter() > give_up:
+            break
     return NoCompletion("syntax", "the model's answer would have broken the code around it")
+
+
+def cut_at_quote(text: str, snapshot: Snapshot, after: str) -> str:
+    """The answer inside a string up to that string's end; the closing quote only where none stands there."""
+    state = scan_python(snapshot.text[: snapshot.cursor])
+    end = find_string_end(text, 0, state.quote) if state.quote else None
+    if end is None or text[:end].endswith("\n"):
+        return text
+    inside = text[: end - len(state.quote)]
+    stands = after.lstrip(" ").startswith(state.quote) or state.quote in after
+    return inside if stands or len(state.quote) > 1 else text[:end]
 
 
 def cut_at_hole_end(text: str, hole: Hole, before: str) -> str:
     """At most the hole's lines, and none that is indented less than the hole."""
     lines = text.split("\n")[: hole.max_lines]
-    if len(lines) == 1 or hole.kind in _TEXT_KINDS:
+    if len(lines) == 1 or hole.kind is HoleKind.STRING:
         return "\n".join(lines)
-    header = leading_whitespace(before) if before.strip() else None
+    own = _width(before)
+    behind_header = hole.kind is not HoleKind.DOCSTRING and bool(before.strip())
     kept = [lines[0]]
     for line in lines[1:]:
-        indent = leading_whitespace(line)
-        if line.strip():
-            ends = len(indent) <= len(header) if header is not None else len(indent) < len(before)
-            if ends:
-                break
+        if line.strip() and (_width(line) <= own if behind_header else _width(line) < own):
+            break
         kept.append(line.rstrip())
     return "\n".join(kept)
 
 
+def _width(line: str) -> int:
+    """Columns of a line's indentation."""
+    return len(leading_whitespace(line).expandtabs(_INDENT_WIDTH))
+
+
+def cut_comment(middle: str, hole: Hole, before: str, after: str) -> str:
+    """The middle without a comment at its end that would take the rest of the line into it."""
+    state = scan_python(before + middle)
+    if hole.kind is HoleKind.COMMENT or not after.strip() or not state.in_comment:
+        return middle
+    return middle[: max(0, state.text_start - len(before))].rstrip(" ")
+
+
 def cut_repetition(text: str) -> str:
-    """The text up to where a line or a phrase begins to repeat without end."""
+    """The text up to where a line or a phrase begins to repeat without end, once included."""
     lines = text.split("\n")
     for i in range(len(lines) - _MAX_EQUAL_LINES + 1):
         run = {line.strip() for line in lines[i : i + _MAX_EQUAL_LINES]}
@@ -83,7 +114,7 @@ def cut_repetition(text: str) -> str:
     kept = "\n".join(lines)
     for match in _REPEATED_PHRASE.finditer(kept):
         if len(set(match[1])) > 1 or match[1].isalnum():  # a ruler of dashes is no accident
-            return kept[: match.start()]
+            return kept[: match.end(1)]
     return kept
 
 
@@ -120,9 +151,11 @@ def is_unmatched(before: str, middle: str) -> bool:
 
 
 def join(before: str, middle: str) -> str:
-    """The middle without the blanks that the line already has before the cursor."""
+    """The middle without the blanks that the line already has, and with the one it needs behind a number."""
     if before.endswith((" ", "\t")) and middle[:1] == " ":
         return middle.lstrip(" ")
+    if _NUMBER_END.search(before) and middle[:1].isalpha():
+        return " " + middle
     return middle
 
 

@@ -25,13 +25,13 @@ CLOSER_OF = {"(": ")", "[": "]", "{": "}"}
 class OpenState:
     """What is open at the end: ``brackets`` outermost first, ``quote`` of an unfinished string, a comment.
 
-    ``unmatched`` is the offset of the first closing bracket that nothing opened, or ``None``; ``quote_start``
-    is where the unfinished string begins.
+    ``unmatched`` is the offset of the first closing bracket that nothing opened, or ``None``; ``text_start``
+    is where the unfinished string or the comment begins.
     """
 
     brackets: str
     quote: str
-    quote_start: int
+    text_start: int
     in_comment: bool
     unmatched: int | None
 
@@ -51,9 +51,9 @@ def scan_python(code: str) -> OpenState:
         assert match is not None
         position = match.end()
         if match["comment"] and position == len(code):
-            return OpenState("".join(brackets), "", position, in_comment=True, unmatched=unmatched)
+            return OpenState("".join(brackets), "", match.start(), in_comment=True, unmatched=unmatched)
         if quote := match["quote"]:
-            end = _find_string_end(code, position, quote)
+            end = find_string_end(code, position, quote)
             if end is None:
                 return OpenState("".join(brackets), quote, match.start(), in_comment=False, unmatched=unmatched)
             position = end
@@ -67,7 +67,7 @@ def scan_python(code: str) -> OpenState:
     return OpenState("".join(brackets), "", len(code), in_comment=False, unmatched=unmatched)
 
 
-def _find_string_end(code: str, position: int, quote: str) -> int | None:
+def find_string_end(code: str, position: int, quote: str) -> int | None:
     """Offset after the string that ``quote`` opened before ``position``; ``None`` when it is open."""
     match = _STRING_END[quote].match(code, position)
     return match.end() if match else None

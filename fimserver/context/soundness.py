@@ -19,6 +19,7 @@ from fimserver.context.syntax import SyntaxTree, parse
 from fimserver.types import Snapshot
 
 _BODIES = ("module", "block")
+_WHOLE_FILE_BYTES = 64_000  # a few milliseconds of Python's parser
 _STAND_INS = (b"pass", b"if True:", b"except Exception: pass", b"except Exception:", b"else:", b"try:", b"@property")
 
 
@@ -26,21 +27,44 @@ def is_sound(snapshot: Snapshot, middle: str, tree: SyntaxTree | None) -> bool:
     """Whether ``middle`` may be put at the snapshot's cursor. Without a tree nothing can be said: ``True``."""
     if tree is None:
         return True
-    text = snapshot.text[: snapshot.cursor] + middle + snapshot.text[snapshot.cursor :]
+    before, after = snapshot.text[: snapshot.cursor], snapshot.text[snapshot.cursor :]
+    text = before + middle + after
     new = parse(text, snapshot.language_id, tree)
     if new is None:
         return True
     start = new.to_byte(snapshot.cursor)
     end = new.to_byte(snapshot.cursor + len(middle))
-    statement = find_statement(new, start, end)
+    # A middle on a line of its own begins a statement; otherwise it goes on with the one before the cursor.
+    own_line = not before[before.rfind("\n") + 1 :].strip()
+    blanks = len(middle) - len(middle.lstrip()) if own_line else -1
+    statement = find_statement(new, new.to_byte(snapshot.cursor + blanks), end)
     if statement is None or not no_new_errors(tree, new, statement, at=start, added=end - start):
         return False
-    if snapshot.language_id != "python" or python_parses(text):
+    if snapshot.language_id != "python":
         return True
-    return not rest_parses(new.source[: statement.start], new.source[statement.end :])
+    region = find_region(new, statement)
+    if python_parses(new.source[region].decode("utf-8", "replace")):
+        return True
+    if python_parses(snapshot.text):
+        return False
+    return not rest_parses(new.source[region.start : statement.start], new.source[statement.end : region.stop])
 
 
-@lru_cache(maxsize=8)
+def find_region(new: SyntaxTree, statement: "Statement") -> slice:
+    """The bytes that Python's own parser has to look at: the file, or in a large one the top-level
+    statements around ``statement`` and their neighbours.
+    """
+    if len(new.source) <= _WHOLE_FILE_BYTES:
+        return slice(0, len(new.source))
+    tops = new.tree.root_node.children
+    touched = [i for i, top in enumerate(tops) if top.end_byte >= statement.start and top.start_byte <= statement.end]
+    if not touched:
+        return slice(0, len(new.source))
+    first, last = tops[max(0, touched[0] - 1)], tops[min(len(tops) - 1, touched[-1] + 1)]
+    return slice(first.start_byte - first.start_point[1], last.end_byte)
+
+
+@lru_cache(maxsize=4)
 def rest_parses(head: bytes, tail: bytes) -> bool:
     """Whether the file parses with anything simple in the statement's place.
 
@@ -80,7 +104,7 @@ def find_statement(new: SyntaxTree, start: int, end: int) -> Statement | None:
     first, last = _statement_at(new, start), _statement_at(new, max(start, end - 1))
     if first is None or last is None:
         return None
-    begin = min(first.start_byte, start)
+    begin = min(first.start_byte, start) if first.parent is not None else start
     body = next((i for i, c in enumerate(last.children) if c.type == "block" and c.start_byte >= end), 0)
     if body:
         return Statement(begin, max(end, last.children[body - 1].end_byte))
@@ -88,7 +112,7 @@ def find_statement(new: SyntaxTree, start: int, end: int) -> Statement | None:
 
 
 def _statement_at(new: SyntaxTree, byte: int) -> Node | None:
-    node = new.tree.root_node.descendant_for_byte_range(max(0, byte - 1), byte)
+    node = new.tree.root_node.descendant_for_byte_range(max(0, byte), min(byte + 1, len(new.source)))
     while node is not None and node.parent is not None and node.parent.type not in _BODIES:
         if node.is_error:
             return None
@@ -113,6 +137,7 @@ def no_new_errors(old: SyntaxTree, new: SyntaxTree, statement: Statement, *, at:
     return True
 
 
+@lru_cache(maxsize=4)
 def python_parses(text: str) -> bool:
     """Whether Python's own parser takes the text."""
     with warnings.catch_warnings():
