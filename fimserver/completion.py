@@ -147,6 +147,8 @@ def complete_snapshot(
         result.generation = pending.future.result()
     except EngineError as error:
         result.refusal = NoCompletion("engine", str(error))
+        waited_ms = (time.perf_counter() - begin) * 1e3
+        result.timings_ms = {"startup": waited_ms, "context": context_ms, "total": context_ms}
         return result
     begin = time.perf_counter()
     outcome = to_completion(result.generation.text, hole, snapshot, tree)

@@ -110,7 +110,9 @@ def test_not_utf8_is_said(tmp_path: Path) -> None:
 def test_a_bad_model_is_exit_1_with_the_reason() -> None:
     result = run("complete", SAMPLE.parent / readme_target(), "--model", "/no/such", "--json")
     assert result.returncode == 1
-    assert json.loads(result.stdout)["reason"] == "engine"
+    values = json.loads(result.stdout)
+    assert values["reason"] == "engine"
+    assert "total" in values["timings_ms"]
     assert "/no/such" in result.stderr
 
 
@@ -174,6 +176,10 @@ def test_eval_names_a_bad_line(tmp_path: Path) -> None:
     result = run("eval", "infilling", "--data", path)
     assert result.returncode == 1
     assert "line 1" in result.stderr
+    for name, content in (("bad.jsonl.gz", b"no gzip"), ("latin.jsonl", b"\xe9")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(FimserverError, match="cannot be read"):
+            list(read_items(tmp_path / name, None))
     with pytest.raises(FimserverError):
         list(read_items(path, None))
 

@@ -3,6 +3,7 @@
 import ast
 import random
 import sysconfig
+import time
 from pathlib import Path
 
 import pytest
@@ -267,6 +268,52 @@ def test_whatever_is_offered_parses_where_the_file_did() -> None:
                 result = snapshot.text[:start] + outcome.middle + snapshot.text[start:]
                 ast.parse(result)
     assert offered >= 30
+
+
+def test_nothing_raises_on_odd_text() -> None:
+    """Any text, any cursor, any answer: an offer or a reason; one-line holes get one line."""
+    rng = random.Random(4)
+    pieces = ["x", " = ", "\n", "\r\n", "\r", "\t", "    ", "(", ")", '"', "'", '"""', "#", ":", "def f():", "\u00e9",
+              "\U0001f40d", "\ud83d", "\x00", "\x0c", "\u2028", "{", "}", "f'{", "\\", "if ", "@", ","]  # fmt: skip
+    settings = Settings(comments=True, docstrings=True)
+    holes = 0
+    for _ in range(1500):
+        text = "".join(rng.choices(pieces, k=rng.randrange(0, 25)))
+        language = rng.choice(["python", "python", "go"])
+        snapshot = Snapshot("file:///x", 1, language, text, rng.randrange(len(text) + 1))
+        tree = parse(text, language)
+        hole = find_hole(snapshot, tree, settings)
+        if isinstance(hole, NoCompletion):
+            continue
+        holes += 1
+        build_context(snapshot, hole, Budget(10, 10))
+        answer = "".join(rng.choices(pieces, k=rng.randrange(0, 12))).replace("\ud83d", "")
+        outcome = to_completion(answer, hole, snapshot, tree)
+        if isinstance(outcome, Completion):
+            assert outcome.middle.strip()
+            if hole.max_lines == 1:
+                assert "\n" not in outcome.middle
+                assert "\r" not in outcome.middle
+            if language == "python" and python_parses(text):
+                assert python_parses(text[: snapshot.cursor] + outcome.middle + text[snapshot.cursor :])
+    assert holes > 500
+
+
+def test_a_large_file_is_answered_in_time() -> None:
+    """10,000 lines; a bad answer of many lines must not hold the server up for long."""
+    text = "".join(f"def f_{i}(a, b):\n    c = a + b\n    return c\n\n" for i in range(2500))
+    cursor = text.index("def f_1200") + len("def f_1200(a, b):\n    ")
+    snapshot = snapshot_of(text[:cursor] + text[cursor:], cursor)
+    snapshot = snapshot_of(text.replace("def f_1200(a, b):\n    c = a + b", "def f_1200(a, b):\n    "), cursor)
+    tree = parse(snapshot.text, "python")
+    hole = find_hole(snapshot, tree, Settings())
+    assert isinstance(hole, Hole)
+    begin = time.perf_counter()
+    assert isinstance(
+        to_completion("c = (a + b\n    d = ] x\n    e = 1 2\n" * 3, hole, snapshot, tree), NoCompletion | Completion
+    )
+    assert time.perf_counter() - begin < 1.5
+    assert isinstance(to_completion("c = a + b", hole, snapshot, tree), Completion)
 
 
 def test_a_file_broken_elsewhere_still_gets_completions() -> None:

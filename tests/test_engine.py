@@ -37,7 +37,7 @@ def test_both_loops_answer_on_both_models(engine: Engine, mode: Mode) -> None:
     assert generation.forward_passes >= 2
     assert (generation.denoising_steps > 0) == (mode is Mode.DIFFUSION)
     assert set(generation.timings_ms) == {"prompt", "encode", "decode", "total"}
-    assert generation.num_tokens <= engine.model.canvas_length
+    assert generation.num_tokens <= engine.model.canvas_length + len(engine.vocabulary.encode(" fir"))
 
 
 def test_auto_is_what_the_metadata_prefers(tiny_engine: Engine) -> None:
@@ -122,6 +122,27 @@ def test_prompt_layout_is_suffix_first(vocabulary: Vocabulary, tiny_model: Model
     shown = "".join(map(vocabulary.show, prompt.token_ids))
     assert shown == "<bos><suf>\nc = 3\n<pre>a = 1\nb =<mid>"
     assert prompt.healed == " "
+
+
+@pytest.mark.parametrize("word", ["\u043d\u0443\u0436\u043d\u043e" * 4, "b" * 300])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_word_that_takes_too_many_tokens_is_not_healed(tiny_engine: Engine, word: str, mode: Mode) -> None:
+    prompt = build_prompt(context(f"x = {word}"), tiny_engine.vocabulary, tiny_engine.model.metadata)
+    assert prompt.healed == ""
+    assert tiny_engine.complete(context(f"x = {word}"), Sampling(mode, seed=0, min_tokens=1)).text.strip()
+
+
+def test_ids_beyond_the_vocabulary_end_an_answer(vocabulary: Vocabulary) -> None:
+    """A checkpoint may pad its matrices: such ids stand for nothing."""
+    assert AnswerEnd(vocabulary, 1).find([100, vocabulary.size, 100]) == 1
+    assert not vocabulary.is_text(vocabulary.size)
+    assert vocabulary.show(vocabulary.size) == f"<{vocabulary.size}>"
+
+
+def test_blanks_alone_are_no_answer(vocabulary: Vocabulary) -> None:
+    start = AnswerStart(AnswerEnd(vocabulary, 1), "", min_tokens=1, vocab_size=8192)
+    blank = vocabulary.encode("  ")[0]
+    assert start.after(start.beginning, blank).needs_more
 
 
 def test_prompt_never_exceeds_the_trained_length(vocabulary: Vocabulary, tiny_model: Model) -> None:

@@ -12,6 +12,7 @@ import json
 import statistics
 import sys
 import warnings
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,17 +60,21 @@ class Summary:
 
 def read_items(path: Path, limit: int | None) -> Iterator[Item]:
     """Items of a ``.jsonl`` or ``.jsonl.gz`` file. Raises ``FimserverError`` naming the line."""
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if limit is not None and number > limit:
-                return
-            try:
-                values = json.loads(line)
-                yield Item(values["task_id"], values["prompt"], values["suffix"], values["canonical_solution"])
-            except (ValueError, KeyError, TypeError) as error:
-                msg = f"{path}, line {number} is no HumanEval-Infilling item ({error!r})"
-                raise FimserverError(msg) from error
+    try:
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        msg = f"{path} cannot be read ({error}); it has to be .jsonl or .jsonl.gz in UTF-8"
+        raise FimserverError(msg) from error
+    for number, line in enumerate(text.splitlines(), 1):
+        if limit is not None and number > limit:
+            return
+        try:
+            values = json.loads(line)
+            yield Item(values["task_id"], values["prompt"], values["suffix"], values["canonical_solution"])
+        except (ValueError, KeyError, TypeError) as error:
+            msg = f"{path}, line {number} is no HumanEval-Infilling item ({error!r})"
+            raise FimserverError(msg) from error
 
 
 def evaluate_file(path: Path, settings: Settings, *, limit: int | None) -> Summary:
@@ -131,6 +136,6 @@ def parses(text: str) -> bool:
         warnings.simplefilter("ignore")
         try:
             ast.parse(text)
-        except (SyntaxError, ValueError):
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
             return False
     return True

@@ -40,20 +40,21 @@ def is_sound(snapshot: Snapshot, middle: str, tree: SyntaxTree | None) -> bool:
     statement = find_statement(new, new.to_byte(snapshot.cursor + blanks), end)
     if statement is None or not no_new_errors(tree, new, statement, at=start, added=end - start):
         return False
-    if snapshot.language_id != "python":
-        return True
+    return snapshot.language_id != "python" or parses_where_the_rest_does(new, statement, snapshot.text)
+
+
+def parses_where_the_rest_does(new: SyntaxTree, statement: "Statement", old_text: str) -> bool:
+    """Whether Python's parser takes the new text, or would not take the rest of it either."""
     region = find_region(new, statement)
     if python_parses(new.source[region].decode("utf-8", "replace")):
         return True
-    if python_parses(snapshot.text):
+    if python_parses(old_text):
         return False
     return not rest_parses(new.source[region.start : statement.start], new.source[statement.end : region.stop])
 
 
 def find_region(new: SyntaxTree, statement: "Statement") -> slice:
-    """The bytes that Python's own parser has to look at: the file, or in a large one the top-level
-    statements around ``statement`` and their neighbours.
-    """
+    """Bytes that Python's parser has to look at: the file, or of a large one the statements around."""
     if len(new.source) <= _WHOLE_FILE_BYTES:
         return slice(0, len(new.source))
     tops = new.tree.root_node.children

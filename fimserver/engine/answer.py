@@ -26,8 +26,10 @@ class AnswerEnd:
         """How many leading ids belong to the answer; ``len(token_ids)`` when no end is in sight."""
         newlines = 0
         for i, token_id in enumerate(token_ids):
+            if not self.vocabulary.is_text(token_id):
+                return i
             newlines += self.vocabulary.num_newlines[token_id]
-            if token_id in self.vocabulary.special_ids or newlines >= self.max_lines:
+            if newlines >= self.max_lines:
                 return i
         return len(token_ids)
 
@@ -43,8 +45,8 @@ class Beginning:
 class AnswerStart:
     """Masks the vocabulary so that the first tokens spell the healed word, and may go on.
 
-    With ``min_tokens`` 1 the answer does not end before it has a token of its own. Where no token can spell
-    the rest, the logits are left alone.
+    With ``min_tokens`` 1 the answer does not end before it has a token of its own that is not blank. Where no
+    token can spell the rest, the logits are left alone.
     """
 
     def __init__(self, answer_end: AnswerEnd, healed: str, *, min_tokens: int, vocab_size: int) -> None:
@@ -75,9 +77,9 @@ class AnswerStart:
 
     def after(self, beginning: Beginning, token_id: int) -> Beginning:
         """What is still owed once a token is written."""
-        written = len(self._tokens[token_id]) if token_id < len(self._tokens) else 0
-        rest = beginning.rest[written:]
-        return Beginning(rest, beginning.needs_more and written <= len(beginning.rest))
+        written = self._tokens[token_id] if token_id < len(self._tokens) else b""
+        own = written[len(beginning.rest) :]
+        return Beginning(beginning.rest[len(written) :], beginning.needs_more and not own.strip())
 
     def constrain_canvas(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits (C, V) whose best first tokens begin the answer as they must.

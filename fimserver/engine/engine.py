@@ -19,7 +19,7 @@ import torch
 from fimserver.engine.answer import AnswerEnd, AnswerStart
 from fimserver.engine.autoregressive import fill_left_to_right
 from fimserver.engine.denoise import CanvasState, DenoisingOptions, Filled, fill_canvas
-from fimserver.engine.kv_cache import PromptCache
+from fimserver.engine.kv_cache import Encoded, PromptCache
 from fimserver.engine.model import Model, find_device
 from fimserver.engine.prompt import build_prompt
 from fimserver.engine.vocabulary import Vocabulary
@@ -96,7 +96,7 @@ class Engine:
         prompt = build_prompt(context, self.vocabulary, self.model.metadata)
         clock.lap("prompt")
         clock.check_cancelled()
-        logits, cached_tokens = self.prompt_cache.encode(self.model, prompt.token_ids)
+        encoded = self.prompt_cache.encode(self.model, prompt.token_ids, between=clock.check_cancelled)
         clock.lap("encode")
 
         mode = self.model.metadata.preferred_mode if sampling.mode is Mode.AUTO else sampling.mode
@@ -131,8 +131,8 @@ class Engine:
             filled = fill_left_to_right(
                 self.model,
                 self.prompt_cache,
-                logits,
-                max_tokens=self.model.canvas_length,
+                encoded.logits,
+                max_tokens=self.model.canvas_length + len(self.vocabulary.encode(prompt.healed)),
                 answer_end=answer_end,
                 answer_start=answer_start,
                 stop=clock.is_over,
@@ -143,26 +143,27 @@ class Engine:
             filled,
             mode=mode,
             text=to_text(filled.token_ids),
-            cached_tokens=cached_tokens,
+            encoded=encoded,
             prompt_tokens=len(prompt.token_ids),
             timings_ms=clock.timings_ms(),
             prompt_text=self.vocabulary.show_all(prompt.token_ids) if sampling.trace else "",
         )
 
     @staticmethod
-    def _to_generation(filled: Filled, *, mode: Mode, **rest: object) -> Generation:
+    def _to_generation(filled: Filled, *, mode: Mode, encoded: Encoded, **rest: object) -> Generation:
         return Generation(
             mode=mode,
             finish=filled.finish,
             num_tokens=len(filled.token_ids),
             denoising_steps=filled.steps if mode is Mode.DIFFUSION else 0,
-            forward_passes=1 + filled.steps,
+            forward_passes=encoded.passes + filled.steps,
+            cached_tokens=encoded.cached_tokens,
             **rest,  # type: ignore[arg-type]
         )
 
     def _to_canvas_tokens(self, state: CanvasState) -> tuple[CanvasToken, ...]:
         return tuple(
-            CanvasToken(self.vocabulary.show(i) if i < self.vocabulary.size else f"<{i}>", accepted, entropy)
+            CanvasToken(self.vocabulary.show(i), accepted, entropy)
             for i, accepted, entropy in zip(
                 state.best[0].tolist(), state.accepted_mask[0].tolist(), state.entropy[0].tolist(), strict=True
             )

@@ -11,7 +11,8 @@ Shapes:  keys and values (1, heads, tokens, head_dim); a sliding layer shows att
 Equal:   to a fresh encode within float rounding (tests/test_kv_cache.py states the tolerance).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from transformers import DiffusionGemmaTextConfig
@@ -20,6 +21,7 @@ from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 from fimserver.engine.model import Model
 
 MARGIN_TOKENS = 1024
+CHUNK_TOKENS = 512  # a cancel is seen after so many
 
 
 class SlidingLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]  # transformers is not followed
@@ -90,6 +92,15 @@ def trim(cache: DynamicCache, num_tokens: int) -> bool:
     return True
 
 
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A prompt in the cache: ``logits`` (1, V) after its last token, and what it took."""
+
+    logits: torch.Tensor
+    cached_tokens: int
+    passes: int
+
+
 class PromptCache:
     """KV cache of one prompt and the ids it was made of."""
 
@@ -102,20 +113,26 @@ class PromptCache:
         self.token_ids: list[int] = []
         self.cache = new_cache(self._config, self._margin)
 
-    def encode(self, model: Model, token_ids: Sequence[int]) -> tuple[torch.Tensor, int]:
-        """Logits after the last token, (1, V), and how many tokens came from the cache.
+    def encode(self, model: Model, token_ids: Sequence[int], *, between: Callable[[], None] = lambda: None) -> Encoded:
+        """Bring the cache to ``token_ids``; ``between`` is called between passes and may raise.
 
-        At least the last token is always encoded, because its logits are asked for.
+        At least the last token is always encoded, because its logits are asked for. Long prompts take a pass
+        for every ``CHUNK_TOKENS``; what was encoded when ``between`` raised stays.
         """
         reused = self.reuse(token_ids)
-        new = list(token_ids[reused:])
-        try:
-            logits = model.encode(new, self.cache)
-        except BaseException:
-            self.clear()  # some layers may hold the new tokens and some not
-            raise
-        self.token_ids += new
-        return logits, reused
+        logits, passes = torch.empty(0), 0
+        for start in range(reused, len(token_ids), CHUNK_TOKENS):
+            if passes:
+                between()
+            chunk = list(token_ids[start : start + CHUNK_TOKENS])
+            try:
+                logits = model.encode(chunk, self.cache)
+            except BaseException:
+                self.clear()  # some layers may hold the new tokens and some not
+                raise
+            self.token_ids += chunk
+            passes += 1
+        return Encoded(logits, reused, passes)
 
     def reuse(self, token_ids: Sequence[int]) -> int:
         """Trim to the longest common prefix, short of the last token; how many tokens that keeps."""

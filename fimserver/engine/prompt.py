@@ -15,6 +15,7 @@ from fimserver.engine.vocabulary import Vocabulary
 from fimserver.engine.weights import ModelMetadata
 from fimserver.types import FimContext
 
+_MAX_HEALED_TOKENS = 8  # a word that takes more would leave the answer no room
 _CUTS_PER_BUDGET = 4  # a prefix that is too long loses quarters of its budget, or each key would move the cut
 
 
@@ -30,8 +31,11 @@ def build_prompt(context: FimContext, vocabulary: Vocabulary, metadata: ModelMet
     """Prompt of a context, at most ``max_prompt_tokens`` long."""
     special = metadata.special_tokens
     head, healed = split_last_word(context.prefix)
+    if len(vocabulary.encode(healed)) > _MAX_HEALED_TOKENS:
+        head, healed = context.prefix, ""
     suffix = vocabulary.encode(context.suffix[: metadata.max_suffix_tokens * 8])[: metadata.max_suffix_tokens]
-    budget = metadata.max_prompt_tokens - len(suffix) - 4
+    # The answer spells a healed word again; a fixed reserve for it keeps the cut where it is while typing.
+    budget = metadata.max_prompt_tokens - len(suffix) - 4 - _MAX_HEALED_TOKENS
     prefix = trim_front(vocabulary.encode(head), budget)
     ids = (special["bos"], special["suffix"], *suffix, special["prefix"], *prefix, special["middle"])
     return Prompt(ids, healed)

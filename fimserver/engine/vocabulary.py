@@ -54,14 +54,14 @@ class Vocabulary:
 
     def show(self, token_id: int) -> str:
         """One token for a person: special tokens by name."""
-        if token_id in self.special_ids:
+        if not self.is_text(token_id):
             return self._tokenizer.id_to_token(token_id) or f"<{token_id}>"
         return self.token_bytes[token_id].decode("utf-8", "replace")
 
     def show_all(self, ids: Sequence[int]) -> str:
         """Ids for a person: characters that several tokens spell are whole."""
-        runs = [list(run) for _, run in groupby(ids, key=self.special_ids.__contains__)]
-        return "".join("".join(map(self.show, r)) if r[0] in self.special_ids else self.decode(r) for r in runs)
+        runs = [list(run) for _, run in groupby(ids, key=self.is_text)]
+        return "".join(self.decode(r) if self.is_text(r[0]) else "".join(map(self.show, r)) for r in runs)
 
     @cached_property
     def token_bytes(self) -> list[bytes]:
@@ -81,5 +81,9 @@ class Vocabulary:
 
     @cached_property
     def num_newlines(self) -> list[int]:
-        """Newlines in each token."""
-        return [b.count(b"\n") for b in self.token_bytes]
+        """Line ends in each token."""
+        return [b.count(b"\n") + b.count(b"\r") - b.count(b"\r\n") for b in self.token_bytes]
+
+    def is_text(self, token_id: int) -> bool:
+        """Whether an id stands for text: not special, and not one that only the model's matrices have."""
+        return token_id < self.size and token_id not in self.special_ids
