@@ -74,7 +74,7 @@ def _settings(options: dict[str, Any], pairs: tuple[str, ...] = ()) -> Settings:
 @_engine_options
 def lsp(**options: Any) -> None:
     """Serve one editor over stdio (LSP 3.18, textDocument/inlineCompletion)."""
-    from fimserver.lsp.server import run_stdio  # noqa: PLC0415  only this command pays for pygls
+    from fimserver.lsp.features import run_stdio  # noqa: PLC0415  only this command pays for pygls
 
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="fimserver: %(levelname)s %(message)s")
     if sys.stdin.isatty():

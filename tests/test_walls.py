@@ -66,7 +66,7 @@ def test_standard_library_only(file: str) -> None:
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("fimserver.lsp.server", ["torch", "transformers", "tokenizers", "numpy"]),
+        ("fimserver.lsp.features", ["torch", "transformers", "tokenizers", "numpy"]),
         ("fimserver.cli", ["torch", "pygls", "tree_sitter", "rich"]),
         ("fimserver.engine.worker", ["torch", "pygls", "tree_sitter"]),
         ("fimserver.engine.engine", ["pygls", "tree_sitter", "platformdirs", "click"]),

@@ -62,7 +62,7 @@ class FimProtocol(LanguageServerProtocol):
             if method is not None and message_id is not None:
                 self._refuse(message_id, lsp.ErrorCodes.InvalidParams, f"invalid parameters of {method}: {reasons}")
             elif method == lsp.TEXT_DOCUMENT_DID_CHANGE:
-                self._server.lose_document(data)
+                self._server.requests.lose_document(data)
             return None
         if method == lsp.TEXT_DOCUMENT_INLINE_COMPLETION and message_id is not None:
             version = data["params"]["textDocument"].get("version")
@@ -89,13 +89,13 @@ class FimProtocol(LanguageServerProtocol):
             self._initialized = True
         if method == lsp.TEXT_DOCUMENT_INLINE_COMPLETION:
             version = self._client_versions.pop(message_id, None) if message_id is not None else None
-            self._server.receive(message_id, message.params, version)
+            self._server.requests.receive(message_id, message.params, version)
         super().handle_message(message)
 
     def _handle_cancel_notification(self, msg_id: int | str) -> None:
         """Also of a request whose handler has not begun, which pygls cancels without running it."""
         super()._handle_cancel_notification(msg_id)
-        self._server.forget(msg_id)
+        self._server.requests.forget(msg_id)
 
     def _refuse(self, message_id: int | str, code: lsp.ErrorCodes, text: str) -> None:
         self._send_response(message_id, error=lsp.ResponseError(code=code.value, message=text))
@@ -104,7 +104,7 @@ class FimProtocol(LanguageServerProtocol):
     def lsp_text_document__did_open(self, params: lsp.DidOpenTextDocumentParams) -> None:
         """Keep a document."""
         item = params.text_document
-        self._server.end_request(item.uri)
+        self._server.requests.end(item.uri)
         self._server.session.open(Document(item.uri, item.language_id, item.version, item.text))
 
     @lsp_method(lsp.TEXT_DOCUMENT_DID_CHANGE)
@@ -122,12 +122,12 @@ class FimProtocol(LanguageServerProtocol):
         if any(isinstance(change, lsp.TextDocumentContentChangeWholeDocument) for change in params.content_changes):
             session.lost.discard(uri)
         if new.text != old.text:
-            self._server.end_request(uri)
+            self._server.requests.end(uri)
 
     @lsp_method(lsp.TEXT_DOCUMENT_DID_CLOSE)
     def lsp_text_document__did_close(self, params: lsp.DidCloseTextDocumentParams) -> None:
         """Forget a document."""
-        self._server.end_request(params.text_document.uri)
+        self._server.requests.end(params.text_document.uri)
         self._server.session.close(params.text_document.uri)
 
 

@@ -1,7 +1,6 @@
-"""The language server: an inline completion from request to answer.
+"""The language server: settings, the engine's state, and an inline completion from request to answer.
 
-    receive                 at the message's arrival: snapshot, earlier request of the document superseded
-    on_inline_completion    async: gate, debounce, hole, context, engine, postprocess, items
+    on_inline_completion    async: gate, hole, cache, debounce, context, engine, postprocess, items
 
 No handler blocks: the engine is another process, and what waits is awaited. Every empty answer has a reason,
 which ``fimserver.explain`` tells.
@@ -13,74 +12,31 @@ import asyncio
 import logging
 import traceback
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lsprotocol import types as lsp
-from pygls.exceptions import JsonRpcInvalidParams
 from pygls.lsp.server import LanguageServer
 
 from fimserver import __version__
 from fimserver.context.hole import find_hole
 from fimserver.context.postprocess import to_completion
 from fimserver.context.window import budget_for, build_context
-from fimserver.engine.client import EngineClient, EngineOptions, EngineState, PendingCompletion
-from fimserver.errors import CompletionCancelledError, EngineError, PositionError
-from fimserver.lsp.convert import (
-    ACCEPT_COMMAND,
-    Selection,
-    find_selection,
-    take_snapshot,
-    to_inline_items,
-    with_selection,
-)
+from fimserver.engine.client import EngineClient, EngineOptions, EngineState
+from fimserver.errors import CompletionCancelledError, EngineError
+from fimserver.lsp.convert import to_inline_items
 from fimserver.lsp.protocol import FimProtocol
+from fimserver.lsp.requests import CANCELLED, CHANGED, RefusedError, Request, Requests
 from fimserver.lsp.session import Session
 from fimserver.settings import read_settings
 from fimserver.text import Encoding
-from fimserver.types import Completion, Generation, Hole, Mode, NoCompletion, Sampling, Snapshot
+from fimserver.types import Completion, Generation, Hole, Mode, NoCompletion, Sampling
 
 LOAD_TIMEOUT_S = 60.0
-EXPLAIN_COMMAND = "fimserver.explain"
-RESTART_COMMAND = "fimserver.restart"
 STATUS_NOTIFICATION = "didChangeStatus"  # Copilot's names, which clients know already
 _PROGRESS_TOKEN = "fimserver.loading"  # noqa: S105  a progress token, not a secret
 _logger = logging.getLogger(__name__)
-
-
-class _RefusedError(Exception):
-    """Ends a request with nothing, and says why."""
-
-    def __init__(self, outcome: NoCompletion) -> None:
-        super().__init__(outcome.reason)
-        self.outcome = outcome
-
-
-_SUPERSEDED = NoCompletion("superseded", "a newer request of this document took its place")
-_CHANGED = NoCompletion("stale", "the text changed since the request")
-_CANCELLED = NoCompletion("cancelled", "the editor cancelled it")
-
-
-@dataclass(eq=False)
-class Request:
-    """One inline completion between its arrival and its answer."""
-
-    snapshot: Snapshot  # as it would be with the selected item accepted
-    document_snapshot: Snapshot  # as the document is
-    selection: Selection | None
-    invoked: bool
-    stale: bool
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
-    why_ended: NoCompletion | None = None
-    pending: PendingCompletion | None = None
-
-    def end(self, why: NoCompletion) -> None:
-        """Answer with nothing as soon as can be."""
-        self.why_ended = self.why_ended or why
-        self.ended.set()
-        if self.pending is not None:
-            self.pending.cancel()
 
 
 class FimLanguageServer(LanguageServer):
@@ -94,14 +50,11 @@ class FimLanguageServer(LanguageServer):
         self.overrides = overrides or {}  # from the command line: they win over the editor's
         self.engine = EngineClient(on_state=self._on_engine_state)
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._received: dict[int | str, Request | JsonRpcInvalidParams] = {}
-        self._active: dict[str, Request] = {}
+        self.requests = Requests(self.session)
         self._progress: asyncio.Task[None] | None = None
         self._engine_settled = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._problems_shown: set[str] = set()
-        _register_features(self)
-        _register_commands(self)
 
     def report_server_error(self, error: Exception, source: Any) -> None:
         """One line in the log; never a pop-up, never the text it is about."""
@@ -207,7 +160,7 @@ class FimLanguageServer(LanguageServer):
         self._progress = None
 
     async def _wait_for_engine(self) -> None:
-        """Wait until the model is loaded. Raises ``_RefusedError`` with the reason when it is not."""
+        """Wait until the model is loaded. Raises ``RefusedError`` with the reason when it is not."""
         try:
             async with asyncio.timeout(LOAD_TIMEOUT_S):
                 while self.engine.state in (EngineState.STOPPED, EngineState.LOADING):
@@ -215,89 +168,25 @@ class FimLanguageServer(LanguageServer):
                     await self._engine_settled.wait()
         except TimeoutError:
             why = NoCompletion("loading", f"the model is still loading after {LOAD_TIMEOUT_S:.0f} s")
-            raise _RefusedError(why) from None
+            raise RefusedError(why) from None
         if self.engine.state is EngineState.FAILED:
-            raise _RefusedError(NoCompletion("engine", self.engine.detail))
+            raise RefusedError(NoCompletion("engine", self.engine.detail))
 
     # A request
 
-    def receive(self, message_id: int | str | None, params: lsp.InlineCompletionParams, version: int | None) -> None:
-        """Take the snapshot of a request that has just arrived, and supersede the document's earlier one."""
-        if message_id is None:
-            return
-        try:
-            request = self._to_request(params, version)
-        except PositionError as error:
-            self._received[message_id] = JsonRpcInvalidParams(str(error))
-            return
-        except KeyError:
-            text = "the document is not open here; the editor has to send textDocument/didOpen first"
-            self._received[message_id] = JsonRpcInvalidParams(text)
-            return
-        uri = request.snapshot.uri
-        if uri in self.session.lost:
-            text = "an edit of this document could not be read; close and open it again"
-            self._received[message_id] = JsonRpcInvalidParams(text)
-            return
-        self._received[message_id] = request
-        earlier = self._active.get(uri)
-        if earlier is not None and not (earlier.invoked and not request.invoked):
-            earlier.end(_SUPERSEDED)
-        self._active[uri] = request
-
-    def end_request(self, uri: str) -> None:
-        """A document's text is gone: so is the request about it."""
-        if (request := self._active.get(uri)) is not None:
-            request.end(_CHANGED)
-
-    def forget(self, message_id: int | str) -> None:
-        """A request was cancelled, perhaps before its handler began."""
-        request = self._received.pop(message_id, None)
-        if isinstance(request, Request):
-            request.end(_CANCELLED)
-            self._drop(request)
-            self.session.explain(request.snapshot, _CANCELLED, "")
-
-    def _drop(self, request: Request) -> None:
-        if self._active.get(request.snapshot.uri) is request:
-            del self._active[request.snapshot.uri]
-
-    def lose_document(self, message: dict[str, Any]) -> None:
-        """An edit could not be read: until the whole text comes, the document here is not the editor's."""
-        with suppress(KeyError, TypeError):
-            uri = message["params"]["textDocument"]["uri"]
-            if uri in self.session.documents:
-                self.session.lost.add(uri)
-                self.end_request(uri)
-
-    def _to_request(self, params: lsp.InlineCompletionParams, version: int | None) -> Request:
-        document = self.session.documents[params.text_document.uri]
-        encoding = self.session.encoding
-        snapshot = take_snapshot(document, params.position, encoding)
-        selection = find_selection(snapshot, params.context.selected_completion_info, encoding)
-        return Request(
-            snapshot=with_selection(snapshot, selection),
-            document_snapshot=snapshot,
-            selection=selection,
-            invoked=params.context.trigger_kind is lsp.InlineCompletionTriggerKind.Invoked,
-            stale=version is not None and version != document.version,
-        )
-
     async def on_inline_completion(self) -> lsp.InlineCompletionList:
-        """Answer the request that ``receive`` took in."""
+        """Answer the request that ``Requests.receive`` took in."""
         message_id = self.protocol.msg_id
-        request = self._received.pop(message_id) if message_id is not None else None
-        if not isinstance(request, Request):
-            raise request or JsonRpcInvalidParams("a request needs an id")
+        request = self.requests.take(message_id)
         outcome: Completion | NoCompletion
         source = ""
         try:
             outcome, source = await self._answer(request)
-        except _RefusedError as refused:
+        except RefusedError as refused:
             outcome = refused.outcome
         except asyncio.CancelledError:
-            request.end(_CANCELLED)
-            self.session.explain(request.snapshot, _CANCELLED, "")
+            request.end(CANCELLED)
+            self.session.explain(request.snapshot, CANCELLED, "")
             raise
         except Exception as error:  # noqa: BLE001  the outermost handler: one request fails, the editor goes on
             frame = traceback.extract_tb(error.__traceback__)[-1]
@@ -305,7 +194,7 @@ class FimLanguageServer(LanguageServer):
             _logger.error("request %s failed: %s at %s", message_id, type(error).__name__, where)  # noqa: TRY400  a traceback could quote code
             outcome = NoCompletion("error", f"an error in fimserver: {type(error).__name__} at {where}")
         finally:
-            self._drop(request)
+            self.requests.drop(request)
         self.session.explain(request.snapshot, outcome, source)
         if isinstance(outcome, NoCompletion):
             return lsp.InlineCompletionList([])
@@ -313,39 +202,39 @@ class FimLanguageServer(LanguageServer):
         return lsp.InlineCompletionList(items)
 
     async def _answer(self, request: Request) -> tuple[Completion, str]:
-        """The completion of a request and where it came from: cache or model. Raises ``_RefusedError``."""
+        """The completion of a request and where it came from: cache or model. Raises ``RefusedError``."""
         snapshot, settings = request.snapshot, self.session.settings
         if not settings.enabled:
-            raise _RefusedError(NoCompletion("disabled", "set fimserver.enabled to true"))
+            raise RefusedError(NoCompletion("disabled", "set fimserver.enabled to true"))
         if request.stale:
-            raise _RefusedError(NoCompletion("stale", "the request names a version of the text that is not here"))
+            raise RefusedError(NoCompletion("stale", "the request names a version of the text that is not here"))
         self._check_current(request)
         tree = self.session.tree_of(snapshot)
         hole = find_hole(snapshot, tree, settings)
         if isinstance(hole, NoCompletion):
-            raise _RefusedError(hole)
+            raise RefusedError(hole)
         if (cached := self.session.cache.find(snapshot)) is not None:
             return cached, "cache"
         await self._wait_until_due(request)
         generation = await self._generate(request, hole)
         outcome = to_completion(generation.text, hole, snapshot, tree)
         if isinstance(outcome, NoCompletion):
-            raise _RefusedError(outcome)
+            raise RefusedError(outcome)
         self.session.cache.remember(snapshot, outcome)
         self._check_current(request)
         return outcome, "model"
 
     def _check_current(self, request: Request) -> None:
         if request.why_ended is not None:
-            raise _RefusedError(request.why_ended)
+            raise RefusedError(request.why_ended)
         if not self.session.is_current(request.document_snapshot):
-            raise _RefusedError(_CHANGED)
+            raise RefusedError(CHANGED)
 
     async def _wait_until_due(self, request: Request) -> None:
         """Wait for the engine (invoked) or for a pause in typing (automatic)."""
         if not request.invoked:
             if self.engine.state in (EngineState.STOPPED, EngineState.LOADING):
-                raise _RefusedError(NoCompletion("loading", "the model is still loading"))
+                raise RefusedError(NoCompletion("loading", "the model is still loading"))
             with suppress(TimeoutError):
                 await asyncio.wait_for(request.ended.wait(), self.session.settings.debounce_ms / 1e3)
         await self._wait_for_engine()
@@ -365,9 +254,9 @@ class FimLanguageServer(LanguageServer):
             request.pending = self.engine.complete(build_context(request.snapshot, hole, budget), sampling)
             generation = await asyncio.wrap_future(request.pending.future)
         except CompletionCancelledError:
-            raise _RefusedError(request.why_ended or _CANCELLED) from None
+            raise RefusedError(request.why_ended or CANCELLED) from None
         except EngineError as error:
-            raise _RefusedError(NoCompletion("engine", str(error))) from error
+            raise RefusedError(NoCompletion("engine", str(error))) from error
         _logger.info(
             "request answered: %s, %d passes, %s ms",
             generation.mode,
@@ -385,78 +274,3 @@ class FimLanguageServer(LanguageServer):
             "engine": {"state": self.engine.state, "detail": self.engine.detail, "pid": self.engine.pid},
             "counters": dict(self.session.counters),
         }
-
-
-def to_sentence(answer: dict[str, Any]) -> str:
-    """An explanation for a person."""
-    engine, last = answer["engine"], answer["last"]
-    if last is None:
-        return f"fimserver: no request yet; the engine is {engine['state']} ({engine['detail']})"
-    if last["outcome"] == "offered":
-        return "fimserver: the last request was answered with a completion"
-    return f"fimserver: nothing was offered, because {last['detail']} ({last['reason']})"
-
-
-def _register_features(server: FimLanguageServer) -> None:
-    """Tie LSP's methods to the server's; pygls reads the capabilities from what is registered."""
-
-    @server.feature(lsp.INITIALIZE)
-    def initialize(params: lsp.InitializeParams) -> None:
-        server.on_initialize(params)
-
-    @server.feature(lsp.INITIALIZED)
-    def initialized(_params: lsp.InitializedParams) -> None:
-        server.on_initialized()
-
-    @server.feature(lsp.SHUTDOWN)
-    def shutdown(_params: None) -> None:
-        server.engine.close("the server was shut down")
-
-    @server.feature(lsp.WORKSPACE_DID_CHANGE_CONFIGURATION)
-    def did_change_configuration(params: lsp.DidChangeConfigurationParams) -> None:
-        server.on_did_change_configuration(params)
-
-    # Without the options object pygls does not advertise the capability.
-    @server.feature(lsp.TEXT_DOCUMENT_INLINE_COMPLETION, lsp.InlineCompletionOptions())
-    async def inline_completion(_params: lsp.InlineCompletionParams) -> lsp.InlineCompletionList:
-        return await server.on_inline_completion()
-
-    def count(name: str) -> None:
-        @server.feature(name)
-        def counted(_params: Any) -> None:
-            server.session.counters[name.removeprefix("textDocument/")] += 1
-
-    for name in ("textDocument/didShowCompletion", "textDocument/didPartiallyAcceptCompletion"):
-        count(name)
-
-    @server.feature("textDocument/didFocus")
-    def did_focus(_params: Any) -> None:
-        server.session.counters["didFocus"] += 1
-
-
-def _register_commands(server: FimLanguageServer) -> None:
-    @server.command(ACCEPT_COMMAND)
-    def accept(*_arguments: Any) -> None:
-        server.session.counters["accepted"] += 1
-
-    @server.command(EXPLAIN_COMMAND)
-    def explain(*arguments: Any) -> dict[str, Any]:
-        answer = server.explain(arguments[0] if arguments else None)
-        server.window_show_message(lsp.ShowMessageParams(lsp.MessageType.Info, to_sentence(answer)))
-        return answer
-
-    @server.command(RESTART_COMMAND)
-    def restart(*_arguments: Any) -> None:
-        server.restart_engine()
-
-
-def run_stdio(overrides: dict[str, Any] | None = None) -> int:
-    """Serve one editor over stdio until it leaves; 0 after an orderly ``shutdown``, else 1."""
-    for name in ("pygls", "asyncio", "cattrs"):  # their messages quote parameters, which are people's code
-        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
-    server = FimLanguageServer(overrides)
-    try:
-        server.start_io()
-    finally:
-        server.engine.close()
-    return 0 if server.protocol.is_shut_down else 1

@@ -1,0 +1,100 @@
+"""Which LSP methods and commands lead where, and the server over stdio.
+
+    run_stdio -> create_server -> FimLanguageServer with every feature and command registered
+
+Knows:  pygls' registration, names of methods and commands.  Never: how a request is answered.
+"""
+
+import logging
+from typing import Any
+
+from lsprotocol import types as lsp
+
+from fimserver.lsp.convert import ACCEPT_COMMAND
+from fimserver.lsp.server import FimLanguageServer
+
+EXPLAIN_COMMAND = "fimserver.explain"
+RESTART_COMMAND = "fimserver.restart"
+
+
+def create_server(overrides: dict[str, Any] | None = None) -> FimLanguageServer:
+    """A server for one connection; ``overrides`` are settings of the command line, which win over the editor's."""
+    server = FimLanguageServer(overrides)
+    _register_features(server)
+    _register_commands(server)
+    return server
+
+
+def to_sentence(answer: dict[str, Any]) -> str:
+    """An explanation for a person."""
+    engine, last = answer["engine"], answer["last"]
+    if last is None:
+        return f"fimserver: no request yet; the engine is {engine['state']} ({engine['detail']})"
+    if last["outcome"] == "offered":
+        return "fimserver: the last request was answered with a completion"
+    return f"fimserver: nothing was offered, because {last['detail']} ({last['reason']})"
+
+
+def _register_features(server: FimLanguageServer) -> None:
+    """Tie LSP's methods to the server's; pygls reads the capabilities from what is registered."""
+
+    @server.feature(lsp.INITIALIZE)
+    def initialize(params: lsp.InitializeParams) -> None:
+        server.on_initialize(params)
+
+    @server.feature(lsp.INITIALIZED)
+    def initialized(_params: lsp.InitializedParams) -> None:
+        server.on_initialized()
+
+    @server.feature(lsp.SHUTDOWN)
+    def shutdown(_params: None) -> None:
+        server.engine.close("the server was shut down")
+
+    @server.feature(lsp.WORKSPACE_DID_CHANGE_CONFIGURATION)
+    def did_change_configuration(params: lsp.DidChangeConfigurationParams) -> None:
+        server.on_did_change_configuration(params)
+
+    # Without the options object pygls does not advertise the capability.
+    @server.feature(lsp.TEXT_DOCUMENT_INLINE_COMPLETION, lsp.InlineCompletionOptions())
+    async def inline_completion(_params: lsp.InlineCompletionParams) -> lsp.InlineCompletionList:
+        return await server.on_inline_completion()
+
+    def count(name: str) -> None:
+        @server.feature(name)
+        def counted(_params: Any) -> None:
+            server.session.counters[name.removeprefix("textDocument/")] += 1
+
+    for name in ("textDocument/didShowCompletion", "textDocument/didPartiallyAcceptCompletion"):
+        count(name)
+
+    @server.feature("textDocument/didFocus")
+    def did_focus(_params: Any) -> None:
+        server.session.counters["didFocus"] += 1
+
+
+def _register_commands(server: FimLanguageServer) -> None:
+    @server.command(ACCEPT_COMMAND)
+    def accept(*_arguments: Any) -> None:
+        server.session.counters["accepted"] += 1
+
+    @server.command(EXPLAIN_COMMAND)
+    def explain(*arguments: Any) -> dict[str, Any]:
+        answer = server.explain(arguments[0] if arguments else None)
+        server.window_show_message(lsp.ShowMessageParams(lsp.MessageType.Info, to_sentence(answer)))
+        return answer
+
+    @server.command(RESTART_COMMAND)
+    def restart(*_arguments: Any) -> None:
+        server.restart_engine()
+
+
+def run_stdio(overrides: dict[str, Any] | None = None) -> int:
+    """Serve one editor over stdio until it leaves; 0 after an orderly ``shutdown``, else 1."""
+    for name in ("pygls", "asyncio", "cattrs"):  # their messages quote parameters, which are people's code
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+    server = create_server(overrides)
+    try:
+        server.start_io()
+    finally:
+        server.engine.close()
+    return 0 if server.protocol.is_shut_down else 1

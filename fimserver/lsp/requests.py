@@ -1,0 +1,135 @@
+"""Requests between their arrival and their answer: at most one a document counts, the newest.
+
+    receive   at the message's arrival: snapshot, earlier request of the document superseded
+    take      in the handler: the request, or the error that its parameters deserve
+    end       the document's text changed or is gone
+
+Knows:  LSP's parameters, sessions.  Never: how a request is answered.
+"""
+
+import asyncio
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from lsprotocol import types as lsp
+from pygls.exceptions import JsonRpcInvalidParams
+
+from fimserver.engine.client import PendingCompletion
+from fimserver.errors import PositionError
+from fimserver.lsp.convert import Selection, find_selection, take_snapshot, with_selection
+from fimserver.lsp.session import Session
+from fimserver.types import NoCompletion, Snapshot
+
+
+class RefusedError(Exception):
+    """Ends a request with nothing, and says why."""
+
+    def __init__(self, outcome: NoCompletion) -> None:
+        super().__init__(outcome.reason)
+        self.outcome = outcome
+
+
+SUPERSEDED = NoCompletion("superseded", "a newer request of this document took its place")
+CHANGED = NoCompletion("stale", "the text changed since the request")
+CANCELLED = NoCompletion("cancelled", "the editor cancelled it")
+
+
+@dataclass(eq=False)
+class Request:
+    """One inline completion between its arrival and its answer."""
+
+    snapshot: Snapshot  # as it would be with the selected item accepted
+    document_snapshot: Snapshot  # as the document is
+    selection: Selection | None
+    invoked: bool
+    stale: bool
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    why_ended: NoCompletion | None = None
+    pending: PendingCompletion | None = None
+
+    def end(self, why: NoCompletion) -> None:
+        """Answer with nothing as soon as can be."""
+        self.why_ended = self.why_ended or why
+        self.ended.set()
+        if self.pending is not None:
+            self.pending.cancel()
+
+
+class Requests:
+    """The open requests of one connection."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._received: dict[int | str, Request | JsonRpcInvalidParams] = {}
+        self._active: dict[str, Request] = {}
+
+    def receive(self, message_id: int | str | None, params: lsp.InlineCompletionParams, version: int | None) -> None:
+        """Take the snapshot of a request that has just arrived, and supersede the document's earlier one."""
+        if message_id is None:
+            return
+        try:
+            request = self._to_request(params, version)
+        except PositionError as error:
+            self._received[message_id] = JsonRpcInvalidParams(str(error))
+            return
+        except KeyError:
+            text = "the document is not open here; the editor has to send textDocument/didOpen first"
+            self._received[message_id] = JsonRpcInvalidParams(text)
+            return
+        uri = request.snapshot.uri
+        if uri in self._session.lost:
+            text = "an edit of this document could not be read; close and open it again"
+            self._received[message_id] = JsonRpcInvalidParams(text)
+            return
+        self._received[message_id] = request
+        earlier = self._active.get(uri)
+        if earlier is not None and not (earlier.invoked and not request.invoked):
+            earlier.end(SUPERSEDED)
+        self._active[uri] = request
+
+    def take(self, message_id: int | str | None) -> Request:
+        """The request of a message that was received. Raises ``JsonRpcInvalidParams``."""
+        request = self._received.pop(message_id) if message_id is not None else None
+        if not isinstance(request, Request):
+            raise request or JsonRpcInvalidParams("a request needs an id")
+        return request
+
+    def end(self, uri: str) -> None:
+        """A document's text is gone: so is the request about it."""
+        if (request := self._active.get(uri)) is not None:
+            request.end(CHANGED)
+
+    def forget(self, message_id: int | str) -> None:
+        """A request was cancelled, perhaps before its handler began."""
+        request = self._received.pop(message_id, None)
+        if isinstance(request, Request):
+            request.end(CANCELLED)
+            self.drop(request)
+            self._session.explain(request.snapshot, CANCELLED, "")
+
+    def drop(self, request: Request) -> None:
+        """A request was answered."""
+        if self._active.get(request.snapshot.uri) is request:
+            del self._active[request.snapshot.uri]
+
+    def lose_document(self, message: dict[str, Any]) -> None:
+        """An edit could not be read: until the whole text comes, the document here is not the editor's."""
+        with suppress(KeyError, TypeError):
+            uri = message["params"]["textDocument"]["uri"]
+            if uri in self._session.documents:
+                self._session.lost.add(uri)
+                self.end(uri)
+
+    def _to_request(self, params: lsp.InlineCompletionParams, version: int | None) -> Request:
+        document = self._session.documents[params.text_document.uri]
+        encoding = self._session.encoding
+        snapshot = take_snapshot(document, params.position, encoding)
+        selection = find_selection(snapshot, params.context.selected_completion_info, encoding)
+        return Request(
+            snapshot=with_selection(snapshot, selection),
+            document_snapshot=snapshot,
+            selection=selection,
+            invoked=params.context.trigger_kind is lsp.InlineCompletionTriggerKind.Invoked,
+            stale=version is not None and version != document.version,
+        )
