@@ -137,9 +137,7 @@ class FimLanguageServer(LanguageServer):
             self._engine_settled.clear()
         else:
             self._engine_settled.set()
-        kind = "Error" if state is EngineState.FAILED else "Normal"
-        status = {"kind": kind, "busy": state is EngineState.LOADING, "message": detail}
-        self.protocol.notify(STATUS_NOTIFICATION, status)
+        self._send_status(state, detail)
         if state is EngineState.FAILED:
             message = f"fimserver gives no completions: {detail}"
             self.window_show_message(lsp.ShowMessageParams(lsp.MessageType.Error, message))
@@ -147,6 +145,11 @@ class FimLanguageServer(LanguageServer):
         shows_progress = window is not None and window.work_done_progress
         if shows_progress and state is EngineState.LOADING and self._progress is None:
             self._progress = asyncio.get_running_loop().create_task(self._show_progress(detail))
+
+    def _send_status(self, state: EngineState, detail: str) -> None:
+        kind = "Error" if state is EngineState.FAILED else "Normal"
+        status = {"kind": kind, "busy": state is EngineState.LOADING, "message": detail}
+        self.protocol.notify(STATUS_NOTIFICATION, status)
 
     async def _show_progress(self, detail: str) -> None:
         token = _PROGRESS_TOKEN
@@ -234,6 +237,7 @@ class FimLanguageServer(LanguageServer):
         """Wait for the engine (invoked) or for a pause in typing (automatic)."""
         if not request.invoked:
             if self.engine.state in (EngineState.STOPPED, EngineState.LOADING):
+                self._send_status(EngineState.LOADING, self.engine.detail)
                 raise RefusedError(NoCompletion("loading", "the model is still loading"))
             with suppress(TimeoutError):
                 await asyncio.wait_for(request.ended.wait(), self.session.settings.debounce_ms / 1e3)
