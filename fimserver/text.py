@@ -13,7 +13,6 @@ from enum import StrEnum
 from fimserver.errors import PositionError
 
 _LINE_END = re.compile(r"\r\n|\n|\r")
-_LARGEST_BMP = 0xFFFF
 
 
 class Encoding(StrEnum):
@@ -30,7 +29,7 @@ def count_units(text: str, encoding: Encoding) -> int:
         return len(text)
     if encoding is Encoding.UTF8:
         return len(text.encode("utf-8", "surrogatepass"))
-    return len(text) + sum(ord(c) > _LARGEST_BMP for c in text)
+    return len(text.encode("utf-16-le", "surrogatepass")) // 2
 
 
 class LineIndex:
@@ -86,20 +85,40 @@ class LineIndex:
             return len(self.text)
         return self._find(line, max(column, 0), encoding)[0]
 
+    def replaced(self, start: int, end: int, new: str) -> "LineIndex":
+        """The index of ``replace(text, start, end, new)``; only the lines around the edit are looked at."""
+        end = max(start, end)
+        text = replace(self.text, start, end, new)
+        moved = len(text) - len(self.text)
+        first = max(0, self.line_of(start) - 1)  # the edit may join a CR before it to an LF
+        last = self.line_of(end) + 1
+        stop = self.starts[last] + moved if last < len(self.starts) else len(text)
+        index = LineIndex.__new__(LineIndex)
+        index.text = text
+        index.starts = [
+            *self.starts[: first + 1],
+            *(m.end() for m in _LINE_END.finditer(text, self.starts[first], stop)),
+            *(line_start + moved for line_start in self.starts[last + 1 :]),
+        ]
+        return index
+
     def _find(self, line: int, column: int, encoding: Encoding) -> tuple[int, bool]:
         start, end = self.line_range(line)
         content = self.text[start:end]
         if encoding is Encoding.UTF32 or content.isascii():
             return start + min(column, len(content)), True
+        if column >= count_units(content, encoding):
+            return end, True
+        low, high = 0, len(content)  # the characters before the column: halved, since counting is left to C
         units = 0
-        for i, character in enumerate(content):
-            if units >= column:
-                return start + i, units == column
-            width = count_units(character, encoding)
-            if units + width > column:
-                return start + i, False
-            units += width
-        return end, True
+        while low < high:
+            middle = (low + high + 1) // 2
+            more = count_units(content[low:middle], encoding)
+            if units + more <= column:
+                low, units = middle, units + more
+            else:
+                high = middle - 1
+        return start + low, units == column
 
 
 def replace(text: str, start: int, end: int, new: str) -> str:

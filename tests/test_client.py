@@ -106,6 +106,19 @@ def test_a_worker_that_keeps_dying_is_given_up(worker: Worker) -> None:
         client.complete(CONTEXT, Sampling())
 
 
+def test_death_while_loading_again_is_no_verdict(worker: Worker) -> None:
+    client = worker("""
+        if n == 2: os._exit(9)
+        ready()
+        r = receive()
+        if n == 1: os._exit(9)
+        generation(r, f'start {n}')
+        receive()
+        """)
+    client.wait_until_ready(10)
+    assert client.complete(CONTEXT, Sampling()).future.result(10).text == "start 3"
+
+
 def test_death_while_loading_is_a_failure_with_its_code(worker: Worker) -> None:
     client = worker("os._exit(7)")
     with pytest.raises(EngineError, match="code 7 while loading"):

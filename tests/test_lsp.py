@@ -1,5 +1,6 @@
 """The server as an editor meets it: raw frames over stdio, the shipped model behind it."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from lsp_client import LspClient
+from lsp_client import SERVER, LspClient
 
 URI = "file:///work/app.py"
 TEXT = "import os\n\n\ndef read(path):\n    with open(path) as file:\n        return fi\n\n\ndef main():\n    pass\n"
@@ -564,3 +565,86 @@ def test_explain_speaks_to_the_person(ready: LspClient) -> None:
     ready.complete("file:///other.py", LINE, COLUMN)
     asked = {"command": "fimserver.explain", "arguments": [URI]}
     assert ready.request("workspace/executeCommand", asked)["last"]["reason"] == "in_comment"
+
+
+SLOW = {"mode": "diffusion", "maxDenoisingSteps": 256, "maxLatencyMs": 60000}
+
+
+def test_an_edit_ends_invoked_requests_too_whatever_came_between(fresh: LspClient) -> None:
+    fresh.initialize(options=SLOW)
+    fresh.wait_until_ready()
+    fresh.open(URI, TEXT)
+    invoked = fresh.send_completion(URI, LINE, COLUMN)
+    automatic = fresh.send_completion(URI, LINE, COLUMN, invoked=False)
+    begin = time.perf_counter()
+    fresh.change(URI, 2, edit(0, 0, 0, 0, "#\n"))
+    for request in (invoked, automatic):
+        assert fresh.wait(request)["result"] == {"items": []}
+        assert fresh.answers[request]["at"] - begin < 0.5
+
+
+def test_an_ended_request_does_not_wait_for_the_engine(fresh: LspClient) -> None:
+    """Neither while the model loads nor while the engine is stuck."""
+    fresh.initialize()
+    fresh.open(URI, TEXT)
+    loading = fresh.send_completion(URI, LINE, COLUMN)
+    begin = time.perf_counter()
+    fresh.change(URI, 2, {"text": TEXT + "#\n"})
+    assert fresh.wait(loading, 5)["result"] == {"items": []}
+    assert fresh.answers[loading]["at"] - begin < 1
+    fresh.wait_until_ready()
+    subprocess.run(["kill", "-STOP", str(fresh.explain()["engine"]["pid"])], check=True)
+    stuck = fresh.send_completion(URI, LINE, COLUMN)
+    fresh.change(URI, 3, {"text": TEXT})
+    assert fresh.wait(stuck, 5)["result"] == {"items": []}
+
+
+def test_settings_that_change_under_a_request_count(fresh: LspClient) -> None:
+    fresh.initialize(options=SLOW)
+    fresh.wait_until_ready()
+    fresh.open(URI, TEXT)
+    first = fresh.send_completion(URI, LINE, COLUMN)
+    fresh.notify("workspace/didChangeConfiguration", {"settings": {"fimserver": {"mode": "autoregressive"}}})
+    fresh.wait(first)
+    fresh.complete(URI, LINE, COLUMN)
+    assert fresh.explain()["last"].get("source") != "cache"
+    last = fresh.send_completion(URI, LINE, COLUMN)
+    fresh.notify("workspace/didChangeConfiguration", {"settings": {"fimserver": {"enabled": False}}})
+    fresh.wait(last)
+    assert fresh.complete(URI, LINE, COLUMN) == []
+
+
+def test_a_null_range_means_the_whole_text(ready: LspClient) -> None:
+    ready.open(URI, "x\n")
+    ready.change(URI, 2, {"range": None, "rangeLength": None, "text": TEXT})
+    assert ready.complete(URI, LINE, COLUMN)
+
+
+def test_unknown_methods_are_not_found_even_without_parameters(ready: LspClient) -> None:
+    ready.send_raw({"jsonrpc": "2.0", "id": 901, "method": "foo/bar"})
+    assert ready.wait(901)["error"]["code"] == -32601
+
+
+def test_an_editor_that_no_longer_listens_is_left() -> None:
+    process = subprocess.Popen(SERVER, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    stdin = process.stdin
+    assert stdin is not None
+    assert process.stdout is not None
+
+    def send(message: dict[str, object]) -> None:
+        body = json.dumps({"jsonrpc": "2.0", **message}).encode()
+        stdin.write(b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        stdin.flush()
+
+    send({"id": 1, "method": "initialize", "params": {"processId": None, "rootUri": None, "capabilities": {}}})
+    assert process.stdout.readline().startswith(b"Content-Length")
+    process.stdout.close()
+    deadline = time.monotonic() + 10
+    while process.poll() is None:
+        assert time.monotonic() < deadline
+        with contextlib.suppress(BrokenPipeError):
+            send({"id": 2, "method": "no/such", "params": {}})
+        time.sleep(0.05)
+    assert process.returncode == 1
+    with contextlib.suppress(BrokenPipeError):
+        stdin.close()

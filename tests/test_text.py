@@ -1,6 +1,7 @@
 """Lines, positions and edits in every encoding."""
 
 import random
+import time
 
 import pytest
 
@@ -68,3 +69,25 @@ def test_replace_with_an_end_before_the_start() -> None:
 def test_line_ending_is_the_first_lines(text: str, ending: str) -> None:
     assert line_ending(text) == ending
     assert "\r" not in to_newlines(text)
+
+
+def test_an_edited_index_equals_a_fresh_one() -> None:
+    rng = random.Random(1)
+    pieces = ["a", "\u00e9", "\U0001f40d", "\n", "\r\n", "\r", "\x0c", "\u2028", "\ud83d"]
+    for _ in range(300):
+        index = LineIndex("".join(rng.choices(pieces, k=rng.randrange(30))))
+        for _ in range(10):
+            start = rng.randrange(len(index.text) + 1)
+            end = rng.randrange(len(index.text) + 1)
+            new = "".join(rng.choices(pieces, k=rng.randrange(6)))
+            text = replace(index.text, start, end, new)
+            index = index.replaced(start, end, new)
+            assert index.text == text
+            assert index.starts == LineIndex(text).starts
+
+
+def test_a_long_line_beside_emoji_is_quick() -> None:
+    index = LineIndex("\U0001f40d" + "x" * 1_000_000)
+    begin = time.perf_counter()
+    assert index.to_offset(0, 900_002, Encoding.UTF16) == 900_001
+    assert time.perf_counter() - begin < 0.2

@@ -73,7 +73,8 @@ def rest_parses(head: bytes, tail: bytes) -> bool:
     the statement, and without those that are deeper: its body, or the arguments that the file had there before
     its first line was changed.
     """
-    indent = len(head) - (head.rfind(b"\n") + 1)
+    line = head[head.rfind(b"\n") + 1 :]
+    indent = len(line) - len(line.lstrip())
     lines = tail.split(b"\n")
     keep = next((i for i, line in enumerate(lines) if i and _begins_statement(line, indent)), len(lines))
     without_deeper = b"\n" + b"\n".join(lines[keep:])

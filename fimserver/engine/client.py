@@ -6,8 +6,8 @@
     close()      ends the worker, and every open request with a reason
 
 What was waiting when a worker died is asked of the next one; the request that it was computing is asked once
-more, and ended after a second death. A worker that dies ``MAX_DEATHS`` times within ``DEATH_WINDOW_S``, or while
-loading, is given up: FAILED, with the reason.
+more, and ended after a second death. A worker that dies ``MAX_DEATHS`` times within ``DEATH_WINDOW_S``, or while it
+loads for the first time, is given up: FAILED, with the reason.
 
 Knows:   processes, frames, threads.  Never: torch, LSP.
 Threads: any may call, and none waits for the worker. Each worker has a thread that reads and one that writes;
@@ -104,6 +104,7 @@ class EngineClient:
         self._pending: dict[int, PendingCompletion] = {}
         self._next_id = 1
         self._deaths: list[float] = []
+        self._has_loaded = False  # with these options: then a death while loading is no verdict on them
         self._deadline: float | None = None  # when the watchdog ends the worker
         self._watchdog: threading.Thread | None = None
 
@@ -125,6 +126,7 @@ class EngineClient:
             old, self._worker = self._worker, None
             self.options = options
             self._deaths.clear()
+            self._has_loaded = False
             self._requeue()
             self._spawn()
         if old is not None:
@@ -259,6 +261,7 @@ class EngineClient:
             pending = self._pending.get(message.get("id", -1))
             if kind == "ready":
                 self.info = from_plain(ModelInfo, message["info"])
+                self._has_loaded = True
                 self._set_state(EngineState.READY, f"{self.info.name} on {self.info.device}")
                 for waiting in list(self._pending.values()):
                     self._send(waiting)
@@ -285,9 +288,9 @@ class EngineClient:
             now = time.monotonic()
             self._deaths = [t for t in self._deaths if now - t < DEATH_WINDOW_S] + [now]
             code = worker.process.returncode
-            if self.state is EngineState.LOADING:
+            if self.state is EngineState.LOADING and not self._has_loaded:
                 self._set_state(EngineState.FAILED, f"the engine ended with code {code} while loading")
-            elif self.state is EngineState.READY and len(self._deaths) >= MAX_DEATHS:
+            elif self.state is not EngineState.FAILED and len(self._deaths) >= MAX_DEATHS:
                 self._set_state(
                     EngineState.FAILED,
                     f"the engine died {MAX_DEATHS} times within {DEATH_WINDOW_S:.0f} s (last code {code}); "

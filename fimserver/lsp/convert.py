@@ -48,16 +48,15 @@ def apply_changes(
     encoding: Encoding,
 ) -> Document:
     """The document after ``changes``, in order; positions that do not exist mean the nearest that does."""
-    text = document.text
+    index = LineIndex(document.text)
     for change in changes:
         if isinstance(change, lsp.TextDocumentContentChangePartial):
-            index = LineIndex(text)
             start = index.to_nearest_offset(change.range.start.line, change.range.start.character, encoding)
             end = index.to_nearest_offset(change.range.end.line, change.range.end.character, encoding)
-            text = replace_text(text, start, end, change.text)
+            index = index.replaced(start, end, change.text)
         else:
-            text = change.text
-    return replace(document, text=text, version=version)
+            index = LineIndex(change.text)
+    return replace(document, text=index.text, version=version)
 
 
 def find_selection(snapshot: Snapshot, info: lsp.SelectedCompletionInfo | None, encoding: Encoding) -> Selection | None:

@@ -13,6 +13,8 @@ Knows:  pygls, raw messages.  Never: what a completion is.
 from __future__ import annotations
 
 import logging
+import os
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import cattrs
@@ -49,26 +51,34 @@ class FimProtocol(LanguageServerProtocol):
             return data
         method, message_id = data.get("method"), data.get("id")
         if method is not None and not isinstance(method, str):
-            if message_id is not None:
-                self._refuse(message_id, lsp.ErrorCodes.InvalidRequest, "the method of a message is a string")
+            self._reject(data, lsp.ErrorCodes.InvalidRequest, "the method of a message is a string")
             return None
+        if method == lsp.TEXT_DOCUMENT_DID_CHANGE:
+            _drop_null_ranges(data)
         try:
             message = super().structure_message(data)
             reasons = _coerced(data["params"]) if method == lsp.TEXT_DOCUMENT_INLINE_COMPLETION else ""
         except JsonRpcException as error:
             message, reasons = None, _reasons(error.__cause__)
+        if reasons and self.get_message_type(str(method)) is None:
+            self._reject(data, lsp.ErrorCodes.MethodNotFound, "there is no such method here")
+            return None
         if reasons:
-            _logger.warning("invalid parameters of %s: %s", method, reasons)
-            if method is not None and message_id is not None:
-                self._refuse(message_id, lsp.ErrorCodes.InvalidParams, f"invalid parameters of {method}: {reasons}")
-            elif method == lsp.TEXT_DOCUMENT_DID_CHANGE:
-                self._server.requests.lose_document(data)
+            self._reject(data, lsp.ErrorCodes.InvalidParams, f"invalid parameters of {method}: {reasons}")
             return None
         if method == lsp.TEXT_DOCUMENT_INLINE_COMPLETION and message_id is not None:
             version = data["params"]["textDocument"].get("version")
             if isinstance(version, int):
                 self._client_versions[message_id] = version
         return message
+
+    def _reject(self, data: dict[str, Any], code: lsp.ErrorCodes, text: str) -> None:
+        """Answer a message that cannot be read; an edit among them leaves its document out of step."""
+        _logger.warning("a message was refused: %s", text)
+        if data.get("method") == lsp.TEXT_DOCUMENT_DID_CHANGE:
+            self._server.requests.lose_document(data)
+        elif "method" in data and data.get("id") is not None:
+            self._refuse(data["id"], code, text)
 
     def handle_message(self, message: Any) -> None:
         """Hand a message to its handler, or refuse it."""
@@ -96,6 +106,14 @@ class FimProtocol(LanguageServerProtocol):
         """Also of a request whose handler has not begun, which pygls cancels without running it."""
         super()._handle_cancel_notification(msg_id)
         self._server.requests.forget(msg_id)
+
+    def _send_data(self, data: Any) -> None:
+        """Send; an editor that no longer listens is gone, and nobody is left to serve."""
+        try:
+            super()._send_data(data)
+        except BrokenPipeError:
+            self._server.engine.close()
+            os._exit(1)
 
     def _refuse(self, message_id: int | str, code: lsp.ErrorCodes, text: str) -> None:
         self._send_response(message_id, error=lsp.ResponseError(code=code.value, message=text))
@@ -129,6 +147,15 @@ class FimProtocol(LanguageServerProtocol):
         """Forget a document."""
         self._server.requests.end(params.text_document.uri)
         self._server.session.close(params.text_document.uri)
+
+
+def _drop_null_ranges(message: dict[str, Any]) -> None:
+    """A change whose range is null is one without a range: some clients write absent fields so."""
+    with suppress(KeyError, TypeError, AttributeError):
+        for change in message["params"]["contentChanges"]:
+            for name in ("range", "rangeLength"):
+                if change.get(name, "") is None:
+                    del change[name]
 
 
 def _coerced(params: Any) -> str:

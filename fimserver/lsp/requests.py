@@ -1,4 +1,6 @@
-"""Requests between their arrival and their answer: at most one a document counts, the newest.
+"""Requests between their arrival and their answer: of a document's, the newest counts.
+
+An automatic request does not end one that the person invoked; everything else newer does, and so does an edit.
 
     receive   at the message's arrival: snapshot, earlier request of the document superseded
     take      in the handler: the request, or the error that its parameters deserve
@@ -44,6 +46,7 @@ class Request:
     selection: Selection | None
     invoked: bool
     stale: bool
+    epoch: int  # of the settings it came under
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     why_ended: NoCompletion | None = None
     pending: PendingCompletion | None = None
@@ -62,7 +65,7 @@ class Requests:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._received: dict[int | str, Request | JsonRpcInvalidParams] = {}
-        self._active: dict[str, Request] = {}
+        self._active: dict[str, list[Request]] = {}
 
     def receive(self, message_id: int | str | None, params: lsp.InlineCompletionParams, version: int | None) -> None:
         """Take the snapshot of a request that has just arrived, and supersede the document's earlier one."""
@@ -83,10 +86,10 @@ class Requests:
             self._received[message_id] = JsonRpcInvalidParams(text)
             return
         self._received[message_id] = request
-        earlier = self._active.get(uri)
-        if earlier is not None and not (earlier.invoked and not request.invoked):
-            earlier.end(SUPERSEDED)
-        self._active[uri] = request
+        for earlier in self._active.setdefault(uri, []):
+            if request.invoked or not earlier.invoked:
+                earlier.end(SUPERSEDED)
+        self._active[uri].append(request)
 
     def take(self, message_id: int | str | None) -> Request:
         """The request of a message that was received. Raises ``JsonRpcInvalidParams``."""
@@ -97,7 +100,7 @@ class Requests:
 
     def end(self, uri: str) -> None:
         """A document's text is gone: so is the request about it."""
-        if (request := self._active.get(uri)) is not None:
+        for request in self._active.get(uri, ()):
             request.end(CHANGED)
 
     def forget(self, message_id: int | str) -> None:
@@ -110,8 +113,10 @@ class Requests:
 
     def drop(self, request: Request) -> None:
         """A request was answered."""
-        if self._active.get(request.snapshot.uri) is request:
-            del self._active[request.snapshot.uri]
+        uri = request.snapshot.uri
+        self._active[uri] = [other for other in self._active.get(uri, ()) if other is not request]
+        if not self._active[uri]:
+            del self._active[uri]
 
     def lose_document(self, message: dict[str, Any]) -> None:
         """An edit could not be read: until the whole text comes, the document here is not the editor's."""
@@ -132,4 +137,5 @@ class Requests:
             selection=selection,
             invoked=params.context.trigger_kind is lsp.InlineCompletionTriggerKind.Invoked,
             stale=version is not None and version != document.version,
+            epoch=self._session.epoch,
         )

@@ -11,10 +11,11 @@ Knows:  LSP, sessions, the engine's client.  Never: tokens, tensors, torch.
 import asyncio
 import logging
 import traceback
+from collections.abc import Awaitable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lsprotocol import types as lsp
 from pygls.lsp.server import LanguageServer
@@ -33,6 +34,7 @@ from fimserver.settings import read_settings
 from fimserver.text import Encoding
 from fimserver.types import Completion, Generation, Hole, Mode, NoCompletion, Sampling
 
+_T = TypeVar("_T")
 LOAD_TIMEOUT_S = 60.0
 STATUS_NOTIFICATION = "didChangeStatus"  # Copilot's names, which clients know already
 _PROGRESS_TOKEN = "fimserver.loading"  # noqa: S105  a progress token, not a secret
@@ -112,7 +114,7 @@ class FimLanguageServer(LanguageServer):
 
     def restart_engine(self) -> None:
         """Replace the engine by one with the settings as they are; open requests wait for it."""
-        self.session.cache.clear()
+        self.session.begin_epoch()
         self._engine_settled.clear()
         self.engine.restart(self._engine_options())
 
@@ -207,8 +209,6 @@ class FimLanguageServer(LanguageServer):
     async def _answer(self, request: Request) -> tuple[Completion, str]:
         """The completion of a request and where it came from: cache or model. Raises ``RefusedError``."""
         snapshot, settings = request.snapshot, self.session.settings
-        if not settings.enabled:
-            raise RefusedError(NoCompletion("disabled", "set fimserver.enabled to true"))
         if request.stale:
             raise RefusedError(NoCompletion("stale", "the request names a version of the text that is not here"))
         self._check_current(request)
@@ -223,13 +223,16 @@ class FimLanguageServer(LanguageServer):
         outcome = to_completion(generation.text, hole, snapshot, tree)
         if isinstance(outcome, NoCompletion):
             raise RefusedError(outcome)
-        self.session.cache.remember(snapshot, outcome)
+        if request.epoch == self.session.epoch:
+            self.session.cache.remember(snapshot, outcome)
         self._check_current(request)
         return outcome, "model"
 
     def _check_current(self, request: Request) -> None:
         if request.why_ended is not None:
             raise RefusedError(request.why_ended)
+        if not self.session.settings.enabled:
+            raise RefusedError(NoCompletion("disabled", "set fimserver.enabled to true"))
         if not self.session.is_current(request.document_snapshot):
             raise RefusedError(CHANGED)
 
@@ -241,12 +244,13 @@ class FimLanguageServer(LanguageServer):
                 raise RefusedError(NoCompletion("loading", "the model is still loading"))
             with suppress(TimeoutError):
                 await asyncio.wait_for(request.ended.wait(), self.session.settings.debounce_ms / 1e3)
-        await self._wait_for_engine()
+        await _unless_ended(request, self._wait_for_engine())
         self._check_current(request)
 
     async def _generate(self, request: Request, hole: Hole) -> Generation:
         settings = self.session.settings
-        budget = budget_for(self.engine.info.max_prompt_tokens if self.engine.info else 0)
+        info = self.engine.info  # read once: the engine's threads may take it away
+        budget = budget_for(info.max_prompt_tokens if info else 0)
         sampling = Sampling(
             mode=Mode(settings.mode),
             seed=settings.seed,
@@ -256,7 +260,7 @@ class FimLanguageServer(LanguageServer):
         )
         try:
             request.pending = self.engine.complete(build_context(request.snapshot, hole, budget), sampling)
-            generation = await asyncio.wrap_future(request.pending.future)
+            generation = await _unless_ended(request, asyncio.wrap_future(request.pending.future))
         except CompletionCancelledError:
             raise RefusedError(request.why_ended or CANCELLED) from None
         except EngineError as error:
@@ -278,3 +282,17 @@ class FimLanguageServer(LanguageServer):
             "engine": {"state": self.engine.state, "detail": self.engine.detail, "pid": self.engine.pid},
             "counters": dict(self.session.counters),
         }
+
+
+async def _unless_ended(request: Request, awaitable: Awaitable[_T]) -> _T:
+    """What is awaited, or ``RefusedError`` as soon as the request is ended: nobody waits for a busy engine then."""
+    wanted = asyncio.ensure_future(awaitable)
+    ended = asyncio.ensure_future(request.ended.wait())
+    try:
+        await asyncio.wait((wanted, ended), return_when=asyncio.FIRST_COMPLETED)
+        if wanted.done():
+            return wanted.result()
+        raise RefusedError(request.why_ended or CANCELLED)
+    finally:
+        wanted.cancel()
+        ended.cancel()

@@ -70,6 +70,7 @@ class Session:
     cache: CompletionCache = field(default_factory=CompletionCache)
     counters: Counter[str] = field(default_factory=Counter)
     explanations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    epoch: int = 0  # counts changes of settings and engines: what was decoded under others is not remembered
     lost: set[str] = field(default_factory=set)  # documents of which an edit could not be read
     _trees: dict[str, SyntaxTree] = field(default_factory=dict)
 
@@ -128,5 +129,10 @@ class Session:
         if section is values and not BY_WIRE_NAME.keys() & values.keys():
             return []
         self.settings, problems = read_settings(section, self.initial_settings)
-        self.cache.clear()
+        self.begin_epoch()
         return problems
+
+    def begin_epoch(self) -> None:
+        """Settings or engine changed: forget what was offered under the last."""
+        self.epoch += 1
+        self.cache.clear()
