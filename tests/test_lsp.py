@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from lsp_client import SERVER, LspClient
 
-URI = "file:///work/app.py"
+URI = "file:///home/me/app.py"
 TEXT = "import os\n\n\ndef read(path):\n    with open(path) as file:\n        return fi\n\n\ndef main():\n    pass\n"
 LINE, COLUMN = 5, 17
 

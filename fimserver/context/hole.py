@@ -38,10 +38,7 @@ def find_hole(snapshot: Snapshot, tree: SyntaxTree | None, settings: Settings) -
     """What may be filled at the snapshot's cursor."""
     before, after = line_around(snapshot)
     kind: HoleKind | NoCompletion
-    if tree is None:
-        kind = _find_by_lines(snapshot, before, after)
-    else:
-        kind = _find_in_text(snapshot, tree) or _find_in_code(snapshot, before, after)
+    kind = (tree and _find_in_text(snapshot, tree)) or _find_in_code(snapshot, before, after)
     if isinstance(kind, NoCompletion):
         return kind
     if refusal := _refuse(kind, settings):
@@ -125,14 +122,16 @@ def _scan_in_text(snapshot: Snapshot) -> HoleKind | None:
 
 
 def _find_in_code(snapshot: Snapshot, before: str, after: str) -> HoleKind | NoCompletion:
+    """By the cursor's line: blank, at its end, or between code. All there is for a language without a tree."""
     if refusal := _before_word(after):
         return refusal
     if not before.strip():
         return _find_on_blank_line(snapshot, after)
-    if not after.strip():
-        unfinished = COMPOUND.match(before) is not None and not body_follows(snapshot, before)
-        return HoleKind.BLOCK if unfinished or _opens_block(before) else HoleKind.REST_OF_LINE
-    return HoleKind.EXPRESSION
+    if after.strip():
+        return HoleKind.EXPRESSION
+    unfinished = COMPOUND.match(before) is not None and not body_follows(snapshot, before)
+    wants_body = snapshot.language_id == "python" and (unfinished or _opens_block(before))
+    return HoleKind.BLOCK if wants_body else HoleKind.REST_OF_LINE
 
 
 def body_follows(snapshot: Snapshot, line: str) -> bool:
@@ -165,14 +164,3 @@ def without_comment(line: str) -> str:
     """A line of code without the comment at its end."""
     state = scan_python(line)
     return line[: state.text_start] if state.in_comment else line
-
-
-def _find_by_lines(snapshot: Snapshot, before: str, after: str) -> HoleKind | NoCompletion:
-    """The plain fallback: blank line, end of line, before closers, or between code."""
-    if refusal := _before_word(after):
-        return refusal
-    if not before.strip():
-        return _find_on_blank_line(snapshot, after)
-    if not after.strip():
-        return HoleKind.REST_OF_LINE
-    return HoleKind.EXPRESSION

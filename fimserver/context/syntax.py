@@ -3,7 +3,7 @@
     parse(text, language_id, old)   -> SyntaxTree, or None for a language without a grammar here
 
 Knows:  tree-sitter, UTF-8 bytes.  Never: holes, LSP.
-Offsets: code points outside, bytes inside; ``to_byte`` and ``to_offset`` join the two.
+Offsets: code points outside, bytes inside; ``to_byte`` leads from one to the other.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,12 +28,6 @@ class SyntaxTree:
     def to_byte(self, offset: int) -> int:
         """Byte of a code point offset."""
         return offset if len(self.source) == len(self.text) else len(_encode(self.text[:offset]))
-
-    def to_offset(self, byte: int) -> int:
-        """Code point offset of a byte that begins a character."""
-        if len(self.source) == len(self.text):
-            return byte
-        return len(self.source[:byte].decode("utf-8", "surrogatepass"))
 
     def ancestors(self, offset: int) -> Iterator[Node]:
         """The smallest node that ends at or holds ``offset``, then its parents."""
