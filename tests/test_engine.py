@@ -129,7 +129,8 @@ def test_prompt_layout_is_suffix_first(vocabulary: Vocabulary, tiny_model: Model
 def test_a_word_that_takes_too_many_tokens_is_not_healed(tiny_engine: Engine, word: str, mode: Mode) -> None:
     prompt = build_prompt(context(f"x = {word}"), tiny_engine.vocabulary, tiny_engine.model.metadata)
     assert prompt.healed == ""
-    assert tiny_engine.complete(context(f"x = {word}"), Sampling(mode, seed=0, min_tokens=1)).text.strip()
+    generation = tiny_engine.complete(context(f"x = {word}"), Sampling(mode, seed=0, min_tokens=1))
+    assert generation.num_tokens > 0
 
 
 def test_ids_beyond_the_vocabulary_end_an_answer(vocabulary: Vocabulary) -> None:
