@@ -20,7 +20,7 @@ import click
 
 from fimserver import __version__
 from fimserver.errors import FimserverError, SettingsError
-from fimserver.settings import BY_WIRE_NAME, Settings, parse_settings
+from fimserver.settings import Settings, parse_settings, to_wire_name
 from fimserver.types import Mode
 
 
@@ -51,10 +51,14 @@ def _decoding_options(command: Any) -> Any:
     return command
 
 
+def _wire_values(options: dict[str, Any]) -> dict[str, Any]:
+    """Options that were given, under their settings' names on the wire."""
+    return {to_wire_name(name): value for name, value in options.items() if value is not None}
+
+
 def _settings(options: dict[str, Any], pairs: tuple[str, ...] = ()) -> Settings:
     """Settings from options and ``--set NAME=VALUE`` pairs; a wrong one is wrong use."""
-    names = {setting.name: wire_name for wire_name, setting in BY_WIRE_NAME.items()}
-    values: dict[str, Any] = {names[k]: v for k, v in options.items() if v is not None}
+    values = _wire_values(options)
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:
@@ -80,8 +84,7 @@ def lsp(**options: Any) -> None:
     if sys.stdin.isatty():
         click.echo("fimserver lsp waits for an editor on stdin; see README.md, or try: fimserver complete", err=True)
     _settings(options)
-    names = {setting.name: wire_name for wire_name, setting in BY_WIRE_NAME.items()}
-    sys.exit(run_stdio({names[k]: v for k, v in options.items() if v is not None}))
+    sys.exit(run_stdio(_wire_values(options)))
 
 
 @main.command(

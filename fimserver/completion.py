@@ -22,7 +22,7 @@ from fimserver.context.syntax import parse
 from fimserver.context.window import budget_for, build_context
 from fimserver.engine.client import EngineClient, EngineOptions
 from fimserver.errors import EngineError, PositionError
-from fimserver.settings import Settings
+from fimserver.settings import Settings, to_sampling
 from fimserver.text import Encoding, LineIndex
 from fimserver.types import (
     CanvasToken,
@@ -31,10 +31,8 @@ from fimserver.types import (
     FimContext,
     Generation,
     Hole,
-    Mode,
     ModelInfo,
     NoCompletion,
-    Sampling,
     Snapshot,
 )
 
@@ -135,14 +133,7 @@ def complete_snapshot(
         result.model = engine.wait_until_ready(0)
         startup_ms = (time.perf_counter() - begin) * 1e3
         result.context = build_context(snapshot, hole, budget_for(result.model.max_prompt_tokens))
-        sampling = Sampling(
-            mode=Mode(settings.mode),
-            seed=settings.seed,
-            max_denoising_steps=settings.max_denoising_steps,
-            max_latency_ms=settings.max_latency_ms,
-            min_tokens=1,
-            trace=trace,
-        )
+        sampling = to_sampling(settings, min_tokens=1, trace=trace)
         pending = engine.complete(result.context, sampling, on_draft=result.drafts.append if trace else None)
         result.generation = pending.future.result()
     except EngineError as error:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from fimserver.errors import SettingsError
-from fimserver.types import Mode
+from fimserver.types import Mode, Sampling
 
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
@@ -140,6 +140,18 @@ def read_settings(values: Mapping[str, Any], base: Settings | None = None) -> tu
         except SettingsError as error:
             problems.append(str(error))
     return settings, problems
+
+
+def to_sampling(settings: Settings, *, min_tokens: int, trace: bool = False) -> Sampling:
+    """How the engine is to decode under these settings."""
+    return Sampling(
+        mode=Mode(settings.mode),
+        seed=settings.seed,
+        max_denoising_steps=settings.max_denoising_steps,
+        max_latency_ms=settings.max_latency_ms,
+        min_tokens=min_tokens,
+        trace=trace,
+    )
 
 
 def to_markdown() -> str:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import fimserver
-from fimserver.bench.infilling import edit_similarity, parses, read_items
+from fimserver.bench.infilling import edit_similarity, read_items
+from fimserver.context.scan import python_parses
 from fimserver.errors import FimserverError
 
 SAMPLE = Path(fimserver.__file__).parent / "samples" / "inventory.py"
@@ -192,9 +193,9 @@ def test_edit_similarity(a: str, b: str, value: float) -> None:
     assert edit_similarity(a, b) == pytest.approx(value)
 
 
-def test_parses() -> None:
-    assert parses("x = '\\d'")
-    assert not parses("x = (")
+def test_python_parses() -> None:
+    assert python_parses("x = '\\d'")
+    assert not python_parses("x = (")
 
 
 @pytest.mark.parametrize("mode", ["diffusion", "autoregressive"])

@@ -11,8 +11,8 @@ from cases import Case, check, parametrize, show_refusal
 
 from fimserver.context.hole import find_hole
 from fimserver.context.postprocess import to_completion
-from fimserver.context.scan import scan_python
-from fimserver.context.soundness import is_sound, python_parses
+from fimserver.context.scan import python_parses, scan_python
+from fimserver.context.soundness import is_sound
 from fimserver.context.syntax import common_prefix_length, common_suffix_length, parse
 from fimserver.context.window import Budget, budget_for, build_context, cut_end, cut_start, path_of
 from fimserver.settings import Settings

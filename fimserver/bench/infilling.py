@@ -6,12 +6,10 @@ The file's own hole is used: no hole rule, no gate, no postprocessing. Items hav
 Knows:  items, texts, the engine's client.  Never: LSP, tokens.
 """
 
-import ast
 import gzip
 import json
 import statistics
 import sys
-import warnings
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
+from fimserver.context.scan import python_parses
 from fimserver.engine.client import EngineClient, EngineOptions
 from fimserver.errors import FimserverError
 from fimserver.settings import Settings
@@ -101,6 +100,7 @@ def evaluate_file(path: Path, settings: Settings, *, limit: int | None) -> Summa
         engine.close()
     pairs = list(zip(items, generations, strict=True))
     answered = [(i, g) for i, g in pairs if g.text.strip()]
+    parsed = [python_parses(i.prompt + g.text + i.suffix) for i, g in answered]
     return Summary(
         data=path.name,
         model=info.name,
@@ -111,7 +111,7 @@ def evaluate_file(path: Path, settings: Settings, *, limit: int | None) -> Summa
         exact_match=statistics.fmean(g.text.rstrip() == i.solution.rstrip() for i, g in pairs),
         edit_similarity=statistics.fmean(edit_similarity(g.text.rstrip(), i.solution.rstrip()) for i, g in pairs),
         answered=len(answered) / len(items),
-        parse_ok=statistics.fmean(parses(i.prompt + g.text + i.suffix) for i, g in answered) if answered else 0.0,
+        parse_ok=statistics.fmean(parsed) if parsed else 0.0,
         forward_passes=statistics.fmean(g.forward_passes for g in generations),
         ms_per_item=statistics.fmean(g.timings_ms["total"] for g in generations),
         ms_p50=statistics.median(g.timings_ms["total"] for g in generations),
@@ -128,14 +128,3 @@ def edit_similarity(a: str, b: str) -> float:
         for j, y in enumerate(b, 1):
             previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (x != y))
     return 1 - row[-1] / max(len(a), len(b))
-
-
-def parses(text: str) -> bool:
-    """Whether Python takes the text."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            ast.parse(text)
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            return False
-    return True

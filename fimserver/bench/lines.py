@@ -19,9 +19,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from fimserver.bench.infilling import LOAD_TIMEOUT_S, parses
+from fimserver.bench.infilling import LOAD_TIMEOUT_S
 from fimserver.completion import complete_snapshot
-from fimserver.context.scan import scan_python
+from fimserver.context.scan import python_parses, scan_python
 from fimserver.engine.client import EngineClient, EngineOptions
 from fimserver.errors import FimserverError
 from fimserver.settings import Settings
@@ -109,7 +109,7 @@ def evaluate_lines(settings: Settings, *, limit: int) -> Summary:
             middle = result.completion.middle
             exact += middle.strip() == line.rest.strip()
             cursor = line.snapshot.cursor
-            broken += not parses(line.snapshot.text[:cursor] + middle + line.snapshot.text[cursor:])
+            broken += not python_parses(line.snapshot.text[:cursor] + middle + line.snapshot.text[cursor:])
     finally:
         engine.close()
     if not generations:

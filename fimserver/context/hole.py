@@ -27,7 +27,6 @@ _ESTIMATED_TOKENS = {
     HoleKind.STRING: 8,
 }
 _WORD = re.compile(r"\w")
-_CLOSERS_ONLY = re.compile(r"[\s)\]}\"'`,:;>]*")
 COMPOUND = re.compile(r"\s*(async|class|def|elif|else|except|finally|for|if|match|case|try|while|with)\b")
 _BLOCK_END = re.compile(r"[:{]\s*$")
 _TRIPLE = ('"""', "'''")
@@ -43,7 +42,7 @@ def find_hole(snapshot: Snapshot, tree: SyntaxTree | None, settings: Settings) -
         return kind
     if refusal := _refuse(kind, settings):
         return refusal
-    return Hole(kind, _max_lines(kind, snapshot, after, settings), _ESTIMATED_TOKENS[kind])
+    return Hole(kind, _max_lines(kind, before, after, settings), _ESTIMATED_TOKENS[kind])
 
 
 def line_around(snapshot: Snapshot) -> tuple[str, str]:
@@ -67,9 +66,9 @@ def _refuse(kind: HoleKind, settings: Settings) -> NoCompletion | None:
     )
 
 
-def _max_lines(kind: HoleKind, snapshot: Snapshot, after: str, settings: Settings) -> int:
+def _max_lines(kind: HoleKind, before: str, after: str, settings: Settings) -> int:
     if kind in (HoleKind.BLOCK, HoleKind.STATEMENT, HoleKind.DOCSTRING):
-        header = kind is HoleKind.BLOCK and not after.strip() and bool(line_around(snapshot)[0].strip())
+        header = kind is HoleKind.BLOCK and not after.strip() and bool(before.strip())
         return settings.max_lines + header  # the rest of the header's line is a line of the answer too
     return 1
 

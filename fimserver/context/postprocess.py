@@ -165,9 +165,7 @@ def match_indentation(middle: str, text: str) -> str:
         return middle
     first, *lines = middle.split("\n")
     for i, line in enumerate(lines):
-        indent = leading_whitespace(line)
-        width = len(indent.expandtabs(_INDENT_WIDTH))
-        lines[i] = "\t" * (width // _INDENT_WIDTH) + line[len(indent) :]
+        lines[i] = "\t" * (_width(line) // _INDENT_WIDTH) + line.lstrip(" \t")
     return "\n".join([first, *lines])
 
 

@@ -1,10 +1,15 @@
 """What is open at the end of a piece of code: brackets, a string, a comment. Lexical, so it works on broken code.
 
+Beside it the strict question: whether Python's own parser takes the whole.
+
 Knows:  characters of Python-like code.  Never: trees, documents.
 """
 
+import ast
 import re
+import warnings
 from dataclasses import dataclass
+from functools import lru_cache
 
 _PYTHON_TOKEN = re.compile(
     r"""(?P<comment>\#[^\n]*)
@@ -71,3 +76,15 @@ def find_string_end(code: str, position: int, quote: str) -> int | None:
     """Offset after the string that ``quote`` opened before ``position``; ``None`` when it is open."""
     match = _STRING_END[quote].match(code, position)
     return match.end() if match else None
+
+
+@lru_cache(maxsize=4)
+def python_parses(text: str) -> bool:
+    """Whether Python's own parser takes the text."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an odd escape sequence is the person's business
+        try:
+            ast.parse(text)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return False
+    return True

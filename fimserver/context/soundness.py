@@ -8,13 +8,12 @@ Python, ``ast.parse`` succeeds when the rest of the file parses.
 Knows:  trees, Python's own parser.  Never: the model, LSP.
 """
 
-import ast
-import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 
 from tree_sitter import Node
 
+from fimserver.context.scan import python_parses
 from fimserver.context.syntax import SyntaxTree, parse
 from fimserver.types import Snapshot
 
@@ -135,17 +134,5 @@ def no_new_errors(old: SyntaxTree, new: SyntaxTree, statement: Statement, *, at:
         if start == end and statement.start <= start <= statement.end:
             return False  # a missing node has no width
         if not any(b_start <= start and end <= b_end for b_start, b_end in before):
-            return False
-    return True
-
-
-@lru_cache(maxsize=4)
-def python_parses(text: str) -> bool:
-    """Whether Python's own parser takes the text."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # an odd escape sequence is the person's business
-        try:
-            ast.parse(text)
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
             return False
     return True

@@ -30,9 +30,9 @@ from fimserver.lsp.convert import to_inline_items
 from fimserver.lsp.protocol import FimProtocol
 from fimserver.lsp.requests import CANCELLED, CHANGED, RefusedError, Request, Requests
 from fimserver.lsp.session import Session
-from fimserver.settings import read_settings
+from fimserver.settings import read_settings, to_sampling
 from fimserver.text import Encoding
-from fimserver.types import Completion, Generation, Hole, Mode, NoCompletion, Sampling
+from fimserver.types import Completion, Generation, Hole, NoCompletion
 
 _T = TypeVar("_T")
 LOAD_TIMEOUT_S = 60.0
@@ -248,16 +248,9 @@ class FimLanguageServer(LanguageServer):
         self._check_current(request)
 
     async def _generate(self, request: Request, hole: Hole) -> Generation:
-        settings = self.session.settings
         info = self.engine.info  # read once: the engine's threads may take it away
         budget = budget_for(info.max_prompt_tokens if info else 0)
-        sampling = Sampling(
-            mode=Mode(settings.mode),
-            seed=settings.seed,
-            max_denoising_steps=settings.max_denoising_steps,
-            max_latency_ms=settings.max_latency_ms,
-            min_tokens=1 if request.invoked else 0,
-        )
+        sampling = to_sampling(self.session.settings, min_tokens=1 if request.invoked else 0)
         try:
             request.pending = self.engine.complete(build_context(request.snapshot, hole, budget), sampling)
             generation = await _unless_ended(request, asyncio.wrap_future(request.pending.future))
