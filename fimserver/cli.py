@@ -20,8 +20,10 @@ import click
 
 from fimserver import __version__
 from fimserver.errors import FimserverError, SettingsError
-from fimserver.settings import Settings, parse_settings, to_wire_name
-from fimserver.types import Mode
+from fimserver.paths import config_file
+from fimserver.settings import MODES, Settings, parse_settings, read_config_file, to_wire_name
+
+_SEED = 0  # of commands: the same answer each time
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -43,8 +45,10 @@ def _engine_options(command: Any) -> Any:
 
 def _decoding_options(command: Any) -> Any:
     for option in (
-        click.option("--mode", type=click.Choice([m.value for m in Mode]), help="How the middle is decoded."),
-        click.option("--seed", type=int, default=0, show_default=True, help="Seed of the canvas noise."),
+        click.option("--mode", type=click.Choice(list(MODES)), help="How the middle is decoded."),
+        click.option(
+            "--seed", type=int, metavar="N", help=f"Seed of all that is drawn; {_SEED} unless config.toml says."
+        ),
         click.option("--max-denoising-steps", type=int, metavar="N", help="Most steps for one canvas."),
     ):
         command = option(command)
@@ -56,8 +60,18 @@ def _wire_values(options: dict[str, Any]) -> dict[str, Any]:
     return {to_wire_name(name): value for name, value in options.items() if value is not None}
 
 
-def _settings(options: dict[str, Any], pairs: tuple[str, ...] = ()) -> Settings:
-    """Settings from options and ``--set NAME=VALUE`` pairs; a wrong one is wrong use."""
+def _parse(values: dict[str, Any], base: Settings) -> Settings:
+    try:
+        return parse_settings(values, base)
+    except SettingsError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def _settings(options: dict[str, Any], pairs: tuple[str, ...] = (), *, reports: bool = True) -> Settings:
+    """Settings from config.toml, options and ``--set NAME=VALUE`` pairs; a wrong option is wrong use."""
+    configured, problems = read_config_file(config_file())
+    for problem in problems if reports else ():
+        click.echo(f"fimserver: {problem}", err=True)
     values = _wire_values(options)
     for pair in pairs:
         name, equals, value = pair.partition("=")
@@ -68,10 +82,7 @@ def _settings(options: dict[str, Any], pairs: tuple[str, ...] = ()) -> Settings:
             values[name] = json.loads(value)
         except ValueError:
             values[name] = value
-    try:
-        return parse_settings(values)
-    except SettingsError as error:
-        raise click.UsageError(str(error)) from error
+    return _parse(values, parse_settings(configured, Settings(seed=_SEED)))
 
 
 @main.command(short_help="Serve one editor over stdio.")
@@ -83,7 +94,7 @@ def lsp(**options: Any) -> None:
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="fimserver: %(levelname)s %(message)s")
     if sys.stdin.isatty():
         click.echo("fimserver lsp waits for an editor on stdin; see README.md, or try: fimserver complete", err=True)
-    _settings(options)
+    _parse(_wire_values(options), Settings())
     sys.exit(run_stdio(_wire_values(options)))
 
 
@@ -156,13 +167,14 @@ def infilling(data: Path, limit: int | None, as_json: bool, **options: Any) -> N
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @_decoding_options
 @_engine_options
-def lines(limit: int, as_json: bool, **options: Any) -> None:  # noqa: FBT001
+@click.option("--guesses/--no-guesses", default=True, help="Offer what followed the same text elsewhere, or never.")
+def lines(limit: int, as_json: bool, guesses: bool, **options: Any) -> None:  # noqa: FBT001
     """Complete cut code lines of the standard library, as an editor would ask: answered, exact, sound, time."""
     from fimserver.bench.lines import evaluate_lines  # noqa: PLC0415
 
     settings = _settings(options)
     try:
-        summary = evaluate_lines(settings, limit=limit)
+        summary = evaluate_lines(settings, limit=limit, guesses=guesses)
     except FimserverError as error:
         click.echo(f"fimserver: {error}", err=True)
         sys.exit(1)
@@ -175,7 +187,7 @@ def doctor(**options: Any) -> None:
     """Check the installation; every line that fails says how to mend it."""
     from fimserver.doctor import run_checks  # noqa: PLC0415
 
-    sys.exit(0 if run_checks(_settings(options)) else 1)
+    sys.exit(0 if run_checks(_settings(options, reports=False)) else 1)
 
 
 def print_summary(summary: Any, *, as_json: bool) -> None:

@@ -16,14 +16,14 @@ from typing import Any, BinaryIO
 from rich.console import Console
 from rich.text import Text
 
-from fimserver.context.hole import find_hole, line_around
-from fimserver.context.postprocess import to_completion
-from fimserver.context.syntax import parse
+from fimserver.context.gather import Guess, find_guesses
+from fimserver.context.languages import language_of_path
+from fimserver.context.place import complete_place, find_place, offer_guess
 from fimserver.context.window import budget_for, build_context
 from fimserver.engine.client import EngineClient, EngineOptions
 from fimserver.errors import EngineError, PositionError
-from fimserver.settings import Settings, to_sampling
-from fimserver.text import Encoding, LineIndex
+from fimserver.settings import Settings, refuse_unsure, to_sampling
+from fimserver.text import Encoding, LineIndex, line_around
 from fimserver.types import (
     CanvasToken,
     Completion,
@@ -39,7 +39,6 @@ from fimserver.types import (
 LOAD_TIMEOUT_S = 300.0
 _SHOWN = 400  # characters of context on either side in a trace
 _LONGEST_RUN = 3  # equal canvas tokens in a row before a trace counts them
-_LANGUAGE_OF = {".py": "python", ".pyi": "python", ".pyw": "python"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +59,8 @@ class Result:
     context: FimContext | None = None
     generation: Generation | None = None
     model: ModelInfo | None = None
+    source: str | None = None
+    guesses: list[Guess] = field(default_factory=list)
     drafts: list[Draft] = field(default_factory=list)
     timings_ms: dict[str, float] = field(default_factory=dict)
 
@@ -92,14 +93,14 @@ def parse_target(target: str, path: str | None, stdin: BinaryIO) -> Target:
     if not 1 <= column <= end - start + 1:
         msg = f"line {line} of {name} has columns 1 to {end - start + 1}, not {column}"
         raise PositionError(msg)
-    language = _LANGUAGE_OF.get(Path(name).suffix, Path(name).suffix.lstrip(".") or "plaintext")
+    language = language_of_path(name)
     uri = Path(name).absolute().as_uri()
     return Target(name, Snapshot(uri, 0, language, text, start + column - 1))
 
 
 def complete_target(target: Target, settings: Settings, *, trace: bool) -> Result:
     """Complete as an invoked request would be; an engine is started for it, where it is needed, and ended."""
-    engine = EngineClient(EngineOptions(settings.model, settings.device, settings.threads))
+    engine = EngineClient(EngineOptions().under(settings))
 
     def get_engine() -> EngineClient:
         with Console(stderr=True).status("loading the model"):
@@ -108,31 +109,45 @@ def complete_target(target: Target, settings: Settings, *, trace: bool) -> Resul
         return engine
 
     try:
-        return complete_snapshot(target.snapshot, settings, get_engine, trace=trace)
+        return complete_snapshot(target.snapshot, settings, get_engine, trace=trace, guesses=not trace)
     finally:
         engine.close()
 
 
 def complete_snapshot(
-    snapshot: Snapshot, settings: Settings, get_engine: Callable[[], EngineClient], *, trace: bool = False
+    snapshot: Snapshot,
+    settings: Settings,
+    get_engine: Callable[[], EngineClient],
+    *,
+    trace: bool = False,
+    guesses: bool = True,
 ) -> Result:
-    """Hole, context, engine, postprocess. ``get_engine`` is called once there is something to fill."""
+    """Hole, context, engine, postprocess. ``get_engine`` is called once there is something for it to fill.
+
+    A guess that is sure is offered without the model, unless ``guesses`` is false.
+    """
     result = Result()
     begin = time.perf_counter()
-    tree = parse(snapshot.text, snapshot.language_id)
-    hole = find_hole(snapshot, tree, settings)
+    place = find_place(snapshot, settings, invoked=True)
     context_ms = (time.perf_counter() - begin) * 1e3
-    if isinstance(hole, NoCompletion):
-        result.refusal = hole
+    if isinstance(place, NoCompletion):
+        result.refusal = place
         result.timings_ms = {"context": context_ms, "total": context_ms}
         return result
-    result.hole = hole
+    hole = result.hole = place.hole
+    result.guesses = find_guesses(snapshot, hole)
+    if guesses and (guess := offer_guess(result.guesses, place)):
+        result.completion, result.source = guess, "guess"
+        context_ms = (time.perf_counter() - begin) * 1e3
+        result.timings_ms = {"context": context_ms, "total": context_ms}
+        return result
     begin = time.perf_counter()
     try:
         engine = get_engine()
         result.model = engine.wait_until_ready(0)
         startup_ms = (time.perf_counter() - begin) * 1e3
-        result.context = build_context(snapshot, hole, budget_for(result.model.max_prompt_tokens))
+        texts = tuple(guess.text for guess in result.guesses)
+        result.context = build_context(snapshot, hole, budget_for(result.model.max_prompt_tokens), guesses=texts)
         sampling = to_sampling(settings, min_tokens=1, trace=trace)
         pending = engine.complete(result.context, sampling, on_draft=result.drafts.append if trace else None)
         result.generation = pending.future.result()
@@ -142,7 +157,8 @@ def complete_snapshot(
         result.timings_ms = {"startup": waited_ms, "context": context_ms, "total": context_ms}
         return result
     begin = time.perf_counter()
-    outcome = to_completion(result.generation.text, hole, snapshot, tree)
+    outcome: Completion | NoCompletion | None = refuse_unsure(result.generation, settings)
+    outcome = outcome or complete_place(result.generation.text, place)
     postprocess_ms = (time.perf_counter() - begin) * 1e3
     model = result.generation.timings_ms
     result.timings_ms = {
@@ -154,7 +170,7 @@ def complete_snapshot(
         "total": context_ms + model["total"] + postprocess_ms,
     }
     if isinstance(outcome, Completion):
-        result.completion = outcome
+        result.completion, result.source = outcome, "model"
     else:
         result.refusal = outcome
     return result
@@ -168,7 +184,7 @@ def print_result(result: Result, target: Target, *, as_json: bool, trace: bool) 
         sys.stdout.write(json.dumps(to_json(result, target)) + "\n")
     elif result.completion is not None:
         if sys.stdout.isatty():
-            before, after = line_around(target.snapshot)
+            before, after = line_around(target.snapshot.text, target.snapshot.cursor)
             line = Text.assemble((before, "dim"), (result.completion.middle, "bold green"), (after, "dim"))
             Console(highlight=False, soft_wrap=True).print(line)
         else:
@@ -195,9 +211,11 @@ def to_json(result: Result, target: Target) -> dict[str, Any]:
         "hole": dataclasses.asdict(result.hole) if result.hole else None,
         "reason": result.refusal.reason if result.refusal else None,
         "detail": result.refusal.detail if result.refusal else None,
+        "source": result.source,
         "mode": generation.mode if generation else None,
         "denoising_steps": generation.denoising_steps if generation else 0,
         "forward_passes": generation.forward_passes if generation else 0,
+        "confidence": round(generation.confidence, 4) if generation else None,
         "timings_ms": {name: round(ms, 1) for name, ms in result.timings_ms.items()},
         "model": dataclasses.asdict(result.model) if result.model else None,
     }
@@ -219,6 +237,10 @@ def print_trace(result: Result, console: Console) -> None:
         before = prefix if len(prefix) <= _SHOWN else "\u2026" + prefix[-_SHOWN:]
         after = suffix if len(suffix) <= _SHOWN else suffix[:_SHOWN] + "\u2026"
         console.print(Text.assemble((before, "cyan"), ("\u258f", "bold red"), (after, "magenta")))
+    if result.guesses:
+        heading("guesses (what followed the same text elsewhere)")
+        for guess in result.guesses:
+            console.print(Text(f"{guess.match_length:4d} characters matched, {guess.count} times: {guess.text!r}"))
     if result.generation is not None:
         heading(f"prompt ({result.generation.prompt_tokens} tokens)")
         console.print(Text(result.generation.prompt_text, style="dim"))
@@ -228,7 +250,8 @@ def print_trace(result: Result, console: Console) -> None:
         for draft in result.drafts:
             console.print(Text.assemble((f"{draft.step:3d}  ", "bold"), *_canvas_text(draft)))
         heading("answer")
-        console.print(Text(repr(result.generation.text) + f"  (ended by: {result.generation.finish})"))
+        ended = f"ended by: {result.generation.finish}, confidence {result.generation.confidence:.2f}"
+        console.print(Text(f"{result.generation.text!r}  ({ended})"))
     heading("offered")
     if result.completion is not None:
         console.print(Text(repr(result.completion.middle), style="bold green"))

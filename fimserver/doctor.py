@@ -15,7 +15,8 @@ from rich.text import Text
 from fimserver import __version__
 from fimserver.engine.client import EngineClient, EngineOptions
 from fimserver.errors import EngineError
-from fimserver.settings import Settings
+from fimserver.paths import config_file
+from fimserver.settings import Settings, read_config_file
 from fimserver.types import FimContext, Hole, HoleKind, Sampling
 
 LOAD_TIMEOUT_S = 300.0
@@ -46,7 +47,7 @@ def run_checks(settings: Settings) -> bool:
     """Print every check; whether all are good."""
     console = Console(highlight=False, soft_wrap=True)
     good = True
-    for check in (check_python, check_packages, check_memory, check_grammar, check_model):
+    for check in (check_python, check_packages, check_memory, check_grammar, check_config, check_model):
         result = check(settings)
         mark = ("FAIL", "bold red") if result.remedy else ("ok  ", "green")
         console.print(Text.assemble(mark, f" {result.name:9} {result.found}"))
@@ -106,9 +107,18 @@ def check_grammar(_settings: Settings) -> Check:
     return Check("grammars", "python", "pip install --upgrade tree-sitter tree-sitter-python" if errors else "")
 
 
+def check_config(_settings: Settings) -> Check:
+    """The person's own settings, where there are any."""
+    path = config_file()
+    values, problems = read_config_file(path)
+    if problems:
+        return Check("config", str(path), "; ".join(problems))
+    return Check("config", f"{path} ({', '.join(values) or 'nothing set'})" if path.exists() else f"{path} (absent)")
+
+
 def check_model(settings: Settings) -> Check:
     """Whether the model loads and answers one probe, in a process of its own as in real use."""
-    engine = EngineClient(EngineOptions(settings.model, settings.device, settings.threads))
+    engine = EngineClient(EngineOptions().under(settings))
     hole = Hole(HoleKind.REST_OF_LINE, max_lines=1, estimated_tokens=8)
     try:
         engine.start()

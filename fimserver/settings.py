@@ -8,14 +8,24 @@ wire, ``max_lines`` in Python.
 import dataclasses
 import json
 import re
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from fimserver.errors import SettingsError
-from fimserver.types import Mode, Sampling
+from fimserver.types import Generation, Mode, NoCompletion, Sampling
 
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+MODES = {
+    "auto": Mode.AUTO,
+    "fast": Mode.AUTO,
+    "quality": Mode.AUTOREGRESSIVE,
+    "diffusion": Mode.DIFFUSION,
+    "autoregressive": Mode.AUTOREGRESSIVE,
+}
+ANY_LANGUAGE = "*"
 
 
 def _setting(  # noqa: PLR0913  the columns of the table
@@ -26,8 +36,9 @@ def _setting(  # noqa: PLR0913  the columns of the table
     high: int | None = None,
     choices: tuple[str, ...] = (),
     pattern: re.Pattern[str] | None = None,
+    engine: bool = False,
 ) -> Any:
-    metadata = {"doc": doc, "low": low, "high": high, "choices": choices, "pattern": pattern}
+    metadata = {"doc": doc, "low": low, "high": high, "choices": choices, "pattern": pattern, "engine": engine}
     return field(default=default, metadata=metadata)
 
 
@@ -36,14 +47,19 @@ class Settings:
     """What a person may choose. Every default works with none of them set."""
 
     enabled: bool = _setting(default=True, doc="Offer completions at all.")
+    languages: tuple[tuple[str, bool], ...] = _setting(
+        default=(),
+        doc='Languages to complete in or not, by the editor\'s language id; "*" is every other. All are on.',
+    )
     comments: bool = _setting(default=False, doc="Complete inside comments.")
     docstrings: bool = _setting(default=False, doc="Complete inside docstrings.")
     strings: bool = _setting(default=True, doc="Complete inside other strings.")
     max_lines: int = _setting(default=8, doc="Longest completion, in lines.", low=1, high=200)
     mode: str = _setting(
         default="auto",
-        doc="How the middle is decoded: in parallel, left to right, or what the model is better at.",
-        choices=tuple(m.value for m in Mode),
+        doc="How the middle is decoded: in parallel (diffusion), left to right (autoregressive), or what the model "
+        "is better at (auto). fast is auto, quality is left to right.",
+        choices=tuple(MODES),
     )
     max_denoising_steps: int | None = _setting(
         default=None,
@@ -51,11 +67,24 @@ class Settings:
         low=1,
         high=256,
     )
+    temperature: float | None = _setting(
+        default=None,
+        doc="How freely tokens are drawn; 0 takes the likeliest. null is the model's own: the likeliest left to right, "
+        "its schedule in parallel.",
+        low=0,
+        high=2,
+    )
     seed: int | None = _setting(
         default=None,
-        doc="Seed of the canvas noise: the same text then gives the same answer. null draws a new one each time.",
+        doc="Seed of all that is drawn: the same text then gives the same answer. null draws a new one each time.",
         low=0,
         high=2**63 - 1,
+    )
+    min_confidence: float = _setting(
+        default=0.0,
+        doc="Nothing is offered where the mean probability of the answer's tokens is lower; 0 offers everything.",
+        low=0,
+        high=1,
     )
     debounce_ms: int = _setting(
         default=40, doc="Pause in typing before an automatic request is computed.", low=0, high=2000
@@ -63,16 +92,48 @@ class Settings:
     max_latency_ms: int = _setting(
         default=1500, doc="Longest model time; then the best draft is the answer.", low=50, high=60000
     )
-    model: str = _setting(default="tiny", doc="The shipped model's name, or the folder of a DiffusionGemma checkpoint.")
-    device: str = _setting(default="auto", doc="auto, cpu, cuda, cuda:N or mps (torch's names).", pattern=_DEVICE)
+    completion_items: str = _setting(
+        default="auto",
+        doc="Offer completions in the editor's completion menu (textDocument/completion): auto where the editor has "
+        "no inline completion.",
+        choices=("auto", "on", "off"),
+    )
+    model: str = _setting(
+        default="tiny",
+        doc="The shipped model's name, or the folder of a DiffusionGemma checkpoint.",
+        engine=True,
+    )
+    device: str = _setting(
+        default="auto", doc="auto, cpu, cuda, cuda:N or mps (torch's names).", pattern=_DEVICE, engine=True
+    )
     threads: int = _setting(
-        default=0, doc="CPU threads of the model; 0 means physical cores less one.", low=0, high=1024
+        default=0, doc="CPU threads of the model; 0 means physical cores less one.", low=0, high=1024, engine=True
+    )
+    context_tokens: int | None = _setting(
+        default=None,
+        doc="Longest prompt in tokens, never more than what the model knows; null means all of that.",
+        low=64,
+        high=131072,
+        engine=True,
+    )
+    idle_unload_minutes: float = _setting(
+        default=30.0,
+        doc="The model's memory is given back after so long without a request or an edit; the next one loads it "
+        "again. 0 means never.",
+        low=0,
+        high=1440,
+        engine=True,
     )
     log_level: str = _setting(
         default="warning",
         doc="What is written to the log (stderr). Code never is.",
         choices=("error", "warning", "info", "debug"),
     )
+
+    def allows(self, language_id: str) -> bool:
+        """Whether completions are wanted in a language: its own entry, else that of ``*``, else yes."""
+        languages = dict(self.languages)
+        return languages.get(language_id, languages.get(ANY_LANGUAGE, True))
 
 
 def to_wire_name(name: str) -> str:
@@ -82,6 +143,18 @@ def to_wire_name(name: str) -> str:
 
 
 BY_WIRE_NAME = {to_wire_name(f.name): f for f in fields(Settings)}
+ENGINE_SETTINGS = tuple(name for name, f in BY_WIRE_NAME.items() if f.metadata["engine"])
+
+
+def to_wire_value(value: Any) -> Any:
+    """A setting's value as it is written in JSON or TOML."""
+    if isinstance(value, tuple):
+        return dict(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _is_fraction(setting: "dataclasses.Field[Any]") -> bool:
+    return "float" in str(setting.type)
 
 
 def allowed_values(setting: "dataclasses.Field[Any]") -> str:
@@ -93,27 +166,40 @@ def allowed_values(setting: "dataclasses.Field[Any]") -> str:
     if m["pattern"]:
         return "auto | cpu | cuda | cuda:N | mps"
     if m["low"] is not None:
-        return f"whole number {m['low']} to {m['high']}{null}"
+        number = "number" if _is_fraction(setting) else "whole number"
+        return f"{number} {m['low']} to {m['high']}{null}"
+    if isinstance(setting.default, tuple):
+        return 'language ids or "*", each true | false'
     return "true | false" if setting.type is bool else "text"
 
 
-def _check(wire_name: str, value: Any) -> None:
-    setting = BY_WIRE_NAME[wire_name]
+def _is_allowed(setting: "dataclasses.Field[Any]", value: Any) -> bool:
     m = setting.metadata
     if value is None:
-        good = setting.default is None
-    elif setting.type is bool:
-        good = isinstance(value, bool)
-    elif m["low"] is not None:
-        good = isinstance(value, int) and not isinstance(value, bool) and m["low"] <= value <= m["high"]
-    elif m["choices"]:
-        good = value in m["choices"]
-    else:
-        good = isinstance(value, str) and bool(value)
-        good = good and (m["pattern"] is None or m["pattern"].fullmatch(value) is not None)
-    if not good:
+        return setting.default is None
+    if setting.type is bool:
+        return isinstance(value, bool)
+    if m["low"] is not None:
+        number = int | float if _is_fraction(setting) else int
+        return isinstance(value, number) and not isinstance(value, bool) and bool(m["low"] <= value <= m["high"])
+    if m["choices"]:
+        return value in m["choices"]
+    if isinstance(setting.default, tuple):
+        return isinstance(value, Mapping) and all(
+            isinstance(k, str) and k and isinstance(v, bool) for k, v in value.items()
+        )
+    good = isinstance(value, str) and bool(value)
+    return good and (m["pattern"] is None or m["pattern"].fullmatch(value) is not None)
+
+
+def _parse(wire_name: str, value: Any) -> Any:
+    setting = BY_WIRE_NAME[wire_name]
+    if not _is_allowed(setting, value):
         msg = f"fimserver.{wire_name} is {value!r}; it may be: {allowed_values(setting)}"
         raise SettingsError(msg)
+    if isinstance(value, Mapping):
+        return tuple(sorted(value.items()))
+    return float(value) if _is_fraction(setting) and value is not None else value
 
 
 def parse_settings(values: Mapping[str, Any], base: Settings | None = None) -> Settings:
@@ -126,8 +212,7 @@ def parse_settings(values: Mapping[str, Any], base: Settings | None = None) -> S
         if wire_name not in BY_WIRE_NAME:
             msg = f"fimserver.{wire_name} is not a setting; there are: {', '.join(BY_WIRE_NAME)}"
             raise SettingsError(msg)
-        _check(wire_name, value)
-        changes[BY_WIRE_NAME[wire_name].name] = value
+        changes[BY_WIRE_NAME[wire_name].name] = _parse(wire_name, value)
     return dataclasses.replace(base or Settings(), **changes)
 
 
@@ -142,25 +227,64 @@ def read_settings(values: Mapping[str, Any], base: Settings | None = None) -> tu
     return settings, problems
 
 
+def read_config_file(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """The good values of a ``config.toml``, by wire name, and one sentence for each thing to mend in it.
+
+    No file is no values; one that cannot be read counts for nothing.
+    """
+    try:
+        values = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+    except FileNotFoundError:
+        return {}, []
+    except OSError as error:
+        return {}, [f"{path} cannot be read ({error.strerror}); make it a readable file or remove it"]
+    except UnicodeDecodeError as error:
+        return {}, [f"{path} is not UTF-8 (byte {error.start}); convert it, its settings are not used until then"]
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        return {}, [f"{path} is not TOML ({error}); mend it, its settings are not used until then"]
+    good, problems = {}, []
+    for wire_name, value in values.items():
+        try:
+            parse_settings({wire_name: value})
+        except SettingsError as error:
+            problems.append(f"{path}: {error}")
+        else:
+            good[wire_name] = value
+    return good, problems
+
+
 def to_sampling(settings: Settings, *, min_tokens: int, trace: bool = False) -> Sampling:
     """How the engine is to decode under these settings."""
     return Sampling(
-        mode=Mode(settings.mode),
+        mode=MODES[settings.mode],
         seed=settings.seed,
         max_denoising_steps=settings.max_denoising_steps,
         max_latency_ms=settings.max_latency_ms,
         min_tokens=min_tokens,
         trace=trace,
+        temperature=settings.temperature,
+    )
+
+
+def refuse_unsure(generation: Generation, settings: Settings) -> NoCompletion | None:
+    """Why an answer is not offered whose tokens were too unlikely; ``None`` for one that may be."""
+    if generation.confidence >= settings.min_confidence:
+        return None
+    return NoCompletion(
+        "low_confidence",
+        f"the model's confidence is {generation.confidence:.2f}; lower fimserver.minConfidence "
+        f"({settings.min_confidence:g}) to see such answers",
     )
 
 
 def to_markdown() -> str:
     """The table of docs/settings.md."""
-    rows = ["| setting | default | may be | meaning |", "|---|---|---|---|"]
+    rows = ["| setting | default | may be | belongs to | meaning |", "|---|---|---|---|---|"]
     for wire_name, setting in BY_WIRE_NAME.items():
-        default = json.dumps(setting.default).strip('"')
+        default = json.dumps(to_wire_value(setting.default)).strip('"')
         may_be = allowed_values(setting).replace("|", "\\|")
-        rows.append(f"| `{wire_name}` | `{default}` | {may_be} | {setting.metadata['doc']} |")
+        owner = "engine" if setting.metadata["engine"] else "connection"
+        rows.append(f"| `{wire_name}` | `{default}` | {may_be} | {owner} | {setting.metadata['doc']} |")
     return "\n".join(rows) + "\n"
 
 

@@ -9,6 +9,7 @@ Knows:  str.  Never: LSP types, documents, files.
 import re
 from bisect import bisect_right
 from enum import StrEnum
+from typing import AnyStr
 
 from fimserver.errors import PositionError
 
@@ -140,3 +141,37 @@ def to_newlines(text: str) -> str:
 def leading_whitespace(line: str) -> str:
     """Blanks and tabs a line begins with."""
     return line[: len(line) - len(line.lstrip(" \t"))]
+
+
+def common_prefix_length(a: AnyStr, b: AnyStr) -> int:
+    """How many leading characters or bytes two strings share; halving, so that comparing is left to C."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def common_suffix_length(a: AnyStr, b: AnyStr, longest: int) -> int:
+    """How many trailing characters or bytes two strings share, at most ``longest``."""
+    low, high = 0, longest
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[len(a) - middle : len(a) - low] == b[len(b) - middle : len(b) - low]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def line_around(text: str, offset: int) -> tuple[str, str]:
+    """The line that holds an offset, before and behind it, without its line end."""
+    start = text.rfind("\n", 0, offset) + 1
+    start = max(start, text.rfind("\r", start, offset) + 1)
+    end = text.find("\n", offset)
+    end = len(text) if end < 0 else end
+    carriage_return = text.find("\r", offset, end)
+    return text[start:offset], text[offset : end if carriage_return < 0 else carriage_return]

@@ -45,11 +45,16 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Hole:
-    """What may be filled: at most ``max_lines`` lines, the cursor's own line counted."""
+    """What may be filled: at most ``max_lines`` lines, the cursor's own line counted.
+
+    ``replaceable`` is how many characters behind the cursor an editor typed to close what the line opened: an
+    answer may replace them.
+    """
 
     kind: HoleKind
     max_lines: int
     estimated_tokens: int
+    replaceable: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +75,17 @@ class Snippet:
 
 @dataclass(frozen=True, slots=True)
 class FimContext:
-    r"""Everything the engine is told; line ends are ``\n``, budgets are in characters."""
+    r"""Everything the engine is told; line ends are ``\n``, budgets are in characters.
+
+    ``head`` has whole lines of the file that stand somewhere above ``prefix``: imports, headers of open scopes.
+    """
 
     prefix: str
     suffix: str
     path: str
     language_id: str
     hole: Hole
+    head: str = ""
     snippets: tuple[Snippet, ...] = ()
     guesses: tuple[str, ...] = ()
 
@@ -86,7 +95,7 @@ class Sampling:
     """How to decode. ``None`` means what the model's own metadata says.
 
     ``max_latency_ms`` ends a completion at its best draft; an answer has at least ``min_tokens`` (0 or 1)
-    tokens; ``trace`` adds every canvas to drafts.
+    tokens; ``trace`` adds every canvas to drafts; ``temperature`` 0 takes the likeliest tokens.
     """
 
     mode: Mode = Mode.AUTO
@@ -95,6 +104,7 @@ class Sampling:
     max_latency_ms: int | None = None
     min_tokens: int = 0
     trace: bool = False
+    temperature: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +131,8 @@ class Generation:
 
     ``finish``: ``end`` the answer ended by itself, ``length`` canvas or token budget full,
     ``steps`` denoising steps spent, ``latency`` time spent.
-    ``timings_ms`` has prompt, encode, decode and total.
+    ``timings_ms`` has prompt, encode, decode and total; ``confidence`` is the geometric mean of the probabilities
+    of the answer's own tokens.
     """
 
     text: str
@@ -134,6 +145,7 @@ class Generation:
     prompt_tokens: int
     timings_ms: dict[str, float]
     prompt_text: str = ""
+    confidence: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +161,8 @@ class ModelInfo:
     preferred_mode: Mode
     load_ms: float
     num_threads: int
+    reads_snippets: bool = False
+    languages: tuple[str, ...] = ()  # that the model was trained on; none named means any
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ windowing are exercised there.
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +28,15 @@ pytest.register_assert_rewrite("cases", "lsp_client")
 
 TINY = SHIPPED_MODELS / "tiny"
 torch.set_num_threads(1)  # workers side by side share the cores
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fimserver_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A developer's own settings are not the tests'."""
+    home = tmp_path_factory.mktemp("fimserver_home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FIMSERVER_HOME", str(home))
+        yield home
 
 
 def make_random_network() -> DiffusionGemmaForBlockDiffusion:

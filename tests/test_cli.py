@@ -48,6 +48,7 @@ def test_json_has_everything_and_nothing_else_is_on_stdout() -> None:
     assert {"startup", "total", "model", "encode", "decode"} <= values["timings_ms"].keys()
     assert values["timings_ms"]["total"] < 2000
     assert values["model"]["name"] == "tiny"
+    assert 0 < values["confidence"] <= 1
     line, column = map(int, readme_target().split(":")[1:])
     assert values["range"]["start"] == {"line": line, "column": column}
 
@@ -67,6 +68,15 @@ def test_a_setting_can_be_given() -> None:
     assert json.loads(result.stdout)["hole"]["kind"] == "comment"
 
 
+def test_an_unsure_answer_is_refused() -> None:
+    result = run("complete", SAMPLE.parent / readme_target(), "--set", "minConfidence=1", "--json")
+    values = json.loads(result.stdout)
+    assert result.returncode == 1
+    assert values["reason"] == "low_confidence"
+    assert values["confidence"] < 1
+    assert "fimserver.minConfidence" in result.stderr
+
+
 def test_standard_input_and_characters_not_bytes() -> None:
     result = run("complete", "-:1:15", "--path", "a.py", "--json", stdin="x = '\U0001f40d\u00e9' + nam\nname = 1\n")
     values = json.loads(result.stdout)
@@ -83,7 +93,7 @@ def test_standard_input_and_characters_not_bytes() -> None:
         (["complete", f"{SAMPLE}:9999:1"], "has lines 1 to"),
         (["complete", f"{SAMPLE}:1:999"], "has columns 1 to"),
         (["complete", f"{SAMPLE}:0:1"], "has lines 1 to"),
-        (["complete", f"{SAMPLE}:1:1", "--mode", "fast"], "fast"),
+        (["complete", f"{SAMPLE}:1:1", "--mode", "loud"], "loud"),
         (["complete", f"{SAMPLE}:1:1", "--device", "gpu"], "fimserver.device"),
         (["complete", f"{SAMPLE}:1:1", "--set", "maxLines=0"], "1 to 200"),
         (["complete", f"{SAMPLE}:1:1", "--set", "maxLines"], "NAME=VALUE"),
@@ -120,7 +130,7 @@ def test_a_bad_model_is_exit_1_with_the_reason() -> None:
 @pytest.mark.parametrize("mode", ["diffusion", "autoregressive"])
 def test_trace_shows_the_way(mode: str) -> None:
     result = run("complete", SAMPLE.parent / readme_target(), "--trace", "--mode", mode)
-    for heading in ("hole", "context", "prompt", "timings, ms", "<mid>"):
+    for heading in ("hole", "context", "prompt", "timings, ms", "<mid>", "confidence"):
         assert heading in result.stdout
     assert ("canvas after every step" in result.stdout) == (mode == "diffusion")
     quiet = run("complete", SAMPLE.parent / readme_target(), "--trace", "--json", "--mode", mode)

@@ -414,3 +414,57 @@ def test_inbox_cancels_what_waits_and_what_runs() -> None:
 
 def test_physical_cores() -> None:
     assert count_physical_cores() >= 1
+
+
+# Idle times
+
+
+def test_an_idle_worker_is_unloaded_and_a_request_starts_it_again(worker: Worker) -> None:
+    states: list[EngineState] = []
+    client = worker("ready()\nwhile r := receive(): time.sleep(0.3); generation(r, f'start {n}')")
+    client.listen(lambda state, _detail: states.append(state))
+    client.wait_until_ready(10)
+    assert client.unload_if_idle() is None  # 0 is never
+    client.options = replace(client.options, idle_unload_minutes=0.1 / 60)
+    remaining_s = client.unload_if_idle()
+    assert remaining_s is not None
+    assert 0 < remaining_s <= 0.1
+    pending = client.complete(CONTEXT, Sampling())
+    time.sleep(0.15)
+    assert client.unload_if_idle() is not None  # it computes
+    assert pending.future.result(10).text == "start 1"
+    time.sleep(0.15)
+    assert client.unload_if_idle() is None
+    assert client.is_unloaded
+    assert client.state is EngineState.STOPPED
+    assert client.pid is None
+    assert "0.00166667 idle minutes" in client.detail
+    assert client.complete(CONTEXT, Sampling()).future.result(10).text == "start 2"
+    assert states[-3:] == [EngineState.STOPPED, EngineState.LOADING, EngineState.READY]
+
+
+def test_only_an_unloaded_worker_is_started_by_a_touch(worker: Worker) -> None:
+    client = worker("ready()\nwhile r := receive(): generation(r, 'x')")
+    client.wait_until_ready(10)
+    client.options = replace(client.options, idle_unload_minutes=1e-9)
+    client.touch()
+    assert client.unload_if_idle() is None
+    client.touch()
+    assert client.wait_until_ready(10).name == "fake"
+    client.close()
+    client.touch()
+    assert client.state is EngineState.STOPPED
+    with pytest.raises(EngineError):
+        client.complete(CONTEXT, Sampling())
+
+
+def test_context_tokens_reach_the_real_worker() -> None:
+    client = EngineClient(EngineOptions(context_tokens=100))
+    client.start()
+    try:
+        assert client.wait_until_ready(60).max_prompt_tokens == 100
+        long = replace(CONTEXT, prefix="value = other\n" * 200 + "x = ", suffix="\n" + "y = 2\n" * 200)
+        generation = client.complete(long, Sampling(seed=0)).future.result(30)
+        assert 50 < generation.prompt_tokens <= 100
+    finally:
+        client.close()

@@ -10,42 +10,54 @@ import pytest
 from cases import Case, check, parametrize, show_refusal
 
 from fimserver.context.hole import find_hole
+from fimserver.context.place import Place, complete_place, find_place
 from fimserver.context.postprocess import to_completion
-from fimserver.context.scan import python_parses, scan_python
+from fimserver.context.languages import find_language
+from fimserver.context.scan import OpenState, python_parses, scan
 from fimserver.context.soundness import is_sound
-from fimserver.context.syntax import common_prefix_length, common_suffix_length, parse
+from fimserver.context.syntax import parse
+from fimserver.text import common_prefix_length, common_suffix_length
 from fimserver.context.window import Budget, budget_for, build_context, cut_end, cut_start, path_of
 from fimserver.settings import Settings
 from fimserver.types import Completion, Hole, HoleKind, NoCompletion, Snapshot
+
+PYTHON = find_language("python")
+
+
+def scan_python_code(code: str) -> OpenState:
+    return scan(code, PYTHON)
+
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 
 
 @parametrize("holes.txt")
 def test_hole(case: Case, request: pytest.FixtureRequest) -> None:
-    snapshot = case.snapshot
-    hole = find_hole(snapshot, parse(snapshot.text, snapshot.language_id), case.settings)
-    actual = show_refusal(hole) if isinstance(hole, NoCompletion) else f"{hole.kind} {hole.max_lines}"
-    check(case, actual, request)
-    if isinstance(hole, NoCompletion):
-        assert hole.detail
-    else:
-        assert hole.estimated_tokens > 0
+    place = find_place(case.snapshot, case.settings)
+    if isinstance(place, NoCompletion):
+        assert place.detail
+        check(case, show_refusal(place), request)
+        return
+    hole = place.hole
+    assert hole.estimated_tokens > 0
+    over = case.snapshot.text[case.snapshot.cursor :][: hole.replaceable]
+    check(case, f"{hole.kind} {hole.max_lines}" + (f" over {over}" if over else ""), request)
 
 
 @parametrize("completions.txt")
 def test_completion(case: Case, request: pytest.FixtureRequest) -> None:
     snapshot = case.snapshot
-    tree = parse(snapshot.text, snapshot.language_id)
-    hole = find_hole(snapshot, tree, case.settings)
-    assert isinstance(hole, Hole)
-    outcome = to_completion(case.section("model"), hole, snapshot, tree)
+    place = find_place(snapshot, case.settings)
+    assert isinstance(place, Place)
+    outcome = complete_place(case.section("model"), place)
     if isinstance(outcome, Completion):
-        assert outcome.replace_start == outcome.replace_end == snapshot.cursor
+        assert outcome.replace_start == snapshot.cursor
         actual = outcome.middle
         if "crlf" in case.options:
             assert actual.count("\n") == actual.count("\r\n")
             actual = actual.replace("\r\n", "\n")
+        if outcome.replace_end > snapshot.cursor:
+            actual += f"\n(over {snapshot.text[snapshot.cursor : outcome.replace_end]})"
     else:
         assert outcome.detail
         actual = show_refusal(outcome)
@@ -181,13 +193,13 @@ def test_unknown_language_has_no_tree() -> None:
     ],
 )
 def test_scan(code: str, brackets: str, quote: str, unmatched: int | None) -> None:
-    state = scan_python(code)
+    state = scan_python_code(code)
     assert (state.brackets, state.quote, state.unmatched) == (brackets, quote, unmatched)
 
 
 def test_scan_of_real_files_ends_with_nothing_open() -> None:
     for name in ("argparse", "textwrap", "zipfile", "csv", "heapq", "typing", "inspect"):
-        state = scan_python((STDLIB / f"{name}.py").read_text(encoding="utf-8"))
+        state = scan_python_code((STDLIB / f"{name}.py").read_text(encoding="utf-8"))
         assert (state.brackets, state.quote, state.unmatched) == ("", "", None), name
 
 
@@ -221,7 +233,7 @@ def pick_line_end(text: str, rng: random.Random) -> tuple[int, int]:
         begin = sum(len(x) + 1 for x in lines[:i])
         if len(code) >= 8 and code[0] not in "#'\"":
             start = begin + len(lines[i]) - len(lines[i].lstrip()) + rng.randrange(2, len(code) - 1)
-            state = scan_python(text[:start])
+            state = scan_python_code(text[:start])
             if not state.quote and not state.in_comment:
                 return start, begin + len(lines[i])
 

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -13,6 +14,7 @@ from fimserver.engine.denoise import (
     CanvasState,
     DenoisingOptions,
     accept_tokens,
+    confidence_in,
     denoising_step,
     fill_canvas,
     initialize_canvas,
@@ -235,3 +237,17 @@ def test_healed_answers_begin_with_the_word(model: Model, vocabulary: Vocabulary
             text = fill(model, vocabulary, healed=healed, seed=seed)[0]
             assert text.startswith(healed)
             assert len(text) > len(healed), "min_tokens asks for more than what was typed"
+
+
+def test_confidence_is_that_of_the_last_step_at_temperature_one(model: Model, vocabulary: Vocabulary) -> None:
+    for options in (PUBLISHED, replace(PUBLISHED, t_min=1e-4, t_max=1e-4)):
+        cache = PromptCache(model.text_config)
+        cache.encode(model, code_prompt(vocabulary))
+        generator = torch.Generator().manual_seed(0)
+        before = initialize_canvas(model, options, generator)
+        after = denoising_step(model, cache.cache, before, options, generator)
+        plain = torch.softmax(model.decode(before.canvas, cache.cache, None)[0], dim=-1).amax(-1)
+        expected = float(plain[:3].log().mean().exp())
+        assert confidence_in(after, options, [0, 1, 2]) == pytest.approx(expected, rel=0.02)
+        assert confidence_in(after, options, []) == 1.0
+        assert confidence_in(before, options, [0]) == 1.0

@@ -2,18 +2,21 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fimserver.engine.answer import AnswerEnd, AnswerStart, Beginning
+from fimserver.engine.answer import AnswerEnd, AnswerStart, Beginning, confidence_of
+from fimserver.engine.autoregressive import fill_left_to_right
 from fimserver.engine.engine import Engine
+from fimserver.engine.kv_cache import PromptCache
 from fimserver.engine.model import Model, find_device
 from fimserver.engine.prompt import build_prompt, split_last_word, trim_front
 from fimserver.engine.vocabulary import Vocabulary
-from fimserver.engine.weights import expected_shapes, find_model, read_config, read_metadata
+from fimserver.engine.weights import expected_shapes, find_model, limit_context, read_config, read_metadata
 from fimserver.errors import CompletionCancelledError, EngineError, WeightsError
 from fimserver.types import Draft, FimContext, Hole, HoleKind, Mode, Sampling, Snippet
 
@@ -411,3 +414,89 @@ def test_wrong_tokenizer_is_an_error(random_folder: Path, tmp_path: Path) -> Non
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(WeightsError, match="8193"):
         Engine.load(str(folder), "cpu")
+
+
+# Temperature, confidence, shorter prompts
+
+
+FIM = context("def add(first, second):\n    return (", hole=Hole(HoleKind.SPAN, 1000, 8))
+
+
+def test_a_temperature_draws_left_to_right_by_the_seed(engine: Engine) -> None:
+    def texts(temperature: float | None) -> list[str]:
+        return [
+            engine.complete(FIM, Sampling(Mode.AUTOREGRESSIVE, seed=seed, temperature=temperature)).text
+            for seed in (1, 1, 2, 3, 4)
+        ]
+
+    drawn = texts(1.5)
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn)) > 1
+    assert len(set(texts(None))) == 1
+    assert texts(0) == texts(None)
+    assert texts(1e-9) == texts(None)
+
+
+def test_a_drawn_answer_begins_with_the_word_and_has_a_confidence(engine: Engine) -> None:
+    generation = engine.complete(
+        context("def add(first, second):\n    return fir"), Sampling(Mode.AUTOREGRESSIVE, seed=3, temperature=2.0)
+    )
+    assert 0 < generation.confidence <= 1
+
+
+def test_temperature_replaces_the_schedule_of_denoising(engine: Engine) -> None:
+    assert engine.options(Sampling(temperature=0.7)).t_min == engine.options(Sampling(temperature=0.7)).t_max == 0.7
+    assert engine.options(Sampling()).t_min == engine.model.metadata.t_min
+    assert 0 < engine.options(Sampling(temperature=0)).t_max < 0.001
+    generation = engine.complete(FIM, Sampling(Mode.DIFFUSION, seed=0, temperature=0))
+    assert 0 < generation.confidence <= 1
+
+
+def test_confidence_left_to_right_is_that_of_one_plain_pass(model: Model, vocabulary: Vocabulary) -> None:
+    """The plain reference: the whole sequence at once, and what it gave each token that was written."""
+    prompt = list(build_prompt(FIM, vocabulary, model.metadata).token_ids)
+    prompt_cache = PromptCache(model.text_config)
+    end = AnswerEnd(vocabulary, 1000)
+    filled = fill_left_to_right(
+        model,
+        prompt_cache,
+        prompt_cache.encode(model, prompt).logits,
+        max_tokens=8,
+        answer_end=end,
+        answer_start=AnswerStart(end, "", min_tokens=1, vocab_size=model.vocab_size),
+        stop=lambda: False,
+        on_token=lambda _answer: None,
+        temperature=1.0,
+        generator=torch.Generator().manual_seed(1),
+    )
+    written = list(filled.token_ids)
+    assert written
+    logits = model.encode_all([*prompt, *written], PromptCache(model.text_config).cache)[0]
+    rows = torch.log_softmax(logits[len(prompt) - 1 : -1], dim=-1)
+    expected = float(rows[range(len(written)), written].mean().exp())
+    assert filled.confidence == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_confidence_without_an_own_token_is_one(tiny_engine: Engine, mode: Mode) -> None:
+    limited = tiny_engine.complete(context("x = "), Sampling(mode, seed=0, max_latency_ms=0))
+    assert 0 < limited.confidence <= 1
+    assert confidence_of(torch.empty(0)) == 1.0
+
+
+def test_confidence_leaves_out_what_was_typed(vocabulary: Vocabulary) -> None:
+    start = AnswerStart(AnswerEnd(vocabulary, 1), " fi", min_tokens=1, vocab_size=vocabulary.size)
+    typed = vocabulary.encode(" f") + vocabulary.encode("i")
+    own = vocabulary.encode("rst")
+    assert start.own_positions([*typed, *own]) == list(range(len(typed), len(typed) + len(own)))
+    assert start.own_positions(typed) == []
+
+
+@pytest.mark.parametrize(
+    ("context_tokens", "prompt", "suffix"), [(None, 384, 120), (10_000, 384, 120), (192, 192, 60), (64, 64, 20)]
+)
+def test_shorter_prompts(context_tokens: int | None, prompt: int, suffix: int, tiny_model: Model) -> None:
+    limited = limit_context(tiny_model.metadata, context_tokens)
+    assert (limited.max_prompt_tokens, limited.max_suffix_tokens) == (prompt, suffix)
+    greedy = replace(tiny_model.metadata, max_suffix_tokens=384)
+    assert limit_context(greedy, 100).max_suffix_tokens == 50

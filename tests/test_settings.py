@@ -1,12 +1,32 @@
-"""The table of settings, its checks, and that its copies agree."""
+"""The table of settings, its checks and sources, and that its copies agree."""
 
+import os
+import re
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 import fimserver
+from fimserver import paths
+from fimserver.engine.client import EngineOptions
 from fimserver.errors import SettingsError
-from fimserver.settings import BY_WIRE_NAME, Settings, parse_settings, read_settings, to_markdown
+from fimserver.lsp.session import Session, Source
+from fimserver.settings import (
+    BY_WIRE_NAME,
+    ENGINE_SETTINGS,
+    Settings,
+    parse_settings,
+    read_config_file,
+    read_settings,
+    refuse_unsure,
+    to_markdown,
+    to_sampling,
+    to_wire_value,
+)
+from fimserver.types import Generation, Mode
 
 DOCS = Path(fimserver.__file__).parent / "docs"
 
@@ -16,13 +36,20 @@ def test_the_documented_table_is_this_one() -> None:
     assert to_markdown() in (DOCS / "settings.md").read_text(encoding="utf-8")
 
 
+def test_the_documented_config_file_is_a_good_one(tmp_path: Path) -> None:
+    text = (DOCS / "settings.md").read_text(encoding="utf-8")
+    example = text.split("```toml\n", 1)[1].split("```", 1)[0]
+    (tmp_path / "config.toml").write_text(example)
+    assert read_config_file(tmp_path / "config.toml") == (tomllib.loads(example), [])
+
+
 def test_no_settings_means_the_defaults() -> None:
     assert parse_settings({}) == Settings()
 
 
 @pytest.mark.parametrize("wire_name", list(BY_WIRE_NAME))
 def test_every_default_is_allowed(wire_name: str) -> None:
-    assert parse_settings({wire_name: BY_WIRE_NAME[wire_name].default}) == Settings()
+    assert parse_settings({wire_name: to_wire_value(BY_WIRE_NAME[wire_name].default)}) == Settings()
 
 
 @pytest.mark.parametrize(
@@ -32,7 +59,20 @@ def test_every_default_is_allowed(wire_name: str) -> None:
         ("maxLines", True, ["maxLines", "True"]),
         ("maxLines", "8", ["maxLines", "'8'"]),
         ("maxLines", None, ["maxLines", "None"]),
-        ("mode", "fast", ["mode", "'fast'", "auto | diffusion | autoregressive"]),
+        ("mode", "slow", ["mode", "'slow'", "auto | fast | quality | diffusion | autoregressive"]),
+        ("languages", {"python": 1}, ["languages", "'python': 1", "language ids"]),
+        ("languages", {"": True}, ["languages", "language ids"]),
+        ("languages", ["python"], ["languages", "['python']"]),
+        ("languages", None, ["languages", "None"]),
+        ("temperature", 2.1, ["temperature", "2.1", "number 0 to 2 or null"]),
+        ("temperature", float("nan"), ["temperature", "nan"]),
+        ("minConfidence", -0.1, ["minConfidence", "-0.1", "number 0 to 1"]),
+        ("minConfidence", None, ["minConfidence", "None"]),
+        ("minConfidence", True, ["minConfidence", "True"]),
+        ("contextTokens", 63, ["contextTokens", "64 to 131072 or null"]),
+        ("contextTokens", 64.0, ["contextTokens", "64.0", "whole number"]),
+        ("idleUnloadMinutes", 1441, ["idleUnloadMinutes", "number 0 to 1440"]),
+        ("completionItems", True, ["completionItems", "auto | on | off"]),
         ("enabled", 1, ["enabled", "true | false"]),
         ("device", "gpu", ["device", "cuda:N"]),
         ("model", "", ["model", "text"]),
@@ -48,6 +88,188 @@ def test_a_bad_value_names_key_value_and_range(key: str, value: object, words: l
 
 
 def test_one_bad_value_leaves_the_others() -> None:
-    settings, problems = read_settings({"maxLines": 3, "mode": "fast", "seed": None, "device": "cuda:1"})
+    settings, problems = read_settings({"maxLines": 3, "mode": "loud", "seed": None, "device": "cuda:1"})
     assert (settings.max_lines, settings.mode, settings.device) == (3, "auto", "cuda:1")
     assert len(problems) == 1
+
+
+def test_engine_settings_are_what_an_engine_is_started_with() -> None:
+    assert ENGINE_SETTINGS == ("model", "device", "threads", "contextTokens", "idleUnloadMinutes")
+    settings = parse_settings(
+        {"model": "m", "device": "cpu", "threads": 3, "contextTokens": 64, "idleUnloadMinutes": 0.5}
+    )
+    options = EngineOptions().under(settings)
+    assert options == EngineOptions("m", "cpu", 3, 64, 0.5)
+    assert options.arguments == {"model": "m", "device": "cpu", "threads": 3, "context_tokens": 64}
+
+
+@pytest.mark.parametrize(
+    ("languages", "language", "allowed"),
+    [
+        ({}, "python", True),
+        ({"python": False}, "python", False),
+        ({"python": False}, "lua", True),
+        ({"*": False}, "lua", False),
+        ({"*": False, "python": True}, "python", True),
+        ({"*": True, "python": False}, "python", False),
+    ],
+)
+def test_languages(languages: dict[str, bool], language: str, *, allowed: bool) -> None:
+    settings = parse_settings({"languages": languages})
+    assert settings.allows(language) is allowed
+    assert settings == parse_settings({"languages": dict(reversed(languages.items()))})
+    assert hash(settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        ("auto", Mode.AUTO),
+        ("fast", Mode.AUTO),
+        ("quality", Mode.AUTOREGRESSIVE),
+        ("diffusion", Mode.DIFFUSION),
+        ("autoregressive", Mode.AUTOREGRESSIVE),
+    ],
+)
+def test_modes(name: str, mode: Mode) -> None:
+    sampling = to_sampling(parse_settings({"mode": name, "temperature": 1}), min_tokens=0)
+    assert sampling.mode is mode
+    assert sampling.temperature == 1.0
+
+
+def test_unsure_answers_are_refused_with_both_numbers() -> None:
+    generation = Generation("t", Mode.AUTOREGRESSIVE, "end", 1, 0, 2, 3, 4, {"total": 1.0}, confidence=0.5)
+    assert refuse_unsure(generation, Settings()) is None
+    assert refuse_unsure(generation, parse_settings({"minConfidence": 0.5})) is None
+    refusal = refuse_unsure(generation, parse_settings({"minConfidence": 0.75}))
+    assert refusal is not None
+    assert refusal.reason == "low_confidence"
+    assert "0.50" in refusal.detail
+    assert "0.75" in refusal.detail
+
+
+# config.toml and the other sources
+
+
+def test_no_config_file_is_no_problem(tmp_path: Path) -> None:
+    assert read_config_file(tmp_path / "config.toml") == ({}, [])
+
+
+@pytest.mark.parametrize(
+    ("content", "values", "words"),
+    [
+        (b"maxLines = 3\nlanguages = { lua = false }\n", {"maxLines": 3, "languages": {"lua": False}}, []),
+        (b"\xef\xbb\xbfmaxLines = 3\n", {"maxLines": 3}, []),
+        (b"maxLines = \n", {}, ["not TOML", "line 1"]),
+        (b"maxLines = 3\nmodel = '\xe9'\n", {}, ["not UTF-8", "byte 22"]),
+        (b"maxLines = 0\nseed = 3\n", {"seed": 3}, ["fimserver.maxLines is 0", "1 to 200"]),
+        (b"max_lines = 8\nseed = 3\n", {"seed": 3}, ["max_lines is not a setting"]),
+        (b"[fimserver]\nseed = 3\n", {}, ["fimserver.fimserver is not a setting"]),
+        (b"mode = 2020-01-01\n", {}, ["fimserver.mode"]),
+        (b"a = " + b"[" * 20_000, {}, ["not TOML"]),
+    ],
+)
+def test_config_file(tmp_path: Path, content: bytes, values: dict[str, object], words: list[str]) -> None:
+    path = tmp_path / "config.toml"
+    path.write_bytes(content)
+    good, problems = read_config_file(path)
+    assert good == values
+    assert len(problems) == bool(words)
+    for word in words:
+        assert word in problems[0]
+        assert str(path) in problems[0]
+
+
+def test_an_unreadable_config_file_is_said(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").mkdir()
+    values, (problem,) = read_config_file(tmp_path / "config.toml")
+    assert values == {}
+    assert "cannot be read" in problem
+
+
+def test_each_source_wins_over_the_earlier_ones() -> None:
+    session = Session()
+    assert session.take(Source.CONFIG_FILE, {"maxLines": 1, "seed": 1, "threads": 1, "comments": True}) == []
+    assert session.initialize({"fimserver": {"maxLines": 2, "seed": 2, "threads": 2}}) == []
+    assert session.configure({"maxLines": 3, "seed": 3, "model": None}, Source.WORKSPACE) == []
+    assert session.configure({"fimserver": {"maxLines": 4, "threads": None}}, Source.CHANGE) == []
+    settings = session.settings
+    assert (settings.max_lines, settings.seed, settings.threads, settings.comments) == (4, 3, 2, True)
+    session.take(Source.COMMAND_LINE, {"maxLines": 5})
+    assert session.settings.max_lines == 5
+    session.take(Source.COMMAND_LINE, {})
+    epoch = session.epoch
+    session.configure({"fimserver": None}, Source.CHANGE)
+    assert session.settings.max_lines == 3
+    assert session.epoch == epoch + 1
+    session.configure({"fimserver": None}, Source.CHANGE)
+    assert session.epoch == epoch + 1
+    session.configure({}, Source.WORKSPACE)
+    assert session.settings.max_lines == 2
+    session.initialize({"maxLines": 6})
+    assert session.settings.max_lines == 6
+
+
+@pytest.mark.parametrize("options", [None, [], 3, {}])
+def test_no_initialization_options(options: object) -> None:
+    session = Session()
+    assert session.initialize(options) == []
+    assert session.settings == Settings()
+
+
+def test_a_section_that_is_no_object_is_said() -> None:
+    session = Session()
+    assert "not an object" in session.initialize({"fimserver": 3})[0]
+    assert "not an object" in session.configure({"fimserver": []}, Source.CHANGE)[0]
+
+
+def test_bad_values_fall_back_to_the_source_below() -> None:
+    session = Session()
+    session.take(Source.CONFIG_FILE, {"maxLines": 3})
+    (problem,) = session.initialize({"maxLines": 0})
+    assert "fimserver.maxLines is 0" in problem
+    assert session.settings.max_lines == 3
+
+
+def test_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = (
+        paths.config_folder,
+        paths.data_folder,
+        paths.state_folder,
+        paths.cache_folder,
+        paths.runtime_folder,
+    )
+    monkeypatch.setenv("FIMSERVER_HOME", str(tmp_path))
+    assert [f() for f in folders] == [tmp_path / name for name in ("config", "data", "state", "cache", "runtime")]
+    assert paths.config_file() == tmp_path / "config" / "config.toml"
+    monkeypatch.delenv("FIMSERVER_HOME")
+    for folder in folders:
+        assert folder().is_absolute()
+        assert "fimserver" in str(folder())
+
+
+def run(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-P", "-m", "fimserver.cli", *arguments]
+    environment = {**os.environ, "FIMSERVER_HOME": str(home)}
+    return subprocess.run(
+        command, input="# the \n", capture_output=True, text=True, env=environment, timeout=120, check=False
+    )
+
+
+def test_commands_read_the_config_file_and_options_win(tmp_path: Path) -> None:
+    file = tmp_path / "config" / "config.toml"
+    file.parent.mkdir()
+    place = ["complete", "-:1:7", "--path", "a.py", "--json", "--model", "/no/such"]
+    assert '"in_comment"' in run(tmp_path, *place).stdout
+    file.write_text("comments = true\nmaxLines = 0\n")
+    result = run(tmp_path, *place)
+    assert '"engine"' in result.stdout
+    assert "fimserver.maxLines is 0" in result.stderr
+    assert str(file) in result.stderr
+    assert '"in_comment"' in run(tmp_path, *place, "--set", "comments=false").stdout
+    doctor = run(tmp_path, "doctor", "--model", "/no/such")
+    assert re.search(rf"FAIL config +{re.escape(str(file))}", doctor.stdout)
+    assert "fimserver.maxLines is 0" in doctor.stdout
+    assert doctor.stderr == ""
+    file.unlink()
+    assert re.search(r"ok +config .*\(absent\)", run(tmp_path, "doctor", "--model", "/no/such").stdout)

@@ -66,8 +66,8 @@ def test_standard_library_only(file: str) -> None:
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("fimserver.lsp.features", ["torch", "transformers", "tokenizers", "numpy"]),
-        ("fimserver.cli", ["torch", "pygls", "tree_sitter", "rich"]),
+        ("fimserver.lsp.features", ["torch", "transformers", "tokenizers", "numpy", "platformdirs"]),
+        ("fimserver.cli", ["torch", "pygls", "tree_sitter", "rich", "platformdirs"]),
         ("fimserver.engine.worker", ["torch", "pygls", "tree_sitter"]),
         ("fimserver.engine.engine", ["pygls", "tree_sitter", "platformdirs", "click"]),
         ("fimserver.bench.infilling", ["pygls", "tree_sitter", "platformdirs", "torch"]),

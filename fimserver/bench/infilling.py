@@ -12,7 +12,7 @@ import statistics
 import sys
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -21,8 +21,8 @@ from rich.progress import track
 from fimserver.context.scan import python_parses
 from fimserver.engine.client import EngineClient, EngineOptions
 from fimserver.errors import FimserverError
-from fimserver.settings import Settings
-from fimserver.types import FimContext, Hole, HoleKind, Mode, Sampling
+from fimserver.settings import Settings, to_sampling
+from fimserver.types import FimContext, Hole, HoleKind
 
 LOAD_TIMEOUT_S = 300.0
 _SPAN = Hole(HoleKind.SPAN, max_lines=10_000, estimated_tokens=32)
@@ -82,13 +82,11 @@ def evaluate_file(path: Path, settings: Settings, *, limit: int | None) -> Summa
     if not items:
         msg = f"{path} holds no items"
         raise FimserverError(msg)
-    engine = EngineClient(EngineOptions(settings.model, settings.device, settings.threads))
+    engine = EngineClient(EngineOptions().under(settings))
     try:
         engine.start()
         info = engine.wait_until_ready(LOAD_TIMEOUT_S)
-        sampling = Sampling(
-            mode=Mode(settings.mode), seed=settings.seed, max_denoising_steps=settings.max_denoising_steps
-        )
+        sampling = replace(to_sampling(settings, min_tokens=0), max_latency_ms=None)
         progress = track(items, description="filling", console=Console(stderr=True), disable=not sys.stderr.isatty())
         generations = [
             engine.complete(

@@ -21,7 +21,8 @@ from rich.progress import track
 
 from fimserver.bench.infilling import LOAD_TIMEOUT_S
 from fimserver.completion import complete_snapshot
-from fimserver.context.scan import python_parses, scan_python
+from fimserver.context.languages import find_language
+from fimserver.context.scan import python_parses, scan
 from fimserver.engine.client import EngineClient, EngineOptions
 from fimserver.errors import FimserverError
 from fimserver.settings import Settings
@@ -43,13 +44,18 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Shares of all holes; ``broken`` counts offers after which a file no longer parses; model time in ms."""
+    """Shares of all holes; ``broken`` counts offers after which a file no longer parses; model time in ms.
+
+    ``guessed`` were answered without the model, ``guessed_exact`` of them rightly.
+    """
 
     holes: int
     model: str
     mode: str
     answered: float
     exact_match: float
+    guessed: float
+    guessed_exact: float
     broken: int
     refusals: dict[str, int]
     forward_passes: float
@@ -80,7 +86,7 @@ def cut_lines(limit: int) -> Iterator[Line]:
         begin = sum(len(line) + 1 for line in lines[:number])
         indent = len(lines[number]) - len(lines[number].lstrip())
         start, end = begin + indent + rng.randrange(1, len(code) - 1), begin + len(lines[number])
-        state = scan_python(text[:start])
+        state = scan(text[:start], find_language("python"))
         if state.quote or state.in_comment:
             continue
         limit -= 1
@@ -88,11 +94,11 @@ def cut_lines(limit: int) -> Iterator[Line]:
         yield Line(name, snapshot, text[start:end])
 
 
-def evaluate_lines(settings: Settings, *, limit: int) -> Summary:
-    """Complete every line as an invoked request. Raises ``FimserverError`` when the model does not load."""
-    engine = EngineClient(EngineOptions(settings.model, settings.device, settings.threads))
+def evaluate_lines(settings: Settings, *, limit: int, guesses: bool = True) -> Summary:
+    """Complete every line as an invoked request, or by the model alone. Raises ``FimserverError`` when the model does not load."""
+    engine = EngineClient(EngineOptions().under(settings))
     refusals: Counter[str] = Counter()
-    exact = broken = 0
+    exact = broken = guessed = guessed_exact = 0
     generations = []
     try:
         engine.start()
@@ -100,14 +106,17 @@ def evaluate_lines(settings: Settings, *, limit: int) -> Summary:
         console = Console(stderr=True)
         items = track(list(cut_lines(limit)), "completing", console=console, disable=not sys.stderr.isatty())
         for line in items:
-            result = complete_snapshot(line.snapshot, settings, lambda: engine)
+            result = complete_snapshot(line.snapshot, settings, lambda: engine, guesses=guesses)
             if result.generation is not None:
                 generations.append(result.generation)
             if result.completion is None:
                 refusals[result.refusal.reason if result.refusal else ""] += 1
                 continue
             middle = result.completion.middle
-            exact += middle.strip() == line.rest.strip()
+            right = middle.strip() == line.rest.strip()
+            exact += right
+            guessed += result.source == "guess"
+            guessed_exact += right and result.source == "guess"
             cursor = line.snapshot.cursor
             broken += not python_parses(line.snapshot.text[:cursor] + middle + line.snapshot.text[cursor:])
     finally:
@@ -122,6 +131,8 @@ def evaluate_lines(settings: Settings, *, limit: int) -> Summary:
         mode=generations[0].mode,
         answered=1 - refusals.total() / limit,
         exact_match=exact / limit,
+        guessed=guessed / limit,
+        guessed_exact=guessed_exact / limit,
         broken=broken,
         refusals=dict(refusals),
         forward_passes=statistics.fmean(g.forward_passes for g in generations),

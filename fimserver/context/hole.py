@@ -1,8 +1,10 @@
 """Find what may be filled at the cursor, or say why nothing may.
 
+    refuse_document(snapshot)             -> NoCompletion for a file nobody should complete in, else None
     find_hole(snapshot, tree, settings)   -> Hole | NoCompletion
 
-Python by its syntax tree, with a lexical scan where the tree is broken; any other language by its lines.
+Comments and strings are found by the syntax tree, with a lexical scan where the tree is broken; the rest by the
+cursor's line and the one above.
 
 Knows:  text, trees, the person's settings.  Never: the model, LSP.
 """
@@ -11,10 +13,11 @@ import re
 
 from tree_sitter import Node
 
-from fimserver.context.scan import scan_python
+from fimserver.context.languages import BlockStyle, Language, find_language
+from fimserver.context.scan import OpenState, scan, without_comment
 from fimserver.context.syntax import SyntaxTree
 from fimserver.settings import Settings
-from fimserver.text import LineIndex, leading_whitespace, to_newlines
+from fimserver.text import leading_whitespace, line_around, to_newlines
 from fimserver.types import Hole, HoleKind, NoCompletion, Snapshot
 
 _ESTIMATED_TOKENS = {
@@ -26,30 +29,79 @@ _ESTIMATED_TOKENS = {
     HoleKind.COMMENT: 12,
     HoleKind.STRING: 8,
 }
+_MAX_CHARACTERS = 8_000_000  # of a document; beyond it is data
+_HEAD = 1_000  # characters in which a generated file says so
+_GENERATED = re.compile(
+    r"@generated\b|\bDO NOT EDIT\b|\bauto-?generated (?:by|from|file)\b|"
+    r"^\W*(?:(?:this )?(?:code|file) (?:is |was )?)?generated (?:by|from)\b",
+    re.IGNORECASE | re.MULTILINE,
+)
+_VIEW_SCHEMES = {"git", "gitlens", "gitfs", "output", "debug", "vscode-scm", "fugitive", "diffview", "man", "help"}
+_PRIVATE = re.compile(
+    r"/(?:\.env(?:\.[\w.-]+)?|[\w.-]+\.env|\.netrc|\.pgpass|\.npmrc|\.pypirc|\.htpasswd|credentials|"
+    r"id_(?:rsa|dsa|ecdsa|ed25519)|[\w.-]+\.(?:pem|key|p12|pfx|kdbx|asc|gpg))$",
+    re.IGNORECASE,
+)
 _WORD = re.compile(r"\w")
-COMPOUND = re.compile(r"\s*(async|class|def|elif|else|except|finally|for|if|match|case|try|while|with)\b")
-_BLOCK_END = re.compile(r"[:{]\s*$")
-_TRIPLE = ('"""', "'''")
+_COMMENT_TYPES = frozenset({"comment", "line_comment", "block_comment", "html_comment", "js_comment"})
+_STRING_TYPES = frozenset(
+    "string string_literal interpreted_string_literal raw_string_literal template_string char_literal "
+    "character_literal rune_literal verbatim_string_literal interpolated_string_expression encapsed_string heredoc "
+    "heredoc_body nowdoc raw_string string_value double_quote_scalar single_quote_scalar quoted_attribute_value "
+    "ansi_c_string concatenated_string_part text_block multiline_string_literal".split()
+)
+_INTERPOLATION_TYPES = frozenset(
+    "interpolation template_substitution command_substitution expansion string_interpolation".split()
+)
+_DOC_COMMENTS = ("/**", "///", "//!")
+_STRING_ENDS = re.compile(r'[\w@$&#]*?("""|\'\'\'|"|\'|`|\[=*\[)')
 _BODY_PARENTS = ("module", "block")
+_CLOSERS = re.compile(r"[)\]}\"'`]+")
+_TRIPLE = ('"""', "'''")
+
+
+def refuse_document(snapshot: Snapshot, *, invoked: bool = False, writable: bool = True) -> NoCompletion | None:
+    """Why nothing is offered anywhere in this document; one that the person asks in is refused for less."""
+    scheme, _, path = snapshot.uri.partition(":")
+    if _PRIVATE.search(path.split("?")[0].split("#")[0]):
+        return NoCompletion("private_file", "files that hold secrets (.env, keys, credentials) are never read")
+    if len(snapshot.text) > _MAX_CHARACTERS:
+        size = f"{len(snapshot.text) / 1e6:.1f} million characters"
+        return NoCompletion("huge_file", f"the file has {size}; completions are for files up to 8 million")
+    if scheme in _VIEW_SCHEMES:
+        return NoCompletion("read_only", f"{scheme}: is a view, nothing can be typed there")
+    if not writable and not invoked:
+        return NoCompletion("read_only", "the file cannot be written; ask by hand to complete there all the same")
+    if not invoked and _GENERATED.search(snapshot.text, 0, _HEAD):
+        return NoCompletion("generated_file", "the file says that it is generated; ask by hand to complete there")
+    return None
 
 
 def find_hole(snapshot: Snapshot, tree: SyntaxTree | None, settings: Settings) -> Hole | NoCompletion:
     """What may be filled at the snapshot's cursor."""
-    before, after = line_around(snapshot)
+    language = find_language(snapshot.language_id)
+    before, after = line_around(snapshot.text, snapshot.cursor)
     kind: HoleKind | NoCompletion
-    kind = (tree and _find_in_text(snapshot, tree)) or _find_in_code(snapshot, before, after)
+    kind = (tree and _find_in_text(snapshot, tree, language)) or _find_in_code(snapshot, before, after, language)
     if isinstance(kind, NoCompletion):
         return kind
     if refusal := _refuse(kind, settings):
         return refusal
-    return Hole(kind, _max_lines(kind, before, after, settings), _ESTIMATED_TOKENS[kind])
+    replaceable = count_replaceable(before, after, kind, language)
+    return Hole(kind, _max_lines(kind, before, after, settings), _ESTIMATED_TOKENS[kind], replaceable)
 
 
-def line_around(snapshot: Snapshot) -> tuple[str, str]:
-    """The cursor's line before and after the cursor."""
-    index = LineIndex(snapshot.text)
-    start, end = index.line_range(index.line_of(snapshot.cursor))
-    return snapshot.text[start : snapshot.cursor], snapshot.text[snapshot.cursor : max(end, snapshot.cursor)]
+def count_replaceable(before: str, after: str, kind: HoleKind, language: Language) -> int:
+    """How many characters behind the cursor close what this line opened: an editor typed them, not a person."""
+    run = _CLOSERS.match(after)
+    if run is None or kind in (HoleKind.COMMENT, HoleKind.DOCSTRING):
+        return 0
+    return common_length(run.group(), scan(before, language).closers)
+
+
+def common_length(a: str, b: str) -> int:
+    """How many characters two strings share at their beginning."""
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _refuse(kind: HoleKind, settings: Settings) -> NoCompletion | None:
@@ -79,87 +131,117 @@ def _before_word(after: str) -> NoCompletion | None:
     return None
 
 
-def _find_in_text(snapshot: Snapshot, tree: SyntaxTree) -> HoleKind | NoCompletion | None:
+def _find_in_text(snapshot: Snapshot, tree: SyntaxTree, language: Language) -> HoleKind | NoCompletion | None:
     """Comment, docstring or string that holds the cursor; ``None`` in code."""
     byte = tree.to_byte(snapshot.cursor)
     for node in tree.ancestors(snapshot.cursor):
-        if node.type == "interpolation" and node.start_byte < byte < node.end_byte:
+        inside = node.start_byte < byte < node.end_byte
+        if node.type in _INTERPOLATION_TYPES and inside:
             return None
-        if node.type == "comment" and node.start_byte < byte <= node.end_byte:
-            return HoleKind.COMMENT
-        if node.type == "string" and not node.has_error and node.start_byte < byte < node.end_byte:
-            first, last = node.children[0], node.children[-1]
-            if not first.end_byte <= byte <= last.start_byte:
-                return NoCompletion("inside_quotes", "the cursor stands inside the quotes of a string")
-            return HoleKind.DOCSTRING if _is_docstring(node) else HoleKind.STRING
-        if node.type == "ERROR" or node.has_error:
-            return _scan_in_text(snapshot)
+        if node.type in _COMMENT_TYPES and node.start_byte < byte <= node.end_byte:
+            if (kind := _comment_kind(node, byte, tree, language)) is not None:
+                return kind
+        elif node.type in _STRING_TYPES and not node.has_error and inside:
+            return _string_kind(node, byte, tree)
+        if node.type == "ERROR" or (node.has_error and node.parent is not None):
+            return _scan_in_text(snapshot, language)
     return None
+
+
+def _comment_kind(node: Node, byte: int, tree: SyntaxTree, language: Language) -> HoleKind | None:
+    """What a comment is that ends at the cursor or holds it; ``None`` behind its end."""
+    text = tree.source[node.start_byte : node.end_byte]
+    is_block = any(text.startswith(begin.encode()) for begin, _ in language.block_comments)
+    behind = byte == node.end_byte if is_block else b"\n" in tree.source[node.start_byte : byte]
+    if behind:
+        return None
+    return HoleKind.DOCSTRING if text.decode("utf-8", "replace").startswith(_DOC_COMMENTS) else HoleKind.COMMENT
+
+
+def _string_kind(node: Node, byte: int, tree: SyntaxTree) -> HoleKind | NoCompletion:
+    text = tree.source[node.start_byte : node.end_byte].decode("utf-8", "replace")
+    opening = _STRING_ENDS.match(text)
+    if opening and len(text) >= opening.end() + len(opening[1]):
+        begin, end = node.start_byte + len(opening.group().encode()), node.end_byte - len(opening[1].encode())
+        if not begin <= byte <= end:
+            return NoCompletion("inside_quotes", "the cursor stands inside the quotes of a string")
+    return HoleKind.DOCSTRING if _is_docstring(node) else HoleKind.STRING
 
 
 def _is_docstring(node: Node) -> bool:
     parent = node.parent
-    if parent is None or parent.type != "expression_statement":
+    if parent is None or parent.type != "expression_statement" or node.type != "string":
         return False
     block = parent.parent
     return block is not None and block.type in _BODY_PARENTS and block.named_children[0] == parent
 
 
-def _scan_in_text(snapshot: Snapshot) -> HoleKind | None:
-    """Like ``_find_in_text`` by scanning from the file's start: for text that does not parse."""
-    state = scan_python(snapshot.text[: snapshot.cursor])
+def _scan_in_text(snapshot: Snapshot, language: Language) -> HoleKind | None:
+    """Like ``_find_in_text`` by scanning from the text's start: for text that does not parse."""
+    state = scan(snapshot.text[: snapshot.cursor], language)
     if state.in_comment:
-        return HoleKind.COMMENT
+        return HoleKind.DOCSTRING if state.comment in _DOC_COMMENTS else HoleKind.COMMENT
     if not state.quote:
         return None
-    earlier = snapshot.text[: state.text_start].rstrip("rbfuRBFU")
+    return HoleKind.DOCSTRING if _opens_docstring(snapshot.text, state) else HoleKind.STRING
+
+
+def _opens_docstring(text: str, state: OpenState) -> bool:
+    earlier = text[: state.text_start].rstrip("rbfuRBFU")
     line_start = earlier.rfind("\n") + 1
     opens_body = earlier[:line_start].rstrip().endswith(":") or not earlier.strip()
-    if state.quote in _TRIPLE and not earlier[line_start:].strip() and opens_body:
-        return HoleKind.DOCSTRING
-    return HoleKind.STRING
+    return state.quote in _TRIPLE and not earlier[line_start:].strip() and opens_body
 
 
-def _find_in_code(snapshot: Snapshot, before: str, after: str) -> HoleKind | NoCompletion:
+def _find_in_code(snapshot: Snapshot, before: str, after: str, language: Language) -> HoleKind | NoCompletion:
     """By the cursor's line: blank, at its end, or between code. All there is for a language without a tree."""
     if refusal := _before_word(after):
         return refusal
     if not before.strip():
-        return _find_on_blank_line(snapshot, after)
+        return _find_on_blank_line(snapshot, after, language)
     if after.strip():
         return HoleKind.EXPRESSION
-    unfinished = COMPOUND.match(before) is not None and not body_follows(snapshot, before)
-    wants_body = snapshot.language_id == "python" and (unfinished or _opens_block(before))
-    return HoleKind.BLOCK if wants_body else HoleKind.REST_OF_LINE
+    unfinished = language.header_pattern.match(before) is not None and not body_follows(snapshot, before)
+    if language.style is BlockStyle.INDENT:
+        wants_body = unfinished or opens_block(before, language)
+    elif language.style is BlockStyle.NONE:
+        wants_body = False
+    else:
+        wants_body = opens_block(before, language)
+    return HoleKind.BLOCK if wants_body and language.grammar else HoleKind.REST_OF_LINE
 
 
 def body_follows(snapshot: Snapshot, line: str) -> bool:
     """Whether the next line with anything on it is indented deeper than ``line``, the cursor's."""
+    return len(leading_whitespace(next_line(snapshot))) > len(leading_whitespace(line))
+
+
+def next_line(snapshot: Snapshot) -> str:
+    """The next line with anything on it below the cursor's."""
     following = to_newlines(snapshot.text[snapshot.cursor :]).split("\n")[1:]
-    first = next((other for other in following if other.strip()), "")
-    return len(leading_whitespace(first)) > len(leading_whitespace(line))
+    return next((other for other in following if other.strip()), "")
 
 
-def _opens_block(line: str) -> bool:
-    """Whether a line ends a header: not a slice, an annotation or a lambda."""
-    state = scan_python(line)
-    header = COMPOUND.match(line) is not None or state.unmatched is not None  # its first line may stand above
+def opens_block(line: str, language: Language) -> bool:
+    """Whether a line ends a header: for Python not a slice, an annotation or a lambda."""
+    if language.id != "python":
+        return language.opener_pattern.search(without_comment(line, language)) is not None
+    state = scan(line, language)
+    header = language.header_pattern.match(line) is not None or state.unmatched is not None  # begun above
     return header and line.rstrip().endswith(":") and not state.brackets
 
 
-def _find_on_blank_line(snapshot: Snapshot, after: str) -> HoleKind | NoCompletion:
+def _find_on_blank_line(snapshot: Snapshot, after: str, language: Language) -> HoleKind | NoCompletion:
     if after.strip():
+        if after.lstrip()[0] in ")]}":
+            return HoleKind.EXPRESSION
         return NoCompletion("before_code", "code follows the cursor on its line; go to a line of its own")
-    opens = _opens_block if snapshot.language_id == "python" else _BLOCK_END.search
-    index = LineIndex(snapshot.text)
-    for number in reversed(range(index.line_of(snapshot.cursor))):
-        line = without_comment(snapshot.text[slice(*index.line_range(number))])
-        if line.strip():
-            return HoleKind.BLOCK if opens(line) else HoleKind.STATEMENT
+    above = to_newlines(snapshot.text[: snapshot.cursor]).split("\n")[:-1]
+    for line in reversed(above):
+        code = without_comment(line, language).rstrip()
+        if not code:
+            continue
+        if code.endswith(("(", "[")) and language.id not in {"json", "toml"}:
+            return HoleKind.EXPRESSION
+        return HoleKind.BLOCK if opens_block(code, language) else HoleKind.STATEMENT
     return HoleKind.STATEMENT
-
-
-def without_comment(line: str) -> str:
-    """A line of code without the comment at its end."""
-    state = scan_python(line)
-    return line[: state.text_start] if state.in_comment else line

@@ -1,6 +1,6 @@
 """Whether the code is no more broken with a completion in it than without.
 
-    is_sound(snapshot, middle, tree)
+    is_sound(snapshot, middle, tree, replaced)
 
 Sound means: no error or missing node in the statement that holds the cursor, no new one elsewhere, and for
 Python, ``ast.parse`` succeeds when the rest of the file parses.
@@ -17,16 +17,29 @@ from fimserver.context.scan import python_parses
 from fimserver.context.syntax import SyntaxTree, parse
 from fimserver.types import Snapshot
 
-_BODIES = ("module", "block")
+# Nodes whose children are statements, members or items, in all grammars: the names do not collide.
+_BODIES = frozenset(
+    "module block program source_file statement_block compound_statement class_body declaration_list "
+    "field_declaration_list enum_body enum_member_declaration_list interface_body object_type object array "
+    "translation_unit compilation_unit body_statement then else do do_block begin_block chunk document stylesheet "
+    "block_mapping block_sequence table inline_table switch_body switch_block match_block section fragment "
+    "enum_variant_list enumerator_list constructor_body interface_type accessor_list switch_section case_statement "
+    "switch_case switch_default expression_case default_case communication_case type_case do_group case_item "
+    "if_statement_body variant_list struct_type import_spec_list const_declaration var_declaration "
+    "block_node flow_mapping enum_declaration_list property_list script_element style_element".split()
+)
 _WHOLE_FILE_BYTES = 64_000  # a few milliseconds of Python's parser
 _STAND_INS = (b"pass", b"if True:", b"except Exception: pass", b"except Exception:", b"else:", b"try:", b"@property")
 
 
-def is_sound(snapshot: Snapshot, middle: str, tree: SyntaxTree | None) -> bool:
-    """Whether ``middle`` may be put at the snapshot's cursor. Without a tree nothing can be said: ``True``."""
+def is_sound(snapshot: Snapshot, middle: str, tree: SyntaxTree | None, replaced: int = 0) -> bool:
+    """Whether ``middle`` may be put at the snapshot's cursor in place of the ``replaced`` characters behind it.
+
+    Without a tree nothing can be said: ``True``.
+    """
     if tree is None:
         return True
-    before, after = snapshot.text[: snapshot.cursor], snapshot.text[snapshot.cursor :]
+    before, after = snapshot.text[: snapshot.cursor], snapshot.text[snapshot.cursor + replaced :]
     text = before + middle + after
     new = parse(text, snapshot.language_id, tree)
     if new is None:
@@ -37,9 +50,9 @@ def is_sound(snapshot: Snapshot, middle: str, tree: SyntaxTree | None) -> bool:
     own_line = not before[before.rfind("\n") + 1 :].strip()
     blanks = len(middle) - len(middle.lstrip()) if own_line else -1
     statement = find_statement(new, new.to_byte(snapshot.cursor + blanks), end)
-    if statement is None or not no_new_errors(tree, new, statement, at=start, added=end - start):
+    if statement is None or not no_new_errors(tree, new, statement, at=start, added=end - start - replaced):
         return False
-    return snapshot.language_id != "python" or parses_where_the_rest_does(new, statement, snapshot.text)
+    return new.language.id != "python" or parses_where_the_rest_does(new, statement, snapshot.text)
 
 
 def parses_where_the_rest_does(new: SyntaxTree, statement: "Statement", old_text: str) -> bool:
@@ -106,7 +119,7 @@ def find_statement(new: SyntaxTree, start: int, end: int) -> Statement | None:
     if first is None or last is None:
         return None
     begin = min(first.start_byte, start) if first.parent is not None else start
-    body = next((i for i, c in enumerate(last.children) if c.type == "block" and c.start_byte >= end), 0)
+    body = next((i for i, c in enumerate(last.children) if c.type in _BODIES and c.start_byte >= end), 0)
     if body:
         return Statement(begin, max(end, last.children[body - 1].end_byte))
     return Statement(begin, max(end, last.end_byte))

@@ -6,14 +6,16 @@ Knows:  tree-sitter, UTF-8 bytes.  Never: holes, LSP.
 Offsets: code points outside, bytes inside; ``to_byte`` leads from one to the other.
 """
 
-from collections.abc import Callable, Iterator
+import importlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
-import tree_sitter_python
-from tree_sitter import Language, Node, Parser, Tree
+import tree_sitter
+from tree_sitter import Node, Parser, Tree
 
-_GRAMMARS: dict[str, Callable[[], object]] = {"python": tree_sitter_python.language}
+from fimserver.context.languages import Language, find_language
+from fimserver.text import common_prefix_length, common_suffix_length
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class SyntaxTree:
     text: str
     source: bytes
     tree: Tree
-    language_id: str
+    language: Language
 
     def to_byte(self, offset: int) -> int:
         """Byte of a code point offset."""
@@ -52,15 +54,16 @@ class SyntaxTree:
 
 def parse(text: str, language_id: str, old: SyntaxTree | None = None) -> SyntaxTree | None:
     """Tree of a text; ``old`` is any earlier tree of the same document, of which the unchanged part is kept."""
-    parser = _parser(language_id)
+    language = find_language(language_id)
+    parser = _parser(language)
     if parser is None:
         return None
     source = _encode(text)
-    if old is None or old.language_id != language_id:
-        return SyntaxTree(text, source, parser.parse(source), language_id)
+    if old is None or old.language is not language:
+        return SyntaxTree(text, source, parser.parse(source), language)
     if old.source == source:
         return old
-    return SyntaxTree(text, source, parser.parse(source, _edited(old, source)), language_id)
+    return SyntaxTree(text, source, parser.parse(source, _edited(old, source)), language)
 
 
 def _edited(old: SyntaxTree, source: bytes) -> Tree:
@@ -81,30 +84,6 @@ def _edited(old: SyntaxTree, source: bytes) -> Tree:
     return tree
 
 
-def common_prefix_length(a: bytes, b: bytes) -> int:
-    """How many leading bytes two strings share; halving, so that comparing is left to C."""
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
-def common_suffix_length(a: bytes, b: bytes, longest: int) -> int:
-    """How many trailing bytes two strings share, at most ``longest``."""
-    low, high = 0, longest
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[len(a) - middle : len(a) - low] == b[len(b) - middle : len(b) - low]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
 def _point(source: bytes, byte: int) -> tuple[int, int]:
     return source.count(b"\n", 0, byte), byte - (source.rfind(b"\n", 0, byte) + 1)
 
@@ -114,6 +93,9 @@ def _encode(text: str) -> bytes:
 
 
 @cache
-def _parser(language_id: str) -> Parser | None:
-    grammar = _GRAMMARS.get(language_id)
-    return Parser(Language(grammar())) if grammar else None
+def _parser(language: Language) -> Parser | None:
+    """A parser with the language's grammar, which is loaded now."""
+    if language.grammar is None:
+        return None
+    module, function = language.grammar
+    return Parser(tree_sitter.Language(getattr(importlib.import_module(module), function)()))

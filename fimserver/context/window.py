@@ -1,21 +1,31 @@
 """Cut the text around the cursor to what the model may read.
 
-    build_context(snapshot, hole, budget, snippets)   -> FimContext
+    build_context(snapshot, hole, budget, snippets, guesses)   -> FimContext
 
-Both ends are cut at lines. The start moves in strides of a quarter of the budget counted from the file's
+What the window does not reach but the code in it needs stands in its head: imports, and the headers of the scopes
+around the cursor. Both ends are cut at lines. The start moves in strides of a quarter of the budget counted from the file's
 start, not at every keystroke: the prompt's head stays the same and its KV cache is kept.
 
 Knows:  text, budgets in characters.  Never: tokens, LSP.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from urllib.parse import unquote, urlsplit
 
-from fimserver.text import to_newlines
+from fimserver.context.focus import find_scopes
+from fimserver.context.languages import Language, find_language
+from fimserver.context.scan import scan
+from fimserver.text import leading_whitespace, to_newlines
 from fimserver.types import FimContext, Hole, Snapshot, Snippet
 
 _CHARACTERS_PER_TOKEN = 5  # more than code has, about 3 to 4: the engine cuts exactly
+_FEWEST_CHARACTERS_PER_TOKEN = 2  # of dense code, with a suffix that takes a third of the prompt
 _CUTS_PER_BUDGET = 4
+_SCOPE_REACH = 1_000_000
+_IMPORT_REACH = 20_000  # characters from a file's start that are searched for imports
+_LONGEST_IMPORT = 600
+_MAX_IMPORTS = 4_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,17 +42,62 @@ def budget_for(max_prompt_tokens: int) -> Budget:
     return Budget(prefix=characters, suffix=characters // 2)
 
 
-def build_context(snapshot: Snapshot, hole: Hole, budget: Budget, snippets: tuple[Snippet, ...] = ()) -> FimContext:
+def build_context(
+    snapshot: Snapshot,
+    hole: Hole,
+    budget: Budget,
+    snippets: tuple[Snippet, ...] = (),
+    guesses: tuple[str, ...] = (),
+) -> FimContext:
     r"""What the engine is told of a snapshot; line ends become ``\n``."""
     text, cursor = snapshot.text, snapshot.cursor
+    start, language = cut_start(text, cursor, budget.prefix), find_language(snapshot.language_id)
     return FimContext(
-        prefix=to_newlines(text[cut_start(text, cursor, budget.prefix) : cursor]),
+        prefix=to_newlines(text[start:cursor]),
         suffix=to_newlines(text[cursor : cut_end(text, cursor, budget.suffix)]),
         path=path_of(snapshot.uri),
         language_id=snapshot.language_id,
         hole=hole,
+        head=to_newlines(find_head(text, surely_reached(text, cursor, budget), cursor, language)),
         snippets=snippets,
+        guesses=guesses,
     )
+
+
+def surely_reached(text: str, cursor: int, budget: Budget) -> int:
+    """Where a prefix begins that fits the prompt whatever its tokens are: the engine may cut more than this room."""
+    return cut_start(text, cursor, budget.prefix * _FEWEST_CHARACTERS_PER_TOKEN // _CHARACTERS_PER_TOKEN)
+
+
+def find_head(text: str, start: int, cursor: int, language: Language) -> str:
+    """What a window that begins at ``start`` does not reach: the lines that bring in names, and the headers around.
+
+    Empty for a window that begins at the file's start. It stays the same while one types in the same scope.
+    """
+    if not start:
+        return ""
+    window = text[start:cursor].split("\n")
+    widths = [len(leading_whitespace(line)) for line in window if line.strip()]
+    scopes = find_scopes(text[max(0, start - _SCOPE_REACH) : start], min(widths, default=0), language)
+    return "\n".join([*_import_lines(text[: min(start, _IMPORT_REACH)], language), *scopes, ""]).lstrip("\n")
+
+
+@lru_cache(maxsize=8)
+def _import_lines(head: str, language: Language) -> tuple[str, ...]:
+    """The lines at a file's top that bring in names, with those they go on to."""
+    found: list[str] = []
+    size = 0
+    for match in language.import_pattern.finditer(head):
+        if match.start() and head[match.start() - 1] != "\n":
+            continue
+        statement = head[match.start() : match.start() + _LONGEST_IMPORT].split("\n")
+        whole = (n for n in range(1, len(statement)) if not scan("\n".join(statement[:n]), language).brackets)
+        lines = "\n".join(statement[: next(whole, 1)])
+        size += len(lines)
+        if size > _MAX_IMPORTS:
+            break
+        found.append(lines)
+    return tuple(found)
 
 
 def path_of(uri: str) -> str:

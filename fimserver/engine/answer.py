@@ -81,6 +81,16 @@ class AnswerStart:
         own = written[len(beginning.rest) :]
         return Beginning(beginning.rest[len(written) :], beginning.needs_more and not own.strip())
 
+    def own_positions(self, token_ids: Sequence[int]) -> list[int]:
+        """Positions of the tokens that say more than the healed word."""
+        beginning, own = self.beginning, []
+        for i, token_id in enumerate(token_ids):
+            written = self._tokens[token_id] if token_id < len(self._tokens) else b""
+            if len(written) > len(beginning.rest):
+                own.append(i)
+            beginning = self.after(beginning, token_id)
+        return own
+
     def constrain_canvas(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits (C, V) whose best first tokens begin the answer as they must.
 
@@ -100,3 +110,8 @@ class AnswerStart:
             settled[best] = logits[position, best]
             logits[position] = settled
         return logits
+
+
+def confidence_of(log_probabilities: torch.Tensor) -> float:
+    """Geometric mean of probabilities (N,), given as logarithms; 1 for none."""
+    return float(log_probabilities.float().mean().exp()) if log_probabilities.numel() else 1.0

@@ -3,6 +3,7 @@
     start()      spawns the worker; state goes LOADING -> READY or FAILED
     complete()   a future of a Generation; drafts come through a callback
     restart()    another worker with other options; open requests go over to it
+    unload_if_idle()   ends a worker that nobody used for long; touch() or complete() starts it again
     close()      ends the worker, and every open request with a reason
 
 What was waiting when a worker died is asked of the next one; the request that it was computing is asked once
@@ -23,12 +24,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any, BinaryIO, cast
 
 from fimserver.engine.frames import from_plain, read_frame, to_plain, write_frame
 from fimserver.errors import CompletionCancelledError, EngineError
+from fimserver.settings import Settings
 from fimserver.types import Draft, FimContext, Generation, ModelInfo, Sampling
 
 MAX_DEATHS = 3
@@ -50,12 +52,26 @@ class EngineState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """What a worker is started with; ``command`` is replaced in tests."""
+    """What a worker is started with, and how long it may idle; ``command`` is replaced in tests."""
 
     model: str = "tiny"
     device: str = "auto"
     threads: int = 0
+    context_tokens: int | None = None
+    idle_unload_minutes: float = 0.0
     command: tuple[str, ...] = (sys.executable, "-P", "-m", "fimserver.engine.worker")
+
+    def under(self, settings: Settings) -> "EngineOptions":
+        """These options with what belongs to the engine in a person's settings."""
+        return replace(self, **{name: getattr(settings, name) for name in _CHOSEN})
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the worker itself is told: two engines with the same are the same."""
+        return {name: getattr(self, name) for name in _CHOSEN if name != "idle_unload_minutes"}
+
+
+_CHOSEN = [f.name for f in fields(EngineOptions) if f.name != "command"]
 
 
 @dataclass(eq=False)
@@ -98,7 +114,9 @@ class EngineClient:
         self.state = EngineState.STOPPED
         self.detail = "the engine was not started"
         self.info: ModelInfo | None = None
-        self._on_state = on_state
+        self._listeners = [on_state]
+        self.is_unloaded = False
+        self._last_used = time.monotonic()
         self._changed = threading.Condition(threading.RLock())
         self._worker: _Worker | None = None
         self._pending: dict[int, PendingCompletion] = {}
@@ -113,6 +131,45 @@ class EngineClient:
         """Process id of the worker, if there is one."""
         worker = self._worker
         return worker.process.pid if worker else None
+
+    def listen(self, on_state: Callable[[EngineState, str], None]) -> None:
+        """Tell another of every state from now on."""
+        with self._changed:
+            self._listeners.append(on_state)
+
+    def unlisten(self, on_state: Callable[[EngineState, str], None]) -> None:
+        """Tell one who listens nothing more."""
+        with self._changed:
+            self._listeners = [other for other in self._listeners if other != on_state]
+
+    def touch(self) -> None:
+        """Somebody works: a worker that was unloaded is started again."""
+        with self._changed:
+            self._last_used = time.monotonic()
+            if self.is_unloaded:
+                self._spawn()
+
+    def unload_if_idle(self) -> float | None:
+        """End a loaded worker that was not used for as long as its options say.
+
+        Seconds until it is worth asking again; ``None`` where no worker is loaded or it may stay for ever.
+        """
+        with self._changed:
+            limit_s = self.options.idle_unload_minutes * 60
+            worker = self._worker
+            if worker is None or self.state is not EngineState.READY or not limit_s:
+                return None
+            remaining_s = self._last_used + limit_s - time.monotonic()
+            if self._pending:
+                return max(remaining_s, limit_s)
+            if remaining_s > 0:
+                return remaining_s
+            self._worker = self._deadline = self.info = None
+            self.is_unloaded = True
+            minutes = self.options.idle_unload_minutes
+            self._set_state(EngineState.STOPPED, f"the model was unloaded after {minutes:g} idle minutes")
+        _end(worker)
+        return None
 
     def start(self) -> None:
         """Start a worker unless one is there."""
@@ -137,6 +194,7 @@ class EngineClient:
         with self._changed:
             worker, self._worker = self._worker, None
             self._deadline = None
+            self.is_unloaded = False
             if self.state is not EngineState.FAILED:
                 self._set_state(EngineState.STOPPED, reason)
             self._finish_all(reason)
@@ -158,6 +216,7 @@ class EngineClient:
     ) -> PendingCompletion:
         """Ask for a completion. Raises ``EngineError`` when no worker is there or will be."""
         with self._changed:
+            self.touch()
             if self._worker is None:
                 raise EngineError(self.detail)
             message = {
@@ -192,14 +251,17 @@ class EngineClient:
     def _set_state(self, state: EngineState, detail: str) -> None:
         self.state, self.detail = state, detail
         self._changed.notify_all()
-        self._on_state(state, detail)
+        for listener in self._listeners:
+            listener(state, detail)
 
     def _spawn(self) -> None:
         self.info = None
-        arguments = {key: getattr(self.options, key) for key in ("model", "device", "threads")}
+        self.is_unloaded = False
         try:
             process = subprocess.Popen(  # noqa: S603  our own interpreter
-                [*self.options.command, json.dumps(arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+                [*self.options.command, json.dumps(self.options.arguments)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
             )
         except OSError as error:
             self._set_state(EngineState.FAILED, f"the engine cannot be started: {error}")
@@ -262,6 +324,7 @@ class EngineClient:
             if kind == "ready":
                 self.info = from_plain(ModelInfo, message["info"])
                 self._has_loaded = True
+                self._last_used = time.monotonic()
                 self._set_state(EngineState.READY, f"{self.info.name} on {self.info.device}")
                 for waiting in list(self._pending.values()):
                     self._send(waiting)
@@ -315,6 +378,7 @@ class EngineClient:
     def _finish(self, pending: PendingCompletion, outcome: Generation | Exception) -> None:
         if self._pending.pop(pending.id, None) is None:
             return
+        self._last_used = time.monotonic()
         if isinstance(outcome, Exception):
             pending.future.set_exception(outcome)
         else:

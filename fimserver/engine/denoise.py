@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from transformers.cache_utils import DynamicCache
 
-from fimserver.engine.answer import AnswerEnd, AnswerStart
+from fimserver.engine.answer import AnswerEnd, AnswerStart, confidence_of
 from fimserver.engine.model import Model
 
 
@@ -63,6 +63,7 @@ class Filled:
     token_ids: tuple[int, ...]
     finish: str
     steps: int
+    confidence: float = 1.0
 
 
 def initialize_canvas(model: Model, options: DenoisingOptions, generator: torch.Generator) -> CanvasState:
@@ -172,4 +173,13 @@ def fill_canvas(  # noqa: PLR0913  one call has one place
         if is_settled(state, options, length + 1):
             finish = "end" if length < len(best) else "length"
             break
-    return Filled(tuple(answer), finish, options.max_denoising_steps - state.steps_left)
+    confidence = confidence_in(state, options, answer_start.own_positions(answer))
+    return Filled(tuple(answer), finish, options.max_denoising_steps - state.steps_left, confidence)
+
+
+def confidence_in(state: CanvasState, options: DenoisingOptions, positions: Sequence[int]) -> float:
+    """Geometric mean of the best tokens' probabilities in the last step's logits, at temperature 1."""
+    if state.logits is None or not positions:
+        return 1.0
+    logits = state.logits[0, list(positions)].float() * temperature(options, state.steps_left + 1)
+    return confidence_of(torch.log_softmax(logits, dim=-1).amax(-1))

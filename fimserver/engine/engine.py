@@ -23,11 +23,12 @@ from fimserver.engine.kv_cache import Encoded, PromptCache
 from fimserver.engine.model import Model, find_device
 from fimserver.engine.prompt import build_prompt
 from fimserver.engine.vocabulary import Vocabulary
-from fimserver.engine.weights import find_model
+from fimserver.engine.weights import find_model, limit_context
 from fimserver.errors import CompletionCancelledError, WeightsError
 from fimserver.types import CanvasToken, Draft, FimContext, Generation, Mode, ModelInfo, Sampling
 
 OnDraft = Callable[[Draft], None]
+_LEAST_TEMPERATURE = 1e-4  # as good as none, and nothing overflows
 
 
 class Engine:
@@ -46,11 +47,12 @@ class Engine:
         self._load_ms = load_ms
 
     @classmethod
-    def load(cls, name: str, device: str) -> "Engine":
+    def load(cls, name: str, device: str, context_tokens: int | None = None) -> "Engine":
         """Engine of a shipped model's name or a folder. Raises ``WeightsError``, ``EngineError``."""
         begin = time.perf_counter()
         folder = find_model(name)
         model = Model.load(folder, find_device(device))
+        model.metadata = limit_context(model.metadata, context_tokens)
         vocabulary = Vocabulary.load(folder / "tokenizer.json", range(model.metadata.num_special_tokens))
         return cls(model, vocabulary, load_ms=(time.perf_counter() - begin) * 1e3)
 
@@ -69,18 +71,21 @@ class Engine:
             preferred_mode=metadata.preferred_mode,
             load_ms=self._load_ms,
             num_threads=torch.get_num_threads(),
+            reads_snippets=metadata.reads_snippets,
+            languages=metadata.languages,
         )
 
     def options(self, sampling: Sampling) -> DenoisingOptions:
         """The model's own decoding numbers, with what the person chose instead."""
         metadata = self.model.metadata
+        fixed = None if sampling.temperature is None else max(sampling.temperature, _LEAST_TEMPERATURE)
         return DenoisingOptions(
             max_denoising_steps=sampling.max_denoising_steps or metadata.max_denoising_steps,
             entropy_bound=metadata.entropy_bound,
             confidence_threshold=metadata.confidence_threshold,
             stability_threshold=metadata.stability_threshold,
-            t_min=metadata.t_min,
-            t_max=metadata.t_max,
+            t_min=metadata.t_min if fixed is None else fixed,
+            t_max=metadata.t_max if fixed is None else fixed,
         )
 
     def complete(
@@ -105,6 +110,8 @@ class Engine:
             answer_end, prompt.healed, min_tokens=sampling.min_tokens, vocab_size=self.model.vocab_size
         )
         num_healed = len(prompt.healed)
+        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        generator = torch.Generator(self.model.device).manual_seed(seed)
 
         def to_text(token_ids: Sequence[int]) -> str:
             return self.vocabulary.decode(token_ids)[num_healed:]
@@ -116,12 +123,11 @@ class Engine:
                 canvas = self._to_canvas_tokens(state) if sampling.trace else ()
                 on_draft(Draft(options.max_denoising_steps - state.steps_left, to_text(answer), canvas))
 
-            seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
             filled = fill_canvas(
                 self.model,
                 self.prompt_cache.cache,
                 options,
-                generator=torch.Generator(self.model.device).manual_seed(seed),
+                generator=generator,
                 answer_end=answer_end,
                 answer_start=answer_start,
                 stop=clock.is_over,
@@ -137,6 +143,8 @@ class Engine:
                 answer_start=answer_start,
                 stop=clock.is_over,
                 on_token=lambda answer: on_draft(Draft(len(answer), to_text(answer))),
+                temperature=max(sampling.temperature, _LEAST_TEMPERATURE) if sampling.temperature else 0.0,
+                generator=generator,
             )
         clock.lap("decode")
         return self._to_generation(
@@ -158,6 +166,7 @@ class Engine:
             denoising_steps=filled.steps if mode is Mode.DIFFUSION else 0,
             forward_passes=encoded.passes + filled.steps,
             cached_tokens=encoded.cached_tokens,
+            confidence=filled.confidence,
             **rest,  # type: ignore[arg-type]
         )
 

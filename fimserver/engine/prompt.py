@@ -1,7 +1,8 @@
 """Write the prompt: which ids the encoder reads before a canvas.
 
 Layout "fim":  ``<bos><suf> suffix <pre> prefix <mid>``, canvas = middle, ``<eos>``, pads. The suffix comes
-first, so that typing extends the prompt at its end and the KV cache survives.
+first, so that typing extends the prompt at its end and the KV cache survives. A prefix that does not fit is cut in
+front; the context's head (imports, headers of open scopes) then stands before what is left of it.
 
 Token healing: the word that the cursor cuts comes off the prompt and must begin the answer, because a
 tokenizer would never have cut there (``healed``). So does a single blank: tokens of words begin with theirs.
@@ -36,7 +37,10 @@ def build_prompt(context: FimContext, vocabulary: Vocabulary, metadata: ModelMet
     suffix = vocabulary.encode(context.suffix[: metadata.max_suffix_tokens * 8])[: metadata.max_suffix_tokens]
     # The answer spells a healed word again; a fixed reserve for it keeps the cut where it is while typing.
     budget = metadata.max_prompt_tokens - len(suffix) - 4 - _MAX_HEALED_TOKENS
-    prefix = trim_front(vocabulary.encode(head), budget)
+    above = vocabulary.encode(context.head)[-metadata.max_head_tokens :] if metadata.max_head_tokens else []
+    prefix = vocabulary.encode(head)
+    if len(prefix) > budget - len(above):
+        prefix = [*above, *trim_front(prefix, budget - len(above))]
     ids = (special["bos"], special["suffix"], *suffix, special["prefix"], *prefix, special["middle"])
     return Prompt(ids, healed)
 

@@ -11,7 +11,7 @@ Raises ``WeightsError`` that names the file or tensor and the remedy.
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,9 @@ class ModelMetadata:
     stability_threshold: int
     t_min: float
     t_max: float
+    max_head_tokens: int = 0  # of imports and headers before a prefix that was cut
+    reads_snippets: bool = False  # whether it was trained with pieces of other files before the prefix
+    languages: tuple[str, ...] = ()  # that it was trained on; none named means any
 
 
 def find_model(name: str) -> Path:
@@ -65,7 +68,7 @@ def read_metadata(folder: Path) -> ModelMetadata:
     path = folder / METADATA_FILE
     values = _read_json(path)
     expected = {f.name for f in fields(ModelMetadata)}
-    if missing := expected - values.keys():
+    if missing := {f.name for f in fields(ModelMetadata) if f.default is MISSING} - values.keys():
         msg = f"{path} lacks {', '.join(sorted(missing))}; copy these from the shipped model's and adapt them"
         raise WeightsError(msg)
     if unknown := values.keys() - expected:
@@ -84,7 +87,15 @@ def read_metadata(folder: Path) -> ModelMetadata:
     except ValueError as error:
         msg = f"{path}: preferred_mode is {values['preferred_mode']!r}; it may be: diffusion, autoregressive"
         raise WeightsError(msg) from error
-    return ModelMetadata(**values)
+    return ModelMetadata(**{**values, "languages": tuple(values.get("languages", ()))})
+
+
+def limit_context(metadata: ModelMetadata, context_tokens: int | None) -> ModelMetadata:
+    """Prompts of at most ``context_tokens``, and the suffix's share of them; never more than the model knows."""
+    if context_tokens is None or context_tokens >= metadata.max_prompt_tokens:
+        return metadata
+    suffix = metadata.max_suffix_tokens * context_tokens // metadata.max_prompt_tokens
+    return replace(metadata, max_prompt_tokens=context_tokens, max_suffix_tokens=min(suffix, context_tokens // 2))
 
 
 def load_weights(folder: Path, *, dtype: torch.dtype) -> DiffusionGemmaForBlockDiffusion:

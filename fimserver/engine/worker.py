@@ -96,7 +96,7 @@ class Outbox:
 
 
 def main() -> int:
-    """Entry point; ``argv[1]`` is a JSON object with model, device and threads."""
+    """Entry point; ``argv[1]`` is a JSON object with the arguments of ``load_engine``."""
     stream_in, stream_out = take_private_streams()
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="fimserver engine: %(message)s")
     options = json.loads(sys.argv[1])
@@ -145,7 +145,7 @@ def read_requests(stream: BinaryIO, inbox: Inbox, outbox: Outbox) -> None:
         os._exit(0)
 
 
-def load_engine(model: str, device: str, threads: int) -> "Engine":
+def load_engine(model: str, device: str, threads: int, context_tokens: int | None = None) -> "Engine":
     """Import torch, load the model and run it once, so that the first request is as fast as the next.
 
     Raises ``FimserverError``; an import that fails is one too.
@@ -160,7 +160,7 @@ def load_engine(model: str, device: str, threads: int) -> "Engine":
         msg = f"a package is missing ({error}); install again with: pip install fimserver"
         raise FimserverError(msg) from error
     torch.set_num_threads(threads or max(1, count_physical_cores() - 1))
-    engine = Engine.load(model, device)
+    engine = Engine.load(model, device, context_tokens)
     hole = Hole(HoleKind.REST_OF_LINE, max_lines=1, estimated_tokens=1)
     engine.complete(FimContext("def probe(value):\n    return ", "\n", "probe.py", "python", hole), Sampling(seed=0))
     engine.prompt_cache.clear()

@@ -10,16 +10,19 @@ from typing import Any
 
 from lsprotocol import types as lsp
 
+from fimserver.engine.client import EngineClient
 from fimserver.lsp.convert import ACCEPT_COMMAND
-from fimserver.lsp.server import FimLanguageServer
+from fimserver.lsp.server import RESTART_COMMAND, FimLanguageServer
 
 EXPLAIN_COMMAND = "fimserver.explain"
-RESTART_COMMAND = "fimserver.restart"
 
 
-def create_server(overrides: dict[str, Any] | None = None) -> FimLanguageServer:
-    """A server for one connection; ``overrides`` are settings of the command line, which win over the editor's."""
-    server = FimLanguageServer(overrides)
+def create_server(overrides: dict[str, Any] | None = None, engine: EngineClient | None = None) -> FimLanguageServer:
+    """A server for one connection; ``overrides`` are settings of the command line, which win over the editor's.
+
+    ``engine`` is one that another connection has started; without it the server starts its own.
+    """
+    server = FimLanguageServer(overrides, engine)
     _register_features(server)
     _register_commands(server)
     return server
@@ -48,7 +51,7 @@ def _register_features(server: FimLanguageServer) -> None:
 
     @server.feature(lsp.SHUTDOWN)
     def shutdown(_params: None) -> None:
-        server.engine.close("the server was shut down")
+        server.leave("the server was shut down")
 
     @server.feature(lsp.WORKSPACE_DID_CHANGE_CONFIGURATION)
     def did_change_configuration(params: lsp.DidChangeConfigurationParams) -> None:
@@ -70,6 +73,7 @@ def _register_features(server: FimLanguageServer) -> None:
     @server.feature("textDocument/didFocus")
     def did_focus(_params: Any) -> None:
         server.session.counters["didFocus"] += 1
+        server.wake_engine()
 
 
 def _register_commands(server: FimLanguageServer) -> None:
@@ -96,5 +100,5 @@ def run_stdio(overrides: dict[str, Any] | None = None) -> int:
     try:
         server.start_io()
     finally:
-        server.engine.close()
+        server.leave("the server ended")
     return 0 if server.protocol.is_shut_down else 1

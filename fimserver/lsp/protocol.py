@@ -112,7 +112,7 @@ class FimProtocol(LanguageServerProtocol):
         try:
             super()._send_data(data)
         except BrokenPipeError:
-            self._server.engine.close()
+            self._server.leave("the editor is gone")
             os._exit(1)
 
     def _refuse(self, message_id: int | str, code: lsp.ErrorCodes, text: str) -> None:
@@ -141,6 +141,7 @@ class FimProtocol(LanguageServerProtocol):
             session.lost.discard(uri)
         if new.text != old.text:
             self._server.requests.end(uri)
+            self._server.wake_engine()
 
     @lsp_method(lsp.TEXT_DOCUMENT_DID_CLOSE)
     def lsp_text_document__did_close(self, params: lsp.DidCloseTextDocumentParams) -> None:

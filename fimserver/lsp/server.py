@@ -9,11 +9,11 @@ Knows:  LSP, sessions, the engine's client.  Never: tokens, tensors, torch.
 """
 
 import asyncio
+import json
 import logging
 import traceback
 from collections.abc import Awaitable
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,28 +29,45 @@ from fimserver.errors import CompletionCancelledError, EngineError
 from fimserver.lsp.convert import to_inline_items
 from fimserver.lsp.protocol import FimProtocol
 from fimserver.lsp.requests import CANCELLED, CHANGED, RefusedError, Request, Requests
-from fimserver.lsp.session import Session
-from fimserver.settings import read_settings, to_sampling
+from fimserver.lsp.session import Session, Source
+from fimserver.paths import config_file
+from fimserver.settings import (
+    BY_WIRE_NAME,
+    ENGINE_SETTINGS,
+    read_config_file,
+    refuse_unsure,
+    to_sampling,
+    to_wire_value,
+)
 from fimserver.text import Encoding
 from fimserver.types import Completion, Generation, Hole, NoCompletion
 
 _T = TypeVar("_T")
 LOAD_TIMEOUT_S = 60.0
 STATUS_NOTIFICATION = "didChangeStatus"  # Copilot's names, which clients know already
+RESTART_COMMAND = "fimserver.restart"
 _PROGRESS_TOKEN = "fimserver.loading"  # noqa: S105  a progress token, not a secret
 _logger = logging.getLogger(__name__)
 
 
 class FimLanguageServer(LanguageServer):
-    """One connection over stdio, and the engine behind it."""
+    """One connection, and the engine behind it: its own, or one that another connection has started already.
+
+    An engine of another's keeps the settings that it was started with; where this connection's differ, the person
+    is told.
+    """
 
     protocol: FimProtocol
 
-    def __init__(self, overrides: dict[str, Any] | None = None) -> None:
+    def __init__(self, overrides: dict[str, Any] | None = None, engine: EngineClient | None = None) -> None:
         super().__init__("fimserver", __version__, protocol_cls=FimProtocol)
         self.session = Session()
-        self.overrides = overrides or {}  # from the command line: they win over the editor's
-        self.engine = EngineClient(on_state=self._on_engine_state)
+        self.overrides = overrides or {}
+        self.engine = engine or EngineClient()
+        self._owns_engine = engine is None
+        self._serves = False  # between ``initialized`` and the end: only then is the engine started
+        self._wanted: EngineOptions | None = None  # once the settings are known
+        self._idle_timer: asyncio.TimerHandle | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self.requests = Requests(self.session)
         self._progress: asyncio.Task[None] | None = None
@@ -69,54 +86,119 @@ class FimLanguageServer(LanguageServer):
         self._loop = asyncio.get_running_loop()
         chosen = self.protocol.workspace.position_encoding
         self.session.encoding = Encoding(str(getattr(chosen, "value", chosen)))
-        options = params.initialization_options
-        self._take(self.session.initialize(options if isinstance(options, dict) else {}))
+        values, problems = read_config_file(config_file())
+        problems += self.session.take(Source.CONFIG_FILE, values)
+        problems += self.session.take(Source.COMMAND_LINE, self.overrides)
+        problems += self.session.initialize(params.initialization_options)
+        self._take(problems)
 
     def on_initialized(self) -> None:
-        """Start the engine; ask for settings where the client is to be asked."""
-        self.engine.options = self._engine_options()
-        self.engine.start()
-        self._keep(self._pull_settings())
+        """Start the engine, or join the one that is there; ask for settings where the client is to be asked."""
+        self._serves = True
+        self.engine.listen(self._on_engine_state)
+        if self._owns_engine:
+            self.engine.options = self._wanted = self._engine_options()
+        if self.engine.state is EngineState.STOPPED:
+            self.engine.start()
+        else:
+            self._announce(self.engine.state, self.engine.detail)
+        if self._asks_for_settings:
+            self._keep(self._pull_settings())
+        else:
+            self._take([])
 
     def on_did_change_configuration(self, params: lsp.DidChangeConfigurationParams) -> None:
-        """Take settings as they change; an engine that runs with others is started again."""
+        """Take settings as they change, and ask again: what was answered before may have changed too."""
         if isinstance(params.settings, dict) and params.settings:
-            self._configure(params.settings)
-        else:
+            self._take(self.session.configure(params.settings, Source.CHANGE))
+        elif self._asks_for_settings:
+            self._take(self.session.take(Source.CHANGE, {}))
+        if self._asks_for_settings:
             self._keep(self._pull_settings())
 
-    async def _pull_settings(self) -> None:
+    @property
+    def _asks_for_settings(self) -> bool:
         workspace = self.client_capabilities.workspace
-        if workspace is None or not workspace.configuration:
-            return
-        item = lsp.ConfigurationItem(section="fimserver")
-        answer = await self.workspace_configuration_async(lsp.ConfigurationParams([item]))
-        if answer and isinstance(answer[0], dict):
-            self._configure(answer[0])
+        return workspace is not None and bool(workspace.configuration)
 
-    def _configure(self, values: dict[str, Any]) -> None:
-        self._take(self.session.configure(values))
+    async def _pull_settings(self) -> None:
+        item = lsp.ConfigurationItem(section="fimserver")
+        answer: Any = None
+        with suppress(Exception):  # a client that cannot answer has said nothing
+            answer = await self.workspace_configuration_async(lsp.ConfigurationParams([item]))
+        values = answer[0] if answer and isinstance(answer[0], dict) else {}
+        problems = self.session.configure(values, Source.WORKSPACE)
+        self._take(problems)
 
     def _take(self, problems: list[str]) -> None:
         """Put the session's settings to work; what was wrong with them is said once."""
-        self.session.settings, more = read_settings(self.overrides, self.session.settings)
-        for problem in [*problems, *more]:
-            if problem not in self._problems_shown:
-                self._problems_shown.add(problem)
-                self.window_show_message(lsp.ShowMessageParams(lsp.MessageType.Warning, problem))
+        for problem in problems:
+            self._warn_once(problem)
         logging.getLogger("fimserver").setLevel(self.session.settings.log_level.upper())
-        if self.engine.state is not EngineState.STOPPED and self.engine.options != self._engine_options():
+        if not self._serves:
+            return
+        before, self._wanted = self._wanted, self._engine_options()
+        if not self._owns_engine:
+            for difference in self._differences():
+                self._warn_once(difference)
+        elif before is not None and before.arguments != self._wanted.arguments:
             self.restart_engine()
+        elif before != self._wanted:
+            self.engine.options = self._wanted
+        self._watch_idle()
+
+    def _warn_once(self, text: str) -> None:
+        if text not in self._problems_shown:
+            self._problems_shown.add(text)
+            self.window_show_message(lsp.ShowMessageParams(lsp.MessageType.Warning, text))
 
     def _engine_options(self) -> EngineOptions:
-        settings = self.session.settings
-        return replace(self.engine.options, model=settings.model, device=settings.device, threads=settings.threads)
+        return self.engine.options.under(self.session.settings)
+
+    def _differences(self) -> list[str]:
+        """A sentence for each setting that the running engine has otherwise."""
+        mine, running = self.session.settings, self.engine.options
+        sentences = []
+        for wire_name in ENGINE_SETTINGS:
+            name = BY_WIRE_NAME[wire_name].name
+            wanted, has = (json.dumps(to_wire_value(getattr(options, name))) for options in (mine, running))
+            if wanted != has:
+                sentences.append(
+                    f"fimserver.{wire_name} is {wanted} here, but the engine runs with {has}, as the first connection "
+                    f"said; set the same value everywhere, or run the command {RESTART_COMMAND} to have {wanted}"
+                )
+        return sentences
 
     def restart_engine(self) -> None:
         """Replace the engine by one with the settings as they are; open requests wait for it."""
         self.session.begin_epoch()
         self._engine_settled.clear()
         self.engine.restart(self._engine_options())
+
+    def leave(self, reason: str) -> None:
+        """The connection ends: so does its own engine, and another's goes on."""
+        self._serves = False
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+        if self._owns_engine:
+            self.engine.close(reason)
+        else:
+            self.engine.unlisten(self._on_engine_state)
+
+    # Idle times
+
+    def wake_engine(self) -> None:
+        """Somebody works in the editor: an engine that was unloaded meanwhile is started again."""
+        if self._serves and self.session.settings.enabled:
+            self.engine.touch()
+
+    def _watch_idle(self) -> None:
+        """Unload the engine once nobody has used it for long; look again when that may be so."""
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+            self._idle_timer = None
+        if self._serves and (delay_s := self.engine.unload_if_idle()) is not None:
+            self._idle_timer = asyncio.get_running_loop().call_later(delay_s, self._watch_idle)
 
     def _keep(self, coroutine: Any) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
@@ -133,8 +215,9 @@ class FimLanguageServer(LanguageServer):
 
     def _announce(self, state: EngineState, detail: str) -> None:
         _logger.info("engine %s: %s", state, detail)
-        if state is EngineState.STOPPED:
+        if state is EngineState.STOPPED and not self.engine.is_unloaded:
             return
+        self._watch_idle()
         if self.engine.state is EngineState.LOADING:
             self._engine_settled.clear()
         else:
@@ -170,6 +253,7 @@ class FimLanguageServer(LanguageServer):
             async with asyncio.timeout(LOAD_TIMEOUT_S):
                 while self.engine.state in (EngineState.STOPPED, EngineState.LOADING):
                     self._engine_settled.clear()  # set by the next announcement, which is not behind us
+                    self.wake_engine()
                     await self._engine_settled.wait()
         except TimeoutError:
             why = NoCompletion("loading", f"the model is still loading after {LOAD_TIMEOUT_S:.0f} s")
@@ -220,7 +304,8 @@ class FimLanguageServer(LanguageServer):
             return cached, "cache"
         await self._wait_until_due(request)
         generation = await self._generate(request, hole)
-        outcome = to_completion(generation.text, hole, snapshot, tree)
+        outcome: Completion | NoCompletion | None = refuse_unsure(generation, settings)
+        outcome = outcome or to_completion(generation.text, hole, snapshot, tree)
         if isinstance(outcome, NoCompletion):
             raise RefusedError(outcome)
         if request.epoch == self.session.epoch:
@@ -233,11 +318,16 @@ class FimLanguageServer(LanguageServer):
             raise RefusedError(request.why_ended)
         if not self.session.settings.enabled:
             raise RefusedError(NoCompletion("disabled", "set fimserver.enabled to true"))
+        language = request.snapshot.language_id
+        if not self.session.settings.allows(language):
+            detail = f"completions are off in {language!r}; change fimserver.languages to have them"
+            raise RefusedError(NoCompletion("language_off", detail))
         if not self.session.is_current(request.document_snapshot):
             raise RefusedError(CHANGED)
 
     async def _wait_until_due(self, request: Request) -> None:
         """Wait for the engine (invoked) or for a pause in typing (automatic)."""
+        self.wake_engine()
         if not request.invoked:
             if self.engine.state in (EngineState.STOPPED, EngineState.LOADING):
                 self._send_status(EngineState.LOADING, self.engine.detail)

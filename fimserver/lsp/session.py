@@ -5,6 +5,7 @@ Knows:  documents, texts.  Never: LSP messages, the engine.
 
 from collections import Counter, deque
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 from fimserver.context.syntax import SyntaxTree, parse
@@ -14,6 +15,17 @@ from fimserver.text import Encoding
 from fimserver.types import Completion, NoCompletion, Snapshot
 
 _MAX_REMEMBERED = 8
+_NO_OBJECT = 'the fimserver section of the settings is not an object; use {"maxLines": 8} and the like'
+
+
+class Source(StrEnum):
+    """Who may say what a setting is; whoever stands later wins."""
+
+    CONFIG_FILE = "config.toml"
+    INITIALIZATION = "initializationOptions"
+    WORKSPACE = "workspace/configuration"
+    CHANGE = "workspace/didChangeConfiguration"
+    COMMAND_LINE = "command line"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +77,7 @@ class Session:
 
     encoding: Encoding = Encoding.UTF16
     settings: Settings = field(default_factory=Settings)
-    initial_settings: Settings = field(default_factory=Settings)
+    layers: dict[Source, dict[str, Any]] = field(default_factory=dict)
     documents: dict[str, Document] = field(default_factory=dict)
     cache: CompletionCache = field(default_factory=CompletionCache)
     counters: Counter[str] = field(default_factory=Counter)
@@ -112,24 +124,38 @@ class Session:
         self.explanations.pop(snapshot.uri, None)
         self.explanations[snapshot.uri] = {"version": snapshot.version, **entry}
 
-    def initialize(self, options: dict[str, Any]) -> list[str]:
-        """Take ``initializationOptions``: bare keys; one sentence for each that is wrong."""
-        self.initial_settings, problems = read_settings(options)
-        self.settings = self.initial_settings
-        return problems
+    def initialize(self, options: object) -> list[str]:
+        """Take ``initializationOptions``, bare or under ``fimserver``; one sentence for each that is wrong."""
+        section = options.get("fimserver", options) if isinstance(options, dict) else {}
+        if not isinstance(section, dict):
+            return [_NO_OBJECT]
+        return self.take(Source.INITIALIZATION, section)
 
-    def configure(self, values: dict[str, Any]) -> list[str]:
-        """Take an editor's settings over the initial ones, bare or under ``fimserver``; what is not named falls back.
+    def configure(self, values: dict[str, Any], source: Source) -> list[str]:
+        """Take an editor's settings, bare or under ``fimserver``, in the place of the last from there.
 
-        An object with other tools' sections alone changes nothing.
+        What is not named, or null, is as other sources have it. An object with other tools' sections alone
+        changes nothing.
         """
         section = values.get("fimserver", values)
+        if section is None:
+            section = {}
         if not isinstance(section, dict):
-            return ['the fimserver section of the settings is not an object; use {"maxLines": 8} and the like']
-        if section is values and not BY_WIRE_NAME.keys() & values.keys():
+            return [_NO_OBJECT]
+        if section is values and source is Source.CHANGE and not BY_WIRE_NAME.keys() & values.keys():
             return []
-        self.settings, problems = read_settings(section, self.initial_settings)
-        self.begin_epoch()
+        return self.take(source, {name: value for name, value in section.items() if value is not None})
+
+    def take(self, source: Source, values: dict[str, Any]) -> list[str]:
+        """Put the values of a source in the place of its last; one sentence for each value that is wrong anywhere."""
+        self.layers[source] = values
+        settings, problems = Settings(), []
+        for layer in Source:
+            settings, more = read_settings(self.layers.get(layer, {}), settings)
+            problems += more
+        if settings != self.settings:
+            self.settings = settings
+            self.begin_epoch()
         return problems
 
     def begin_epoch(self) -> None:

@@ -1,0 +1,308 @@
+"""The part of a document that has to be looked at: a few thousand characters, however large the file.
+
+    find_focus(snapshot)   -> Focus: a snapshot of its own, and where its cursor's text stands in the document
+
+A small file is its own focus. Of a large one, the lines around the cursor are taken, cut where a sibling of an
+enclosing scope begins; above them the header line of every scope that was cut, below them what closes it. So the
+parsers see whole code, and a keystroke costs the same in a file of 5 MB as in one of 5 KB. In Markdown and HTML the
+code behind a fence or in a script is the focus, in its own language.
+
+Knows:  lines, indentation, lexical tables.  Never: trees, LSP.
+"""
+
+import re
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from fimserver.context.languages import BlockStyle, Language, find_language
+from fimserver.context.scan import CLOSER_OF, OpenState, find_open_text, find_string_end, scan
+from fimserver.text import leading_whitespace
+from fimserver.types import Snapshot
+
+_REACH = 3_000  # characters looked at on either side of the cursor in a larger one
+_MAX_SCOPES = 12
+_MAX_TRIED = 4
+_LONGEST_HEADER = 2_000
+_MAX_SCAN = 1_000_000  # characters before the cut that are searched for an open string
+_CONTINUES = re.compile(
+    r"\s*(?:[)\]}.?:&|+*/=<>,]|(?:else|elif|elseif|elsif|except|finally|catch|case|default|when|rescue|ensure|"
+    r"then|do|end|fi|done|esac|and|or)\b)"
+)
+_ENDS_HEADER = re.compile(r"\s*(?:[)\]]|\{\s*$|\}(?!\s*(?:else|catch|finally|while)\b))")
+_NEXT_CONDITION = re.compile(r"\s*(?:\}\s*)?(?:else if|elif|elsif|elseif)\b(.*)", re.DOTALL)
+_FIRST = {"python": "if True:", "ruby": "begin", "lua": "do", "shellscript": "if true; then"}
+_FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})[ \t]*\{?\.?([\w+#-]*)[^\n`]*$", re.MULTILINE)
+_EMBEDDED = re.compile(r"<(script|style)\b([^>]*)>", re.IGNORECASE)
+_SCRIPT_TYPE = re.compile(r"""(?:type|lang)\s*=\s*["']?([\w/+.-]+)""", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Focus:
+    """``snapshot.text[begin:end]`` is the document's ``[begin + shift, end + shift)``."""
+
+    snapshot: Snapshot
+    shift: int
+
+    def to_document(self, offset: int) -> int:
+        """The document's offset of one of the focus, which lies in the lines around the cursor."""
+        return offset + self.shift
+
+
+def find_focus(snapshot: Snapshot) -> Focus:
+    """What to look at for this cursor."""
+    inner = _find_embedded(snapshot)
+    region = _find_region(inner.snapshot)
+    return Focus(region.snapshot, region.shift + inner.shift)
+
+
+def _find_embedded(snapshot: Snapshot) -> Focus:
+    """Fenced code in Markdown, scripts and styles in HTML; else the document itself."""
+    language = find_language(snapshot.language_id).id
+    found = None
+    if language == "markdown":
+        found = _find_fenced(snapshot.text, snapshot.cursor)
+    elif language == "html":
+        found = _find_script(snapshot.text, snapshot.cursor)
+    if found is None:
+        return Focus(snapshot, 0)
+    start, end, language_id = found
+    inner = replace(
+        snapshot, language_id=language_id, text=snapshot.text[start:end], cursor=snapshot.cursor - start
+    )
+    return Focus(inner, start)
+
+
+def _find_fenced(text: str, cursor: int) -> tuple[int, int, str] | None:
+    """Content and language of the fence that holds the cursor."""
+    opening: re.Match[str] | None = None
+    for match in _FENCE.finditer(text):
+        if opening is None:
+            if match.start() > cursor:
+                return None
+            opening = match
+        elif match[1].startswith(opening[1]) and not match[2]:
+            if cursor < match.start():
+                break
+            opening = None
+    else:
+        match = None  # type: ignore[assignment]  # the last fence is open to the end
+    if opening is None or cursor <= opening.end():
+        return None
+    return opening.end() + 1, match.start() if match else len(text), opening[2] or "plaintext"
+
+
+def _find_script(text: str, cursor: int) -> tuple[int, int, str] | None:
+    """Content and language of the ``<script>`` or ``<style>`` that holds the cursor."""
+    opening = None
+    for opening in _EMBEDDED.finditer(text, max(0, cursor - _MAX_SCAN), cursor):  # noqa: B007  the last one counts
+        pass
+    if opening is None:
+        return None
+    closing = re.compile(rf"</{opening[1]}\b", re.IGNORECASE).search(text, opening.end())
+    if closing and closing.start() < cursor:
+        return None
+    kind = _SCRIPT_TYPE.search(opening[2])
+    named = kind[1].lower() if kind else ""
+    if opening[1].lower() == "style":
+        language_id = "css"
+    elif "json" in named:
+        language_id = "json"
+    elif named in {"ts", "typescript", "text/typescript"}:
+        language_id = "typescript"
+    else:
+        language_id = "javascript" if not named or "javascript" in named or named == "module" else "plaintext"
+    return opening.end(), closing.start() if closing else len(text), language_id
+
+
+def _find_region(snapshot: Snapshot) -> Focus:
+    """The lines around the cursor with the headers of their scopes, of a text that is too large to look at whole."""
+    text, cursor = snapshot.text, snapshot.cursor
+    language = find_language(snapshot.language_id)
+    if len(text) <= language.whole_file:
+        return Focus(snapshot, 0)
+    start = _cut_before(text, cursor)
+    start = _before_open_text(text, start, cursor, language)
+    end = _cut_behind(text, start, cursor, language)
+    scopes = find_scopes(text[max(0, start - _MAX_SCAN) : start], _width_at(text, start), language) if start else ()
+    head = "".join(f"{scope}\n" for scope in scopes)
+    region = head + text[start:end]
+    place = len(head) + cursor - start
+    region += _tail(region, place, _width_at(text, end), language)
+    return Focus(replace(snapshot, text=region, cursor=place), start - len(head))
+
+
+def _tail(region: str, cursor: int, next_width: int, language: Language) -> str:
+    """What closes the scopes that are open at the end of a region; what the cursor's line opens stays open."""
+    if language.style is BlockStyle.INDENT:
+        return ""
+    if language.style is BlockStyle.BRACE:
+        state = scan(region, language)
+        line = region.rfind("\n", 0, cursor) + 1, cursor
+        opened = [b for b, place in zip(state.brackets, state.offsets, strict=True) if not line[0] <= place < line[1]]
+        return "".join(f"\n{CLOSER_OF[bracket]}" for bracket in reversed(opened))
+    scopes = find_scopes(region, max(1, next_width), language) if next_width else ()
+    return "".join(_closing_line(scope, language) for scope in reversed(scopes))
+
+
+def _width_at(text: str, start: int) -> int:
+    return len(leading_whitespace(text[start : start + 200]))
+
+
+def _cut_before(text: str, cursor: int) -> int:
+    """Where the region begins: the line within reach that is indented least, the farthest such."""
+    line_start = text.rfind("\n", 0, cursor) + 1
+    reach = max(0, cursor - _REACH)
+    if line_start <= reach:
+        return line_start if cursor - line_start <= _REACH else cursor - _REACH  # one very long line
+    first = text.find("\n", reach, cursor) + 1 if reach else 0
+    lines = text[first:line_start].split("\n")
+    best, position = line_start, line_start
+    lowest = _indentation(text[line_start:cursor]) if text[line_start:cursor].strip() else None
+    for line in reversed(lines[:-1]):
+        position -= len(line) + 1
+        if not line.strip():
+            continue
+        width = _indentation(line)
+        if lowest is None or width <= lowest:
+            lowest = width
+            if not _CONTINUES.match(line):
+                best = position
+    return best
+
+
+def _cut_behind(text: str, start: int, cursor: int, language: Language) -> int:
+    """Where the region ends: before a line outside its scope, else before the last statement that can be reached."""
+    line_end = text.find("\n", cursor)
+    if line_end < 0 or line_end - cursor > _REACH:
+        return min(len(text), cursor + _REACH)
+    line_end = _behind_open_string(text, start, line_end, language)
+    reach = min(len(text), line_end + 1 + _REACH)
+    if reach < len(text):
+        reach = text.rfind("\n", line_end, reach) + 1
+    width, decorated = _width_at(text, start), False
+    position, siblings, nested = line_end + 1, [], [line_end + 1]
+    for line in text[line_end + 1 : reach].split("\n"):
+        own = _indentation(line)
+        if line.strip() and not _CONTINUES.match(line) and not decorated:
+            (siblings if own <= width else nested).append(position)
+            if own < width:
+                break
+        decorated = line.lstrip().startswith("@") if line.strip() else decorated
+        position += len(line) + 1
+    else:
+        if reach >= len(text):
+            siblings.append(len(text))
+    return _last_whole(text[start:], line_end - start, [end - start for end in siblings or nested], language) + start
+
+
+def _behind_open_string(text: str, start: int, line_end: int, language: Language) -> int:
+    """The end of the line where a string ends that is open at ``line_end``, if it ends within reach."""
+    here = scan(text[start:line_end], language)
+    if not here.quote:
+        return line_end
+    end = find_string_end(text[: line_end + _REACH], line_end, here.quote, language)
+    behind = text.find("\n", end) if end is not None else -1
+    return behind if behind >= 0 else line_end
+
+
+def _last_whole(text: str, line_end: int, ends: list[int], language: Language) -> int:
+    """The last of ``ends`` at which nothing is open that was not open at the end of the cursor's line."""
+    here = len(_round_brackets(scan(text[:line_end], language)))
+    for allowed in (0, here) if here else (0,):
+        for end in reversed(ends[-_MAX_TRIED:]):
+            there = scan(text[:end], language)
+            if not there.quote and not there.in_comment and len(_round_brackets(there)) <= allowed:
+                return end
+    return ends[-1]
+
+
+def _round_brackets(state: OpenState) -> str:
+    """Open brackets that hold no statements."""
+    return state.brackets.replace("{", "")
+
+
+def _indentation(line: str) -> int:
+    return len(line) - len(line.lstrip(" \t"))
+
+
+def _before_open_text(text: str, start: int, cursor: int, language: Language) -> int:
+    """``start``, or where the string or comment begins that is open there."""
+    base = max(0, start - _MAX_SCAN)
+    if not start or not language.quotes + language.block_comments:
+        return start
+    opened = find_open_text(text[base:start], language)
+    if opened is None:
+        return start
+    line = text.rfind("\n", 0, base + opened) + 1
+    return line if cursor - line <= 2 * _REACH else start
+
+
+@lru_cache(maxsize=8)
+def find_scopes(head: str, width: int, language: Language) -> tuple[str, ...]:
+    """The header lines of the scopes that are open at the end of a text, outermost first."""
+    found: list[str] = []
+    end = len(head)
+    while width > 0 and end > 0 and len(found) < _MAX_SCOPES:
+        start = _last_line_below(head, end, width)
+        if start is None:
+            break
+        line = head[start:].split("\n", 1)[0] if head.find("\n", start) < 0 else head[start : head.find("\n", start)]
+        width, end = _indentation(line), start
+        if _ENDS_HEADER.match(line):
+            line, end = _with_beginning(head, start, line)
+        elif _CONTINUES.match(line):
+            line = _as_first(line, language)
+        elif _round_brackets(scan(line, language)):
+            line = _with_rest(head, start, language)
+        found.insert(0, line[:_LONGEST_HEADER])
+    return tuple(found)
+
+
+def _as_first(line: str, language: Language) -> str:
+    """A header that goes on with a statement above (``else``, ``} catch``) as one that can stand without it."""
+    match = _NEXT_CONDITION.match(line)
+    if match:
+        return f"{leading_whitespace(line)}if{match[1]}"
+    return leading_whitespace(line) + _FIRST.get(language.id, "{" if language.style is BlockStyle.BRACE else line.strip())
+
+
+def _with_beginning(head: str, start: int, line: str) -> tuple[str, int]:
+    """The lines of a header that ends with a closing bracket on a line of its own, from the one it begins with."""
+    begin = _last_line_below(head, start, _indentation(line) + 1)
+    if begin is None or start - begin > _LONGEST_HEADER:
+        return line, start
+    return head[begin:start] + line, begin
+
+
+def _with_rest(head: str, start: int, language: Language) -> str:
+    """The lines of a header until its brackets are closed."""
+    lines = head[start : start + _LONGEST_HEADER].split("\n")
+    whole = (n for n in range(1, len(lines)) if not _round_brackets(scan("\n".join(lines[:n]), language)))
+    return "\n".join(lines[: next(whole, 1)])
+
+
+def _last_line_below(head: str, end: int, width: int) -> int | None:
+    """Start of the last line before ``end`` that is indented by less than ``width``."""
+    pattern = _shallower(width)
+    while end > 0:
+        begin = head.rfind("\n", 0, max(0, end - 4_000)) + 1
+        last = None
+        for last in pattern.finditer(head, begin, end):  # noqa: B007  the last one counts
+            pass
+        if last is not None:
+            return last.start()
+        end = begin
+    return None
+
+
+@lru_cache(maxsize=64)
+def _shallower(width: int) -> re.Pattern[str]:
+    return re.compile(rf"^[ \t]{{0,{width - 1}}}(?!#|//|/\*|\*|--\s)\S", re.MULTILINE)
+
+
+def _closing_line(header: str, language: Language) -> str:
+    """What closes a header's body, on a line of its own."""
+    closer = language.end_word(header) or scan(header, language).closers
+    if language.id == "html" and (tag := re.match(r"\s*<(\w+)", header)):
+        closer = f"</{tag[1]}>"
+    return f"{leading_whitespace(header)}{closer}\n" if closer else ""

@@ -1,0 +1,365 @@
+"""The languages: which grammar parses each, and what its comments, strings and blocks look like.
+
+    find_language(language_id)   -> Language; the plain one for an id that is not here
+    language_of_path(path)       -> the language id of a file's name
+
+The tables are for what a tree cannot say: code that is not finished. Grammars are loaded on first use.
+
+Knows:  lexical facts.  Never: trees, documents.
+"""
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cache, cached_property
+from pathlib import PurePosixPath
+
+
+class BlockStyle(StrEnum):
+    """How a language marks the body of a header."""
+
+    INDENT = "indent"
+    BRACE = "brace"
+    KEYWORD = "keyword"
+    NONE = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Quote:
+    """One kind of string: what opens and closes it, whether lines may end in it, whether a backslash escapes."""
+
+    open: str
+    close: str
+    multiline: bool = False
+    escapes: bool = True
+
+
+def _quotes(text: str, *, multiline: bool = False, escapes: bool = True) -> tuple[Quote, ...]:
+    return tuple(Quote(mark, mark, multiline, escapes) for mark in text.split())
+
+
+@dataclass(frozen=True, eq=False)
+class Language:
+    """One language; regular expressions are for single lines without their comments."""
+
+    id: str
+    grammar: tuple[str, str] | None = None  # module and function
+    suffixes: tuple[str, ...] = ()
+    line_comments: tuple[str, ...] = ()
+    block_comments: tuple[tuple[str, str], ...] = ()
+    quotes: tuple[Quote, ...] = ()
+    comment_after_blank: bool = False  # "#" inside a word is no comment
+    quote_after_blank: bool = False  # an apostrophe inside a word is no quote
+    literals: str = ""  # a token that only looks like a quote
+    has_brackets: bool = True
+    style: BlockStyle = BlockStyle.NONE
+    header: str = r"(?!)"  # a line that begins a statement with a body
+    opener: str = r"(?!)"  # a line that opens a body at its end
+    imports: str = r"(?!)"  # a line that brings in names
+    whole_file: int = 8_000  # characters up to which a file is looked at whole; a parse of so many takes 1 ms
+    end_words: tuple[tuple[str, str], ...] = ()  # how a header's body ends, for the keyword style
+
+    @cached_property
+    def header_pattern(self) -> re.Pattern[str]:
+        """Matches a line that begins a statement with a body."""
+        return re.compile(rf"\s*(?:{self.header})")
+
+    @cached_property
+    def opener_pattern(self) -> re.Pattern[str]:
+        """Finds the end of a line that opens a body."""
+        return re.compile(self.opener)
+
+    @cached_property
+    def import_pattern(self) -> re.Pattern[str]:
+        """Matches a line that brings in names."""
+        return re.compile(self.imports, re.MULTILINE)
+
+    def end_word(self, header: str) -> str:
+        """What closes the body of a header line, for languages that end bodies with a word."""
+        return next((word for pattern, word in self.end_words if re.search(pattern, header)), "")
+
+
+_C_COMMENTS = {"line_comments": ("//",), "block_comments": (("/*", "*/"),)}
+_PLAIN_QUOTES = _quotes("\" '")
+_BRACE_HEADER = (
+    r"(?:\}\s*)?(?:(?:export|default|public|private|protected|internal|static|final|abstract|async|unsafe|override|"
+    r"virtual|sealed|partial|inline|constexpr|pub(?:\([\w:]+\))?|declare|const(?=\s+(?:fn|enum)))\s+)*"
+    r"(?:if|else|for|foreach|while|do|switch|try|catch|finally|function|func|fn|class|struct|union|enum|interface|"
+    r"trait|impl|namespace|mod|module|match|loop|select|record|type\s+\w+\s+(?:struct|interface))\b"
+)
+_BRACE = {"style": BlockStyle.BRACE, "header": _BRACE_HEADER, "opener": r"[{]\s*$"}
+_C_OPENER = r"[{]\s*$|^\s*(?:case\b.*|default\s*):\s*$|^\s*(?:public|private|protected)\s*:\s*$"
+
+LANGUAGES = (
+    Language(
+        "python",
+        ("tree_sitter_python", "language"),
+        (".py", ".pyi", ".pyw"),
+        line_comments=("#",),
+        quotes=(*_quotes("\"\"\" '''", multiline=True), *_PLAIN_QUOTES),
+        style=BlockStyle.INDENT,
+        header=r"(?:async|class|def|elif|else|except|finally|for|if|match|case|try|while|with)\b",
+        opener=r":\s*$",
+        imports=r"(?:import|from)\s",
+    ),
+    Language(
+        "javascript",
+        ("tree_sitter_javascript", "language"),
+        (".js", ".mjs", ".cjs", ".jsx"),
+        **_C_COMMENTS,
+        quotes=(*_quotes("`", multiline=True), *_PLAIN_QUOTES),
+        **_BRACE,
+        imports=r"import\b|export .* from\b|(?:const|let|var) .*\brequire\(",
+    ),
+    Language(
+        "typescript",
+        ("tree_sitter_typescript", "language_typescript"),
+        (".ts", ".mts", ".cts"),
+        **_C_COMMENTS,
+        quotes=(*_quotes("`", multiline=True), *_PLAIN_QUOTES),
+        **_BRACE,
+        imports=r"import\b|export .* from\b",
+    ),
+    Language(
+        "typescriptreact",
+        ("tree_sitter_typescript", "language_tsx"),
+        (".tsx",),
+        **_C_COMMENTS,
+        quotes=(*_quotes("`", multiline=True), *_PLAIN_QUOTES),
+        **_BRACE,
+        imports=r"import\b|export .* from\b",
+    ),
+    Language(
+        "go",
+        ("tree_sitter_go", "language"),
+        (".go",),
+        **_C_COMMENTS,
+        quotes=(*_quotes("`", multiline=True, escapes=False), *_PLAIN_QUOTES),
+        style=BlockStyle.BRACE,
+        header=_BRACE_HEADER,
+        opener=r"[{]\s*$|^\s*(?:case\b.*|default\s*):\s*$",
+        imports=r"import\b|package\b",
+    ),
+    Language(
+        "rust",
+        ("tree_sitter_rust", "language"),
+        (".rs",),
+        **_C_COMMENTS,
+        quotes=(Quote('r#"', '"#', multiline=True, escapes=False), *_quotes('"', multiline=True)),
+        literals=r"'(?:\\(?:u\{[^}]*\}|.)|[^\\'\n])'",
+        **_BRACE,
+        imports=r"(?:pub )?use\b|extern crate\b",
+    ),
+    Language(
+        "java",
+        ("tree_sitter_java", "language"),
+        (".java",),
+        **_C_COMMENTS,
+        quotes=(*_quotes('"""', multiline=True), *_PLAIN_QUOTES),
+        style=BlockStyle.BRACE,
+        header=_BRACE_HEADER,
+        opener=_C_OPENER,
+        imports=r"import\b|package\b",
+    ),
+    Language(
+        "c",
+        ("tree_sitter_c", "language"),
+        (".c", ".h"),
+        **_C_COMMENTS,
+        quotes=_PLAIN_QUOTES,
+        style=BlockStyle.BRACE,
+        header=_BRACE_HEADER,
+        opener=_C_OPENER,
+        imports=r"#\s*include\b",
+    ),
+    Language(
+        "cpp",
+        ("tree_sitter_cpp", "language"),
+        (".cpp", ".cc", ".cxx", ".hpp", ".hh", ".hxx"),
+        **_C_COMMENTS,
+        quotes=(Quote('R"(', ')"', multiline=True, escapes=False), *_PLAIN_QUOTES),
+        style=BlockStyle.BRACE,
+        header=_BRACE_HEADER,
+        opener=_C_OPENER,
+        imports=r"#\s*include\b|using\b|import\b",
+    ),
+    Language(
+        "csharp",
+        ("tree_sitter_c_sharp", "language"),
+        (".cs",),
+        **_C_COMMENTS,
+        quotes=(
+            *_quotes('"""', multiline=True, escapes=False),
+            Quote('@"', '"', multiline=True, escapes=False),
+            *_PLAIN_QUOTES,
+        ),
+        style=BlockStyle.BRACE,
+        header=_BRACE_HEADER,
+        opener=_C_OPENER,
+        imports=r"using\b|namespace\b",
+    ),
+    Language(
+        "ruby",
+        ("tree_sitter_ruby", "language"),
+        (".rb", ".rake", ".gemspec"),
+        line_comments=("#",),
+        quotes=_quotes("\" ' `", multiline=True),
+        style=BlockStyle.KEYWORD,
+        header=r"(?:def|class|module|if|elsif|else|unless|while|until|case|when|begin|rescue|ensure|for)\b",
+        opener=(
+            r"^\s*(?:def|class|module|if|elsif|else|unless|while|until|case|when|begin|rescue|ensure|for)\b(?!.*\bend$)"
+            r"|\bdo(?:\s*\|[^|]*\|)?\s*$|[{](?:\s*\|[^|]*\|)?\s*$"
+        ),
+        imports=r"require\b|require_relative\b|include\b",
+        end_words=(
+            (r"^\s*(?:def|class|module|if|unless|while|until|case|begin|for)\b|\bdo(?:\s*\|[^|]*\|)?\s*$", "end"),
+        ),
+    ),
+    Language(
+        "php",
+        ("tree_sitter_php", "language_php"),
+        (".php",),
+        line_comments=("//", "#"),
+        block_comments=(("/*", "*/"),),
+        quotes=_quotes("\" '", multiline=True),
+        style=BlockStyle.BRACE,
+        header=_BRACE_HEADER,
+        opener=_C_OPENER,
+        imports=r"use\b|namespace\b|require(?:_once)?\b|include(?:_once)?\b|<\?php",
+    ),
+    Language(
+        "shellscript",
+        ("tree_sitter_bash", "language"),
+        (".sh", ".bash", ".zsh", ".ksh"),
+        line_comments=("#",),
+        comment_after_blank=True,
+        quotes=(*_quotes('"', multiline=True), *_quotes("'", multiline=True, escapes=False)),
+        style=BlockStyle.KEYWORD,
+        header=r"(?:if|elif|else|for|while|until|case|function|select)\b|[\w-]+\s*\(\)",
+        opener=r"\b(?:then|do|else|in)\s*$|[{]\s*$",
+        imports=r"source\b|\.\s",
+        end_words=(
+            (r"\bif\b|\bthen\s*$", "fi"),
+            (r"^\s*(?:for|while|until|select)\b|\bdo\s*$", "done"),
+            (r"^\s*case\b", "esac"),
+        ),
+    ),
+    Language(
+        "lua",
+        ("tree_sitter_lua", "language"),
+        (".lua",),
+        line_comments=("--",),
+        block_comments=(("--[[", "]]"),),
+        quotes=(Quote("[[", "]]", multiline=True, escapes=False), *_PLAIN_QUOTES),
+        style=BlockStyle.KEYWORD,
+        header=r"(?:local\s+)?(?:function|if|elseif|else|for|while|repeat|do)\b",
+        opener=r"\b(?:then|do|else|repeat)\s*$|\bfunction\b[\s\w.:]*\([^)]*\)\s*$|[{]\s*$",
+        imports=r"(?:local\s+\w+\s*=\s*)?require\b",
+        end_words=((r"\b(?:function|if|for|while|do)\b", "end"),),
+    ),
+    Language(
+        "html",
+        ("tree_sitter_html", "language"),
+        (".html", ".htm"),
+        block_comments=(("<!--", "-->"),),
+        has_brackets=False,
+        style=BlockStyle.NONE,
+        opener=r"<\w(?:[^>]*[^/>])?>\s*$",
+        imports=r"<link\b|<script\b",
+    ),
+    Language(
+        "css",
+        ("tree_sitter_css", "language"),
+        (".css",),
+        block_comments=(("/*", "*/"),),
+        quotes=_PLAIN_QUOTES,
+        style=BlockStyle.BRACE,
+        opener=r"[{]\s*$",
+        imports=r"@import\b",
+    ),
+    Language(
+        "json",
+        ("tree_sitter_json", "language"),
+        (".json", ".jsonc"),
+        **_C_COMMENTS,
+        quotes=_quotes('"'),
+        style=BlockStyle.BRACE,
+        opener=r"[{\[]\s*$",
+        whole_file=64_000,
+    ),
+    Language(
+        "yaml",
+        ("tree_sitter_yaml", "language"),
+        (".yaml", ".yml"),
+        line_comments=("#",),
+        comment_after_blank=True,
+        quotes=(*_quotes('"', multiline=True), *_quotes("'", multiline=True, escapes=False)),
+        quote_after_blank=True,
+        style=BlockStyle.INDENT,
+        opener=r":\s*(?:[|>][+-]?\d*)?\s*$",
+    ),
+    Language(
+        "toml",
+        ("tree_sitter_toml", "language"),
+        (".toml",),
+        line_comments=("#",),
+        quotes=(
+            *_quotes('"""', multiline=True),
+            *_quotes("'''", multiline=True, escapes=False),
+            *_quotes('"'),
+            *_quotes("'", escapes=False),
+        ),
+        style=BlockStyle.NONE,
+        opener=r"^\s*\[.*\]\s*$|[\[{]\s*$",
+    ),
+    Language("markdown", ("tree_sitter_markdown", "language"), (".md", ".markdown"), has_brackets=False),
+)
+PLAIN = Language("plaintext", quotes=_PLAIN_QUOTES, opener=r"[:{]\s*$")
+
+# What editors call them: VS Code's ids, Vim's file types, words behind a Markdown fence.
+_ALIASES = {
+    "py": "python",
+    "python3": "python",
+    "js": "javascript",
+    "jsx": "javascript",
+    "javascriptreact": "javascript",
+    "node": "javascript",
+    "ts": "typescript",
+    "tsx": "typescriptreact",
+    "golang": "go",
+    "rs": "rust",
+    "h": "c",
+    "c++": "cpp",
+    "cc": "cpp",
+    "cs": "csharp",
+    "c#": "csharp",
+    "rb": "ruby",
+    "sh": "shellscript",
+    "bash": "shellscript",
+    "zsh": "shellscript",
+    "shell": "shellscript",
+    "htm": "html",
+    "jsonc": "json",
+    "json5": "json",
+    "yml": "yaml",
+    "md": "markdown",
+    "rmd": "markdown",
+    "quarto": "markdown",
+}
+_BY_ID = {language.id: language for language in LANGUAGES}
+_BY_SUFFIX = {suffix: language.id for language in LANGUAGES for suffix in language.suffixes}
+_BY_NAME = {"Rakefile": "ruby", "Gemfile": "ruby", ".bashrc": "shellscript", ".zshrc": "shellscript"}
+
+
+@cache
+def find_language(language_id: str) -> Language:
+    """The language of an editor's id, in any case; ``PLAIN`` for one that is not here."""
+    name = language_id.lower()
+    return _BY_ID.get(_ALIASES.get(name, name), PLAIN)
+
+
+def language_of_path(path: str) -> str:
+    """Language id of a file name: by its ending, else the ending itself, else ``plaintext``."""
+    name = PurePosixPath(path.replace("\\", "/"))
+    suffix = name.suffix.lower()
+    return _BY_NAME.get(name.name) or _BY_SUFFIX.get(suffix) or suffix.lstrip(".") or "plaintext"
