@@ -3,6 +3,7 @@
     lsp        serve an editor over stdio
     complete   complete at one place of one file
     eval       measure quality
+    bench      measure time
     doctor     what is installed, and whether the model answers
 
 Exit codes: 0 done, 1 nothing to complete or a check failed (the reason is on stderr), 2 wrong use.
@@ -13,6 +14,7 @@ import dataclasses
 import json
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -154,12 +156,7 @@ def infilling(data: Path, limit: int | None, as_json: bool, **options: Any) -> N
     from fimserver.bench.infilling import evaluate_file  # noqa: PLC0415
 
     settings = _settings(options)
-    try:
-        summary = evaluate_file(data, settings, limit=limit)
-    except FimserverError as error:
-        click.echo(f"fimserver: {error}", err=True)
-        sys.exit(1)
-    print_summary(summary, as_json=as_json)
+    _run_measurement(lambda: evaluate_file(data, settings, limit=limit), as_json=as_json)
 
 
 @evaluate.command()
@@ -173,12 +170,25 @@ def lines(limit: int, as_json: bool, guesses: bool, **options: Any) -> None:  # 
     from fimserver.bench.lines import evaluate_lines  # noqa: PLC0415
 
     settings = _settings(options)
-    try:
-        summary = evaluate_lines(settings, limit=limit, guesses=guesses)
-    except FimserverError as error:
-        click.echo(f"fimserver: {error}", err=True)
-        sys.exit(1)
-    print_summary(summary, as_json=as_json)
+    _run_measurement(lambda: evaluate_lines(settings, limit=limit, guesses=guesses), as_json=as_json)
+
+
+@main.group()
+def bench() -> None:
+    """Measure time."""
+
+
+@bench.command()
+@click.option("--limit", type=click.IntRange(min=1), default=600, show_default=True, metavar="N", help="Keystrokes.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@_decoding_options
+@_engine_options
+def keystroke(limit: int, as_json: bool, **options: Any) -> None:  # noqa: FBT001
+    """Type in a file of 10,000 lines: server time without the model, model time, tokens encoded again."""
+    from fimserver.bench.keystroke import measure_typing  # noqa: PLC0415
+
+    settings = _settings(options)
+    _run_measurement(lambda: measure_typing(settings, limit=limit), as_json=as_json)
 
 
 @main.command()
@@ -190,6 +200,16 @@ def doctor(**options: Any) -> None:
     sys.exit(0 if run_checks(_settings(options, reports=False)) else 1)
 
 
+def _run_measurement(measure: Callable[[], Any], *, as_json: bool) -> None:
+    """Print what a measurement gives; one that cannot be made is exit 1 with the reason."""
+    try:
+        summary = measure()
+    except FimserverError as error:
+        click.echo(f"fimserver: {error}", err=True)
+        sys.exit(1)
+    print_summary(summary, as_json=as_json)
+
+
 def print_summary(summary: Any, *, as_json: bool) -> None:
     """A dataclass of results: one JSON object, or a line each."""
     values = dataclasses.asdict(summary)
@@ -197,7 +217,7 @@ def print_summary(summary: Any, *, as_json: bool) -> None:
         click.echo(json.dumps(values))
         return
     for name, value in values.items():
-        click.echo(f"{name:16} {f'{value:.3f}' if isinstance(value, float) else value}")
+        click.echo(f"{name:36} {f'{value:.3f}' if isinstance(value, float) else value}")
 
 
 if __name__ == "__main__":

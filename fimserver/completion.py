@@ -147,7 +147,7 @@ def complete_snapshot(
         result.model = engine.wait_until_ready(0)
         startup_ms = (time.perf_counter() - begin) * 1e3
         texts = tuple(guess.text for guess in result.guesses)
-        result.context = build_context(snapshot, hole, budget_for(result.model.max_prompt_tokens), guesses=texts)
+        result.context = build_context(place.seen, hole, budget_for(result.model.max_prompt_tokens), guesses=texts)
         sampling = to_sampling(settings, min_tokens=1, trace=trace)
         pending = engine.complete(result.context, sampling, on_draft=result.drafts.append if trace else None)
         result.generation = pending.future.result()

@@ -96,11 +96,11 @@ class LineIndex:
         stop = self.starts[last] + moved if last < len(self.starts) else len(text)
         index = LineIndex.__new__(LineIndex)
         index.text = text
-        index.starts = [
-            *self.starts[: first + 1],
-            *(m.end() for m in _LINE_END.finditer(text, self.starts[first], stop)),
-            *(line_start + moved for line_start in self.starts[last + 1 :]),
-        ]
+        between = [m.end() for m in _LINE_END.finditer(text, self.starts[first], stop)]
+        behind = self.starts[last + 1 :]
+        if moved:
+            behind = [line_start + moved for line_start in behind]  # a list: this is all a keystroke costs here
+        index.starts = self.starts[: first + 1] + between + behind
         return index
 
     def _find(self, line: int, column: int, encoding: Encoding) -> tuple[int, bool]:

@@ -64,8 +64,8 @@ def read_cases(file: str) -> list[Case]:
     return cases
 
 
-def parametrize(file: str) -> pytest.MarkDecorator:
-    cases = read_cases(file)
+def parametrize(*files: str) -> pytest.MarkDecorator:
+    cases = [case for file in files for case in read_cases(file)]
     return pytest.mark.parametrize("case", cases, ids=[c.name for c in cases])
 
 

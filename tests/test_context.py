@@ -31,7 +31,7 @@ def scan_python_code(code: str) -> OpenState:
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 
 
-@parametrize("holes.txt")
+@parametrize("holes.txt", "holes_languages.txt")
 def test_hole(case: Case, request: pytest.FixtureRequest) -> None:
     place = find_place(case.snapshot, case.settings)
     if isinstance(place, NoCompletion):
@@ -44,7 +44,7 @@ def test_hole(case: Case, request: pytest.FixtureRequest) -> None:
     check(case, f"{hole.kind} {hole.max_lines}" + (f" over {over}" if over else ""), request)
 
 
-@parametrize("completions.txt")
+@parametrize("completions.txt", "completions_languages.txt")
 def test_completion(case: Case, request: pytest.FixtureRequest) -> None:
     snapshot = case.snapshot
     place = find_place(snapshot, case.settings)

@@ -26,7 +26,7 @@ MODES = [Mode.DIFFUSION, Mode.AUTOREGRESSIVE]
 
 
 def context(prefix: str, suffix: str = "\n", hole: Hole = LINE) -> FimContext:
-    return FimContext(prefix, suffix, "app.py", "python", hole, (Snippet("a.py", "x"),), ("guess",))
+    return FimContext(prefix, suffix, "app.py", "python", hole, "import os\n", (Snippet("a.py", "x"),), ("guess",))
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -67,13 +67,9 @@ class Summary:
 
 def cut_lines(limit: int) -> Iterator[Line]:
     """The same ``limit`` cuts each time; lines of code, not of comments or strings."""
-    stdlib = Path(sysconfig.get_paths()["stdlib"])
-    texts = {}
-    for name in HELD_OUT:
-        path = stdlib / f"{name}.py"
-        path = path if path.exists() else stdlib / name / "__init__.py"
-        texts[name] = path.read_text(encoding="utf-8")
-        ast.parse(texts[name])  # what is broken already proves nothing
+    texts = {name: read_module(name) for name in HELD_OUT}
+    for text in texts.values():
+        ast.parse(text)  # what is broken already proves nothing
     rng = random.Random(_DRAW_SEED)
     while limit:
         name = rng.choice(HELD_OUT)
@@ -92,6 +88,12 @@ def cut_lines(limit: int) -> Iterator[Line]:
         limit -= 1
         snapshot = Snapshot(f"file:///{name}.py", 0, "python", text[:start] + text[end:], start)
         yield Line(name, snapshot, text[start:end])
+
+
+def read_module(name: str) -> str:
+    """Source of a module of the standard library, or of its package."""
+    path = Path(sysconfig.get_paths()["stdlib"]) / f"{name}.py"
+    return (path if path.exists() else path.with_suffix("") / "__init__.py").read_text(encoding="utf-8")
 
 
 def evaluate_lines(settings: Settings, *, limit: int, guesses: bool = True) -> Summary:

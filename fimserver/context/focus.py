@@ -19,7 +19,8 @@ from fimserver.context.scan import CLOSER_OF, OpenState, find_open_text, find_st
 from fimserver.text import leading_whitespace
 from fimserver.types import Snapshot
 
-_REACH = 3_000  # characters looked at on either side of the cursor in a larger one
+_REACH = 2_000  # characters looked at on either side of the cursor in a larger one
+_LONGEST_TEXT = 20_000  # characters of a string or comment around the cursor that are still looked at whole
 _MAX_SCOPES = 12
 _MAX_TRIED = 4
 _LONGEST_HEADER = 2_000
@@ -50,12 +51,12 @@ class Focus:
 
 def find_focus(snapshot: Snapshot) -> Focus:
     """What to look at for this cursor."""
-    inner = _find_embedded(snapshot)
+    inner = find_embedded(snapshot)
     region = _find_region(inner.snapshot)
     return Focus(region.snapshot, region.shift + inner.shift)
 
 
-def _find_embedded(snapshot: Snapshot) -> Focus:
+def find_embedded(snapshot: Snapshot) -> Focus:
     """Fenced code in Markdown, scripts and styles in HTML; else the document itself."""
     language = find_language(snapshot.language_id).id
     found = None
@@ -85,7 +86,7 @@ def _find_fenced(text: str, cursor: int) -> tuple[int, int, str] | None:
                 break
             opening = None
     else:
-        match = None  # type: ignore[assignment]  # the last fence is open to the end
+        match = None  # the last fence is open to the end
     if opening is None or cursor <= opening.end():
         return None
     return opening.end() + 1, match.start() if match else len(text), opening[2] or "plaintext"
@@ -133,9 +134,7 @@ def _find_region(snapshot: Snapshot) -> Focus:
 
 def _tail(region: str, cursor: int, next_width: int, language: Language) -> str:
     """What closes the scopes that are open at the end of a region; what the cursor's line opens stays open."""
-    if language.style is BlockStyle.INDENT:
-        return ""
-    if language.style is BlockStyle.BRACE:
+    if language.style in (BlockStyle.INDENT, BlockStyle.BRACE):
         state = scan(region, language)
         line = region.rfind("\n", 0, cursor) + 1, cursor
         opened = [b for b, place in zip(state.brackets, state.offsets, strict=True) if not line[0] <= place < line[1]]
@@ -175,13 +174,30 @@ def _cut_behind(text: str, start: int, cursor: int, language: Language) -> int:
     line_end = text.find("\n", cursor)
     if line_end < 0 or line_end - cursor > _REACH:
         return min(len(text), cursor + _REACH)
-    line_end = _behind_open_string(text, start, line_end, language)
-    reach = min(len(text), line_end + 1 + _REACH)
+    here = scan(text[start:line_end], language)
+    if here.quote:
+        end = find_string_end(text[: line_end + _LONGEST_TEXT], line_end, here.quote, language)
+        behind = text.find("\n", end) if end is not None else -1
+        line_end = behind if behind >= 0 else line_end
+        here = scan(text[start:line_end], language)
+    below = line_end + 1
+    reach = min(len(text), below + _REACH)
     if reach < len(text):
         reach = text.rfind("\n", line_end, reach) + 1
-    width, decorated = _width_at(text, start), False
-    position, siblings, nested = line_end + 1, [], [line_end + 1]
-    for line in text[line_end + 1 : reach].split("\n"):
+    width = _width_at(text, start)
+    return below + _whole_length(text[below:reach], reach >= len(text), width, _round_brackets(here), language)
+
+
+@lru_cache(maxsize=16)
+def _whole_length(below: str, is_all: bool, width: int, opened: str, language: Language) -> int:  # noqa: FBT001
+    """How much of the text below the cursor's line belongs to the region; remembered while one types above it.
+
+    ``opened`` are brackets that the lines above left open, ``is_all`` says that the file ends with ``below``.
+    """
+    position, decorated = 0, False
+    siblings: list[int] = []
+    nested = [0]
+    for line in below.split("\n"):
         own = _indentation(line)
         if line.strip() and not _CONTINUES.match(line) and not decorated:
             (siblings if own <= width else nested).append(position)
@@ -190,27 +206,12 @@ def _cut_behind(text: str, start: int, cursor: int, language: Language) -> int:
         decorated = line.lstrip().startswith("@") if line.strip() else decorated
         position += len(line) + 1
     else:
-        if reach >= len(text):
-            siblings.append(len(text))
-    return _last_whole(text[start:], line_end - start, [end - start for end in siblings or nested], language) + start
-
-
-def _behind_open_string(text: str, start: int, line_end: int, language: Language) -> int:
-    """The end of the line where a string ends that is open at ``line_end``, if it ends within reach."""
-    here = scan(text[start:line_end], language)
-    if not here.quote:
-        return line_end
-    end = find_string_end(text[: line_end + _REACH], line_end, here.quote, language)
-    behind = text.find("\n", end) if end is not None else -1
-    return behind if behind >= 0 else line_end
-
-
-def _last_whole(text: str, line_end: int, ends: list[int], language: Language) -> int:
-    """The last of ``ends`` at which nothing is open that was not open at the end of the cursor's line."""
-    here = len(_round_brackets(scan(text[:line_end], language)))
-    for allowed in (0, here) if here else (0,):
+        if is_all:
+            siblings.append(len(below))
+    ends = siblings or nested
+    for allowed in (0, len(opened)) if opened else (0,):
         for end in reversed(ends[-_MAX_TRIED:]):
-            there = scan(text[:end], language)
+            there = scan(f"{opened}\n{below[:end]}", language)
             if not there.quote and not there.in_comment and len(_round_brackets(there)) <= allowed:
                 return end
     return ends[-1]
@@ -234,7 +235,7 @@ def _before_open_text(text: str, start: int, cursor: int, language: Language) ->
     if opened is None:
         return start
     line = text.rfind("\n", 0, base + opened) + 1
-    return line if cursor - line <= 2 * _REACH else start
+    return line if cursor - line <= _LONGEST_TEXT else start
 
 
 @lru_cache(maxsize=8)

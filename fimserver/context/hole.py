@@ -10,6 +10,7 @@ Knows:  text, trees, the person's settings.  Never: the model, LSP.
 """
 
 import re
+from urllib.parse import unquote
 
 from tree_sitter import Node
 
@@ -48,22 +49,22 @@ _STRING_TYPES = frozenset(
     "string string_literal interpreted_string_literal raw_string_literal template_string char_literal "
     "character_literal rune_literal verbatim_string_literal interpolated_string_expression encapsed_string heredoc "
     "heredoc_body nowdoc raw_string string_value double_quote_scalar single_quote_scalar quoted_attribute_value "
-    "ansi_c_string concatenated_string_part text_block multiline_string_literal".split()
+    "ansi_c_string".split()
 )
 _INTERPOLATION_TYPES = frozenset(
-    "interpolation template_substitution command_substitution expansion string_interpolation".split()
+    "interpolation template_substitution command_substitution process_substitution arithmetic_expansion expansion "
+    "string_interpolation".split()
 )
-_DOC_COMMENTS = ("/**", "///", "//!")
+_DOC_COMMENTS = ("/**", "///", "//!", "---")
 _STRING_ENDS = re.compile(r'[\w@$&#]*?("""|\'\'\'|"|\'|`|\[=*\[)')
 _BODY_PARENTS = ("module", "block")
-_CLOSERS = re.compile(r"[)\]}\"'`]+")
 _TRIPLE = ('"""', "'''")
 
 
 def refuse_document(snapshot: Snapshot, *, invoked: bool = False, writable: bool = True) -> NoCompletion | None:
     """Why nothing is offered anywhere in this document; one that the person asks in is refused for less."""
-    scheme, _, path = snapshot.uri.partition(":")
-    if _PRIVATE.search(path.split("?")[0].split("#")[0]):
+    scheme = snapshot.uri.partition(":")[0]
+    if is_private(snapshot.uri):
         return NoCompletion("private_file", "files that hold secrets (.env, keys, credentials) are never read")
     if len(snapshot.text) > _MAX_CHARACTERS:
         size = f"{len(snapshot.text) / 1e6:.1f} million characters"
@@ -75,6 +76,11 @@ def refuse_document(snapshot: Snapshot, *, invoked: bool = False, writable: bool
     if not invoked and _GENERATED.search(snapshot.text, 0, _HEAD):
         return NoCompletion("generated_file", "the file says that it is generated; ask by hand to complete there")
     return None
+
+
+def is_private(uri: str) -> bool:
+    """Whether a document's name says that it holds secrets; such a one is not read for others either."""
+    return _PRIVATE.search(unquote(uri.split("?")[0].split("#")[0])) is not None
 
 
 def find_hole(snapshot: Snapshot, tree: SyntaxTree | None, settings: Settings) -> Hole | NoCompletion:
@@ -93,10 +99,9 @@ def find_hole(snapshot: Snapshot, tree: SyntaxTree | None, settings: Settings) -
 
 def count_replaceable(before: str, after: str, kind: HoleKind, language: Language) -> int:
     """How many characters behind the cursor close what this line opened: an editor typed them, not a person."""
-    run = _CLOSERS.match(after)
-    if run is None or kind in (HoleKind.COMMENT, HoleKind.DOCSTRING):
+    if kind in (HoleKind.COMMENT, HoleKind.DOCSTRING):
         return 0
-    return common_length(run.group(), scan(before, language).closers)
+    return common_length(after, scan(before, language).closers)
 
 
 def common_length(a: str, b: str) -> int:
@@ -202,7 +207,9 @@ def _find_in_code(snapshot: Snapshot, before: str, after: str, language: Languag
     if after.strip():
         return HoleKind.EXPRESSION
     unfinished = language.header_pattern.match(before) is not None and not body_follows(snapshot, before)
-    if language.style is BlockStyle.INDENT:
+    if language.style is BlockStyle.KEYWORD:
+        wants_body = opens_block(before, language) and not body_follows(snapshot, before)
+    elif language.style is BlockStyle.INDENT:
         wants_body = unfinished or opens_block(before, language)
     elif language.style is BlockStyle.NONE:
         wants_body = False
@@ -225,7 +232,8 @@ def next_line(snapshot: Snapshot) -> str:
 def opens_block(line: str, language: Language) -> bool:
     """Whether a line ends a header: for Python not a slice, an annotation or a lambda."""
     if language.id != "python":
-        return language.opener_pattern.search(without_comment(line, language)) is not None
+        in_string = any(mark in '"`' for mark in scan(line, language).brackets)
+        return not in_string and language.opener_pattern.search(without_comment(line, language)) is not None
     state = scan(line, language)
     header = language.header_pattern.match(line) is not None or state.unmatched is not None  # begun above
     return header and line.rstrip().endswith(":") and not state.brackets

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache, cached_property
 from pathlib import PurePosixPath
+from typing import Any
 
 
 class BlockStyle(StrEnum):
@@ -26,16 +27,20 @@ class BlockStyle(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Quote:
-    """One kind of string: what opens and closes it, whether lines may end in it, whether a backslash escapes."""
+    """One kind of string: what opens and closes it, whether lines may end in it, whether a backslash escapes.
+
+    ``code`` is a regular expression for what begins code inside, up to a bracket.
+    """
 
     open: str
     close: str
     multiline: bool = False
     escapes: bool = True
+    code: str = ""
 
 
-def _quotes(text: str, *, multiline: bool = False, escapes: bool = True) -> tuple[Quote, ...]:
-    return tuple(Quote(mark, mark, multiline, escapes) for mark in text.split())
+def _quotes(text: str, *, multiline: bool = False, escapes: bool = True, code: str = "") -> tuple[Quote, ...]:
+    return tuple(Quote(mark, mark, multiline, escapes, code) for mark in text.split())
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,13 +55,16 @@ class Language:
     quotes: tuple[Quote, ...] = ()
     comment_after_blank: bool = False  # "#" inside a word is no comment
     quote_after_blank: bool = False  # an apostrophe inside a word is no quote
-    literals: str = ""  # a token that only looks like a quote
+    literals: str = ""  # tokens that only look like a quote, a bracket or a comment
+    literal_starts: str = ""  # what those begin with
+    documents: str = ""  # what names the end of a string that begins on the next line
     has_brackets: bool = True
     style: BlockStyle = BlockStyle.NONE
     header: str = r"(?!)"  # a line that begins a statement with a body
     opener: str = r"(?!)"  # a line that opens a body at its end
     imports: str = r"(?!)"  # a line that brings in names
     whole_file: int = 8_000  # characters up to which a file is looked at whole; a parse of so many takes 1 ms
+    reserved: str = ""  # words that are no names, where a grammar takes them for one
     end_words: tuple[tuple[str, str], ...] = ()  # how a header's body ends, for the keyword style
 
     @cached_property
@@ -79,16 +87,30 @@ class Language:
         return next((word for pattern, word in self.end_words if re.search(pattern, header)), "")
 
 
-_C_COMMENTS = {"line_comments": ("//",), "block_comments": (("/*", "*/"),)}
+_C_WORDS = "if else for while do switch case return break continue"
+_JS_WORDS = f"{_C_WORDS} function class const var throw try catch finally import export extends in instanceof"
+_RUBY_HEADERS = "def|class|module|if|elsif|else|unless|while|until|case|when|begin|rescue|ensure|for"
+_C_COMMENTS: dict[str, Any] = {"line_comments": ("//",), "block_comments": (("/*", "*/"),)}
 _PLAIN_QUOTES = _quotes("\" '")
+_JS_QUOTES = (*_quotes("`", multiline=True, code=r"\$\{"), *_PLAIN_QUOTES)
+_JS_REGEX: dict[str, Any] = {
+    "literals": r"(?:(?<=[=(,:;!&|?{\[])|(?<=[=(,:;!&|?{\[] )|(?<==> )|(?<=return )|(?<![\s\S]))"
+    r"/(?![*/])(?:\\.|\[(?:\\.|[^\]\\\n])*\]|[^/\\\[\n])+/"
+    r"|(?<=\w)'(?=(?:s|t|re|ll|ve|d|m)\b)",  # of a word in an element's text
+    "literal_starts": "/'",
+}
+_DIGITS_APART: dict[str, Any] = {"literals": r"(?<=\d)'(?=\d)", "literal_starts": "'"}
+VOID_ELEMENTS = "area|base|br|col|embed|hr|img|input|link|meta|source|track|wbr"  # of HTML, without an end
 _BRACE_HEADER = (
     r"(?:\}\s*)?(?:(?:export|default|public|private|protected|internal|static|final|abstract|async|unsafe|override|"
     r"virtual|sealed|partial|inline|constexpr|pub(?:\([\w:]+\))?|declare|const(?=\s+(?:fn|enum)))\s+)*"
     r"(?:if|else|for|foreach|while|do|switch|try|catch|finally|function|func|fn|class|struct|union|enum|interface|"
     r"trait|impl|namespace|mod|module|match|loop|select|record|type\s+\w+\s+(?:struct|interface))\b"
 )
-_BRACE = {"style": BlockStyle.BRACE, "header": _BRACE_HEADER, "opener": r"[{]\s*$"}
-_C_OPENER = r"[{]\s*$|^\s*(?:case\b.*|default\s*):\s*$|^\s*(?:public|private|protected)\s*:\s*$"
+_BRACE: dict[str, Any] = {"style": BlockStyle.BRACE, "header": _BRACE_HEADER, "opener": r"[{]\s*$"}
+_CASE_OPENER = r"[{]\s*$|^\s*(?:case\b.*|default\s*):\s*$"
+_JS_BLOCKS: dict[str, Any] = _BRACE | {"opener": _CASE_OPENER}
+_C_OPENER = rf"{_CASE_OPENER}|^\s*(?:public|private|protected)\s*:\s*$"
 
 LANGUAGES = (
     Language(
@@ -107,8 +129,10 @@ LANGUAGES = (
         ("tree_sitter_javascript", "language"),
         (".js", ".mjs", ".cjs", ".jsx"),
         **_C_COMMENTS,
-        quotes=(*_quotes("`", multiline=True), *_PLAIN_QUOTES),
-        **_BRACE,
+        quotes=_JS_QUOTES,
+        **_JS_REGEX,
+        **_JS_BLOCKS,
+        reserved=_JS_WORDS,
         imports=r"import\b|export .* from\b|(?:const|let|var) .*\brequire\(",
     ),
     Language(
@@ -116,8 +140,10 @@ LANGUAGES = (
         ("tree_sitter_typescript", "language_typescript"),
         (".ts", ".mts", ".cts"),
         **_C_COMMENTS,
-        quotes=(*_quotes("`", multiline=True), *_PLAIN_QUOTES),
-        **_BRACE,
+        quotes=_JS_QUOTES,
+        **_JS_REGEX,
+        **_JS_BLOCKS,
+        reserved=_JS_WORDS,
         imports=r"import\b|export .* from\b",
     ),
     Language(
@@ -125,8 +151,10 @@ LANGUAGES = (
         ("tree_sitter_typescript", "language_tsx"),
         (".tsx",),
         **_C_COMMENTS,
-        quotes=(*_quotes("`", multiline=True), *_PLAIN_QUOTES),
-        **_BRACE,
+        quotes=_JS_QUOTES,
+        **_JS_REGEX,
+        **_JS_BLOCKS,
+        reserved=_JS_WORDS,
         imports=r"import\b|export .* from\b",
     ),
     Language(
@@ -137,7 +165,8 @@ LANGUAGES = (
         quotes=(*_quotes("`", multiline=True, escapes=False), *_PLAIN_QUOTES),
         style=BlockStyle.BRACE,
         header=_BRACE_HEADER,
-        opener=r"[{]\s*$|^\s*(?:case\b.*|default\s*):\s*$",
+        opener=_CASE_OPENER,
+        reserved="if else for switch case return break continue func var const type package import range go defer select",
         imports=r"import\b|package\b",
     ),
     Language(
@@ -145,9 +174,14 @@ LANGUAGES = (
         ("tree_sitter_rust", "language"),
         (".rs",),
         **_C_COMMENTS,
-        quotes=(Quote('r#"', '"#', multiline=True, escapes=False), *_quotes('"', multiline=True)),
-        literals=r"'(?:\\(?:u\{[^}]*\}|.)|[^\\'\n])'",
+        quotes=(
+            *(Quote(f'r{marks}"', f'"{marks}', multiline=True, escapes=False) for marks in ("", "#", "##")),
+            *_quotes('"', multiline=True),
+        ),
+        literals=r"'(?:\\(?:u\{[^}]*\}|x\w\w|.)|[^\\'\n])'",
+        literal_starts="'",
         **_BRACE,
+        reserved="if else for while loop match return break continue fn let mut impl struct enum trait use mod pub in",
         imports=r"(?:pub )?use\b|extern crate\b",
     ),
     Language(
@@ -159,6 +193,7 @@ LANGUAGES = (
         style=BlockStyle.BRACE,
         header=_BRACE_HEADER,
         opener=_C_OPENER,
+        reserved=f"{_C_WORDS} class interface enum new throw throws try catch finally import package extends",
         imports=r"import\b|package\b",
     ),
     Language(
@@ -167,9 +202,11 @@ LANGUAGES = (
         (".c", ".h"),
         **_C_COMMENTS,
         quotes=_PLAIN_QUOTES,
+        **_DIGITS_APART,
         style=BlockStyle.BRACE,
         header=_BRACE_HEADER,
         opener=_C_OPENER,
+        reserved=f"{_C_WORDS} struct union enum typedef goto sizeof",
         imports=r"#\s*include\b",
     ),
     Language(
@@ -178,9 +215,12 @@ LANGUAGES = (
         (".cpp", ".cc", ".cxx", ".hpp", ".hh", ".hxx"),
         **_C_COMMENTS,
         quotes=(Quote('R"(', ')"', multiline=True, escapes=False), *_PLAIN_QUOTES),
+        literals=_DIGITS_APART["literals"] + r'|\bR"(?P<name>\w*)\([\s\S]*?\)(?P=name)"',
+        literal_starts="'R",
         style=BlockStyle.BRACE,
         header=_BRACE_HEADER,
         opener=_C_OPENER,
+        reserved=f"{_C_WORDS} struct class namespace template throw try catch using goto",
         imports=r"#\s*include\b|using\b|import\b",
     ),
     Language(
@@ -190,12 +230,16 @@ LANGUAGES = (
         **_C_COMMENTS,
         quotes=(
             *_quotes('"""', multiline=True, escapes=False),
+            Quote('$@"', '"', multiline=True, escapes=False, code=r"\{(?!\{)"),
+            Quote('@$"', '"', multiline=True, escapes=False, code=r"\{(?!\{)"),
+            Quote('$"', '"', code=r"\{(?!\{)"),
             Quote('@"', '"', multiline=True, escapes=False),
             *_PLAIN_QUOTES,
         ),
         style=BlockStyle.BRACE,
         header=_BRACE_HEADER,
         opener=_C_OPENER,
+        reserved=f"{_C_WORDS} class struct namespace interface new throw try catch finally foreach using",
         imports=r"using\b|namespace\b",
     ),
     Language(
@@ -203,16 +247,22 @@ LANGUAGES = (
         ("tree_sitter_ruby", "language"),
         (".rb", ".rake", ".gemspec"),
         line_comments=("#",),
-        quotes=_quotes("\" ' `", multiline=True),
+        quotes=(*_quotes('" `', multiline=True, code=r"#\{"), *_quotes("'", multiline=True)),
+        documents=r"<<(?:[~-][\"'`]?\w+[\"'`]?|[A-Z_]+\b|[\"']\w+[\"'])",
         style=BlockStyle.KEYWORD,
-        header=r"(?:def|class|module|if|elsif|else|unless|while|until|case|when|begin|rescue|ensure|for)\b",
+        header=rf"(?:{_RUBY_HEADERS})\b",
         opener=(
-            r"^\s*(?:def|class|module|if|elsif|else|unless|while|until|case|when|begin|rescue|ensure|for)\b(?!.*\bend$)"
+            r"^\s*(?!def\s+[\w.]+\s*(?:\([^)]*\))?\s*=\s|.*\bend$)"
+            rf"(?:{_RUBY_HEADERS})\b"
             r"|\bdo(?:\s*\|[^|]*\|)?\s*$|[{](?:\s*\|[^|]*\|)?\s*$"
         ),
+        reserved="def class module if elsif else unless while until case when begin rescue ensure end then do",
         imports=r"require\b|require_relative\b|include\b",
         end_words=(
-            (r"^\s*(?:def|class|module|if|unless|while|until|case|begin|for)\b|\bdo(?:\s*\|[^|]*\|)?\s*$", "end"),
+            (
+                rf"^\s*(?:{_RUBY_HEADERS})\b|\bdo(?:\s*\|[^|]*\|)?\s*$",
+                "end",
+            ),
         ),
     ),
     Language(
@@ -221,7 +271,10 @@ LANGUAGES = (
         (".php",),
         line_comments=("//", "#"),
         block_comments=(("/*", "*/"),),
-        quotes=_quotes("\" '", multiline=True),
+        quotes=(*_quotes('"', multiline=True, code=r"\{(?=\$)"), *_quotes("'", multiline=True)),
+        literals=r"#(?=\[)|(?<![\s\S])[\s\S]*?<\?(?:php|=)|\?>[\s\S]*?(?:<\?(?:php|=)|(?![\s\S]))",
+        literal_starts="#?<",
+        documents=r"<<<[\"']?[A-Za-z_]\w*[\"']?",
         style=BlockStyle.BRACE,
         header=_BRACE_HEADER,
         opener=_C_OPENER,
@@ -233,13 +286,21 @@ LANGUAGES = (
         (".sh", ".bash", ".zsh", ".ksh"),
         line_comments=("#",),
         comment_after_blank=True,
-        quotes=(*_quotes('"', multiline=True), *_quotes("'", multiline=True, escapes=False)),
+        quotes=(
+            *_quotes('"', multiline=True, code=r"\$\(|\$\{"),
+            Quote("$'", "'", multiline=True),
+            *_quotes("'", multiline=True, escapes=False),
+        ),
+        literals=r"\\[\s\S]|<<<",
+        literal_starts="\\",
+        documents=r"<<-?[ \t]*[\"']?[A-Za-z_]\w*[\"']?",
         style=BlockStyle.KEYWORD,
         header=r"(?:if|elif|else|for|while|until|case|function|select)\b|[\w-]+\s*\(\)",
-        opener=r"\b(?:then|do|else|in)\s*$|[{]\s*$",
+        opener=r"\b(?:then|do|else|in)\s*$|[{]\s*$|^\s*[^\s()]+(?:\s*\|\s*[^\s()]+)*\)\s*$",
+        reserved="then do else elif fi done esac",
         imports=r"source\b|\.\s",
         end_words=(
-            (r"\bif\b|\bthen\s*$", "fi"),
+            (r"\bif\b|\bthen\s*$|^\s*else\b", "fi"),
             (r"^\s*(?:for|while|until|select)\b|\bdo\s*$", "done"),
             (r"^\s*case\b", "esac"),
         ),
@@ -249,22 +310,27 @@ LANGUAGES = (
         ("tree_sitter_lua", "language"),
         (".lua",),
         line_comments=("--",),
-        block_comments=(("--[[", "]]"),),
-        quotes=(Quote("[[", "]]", multiline=True, escapes=False), *_PLAIN_QUOTES),
+        block_comments=tuple((f"--[{marks}[", f"]{marks}]") for marks in ("", "=", "==", "===")),
+        quotes=(
+            *(Quote(f"[{m}[", f"]{m}]", multiline=True, escapes=False) for m in ("", "=", "==", "===")),
+            *_PLAIN_QUOTES,
+        ),
         style=BlockStyle.KEYWORD,
         header=r"(?:local\s+)?(?:function|if|elseif|else|for|while|repeat|do)\b",
         opener=r"\b(?:then|do|else|repeat)\s*$|\bfunction\b[\s\w.:]*\([^)]*\)\s*$|[{]\s*$",
+        reserved="and break do else elseif end for function if in local or repeat return then until while",
         imports=r"(?:local\s+\w+\s*=\s*)?require\b",
-        end_words=((r"\b(?:function|if|for|while|do)\b", "end"),),
+        end_words=((r"\b(?:function|if|elseif|else|for|while|do)\b", "end"),),
     ),
     Language(
         "html",
         ("tree_sitter_html", "language"),
         (".html", ".htm"),
         block_comments=(("<!--", "-->"),),
+        quotes=(Quote('="', '"', multiline=True, escapes=False), Quote("='", "'", multiline=True, escapes=False)),
         has_brackets=False,
         style=BlockStyle.NONE,
-        opener=r"<\w(?:[^>]*[^/>])?>\s*$",
+        opener=rf"<(?!(?:{VOID_ELEMENTS})\b)\w(?:[^>]*[^/>])?>\s*$",
         imports=r"<link\b|<script\b",
     ),
     Language(
@@ -296,7 +362,7 @@ LANGUAGES = (
         quotes=(*_quotes('"', multiline=True), *_quotes("'", multiline=True, escapes=False)),
         quote_after_blank=True,
         style=BlockStyle.INDENT,
-        opener=r":\s*(?:[|>][+-]?\d*)?\s*$",
+        opener=r":(?:\s+[|>][+-]?\d*)?$",
     ),
     Language(
         "toml",

@@ -10,7 +10,7 @@ Knows:  the other modules of this room.  Never: the model, LSP.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from fimserver.context.focus import Focus, find_focus
+from fimserver.context.focus import Focus, find_embedded, find_focus
 from fimserver.context.gather import Guess, is_sure
 from fimserver.context.hole import find_hole, refuse_document
 from fimserver.context.postprocess import to_completion
@@ -27,6 +27,11 @@ class Place:
     focus: Focus
     tree: SyntaxTree | None
     hole: Hole
+
+    @property
+    def seen(self) -> Snapshot:
+        """What the model is to read: the document, or the code in it whose language is not the document's."""
+        return self.snapshot if self.language_id == self.snapshot.language_id else find_embedded(self.snapshot).snapshot
 
     @property
     def language_id(self) -> str:

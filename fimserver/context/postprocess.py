@@ -31,6 +31,7 @@ _NUMBER_END = re.compile(r"(?<![\w.])\d+$")
 _MAX_SECONDS = 0.25  # the event loop waits meanwhile
 _MAX_EQUAL_LINES = 3
 _TRIVIAL_LINE_LENGTH = 4  # ")", "pass" may well stand twice
+_BARE_CLOSER = re.compile(r"\W*(?:(?:end|fi|done|esac|</[\w.-]+>)\W*)?")
 _NOT_TEXT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffd\ud800-\udfff]")
 
 
@@ -53,7 +54,7 @@ def to_completion(text: str, hole: Hole, snapshot: Snapshot, tree: SyntaxTree | 
     ending = line_ending(snapshot.text)
     give_up = time.perf_counter() + _MAX_SECONDS
     place = snapshot.cursor
-    for variant in find_variants(Variant(middle), hole, before, after, snapshot.text, language):
+    for variant in find_variants(Variant(middle), hole, snapshot, language):
         candidate = variant.text.replace("\n", ending)
         if candidate.strip() and is_sound(snapshot, candidate, tree, variant.replaced):
             return Completion(uuid.uuid4().hex[:12], candidate, place, place + variant.replaced)
@@ -96,7 +97,8 @@ def cut_at_hole_end(text: str, hole: Hole, before: str, language: Language) -> s
     kept = [lines[0]]
     for line in lines[1:]:
         width = indent_width(line)
-        if line.strip() and (width <= own if behind_header else width < own):
+        item = language.id == "yaml" and line.lstrip().startswith("- ")  # stands as deep as its key
+        if line.strip() and (width <= own if behind_header and not item else width < own):
             if behind_header and width == own and _closes_block(line, before, language):
                 kept.append(line.rstrip())
             break
@@ -154,7 +156,7 @@ def cut_repeated_suffix(middle: str, before: str, after: str, following: list[st
 
 def _same_line(line: str, standing: str) -> bool:
     """Whether two lines say the same; of a bare closer the indentation counts, since it tells whose it is."""
-    bare = not re.search(r"\w", line)
+    bare = _BARE_CLOSER.fullmatch(line) is not None
     return line == standing if bare else line.strip() == standing.strip()
 
 
@@ -180,7 +182,7 @@ def match_indentation(middle: str, before: str, text: str) -> str:
     """Later lines in the file's own unit: tabs where it has tabs, its number of blanks where the model used another."""
     if "\n" not in middle:
         return middle
-    unit, base = indent_unit(text), indent_width(before)
+    unit, base = indent_unit(f"{text}\n{before}|"), indent_width(before)
     first, *lines = middle.split("\n")
     deeper = [indent_width(line) - base for line in lines if line.strip()]
     steps = [width for width in deeper if width > 0]

@@ -17,13 +17,14 @@ from fimserver.context.languages import Language, Quote
 from fimserver.text import common_prefix_length
 
 _MAX_REMEMBERED = 4
-CLOSER_OF = {"(": ")", "[": "]", "{": "}"}
+CLOSER_OF = {"(": ")", "[": "]", "{": "}", '"': '"', "`": "`"}  # of a string, where code in it is open
 
 
 @dataclass(frozen=True, slots=True)
 class OpenState:
     """What is open at the end: ``brackets`` outermost first, ``quote`` of an unfinished string, a comment.
 
+    Among the brackets is the quote of a string around code that is open (``"a ${b``).
     ``offsets`` are where the brackets stand; ``unmatched`` is the offset of the first closing bracket that
     nothing opened, or ``None``; ``text_start`` is where the unfinished string or the comment begins.
     ``comment`` is what began the comment.
@@ -48,51 +49,85 @@ class OpenState:
         return self.closing_quote + "".join(CLOSER_OF[b] for b in reversed(self.brackets))
 
 
-def scan(code: str, language: Language) -> OpenState:  # noqa: C901  one branch a kind of token
+def scan(code: str, language: Language) -> OpenState:
     """State at the end of code that begins outside any string and comment."""
+    return _scan(code, 0, language, None)[0]
+
+
+def find_string_end(code: str, position: int, quote: str, language: Language) -> int | None:
+    """Offset behind the string that ``quote`` opened before ``position``; ``None`` when it is open."""
+    return _scan(code, position, language, _quote(language, quote))[1]
+
+
+@dataclass(slots=True)
+class _Opened:
+    """A bracket that is open, or a string around code that is: ``"a ${b``."""
+
+    closer: str
+    offset: int
+    mark: str
+    quote: Quote | None = None
+
+
+def _scan(  # noqa: C901, PLR0912  one branch a kind of token
+    code: str, position: int, language: Language, first: Quote | None
+) -> tuple[OpenState, int | None]:
+    """State at the end of code that begins in the string ``first``, and where that string ends."""
     token = _token_pattern(language)
-    brackets: list[str] = []
-    offsets: list[int] = []
+    stack: list[_Opened] = []
+    documents: list[Quote] = []  # here-documents that begin on the next line
     unmatched: int | None = None
-    position = 0
+    quote, start = first, position
 
-    def state(start: int, quote: str = "", closing: str = "", comment: str = "") -> OpenState:
-        return OpenState("".join(brackets), tuple(offsets), quote, closing, start, comment, unmatched)
+    def state(start: int, quote: Quote | None = None, comment: str = "") -> OpenState:
+        marks, offsets = "".join(opened.mark for opened in stack), tuple(opened.offset for opened in stack)
+        return OpenState(
+            marks, offsets, quote.open if quote else "", quote.close if quote else "", start, comment, unmatched
+        )
 
-    while position < len(code):
+    while True:
+        if quote is not None:
+            match = _string_end(quote).match(code, position)
+            if match is None:
+                return state(start, quote), None
+            position = match.end()
+            if match["code"]:
+                stack.append(_Opened(quote.close, start, quote.close, quote))
+                stack.append(_Opened(CLOSER_OF[match["code"][-1]], position - 1, match["code"][-1]))
+            elif first is not None and not stack:
+                return state(len(code)), position
+            quote = None
+        if position >= len(code):
+            return state(len(code)), None
         match = token.match(code, position)
         assert match is not None
         position = match.end()
         kind = match.lastgroup
         if kind == "line":
             if position == len(code):
-                return state(match.start(), comment=match["line"][:3])
+                return state(match.start(), comment=match["line"][:3]), None
         elif kind == "block":
-            end = code.find(dict(language.block_comments)[match["block"]], position)
+            closer = dict(language.block_comments)[match["block"]]
+            end = code.find(closer, position)
             if end < 0:
-                return state(match.start(), comment=match["block"] + code[position : position + 1])
-            position = end + len(dict(language.block_comments)[match["block"]])
+                return state(match.start(), comment=match["block"] + code[position : position + 1]), None
+            position = end + len(closer)
         elif kind == "quote":
-            found = find_string_end(code, position, match["quote"], language)
-            if found is None:
-                return state(match.start(), match["quote"], _quote(language, match["quote"]).close)
-            position = found
+            quote, start = _quote(language, match["quote"]), match.start()
+        elif kind == "document":
+            documents.append(_quote(language, match["document"]))
+        elif kind == "newline" and documents:
+            quote, start = documents.pop(0), position
         elif kind == "open":
-            brackets.append(match["open"])
-            offsets.append(match.start())
+            stack.append(_Opened(CLOSER_OF[match["open"]], match.start(), match["open"]))
         elif kind == "close":
-            if brackets and CLOSER_OF[brackets[-1]] == match["close"]:
-                brackets.pop()
-                offsets.pop()
+            if stack and stack[-1].closer == match["close"]:
+                stack.pop()
+                if stack and stack[-1].quote:
+                    around = stack.pop()
+                    quote, start = around.quote, around.offset
             elif unmatched is None:
                 unmatched = match.start()
-    return state(len(code))
-
-
-def find_string_end(code: str, position: int, quote: str, language: Language) -> int | None:
-    """Offset behind the string that ``quote`` opened before ``position``; ``None`` when it is open."""
-    match = _string_end(_quote(language, quote)).match(code, position)
-    return match.end() if match else None
 
 
 @dataclass(slots=True)
@@ -149,6 +184,9 @@ def without_comment(line: str, language: Language) -> str:
 
 
 def _quote(language: Language, mark: str) -> Quote:
+    """The kind of string that a mark opens; a here-document ends with the word that its mark names."""
+    if mark.startswith("<<"):
+        return Quote(mark, re.findall(r"\w+", mark)[0], multiline=True, escapes=False)
     return next(quote for quote in language.quotes if quote.open == mark)
 
 
@@ -156,14 +194,16 @@ def _quote(language: Language, mark: str) -> Quote:
 def _token_pattern(language: Language) -> re.Pattern[str]:
     """One token: a comment, a quote, a bracket, or a run of anything else."""
     parts = []
+    if language.literals:
+        parts.append(f"(?:{language.literals})")
     if language.block_comments:
         parts.append(f"(?P<block>{'|'.join(re.escape(begin) for begin, _ in language.block_comments)})")
     if language.line_comments:
         marks = "|".join(re.escape(mark) for mark in language.line_comments)
         behind = r"(?<!\S)" if language.comment_after_blank else ""
         parts.append(rf"{behind}(?P<line>(?:{marks})[^\n]*)")
-    if language.literals:
-        parts.append(f"(?:{language.literals})")
+    if language.documents:
+        parts += [f"(?P<document>{language.documents})", r"(?P<newline>\n)"]
     if language.quotes:
         marks = "|".join(re.escape(quote.open) for quote in language.quotes)
         behind = r"(?<![^\s\[{(,:-])" if language.quote_after_blank else ""
@@ -171,7 +211,8 @@ def _token_pattern(language: Language) -> re.Pattern[str]:
     if language.has_brackets:
         parts.append(r"(?P<open>[(\[{])|(?P<close>[)\]}])")
     starts = {mark[0] for mark, _ in language.block_comments} | {mark[0] for mark in language.line_comments}
-    starts |= {quote.open[0] for quote in language.quotes} | set("()[]{}") | ({"'"} if language.literals else set())
+    starts |= {quote.open[0] for quote in language.quotes} | set("()[]{}")
+    starts |= set(language.literal_starts) | (set("<\n") if language.documents else set())
     words = "".join(sorted(c for c in starts if c.isalnum()))
     special = re.escape("".join(sorted(starts - set(words))))
     plain = rf"(?:[^{special}{words}]|(?<=\w)[{words}])+" if words else f"[^{special}]+"
@@ -180,11 +221,14 @@ def _token_pattern(language: Language) -> re.Pattern[str]:
 
 @cache
 def _string_end(quote: Quote) -> re.Pattern[str]:
-    """Up to the closing mark; a line's end closes a string that may not have one."""
+    """Up to the closing mark or to code inside; a line's end closes a string that may not have one."""
     close = re.escape(quote.close)
+    if quote.open.startswith("<<"):
+        return re.compile(rf"[\s\S]*?^[ \t]*{close}\b(?P<code>)", re.MULTILINE)
     stop = "(?!)" if quote.multiline else r"(?=\n)"
-    anything = r"(?:\\.|[^\\])*?" if quote.escapes else ".*?"
-    return re.compile(rf"{anything}(?:{close}|{stop})", re.DOTALL)
+    escaped = r"\\.|" if quote.escapes else ""
+    anything = rf"(?>{escaped}\{{\{{|{'[^' + chr(92) * 2 + ']' if quote.escapes else '.'})*?"
+    return re.compile(rf"{anything}(?:{close}|(?P<code>{quote.code or '(?!)'})|{stop})", re.DOTALL)
 
 
 @lru_cache(maxsize=4)

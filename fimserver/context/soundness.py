@@ -8,7 +8,8 @@ Python, ``ast.parse`` succeeds when the rest of the file parses.
 Knows:  trees, Python's own parser.  Never: the model, LSP.
 """
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from tree_sitter import Node
@@ -22,13 +23,17 @@ _BODIES = frozenset(
     "module block program source_file statement_block compound_statement class_body declaration_list "
     "field_declaration_list enum_body enum_member_declaration_list interface_body object_type object array "
     "translation_unit compilation_unit body_statement then else do do_block begin_block chunk document stylesheet "
-    "block_mapping block_sequence table inline_table switch_body switch_block match_block section fragment "
+    "block_mapping block_sequence table inline_table switch_body switch_block match_block section "
     "enum_variant_list enumerator_list constructor_body interface_type accessor_list switch_section case_statement "
     "switch_case switch_default expression_case default_case communication_case type_case do_group case_item "
-    "if_statement_body variant_list struct_type import_spec_list const_declaration var_declaration "
-    "block_node flow_mapping enum_declaration_list property_list script_element style_element".split()
+    "struct_type import_spec_list const_declaration var_declaration block_node flow_mapping enum_declaration_list "
+    "script_element style_element statement_list var_spec_list literal_value switch_block_statement_group "
+    "annotation_type_body enum_body_declarations module_body default_statement colon_block block_body hash "
+    "table_constructor initializer_list field_initializer_list element flow_sequence list list_item".split()
 )
-_WHOLE_FILE_BYTES = 64_000  # a few milliseconds of Python's parser
+_NAMES = {"identifier", "type_identifier", "command_name"}
+_AT_MARGIN = re.compile(r"^(?![)\]}\s])", re.MULTILINE)
+_SMALL_BYTES = 1_500  # half a millisecond of Python's parser
 _STAND_INS = (b"pass", b"if True:", b"except Exception: pass", b"except Exception:", b"else:", b"try:", b"@property")
 
 
@@ -51,30 +56,79 @@ def is_sound(snapshot: Snapshot, middle: str, tree: SyntaxTree | None, replaced:
     blanks = len(middle) - len(middle.lstrip()) if own_line else -1
     statement = find_statement(new, new.to_byte(snapshot.cursor + blanks), end)
     if statement is None or not no_new_errors(tree, new, statement, at=start, added=end - start - replaced):
+        return _is_sound_nearby(snapshot, middle, tree, replaced)
+    if _takes_a_word_for_a_name(new, start, end):
         return False
     return new.language.id != "python" or parses_where_the_rest_does(new, statement, snapshot.text)
+
+
+def _is_sound_nearby(snapshot: Snapshot, middle: str, tree: SyntaxTree, replaced: int) -> bool:
+    """The same of the statement at the margin alone, where an error holds more than that already."""
+    if tree.language.id in {"php", "python"}:  # the one is code only behind a tag, the other has its own parser
+        return False
+    text, cursor = snapshot.text, snapshot.cursor
+    line_end = text.find("\n", cursor + replaced)
+    before = [m.start() for m in _AT_MARGIN.finditer(text, 0, cursor)]
+    behind = _AT_MARGIN.search(text, line_end) if line_end >= 0 else None
+    start, end = before[-1] if before else 0, behind.start() if behind else len(text)
+    first, last = tree.to_byte(start), tree.to_byte(end)
+    at = tree.to_byte(cursor)
+    if not any(a <= at <= b and (a < first or b > last) for a, b in tree.errors()):
+        return False
+    part = replace(snapshot, text=text[start:end], cursor=cursor - start)
+    return is_sound(part, middle, parse(part.text, part.language_id), replaced)
+
+
+def _takes_a_word_for_a_name(new: SyntaxTree, start: int, end: int) -> bool:
+    """Whether a name in ``[start, end)`` is a word of the language: some grammars read any word as a name."""
+    words = new.language.reserved.split()
+    stack = [new.tree.root_node] if words else []
+    while stack:
+        node = stack.pop()
+        if node.type in _NAMES and node.text is not None and node.text.decode("utf-8", "replace") in words:
+            dotted = new.source[: node.start_byte].rstrip().endswith((b".", b"->"))
+            if start < node.end_byte and node.start_byte < end and not dotted:
+                return True
+        stack += [c for c in node.children if c.end_byte > start and c.start_byte < end and c.type != "token_tree"]
+    return False
 
 
 def parses_where_the_rest_does(new: SyntaxTree, statement: "Statement", old_text: str) -> bool:
     """Whether Python's parser takes the new text, or would not take the rest of it either."""
     region = find_region(new, statement)
-    if python_parses(new.source[region].decode("utf-8", "replace")):
+    head = new.source[region.start : statement.start]
+    wrap = b"if 1:\n" if region.start and new.source[region.start : region.start + 1] in {b" ", b"\t"} else b""
+    if _parses(wrap + new.source[region]):
         return True
-    if python_parses(old_text):
+    if rest_parses(wrap + head, new.source[statement.end : region.stop]):
         return False
-    return not rest_parses(new.source[region.start : statement.start], new.source[statement.end : region.stop])
+    return not python_parses(old_text)
+
+
+def _parses(source: bytes) -> bool:
+    return python_parses(source.decode("utf-8", "replace"))
 
 
 def find_region(new: SyntaxTree, statement: "Statement") -> slice:
-    """Bytes that Python's parser has to look at: the file, or of a large one the statements around."""
-    if len(new.source) <= _WHOLE_FILE_BYTES:
+    """Bytes that Python's parser has to look at: the statement with those around it, whole, or a small file."""
+    if len(new.source) <= _SMALL_BYTES:
         return slice(0, len(new.source))
-    tops = new.tree.root_node.children
-    touched = [i for i, top in enumerate(tops) if top.end_byte >= statement.start and top.start_byte <= statement.end]
-    if not touched:
+    node = new.tree.root_node.named_descendant_for_byte_range(statement.start, max(statement.start, statement.end - 1))
+    best = None
+    while node is not None and node.parent is not None:
+        if node.parent.type in {"module", "block"} and not node.is_error:
+            if best is not None and node.end_byte - node.start_byte > _SMALL_BYTES:
+                break
+            best = node
+        node = node.parent
+    if best is None:
         return slice(0, len(new.source))
-    first, last = tops[max(0, touched[0] - 1)], tops[min(len(tops) - 1, touched[-1] + 1)]
-    return slice(first.start_byte - first.start_point[1], last.end_byte)
+    first, last = best.prev_named_sibling or best, best.next_named_sibling or best
+    first = first if best.start_byte - first.start_byte <= _SMALL_BYTES else best
+    last = last if last.end_byte - best.end_byte <= _SMALL_BYTES else best
+    start = new.source.rfind(b"\n", 0, first.start_byte) + 1
+    end = new.source.find(b"\n", max(last.end_byte, statement.end))
+    return slice(start, end + 1 if end >= 0 else len(new.source))
 
 
 @lru_cache(maxsize=4)
@@ -91,7 +145,7 @@ def rest_parses(head: bytes, tail: bytes) -> bool:
     keep = next((i for i, line in enumerate(lines) if i and _begins_statement(line, indent)), len(lines))
     without_deeper = b"\n" + b"\n".join(lines[keep:])
     return any(
-        python_parses((head + stand_in + rest).decode("utf-8", "replace"))
+        _parses(head + stand_in + rest)
         for rest in (tail, without_deeper)
         for stand_in in _STAND_INS
     )

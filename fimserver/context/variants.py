@@ -1,8 +1,8 @@
 """What a person would have written instead, where the model lost count: the candidates that are tried in turn.
 
-    find_variants(variant, hole, before, after, text, language)
+    find_variants(variant, hole, snapshot, language)
         the text itself, over the closers that an editor typed where it closes them and goes on
-        without a stray closer; with the missing ones; with what ends a statement or a header's body
+        without a stray closer; with the missing ones; with what ends a statement, an item or a header's body
         cut back to where its last line was whole; with fewer lines
 
 Each has to pass the same check (``soundness.py``): a variant costs nothing but time.
@@ -14,15 +14,21 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fimserver.context.languages import BlockStyle, Language
+from fimserver.context.hole import next_line
+from fimserver.context.languages import VOID_ELEMENTS, BlockStyle, Language
 from fimserver.context.scan import CLOSER_OF, scan
-from fimserver.text import leading_whitespace
-from fimserver.types import Hole, HoleKind
+from fimserver.text import leading_whitespace, line_around, to_newlines
+from fimserver.types import Hole, HoleKind, Snapshot
 
 _TEXT_KINDS = (HoleKind.COMMENT, HoleKind.DOCSTRING)
+_CLOSING_LINE = re.compile(
+    r"\s*(?:[)\]}]|</|;;|(?:end|fi|done|esac|else|elif|elsif|elseif|rescue|ensure|when|until)\b)"
+)
 _CLOSING_RUN = re.compile(r"[)\]}\"'`]*")
 _INDENT_WIDTH = 4
 _TERMINATED = {"java", "c", "cpp", "csharp", "rust", "php", "css"}  # statements end with a semicolon
+_MARKUP = {"html", "javascript", "typescriptreact"}
+_TAG = re.compile(rf"<(/?)(?!(?:{VOID_ELEMENTS})\b)([A-Za-z][\w.-]*)(?:\s[^<>]*?)?(?<!/)>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,26 +39,68 @@ class Variant:
     replaced: int = 0
 
 
-def find_variants(
-    first: Variant, hole: Hole, before: str, after: str, text: str, language: Language
-) -> Iterator[Variant]:
+@dataclass(frozen=True, slots=True)
+class _Site:
+    """The cursor's line, the header of the body that the hole is in (its own line or one above), the next line."""
+
+    before: str
+    after: str
+    header: str
+    next: str
+    unit: str
+    language: Language
+
+    @property
+    def is_open(self) -> bool:
+        """Whether no line below belongs to the header's body, nor closes it."""
+        depth, below = indent_width(self.header), indent_width(self.next)
+        return below < depth or (below == depth and not closes_something(self.next)) or not self.next
+
+
+def find_variants(first: Variant, hole: Hole, snapshot: Snapshot, language: Language) -> Iterator[Variant]:
     """The variant and its mended forms, none twice."""
+    before, after = line_around(snapshot.text, snapshot.cursor)
+    header = before if before.strip() else _line_above(snapshot, indent_width(before))
+    site = _Site(before, after, header, next_line(snapshot), indent_unit(f"{snapshot.text}\n{before}|"), language)
     seen: set[Variant] = set()
-    unit = indent_unit(text)
     for variant in _variants(first.text, hole, before, after, language):
-        forms = [variant]
-        if not after.strip():
-            forms += [Variant(form) for form in _ended(variant.text, hole, before, unit, language)]
-        for form in forms:
+        for form in _forms(variant, hole, site):
             if form not in seen:
                 seen.add(form)
                 yield form
+
+
+def _forms(variant: Variant, hole: Hole, site: _Site) -> Iterator[Variant]:
+    """A variant and what it may become with an end, the likelier first."""
+    standing = site.after[: hole.replaceable]
+    if not site.after.strip():
+        closed = [Variant(text) for text in _closed(variant.text, hole, site)]
+        yield from [*closed, variant] if site.is_open and site.language.id != "python" else [variant, *closed]
+        yield from (Variant(text) for text in _ended(variant.text, hole, site))
+        return
+    yield variant
+    if standing and standing == site.after.strip() and site.language.id in _TERMINATED and not variant.replaced:
+        yield Variant(f"{variant.text}{standing};", len(standing))
+
+
+def closes_something(line: str) -> bool:
+    """Whether a line begins with what closes a body or goes on with the statement above."""
+    return _CLOSING_LINE.match(line) is not None
+
+
+def _line_above(snapshot: Snapshot, width: int) -> str:
+    """The nearest line above the cursor that is indented by less than ``width``."""
+    above = to_newlines(snapshot.text[: snapshot.cursor]).split("\n")[:-1]
+    return next((line for line in reversed(above) if line.strip() and indent_width(line) < width), "")
 
 
 def _variants(middle: str, hole: Hole, before: str, after: str, language: Language) -> Iterator[Variant]:
     if over := _over_closers(middle, hole.replaceable, after, language):
         yield over
     yield Variant(middle)
+    unmatched = scan(middle, language).unmatched
+    if unmatched is not None and after.lstrip().startswith(middle[unmatched]):
+        yield Variant(middle[:unmatched].rstrip())
     if overlap := overlap_with(middle, after):
         yield Variant(middle[:-overlap])
     if hole.kind in _TEXT_KINDS:
@@ -80,7 +128,7 @@ def _balanced(part: str, before: str, after: str, language: Language) -> Iterato
     """Text with its brackets closed, or cut where one too many was closed, or where its last line was whole."""
     unmatched = scan(before + part, language).unmatched
     if unmatched is not None and unmatched >= len(before):
-        part = part[: unmatched - len(before)]
+        part = part[: unmatched - len(before)].rstrip()
         yield part
     colon = ""
     if language.id == "python":
@@ -93,23 +141,45 @@ def _balanced(part: str, before: str, after: str, language: Language) -> Iterato
         yield head + cut + missing_closers(before + head + cut, after, language) + colon
 
 
-def _ended(variant: str, hole: Hole, before: str, unit: str, language: Language) -> Iterator[str]:
-    """A variant with what its statement or its header still needs to stand by itself."""
-    line = (before + variant).rsplit("\n", 1)[-1]
-    if language.id in _TERMINATED and variant and variant[-1] not in ";{},":
-        yield variant + ";"
-    if hole.kind is not HoleKind.BLOCK:
+def _closed(variant: str, hole: Hole, site: _Site) -> Iterator[str]:
+    """A variant with what closes the body that it is in, the tags or the declaration that its line opened."""
+    language = site.language
+    if language.id == "css" and site.before.strip() and variant[-1:] not in {*";{}"}:
+        yield f"{variant};"
+    if language.id in _MARKUP and (tags := open_tags((site.before + variant).rsplit("\n", 1)[-1])):
+        yield variant + "".join(f"</{tag}>" for tag in reversed(tags))
+    if hole.kind is not HoleKind.BLOCK or language.style not in {BlockStyle.BRACE, BlockStyle.KEYWORD}:
         return
-    indent = leading_whitespace(before)
+    closer = scan(site.header, language).closers
+    closer = language.end_word(site.header) + closer if not closer.startswith("}") else closer
+    for ending in ("", ";") if language.id in _TERMINATED else ("",):
+        if closer:
+            yield f"{variant}{ending}\n{leading_whitespace(site.header)}{closer}"
+            yield f"{variant}{ending}\n{leading_whitespace(site.header)}{closer}{ending or ';'}"
+
+
+def open_tags(line: str) -> list[str]:
+    """The tags that a line opens and does not close."""
+    found: list[str] = []
+    for match in _TAG.finditer(line):
+        if not match[1]:
+            found.append(match[2])
+        elif found and found[-1] == match[2]:
+            found.pop()
+    return found
+
+
+def _ended(variant: str, hole: Hole, site: _Site) -> Iterator[str]:
+    """A variant with what its statement, its item or its header still needs to stand by itself."""
+    language = site.language
+    if language.id in _TERMINATED and variant and variant[-1] not in ";{},":
+        yield f"{variant};"
     if language.id == "python":
-        if language.header_pattern.match(line) and line.endswith(":"):
-            yield f"{variant}\n{leading_whitespace(line)}{unit}pass"
-    elif language.style is BlockStyle.KEYWORD and (word := language.end_word(before)):
-        yield f"{variant}\n{indent}{word}"
-    elif language.style is BlockStyle.BRACE:
-        yield f"{variant}\n{indent}}}"
-        if language.id in _TERMINATED:
-            yield f"{variant};\n{indent}}}"
+        line = (site.before + variant).rsplit("\n", 1)[-1]
+        if hole.kind is HoleKind.BLOCK and language.header_pattern.match(line) and line.endswith(":"):
+            yield f"{variant}\n{leading_whitespace(line)}{site.unit}pass"
+    elif site.next and not closes_something(site.next):
+        yield f"{variant},"
 
 
 def overlap_with(middle: str, after: str) -> int:
@@ -141,7 +211,7 @@ def missing_closers(code: str, after: str, language: Language) -> str:
 
 def _cuts(line: str) -> Iterator[str]:
     """Ever shorter beginnings of a line, cut before a separator or an opening bracket."""
-    places = [m.start() for m in re.finditer(r"[,(\[{]| (?:and|or|if|for|in|is|[-+*/%=<>|&]+)(?= |$)", line)]
+    places = [m.start() for m in re.finditer(r"[,;(\[{]| (?:and|or|if|for|in|is|[-+*/%=<>|&]+)(?= |$)", line)]
     for place in reversed(places[:6]):
         if line[:place].strip():
             yield line[:place].rstrip()

@@ -3,8 +3,10 @@
 Knows:  LSP types, encodings, texts.  Never: connections, the engine.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from urllib.parse import unquote, urlsplit
 
 from lsprotocol import types as lsp
 
@@ -13,16 +15,23 @@ from fimserver.text import replace as replace_text
 from fimserver.types import Completion, Snapshot
 
 ACCEPT_COMMAND = "fimserver.didAcceptCompletion"
+_LONGEST_LABEL = 60
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One open document as the editor last described it."""
+    """One open document as the editor last described it; ``index`` holds its text."""
 
     uri: str
     language_id: str
     version: int
-    text: str
+    index: LineIndex
+    writable: bool = True
+
+    @property
+    def text(self) -> str:
+        """The whole text."""
+        return self.index.text
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +43,19 @@ class Selection:
     text: str
 
 
+def is_writable(uri: str) -> bool:
+    """Whether a document can be saved, as far as can be told: a file that is there and forbids it cannot."""
+    parts = urlsplit(uri) if uri.startswith("file:///") else None
+    path = unquote(parts.path) if parts else ""
+    try:
+        return not path or not os.path.exists(path) or os.access(path, os.W_OK)  # noqa: PTH110  of any odd path
+    except (OSError, ValueError):
+        return True
+
+
 def take_snapshot(document: Document, position: lsp.Position, encoding: Encoding) -> Snapshot:
     """The document with the cursor at ``position``. Raises ``PositionError``."""
-    cursor = LineIndex(document.text).to_offset(position.line, position.character, encoding)
+    cursor = document.index.to_offset(position.line, position.character, encoding)
     return Snapshot(document.uri, document.version, document.language_id, document.text, cursor)
 
 
@@ -48,7 +67,7 @@ def apply_changes(
     encoding: Encoding,
 ) -> Document:
     """The document after ``changes``, in order; positions that do not exist mean the nearest that does."""
-    index = LineIndex(document.text)
+    index = document.index
     for change in changes:
         if isinstance(change, lsp.TextDocumentContentChangePartial):
             start = index.to_nearest_offset(change.range.start.line, change.range.start.character, encoding)
@@ -56,14 +75,15 @@ def apply_changes(
             index = index.replaced(start, end, change.text)
         else:
             index = LineIndex(change.text)
-    return replace(document, text=index.text, version=version)
+    return replace(document, index=index, version=version)
 
 
-def find_selection(snapshot: Snapshot, info: lsp.SelectedCompletionInfo | None, encoding: Encoding) -> Selection | None:
+def find_selection(
+    index: LineIndex, info: lsp.SelectedCompletionInfo | None, encoding: Encoding
+) -> Selection | None:
     """The selected item, if there is one. Raises ``PositionError``."""
     if info is None:
         return None
-    index = LineIndex(snapshot.text)
     start = index.to_offset(info.range.start.line, info.range.start.character, encoding)
     end = index.to_offset(info.range.end.line, info.range.end.character, encoding)
     return Selection(start, max(start, end), info.text)
@@ -78,17 +98,46 @@ def with_selection(snapshot: Snapshot, selection: Selection | None) -> Snapshot:
 
 
 def to_inline_items(
-    completion: Completion, snapshot: Snapshot, encoding: Encoding, selection: Selection | None = None
+    completion: Completion, index: LineIndex, encoding: Encoding, selection: Selection | None = None
 ) -> list[lsp.InlineCompletionItem]:
-    """LSP items for a completion of ``snapshot``, always with a range; ``snapshot`` is without ``selection``.
+    """LSP items for a completion, always with a range; ``index`` is the document's, without ``selection``.
 
     Beside a selected item the text begins with that item, since the editor shows only what extends it.
     """
-    if selection is None:
-        start, end, text = completion.replace_start, completion.replace_end, completion.middle
-    else:
-        start, end, text = selection.start, selection.end, selection.text + completion.middle
-    index = LineIndex(snapshot.text)
-    edit = lsp.Range(lsp.Position(*index.to_position(start, encoding)), lsp.Position(*index.to_position(end, encoding)))
-    command = lsp.Command("Completion accepted", ACCEPT_COMMAND, arguments=[completion.id])
-    return [lsp.InlineCompletionItem(text, range=edit, command=command)]
+    start, end, text = completion.replace_start, completion.replace_end, completion.middle
+    if selection is not None:
+        end = selection.end + completion.replace_end - completion.replace_start
+        start, text = selection.start, selection.text + text
+    edit = _to_range(index, start, end, encoding)
+    return [lsp.InlineCompletionItem(text, range=edit, command=_accept_command(completion))]
+
+
+def to_menu_items(completion: Completion, index: LineIndex, encoding: Encoding) -> list[lsp.CompletionItem]:
+    """The same for a completion menu: an item that goes on with the word before the cursor, which menus filter by."""
+    start = completion.replace_start
+    while start and (index.text[start - 1].isalnum() or index.text[start - 1] == "_"):
+        start -= 1
+    word = index.text[start : completion.replace_start]
+    text = word + completion.middle
+    label = text.strip().splitlines()[0]
+    item = lsp.CompletionItem(
+        label=label if len(label) <= _LONGEST_LABEL else label[: _LONGEST_LABEL - 1] + "\u2026",
+        kind=lsp.CompletionItemKind.Text,
+        detail="fimserver",
+        documentation=text if "\n" in text.strip() or len(label) > _LONGEST_LABEL else None,
+        filter_text=text,
+        sort_text="\0",
+        preselect=True,
+        insert_text_format=lsp.InsertTextFormat.PlainText,
+        text_edit=lsp.TextEdit(_to_range(index, start, completion.replace_end, encoding), text),
+        command=_accept_command(completion),
+    )
+    return [item]
+
+
+def _to_range(index: LineIndex, start: int, end: int, encoding: Encoding) -> lsp.Range:
+    return lsp.Range(lsp.Position(*index.to_position(start, encoding)), lsp.Position(*index.to_position(end, encoding)))
+
+
+def _accept_command(completion: Completion) -> lsp.Command:
+    return lsp.Command("Completion accepted", ACCEPT_COMMAND, arguments=[completion.id])

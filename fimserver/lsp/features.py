@@ -15,6 +15,8 @@ from fimserver.lsp.convert import ACCEPT_COMMAND
 from fimserver.lsp.server import RESTART_COMMAND, FimLanguageServer
 
 EXPLAIN_COMMAND = "fimserver.explain"
+SNOOZE_COMMAND = "fimserver.snooze"
+_TRIGGERS = [".", "(", "[", "{", "=", ",", " ", ":", "<", '"', "'", "/", "@"]
 
 
 def create_server(overrides: dict[str, Any] | None = None, engine: EngineClient | None = None) -> FimLanguageServer:
@@ -44,6 +46,8 @@ def _register_features(server: FimLanguageServer) -> None:
     @server.feature(lsp.INITIALIZE)
     def initialize(params: lsp.InitializeParams) -> None:
         server.on_initialize(params)
+        if server.wants_menu(params.capabilities):
+            _register_menu(server)
 
     @server.feature(lsp.INITIALIZED)
     def initialized(_params: lsp.InitializedParams) -> None:
@@ -76,6 +80,14 @@ def _register_features(server: FimLanguageServer) -> None:
         server.wake_engine()
 
 
+def _register_menu(server: FimLanguageServer) -> None:
+    """For editors without inline completion; pygls reads the capabilities once ``initialize`` was handled."""
+
+    @server.feature(lsp.TEXT_DOCUMENT_COMPLETION, lsp.CompletionOptions(trigger_characters=_TRIGGERS))
+    async def completion(_params: lsp.CompletionParams) -> lsp.CompletionList:
+        return await server.on_completion()
+
+
 def _register_commands(server: FimLanguageServer) -> None:
     @server.command(ACCEPT_COMMAND)
     def accept(*_arguments: Any) -> None:
@@ -86,6 +98,10 @@ def _register_commands(server: FimLanguageServer) -> None:
         answer = server.explain(arguments[0] if arguments else None)
         server.window_show_message(lsp.ShowMessageParams(lsp.MessageType.Info, to_sentence(answer)))
         return answer
+
+    @server.command(SNOOZE_COMMAND)
+    def snooze(*arguments: Any) -> None:
+        server.snooze(arguments[0] if arguments else None)
 
     @server.command(RESTART_COMMAND)
     def restart(*_arguments: Any) -> None:

@@ -22,11 +22,13 @@ from lsprotocol import types as lsp
 from pygls.exceptions import JsonRpcException
 from pygls.protocol import LanguageServerProtocol, lsp_method
 
-from fimserver.lsp.convert import Document, apply_changes
+from fimserver.lsp.convert import Document, apply_changes, is_writable
+from fimserver.text import LineIndex
 
 if TYPE_CHECKING:
     from fimserver.lsp.server import FimLanguageServer
 
+COMPLETION_METHODS = (lsp.TEXT_DOCUMENT_INLINE_COMPLETION, lsp.TEXT_DOCUMENT_COMPLETION)
 _logger = logging.getLogger(__name__)
 
 
@@ -57,7 +59,7 @@ class FimProtocol(LanguageServerProtocol):
             _drop_null_ranges(data)
         try:
             message = super().structure_message(data)
-            reasons = _coerced(data["params"]) if method == lsp.TEXT_DOCUMENT_INLINE_COMPLETION else ""
+            reasons = _coerced(data["params"]) if method in COMPLETION_METHODS else ""
         except JsonRpcException as error:
             message, reasons = None, _reasons(error.__cause__)
         if reasons and self.get_message_type(str(method)) is None:
@@ -66,7 +68,7 @@ class FimProtocol(LanguageServerProtocol):
         if reasons:
             self._reject(data, lsp.ErrorCodes.InvalidParams, f"invalid parameters of {method}: {reasons}")
             return None
-        if method == lsp.TEXT_DOCUMENT_INLINE_COMPLETION and message_id is not None:
+        if method in COMPLETION_METHODS and message_id is not None:
             version = data["params"]["textDocument"].get("version")
             if isinstance(version, int):
                 self._client_versions[message_id] = version
@@ -97,7 +99,7 @@ class FimProtocol(LanguageServerProtocol):
                 return
         if method == lsp.INITIALIZE:
             self._initialized = True
-        if method == lsp.TEXT_DOCUMENT_INLINE_COMPLETION:
+        if method in COMPLETION_METHODS:
             version = self._client_versions.pop(message_id, None) if message_id is not None else None
             self._server.requests.receive(message_id, message.params, version)
         super().handle_message(message)
@@ -123,7 +125,9 @@ class FimProtocol(LanguageServerProtocol):
         """Keep a document."""
         item = params.text_document
         self._server.requests.end(item.uri)
-        self._server.session.open(Document(item.uri, item.language_id, item.version, item.text))
+        index = LineIndex(item.text)
+        document = Document(item.uri, item.language_id, item.version, index, writable=is_writable(item.uri))
+        self._server.session.open(document)
 
     @lsp_method(lsp.TEXT_DOCUMENT_DID_CHANGE)
     def lsp_text_document__did_change(self, params: lsp.DidChangeTextDocumentParams) -> None:
@@ -136,12 +140,11 @@ class FimProtocol(LanguageServerProtocol):
         old = session.documents[uri]
         version = params.text_document.version
         new = apply_changes(old, params.content_changes, version=version, encoding=session.encoding)
-        session.documents[uri] = new
+        session.change(new)
         if any(isinstance(change, lsp.TextDocumentContentChangeWholeDocument) for change in params.content_changes):
             session.lost.discard(uri)
         if new.text != old.text:
-            self._server.requests.end(uri)
-            self._server.wake_engine()
+            self._server.on_edit(uri, new.text)
 
     @lsp_method(lsp.TEXT_DOCUMENT_DID_CLOSE)
     def lsp_text_document__did_close(self, params: lsp.DidCloseTextDocumentParams) -> None:
@@ -164,8 +167,9 @@ def _coerced(params: Any) -> str:
     fields = {
         "position.line": params["position"]["line"],
         "position.character": params["position"]["character"],
-        "context.triggerKind": params["context"]["triggerKind"],
     }
+    if context := params.get("context"):
+        fields["context.triggerKind"] = context["triggerKind"]
     return "; ".join(f"{name} is not a whole number" for name, value in fields.items() if type(value) is not int)
 
 

@@ -17,11 +17,14 @@ from typing import Any
 from lsprotocol import types as lsp
 from pygls.exceptions import JsonRpcInvalidParams
 
-from fimserver.engine.client import PendingCompletion
 from fimserver.errors import PositionError
 from fimserver.lsp.convert import Selection, find_selection, take_snapshot, with_selection
-from fimserver.lsp.session import Session
+from fimserver.lsp.session import Session, typed_since
+from fimserver.text import LineIndex
 from fimserver.types import NoCompletion, Snapshot
+
+
+CompletionParams = lsp.InlineCompletionParams | lsp.CompletionParams
 
 
 class RefusedError(Exception):
@@ -39,7 +42,7 @@ CANCELLED = NoCompletion("cancelled", "the editor cancelled it")
 
 @dataclass(eq=False)
 class Request:
-    """One inline completion between its arrival and its answer."""
+    """One completion between its arrival and its answer."""
 
     snapshot: Snapshot  # as it would be with the selected item accepted
     document_snapshot: Snapshot  # as the document is
@@ -47,16 +50,15 @@ class Request:
     invoked: bool
     stale: bool
     epoch: int  # of the settings it came under
+    index: LineIndex  # of the document
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     why_ended: NoCompletion | None = None
-    pending: PendingCompletion | None = None
+    is_computed: bool = False  # the model works for it: what is typed now may be how its answer begins
 
     def end(self, why: NoCompletion) -> None:
         """Answer with nothing as soon as can be."""
         self.why_ended = self.why_ended or why
         self.ended.set()
-        if self.pending is not None:
-            self.pending.cancel()
 
 
 class Requests:
@@ -67,7 +69,7 @@ class Requests:
         self._received: dict[int | str, Request | JsonRpcInvalidParams] = {}
         self._active: dict[str, list[Request]] = {}
 
-    def receive(self, message_id: int | str | None, params: lsp.InlineCompletionParams, version: int | None) -> None:
+    def receive(self, message_id: int | str | None, params: CompletionParams, version: int | None) -> None:
         """Take the snapshot of a request that has just arrived, and supersede the document's earlier one."""
         if message_id is None:
             return
@@ -99,9 +101,15 @@ class Requests:
         return request
 
     def end(self, uri: str) -> None:
-        """A document's text is gone: so is the request about it."""
+        """A document's text is gone: so are the requests about it."""
         for request in self._active.get(uri, ()):
             request.end(CHANGED)
+
+    def on_edit(self, uri: str, text: str) -> None:
+        """A document's text changed: requests end, but for those whose answer the person may be typing."""
+        for request in self._active.get(uri, ()):
+            if not request.is_computed or request.selection or typed_since(request.snapshot, text) is None:
+                request.end(CHANGED)
 
     def forget(self, message_id: int | str) -> None:
         """A request was cancelled, perhaps before its handler began."""
@@ -126,16 +134,20 @@ class Requests:
                 self._session.lost.add(uri)
                 self.end(uri)
 
-    def _to_request(self, params: lsp.InlineCompletionParams, version: int | None) -> Request:
+    def _to_request(self, params: CompletionParams, version: int | None) -> Request:
         document = self._session.documents[params.text_document.uri]
         encoding = self._session.encoding
         snapshot = take_snapshot(document, params.position, encoding)
-        selection = find_selection(snapshot, params.context.selected_completion_info, encoding)
+        selection, invoked = None, False
+        if isinstance(params, lsp.InlineCompletionParams):
+            selection = find_selection(document.index, params.context.selected_completion_info, encoding)
+            invoked = params.context.trigger_kind is lsp.InlineCompletionTriggerKind.Invoked
         return Request(
             snapshot=with_selection(snapshot, selection),
             document_snapshot=snapshot,
             selection=selection,
-            invoked=params.context.trigger_kind is lsp.InlineCompletionTriggerKind.Invoked,
+            invoked=invoked,
             stale=version is not None and version != document.version,
             epoch=self._session.epoch,
+            index=document.index,
         )

@@ -1,6 +1,6 @@
-"""The language server: settings, the engine's state, and an inline completion from request to answer.
+"""The language server: settings, the engine's state, and what the editor is told.
 
-    on_inline_completion    async: gate, hole, cache, debounce, context, engine, postprocess, items
+    on_inline_completion, on_completion    ask the completer and put its answer into LSP's words
 
 No handler blocks: the engine is another process, and what waits is awaited. Every empty answer has a reason,
 which ``fimserver.explain`` tells.
@@ -11,41 +11,37 @@ Knows:  LSP, sessions, the engine's client.  Never: tokens, tensors, torch.
 import asyncio
 import json
 import logging
+import time
 import traceback
-from collections.abc import Awaitable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from lsprotocol import types as lsp
 from pygls.lsp.server import LanguageServer
 
 from fimserver import __version__
-from fimserver.context.hole import find_hole
-from fimserver.context.postprocess import to_completion
-from fimserver.context.window import budget_for, build_context
 from fimserver.engine.client import EngineClient, EngineOptions, EngineState
-from fimserver.errors import CompletionCancelledError, EngineError
-from fimserver.lsp.convert import to_inline_items
+from fimserver.lsp.completer import Completer
+from fimserver.lsp.convert import to_inline_items, to_menu_items
 from fimserver.lsp.protocol import FimProtocol
-from fimserver.lsp.requests import CANCELLED, CHANGED, RefusedError, Request, Requests
+from fimserver.lsp.requests import CANCELLED, RefusedError, Request, Requests
 from fimserver.lsp.session import Session, Source
 from fimserver.paths import config_file
 from fimserver.settings import (
     BY_WIRE_NAME,
     ENGINE_SETTINGS,
     read_config_file,
-    refuse_unsure,
-    to_sampling,
     to_wire_value,
 )
-from fimserver.text import Encoding
-from fimserver.types import Completion, Generation, Hole, NoCompletion
+from fimserver.text import Encoding, LineIndex
+from fimserver.types import Completion, NoCompletion
 
-_T = TypeVar("_T")
 LOAD_TIMEOUT_S = 60.0
 STATUS_NOTIFICATION = "didChangeStatus"  # Copilot's names, which clients know already
 RESTART_COMMAND = "fimserver.restart"
+_SNOOZE_MINUTES = 5.0
+_LONGEST_SNOOZE = 24 * 60
 _PROGRESS_TOKEN = "fimserver.loading"  # noqa: S105  a progress token, not a secret
 _logger = logging.getLogger(__name__)
 
@@ -70,6 +66,7 @@ class FimLanguageServer(LanguageServer):
         self._idle_timer: asyncio.TimerHandle | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self.requests = Requests(self.session)
+        self.completer = Completer(self.session, self.engine, self._wait_for_engine, self.wake_engine)
         self._progress: asyncio.Task[None] | None = None
         self._engine_settled = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -84,6 +81,7 @@ class FimLanguageServer(LanguageServer):
     def on_initialize(self, params: lsp.InitializeParams) -> None:
         """Take encoding and settings, and start loading the model: the answer does not wait for it."""
         self._loop = asyncio.get_running_loop()
+        self.protocol.trace = params.trace or lsp.TraceValue.Off
         chosen = self.protocol.workspace.position_encoding
         self.session.encoding = Encoding(str(getattr(chosen, "value", chosen)))
         values, problems = read_config_file(config_file())
@@ -91,6 +89,12 @@ class FimLanguageServer(LanguageServer):
         problems += self.session.take(Source.COMMAND_LINE, self.overrides)
         problems += self.session.initialize(params.initialization_options)
         self._take(problems)
+
+    def wants_menu(self, capabilities: lsp.ClientCapabilities) -> bool:
+        """Whether to offer completions in the editor's menu: where it cannot show them inline, or is told to."""
+        document = capabilities.text_document
+        chosen = self.session.settings.completion_items
+        return chosen == "on" or (chosen == "auto" and (document is None or document.inline_completion is None))
 
     def on_initialized(self) -> None:
         """Start the engine, or join the one that is there; ask for settings where the client is to be asked."""
@@ -263,16 +267,45 @@ class FimLanguageServer(LanguageServer):
 
     # A request
 
+    def on_edit(self, uri: str, text: str) -> None:
+        """A document's text changed."""
+        self.requests.on_edit(uri, text)
+        self.completer.on_edit(uri, text)
+        self.wake_engine()
+
     async def on_inline_completion(self) -> lsp.InlineCompletionList:
-        """Answer the request that ``Requests.receive`` took in."""
+        """Answer the request that ``Requests.receive`` took in, as ghost text."""
+        request, outcome = await self._outcome(lsp.TEXT_DOCUMENT_INLINE_COMPLETION)
+        if isinstance(outcome, NoCompletion):
+            return lsp.InlineCompletionList([])
+        index = self._index_for(request)
+        return lsp.InlineCompletionList(to_inline_items(outcome, index, self.session.encoding, request.selection))
+
+    async def on_completion(self) -> lsp.CompletionList:
+        """The same as an item of a completion menu, to be asked for anew with every character."""
+        request, outcome = await self._outcome(lsp.TEXT_DOCUMENT_COMPLETION)
+        if isinstance(outcome, NoCompletion):
+            return lsp.CompletionList(is_incomplete=True, items=[])
+        items = to_menu_items(outcome, self._index_for(request), self.session.encoding)
+        return lsp.CompletionList(is_incomplete=True, items=items)
+
+    def _index_for(self, request: Request) -> LineIndex:
+        """Lines of the text that an answer is for: as it was asked, or as it is after more was typed."""
+        document = self.session.documents.get(request.snapshot.uri)
+        return document.index if document is not None and request.selection is None else request.index
+
+    async def _outcome(self, method: str) -> tuple[Request, Completion | NoCompletion]:
+        """The request of the message at hand and what comes of it; every empty outcome has a reason."""
         message_id = self.protocol.msg_id
         request = self.requests.take(message_id)
         outcome: Completion | NoCompletion
-        source = ""
+        source, begin = "", time.perf_counter()
         try:
-            outcome, source = await self._answer(request)
+            outcome, source = await self.completer.answer(request)
         except RefusedError as refused:
             outcome = refused.outcome
+            if outcome.reason == "loading" and not request.invoked:
+                self._send_status(EngineState.LOADING, self.engine.detail)
         except asyncio.CancelledError:
             request.end(CANCELLED)
             self.session.explain(request.snapshot, CANCELLED, "")
@@ -285,76 +318,21 @@ class FimLanguageServer(LanguageServer):
         finally:
             self.requests.drop(request)
         self.session.explain(request.snapshot, outcome, source)
-        if isinstance(outcome, NoCompletion):
-            return lsp.InlineCompletionList([])
-        items = to_inline_items(outcome, request.document_snapshot, self.session.encoding, request.selection)
-        return lsp.InlineCompletionList(items)
+        self._trace(method, source or getattr(outcome, "reason", ""), (time.perf_counter() - begin) * 1e3)
+        return request, outcome
 
-    async def _answer(self, request: Request) -> tuple[Completion, str]:
-        """The completion of a request and where it came from: cache or model. Raises ``RefusedError``."""
-        snapshot, settings = request.snapshot, self.session.settings
-        if request.stale:
-            raise RefusedError(NoCompletion("stale", "the request names a version of the text that is not here"))
-        self._check_current(request)
-        tree = self.session.tree_of(snapshot)
-        hole = find_hole(snapshot, tree, settings)
-        if isinstance(hole, NoCompletion):
-            raise RefusedError(hole)
-        if (cached := self.session.cache.find(snapshot)) is not None:
-            return cached, "cache"
-        await self._wait_until_due(request)
-        generation = await self._generate(request, hole)
-        outcome: Completion | NoCompletion | None = refuse_unsure(generation, settings)
-        outcome = outcome or to_completion(generation.text, hole, snapshot, tree)
-        if isinstance(outcome, NoCompletion):
-            raise RefusedError(outcome)
-        if request.epoch == self.session.epoch:
-            self.session.cache.remember(snapshot, outcome)
-        self._check_current(request)
-        return outcome, "model"
+    def _trace(self, method: str, result: str, elapsed_ms: float) -> None:
+        """One line for an editor that asked for a trace (``$/setTrace``); never any text of a document."""
+        if self.protocol.trace in (None, lsp.TraceValue.Off):
+            return
+        verbose = f"{elapsed_ms:.1f} ms; engine {self.engine.state}: {self.engine.detail}"
+        wanted = verbose if self.protocol.trace is lsp.TraceValue.Verbose else None
+        self.protocol.notify("$/logTrace", lsp.LogTraceParams(f"{method}: {result}", wanted))
 
-    def _check_current(self, request: Request) -> None:
-        if request.why_ended is not None:
-            raise RefusedError(request.why_ended)
-        if not self.session.settings.enabled:
-            raise RefusedError(NoCompletion("disabled", "set fimserver.enabled to true"))
-        language = request.snapshot.language_id
-        if not self.session.settings.allows(language):
-            detail = f"completions are off in {language!r}; change fimserver.languages to have them"
-            raise RefusedError(NoCompletion("language_off", detail))
-        if not self.session.is_current(request.document_snapshot):
-            raise RefusedError(CHANGED)
-
-    async def _wait_until_due(self, request: Request) -> None:
-        """Wait for the engine (invoked) or for a pause in typing (automatic)."""
-        self.wake_engine()
-        if not request.invoked:
-            if self.engine.state in (EngineState.STOPPED, EngineState.LOADING):
-                self._send_status(EngineState.LOADING, self.engine.detail)
-                raise RefusedError(NoCompletion("loading", "the model is still loading"))
-            with suppress(TimeoutError):
-                await asyncio.wait_for(request.ended.wait(), self.session.settings.debounce_ms / 1e3)
-        await _unless_ended(request, self._wait_for_engine())
-        self._check_current(request)
-
-    async def _generate(self, request: Request, hole: Hole) -> Generation:
-        info = self.engine.info  # read once: the engine's threads may take it away
-        budget = budget_for(info.max_prompt_tokens if info else 0)
-        sampling = to_sampling(self.session.settings, min_tokens=1 if request.invoked else 0)
-        try:
-            request.pending = self.engine.complete(build_context(request.snapshot, hole, budget), sampling)
-            generation = await _unless_ended(request, asyncio.wrap_future(request.pending.future))
-        except CompletionCancelledError:
-            raise RefusedError(request.why_ended or CANCELLED) from None
-        except EngineError as error:
-            raise RefusedError(NoCompletion("engine", str(error))) from error
-        _logger.info(
-            "request answered: %s, %d passes, %s ms",
-            generation.mode,
-            generation.forward_passes,
-            generation.timings_ms["total"],
-        )
-        return generation
+    def snooze(self, minutes: object = None) -> None:
+        """No automatic completions for some minutes (5 unless told; 0 ends it)."""
+        good = isinstance(minutes, int | float) and not isinstance(minutes, bool) and 0 <= minutes <= _LONGEST_SNOOZE
+        self.session.snoozed_until = time.monotonic() + 60 * (float(minutes) if good else _SNOOZE_MINUTES)  # type: ignore[arg-type]
 
     def explain(self, uri: object = None) -> dict[str, Any]:
         """Why the last request of a document (or of any) was answered as it was; no text of it."""
@@ -365,17 +343,3 @@ class FimLanguageServer(LanguageServer):
             "engine": {"state": self.engine.state, "detail": self.engine.detail, "pid": self.engine.pid},
             "counters": dict(self.session.counters),
         }
-
-
-async def _unless_ended(request: Request, awaitable: Awaitable[_T]) -> _T:
-    """What is awaited, or ``RefusedError`` as soon as the request is ended: nobody waits for a busy engine then."""
-    wanted = asyncio.ensure_future(awaitable)
-    ended = asyncio.ensure_future(request.ended.wait())
-    try:
-        await asyncio.wait((wanted, ended), return_when=asyncio.FIRST_COMPLETED)
-        if wanted.done():
-            return wanted.result()
-        raise RefusedError(request.why_ended or CANCELLED)
-    finally:
-        wanted.cancel()
-        ended.cancel()

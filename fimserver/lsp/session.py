@@ -3,18 +3,29 @@
 Knows:  documents, texts.  Never: LSP messages, the engine.
 """
 
+import math
+import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import islice
 from typing import Any
 
-from fimserver.context.syntax import SyntaxTree, parse
+from fimserver.context.hole import is_private
+from fimserver.context.languages import find_language
+from fimserver.context.place import Place, TreeMemory, find_place
+from fimserver.context.window import path_of
 from fimserver.lsp.convert import Document
 from fimserver.settings import BY_WIRE_NAME, Settings, read_settings
-from fimserver.text import Encoding
+from fimserver.text import Encoding, common_prefix_length, common_suffix_length
 from fimserver.types import Completion, NoCompletion, Snapshot
 
 _MAX_REMEMBERED = 8
+_MAX_DELETED = 6
+_LEAST_DELETED = 8  # characters
+_AROUND = 64
+_MAX_OTHERS = 8
+_CLOSERS = ")]}>\"'`"
 _NO_OBJECT = 'the fimserver section of the settings is not an object; use {"maxLines": 8} and the like'
 
 
@@ -30,12 +41,63 @@ class Source(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Remembered:
-    """A completion and the text it belongs to."""
+    """A completion and the snapshot it belongs to."""
+
+    snapshot: Snapshot
+    completion: Completion
+
+
+def typed_since(snapshot: Snapshot, text: str) -> str | None:
+    """What was typed at a snapshot's cursor to make ``text`` of its text; ``None`` where something else changed."""
+    old, cursor = snapshot.text, snapshot.cursor
+    added = len(text) - len(old)
+    end = cursor + added
+    near = slice(max(0, cursor - _AROUND), cursor)
+    if added < 0 or text[near] != old[near] or text[end : end + _AROUND] != old[cursor : cursor + _AROUND]:
+        return None
+    same = text is old or (text.startswith(old[:cursor]) and text.endswith(old[cursor:]))
+    return text[cursor:end] if same else None
+
+
+def rest_of(snapshot: Snapshot, completion: Completion, now: Snapshot) -> Completion | None:
+    """What is left of a snapshot's completion after its beginning was typed; ``None`` where something else was.
+
+    Closers that an editor added behind the cursor by itself are replaced, or left where the rest ends with them.
+    """
+    typed_length = now.cursor - snapshot.cursor
+    if typed_length < 0 or not completion.middle.startswith(now.text[snapshot.cursor : now.cursor]):
+        return None
+    inserted = typed_since(snapshot, now.text)
+    if inserted is None or typed_length > len(inserted):
+        return None
+    typed, closers = inserted[:typed_length], inserted[typed_length:]
+    middle = completion.middle
+    if len(typed) == len(middle) or closers.strip(_CLOSERS):
+        return None
+    rest, replaced = middle[len(typed) :], completion.replace_end - completion.replace_start
+    if closers and rest.endswith(closers) and not replaced:
+        rest = rest[: -len(closers)]
+    elif closers:
+        if not _holds_in_order(rest, closers):
+            return None
+        replaced += len(closers)
+    return Completion(completion.id, rest, now.cursor, now.cursor + replaced) if rest else None
+
+
+def _holds_in_order(text: str, characters: str) -> bool:
+    remaining = iter(text)
+    return all(character in remaining for character in characters)
+
+
+@dataclass(frozen=True, slots=True)
+class Deleted:
+    """Text that was cut from ``start`` on, and what stands around it."""
 
     uri: str
+    start: int
     before: str
+    text: str
     after: str
-    completion: Completion
 
 
 class CompletionCache:
@@ -46,24 +108,17 @@ class CompletionCache:
 
     def remember(self, snapshot: Snapshot, completion: Completion) -> None:
         """Keep a completion of a snapshot."""
-        before, after = snapshot.text[: snapshot.cursor], snapshot.text[snapshot.cursor :]
-        self._entries.appendleft(Remembered(snapshot.uri, before, after, completion))
+        self._entries.appendleft(Remembered(snapshot, completion))
 
     def find(self, snapshot: Snapshot) -> Completion | None:
         """The rest of a completion whose beginning was typed since, or the whole where nothing was."""
-        before, after = snapshot.text[: snapshot.cursor], snapshot.text[snapshot.cursor :]
-        for entry in self._entries:
-            if entry.uri != snapshot.uri or entry.after != after or not before.startswith(entry.before):
-                continue
-            typed = before[len(entry.before) :]
-            middle = entry.completion.middle
-            if len(typed) < len(middle) and middle.startswith(typed):
-                return Completion(entry.completion.id, middle[len(typed) :], snapshot.cursor, snapshot.cursor)
-        return None
+        ours = (entry for entry in self._entries if entry.snapshot.uri == snapshot.uri)
+        rests = (rest_of(entry.snapshot, entry.completion, snapshot) for entry in ours)
+        return next((rest for rest in rests if rest is not None), None)
 
     def forget(self, uri: str) -> None:
         """Drop what belongs to a closed document."""
-        kept = [e for e in self._entries if e.uri != uri]
+        kept = [e for e in self._entries if e.snapshot.uri != uri]
         self._entries = deque(kept, maxlen=_MAX_REMEMBERED)
 
     def clear(self) -> None:
@@ -84,13 +139,55 @@ class Session:
     explanations: dict[str, dict[str, Any]] = field(default_factory=dict)
     epoch: int = 0  # counts changes of settings and engines: what was decoded under others is not remembered
     lost: set[str] = field(default_factory=set)  # documents of which an edit could not be read
-    _trees: dict[str, SyntaxTree] = field(default_factory=dict)
+    snoozed_until: float = 0.0  # of time.monotonic
+    _trees: dict[str, TreeMemory] = field(default_factory=dict)
+    _deleted: deque[Deleted] = field(default_factory=lambda: deque(maxlen=_MAX_DELETED))
 
     def open(self, document: Document) -> None:
         """A document was opened."""
         self.documents[document.uri] = document
         self.lost.discard(document.uri)
-        self._trees.pop(document.uri, None)
+        self._trees[document.uri] = TreeMemory()
+
+    def change(self, document: Document) -> None:
+        """A document has another text; it is now the one edited last."""
+        old = self.documents.pop(document.uri)
+        self.documents[document.uri] = document
+        if len(document.text) < len(old.text):
+            self._keep_deleted(old, document)
+
+    def _keep_deleted(self, old: Document, new: Document) -> None:
+        """Remember what was cut, with the text around it: it may be typed again elsewhere."""
+        start = common_prefix_length(old.text, new.text)
+        tail = common_suffix_length(old.text, new.text, min(len(old.text), len(new.text)) - start)
+        end = len(old.text) - tail
+        last = self._deleted[0] if self._deleted else None
+        if last is not None and last.uri == new.uri and last.start in {end, start}:  # backspace, or delete, held down
+            self._deleted.popleft()
+            text = old.text[start:end] + last.text if last.start == end else last.text + old.text[start:end]
+            before = old.text[max(0, start - _AROUND) : start]
+            self._deleted.appendleft(Deleted(new.uri, start, before, text, last.after))
+        else:
+            before, after = old.text[max(0, start - _AROUND) : start], old.text[end : end + _AROUND]
+            self._deleted.appendleft(Deleted(new.uri, start, before, old.text[start:end], after))
+
+    def other_documents(self, snapshot: Snapshot) -> list[tuple[str, str]]:
+        """Path and text of other open documents in the same language, the one edited last first; no private ones."""
+        language = find_language(snapshot.language_id)
+        others = (document for document in reversed(self.documents.values()) if document.uri != snapshot.uri)
+        fit = (other for other in others if find_language(other.language_id) is language and not is_private(other.uri))
+        return [(path_of(document.uri), document.text) for document in islice(fit, _MAX_OTHERS)]
+
+    def other_texts(self, snapshot: Snapshot) -> list[str]:
+        """Where else to look for guesses: what was deleted, then other documents."""
+        deleted = [
+            f"{d.before}{d.text}{d.after}" for d in self._deleted if len(d.text) >= _LEAST_DELETED and not is_private(d.uri)
+        ]
+        return [*deleted, *(text for _, text in self.other_documents(snapshot))]
+
+    def snoozed_minutes(self) -> int:
+        """Minutes until automatic completions come again, rounded up."""
+        return max(0, math.ceil((self.snoozed_until - time.monotonic()) / 60))
 
     def close(self, uri: str) -> None:
         """A document was closed."""
@@ -105,12 +202,12 @@ class Session:
         document = self.documents.get(snapshot.uri)
         return document is not None and document.text == snapshot.text  # versions begin anew with each opening
 
-    def tree_of(self, snapshot: Snapshot) -> SyntaxTree | None:
-        """Syntax tree of a snapshot, made from the document's last one."""
-        tree = parse(snapshot.text, snapshot.language_id, self._trees.get(snapshot.uri))
-        if tree is not None:
-            self._trees[snapshot.uri] = tree
-        return tree
+    def find_place(self, snapshot: Snapshot, *, invoked: bool) -> Place | NoCompletion:
+        """What may be filled at a snapshot's cursor; the syntax tree is made from the document's last one."""
+        document = self.documents.get(snapshot.uri)
+        memory = self._trees.setdefault(snapshot.uri, TreeMemory())
+        writable = document is None or document.writable
+        return find_place(snapshot, self.settings, memory, invoked=invoked, writable=writable)
 
     def explain(self, snapshot: Snapshot, outcome: Completion | NoCompletion, source: str) -> None:
         """Keep what came of a request, without any text: for ``fimserver.explain``."""
