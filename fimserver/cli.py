@@ -107,32 +107,55 @@ def lsp(**options: Any) -> None:
 @click.option("--path", metavar="NAME", help="File name of the text on standard input (FILE is -).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--trace", is_flag=True, help="Show hole, context, prompt, every canvas and timings.")
+@click.option("--watch", is_flag=True, help="Go on: show what would be offered as the file is saved.")
 @click.option("--set", "pairs", multiple=True, metavar="NAME=VALUE", help="Any setting; see docs/settings.md.")
 @_decoding_options
 @_engine_options
-def complete(
+def complete(  # noqa: PLR0913, PLR0917  one parameter an option
     target: str,
     path: str | None,
     as_json: bool,  # noqa: FBT001  click hands flags over by name
     trace: bool,  # noqa: FBT001
+    watch: bool,  # noqa: FBT001
     pairs: tuple[str, ...],
     **options: Any,
 ) -> None:
     """Complete at LINE:COL of FILE, for instance app.py:12:5; - reads standard input.
 
+    With --watch FILE is enough, and the place is where a save changed it.
+
     Lines and columns count from 1, columns in characters; the end of a line is its length and 1.
     With --json the trace goes to standard error.
     """
-    from fimserver.completion import Target, complete_target, parse_target, print_result  # noqa: PLC0415
+    from fimserver.completion import Target, complete_target, parse_file, parse_target, print_result  # noqa: PLC0415
 
     settings = _settings(options, pairs)
+    if watch and target.startswith("-:"):
+        msg = "--watch needs a file, not standard input"
+        raise click.UsageError(msg)
     try:
-        place: Target = parse_target(target, path, sys.stdin.buffer)
+        in_file = watch and Path(target).is_file()
+        place: Target = parse_file(target) if in_file else parse_target(target, path, sys.stdin.buffer)
     except FimserverError as error:
         raise click.UsageError(str(error)) from error
+    if watch:
+        _watch(place, settings, as_json=as_json)
+        return
     result = complete_target(place, settings, trace=trace)
     print_result(result, place, as_json=as_json, trace=trace)
     sys.exit(0 if result.completion is not None else 1)
+
+
+def _watch(place: Any, settings: Settings, *, as_json: bool) -> None:
+    from fimserver.watch import watch_file  # noqa: PLC0415
+
+    try:
+        watch_file(place, settings, as_json=as_json)
+    except KeyboardInterrupt:
+        click.echo(err=True)
+    except FimserverError as error:
+        click.echo(f"fimserver: {error}", err=True)
+        sys.exit(1)
 
 
 @main.group(name="eval")

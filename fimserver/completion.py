@@ -73,18 +73,10 @@ def parse_target(target: str, path: str | None, stdin: BinaryIO) -> Target:
         raise PositionError(msg)
     name, line, column = parts[0], int(parts[1]), int(parts[2])
     if name == "-":
-        name, data = path or "stdin.py", stdin.read()
+        name = path or "stdin.py"
+        text = _decode(name, stdin.read())
     else:
-        try:
-            data = Path(name).read_bytes()
-        except OSError as error:
-            msg = f"{name} cannot be read: {error.strerror}"
-            raise PositionError(msg) from error
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        msg = f"{name} is not UTF-8 (byte {error.start}); convert it first"
-        raise PositionError(msg) from error
+        text = read_text(name)
     index = LineIndex(text)
     if not 1 <= line <= len(index.starts):
         msg = f"{name} has lines 1 to {len(index.starts)}, not {line}"
@@ -93,9 +85,35 @@ def parse_target(target: str, path: str | None, stdin: BinaryIO) -> Target:
     if not 1 <= column <= end - start + 1:
         msg = f"line {line} of {name} has columns 1 to {end - start + 1}, not {column}"
         raise PositionError(msg)
-    language = language_of_path(name)
-    uri = Path(name).absolute().as_uri()
-    return Target(name, Snapshot(uri, 0, language, text, start + column - 1))
+    return to_target(name, text, start + column - 1)
+
+
+def parse_file(name: str) -> Target:
+    """The end of the file ``name``, for a place that nobody named. Raises ``PositionError``."""
+    text = read_text(name)
+    return to_target(name, text, len(text.rstrip()))
+
+
+def to_target(name: str, text: str, cursor: int) -> Target:
+    """A place in a text that is called ``name``."""
+    return Target(name, Snapshot(Path(name).absolute().as_uri(), 0, language_of_path(name), text, cursor))
+
+
+def read_text(name: str) -> str:
+    """A file's text. Raises ``PositionError``."""
+    try:
+        return _decode(name, Path(name).read_bytes())
+    except OSError as error:
+        msg = f"{name} cannot be read: {error.strerror}"
+        raise PositionError(msg) from error
+
+
+def _decode(name: str, data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        msg = f"{name} is not UTF-8 (byte {error.start}); convert it first"
+        raise PositionError(msg) from error
 
 
 def complete_target(target: Target, settings: Settings, *, trace: bool) -> Result:
@@ -237,10 +255,7 @@ def print_trace(result: Result, console: Console) -> None:
         before = prefix if len(prefix) <= _SHOWN else "\u2026" + prefix[-_SHOWN:]
         after = suffix if len(suffix) <= _SHOWN else suffix[:_SHOWN] + "\u2026"
         console.print(Text.assemble((before, "cyan"), ("\u258f", "bold red"), (after, "magenta")))
-    if result.guesses:
-        heading("guesses (what followed the same text elsewhere)")
-        for guess in result.guesses:
-            console.print(Text(f"{guess.match_length:4d} characters matched, {guess.count} times: {guess.text!r}"))
+    _print_guesses(result, heading, console)
     if result.generation is not None:
         heading(f"prompt ({result.generation.prompt_tokens} tokens)")
         console.print(Text(result.generation.prompt_text, style="dim"))
@@ -274,3 +289,10 @@ def _canvas_text(draft: Draft) -> list[Any]:
         counted = f"{text}\u00d7{number}" if number > _LONGEST_RUN else text * number
         parts.append((counted, "green" if accepted else "red strike"))
     return parts
+
+
+def _print_guesses(result: Result, heading: Callable[[str], None], console: Console) -> None:
+    if result.guesses:
+        heading("guesses (what followed the same text elsewhere)")
+    for guess in result.guesses:
+        console.print(Text(f"{guess.match_length:4d} characters matched, {guess.count} times: {guess.text!r}"))

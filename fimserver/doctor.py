@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.text import Text
 
 from fimserver import __version__
+from fimserver.context.languages import LANGUAGES
+from fimserver.context.syntax import load_parser
 from fimserver.engine.client import EngineClient, EngineOptions
 from fimserver.errors import EngineError
 from fimserver.paths import config_file
@@ -93,18 +95,18 @@ def check_memory(_settings: Settings) -> Check:
 
 def check_grammar(_settings: Settings) -> Check:
     """Whether the syntax trees work."""
-    try:
-        from fimserver.context.syntax import parse  # noqa: PLC0415  a broken wheel is a finding, not a crash
-
-        tree = parse("x = 1\n", "python")
-    except (ImportError, OSError, ValueError, TypeError) as error:
-        return Check(
-            "grammars",
-            f"{type(error).__name__}: {error}",
-            "pip install --force-reinstall tree-sitter tree-sitter-python",
-        )
-    errors = tree.errors() if tree is not None else [(0, 0)]
-    return Check("grammars", "python", "pip install --upgrade tree-sitter tree-sitter-python" if errors else "")
+    found, missing = [], []
+    for language in LANGUAGES:
+        package = language.grammar[0].replace("_", "-") if language.grammar else ""
+        try:
+            load_parser(language).parse(b"")
+            found.append(language.id)
+        except (ImportError, OSError, ValueError, TypeError, AttributeError) as error:
+            missing.append(f"{package} ({type(error).__name__})")
+    names = " ".join(sorted({name.split()[0] for name in missing}))
+    remedy = f"{sys.executable} -m pip install --force-reinstall tree-sitter {names}" if missing else ""
+    broken = f"; broken: {', '.join(missing)}" if missing else ""
+    return Check("grammars", f"{len(found)} languages{broken}", remedy)
 
 
 def check_config(_settings: Settings) -> Check:

@@ -10,15 +10,15 @@ import pytest
 from cases import Case, check, parametrize, show_refusal
 
 from fimserver.context.hole import find_hole
+from fimserver.context.languages import find_language
 from fimserver.context.place import Place, complete_place, find_place
 from fimserver.context.postprocess import to_completion
-from fimserver.context.languages import find_language
 from fimserver.context.scan import OpenState, python_parses, scan
 from fimserver.context.soundness import is_sound
 from fimserver.context.syntax import parse
-from fimserver.text import common_prefix_length, common_suffix_length
 from fimserver.context.window import Budget, budget_for, build_context, cut_end, cut_start, path_of
 from fimserver.settings import Settings
+from fimserver.text import common_prefix_length, common_suffix_length
 from fimserver.types import Completion, Hole, HoleKind, NoCompletion, Snapshot
 
 PYTHON = find_language("python")

@@ -165,7 +165,7 @@ def measure_typing(settings: Settings, *, limit: int) -> Summary:
 async def _type(engine: _Engine, settings: Settings, limit: int) -> tuple[_Measured, Counter[str]]:
     editor, measured, sources = _Editor(engine), _Measured(), Counter[str]()
     options = {"debounceMs": 0, "mode": settings.mode, "seed": settings.seed}
-    capabilities = {"textDocument": {"inlineCompletion": {}}}
+    capabilities: dict[str, Any] = {"textDocument": {"inlineCompletion": {}}}
     params = {"processId": None, "rootUri": None, "capabilities": capabilities, "initializationOptions": options}
     await editor.request("initialize", params)
     editor.receive(method="initialized", params={})

@@ -97,7 +97,10 @@ def read_module(name: str) -> str:
 
 
 def evaluate_lines(settings: Settings, *, limit: int, guesses: bool = True) -> Summary:
-    """Complete every line as an invoked request, or by the model alone. Raises ``FimserverError`` when the model does not load."""
+    """Complete every line as an invoked request, or by the model alone.
+
+    Raises ``FimserverError`` when the model does not load.
+    """
     engine = EngineClient(EngineOptions().under(settings))
     refusals: Counter[str] = Counter()
     exact = broken = guessed = guessed_exact = 0

@@ -67,9 +67,7 @@ def find_embedded(snapshot: Snapshot) -> Focus:
     if found is None:
         return Focus(snapshot, 0)
     start, end, language_id = found
-    inner = replace(
-        snapshot, language_id=language_id, text=snapshot.text[start:end], cursor=snapshot.cursor - start
-    )
+    inner = replace(snapshot, language_id=language_id, text=snapshot.text[start:end], cursor=snapshot.cursor - start)
     return Focus(inner, start)
 
 
@@ -264,7 +262,9 @@ def _as_first(line: str, language: Language) -> str:
     match = _NEXT_CONDITION.match(line)
     if match:
         return f"{leading_whitespace(line)}if{match[1]}"
-    return leading_whitespace(line) + _FIRST.get(language.id, "{" if language.style is BlockStyle.BRACE else line.strip())
+    return leading_whitespace(line) + _FIRST.get(
+        language.id, "{" if language.style is BlockStyle.BRACE else line.strip()
+    )
 
 
 def _with_beginning(head: str, start: int, line: str) -> tuple[str, int]:

@@ -14,7 +14,7 @@ from urllib.parse import unquote
 
 from tree_sitter import Node
 
-from fimserver.context.languages import BlockStyle, Language, find_language
+from fimserver.context.languages import BlockStyle, Language, find_language, words
 from fimserver.context.scan import OpenState, scan, without_comment
 from fimserver.context.syntax import SyntaxTree
 from fimserver.settings import Settings
@@ -45,15 +45,15 @@ _PRIVATE = re.compile(
 )
 _WORD = re.compile(r"\w")
 _COMMENT_TYPES = frozenset({"comment", "line_comment", "block_comment", "html_comment", "js_comment"})
-_STRING_TYPES = frozenset(
+_STRING_TYPES = words(
     "string string_literal interpreted_string_literal raw_string_literal template_string char_literal "
     "character_literal rune_literal verbatim_string_literal interpolated_string_expression encapsed_string heredoc "
     "heredoc_body nowdoc raw_string string_value double_quote_scalar single_quote_scalar quoted_attribute_value "
-    "ansi_c_string".split()
+    "ansi_c_string"
 )
-_INTERPOLATION_TYPES = frozenset(
+_INTERPOLATION_TYPES = words(
     "interpolation template_substitution command_substitution process_substitution arithmetic_expansion expansion "
-    "string_interpolation".split()
+    "string_interpolation"
 )
 _DOC_COMMENTS = ("/**", "///", "//!", "---")
 _STRING_ENDS = re.compile(r'[\w@$&#]*?("""|\'\'\'|"|\'|`|\[=*\[)')
@@ -80,7 +80,7 @@ def refuse_document(snapshot: Snapshot, *, invoked: bool = False, writable: bool
 
 def is_private(uri: str) -> bool:
     """Whether a document's name says that it holds secrets; such a one is not read for others either."""
-    return _PRIVATE.search(unquote(uri.split("?")[0].split("#")[0])) is not None
+    return _PRIVATE.search(unquote(re.split(r"[?#]", uri, maxsplit=1)[0])) is not None
 
 
 def find_hole(snapshot: Snapshot, tree: SyntaxTree | None, settings: Settings) -> Hole | NoCompletion:
@@ -249,7 +249,7 @@ def _find_on_blank_line(snapshot: Snapshot, after: str, language: Language) -> H
         code = without_comment(line, language).rstrip()
         if not code:
             continue
-        if code.endswith(("(", "[")) and language.id not in {"json", "toml"}:
-            return HoleKind.EXPRESSION
-        return HoleKind.BLOCK if opens_block(code, language) else HoleKind.STATEMENT
+        if opens_block(code, language):
+            return HoleKind.BLOCK
+        return HoleKind.EXPRESSION if code.endswith(("(", "[")) else HoleKind.STATEMENT
     return HoleKind.STATEMENT

@@ -87,6 +87,11 @@ class Language:
         return next((word for pattern, word in self.end_words if re.search(pattern, header)), "")
 
 
+def words(text: str) -> frozenset[str]:
+    """The words of a text."""
+    return frozenset(text.split())
+
+
 _C_WORDS = "if else for while do switch case return break continue"
 _JS_WORDS = f"{_C_WORDS} function class const var throw try catch finally import export extends in instanceof"
 _RUBY_HEADERS = "def|class|module|if|elsif|else|unless|while|until|case|when|begin|rescue|ensure|for"
@@ -165,8 +170,8 @@ LANGUAGES = (
         quotes=(*_quotes("`", multiline=True, escapes=False), *_PLAIN_QUOTES),
         style=BlockStyle.BRACE,
         header=_BRACE_HEADER,
-        opener=_CASE_OPENER,
-        reserved="if else for switch case return break continue func var const type package import range go defer select",
+        opener=rf"{_CASE_OPENER}|^\s*(?:import|const|var|type)\s*\(\s*$",
+        reserved="if else for switch case return break continue func var const type package import range go defer",
         imports=r"import\b|package\b",
     ),
     Language(
@@ -296,7 +301,7 @@ LANGUAGES = (
         documents=r"<<-?[ \t]*[\"']?[A-Za-z_]\w*[\"']?",
         style=BlockStyle.KEYWORD,
         header=r"(?:if|elif|else|for|while|until|case|function|select)\b|[\w-]+\s*\(\)",
-        opener=r"\b(?:then|do|else|in)\s*$|[{]\s*$|^\s*[^\s()]+(?:\s*\|\s*[^\s()]+)*\)\s*$",
+        opener=r"\b(?:then|do|else|in)\s*$|(?<!\$)[{]\s*$|^\s*[^\s()]+(?:\s*\|\s*[^\s()]+)*\)\s*$",
         reserved="then do else elif fi done esac",
         imports=r"source\b|\.\s",
         end_words=(

@@ -75,8 +75,13 @@ def complete_place(text: str, place: Place) -> Completion | NoCompletion:
 
 
 def offer_guess(guesses: Sequence[Guess], place: Place) -> Completion | None:
-    """The best guess, if it is sure and fits."""
+    """The best guess, if it is sure and fits as it is, but for closers."""
     if not guesses or not is_sure(guesses[0]):
         return None
+    text = guesses[0].text.strip()
     outcome = complete_place(guesses[0].text, place)
-    return outcome if isinstance(outcome, Completion) else None
+    if isinstance(outcome, NoCompletion):
+        return None
+    middle = outcome.middle.strip()
+    as_it_is = middle.startswith(text) or (text.startswith(middle) and not text[len(middle) :].strip(")]}\"'`;:, "))
+    return outcome if as_it_is else None

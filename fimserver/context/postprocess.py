@@ -38,10 +38,29 @@ _NOT_TEXT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffd\ud800-\udfff]")
 def to_completion(text: str, hole: Hole, snapshot: Snapshot, tree: SyntaxTree | None) -> Completion | NoCompletion:
     """What to offer for the engine's ``text``; ``tree`` is the snapshot's, if its language has one."""
     language = find_language(snapshot.language_id)
-    before, after = line_around(snapshot.text, snapshot.cursor)
+    _, after = line_around(snapshot.text, snapshot.cursor)
     text = cut_at_half_character(to_newlines(text))
-    if hole.kind in (HoleKind.STRING, HoleKind.DOCSTRING):
-        text = cut_at_quote(text, snapshot, after, language)
+    if hole.kind not in (HoleKind.STRING, HoleKind.DOCSTRING):
+        return _fit(text, hole, snapshot, tree)
+    inside = cut_at_quote(text, snapshot, after, language)
+    if hole.kind is HoleKind.STRING and not after.strip() and inside != text:  # the line goes on behind the string
+        outcome = _fit(text, hole, snapshot, tree)
+        if isinstance(outcome, Completion) and outcome.middle.startswith(inside.rstrip()):
+            return outcome
+    outcome = _fit(inside, hole, snapshot, tree)
+    over = hole.replaceable
+    if isinstance(outcome, NoCompletion) and inside != text and over and not after[over:].strip():
+        return _fit(text, hole, snapshot, tree, over)  # the statement needs what stands behind the string
+    return outcome
+
+
+def _fit(
+    text: str, hole: Hole, snapshot: Snapshot, tree: SyntaxTree | None, over: int = 0
+) -> Completion | NoCompletion:
+    """What of a text can be offered in place of the ``over`` characters behind the cursor."""
+    language = find_language(snapshot.language_id)
+    before, after = line_around(snapshot.text, snapshot.cursor)
+    after = after[over:]
     middle = cut_at_hole_end(match_indentation(text, before, snapshot.text), hole, before, language)
     quotes_only = hole.kind is not HoleKind.STRING and not middle.strip(" \n\"'")  # an empty string, no code
     if not middle.strip() or quotes_only:
@@ -54,7 +73,7 @@ def to_completion(text: str, hole: Hole, snapshot: Snapshot, tree: SyntaxTree | 
     ending = line_ending(snapshot.text)
     give_up = time.perf_counter() + _MAX_SECONDS
     place = snapshot.cursor
-    for variant in find_variants(Variant(middle), hole, snapshot, language):
+    for variant in find_variants(Variant(middle, over), hole, snapshot, language):
         candidate = variant.text.replace("\n", ending)
         if candidate.strip() and is_sound(snapshot, candidate, tree, variant.replaced):
             return Completion(uuid.uuid4().hex[:12], candidate, place, place + variant.replaced)
@@ -140,7 +159,7 @@ def cut_repetition(text: str) -> str:
 def cut_repeated_suffix(middle: str, before: str, after: str, following: list[str], language: Language) -> str:
     """The middle without its end where that repeats the rest of the line or the next lines."""
     overlap = overlap_with(middle, after)
-    if overlap and (re.search(r"\w", after[:overlap]) or is_unmatched(before, middle, language)):
+    if overlap and (re.search(r"\w", after[:overlap]) or is_unmatched(before, middle, overlap, language)):
         middle = middle[: len(middle) - overlap]
     if not following:
         return middle
@@ -160,11 +179,11 @@ def _same_line(line: str, standing: str) -> bool:
     return line == standing if bare else line.strip() == standing.strip()
 
 
-def is_unmatched(before: str, middle: str, language: Language) -> bool:
-    """Whether the middle closes a bracket or quote that it did not open: the suffix closes that one already."""
+def is_unmatched(before: str, middle: str, overlap: int, language: Language) -> bool:
+    """Whether the end of the middle closes a bracket or quote that it did not open: the suffix does so already."""
     own = scan(middle, language)
     if own.unmatched is not None:
-        return True
+        return own.unmatched >= len(middle) - overlap
     opened, closed = scan(before, language).quote, scan(before + middle, language).quote
     return bool(opened) and closed != opened
 

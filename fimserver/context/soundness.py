@@ -14,12 +14,13 @@ from functools import lru_cache
 
 from tree_sitter import Node
 
+from fimserver.context.languages import words
 from fimserver.context.scan import python_parses
 from fimserver.context.syntax import SyntaxTree, parse
 from fimserver.types import Snapshot
 
 # Nodes whose children are statements, members or items, in all grammars: the names do not collide.
-_BODIES = frozenset(
+_BODIES = words(
     "module block program source_file statement_block compound_statement class_body declaration_list "
     "field_declaration_list enum_body enum_member_declaration_list interface_body object_type object array "
     "translation_unit compilation_unit body_statement then else do do_block begin_block chunk document stylesheet "
@@ -29,7 +30,7 @@ _BODIES = frozenset(
     "struct_type import_spec_list const_declaration var_declaration block_node flow_mapping enum_declaration_list "
     "script_element style_element statement_list var_spec_list literal_value switch_block_statement_group "
     "annotation_type_body enum_body_declarations module_body default_statement colon_block block_body hash "
-    "table_constructor initializer_list field_initializer_list element flow_sequence list list_item".split()
+    "table_constructor initializer_list field_initializer_list element flow_sequence list list_item"
 )
 _NAMES = {"identifier", "type_identifier", "command_name"}
 _AT_MARGIN = re.compile(r"^(?![)\]}\s])", re.MULTILINE)
@@ -46,7 +47,7 @@ def is_sound(snapshot: Snapshot, middle: str, tree: SyntaxTree | None, replaced:
         return True
     before, after = snapshot.text[: snapshot.cursor], snapshot.text[snapshot.cursor + replaced :]
     text = before + middle + after
-    new = parse(text, snapshot.language_id, tree)
+    new = parse(text, snapshot.language_id, tree, exact=False)
     if new is None:
         return True
     start = new.to_byte(snapshot.cursor)
@@ -81,11 +82,11 @@ def _is_sound_nearby(snapshot: Snapshot, middle: str, tree: SyntaxTree, replaced
 
 def _takes_a_word_for_a_name(new: SyntaxTree, start: int, end: int) -> bool:
     """Whether a name in ``[start, end)`` is a word of the language: some grammars read any word as a name."""
-    words = new.language.reserved.split()
-    stack = [new.tree.root_node] if words else []
+    reserved = words(new.language.reserved)
+    stack = [new.tree.root_node] if reserved else []
     while stack:
         node = stack.pop()
-        if node.type in _NAMES and node.text is not None and node.text.decode("utf-8", "replace") in words:
+        if node.type in _NAMES and node.text is not None and node.text.decode("utf-8", "replace") in reserved:
             dotted = new.source[: node.start_byte].rstrip().endswith((b".", b"->"))
             if start < node.end_byte and node.start_byte < end and not dotted:
                 return True
@@ -144,11 +145,7 @@ def rest_parses(head: bytes, tail: bytes) -> bool:
     lines = tail.split(b"\n")
     keep = next((i for i, line in enumerate(lines) if i and _begins_statement(line, indent)), len(lines))
     without_deeper = b"\n" + b"\n".join(lines[keep:])
-    return any(
-        _parses(head + stand_in + rest)
-        for rest in (tail, without_deeper)
-        for stand_in in _STAND_INS
-    )
+    return any(_parses(head + stand_in + rest) for rest in (tail, without_deeper) for stand_in in _STAND_INS)
 
 
 def _begins_statement(line: bytes, indent: int) -> bool:

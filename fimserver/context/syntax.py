@@ -7,6 +7,7 @@ Offsets: code points outside, bytes inside; ``to_byte`` leads from one to the ot
 """
 
 import importlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +18,8 @@ from tree_sitter import Node, Parser, Tree
 from fimserver.context.languages import Language, find_language
 from fimserver.text import common_prefix_length, common_suffix_length
 
+_logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class SyntaxTree:
@@ -26,6 +29,7 @@ class SyntaxTree:
     source: bytes
     tree: Tree
     language: Language
+    is_exact: bool = True
 
     def to_byte(self, offset: int) -> int:
         """Byte of a code point offset."""
@@ -52,18 +56,25 @@ class SyntaxTree:
         return found
 
 
-def parse(text: str, language_id: str, old: SyntaxTree | None = None) -> SyntaxTree | None:
-    """Tree of a text; ``old`` is any earlier tree of the same document, of which the unchanged part is kept."""
+def parse(text: str, language_id: str, old: SyntaxTree | None = None, *, exact: bool = True) -> SyntaxTree | None:
+    """Tree of a text; ``old`` is any earlier tree of the same document, of which the unchanged part is kept.
+
+    Of a text with errors a parser makes one tree after an edit and another from scratch, since it mends where it
+    happens to look first. With ``exact`` such a text is parsed from scratch, so that a tree depends on nothing but
+    its text; what is parsed here is a focus, of a few thousand characters.
+    """
     language = find_language(language_id)
     parser = _parser(language)
     if parser is None:
         return None
     source = _encode(text)
-    if old is None or old.language is not language:
-        return SyntaxTree(text, source, parser.parse(source), language)
-    if old.source == source:
-        return old
-    return SyntaxTree(text, source, parser.parse(source, _edited(old, source)), language)
+    if old is not None and old.language is language:
+        if old.source == source and (old.is_exact or not exact):
+            return old
+        tree = parser.parse(source, _edited(old, source))
+        if not exact or not tree.root_node.has_error:
+            return SyntaxTree(text, source, tree, language, is_exact=exact)
+    return SyntaxTree(text, source, parser.parse(source), language)
 
 
 def _edited(old: SyntaxTree, source: bytes) -> Tree:
@@ -94,8 +105,18 @@ def _encode(text: str) -> bytes:
 
 @cache
 def _parser(language: Language) -> Parser | None:
-    """A parser with the language's grammar, which is loaded now."""
+    """A parser with the language's grammar, which is loaded now; without it a language is completed by its lines."""
     if language.grammar is None:
         return None
+    try:
+        return load_parser(language)
+    except (ImportError, OSError, ValueError, TypeError, AttributeError) as error:
+        _logger.warning("no syntax trees for %s: %s; run: fimserver doctor", language.id, type(error).__name__)
+        return None
+
+
+def load_parser(language: Language) -> Parser:
+    """A parser with the language's grammar. Raises what a broken or missing package raises."""
+    assert language.grammar is not None
     module, function = language.grammar
     return Parser(tree_sitter.Language(getattr(importlib.import_module(module), function)()))

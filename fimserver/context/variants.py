@@ -12,7 +12,7 @@ Knows:  characters, lexical tables.  Never: trees, tokens.
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fimserver.context.hole import next_line
 from fimserver.context.languages import VOID_ELEMENTS, BlockStyle, Language
@@ -24,8 +24,10 @@ _TEXT_KINDS = (HoleKind.COMMENT, HoleKind.DOCSTRING)
 _CLOSING_LINE = re.compile(
     r"\s*(?:[)\]}]|</|;;|(?:end|fi|done|esac|else|elif|elsif|elseif|rescue|ensure|when|until)\b)"
 )
+_BRACE_AT_END = re.compile(r"\{\s*(?:\|[^|]*\|)?\s*$")
 _CLOSING_RUN = re.compile(r"[)\]}\"'`]*")
 _INDENT_WIDTH = 4
+_REACH = 20_000  # characters behind the cursor that are searched for a closing tag
 _TERMINATED = {"java", "c", "cpp", "csharp", "rust", "php", "css"}  # statements end with a semicolon
 _MARKUP = {"html", "javascript", "typescriptreact"}
 _TAG = re.compile(rf"<(/?)(?!(?:{VOID_ELEMENTS})\b)([A-Za-z][\w.-]*)(?:\s[^<>]*?)?(?<!/)>")
@@ -41,12 +43,13 @@ class Variant:
 
 @dataclass(frozen=True, slots=True)
 class _Site:
-    """The cursor's line, the header of the body that the hole is in (its own line or one above), the next line."""
+    """The cursor's line, the header of the body that the hole is in (its own line or one above), what follows."""
 
     before: str
     after: str
     header: str
     next: str
+    rest: str
     unit: str
     language: Language
 
@@ -60,14 +63,18 @@ class _Site:
 def find_variants(first: Variant, hole: Hole, snapshot: Snapshot, language: Language) -> Iterator[Variant]:
     """The variant and its mended forms, none twice."""
     before, after = line_around(snapshot.text, snapshot.cursor)
+    if first.replaced:
+        after, hole = after[first.replaced :], replace(hole, replaceable=0)
     header = before if before.strip() else _line_above(snapshot, indent_width(before))
-    site = _Site(before, after, header, next_line(snapshot), indent_unit(f"{snapshot.text}\n{before}|"), language)
+    rest = snapshot.text[snapshot.cursor : snapshot.cursor + _REACH]
+    unit = indent_unit(f"{snapshot.text}\n{before}|")
+    site = _Site(before, after, header, next_line(snapshot), rest, unit, language)
     seen: set[Variant] = set()
     for variant in _variants(first.text, hole, before, after, language):
         for form in _forms(variant, hole, site):
             if form not in seen:
                 seen.add(form)
-                yield form
+                yield replace(form, replaced=first.replaced + form.replaced)
 
 
 def _forms(variant: Variant, hole: Hole, site: _Site) -> Iterator[Variant]:
@@ -75,7 +82,9 @@ def _forms(variant: Variant, hole: Hole, site: _Site) -> Iterator[Variant]:
     standing = site.after[: hole.replaceable]
     if not site.after.strip():
         closed = [Variant(text) for text in _closed(variant.text, hole, site)]
-        yield from [*closed, variant] if site.is_open and site.language.id != "python" else [variant, *closed]
+        in_body = "\n" in variant.text or site.header != site.before or hole.kind is not HoleKind.BLOCK
+        likely = site.is_open and in_body and site.language.id != "python"
+        yield from [*closed, variant] if likely else [variant, *closed]
         yield from (Variant(text) for text in _ended(variant.text, hole, site))
         return
     yield variant
@@ -147,15 +156,24 @@ def _closed(variant: str, hole: Hole, site: _Site) -> Iterator[str]:
     if language.id == "css" and site.before.strip() and variant[-1:] not in {*";{}"}:
         yield f"{variant};"
     if language.id in _MARKUP and (tags := open_tags((site.before + variant).rsplit("\n", 1)[-1])):
-        yield variant + "".join(f"</{tag}>" for tag in reversed(tags))
+        missing = [tag for tag in tags if site.rest.count(f"</{tag}>") <= site.rest.count(f"<{tag}")]
+        yield variant + "".join(f"</{tag}>" for tag in reversed(missing))
     if hole.kind is not HoleKind.BLOCK or language.style not in {BlockStyle.BRACE, BlockStyle.KEYWORD}:
         return
-    closer = scan(site.header, language).closers
-    closer = language.end_word(site.header) + closer if not closer.startswith("}") else closer
+    code = site.before + variant if site.header == site.before else f"{site.header}\n{variant}"
+    closer = scan(code, language).closers
+    word = language.end_word(site.header) if not _BRACE_AT_END.search(site.header) else ""
+    if word and not (site.header == site.before and _ends_with(word, variant, site.header)):
+        closer = word + closer
+    tails = ("", ";", ",") if language.id != "shellscript" else ("",)
     for ending in ("", ";") if language.id in _TERMINATED else ("",):
-        if closer:
-            yield f"{variant}{ending}\n{leading_whitespace(site.header)}{closer}"
-            yield f"{variant}{ending}\n{leading_whitespace(site.header)}{closer}{ending or ';'}"
+        yield from (f"{variant}{ending}\n{leading_whitespace(site.header)}{closer}{t}" for t in tails if closer)
+
+
+def _ends_with(word: str, variant: str, header: str) -> bool:
+    """Whether the last line is the header's own end."""
+    _, newline, last = variant.rpartition("\n")
+    return re.search(rf"\b{word}\W*$", last) is not None and (not newline or indent_width(last) <= indent_width(header))
 
 
 def open_tags(line: str) -> list[str]:

@@ -78,9 +78,7 @@ def apply_changes(
     return replace(document, index=index, version=version)
 
 
-def find_selection(
-    index: LineIndex, info: lsp.SelectedCompletionInfo | None, encoding: Encoding
-) -> Selection | None:
+def find_selection(index: LineIndex, info: lsp.SelectedCompletionInfo | None, encoding: Encoding) -> Selection | None:
     """The selected item, if there is one. Raises ``PositionError``."""
     if info is None:
         return None

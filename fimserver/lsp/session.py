@@ -181,7 +181,9 @@ class Session:
     def other_texts(self, snapshot: Snapshot) -> list[str]:
         """Where else to look for guesses: what was deleted, then other documents."""
         deleted = [
-            f"{d.before}{d.text}{d.after}" for d in self._deleted if len(d.text) >= _LEAST_DELETED and not is_private(d.uri)
+            f"{d.before}{d.text}{d.after}"
+            for d in self._deleted
+            if len(d.text) >= _LEAST_DELETED and not is_private(d.uri)
         ]
         return [*deleted, *(text for _, text in self.other_documents(snapshot))]
 
