@@ -78,8 +78,8 @@ def parse_target(target: str, path: str | None, stdin: BinaryIO) -> Target:
     else:
         text = read_text(name)
     index = LineIndex(text)
-    if not 1 <= line <= len(index.starts):
-        msg = f"{name} has lines 1 to {len(index.starts)}, not {line}"
+    if not 1 <= line <= len(index):
+        msg = f"{name} has lines 1 to {len(index)}, not {line}"
         raise PositionError(msg)
     start, end = index.line_range(line - 1)
     if not 1 <= column <= end - start + 1:

@@ -34,28 +34,55 @@ def count_units(text: str, encoding: Encoding) -> int:
 
 
 class LineIndex:
-    """Where each line of one text begins; immutable like the text it belongs to."""
+    """Where each line of one text begins; immutable like the text it belongs to.
 
-    __slots__ = ("starts", "text")
+    ``_starts`` are the lines' beginnings, but for those from line ``_moved_from`` on, which stand ``_moved`` farther:
+    who types within a line moves all lines below and writes no list.
+    """
+
+    __slots__ = ("_moved", "_moved_from", "_starts", "text")
 
     def __init__(self, text: str) -> None:
         self.text = text
-        self.starts = [0, *(m.end() for m in _LINE_END.finditer(text))]
+        self._starts = [0, *(m.end() for m in _LINE_END.finditer(text))]
+        self._moved_from, self._moved = len(self._starts), 0
+
+    @classmethod
+    def _of(cls, text: str, starts: list[int], moved_from: int, moved: int) -> "LineIndex":
+        index = cls.__new__(cls)
+        index.text, index._starts, index._moved_from, index._moved = text, starts, moved_from, moved
+        return index
+
+    def __len__(self) -> int:
+        """Number of lines; a text without any line end has one."""
+        return len(self._starts)
+
+    @property
+    def starts(self) -> list[int]:
+        """Offsets at which lines begin."""
+        behind = self._starts[self._moved_from :]
+        return self._starts[: self._moved_from] + [start + self._moved for start in behind]
+
+    def _start(self, line: int) -> int:
+        return self._starts[line] + (self._moved if line >= self._moved_from else 0)
 
     def line_of(self, offset: int) -> int:
         """Line that holds ``offset``."""
-        return bisect_right(self.starts, offset) - 1
+        first = self._moved_from
+        if first < len(self._starts) and offset >= self._start(first):
+            return bisect_right(self._starts, offset - self._moved, first) - 1
+        return bisect_right(self._starts, offset, 0, first) - 1
 
     def line_range(self, line: int) -> tuple[int, int]:
         """``[start, end)`` of a line without its line end."""
-        start = self.starts[line]
-        end = self.starts[line + 1] if line + 1 < len(self.starts) else len(self.text)
+        start = self._start(line)
+        end = self._start(line + 1) if line + 1 < len(self) else len(self.text)
         return start, start + len(self.text[start:end].rstrip("\r\n"))
 
     def to_position(self, offset: int, encoding: Encoding) -> tuple[int, int]:
         """``(line, column)`` of an offset."""
         line = self.line_of(offset)
-        return line, count_units(self.text[self.starts[line] : offset], encoding)
+        return line, count_units(self.text[self._start(line) : offset], encoding)
 
     def to_offset(self, line: int, column: int, encoding: Encoding) -> int:
         """Offset of a position; a column past the line's end means its end, as LSP has it.
@@ -66,9 +93,9 @@ class LineIndex:
         if line < 0 or column < 0:
             msg = f"position {line}:{column} is negative: lines and columns count from 0"
             raise PositionError(msg)
-        if line >= len(self.starts):
+        if line >= len(self):
             msg = (
-                f"line {line} is outside the document, which has {len(self.starts)} lines: "
+                f"line {line} is outside the document, which has {len(self)} lines: "
                 "the editor and the server hold different texts; close and open the file again"
             )
             raise PositionError(msg)
@@ -82,7 +109,7 @@ class LineIndex:
         """Offset of the nearest position that exists: for edits, of which none may be lost."""
         if line < 0:
             return 0
-        if line >= len(self.starts):
+        if line >= len(self):
             return len(self.text)
         return self._find(line, max(column, 0), encoding)[0]
 
@@ -91,17 +118,25 @@ class LineIndex:
         end = max(start, end)
         text = replace(self.text, start, end, new)
         moved = len(text) - len(self.text)
-        first = max(0, self.line_of(start) - 1)  # the edit may join a CR before it to an LF
+        line = self.line_of(start)
+        if line == self.line_of(end) and self._is_inside(line, start, end, new):
+            below = line + 1
+            if self._moved_from == below or not self._moved:
+                return self._of(text, self._starts, below, self._moved + moved)
+        starts = self.starts
+        first = max(0, line - 1)  # the edit may join a CR before it to an LF
         last = self.line_of(end) + 1
-        stop = self.starts[last] + moved if last < len(self.starts) else len(text)
-        index = LineIndex.__new__(LineIndex)
-        index.text = text
-        between = [m.end() for m in _LINE_END.finditer(text, self.starts[first], stop)]
-        behind = self.starts[last + 1 :]
-        if moved:
-            behind = [line_start + moved for line_start in behind]  # a list: this is all a keystroke costs here
-        index.starts = self.starts[: first + 1] + between + behind
-        return index
+        stop = starts[last] + moved if last < len(starts) else len(text)
+        between = [m.end() for m in _LINE_END.finditer(text, starts[first], stop)]
+        behind = [line_start + moved for line_start in starts[last + 1 :]]
+        starts = starts[: first + 1] + between + behind
+        return self._of(text, starts, len(starts), 0)
+
+    def _is_inside(self, line: int, start: int, end: int, new: str) -> bool:
+        """Whether an edit changes no line's end: nor one of its own, nor the one it may stand beside."""
+        first, last = self.line_range(line)
+        joins = self.text[first - 1 : first] == "\r" and last - first == end - start and not new
+        return first <= start and end <= last and not joins and not _LINE_END.search(new)
 
     def _find(self, line: int, column: int, encoding: Encoding) -> tuple[int, bool]:
         start, end = self.line_range(line)
@@ -124,7 +159,7 @@ class LineIndex:
 
 def replace(text: str, start: int, end: int, new: str) -> str:
     """The text with ``[start, end)`` replaced; an end before the start is taken as the start."""
-    return text[:start] + new + text[max(start, end) :]
+    return "".join((text[:start], new, text[max(start, end) :]))
 
 
 def line_ending(text: str) -> str:

@@ -7,9 +7,10 @@ windowing are exercised there.
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -24,7 +25,10 @@ from fimserver.engine.model import Model
 from fimserver.engine.vocabulary import Vocabulary
 from fimserver.engine.weights import SHIPPED_MODELS, read_metadata
 
-pytest.register_assert_rewrite("cases", "lsp_client")
+if TYPE_CHECKING:
+    from fake_engine import FakeServer
+
+pytest.register_assert_rewrite("cases", "fake_engine", "lsp_client")
 
 TINY = SHIPPED_MODELS / "tiny"
 torch.set_num_threads(1)  # workers side by side share the cores
@@ -136,6 +140,43 @@ def random_folder(random_model: Model, tmp_path_factory: pytest.TempPathFactory)
     metadata = json.loads((TINY / "fimserver.json").read_text())
     (folder / "fimserver.json").write_text(json.dumps({**metadata, "name": "random", "max_prompt_tokens": 256}))
     return folder
+
+
+@pytest.fixture(scope="session")
+def shared_fake(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[FakeServer]":
+    from fake_engine import FakeServer  # once its asserts are rewritten
+
+    server = FakeServer(tmp_path_factory.mktemp("fake") / "journal")
+    server.wait_until_ready()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def fake(shared_fake: "FakeServer") -> "Iterator[FakeServer]":
+    """A running server with a fake engine, shared; whatever a test opens, sets or snoozes is undone behind it."""
+    shared_fake.journal.write_text("")
+    yield shared_fake
+    for uri in list(shared_fake.versions):
+        shared_fake.shut(uri)
+    shared_fake.set()
+    shared_fake.snooze(0)
+
+
+@pytest.fixture
+def start_fake(tmp_path: Path) -> "Iterator[Callable[..., FakeServer]]":
+    """Starts a server with a fake engine and settings, capabilities, load time of its own."""
+    from fake_engine import FakeServer
+
+    started: list[FakeServer] = []
+
+    def start(**arguments: Any) -> "FakeServer":
+        started.append(FakeServer(tmp_path / f"journal{len(started)}", **arguments))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.close()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

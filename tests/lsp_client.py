@@ -16,11 +16,17 @@ SERVER = [sys.executable, "-P", "-m", "fimserver.cli", "lsp"]
 class LspClient:
     """One server process; requests are answered by id, notifications and server requests are kept."""
 
-    def __init__(self, *arguments: str, env: dict[str, str] | None = None, log: Path | None = None) -> None:
+    def __init__(
+        self,
+        *arguments: str,
+        env: dict[str, str] | None = None,
+        log: Path | None = None,
+        command: list[str] | None = None,
+    ) -> None:
         self.log = log
         stderr = log.open("wb") if log else None
         self.process = subprocess.Popen(
-            [*SERVER, *arguments],
+            [*(command or SERVER), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr or subprocess.DEVNULL,

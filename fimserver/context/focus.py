@@ -19,7 +19,7 @@ from fimserver.context.scan import CLOSER_OF, OpenState, find_open_text, find_st
 from fimserver.text import leading_whitespace
 from fimserver.types import Snapshot
 
-_REACH = 2_000  # characters looked at on either side of the cursor in a larger one
+_REACH = 1_600  # characters looked at on either side of the cursor in a larger one
 _LONGEST_TEXT = 20_000  # characters of a string or comment around the cursor that are still looked at whole
 _MAX_SCOPES = 12
 _MAX_TRIED = 4

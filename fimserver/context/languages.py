@@ -63,7 +63,7 @@ class Language:
     header: str = r"(?!)"  # a line that begins a statement with a body
     opener: str = r"(?!)"  # a line that opens a body at its end
     imports: str = r"(?!)"  # a line that brings in names
-    whole_file: int = 8_000  # characters up to which a file is looked at whole; a parse of so many takes 1 ms
+    whole_file: int = 6_000  # characters up to which a file is looked at whole; a parse of so many takes 1 ms
     reserved: str = ""  # words that are no names, where a grammar takes them for one
     end_words: tuple[tuple[str, str], ...] = ()  # how a header's body ends, for the keyword style
 

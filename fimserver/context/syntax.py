@@ -71,9 +71,10 @@ def parse(text: str, language_id: str, old: SyntaxTree | None = None, *, exact: 
     if old is not None and old.language is language:
         if old.source == source and (old.is_exact or not exact):
             return old
-        tree = parser.parse(source, _edited(old, source))
-        if not exact or not tree.root_node.has_error:
-            return SyntaxTree(text, source, tree, language, is_exact=exact)
+        if not exact or not old.tree.root_node.has_error:  # what was broken mostly still is
+            tree = parser.parse(source, _edited(old, source))
+            if not exact or not tree.root_node.has_error:
+                return SyntaxTree(text, source, tree, language, is_exact=exact)
     return SyntaxTree(text, source, parser.parse(source), language)
 
 

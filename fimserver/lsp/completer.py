@@ -23,7 +23,7 @@ from fimserver.context.window import budget_for, build_context
 from fimserver.engine.client import EngineClient, EngineState, PendingCompletion
 from fimserver.errors import CompletionCancelledError, EngineError
 from fimserver.lsp.requests import CANCELLED, CHANGED, RefusedError, Request
-from fimserver.lsp.session import Session, rest_of, typed_since
+from fimserver.lsp.session import CLOSERS, Session, rest_of, typed_since
 from fimserver.settings import refuse_unsure, to_sampling
 from fimserver.types import Completion, Draft, Mode, NoCompletion, Snapshot
 
@@ -44,7 +44,8 @@ class Computation:
     outcome: "asyncio.Future[Completion | NoCompletion | None]"  # None: ended before there was one
     grows: bool  # left to right: a draft is how the answer begins
     draft: str = ""
-    typed: str = ""
+    typed: str = ""  # at its cursor since; with closers behind it that an editor may have added
+    is_placed: bool = True  # where in ``typed`` the cursor stands is known: at its end
     users: set[Request] = field(default_factory=set)
 
     def end(self) -> None:
@@ -57,12 +58,21 @@ class Computation:
         if not self.outcome.done():
             self.outcome.set_result(outcome)
 
+    def may_begin_with(self, typed: str) -> bool:
+        """Whether what was typed may be how the answer begins, as far as there is one."""
+        draft, typed = self.draft.lstrip(" "), typed.lstrip(" ")
+        length = min(len(draft), len(typed))
+        return not self.grows or draft[:length] == typed[:length]
+
     @property
     def is_contradicted(self) -> bool:
         """Whether what was typed since is not how the answer begins."""
-        draft, typed = self.draft.lstrip(" "), self.typed.lstrip(" ")
-        length = min(len(draft), len(typed))
-        return self.grows and draft[:length] != typed[:length]
+        shortest = 1 if not self.is_placed else len(self.typed)
+        return not any(
+            self.may_begin_with(self.typed[:length])
+            for length in range(min(shortest, len(self.typed)), len(self.typed) + 1)
+            if not self.typed[length:].strip(CLOSERS)
+        )
 
 
 class Completer:
@@ -140,9 +150,11 @@ class Completer:
             if self._engine.state in (EngineState.STOPPED, EngineState.LOADING):
                 raise RefusedError(NoCompletion("loading", "the model is still loading"))
             self._check_language(place)
-            with suppress(TimeoutError):
-                await asyncio.wait_for(request.ended.wait(), self._session.settings.debounce_ms / 1e3)
-        await unless_ended(request, self._wait_for_engine())
+            if pause_ms := self._session.settings.debounce_ms:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(request.ended.wait(), pause_ms / 1e3)
+        if self._engine.state is not EngineState.READY:
+            await unless_ended(request, self._wait_for_engine())
 
     def _check_language(self, place: Place) -> None:
         """A model that never saw a language is asked in it by hand only."""
@@ -161,7 +173,7 @@ class Completer:
         """The text of a document changed."""
         for running in [c for c in self._running if c.snapshot.uri == uri]:
             typed = typed_since(running.snapshot, text)
-            running.typed = typed or ""
+            running.typed, running.is_placed = typed or "", False
             if typed is None or running.is_contradicted:
                 running.end()
 
@@ -173,10 +185,12 @@ class Completer:
             if running.outcome.done() or (request.invoked and not running.invoked):
                 continue
             typed = typed_since(running.snapshot, request.snapshot.text)
-            if typed is not None and running.snapshot.cursor + len(typed) == request.snapshot.cursor:
-                running.typed = typed
-                if not running.is_contradicted:
-                    return running
+            length = request.snapshot.cursor - running.snapshot.cursor
+            if typed is None or not 0 <= length <= len(typed) or typed[length:].strip(CLOSERS):
+                continue
+            if running.may_begin_with(typed[:length]):
+                running.typed, running.is_placed = typed[:length], True
+                return running
         return None
 
     def _begin(self, request: Request, place: Place, guesses: list[Guess]) -> Computation:

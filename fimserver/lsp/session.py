@@ -25,7 +25,7 @@ _MAX_DELETED = 6
 _LEAST_DELETED = 8  # characters
 _AROUND = 64
 _MAX_OTHERS = 8
-_CLOSERS = ")]}>\"'`"
+CLOSERS = ")]}>\"'`"
 _NO_OBJECT = 'the fimserver section of the settings is not an object; use {"maxLines": 8} and the like'
 
 
@@ -72,7 +72,7 @@ def rest_of(snapshot: Snapshot, completion: Completion, now: Snapshot) -> Comple
         return None
     typed, closers = inserted[:typed_length], inserted[typed_length:]
     middle = completion.middle
-    if len(typed) == len(middle) or closers.strip(_CLOSERS):
+    if len(typed) == len(middle) or closers.strip(CLOSERS):
         return None
     rest, replaced = middle[len(typed) :], completion.replace_end - completion.replace_start
     if closers and rest.endswith(closers) and not replaced:
