@@ -78,7 +78,7 @@ def changed_at(old: str, new: str) -> int:
     start = common_prefix_length(old, new)
     tail = common_suffix_length(old, new, min(len(old), len(new)) - start)
     end = len(new) - tail
-    return end - 1 if end > start and new[end - 1] == "\n" and new[start:end].strip() else end
+    return end - 1 if end > start and new[end - 1] == "\n" else end
 
 
 def _show(result: Result, target: Target, *, as_json: bool) -> None:

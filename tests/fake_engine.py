@@ -142,7 +142,8 @@ class FakeServer(LspClient):
     ) -> tuple[str, int, int]:
         """Open a text under an order for the engine: URI, line and UTF-16 column of its cursor."""
         mark = {"python": "#", "go": "//"}.get(language, "#")
-        head = f"{mark} fake: {json.dumps(order)}\n" if order is not None else ""
+        ending = "\r\n" if "\r\n" in marked else "\n"
+        head = f"{mark} fake: {json.dumps(order)}{ending}" if order is not None else ""
         text = head + marked
         before = text[: text.index(MARK)]
         self.open(uri, text.replace(MARK, "", 1), language)

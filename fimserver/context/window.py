@@ -3,8 +3,8 @@
     build_context(snapshot, hole, budget, snippets, guesses)   -> FimContext
 
 What the window does not reach but the code in it needs stands in its head: imports, and the headers of the scopes
-around the cursor. Both ends are cut at lines. The start moves in strides of a quarter of the budget counted from the file's
-start, not at every keystroke: the prompt's head stays the same and its KV cache is kept.
+around the cursor. Both ends are cut at lines. The start moves in strides of a quarter of the budget counted from the
+file's start, not at every keystroke: the prompt's head stays the same and its KV cache is kept.
 
 Knows:  text, budgets in characters.  Never: tokens, LSP.
 """

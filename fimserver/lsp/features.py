@@ -66,6 +66,12 @@ def _register_features(server: FimLanguageServer) -> None:
     async def inline_completion(_params: lsp.InlineCompletionParams) -> lsp.InlineCompletionList:
         return await server.on_inline_completion()
 
+    _register_copilots(server)
+
+
+def _register_copilots(server: FimLanguageServer) -> None:
+    """Notifications that clients of Copilot's server send already, under their names."""
+
     def count(name: str) -> None:
         @server.feature(name)
         def counted(_params: Any) -> None:

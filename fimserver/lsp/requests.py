@@ -23,7 +23,6 @@ from fimserver.lsp.session import Session, typed_since
 from fimserver.text import LineIndex
 from fimserver.types import NoCompletion, Snapshot
 
-
 CompletionParams = lsp.InlineCompletionParams | lsp.CompletionParams
 
 
