@@ -21,7 +21,7 @@ from fimserver.types import Completion, NoCompletion, Snapshot
 URI = "file:///home/me/complaint.py"
 CALL = "def call(first, second):\n    return join(▮)\n"
 ANSWER = {"answer": "first, second"}
-SECRET = 'SERVICE_NAME = 1\nSERVICE_ACCESS_TOKEN = "hunter2hunter2hunter2"'
+PRIVATE = 'SERVICE_NAME = 1\nSERVICE_ACCESS_TOKEN = "hunter2hunter2hunter2"'
 
 
 def fill(marked: str, answer: str, language: str = "python") -> str:
@@ -302,7 +302,7 @@ def test_notebooks(fake: FakeServer) -> None:
 def test_private_files_sent_to_a_model(fake: FakeServer, uri: str) -> None:
     """Nothing is offered in them, and nothing of them is known elsewhere: no guess, no snippet, nothing deleted."""
     begun = "SERVICE_NAME = 1\nSERVICE_ACCESS_TOKEN = "
-    assert fake.complete(*fake.show(uri, f"{SECRET}\n{begun}▮\n")) == []
+    assert fake.complete(*fake.show(uri, f"{PRIVATE}\n{begun}▮\n")) == []
     assert fake.last["reason"] == "private_file"
     order = {"name": "elsewhere", "answer": "load()"}
     place = fake.show(URI, f"{begun}▮\n", order=order)
@@ -314,7 +314,7 @@ def test_private_files_sent_to_a_model(fake: FakeServer, uri: str) -> None:
     assert "SERVICE_NAME" in told
     assert "hunter2" not in told
     public = "file:///home/me/settings.py"
-    fake.open(public, f"{SECRET}\n")
+    fake.open(public, f"{PRIVATE}\n")
     fake.insert(URI, 0, 0, "\n")
     assert "hunter2" in fake.complete(URI, place[1] + 2, place[2])[0]["insertText"], "of other files it is"
 
@@ -348,7 +348,7 @@ def test_malformed_uris(fake: FakeServer, uri: str) -> None:
 
 def test_computed_but_never_shown_and_nobody_says_why(fake: FakeServer) -> None:
     """Whatever is empty has a reason, in a word for programs and a sentence for people."""
-    cases = [
+    cases: list[tuple[str, str, dict[str, Any], dict[str, Any], Any]] = [
         (CALL, "", {}, {}, "empty"),
         (CALL, ")))", {}, {}, {"empty", "syntax", "repeats_suffix"}),
         ("def f(a):\n    ▮\n    return total\n", "return total", {}, {}, "repeats_suffix"),

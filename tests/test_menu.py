@@ -9,7 +9,7 @@ from fake_engine import FakeServer
 URI = "file:///home/me/menu.py"
 ORDER = {"answer": "rst, second)"}
 CALL = "def call(first, second):\n    return join(fi▮)\n"
-INLINE = {"textDocument": {"inlineCompletion": {}}}
+INLINE: dict[str, Any] = {"textDocument": {"inlineCompletion": {}}}
 
 
 def ask(server: FakeServer, uri: str, line: int, character: int) -> Any:

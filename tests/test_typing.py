@@ -29,7 +29,7 @@ def test_the_rest_of_what_is_typed_how_it_begins(fake: FakeServer, typed: str) -
     fake.wait_until_noted("begun", name)
     fake.insert(uri, line, column, typed)
     (item,) = fake.wait(request)["result"]["items"]
-    assert item["insertText"] == ORDER["answer"].removeprefix(typed)
+    assert item["insertText"] == "first, second".removeprefix(typed)
     now = {"line": line, "character": column + len(typed)}
     assert item["range"] == {"start": now, "end": now}, "of the text as it is now"
     assert len(fake.noted("begun", name)) == 1

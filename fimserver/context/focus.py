@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from fimserver.context.languages import BlockStyle, Language, find_language
-from fimserver.context.scan import CLOSER_OF, OpenState, find_open_text, find_string_end, scan
+from fimserver.context.scan import CLOSER_OF, OpenState, find_open_text, find_string_end, scan, without_comment
 from fimserver.text import leading_whitespace
 from fimserver.types import Snapshot
 
@@ -132,7 +132,9 @@ def _find_region(snapshot: Snapshot) -> Focus:
 
 def _tail(region: str, cursor: int, next_width: int, language: Language) -> str:
     """What closes the scopes that are open at the end of a region; what the cursor's line opens stays open."""
-    if language.style in (BlockStyle.INDENT, BlockStyle.BRACE):
+    if language.style is BlockStyle.INDENT:
+        return ""
+    if language.style is BlockStyle.BRACE:
         state = scan(region, language)
         line = region.rfind("\n", 0, cursor) + 1, cursor
         opened = [b for b, place in zip(state.brackets, state.offsets, strict=True) if not line[0] <= place < line[1]]
@@ -178,6 +180,10 @@ def _cut_behind(text: str, start: int, cursor: int, language: Language) -> int:
         behind = text.find("\n", end) if end is not None else -1
         line_end = behind if behind >= 0 else line_end
         here = scan(text[start:line_end], language)
+    if waiting := _opened_above(here, text.rfind("\n", start, cursor) + 1 - start, language):
+        closed = _closing_length(text[line_end : line_end + _LONGEST_TEXT], waiting, language)
+        line_end += closed
+        here = scan(text[start:line_end], language) if closed else here
     below = line_end + 1
     reach = min(len(text), below + _REACH)
     if reach < len(text):
@@ -186,27 +192,55 @@ def _cut_behind(text: str, start: int, cursor: int, language: Language) -> int:
     return below + _whole_length(text[below:reach], reach >= len(text), width, _round_brackets(here), language)
 
 
+def _opened_above(state: OpenState, line_start: int, language: Language) -> int:
+    """How many brackets were opened above the cursor's line that hold no statements."""
+    count = 0
+    for bracket, offset in zip(reversed(state.brackets), reversed(state.offsets), strict=True):
+        if bracket == "{" and language.style is not BlockStyle.INDENT:
+            break
+        count += offset < line_start
+    return count
+
+
+@lru_cache(maxsize=16)
+def _closing_length(below: str, number: int, language: Language) -> int:
+    """Length of the text below up to the line's end where so many brackets are closed; 0 where they are not."""
+    place = -1
+    for _ in range(number):
+        unmatched = scan(below[place + 1 :], language).unmatched
+        if unmatched is None:
+            return 0
+        place += 1 + unmatched
+    return max(0, below.find("\n", place))
+
+
 @lru_cache(maxsize=16)
 def _whole_length(below: str, is_all: bool, width: int, opened: str, language: Language) -> int:  # noqa: FBT001
     """How much of the text below the cursor's line belongs to the region; remembered while one types above it.
 
     ``opened`` are brackets that the lines above left open, ``is_all`` says that the file ends with ``below``.
     """
-    position, decorated = 0, False
+    position, waits = 0, False  # a decorator waits for what it decorates, a header for its body
     siblings: list[int] = []
-    nested = [0]
+    nested: list[tuple[int, int]] = []  # indentation and place
     for line in below.split("\n"):
         own = _indentation(line)
-        if line.strip() and not _CONTINUES.match(line) and not decorated:
-            (siblings if own <= width else nested).append(position)
+        if line.strip() and not _CONTINUES.match(line) and not waits:
+            if own <= width:
+                siblings.append(position)
+            else:
+                nested.append((own, position))
             if own < width:
                 break
-        decorated = line.lstrip().startswith("@") if line.strip() else decorated
+        if line.strip():
+            code = without_comment(line, language).rstrip() if language.style is BlockStyle.INDENT else line
+            waits = line.lstrip().startswith("@") or (language.style is BlockStyle.INDENT and code.endswith(":"))
         position += len(line) + 1
     else:
         if is_all:
             siblings.append(len(below))
-    ends = siblings or nested
+    least = min(nested, default=(0, 0))[0]  # deeper places are inside of statements
+    ends = siblings or [place for own, place in nested if own == least] or [0]
     for allowed in (0, len(opened)) if opened else (0,):
         for end in reversed(ends[-_MAX_TRIED:]):
             there = scan(f"{opened}\n{below[:end]}", language)

@@ -60,7 +60,7 @@ def is_sound(snapshot: Snapshot, middle: str, tree: SyntaxTree | None, replaced:
         return _is_sound_nearby(snapshot, middle, tree, replaced)
     if _takes_a_word_for_a_name(new, start, end):
         return False
-    return new.language.id != "python" or parses_where_the_rest_does(new, statement, snapshot.text)
+    return new.language.id != "python" or parses_where_the_rest_does(new, statement, slice(start, end), snapshot.text)
 
 
 def _is_sound_nearby(snapshot: Snapshot, middle: str, tree: SyntaxTree, replaced: int) -> bool:
@@ -94,14 +94,23 @@ def _takes_a_word_for_a_name(new: SyntaxTree, start: int, end: int) -> bool:
     return False
 
 
-def parses_where_the_rest_does(new: SyntaxTree, statement: "Statement", old_text: str) -> bool:
-    """Whether Python's parser takes the new text, or would not take the rest of it either."""
+def parses_where_the_rest_does(new: SyntaxTree, statement: "Statement", middle: slice, old_text: str) -> bool:
+    """Whether Python's parser takes the new text, or would not take the rest of it either.
+
+    The rest is what stands around the statement, or around the lines that the bytes ``middle`` stand in.
+    """
     region = find_region(new, statement)
     head = new.source[region.start : statement.start]
     wrap = b"if 1:\n" if region.start and new.source[region.start : region.start + 1] in {b" ", b"\t"} else b""
     if _parses(wrap + new.source[region]):
         return True
     if rest_parses(wrap + head, new.source[statement.end : region.stop]):
+        return False
+    line = new.source.rfind(b"\n", 0, middle.start) + 1
+    begin = line + len(new.source[line : middle.start]) - len(new.source[line : middle.start].lstrip())
+    end = new.source.find(b"\n", middle.stop)
+    end = end if 0 <= end < region.stop else region.stop
+    if region.start <= line and rest_parses(wrap + new.source[region.start : begin], new.source[end : region.stop]):
         return False
     return not python_parses(old_text)
 
@@ -125,11 +134,15 @@ def find_region(new: SyntaxTree, statement: "Statement") -> slice:
     if best is None:
         return slice(0, len(new.source))
     first, last = best.prev_named_sibling or best, best.next_named_sibling or best
-    first = first if best.start_byte - first.start_byte <= _SMALL_BYTES else best
+    first = first if best.start_byte - first.start_byte <= _SMALL_BYTES and _begins_line(new, first) else best
     last = last if last.end_byte - best.end_byte <= _SMALL_BYTES else best
     start = new.source.rfind(b"\n", 0, first.start_byte) + 1
     end = new.source.find(b"\n", max(last.end_byte, statement.end))
     return slice(start, end + 1 if end >= 0 else len(new.source))
+
+
+def _begins_line(tree: SyntaxTree, node: Node) -> bool:
+    return not tree.source[node.start_byte - node.start_point[1] : node.start_byte].strip()
 
 
 @lru_cache(maxsize=4)
