@@ -75,6 +75,7 @@ class FakeEngine:
                     raise CompletionCancelledError(msg)
                 time.sleep(0.002)
             on_draft(Draft(step, text))
+            self.write("drafted", order["name"])
         self.write("answered", order["name"])
         return Generation(
             order["answer"], Mode.AUTOREGRESSIVE, "end", 1, 1, 2, 0, 3, {"total": 1.0}, "", order["confidence"]
@@ -176,7 +177,7 @@ class FakeServer(LspClient):
         return self.explain()["last"]
 
     def noted(self, event: str, name: str | None = None) -> list[Any]:
-        """What the worker noted: ``loaded``, ``begun``, ``cancelled``, ``answered``."""
+        """What the worker noted: ``loaded``, ``begun``, ``drafted``, ``cancelled``, ``answered``."""
         return read_journal(self.journal, event, name)
 
     def wait_until_noted(self, event: str, name: str | None = None, timeout_s: float = 10) -> None:

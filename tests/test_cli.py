@@ -219,3 +219,41 @@ def test_eval_lines_shows_what_an_editor_gets(mode: str) -> None:
     assert values["ms_p50"] < 2000
     assert values["mode"] == mode
     assert sum(values["refusals"].values()) == round(24 * (1 - values["answered"]))
+
+
+def test_bench_keystroke_measures_the_server_and_the_cache() -> None:
+    result = run("bench", "keystroke", "--limit", "60", "--json")
+    assert result.returncode == 0, result.stderr
+    values = json.loads(result.stdout)
+    assert values["keystrokes"] == 60
+    assert sum(values["sources"].values()) == 60
+    assert 0 < values["asked"] <= 60
+    assert values["lines"] == 10_000
+    assert 0 < values["server_ms_p50"] < 25
+    assert 0 < values["reencoded_tokens_per_character_p50"] <= 8
+    assert values["model_ms_p50"] > values["server_ms_p50"]
+
+
+def test_bench_keystroke_with_a_bad_model_is_exit_1() -> None:
+    result = run("bench", "keystroke", "--model", "/nowhere")
+    assert result.returncode == 1
+    assert "/nowhere" in result.stderr
+
+
+def test_a_sure_guess_needs_no_model(tmp_path: Path) -> None:
+    line = "connection.execute_script(first_argument, second_argument)"
+    file = tmp_path / "a.js"
+    file.write_text(f"{line};\nother();\nconnection.execute_script(first_argument, \n")
+    result = run("complete", f"{file}:3:43", "--json")
+    assert result.returncode == 0, result.stderr
+    values = json.loads(result.stdout)
+    assert (values["text"], values["source"], values["model"]) == ("second_argument);", "guess", None)
+    traced = run("complete", f"{file}:3:43", "--trace")
+    assert "second_argument);" in traced.stdout
+    assert "canvas" in traced.stdout or "answer" in traced.stdout
+
+
+def test_guesses_can_be_left_out_of_an_evaluation() -> None:
+    result = run("eval", "lines", "--limit", "12", "--no-guesses", "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["guessed"] == 0

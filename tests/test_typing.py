@@ -89,11 +89,22 @@ def test_contradicting_typing_ends_the_computation_at_once(fake: FakeServer) -> 
     assert fake.noted("answered", "contradicted") == []
 
 
+def test_contradicting_typing_does_not_wait_for_the_next_draft(fake: FakeServer) -> None:
+    uri, line, column = show(fake, "drafted", drafts=["fi", "first"], step_s=0.5)
+    request = fake.send_completion(uri, line, column)
+    fake.wait_until_noted("drafted", "drafted")
+    time.sleep(0.05)  # it is on its way
+    begin = time.perf_counter()
+    fake.insert(uri, line, column, "x")
+    assert texts(fake, request) == []
+    assert fake.answers[request]["at"] - begin < 0.3
+    fake.wait_until_noted("cancelled", "drafted", 0.3)
+
+
 def test_a_contradicted_computation_is_not_shared(fake: FakeServer) -> None:
     uri, line, column = show(fake, "own")
     first = fake.send_completion(uri, line, column, invoked=False)
-    fake.wait_until_noted("begun", "own")
-    time.sleep(1.5 * STEP_S)  # the first draft
+    fake.wait_until_noted("drafted", "own")
     fake.insert(uri, line, column, "second and ")
     second = fake.send_completion(uri, line, column + 11, invoked=False)
     assert texts(fake, second) == ["first, second"]
@@ -152,8 +163,7 @@ def test_a_closer_that_the_editor_adds_keeps_the_computation(fake: FakeServer) -
     order = {"answer": "(first, second)", "drafts": ["(fi", "(first", "(first, se"]}
     uri, line, column = show(fake, "running", OPEN, **order)
     first = fake.send_completion(uri, line, column, invoked=False)
-    fake.wait_until_noted("begun", "running")
-    time.sleep(1.5 * STEP_S)
+    fake.wait_until_noted("drafted", "running")
     fake.insert(uri, line, column, "()")
     (rest,) = fake.complete(uri, line, column + 1, invoked=False)
     assert texts(fake, first) == []
