@@ -62,6 +62,7 @@ def test_nothing_in_comments_and_at_the_end_of_what_is_known() -> None:
 
 def test_a_cursor_finds_no_match_in_itself() -> None:
     assert texts("only_once_here(\u25ae") == []
+    assert texts("yyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyy\u25ae") == []
 
 
 @pytest.mark.parametrize(

@@ -800,6 +800,9 @@ def test_a_renamed_file_keeps_nothing_of_the_old(fake: FakeServer) -> None:
     """An editor closes the old name and opens the new: cache, explanation and open requests are the old one's."""
     order = {**ANSWER, "name": "old", "drafts": [""], "step_s": 0.3}
     uri, line, column = fake.show(URI, CALL, order=order)
+    fake.complete(uri, line, 0)
+    asked = {"command": "fimserver.explain", "arguments": [URI]}
+    assert fake.request("workspace/executeCommand", asked)["last"]["outcome"] == "empty"
     open_request = fake.send_completion(uri, line, column)
     fake.wait_until_noted("begun", "old")
     fake.shut(uri)
@@ -808,7 +811,6 @@ def test_a_renamed_file_keeps_nothing_of_the_old(fake: FakeServer) -> None:
     fake.show(new, CALL, order=order)
     assert fake.complete(new, line, column)
     assert fake.last["source"] == "model"
-    asked = {"command": "fimserver.explain", "arguments": [URI]}
     assert fake.request("workspace/executeCommand", asked)["last"] is None
     answer = fake.wait(fake.send_completion(URI, line, column))
     assert "not open" in answer["error"]["message"]

@@ -64,6 +64,7 @@ def find_guesses(snapshot: Snapshot, hole: Hole, others: Sequence[str] = ()) -> 
     give_up = time.perf_counter() + MAX_SECONDS
     found: dict[str, Guess] = {}
     seen: set[tuple[int, int]] = set()
+    line_start = snapshot.cursor - len(line_around(snapshot.text, snapshot.cursor)[0])
     before, after = _Before(snapshot.text[max(0, snapshot.cursor - _REACH) : snapshot.cursor]), _After(snapshot)
     for length in _ANCHORS:
         anchor = before.text[-length:]
@@ -73,8 +74,8 @@ def find_guesses(snapshot: Snapshot, hole: Hole, others: Sequence[str] = ()) -> 
             for end in _find_all(text, anchor, snapshot.cursor if source == 0 else len(text)):
                 if time.perf_counter() > give_up:
                     return sorted(found.values(), key=lambda g: g.rank)[:_MAX_GUESSES]
-                if (source, end) in seen or (source == 0 and end == snapshot.cursor):
-                    continue
+                if (source, end) in seen or (source == 0 and line_start < end <= snapshot.cursor):
+                    continue  # the cursor's own line says nothing new
                 seen.add((source, end))
                 guess = _to_guess(text, end, before, after, source)
                 if guess is not None:
