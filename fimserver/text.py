@@ -50,7 +50,7 @@ class LineIndex:
     @classmethod
     def _of(cls, text: str, starts: list[int], moved_from: int, moved: int) -> "LineIndex":
         index = cls.__new__(cls)
-        index.text, index._starts, index._moved_from, index._moved = text, starts, moved_from, moved
+        index.text, index._starts, index._moved_from, index._moved = text, starts, moved_from, moved  # noqa: SLF001
         return index
 
     def __len__(self) -> int:

@@ -49,6 +49,8 @@ def test_rest_of_the_line_must_stand_there_too() -> None:
     source = "send(address, port)\nsend(\u25ae)\n"
     assert texts(source) == ["address, port"]
     assert texts("send(address, port) + 1\nsend(\u25ae)\n") == []
+    closed = Hole(HoleKind.EXPRESSION, 1, 8, replaceable=1)
+    assert texts("send(address, port) + 1\nsend(\u25ae)\n", hole=closed) == ["address, port) + 1"]
 
 
 def test_other_documents_and_deleted_text_are_searched() -> None:
@@ -81,6 +83,22 @@ def test_a_sure_guess_has_to_fit_the_syntax() -> None:
     assert outcome.middle == "second)"
     assert offer_guess([Guess("] = (", 99, 0)], place) is None
     assert offer_guess([Guess("second)", 9, 0)], place) is None
+
+
+def test_a_guess_goes_over_what_an_editor_closed() -> None:
+    place = find_place(
+        snapshot_of(
+            "connection.execute_script(first, second).commit()\nx()\nconnection.execute_script(first, \u25ae)\n"
+        ),
+        Settings(),
+    )
+    assert isinstance(place, Place)
+    outcome = offer_guess(find_guesses(place.snapshot, place.hole), place)
+    assert isinstance(outcome, Completion)
+    text, cursor = place.snapshot.text, place.snapshot.cursor
+    assert text[:cursor].endswith("first, ")
+    line = text[:cursor].rsplit("\n", 1)[-1] + outcome.middle + text[outcome.replace_end :].split("\n", 1)[0]
+    assert line == "connection.execute_script(first, second).commit()"
 
 
 def test_a_long_file_is_searched_within_the_time() -> None:

@@ -48,7 +48,7 @@ def test_head_stays_while_one_types() -> None:
     ("language", "top", "scope", "line", "head"),
     [
         ("javascript", "import a from 'b';\n", "class A {\n  f(x) {\n", "    g(x);\n", "import a from 'b';\nclass A {\n  f(x) {\n"),
-        ("go", "package a\n\nimport (\n\t\"fmt\"\n)\n", "func f() {\n", "\tg()\n", "package a\nimport (\n\t\"fmt\"\n)\nfunc f() {\n"),
+        ("go", 'package a\n\nimport (\n\t"fmt"\n)\n', "func f() {\n", "\tg()\n", 'package a\nimport (\n\t"fmt"\n)\nfunc f() {\n'),
         ("c", "#include <a.h>\n", "int f(int a)\n{\n", "    g(a);\n", "#include <a.h>\nint f(int a)\n{\n"),
         ("ruby", "require 'a'\n", "class A\n  def f\n", "    g\n", "require 'a'\nclass A\n  def f\n"),
         ("rust", "use std::io;\n", "impl A {\n    fn f() {\n", "        g();\n", "use std::io;\nimpl A {\n    fn f() {\n"),

@@ -23,13 +23,15 @@ _REACH = 1_600  # characters looked at on either side of the cursor in a larger 
 _LONGEST_TEXT = 20_000  # characters of a string or comment around the cursor that are still looked at whole
 _MAX_SCOPES = 12
 _MAX_TRIED = 4
+_MAX_TEXTS = 40  # strings and comments within reach that have a line of their own
 _LONGEST_HEADER = 2_000
 _MAX_SCAN = 1_000_000  # characters before the cut that are searched for an open string
 _CONTINUES = re.compile(
-    r"\s*(?:[)\]}.?:&|+*/=<>,]|(?:else|elif|elseif|elsif|except|finally|catch|case|default|when|rescue|ensure|"
+    r"\s*(?:[)\]}.?:&|+*/=<>,]|\{\s*$|(?:else|elif|elseif|elsif|except|finally|catch|case|default|when|rescue|ensure|"
     r"then|do|end|fi|done|esac|and|or)\b)"
 )
 _ENDS_HEADER = re.compile(r"\s*(?:[)\]]|\{\s*$|\}(?!\s*(?:else|catch|finally|while)\b))")
+_MARKUP = {"html", "css", "json", "markdown", "yaml", "toml"}  # their lines begin with any character
 _NEXT_CONDITION = re.compile(r"\s*(?:\}\s*)?(?:else if|elif|elsif|elseif)\b(.*)", re.DOTALL)
 _FIRST = {"python": "if True:", "ruby": "begin", "lua": "do", "shellscript": "if true; then"}
 _FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})[ \t]*\{?\.?([\w+#-]*)[^\n`]*$", re.MULTILINE)
@@ -119,8 +121,7 @@ def _find_region(snapshot: Snapshot) -> Focus:
     language = find_language(snapshot.language_id)
     if len(text) <= language.whole_file:
         return Focus(snapshot, 0)
-    start = _cut_before(text, cursor)
-    start = _before_open_text(text, start, cursor, language)
+    start = _find_start(text, cursor, language)
     end = _cut_behind(text, start, cursor, language)
     scopes = find_scopes(text[max(0, start - _MAX_SCAN) : start], _width_at(text, start), language) if start else ()
     head = "".join(f"{scope}\n" for scope in scopes)
@@ -147,8 +148,23 @@ def _width_at(text: str, start: int) -> int:
     return len(leading_whitespace(text[start : start + 200]))
 
 
-def _cut_before(text: str, cursor: int) -> int:
-    """Where the region begins: the line within reach that is indented least, the farthest such."""
+def _find_start(text: str, cursor: int, language: Language) -> int:
+    """Where the region begins: no line inside of a string or comment, unless that holds the cursor too."""
+    inside: list[tuple[int, int]] = []
+    for _ in range(_MAX_TEXTS):
+        start = _cut_before(text, cursor, inside, language)
+        found = _open_text_at(text, start, language)
+        if found is None:
+            return start
+        line = text.rfind("\n", 0, found[0]) + 1
+        if found[1] >= cursor:
+            return line if cursor - line <= _LONGEST_TEXT else start
+        inside.append(found)
+    return text.rfind("\n", 0, cursor) + 1
+
+
+def _cut_before(text: str, cursor: int, inside: list[tuple[int, int]], language: Language) -> int:
+    """The line within reach that is indented least, the farthest such; lines ``inside`` of text do not count."""
     line_start = text.rfind("\n", 0, cursor) + 1
     reach = max(0, cursor - _REACH)
     if line_start <= reach:
@@ -159,14 +175,21 @@ def _cut_before(text: str, cursor: int) -> int:
     lowest = _indentation(text[line_start:cursor]) if text[line_start:cursor].strip() else None
     for line in reversed(lines[:-1]):
         position -= len(line) + 1
-        if not line.strip():
+        if not line.strip() or any(begin < position < end for begin, end in inside):
             continue
         width = _indentation(line)
         if lowest is None or width <= lowest:
             lowest = width
-            if not _CONTINUES.match(line):
+            if not _continues(line, language):
                 best = position
     return best
+
+
+def _continues(line: str, language: Language) -> bool:
+    """Whether a line goes on with the statement above it."""
+    if language.id in _MARKUP:
+        return line.lstrip()[:1] in {")", "]", "}"} or line.lstrip()[:2] == "</"
+    return _CONTINUES.match(line) is not None
 
 
 def _cut_behind(text: str, start: int, cursor: int, language: Language) -> int:
@@ -225,7 +248,7 @@ def _whole_length(below: str, is_all: bool, width: int, opened: str, language: L
     nested: list[tuple[int, int]] = []  # indentation and place
     for line in below.split("\n"):
         own = _indentation(line)
-        if line.strip() and not _CONTINUES.match(line) and not waits:
+        if line.strip() and not _continues(line, language) and not waits:
             if own <= width:
                 siblings.append(position)
             else:
@@ -240,13 +263,13 @@ def _whole_length(below: str, is_all: bool, width: int, opened: str, language: L
         if is_all:
             siblings.append(len(below))
     least = min(nested, default=(0, 0))[0]  # deeper places are inside of statements
-    ends = siblings or [place for own, place in nested if own == least] or [0]
+    shallow = [place for own, place in nested if own == least]
     for allowed in (0, len(opened)) if opened else (0,):
-        for end in reversed(ends[-_MAX_TRIED:]):
+        for end in (*reversed(siblings[-_MAX_TRIED:]), *reversed(shallow[-_MAX_TRIED:])):
             there = scan(f"{opened}\n{below[:end]}", language)
             if not there.quote and not there.in_comment and len(_round_brackets(there)) <= allowed:
                 return end
-    return ends[-1]
+    return (siblings or shallow or [0])[-1]
 
 
 def _round_brackets(state: OpenState) -> str:
@@ -258,16 +281,21 @@ def _indentation(line: str) -> int:
     return len(line) - len(line.lstrip(" \t"))
 
 
-def _before_open_text(text: str, start: int, cursor: int, language: Language) -> int:
-    """``start``, or where the string or comment begins that is open there."""
-    base = max(0, start - _MAX_SCAN)
+def _open_text_at(text: str, start: int, language: Language) -> tuple[int, int] | None:
+    """Beginning and end of the string or comment that is open at ``start``."""
     if not start or not language.quotes + language.block_comments:
-        return start
+        return None
+    base = max(0, start - _MAX_SCAN)
     opened = find_open_text(text[base:start], language)
     if opened is None:
-        return start
-    line = text.rfind("\n", 0, base + opened) + 1
-    return line if cursor - line <= _LONGEST_TEXT else start
+        return None
+    state = scan(text[base + opened : start], language)
+    if state.quote:
+        end = find_string_end(text, start, state.quote, language)
+        return base + opened, len(text) if end is None else end
+    closer = next((close for begin, close in language.block_comments if state.comment.startswith(begin)), "\n")
+    end = text.find(closer, start)
+    return base + opened, len(text) if end < 0 else end + len(closer)
 
 
 @lru_cache(maxsize=8)
@@ -279,11 +307,14 @@ def find_scopes(head: str, width: int, language: Language) -> tuple[str, ...]:
         start = _last_line_below(head, end, width)
         if start is None:
             break
+        if (opened := find_open_text(head[:start], language) if start else None) is not None:
+            end = opened  # a line of a string or comment is no header
+            continue
         line = head[start:].split("\n", 1)[0] if head.find("\n", start) < 0 else head[start : head.find("\n", start)]
         width, end = _indentation(line), start
         if _ENDS_HEADER.match(line):
             line, end = _with_beginning(head, start, line)
-        elif _CONTINUES.match(line):
+        elif _continues(line, language):
             line = _as_first(line, language)
         elif _round_brackets(scan(line, language)):
             line = _with_rest(head, start, language)

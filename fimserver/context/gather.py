@@ -65,7 +65,8 @@ def find_guesses(snapshot: Snapshot, hole: Hole, others: Sequence[str] = ()) -> 
     found: dict[str, Guess] = {}
     seen: set[tuple[int, int]] = set()
     line_start = snapshot.cursor - len(line_around(snapshot.text, snapshot.cursor)[0])
-    before, after = _Before(snapshot.text[max(0, snapshot.cursor - _REACH) : snapshot.cursor]), _After(snapshot)
+    before = _Before(snapshot.text[max(0, snapshot.cursor - _REACH) : snapshot.cursor])
+    after = _After(snapshot, hole)
     for length in _ANCHORS:
         anchor = before.text[-length:]
         if len(anchor) < length or len(anchor.replace(" ", "").strip()) < 3:  # noqa: PLR2004  too little to mean anything
@@ -103,10 +104,11 @@ class _Before:
 
 
 class _After:
-    """The rest of the cursor's line, and what stands below it."""
+    """The rest of the cursor's line, whether an editor typed all of it, and what stands below."""
 
-    def __init__(self, snapshot: Snapshot) -> None:
+    def __init__(self, snapshot: Snapshot, hole: Hole) -> None:
         self.line = line_around(snapshot.text, snapshot.cursor)[1]
+        self.only_closers = not self.line[hole.replaceable :].strip()
         start = snapshot.cursor + len(self.line)
         self.below = snapshot.text[start : start + _REACH]
 
@@ -132,11 +134,12 @@ def _to_guess(text: str, end: int, before: _Before, after: _After, source: int) 
         return None
     rest = line_around(text, end)[1]
     middle, agreement = rest.rstrip(), 0
-    if after.line.strip():
-        if not middle.endswith(after.line.rstrip()):
+    if standing := after.line.rstrip():
+        if middle.endswith(standing):
+            middle = middle[: len(middle) - len(standing)]
+            agreement = len(standing.strip())
+        elif not after.only_closers or standing not in middle:
             return None
-        middle = middle[: len(middle) - len(after.line.rstrip())]
-        agreement = len(after.line.strip())
     if not middle.strip():
         return None
     below = text[end + len(rest) : end + len(rest) + _REACH]

@@ -152,6 +152,8 @@ def find_open_text(text: str, language: Language) -> int | None:
     same = common_prefix_length(known.text, text)
     closed = [place for place in known.closed if place <= same]
     opened = _scan_on(text, closed, language)
+    if same == len(text) < len(known.text):
+        return opened  # what is remembered reaches farther
     if known in recent:
         recent.remove(known)
     recent.append(_Scanned(text, closed))
