@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fimserver.lsp.convert import ACCEPT_COMMAND
-from fimserver.lsp.features import EXPLAIN_COMMAND
+from fimserver.lsp.features import EXPLAIN_COMMAND, SNOOZE_COMMAND
 from fimserver.lsp.server import RESTART_COMMAND
 from fimserver.settings import BY_WIRE_NAME
 
@@ -25,7 +25,9 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_settings_in_documents_exist(page: Path) -> None:
-    commands = {c.removeprefix("fimserver.") for c in (ACCEPT_COMMAND, EXPLAIN_COMMAND, RESTART_COMMAND)}
+    commands = {
+        c.removeprefix("fimserver.") for c in (ACCEPT_COMMAND, EXPLAIN_COMMAND, RESTART_COMMAND, SNOOZE_COMMAND)
+    }
     for name in re.findall(r"`fimserver\.([a-z][A-Za-z]+)`", page.read_text(encoding="utf-8")):
         assert name in BY_WIRE_NAME or name in commands or name == "json", name
 

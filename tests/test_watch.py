@@ -51,7 +51,14 @@ def test_the_command_shows_each_save_and_ends_with_an_interrupt(tmp_path: Path) 
     file = tmp_path / "inventory.py"
     file.write_text("class Inventory:\n    def add(self, item):\n        self.items.app\n")
     command = [sys.executable, "-P", "-m", "fimserver.cli", "complete", f"{file}:3:23", "--watch", "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509  a runner may ignore it
+    )
+    try:
         assert process.stdout is not None
         assert json.loads(process.stdout.readline())["range"]["start"] == {"line": 3, "column": 23}
         time.sleep(0.2)
@@ -59,6 +66,11 @@ def test_the_command_shows_each_save_and_ends_with_an_interrupt(tmp_path: Path) 
         second = json.loads(process.stdout.readline())
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
     assert second["hole"] is not None
     assert second["hole"]["kind"] == "rest_of_line"
 
