@@ -202,14 +202,21 @@ def print_result(result: Result, target: Target, *, as_json: bool, trace: bool) 
         sys.stdout.write(json.dumps(to_json(result, target)) + "\n")
     elif result.completion is not None:
         if sys.stdout.isatty():
-            before, after = line_around(target.snapshot.text, target.snapshot.cursor)
-            line = Text.assemble((before, "dim"), (result.completion.middle, "bold green"), (after, "dim"))
-            Console(highlight=False, soft_wrap=True).print(line)
+            Console(highlight=False, soft_wrap=True).print(to_ghost_line(result.completion, target.snapshot))
         else:
             sys.stdout.write(result.completion.middle + "\n")
     if result.refusal is not None:
         what = "" if result.refusal.reason == "engine" else "nothing to offer: "
         sys.stderr.write(f"fimserver: {what}{result.refusal.detail}\n")
+
+
+def to_ghost_line(completion: Completion | None, snapshot: Snapshot) -> Text:
+    """The cursor's line as an editor would show it, the completion in place of what it replaces."""
+    before, after = line_around(snapshot.text, snapshot.cursor)
+    if completion is None:
+        return Text(before + after, style="dim")
+    after = after[completion.replace_end - completion.replace_start :]
+    return Text.assemble((before, "dim"), (completion.middle, "bold green"), (after, "dim"))
 
 
 def to_json(result: Result, target: Target) -> dict[str, Any]:

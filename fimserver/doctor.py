@@ -14,7 +14,7 @@ from rich.text import Text
 
 from fimserver import __version__
 from fimserver.context.languages import LANGUAGES
-from fimserver.context.syntax import load_parser
+from fimserver.context.syntax import GRAMMAR_ERRORS, load_parser
 from fimserver.engine.client import EngineClient, EngineOptions
 from fimserver.errors import EngineError
 from fimserver.paths import config_file
@@ -101,7 +101,7 @@ def check_grammar(_settings: Settings) -> Check:
         try:
             load_parser(language).parse(b"")
             found.append(language.id)
-        except (ImportError, OSError, ValueError, TypeError, AttributeError) as error:
+        except GRAMMAR_ERRORS as error:
             missing.append(f"{package} ({type(error).__name__})")
     names = " ".join(sorted({name.split()[0] for name in missing}))
     remedy = f"{sys.executable} -m pip install --force-reinstall tree-sitter {names}" if missing else ""

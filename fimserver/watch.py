@@ -15,11 +15,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from fimserver.completion import LOAD_TIMEOUT_S, Result, Target, complete_snapshot, read_text, to_json
+from fimserver.completion import LOAD_TIMEOUT_S, Result, Target, complete_snapshot, read_text, to_ghost_line, to_json
 from fimserver.engine.client import EngineClient, EngineOptions
 from fimserver.errors import PositionError
 from fimserver.settings import Settings
-from fimserver.text import common_prefix_length, common_suffix_length, line_around
+from fimserver.text import common_prefix_length, common_suffix_length
 from fimserver.types import Snapshot
 
 _POLL_S = 0.1
@@ -87,14 +87,8 @@ def _show(result: Result, target: Target, *, as_json: bool) -> None:
         sys.stdout.flush()
         return
     snapshot = target.snapshot
-    before, after = line_around(snapshot.text, snapshot.cursor)
-    above = snapshot.text[: snapshot.cursor - len(before)].split("\n")[-_LINES_ABOVE - 1 : -1]
-    shown = Text("\n".join([*above, before]), style="dim")
-    if result.completion is not None:
-        replaced = result.completion.replace_end - result.completion.replace_start
-        shown.append(result.completion.middle, style="bold green")
-        shown.append(after[replaced:], style="dim")
-    else:
-        shown.append(after, style="dim")
-        shown.append(f"\n(nothing: {result.refusal.detail if result.refusal else ''})", style="italic")
-    Console(highlight=False, soft_wrap=True).print(shown, "\n")
+    above = snapshot.text[: snapshot.cursor].split("\n")[-_LINES_ABOVE - 1 : -1]
+    lines = [Text(line, style="dim") for line in above] + [to_ghost_line(result.completion, snapshot)]
+    if result.completion is None:
+        lines.append(Text(f"(nothing: {result.refusal.detail if result.refusal else ''})", style="italic"))
+    Console(highlight=False, soft_wrap=True).print(Text("\n").join(lines), "\n")

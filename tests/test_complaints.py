@@ -293,7 +293,7 @@ def test_notebooks(fake: FakeServer) -> None:
     [
         "file:///home/me/.env",
         "file:///home/me/.env.production",
-        "file:///c%3A/work/%2Eenv",
+        "file:///c%3A/code/%2Eenv",
         "vscode-remote://ssh-remote%2Bhost/home/me/.netrc",
         "file:///home/me/.ssh/id_ed25519",
         "file:///home/me/server.pem",

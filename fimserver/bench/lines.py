@@ -26,6 +26,7 @@ from fimserver.context.scan import python_parses, scan
 from fimserver.engine.client import EngineClient, EngineOptions
 from fimserver.errors import FimserverError
 from fimserver.settings import Settings
+from fimserver.text import replace
 from fimserver.types import Snapshot
 
 HELD_OUT = ("argparse", "textwrap", "heapq", "csv", "zipfile", "shelve")  # never trained on
@@ -122,8 +123,8 @@ def evaluate_lines(settings: Settings, *, limit: int, guesses: bool = True) -> S
             exact += right
             guessed += result.source == "guess"
             guessed_exact += right and result.source == "guess"
-            cursor = line.snapshot.cursor
-            broken += not python_parses(line.snapshot.text[:cursor] + middle + line.snapshot.text[cursor:])
+            start, end = result.completion.replace_start, result.completion.replace_end
+            broken += not python_parses(replace(line.snapshot.text, start, end, middle))
     finally:
         engine.close()
     if not generations:

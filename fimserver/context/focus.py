@@ -145,7 +145,7 @@ def _tail(region: str, cursor: int, next_width: int, language: Language) -> str:
 
 
 def _width_at(text: str, start: int) -> int:
-    return len(leading_whitespace(text[start : start + 200]))
+    return _indentation(text[start : start + 200])
 
 
 def _find_start(text: str, cursor: int, language: Language) -> int:
@@ -278,7 +278,7 @@ def _round_brackets(state: OpenState) -> str:
 
 
 def _indentation(line: str) -> int:
-    return len(line) - len(line.lstrip(" \t"))
+    return len(leading_whitespace(line))
 
 
 def _open_text_at(text: str, start: int, language: Language) -> tuple[int, int] | None:

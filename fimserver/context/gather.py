@@ -168,7 +168,7 @@ def find_snippets(snapshot: Snapshot, others: Sequence[tuple[str, str]]) -> tupl
 
     Similarity is Jaccard's: shared words over all words of both.
     """
-    here = _words_near(snapshot)
+    here = _words_near(snapshot) if others else frozenset()
     if not here:
         return ()
     ranked = []

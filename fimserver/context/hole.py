@@ -18,7 +18,7 @@ from fimserver.context.languages import BlockStyle, Language, find_language, wor
 from fimserver.context.scan import OpenState, scan, without_comment
 from fimserver.context.syntax import SyntaxTree
 from fimserver.settings import Settings
-from fimserver.text import leading_whitespace, line_around, to_newlines
+from fimserver.text import common_prefix_length, leading_whitespace, line_around, to_newlines
 from fimserver.types import Hole, HoleKind, NoCompletion, Snapshot
 
 _ESTIMATED_TOKENS = {
@@ -101,12 +101,7 @@ def count_replaceable(before: str, after: str, kind: HoleKind, language: Languag
     """How many characters behind the cursor close what this line opened: an editor typed them, not a person."""
     if kind in (HoleKind.COMMENT, HoleKind.DOCSTRING):
         return 0
-    return common_length(after, scan(before, language).closers)
-
-
-def common_length(a: str, b: str) -> int:
-    """How many characters two strings share at their beginning."""
-    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return common_prefix_length(after, scan(before, language).closers)
 
 
 def _refuse(kind: HoleKind, settings: Settings) -> NoCompletion | None:
@@ -206,15 +201,14 @@ def _find_in_code(snapshot: Snapshot, before: str, after: str, language: Languag
         return _find_on_blank_line(snapshot, after, language)
     if after.strip():
         return HoleKind.EXPRESSION
-    unfinished = language.header_pattern.match(before) is not None and not body_follows(snapshot, before)
+    opens = language.style is not BlockStyle.NONE and opens_block(before, language)
     if language.style is BlockStyle.KEYWORD:
-        wants_body = opens_block(before, language) and not body_follows(snapshot, before)
+        wants_body = opens and not body_follows(snapshot, before)
     elif language.style is BlockStyle.INDENT:
-        wants_body = unfinished or opens_block(before, language)
-    elif language.style is BlockStyle.NONE:
-        wants_body = False
+        begins = language.header_pattern.match(before) is not None
+        wants_body = opens or (begins and not body_follows(snapshot, before))
     else:
-        wants_body = opens_block(before, language)
+        wants_body = opens
     return HoleKind.BLOCK if wants_body and language.grammar else HoleKind.REST_OF_LINE
 
 

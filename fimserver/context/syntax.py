@@ -18,6 +18,7 @@ from tree_sitter import Node, Parser, Tree
 from fimserver.context.languages import Language, find_language
 from fimserver.text import common_prefix_length, common_suffix_length
 
+GRAMMAR_ERRORS = (ImportError, OSError, ValueError, TypeError, AttributeError)  # of a broken or missing package
 _logger = logging.getLogger(__name__)
 
 
@@ -111,13 +112,13 @@ def _parser(language: Language) -> Parser | None:
         return None
     try:
         return load_parser(language)
-    except (ImportError, OSError, ValueError, TypeError, AttributeError) as error:
+    except GRAMMAR_ERRORS as error:
         _logger.warning("no syntax trees for %s: %s; run: fimserver doctor", language.id, type(error).__name__)
         return None
 
 
 def load_parser(language: Language) -> Parser:
-    """A parser with the language's grammar. Raises what a broken or missing package raises."""
+    """A parser with the language's grammar. Raises one of ``GRAMMAR_ERRORS``."""
     assert language.grammar is not None
     module, function = language.grammar
     return Parser(tree_sitter.Language(getattr(importlib.import_module(module), function)()))

@@ -128,16 +128,12 @@ class Completer:
 
     def _check(self, request: Request) -> None:
         """Raises ``RefusedError`` where nothing may be offered."""
-        settings = self._session.settings
-        if request.why_ended is not None:
-            raise RefusedError(request.why_ended)
-        if not settings.enabled:
-            raise RefusedError(NoCompletion("disabled", "set fimserver.enabled to true"))
+        self._check_wanted(request)
         if not request.invoked and (minutes := self._session.snoozed_minutes()):
             detail = f"snoozed for {minutes} more minutes; the command fimserver.snooze with 0 ends it"
             raise RefusedError(NoCompletion("snoozed", detail))
         language = request.snapshot.language_id
-        if not settings.allows(language):
+        if not self._session.settings.allows(language):
             detail = f"completions are off in {language!r}; change fimserver.languages to have them"
             raise RefusedError(NoCompletion("language_off", detail))
         if not self._session.is_current(request.document_snapshot):
@@ -283,7 +279,7 @@ class Completer:
 
     def _typed_on(self, request: Request) -> Snapshot:
         """The request's snapshot as it is now, after what was typed at its cursor. Raises ``RefusedError``."""
-        self._check_settings_only(request)
+        self._check_wanted(request)
         if self._session.is_current(request.document_snapshot):
             return request.snapshot
         document = self._session.documents.get(request.snapshot.uri)
@@ -292,7 +288,8 @@ class Completer:
             raise RefusedError(CHANGED)
         return replace(request.snapshot, text=document.text, cursor=request.snapshot.cursor + len(typed))
 
-    def _check_settings_only(self, request: Request) -> None:
+    def _check_wanted(self, request: Request) -> None:
+        """Raises ``RefusedError`` for a request that was ended, and where completions are off."""
         if request.why_ended is not None:
             raise RefusedError(request.why_ended)
         if not self._session.settings.enabled:

@@ -161,15 +161,16 @@ class Session:
         start = common_prefix_length(old.text, new.text)
         tail = common_suffix_length(old.text, new.text, min(len(old.text), len(new.text)) - start)
         end = len(old.text) - tail
+        before, text, after = (
+            old.text[max(0, start - _AROUND) : start],
+            old.text[start:end],
+            old.text[end : end + _AROUND],
+        )
         last = self._deleted[0] if self._deleted else None
         if last is not None and last.uri == new.uri and last.start in {end, start}:  # backspace, or delete, held down
             self._deleted.popleft()
-            text = old.text[start:end] + last.text if last.start == end else last.text + old.text[start:end]
-            before = old.text[max(0, start - _AROUND) : start]
-            self._deleted.appendleft(Deleted(new.uri, start, before, text, last.after))
-        else:
-            before, after = old.text[max(0, start - _AROUND) : start], old.text[end : end + _AROUND]
-            self._deleted.appendleft(Deleted(new.uri, start, before, old.text[start:end], after))
+            text, after = text + last.text if last.start == end else last.text + text, last.after
+        self._deleted.appendleft(Deleted(new.uri, start, before, text, after))
 
     def other_documents(self, snapshot: Snapshot) -> list[tuple[str, str]]:
         """Path and text of other open documents in the same language, the one edited last first; no private ones."""
