@@ -21,8 +21,9 @@ _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 MODES = {
     "auto": Mode.AUTO,
     "fast": Mode.AUTO,
-    "quality": Mode.AUTOREGRESSIVE,
+    "quality": Mode.VERIFIED,
     "diffusion": Mode.DIFFUSION,
+    "verified": Mode.VERIFIED,
     "autoregressive": Mode.AUTOREGRESSIVE,
 }
 ANY_LANGUAGE = "*"
@@ -57,8 +58,9 @@ class Settings:
     max_lines: int = _setting(default=8, doc="Longest completion, in lines.", low=1, high=200)
     mode: str = _setting(
         default="auto",
-        doc="How the middle is decoded: in parallel (diffusion), left to right (autoregressive), or what the model "
-        "is better at (auto). fast is auto, quality is left to right.",
+        doc="How the middle is decoded: in parallel (diffusion), left to right (autoregressive), left to right with "
+        "drafts that are verified (verified: the same text in fewer passes), or what the model is better at (auto). "
+        "fast is auto, quality is verified.",
         choices=tuple(MODES),
     )
     max_denoising_steps: int | None = _setting(

@@ -13,11 +13,9 @@ import torch
 from fimserver.engine.answer import AnswerEnd, AnswerStart, confidence_of
 from fimserver.engine.denoise import Filled
 from fimserver.engine.kv_cache import PromptCache
-from fimserver.engine.model import Model
 
 
 def fill_left_to_right(  # noqa: PLR0913  one call has one place
-    model: Model,
     prompt_cache: PromptCache,
     logits: torch.Tensor,
     *,
@@ -57,7 +55,7 @@ def fill_left_to_right(  # noqa: PLR0913  one call has one place
             return filled("length")
         if stop():
             return filled("latency")
-        logits = prompt_cache.append(model, [token_id])[:, -1]
+        logits = prompt_cache.append([token_id])
         passes += 1
 
 

@@ -21,10 +21,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers.cache_utils import DynamicCache
 
 from fimserver.engine.answer import AnswerEnd, AnswerStart, confidence_of
 from fimserver.engine.model import Model
+from fimserver.engine.network import KeyValues
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class Filled:
 
     token_ids: tuple[int, ...]
     finish: str
-    steps: int
+    passes: int
     confidence: float = 1.0
 
 
@@ -107,14 +107,15 @@ def accept_tokens(entropy: torch.Tensor, entropy_bound: float) -> torch.Tensor:
 @torch.inference_mode()
 def denoising_step(  # noqa: PLR0913, PLR0917  the loop's whole state is its arguments
     model: Model,
-    cache: DynamicCache,
+    cache: KeyValues,
     state: CanvasState,
     options: DenoisingOptions,
     generator: torch.Generator,
     answer_start: AnswerStart | None = None,
 ) -> CanvasState:
     """The state one step later."""
-    logits = model.decode(state.canvas, cache, state.logits) / temperature(options, state.steps_left)
+    soft = None if state.logits is None else model.forward.to_soft(state.logits[0])
+    logits = model.decode(state.canvas, cache, soft) / temperature(options, state.steps_left)
     if answer_start is not None:
         logits = answer_start.constrain_canvas(logits[0])[None]
     candidates = sample_canvas(logits, generator)
@@ -148,7 +149,7 @@ def is_settled(state: CanvasState, options: DenoisingOptions, num_positions: int
 
 def fill_canvas(  # noqa: PLR0913  one call has one place
     model: Model,
-    cache: DynamicCache,
+    cache: KeyValues,
     options: DenoisingOptions,
     *,
     generator: torch.Generator,

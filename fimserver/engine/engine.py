@@ -2,8 +2,9 @@
 
     complete(context, sampling)
         build_prompt          ids for the encoder, the cut word taken off
-        PromptCache.encode    only what is new since the last prompt
+        PromptCache.encode    only what is new since a prompt that is held
         fill_canvas           parallel denoising      (mode diffusion)
+        fill_verified         drafts, verified        (mode verified)
         fill_left_to_right    one token a pass        (mode autoregressive)
 
 Knows:   texts of the context, token ids.  Never: LSP, files other than weights, processes.
@@ -13,15 +14,19 @@ Raises:  CompletionCancelledError within one step of ``cancelled`` turning true.
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from fimserver.engine.answer import AnswerEnd, AnswerStart
 from fimserver.engine.autoregressive import fill_left_to_right
 from fimserver.engine.denoise import CanvasState, DenoisingOptions, Filled, fill_canvas
+from fimserver.engine.drafts import Lookup
 from fimserver.engine.kv_cache import Encoded, PromptCache
 from fimserver.engine.model import Model, find_device
-from fimserver.engine.prompt import build_prompt
+from fimserver.engine.probe import choose_drafts, measure_row_cost
+from fimserver.engine.prompt import Prompt, build_prompt
+from fimserver.engine.verified import Drafter, DraftOptions, fill_verified
 from fimserver.engine.vocabulary import Vocabulary
 from fimserver.engine.weights import find_model, limit_context
 from fimserver.errors import CompletionCancelledError, WeightsError
@@ -29,10 +34,14 @@ from fimserver.types import CanvasToken, Draft, FimContext, Generation, Mode, Mo
 
 OnDraft = Callable[[Draft], None]
 _LEAST_TEMPERATURE = 1e-4  # as good as none, and nothing overflows
+_TOKENS_A_LINE = 24  # what an answer may take for each line that its hole has
+_MAX_TOKENS = 1024
+_EARLIER_TOKENS = 512  # of earlier answers that drafts are taken from,
+_MATCHED_TOKENS = 4  # and of what stood before each
 
 
 class Engine:
-    """A loaded model with the cache of its last prompt. Not safe for use by several threads."""
+    """A loaded model with the caches of its last prompts. Not safe for use by several threads."""
 
     def __init__(self, model: Model, vocabulary: Vocabulary, load_ms: float = 0.0) -> None:
         if vocabulary.size > model.vocab_size:
@@ -43,8 +52,11 @@ class Engine:
             raise WeightsError(msg)
         self.model = model
         self.vocabulary = vocabulary
-        self.prompt_cache = PromptCache(model.text_config)
+        self.prompt_cache = PromptCache(model)
+        self.draft_options = DraftOptions()
         self._load_ms = load_ms
+        self._is_text = [vocabulary.is_text(i) for i in range(model.vocab_size)]
+        self._earlier: list[int] = []  # answers given, and the tokens before them
 
     @classmethod
     def load(cls, name: str, device: str, context_tokens: int | None = None) -> "Engine":
@@ -55,6 +67,15 @@ class Engine:
         model.metadata = limit_context(model.metadata, context_tokens)
         vocabulary = Vocabulary.load(folder / "tokenizer.json", range(model.metadata.num_special_tokens))
         return cls(model, vocabulary, load_ms=(time.perf_counter() - begin) * 1e3)
+
+    def probe(self) -> None:
+        """Choose how much is drafted by what a wide pass costs here; a tenth of a second on a CPU."""
+        self.draft_options = choose_drafts(measure_row_cost(self.model))
+
+    def forget(self) -> None:
+        """Drop all that earlier requests left: caches and answers."""
+        self.prompt_cache.clear()
+        self._earlier.clear()
 
     @property
     def info(self) -> ModelInfo:
@@ -88,6 +109,7 @@ class Engine:
             t_max=metadata.t_max if fixed is None else fixed,
         )
 
+    @torch.inference_mode()
     def complete(
         self,
         context: FimContext,
@@ -98,77 +120,119 @@ class Engine:
     ) -> Generation:
         """The middle of a context. Drafts are called out as they come."""
         clock = _Clock(sampling.max_latency_ms, cancelled)
-        prompt = build_prompt(context, self.vocabulary, self.model.metadata)
+        job = self._prepare(context, sampling, clock, on_draft)
         clock.lap("prompt")
         clock.check_cancelled()
-        encoded = self.prompt_cache.encode(self.model, prompt.token_ids, between=clock.check_cancelled)
-        clock.lap("encode")
-
         mode = self.model.metadata.preferred_mode if sampling.mode is Mode.AUTO else sampling.mode
+        fill = {Mode.DIFFUSION: self._denoise, Mode.VERIFIED: self._verify}.get(mode, self._write)
+        encoded, filled = fill(job)
+        clock.lap("decode")
+        return Generation(
+            text=job.to_text(filled.token_ids),
+            mode=mode,
+            finish=filled.finish,
+            num_tokens=len(filled.token_ids),
+            denoising_steps=filled.passes if mode is Mode.DIFFUSION else 0,
+            forward_passes=encoded.passes + filled.passes,
+            cached_tokens=encoded.cached_tokens,
+            prompt_tokens=len(job.prompt.token_ids),
+            timings_ms=clock.timings_ms(),
+            prompt_text=self.vocabulary.show_all(job.prompt.token_ids) if sampling.trace else "",
+            confidence=filled.confidence,
+        )
+
+    def _prepare(self, context: FimContext, sampling: Sampling, clock: "_Clock", on_draft: OnDraft) -> "_Job":
+        metadata = self.model.metadata
+        prompt = build_prompt(context, self.vocabulary, metadata)
         answer_end = AnswerEnd(self.vocabulary, context.hole.max_lines)
         answer_start = AnswerStart(
             answer_end, prompt.healed, min_tokens=sampling.min_tokens, vocab_size=self.model.vocab_size
         )
-        num_healed = len(prompt.healed)
+        healed_tokens = len(self.vocabulary.encode(prompt.healed))
+        room = metadata.max_prompt_tokens + self.model.canvas_length - len(prompt.token_ids)
+        wanted = max(self.model.canvas_length, _TOKENS_A_LINE * context.hole.max_lines)
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        generator = torch.Generator(self.model.device).manual_seed(seed)
-
-        def to_text(token_ids: Sequence[int]) -> str:
-            return self.vocabulary.decode(token_ids)[num_healed:]
-
-        if mode is Mode.DIFFUSION:
-            options = self.options(sampling)
-
-            def on_step(state: CanvasState, answer: Sequence[int]) -> None:
-                canvas = self._to_canvas_tokens(state) if sampling.trace else ()
-                on_draft(Draft(options.max_denoising_steps - state.steps_left, to_text(answer), canvas))
-
-            filled = fill_canvas(
-                self.model,
-                self.prompt_cache.cache,
-                options,
-                generator=generator,
-                answer_end=answer_end,
-                answer_start=answer_start,
-                stop=clock.is_over,
-                on_step=on_step,
-            )
-        else:
-            filled = fill_left_to_right(
-                self.model,
-                self.prompt_cache,
-                encoded.logits,
-                max_tokens=self.model.canvas_length + len(self.vocabulary.encode(prompt.healed)),
-                answer_end=answer_end,
-                answer_start=answer_start,
-                stop=clock.is_over,
-                on_token=lambda answer: on_draft(Draft(len(answer), to_text(answer))),
-                temperature=max(sampling.temperature, _LEAST_TEMPERATURE) if sampling.temperature else 0.0,
-                generator=generator,
-            )
-        clock.lap("decode")
-        return self._to_generation(
-            filled,
-            mode=mode,
-            text=to_text(filled.token_ids),
-            encoded=encoded,
-            prompt_tokens=len(prompt.token_ids),
-            timings_ms=clock.timings_ms(),
-            prompt_text=self.vocabulary.show_all(prompt.token_ids) if sampling.trace else "",
+        return _Job(
+            context=context,
+            sampling=sampling,
+            prompt=prompt,
+            answer_end=answer_end,
+            answer_start=answer_start,
+            max_tokens=min(wanted, max(room, self.model.canvas_length), _MAX_TOKENS) + healed_tokens,
+            generator=torch.Generator(self.model.device).manual_seed(seed),
+            to_text=lambda token_ids: self.vocabulary.decode(token_ids)[len(prompt.healed) :],
+            clock=clock,
+            on_draft=on_draft,
         )
 
-    @staticmethod
-    def _to_generation(filled: Filled, *, mode: Mode, encoded: Encoded, **rest: object) -> Generation:
-        return Generation(
-            mode=mode,
-            finish=filled.finish,
-            num_tokens=len(filled.token_ids),
-            denoising_steps=filled.steps if mode is Mode.DIFFUSION else 0,
-            forward_passes=encoded.passes + filled.steps,
-            cached_tokens=encoded.cached_tokens,
-            confidence=filled.confidence,
-            **rest,  # type: ignore[arg-type]
+    def _denoise(self, job: "_Job") -> tuple[Encoded, Filled]:
+        """In parallel: one canvas after another."""
+        encoded = self.prompt_cache.encode(job.prompt.token_ids, between=job.clock.check_cancelled)
+        job.clock.lap("encode")
+        options = self.options(job.sampling)
+
+        def on_step(state: CanvasState, answer: Sequence[int]) -> None:
+            canvas = self._to_canvas_tokens(state) if job.sampling.trace else ()
+            job.on_draft(Draft(options.max_denoising_steps - state.steps_left, job.to_text(answer), canvas))
+
+        filled = fill_canvas(
+            self.model,
+            self.prompt_cache.cache,
+            options,
+            generator=job.generator,
+            answer_end=job.answer_end,
+            answer_start=job.answer_start,
+            stop=job.clock.is_over,
+            on_step=on_step,
         )
+        return encoded, filled
+
+    def _write(self, job: "_Job") -> tuple[Encoded, Filled]:
+        """Left to right, one token a pass."""
+        encoded = self.prompt_cache.encode(job.prompt.token_ids, between=job.clock.check_cancelled)
+        job.clock.lap("encode")
+        filled = fill_left_to_right(
+            self.prompt_cache,
+            encoded.logits,
+            max_tokens=job.max_tokens,
+            answer_end=job.answer_end,
+            answer_start=job.answer_start,
+            stop=job.clock.is_over,
+            on_token=job.on_answer,
+            temperature=job.temperature,
+            generator=job.generator,
+        )
+        return encoded, filled
+
+    def _verify(self, job: "_Job") -> tuple[Encoded, Filled]:
+        """Left to right, drafts ahead; the prompt's last tokens are read in the first pass."""
+        ids = job.prompt.token_ids
+        encoded = self.prompt_cache.encode_but_last(ids, between=job.clock.check_cancelled)
+        job.clock.lap("encode")
+        free = job.sampling.seed is None  # with a seed nothing but the text decides
+        before = ids[:-1] if ids[-1] == self.model.metadata.special_tokens["middle"] else ids
+        lookup = Lookup(self._is_text)
+        if free:
+            lookup.extend(self._earlier)
+        lookup.extend(before)
+        guesses = [self.vocabulary.encode(job.prompt.healed + guess) for guess in job.context.guesses] if free else []
+        filled = fill_verified(
+            self.model,
+            self.prompt_cache,
+            ids[len(self.prompt_cache.token_ids) :],
+            drafter=Drafter(self.draft_options if free else DraftOptions(), lookup, guesses),
+            before=before,
+            max_tokens=job.max_tokens,
+            answer_end=job.answer_end,
+            answer_start=job.answer_start,
+            stop=job.clock.is_over,
+            on_token=job.on_answer,
+            temperature=job.temperature,
+            generator=job.generator,
+        )
+        self._earlier += [ids[0], *before[-_MATCHED_TOKENS:], *filled.token_ids]
+        del self._earlier[:-_EARLIER_TOKENS]
+        return encoded, filled
 
     def _to_canvas_tokens(self, state: CanvasState) -> tuple[CanvasToken, ...]:
         return tuple(
@@ -177,6 +241,31 @@ class Engine:
                 state.best[0].tolist(), state.accepted_mask[0].tolist(), state.entropy[0].tolist(), strict=True
             )
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One completion under way: what was asked, the prompt, and the rules its answer has to keep."""
+
+    context: FimContext
+    sampling: Sampling
+    prompt: Prompt
+    answer_end: AnswerEnd
+    answer_start: AnswerStart
+    max_tokens: int
+    generator: torch.Generator
+    to_text: Callable[[Sequence[int]], str]
+    clock: "_Clock"
+    on_draft: OnDraft
+
+    @property
+    def temperature(self) -> float:
+        """Of left-to-right decoding; 0 takes the likeliest."""
+        return max(self.sampling.temperature, _LEAST_TEMPERATURE) if self.sampling.temperature else 0.0
+
+    def on_answer(self, answer: Sequence[int]) -> None:
+        """Call out an answer that grew from left to right."""
+        self.on_draft(Draft(len(answer), self.to_text(answer)))
 
 
 class _Clock:

@@ -1,95 +1,26 @@
-"""The prompt's KV cache, kept while the user types: only what is new is encoded.
+"""KV caches of the last prompts: while the user types, only what is new is encoded.
 
-    encode(model, ids)   trims to the longest common prefix with what is cached, encodes the rest
+    encode(model, ids)   takes the prompt that shares most, trims it to what is shared, encodes the rest
 
-The encoder is causal, so keys and values of a common prefix are exact whatever follows. A sliding layer
-needs only its window, but a cursor also moves back: it keeps ``MARGIN_TOKENS`` more. A trim further back than
-that encodes anew.
+The encoder is causal, so keys and values of a common prefix are exact whatever follows. Several prompts are held,
+one for each place that somebody works at; the one that was used least recently goes first when memory is short.
 
 Knows:   token ids, keys, values.  Never: text, canvases.
-Shapes:  keys and values (1, heads, tokens, head_dim); a sliding layer shows attention window - 1 of them.
 Equal:   to a fresh encode within float rounding (tests/test_kv_cache.py states the tolerance).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from transformers import DiffusionGemmaTextConfig
-from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from fimserver.engine.model import Model
+from fimserver.engine.network import KeyValues
 
-MARGIN_TOKENS = 1024
 CHUNK_TOKENS = 512  # a cancel is seen after so many
-
-
-class SlidingLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]  # transformers is not followed
-    """A sliding layer that can be trimmed: it stores a margin before its window.
-
-    ``keys`` and ``values`` are views of the window, because the decoder reads them as they are.
-    """
-
-    def __init__(self, sliding_window: int, margin: int) -> None:
-        super().__init__(sliding_window=sliding_window)
-        self.margin = margin
-        self._stored_keys: torch.Tensor
-        self._stored_values: torch.Tensor
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: object, **_kwargs: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append; gives the window before the new tokens, and the new tokens."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self._stored_keys, self._stored_values = self.keys, self.values
-        num_new = key_states.shape[-2]
-        keys = torch.cat([self._stored_keys, key_states], dim=-2)
-        values = torch.cat([self._stored_values, value_states], dim=-2)
-        self.cumulative_length += num_new
-        visible = self.sliding_window - 1 + num_new
-        attended = keys[:, :, -visible:], values[:, :, -visible:]
-        self._store(keys, values)
-        return attended
-
-    def can_trim(self, num_tokens: int) -> bool:
-        """Whether the window before the last ``num_tokens`` is still stored."""
-        if not self.is_initialized:
-            return True
-        needed: int = min(self.sliding_window - 1, self.cumulative_length - num_tokens)
-        stored: int = self._stored_keys.shape[-2]
-        return bool(stored - num_tokens >= needed)
-
-    def trim(self, num_tokens: int) -> None:
-        """Forget the last ``num_tokens``."""
-        if num_tokens and self.is_initialized:
-            self.cumulative_length -= num_tokens
-            self._store(self._stored_keys[:, :, :-num_tokens], self._stored_values[:, :, :-num_tokens])
-
-    def _store(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        kept = self.sliding_window - 1 + self.margin
-        self._stored_keys, self._stored_values = keys[:, :, -kept:], values[:, :, -kept:]
-        window = self.sliding_window - 1
-        self.keys, self.values = self._stored_keys[:, :, -window:], self._stored_values[:, :, -window:]
-
-
-def new_cache(config: DiffusionGemmaTextConfig, margin: int = MARGIN_TOKENS) -> DynamicCache:
-    """An empty cache whose sliding layers can be trimmed."""
-    cache = DynamicCache(config=config)
-    for i, layer_type in enumerate(config.layer_types or ()):
-        if layer_type == "sliding_attention":
-            cache.layers[i] = SlidingLayer(config.sliding_window, margin)
-    return cache
-
-
-def trim(cache: DynamicCache, num_tokens: int) -> bool:
-    """Forget the last ``num_tokens`` of every layer; ``False``, and nothing changed, where one cannot."""
-    if not all(layer.can_trim(num_tokens) for layer in cache.layers if isinstance(layer, SlidingLayer)):
-        return False
-    if num_tokens:
-        for layer in cache.layers:
-            layer.trim(num_tokens) if isinstance(layer, SlidingLayer) else layer.crop(-num_tokens)
-    return True
+MAX_PROMPTS = 8
+MAX_BYTES = 512 * 2**20
+_WORTH_TOKENS = 16  # a prompt that shares fewer with what is held gets a cache of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,53 +32,103 @@ class Encoded:
     passes: int
 
 
-class PromptCache:
-    """KV cache of one prompt and the ids it was made of."""
+@dataclass(eq=False)
+class _Held:
+    """One prompt's cache and the ids it was made of."""
 
-    def __init__(self, config: DiffusionGemmaTextConfig, margin: int = MARGIN_TOKENS) -> None:
-        self._config, self._margin = config, margin
+    cache: KeyValues
+    token_ids: list[int] = field(default_factory=list)
+
+
+class PromptCache:
+    """KV caches of several prompts; ``cache`` and ``token_ids`` are those of the last one encoded."""
+
+    def __init__(self, model: Model, *, max_prompts: int = MAX_PROMPTS, max_bytes: int = MAX_BYTES) -> None:
+        self._model = model
+        self._max_prompts, self._max_bytes = max_prompts, max_bytes
         self.clear()
 
     def clear(self) -> None:
         """Forget everything."""
-        self.token_ids: list[int] = []
-        self.cache = new_cache(self._config, self._margin)
+        self._held = [_Held(self._model.new_cache())]  # the last one used stands last
 
-    def encode(self, model: Model, token_ids: Sequence[int], *, between: Callable[[], None] = lambda: None) -> Encoded:
-        """Bring the cache to ``token_ids``; ``between`` is called between passes and may raise.
+    @property
+    def cache(self) -> KeyValues:
+        """Keys and values of the prompt that was encoded last."""
+        return self._held[-1].cache
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Ids of the prompt that was encoded last, and of what was kept behind it."""
+        return self._held[-1].token_ids
+
+    @property
+    def num_prompts(self) -> int:
+        """How many prompts are held."""
+        return len(self._held)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all of them."""
+        return sum(held.cache.num_bytes for held in self._held)
+
+    def encode(self, token_ids: Sequence[int], *, between: Callable[[], None] = lambda: None) -> Encoded:
+        """Bring a cache to ``token_ids``; ``between`` is called between passes and may raise.
 
         At least the last token is always encoded, because its logits are asked for. Long prompts take a pass
         for every ``CHUNK_TOKENS``; what was encoded when ``between`` raised stays.
         """
-        reused = self.reuse(token_ids)
-        logits, passes = torch.empty(0), 0
-        for start in range(reused, len(token_ids), CHUNK_TOKENS):
+        encoded = self.encode_but_last(token_ids, between=between)
+        if encoded.passes:
+            between()
+        logits = self.append(token_ids[len(self.token_ids) :], last_only=True)
+        self._evict()
+        return Encoded(logits, encoded.cached_tokens, encoded.passes + 1)
+
+    def encode_but_last(self, token_ids: Sequence[int], *, between: Callable[[], None] = lambda: None) -> Encoded:
+        """Bring a cache so near to ``token_ids`` that one pass is left to be made; no logits."""
+        reused, passes = self.reuse(token_ids), 0
+        for start in range(reused, len(token_ids) - CHUNK_TOKENS, CHUNK_TOKENS):
             if passes:
                 between()
-            chunk = list(token_ids[start : start + CHUNK_TOKENS])
-            try:
-                logits = model.encode(chunk, self.cache)
-            except BaseException:
-                self.clear()  # some layers may hold the new tokens and some not
-                raise
-            self.token_ids += chunk
+            self.append(token_ids[start : start + CHUNK_TOKENS], last_only=True)
             passes += 1
-        return Encoded(logits, reused, passes)
+        self._evict()
+        return Encoded(torch.empty(0), reused, passes)
 
     def reuse(self, token_ids: Sequence[int]) -> int:
-        """Trim to the longest common prefix, short of the last token; how many tokens that keeps."""
-        common = common_prefix_length(self.token_ids, token_ids[:-1])
-        if not trim(self.cache, len(self.token_ids) - common):
-            self.clear()
-            common = 0
-        del self.token_ids[common:]
-        return common
+        """Trim the prompt that shares most to what it shares, short of the last token; how many tokens that keeps."""
+        wanted = token_ids[:-1]
+        common = [common_prefix_length(held.token_ids, wanted) for held in self._held]
+        best = max(range(len(common)), key=lambda i: (common[i], i))
+        is_little = common[best] < min(_WORTH_TOKENS, len(wanted) // 2)
+        if is_little and self._max_prompts > 1:
+            self._held.append(_Held(self._model.new_cache()))
+            self._evict()
+            return 0
+        held = self._held.pop(best)
+        self._held.append(held)
+        del held.token_ids[common[best] :]
+        held.cache.trim(common[best])
+        return common[best]
 
-    def append(self, model: Model, token_ids: Sequence[int]) -> torch.Tensor:
-        """Encode more tokens behind the prompt; logits after each, (1, T, V)."""
-        logits = model.encode_all(token_ids, self.cache)
-        self.token_ids += token_ids
+    def append(self, token_ids: Sequence[int], *, last_only: bool = False) -> torch.Tensor:
+        """Encode more tokens behind the prompt; logits after each (T, V), or after the last (1, V)."""
+        held = self._held[-1]
+        encode = self._model.encode if last_only else self._model.encode_all
+        logits = encode(list(token_ids), held.cache)
+        held.token_ids += token_ids
         return logits
+
+    def keep(self, rows: Sequence[int], token_ids: Sequence[int]) -> None:
+        """Make rows of the last pass, which read ``token_ids``, the prompt's continuation."""
+        held = self._held[-1]
+        held.cache.keep(rows)
+        held.token_ids += token_ids
+
+    def _evict(self) -> None:
+        while len(self._held) > 1 and (len(self._held) > self._max_prompts or self.num_bytes > self._max_bytes):
+            del self._held[0]
 
 
 def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:

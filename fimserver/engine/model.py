@@ -2,9 +2,10 @@
 
     encode   prompt tokens into a KV cache   -> next-token logits
     decode   a canvas over that cache        -> logits of every canvas position
+    look     drafted tokens and canvases     -> hidden states; what is right is kept, the rest forgotten
 
 Knows:   tensors, devices.  Never: text, prompts, stopping.
-Shapes:  T prompt tokens, C canvas positions, V vocabulary; one prompt at a time.
+Shapes:  T prompt tokens, K canvases of C positions, V vocabulary, H hidden size; one prompt at a time.
 """
 
 from collections.abc import Sequence
@@ -12,8 +13,8 @@ from pathlib import Path
 
 import torch
 from transformers import DiffusionGemmaForBlockDiffusion
-from transformers.cache_utils import DynamicCache
 
+from fimserver.engine.network import KeyValues, Network, Rows, canvas_rows, causal_rows, measured
 from fimserver.engine.weights import ModelMetadata, load_weights, read_metadata
 from fimserver.errors import EngineError
 
@@ -23,12 +24,12 @@ class Model:
 
     def __init__(self, network: DiffusionGemmaForBlockDiffusion, metadata: ModelMetadata) -> None:
         self.network = network
+        self.forward = Network(network)
         self.metadata = metadata
         self.text_config = network.config.text_config
         self.canvas_length: int = network.config.canvas_length
         self.vocab_size: int = self.text_config.vocab_size
         self.device: torch.device = network.device
-        self._softcap: float = network.final_logit_softcapping
 
     @classmethod
     def load(cls, folder: Path, device: torch.device) -> "Model":
@@ -38,38 +39,46 @@ class Model:
         network = load_weights(folder, dtype=dtype).to(device)
         return cls(network, metadata)
 
+    def new_cache(self) -> KeyValues:
+        """An empty KV cache."""
+        return self.forward.new_cache()
+
     @torch.inference_mode()
-    def encode(self, token_ids: Sequence[int], cache: DynamicCache) -> torch.Tensor:
+    def encode(self, token_ids: Sequence[int], cache: KeyValues) -> torch.Tensor:
         """Write ``token_ids`` behind what ``cache`` holds; logits after the last one, (1, V) float32."""
-        return self._to_logits(self._encode(token_ids, cache)[:, -1])
+        return self.forward.to_logits(self._encode(token_ids, cache)[-1:])
 
     @torch.inference_mode()
-    def encode_all(self, token_ids: Sequence[int], cache: DynamicCache) -> torch.Tensor:
-        """Like ``encode``; logits after each token, (1, T, V) float32."""
-        return self._to_logits(self._encode(token_ids, cache))
+    def encode_all(self, token_ids: Sequence[int], cache: KeyValues) -> torch.Tensor:
+        """Like ``encode``; logits after each token, (T, V) float32."""
+        return self.forward.to_logits(self._encode(token_ids, cache))
 
     @torch.inference_mode()
-    def decode(
-        self, canvas: torch.Tensor, cache: DynamicCache, self_conditioning_logits: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Denoise a canvas (1, C) once over a prompt's cache, which stays as it is; logits (1, C, V) float32."""
-        output = self.network.model.decoder(
-            decoder_input_ids=canvas,
-            past_key_values=cache,
-            self_conditioning_logits=self_conditioning_logits,
-        )
-        return self._to_logits(output.last_hidden_state)
+    def decode(self, canvases: torch.Tensor, cache: KeyValues, soft: torch.Tensor | None) -> torch.Tensor:
+        """Denoise canvases (K, C) once, side by side over a cache, which stays as it is; logits (K, C, V) float32.
 
-    def _encode(self, token_ids: Sequence[int], cache: DynamicCache) -> torch.Tensor:
-        ids = torch.tensor([list(token_ids)], device=self.device)
-        output = self.network.model.encoder(input_ids=ids, past_key_values=cache)
-        hidden: torch.Tensor = output.last_hidden_state
+        ``soft`` (K * C, H), from ``Network.to_soft``, is the self-conditioning.
+        """
+        with measured("decode"):
+            hidden = self.forward.forward(canvas_rows(canvases, cache.length), cache, soft)
+        return self.forward.to_logits(hidden).view(*canvases.shape, -1)
+
+    @torch.inference_mode()
+    def look(self, rows: Rows, cache: KeyValues) -> torch.Tensor:
+        """Hidden states (N, H) of any rows; ``cache.keep`` then keeps those that are right."""
+        with measured("decode" if rows.num_canvas else "encode"):
+            return self.forward.forward(rows, cache)
+
+    @torch.inference_mode()
+    def to_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (N, V) float32 of hidden states (N, H)."""
+        return self.forward.to_logits(hidden)
+
+    def _encode(self, token_ids: Sequence[int], cache: KeyValues) -> torch.Tensor:
+        with measured("encode"):
+            hidden = self.forward.forward(causal_rows(token_ids, cache.length, self.device), cache)
+        cache.keep(range(len(token_ids)))
         return hidden
-
-    def _to_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Head and soft cap, as ``DiffusionGemmaForBlockDiffusion.forward`` has them."""
-        logits = self.network.lm_head(hidden).float()
-        return torch.tanh(logits / self._softcap) * self._softcap
 
 
 def find_device(name: str) -> torch.device:

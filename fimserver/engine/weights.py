@@ -85,7 +85,7 @@ def read_metadata(folder: Path) -> ModelMetadata:
         if values["preferred_mode"] is Mode.AUTO:
             raise ValueError  # noqa: TRY301  one message for every bad mode
     except ValueError as error:
-        msg = f"{path}: preferred_mode is {values['preferred_mode']!r}; it may be: diffusion, autoregressive"
+        msg = f"{path}: preferred_mode is {values['preferred_mode']!r}; it may be: diffusion, verified, autoregressive"
         raise WeightsError(msg) from error
     return ModelMetadata(**{**values, "languages": tuple(values.get("languages", ()))})
 

@@ -163,7 +163,8 @@ def load_engine(model: str, device: str, threads: int, context_tokens: int | Non
     engine = Engine.load(model, device, context_tokens)
     hole = Hole(HoleKind.REST_OF_LINE, max_lines=1, estimated_tokens=1)
     engine.complete(FimContext("def probe(value):\n    return ", "\n", "probe.py", "python", hole), Sampling(seed=0))
-    engine.prompt_cache.clear()
+    engine.forget()
+    engine.probe()
     return engine
 
 
@@ -207,7 +208,7 @@ def answer(engine: "Engine", request: dict[str, Any], inbox: Inbox, outbox: Outb
     except CompletionCancelledError:
         outbox.send("cancelled", id=request_id)
     except Exception as error:  # noqa: BLE001  the outermost handler: one request fails, the worker goes on
-        engine.prompt_cache.clear()
+        engine.forget()
         frames = traceback.extract_tb(error.__traceback__)[-3:]
         where = " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in reversed(frames))
         _logger.error("request %s failed: %s at %s", request_id, type(error).__name__, where)  # noqa: TRY400  a traceback could quote code

@@ -1,0 +1,88 @@
+"""Drafts: what may come next, before the model was asked. Wrong ones cost rows of a pass, never a token.
+
+    Lookup     what followed the same tokens in the prompt, in what was written so far, in earlier answers
+    DraftTree  several drafts that share their beginnings, to be looked at in one pass
+
+Known forms: prompt lookup decoding, and the token trees of speculative decoding (arXiv 2305.09781).
+
+Knows:  token ids.  Never: tensors, text.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+_DEPTHS = (2, 5, 10, 12)  # tokens that a match of 1, 2, 3, 4 tokens is trusted for
+_BRANCHES = 2  # continuations that are tried for one match
+
+
+class Lookup:
+    """What followed any few tokens; what was added last counts most."""
+
+    def __init__(self, is_text: Sequence[bool]) -> None:
+        self._is_text = is_text
+        self._ids: list[int] = []
+        self._ends: dict[tuple[int, ...], list[int]] = defaultdict(list)
+
+    def extend(self, token_ids: Sequence[int]) -> None:
+        """Add tokens behind those that are known."""
+        for token_id in token_ids:
+            self._ids.append(token_id)
+            end = len(self._ids)
+            for n in range(1, len(_DEPTHS) + 1):
+                if n <= end:
+                    self._ends[tuple(self._ids[end - n : end])].append(end)
+
+    def find(self, before: Sequence[int]) -> Iterator[list[int]]:
+        """Continuations of tokens, the longest match first and of those the newest."""
+        seen: set[int] = set()
+        for n in range(min(len(_DEPTHS), len(before)), 0, -1):
+            for end in reversed(self._ends.get(tuple(before[-n:]), ())):
+                if end >= len(self._ids) or self._ids[end] in seen or not self._is_text[self._ids[end]]:
+                    continue
+                seen.add(self._ids[end])
+                continuation = self._ids[end : end + _DEPTHS[n - 1]]
+                stop = next((i for i, x in enumerate(continuation) if not self._is_text[x]), len(continuation))
+                yield continuation[:stop]
+                if len(seen) >= _BRANCHES:
+                    return
+
+
+@dataclass(slots=True)
+class DraftTree:
+    """Drafts as a tree: node i has a token and a parent, -1 for the root, which is the last token that is sure."""
+
+    max_nodes: int
+    tokens: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+    _children: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def add(self, draft: Sequence[int], below: int = -1) -> list[int]:
+        """Add a draft from a node on; the nodes it runs through, fewer than its tokens where room is short."""
+        node, path = below, []
+        for token_id in draft:
+            child = self._children.get((node, token_id))
+            if child is None:
+                if len(self.tokens) >= self.max_nodes:
+                    break
+                child = len(self.tokens)
+                self._children[node, token_id] = child
+                self.tokens.append(token_id)
+                self.parents.append(node)
+                self.depths.append(self.depths[node] + 1 if node >= 0 else 1)
+            node = child
+            path.append(node)
+        return path
+
+    def child(self, node: int, token_id: int) -> int | None:
+        """The node of a token after a node, where it was drafted."""
+        return self._children.get((node, token_id))
+
+    def ancestors(self, node: int) -> list[int]:
+        """The nodes from the root to a node, itself included."""
+        path = []
+        while node >= 0:
+            path.append(node)
+            node = self.parents[node]
+        return path[::-1]

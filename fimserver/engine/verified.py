@@ -1,0 +1,201 @@
+"""Draft ahead, verify from left to right: the autoregressive answer in a fraction of the passes.
+
+One pass reads what is sure, drafts of what follows as a tree, and behind them canvases of pure noise:
+
+    sure tokens        causal, as the encoder reads them (in the first pass: the end of the prompt)
+    draft tree         causal along each branch: logits after every node verify the next
+    canvases           bidirectional, one behind each of the nodes: they draft what the next pass verifies
+
+The walk from the root takes at each node the token that left to right would take; where a draft has it, the walk goes
+on for free. So the answer is that of ``fill_left_to_right`` to the token, whatever the drafts were worth.
+
+Knows:   token ids, logits, the cache.  Never: text, files, LSP.
+Stops:   as ``fill_left_to_right`` does; ``stop`` is read before every pass.
+Source:  self-speculation of a model that is causal and bidirectional in one pass, TiDAR (arXiv 2511.08923); trees,
+         arXiv 2305.09781.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from fimserver.engine.answer import AnswerEnd, AnswerStart, confidence_of
+from fimserver.engine.autoregressive import choose_token
+from fimserver.engine.denoise import Filled
+from fimserver.engine.drafts import DraftTree, Lookup
+from fimserver.engine.kv_cache import PromptCache
+from fimserver.engine.model import Model
+from fimserver.engine.network import Rows
+
+
+@dataclass(frozen=True, slots=True)
+class DraftOptions:
+    """How much is drafted for one pass: nodes of the tree, and canvases of ``canvas_length`` behind the nodes."""
+
+    max_nodes: int = 12
+    max_canvases: int = 0
+    canvas_length: int = 6
+    lookup: bool = True
+
+
+@dataclass
+class Drafter:
+    """All sources of drafts for one answer."""
+
+    options: DraftOptions
+    lookup: Lookup
+    guesses: Sequence[Sequence[int]] = ()
+    from_canvas: list[int] = field(default_factory=list)
+
+    def draft(self, before: Sequence[int], answer: Sequence[int]) -> tuple[DraftTree, list[int]]:
+        """A tree of what may follow ``before``, the answer so far its end; and the nodes that get canvases."""
+        tree = DraftTree(self.options.max_nodes)
+        written = len(answer)
+        for guess in self.guesses:
+            if len(guess) > written and list(guess[:written]) == list(answer):
+                tree.add(guess[written:])
+        main = tree.add(self.from_canvas)
+        if self.options.lookup:
+            for continuation in self.lookup.find(before):
+                tree.add(continuation)
+        if not self.options.max_canvases:
+            return tree, []
+        nodes = [-1, *main, *(n for n in range(len(tree.tokens)) if n not in main)]
+        return tree, nodes[: self.options.max_canvases]
+
+
+def fill_verified(  # noqa: PLR0913  one call has one place
+    model: Model,
+    prompt_cache: PromptCache,
+    pending: Sequence[int],
+    *,
+    drafter: Drafter,
+    before: Sequence[int],
+    max_tokens: int,
+    answer_end: AnswerEnd,
+    answer_start: AnswerStart,
+    stop: Callable[[], bool],
+    on_token: Callable[[Sequence[int]], None],
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> Filled:
+    """The answer after a prompt whose last tokens ``pending`` are not in the cache yet.
+
+    ``before`` are the tokens that the answer stands behind, for drafts. What is written stays in the cache.
+    """
+    walk = _Walk(answer_end, answer_start, max_tokens, on_token, temperature, generator)
+    noise = torch.Generator(model.device).manual_seed(0)  # of canvases, which decide nothing
+    passes, pending = 0, list(pending)
+    while True:
+        if passes and stop():
+            return walk.filled("latency", passes)
+        tree, canvases = drafter.draft([*before, *walk.answer], walk.answer)
+        rows = to_rows(model, pending, tree, canvases, drafter.options.canvas_length, prompt_cache.cache.length, noise)
+        hidden = model.look(rows, prompt_cache.cache)
+        passes += 1
+        logits = model.to_logits(hidden[len(pending) - 1 :])
+        nodes, finish = walk.take(logits, tree)
+        kept = [*range(len(pending)), *(len(pending) + n for n in nodes)]
+        prompt_cache.keep(kept, [*pending, *(tree.tokens[n] for n in nodes)])
+        if finish:
+            return walk.filled(finish, passes)
+        pending = [walk.answer[-1]]
+        drafter.lookup.extend(walk.answer[-len(nodes) - 1 :])
+        last = nodes[-1] if nodes else -1
+        drafter.from_canvas = []
+        if last in canvases:
+            length = drafter.options.canvas_length
+            begin = 1 + len(tree.tokens) + canvases.index(last) * length
+            drafter.from_canvas = logits[begin + 1 : begin + length].argmax(-1).tolist()
+
+
+def to_rows(  # noqa: PLR0913, PLR0917  everything one pass reads
+    model: Model,
+    pending: Sequence[int],
+    tree: DraftTree,
+    canvases: Sequence[int],
+    canvas_length: int,
+    cached: int,
+    noise: torch.Generator,
+) -> Rows:
+    """Sure tokens, the tree below the last of them, and a canvas behind each node of ``canvases``."""
+    num_sure, num_nodes, num_canvas = len(pending), len(tree.tokens), len(canvases) * canvas_length
+    if not num_nodes and not num_canvas and num_sure == 1:
+        ids = torch.tensor(list(pending), device=model.device)
+        return Rows(ids, torch.tensor([cached], device=model.device), None)
+    num_rows = num_sure + num_nodes + num_canvas
+    sees = torch.zeros(num_rows, num_rows, dtype=torch.bool)
+    sees[:num_sure, :num_sure] = torch.ones(num_sure, num_sure, dtype=torch.bool).tril()
+    sees[num_sure:, :num_sure] = True
+    for node, parent in enumerate(tree.parents):
+        if parent >= 0:
+            sees[num_sure + node] = sees[num_sure + parent]
+        sees[num_sure + node, num_sure + node] = True
+    root = cached + num_sure - 1
+    positions = [*range(cached, cached + num_sure), *(root + depth for depth in tree.depths)]
+    origins: list[int] = []
+    for i, node in enumerate(canvases):
+        rows = slice(num_sure + num_nodes + i * canvas_length, num_sure + num_nodes + (i + 1) * canvas_length)
+        sees[rows] = sees[num_sure + node] if node >= 0 else sees[num_sure - 1]
+        sees[rows, rows] = True
+        begin = root + 1 + (tree.depths[node] if node >= 0 else 0)
+        positions += range(begin, begin + canvas_length)
+        origins += [begin] * canvas_length
+    ids = torch.tensor([*pending, *tree.tokens], device=model.device)
+    if num_canvas:
+        random = torch.randint(0, model.vocab_size, (num_canvas,), generator=noise, device=model.device)
+        ids = torch.cat((ids, random))
+    at = torch.tensor(positions, device=model.device)
+    return Rows(ids, at, sees.to(model.device), num_canvas, torch.tensor(origins, device=model.device))
+
+
+class _Walk:
+    """The answer so far, and the rules that every token of it has to pass."""
+
+    def __init__(  # noqa: PLR0913, PLR0917
+        self,
+        answer_end: AnswerEnd,
+        answer_start: AnswerStart,
+        max_tokens: int,
+        on_token: Callable[[Sequence[int]], None],
+        temperature: float,
+        generator: torch.Generator | None,
+    ) -> None:
+        self.answer: list[int] = []
+        self._answer_end, self._answer_start = answer_end, answer_start
+        self._max_tokens, self._on_token = max_tokens, on_token
+        self._temperature, self._generator = temperature, generator
+        self._beginning = answer_start.beginning
+        self._log_probabilities: list[torch.Tensor] = []
+
+    def take(self, logits: torch.Tensor, tree: DraftTree) -> tuple[list[int], str]:
+        """Tokens along the tree until a draft fails: the nodes that were right, and how it finished, if it did.
+
+        ``logits`` begin with the root's, the nodes' follow.
+        """
+        node = -1
+        taken: list[int] = []
+        while True:
+            row = logits[node + 1]
+            constrained = self._answer_start.constrain(row, self._beginning)
+            token_id = choose_token(constrained, self._temperature, self._generator)
+            if self._answer_end.find([*self.answer, token_id]) == len(self.answer):
+                return taken, "end"
+            scored = constrained if self._beginning.rest else row
+            self._log_probabilities.append(torch.log_softmax(scored, dim=-1)[token_id])
+            self.answer.append(token_id)
+            self._beginning = self._answer_start.after(self._beginning, token_id)
+            self._on_token(self.answer)
+            child = tree.child(node, token_id)
+            if len(self.answer) >= self._max_tokens:
+                return taken, "length"
+            if child is None:
+                return taken, ""
+            node = child
+            taken.append(node)
+
+    def filled(self, finish: str, passes: int) -> Filled:
+        own = [self._log_probabilities[i] for i in self._answer_start.own_positions(self.answer)]
+        confidence = confidence_of(torch.stack(own) if own else torch.empty(0))
+        return Filled(tuple(self.answer), finish, passes, confidence)
