@@ -216,16 +216,34 @@ def bench() -> None:
 
 
 @bench.command()
-@click.option("--limit", type=click.IntRange(min=1), default=600, show_default=True, metavar="N", help="Keystrokes.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), metavar="N", help="Keystrokes; 600, or 300 with --human, unless given."
+)
+@click.option("--human", is_flag=True, help="With a person's pauses: what is shown before the next key. 2 minutes.")
+@click.option(
+    "--speed",
+    type=click.FloatRange(min=0.1, max=100),
+    default=1.0,
+    show_default=True,
+    metavar="X",
+    help="Pauses of --human are so many times shorter.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @_decoding_options
 @_engine_options
-def keystroke(limit: int, as_json: bool, **options: Any) -> None:  # noqa: FBT001
-    """Type in a file of 10,000 lines: server time without the model, model time, tokens encoded again."""
+def keystroke(limit: int | None, human: bool, speed: float, as_json: bool, **options: Any) -> None:  # noqa: FBT001
+    """Type in a file of 10,000 lines: server time without the model, model time, tokens encoded again.
+
+    With --human: how many completions come before the next key, from where, how soon, and how many begin right.
+    """
     from fimserver.bench.keystroke import measure_typing  # noqa: PLC0415
+    from fimserver.bench.replay import replay_typing  # noqa: PLC0415
 
     settings = _settings(options)
-    _run_measurement(lambda: measure_typing(settings, limit=limit), as_json=as_json)
+    if human:
+        _run_measurement(lambda: replay_typing(settings, limit=limit or 300, speed=speed), as_json=as_json)
+    else:
+        _run_measurement(lambda: measure_typing(settings, limit=limit or 600), as_json=as_json)
 
 
 @main.command()
