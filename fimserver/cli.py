@@ -14,7 +14,7 @@ import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -167,19 +167,33 @@ def evaluate() -> None:
 @click.option(
     "--data",
     required=True,
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="HumanEval-Infilling items, .jsonl or .jsonl.gz.",
+    multiple=True,
+    type=click.Path(exists=True, path_type=Path),
+    help="HumanEval-Infilling items, .jsonl or .jsonl.gz, or the folder of its files; may be given several times.",
 )
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N items.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N items of each file.")
+@click.option(
+    "--execute",
+    is_flag=True,
+    help="Also pass@1. THIS RUNS GENERATED CODE, in a child process with limits that guard against accidents only.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @_decoding_options
 @_engine_options
-def infilling(data: Path, limit: int | None, as_json: bool, **options: Any) -> None:  # noqa: FBT001
-    """Fill the holes of a HumanEval-Infilling file: exact match, edit similarity, passes, time."""
-    from fimserver.bench.infilling import evaluate_file  # noqa: PLC0415
+def infilling(
+    data: tuple[Path, ...],
+    limit: int | None,
+    execute: bool,  # noqa: FBT001
+    as_json: bool,  # noqa: FBT001
+    **options: Any,
+) -> None:
+    """Fill the holes of HumanEval-Infilling: exact match, edit similarity, calibration, pass@1, time; by kind."""
+    from fimserver.bench.infilling import evaluate_files, to_lines  # noqa: PLC0415
 
     settings = _settings(options)
-    _run_measurement(lambda: evaluate_file(data, settings, limit=limit), as_json=as_json)
+    _run_measurement(
+        lambda: evaluate_files(data, settings, limit=limit, execute=execute), as_json=as_json, to_lines=to_lines
+    )
 
 
 @evaluate.command()
@@ -202,16 +216,34 @@ def bench() -> None:
 
 
 @bench.command()
-@click.option("--limit", type=click.IntRange(min=1), default=600, show_default=True, metavar="N", help="Keystrokes.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), metavar="N", help="Keystrokes; 600, or 300 with --human, unless given."
+)
+@click.option("--human", is_flag=True, help="With a person's pauses: what is shown before the next key. 2 minutes.")
+@click.option(
+    "--speed",
+    type=click.FloatRange(min=0.1, max=100),
+    default=1.0,
+    show_default=True,
+    metavar="X",
+    help="Pauses of --human are so many times shorter.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @_decoding_options
 @_engine_options
-def keystroke(limit: int, as_json: bool, **options: Any) -> None:  # noqa: FBT001
-    """Type in a file of 10,000 lines: server time without the model, model time, tokens encoded again."""
+def keystroke(limit: int | None, human: bool, speed: float, as_json: bool, **options: Any) -> None:  # noqa: FBT001
+    """Type in a file of 10,000 lines: server time without the model, model time, tokens encoded again.
+
+    With --human: how many completions come before the next key, from where, how soon, and how many begin right.
+    """
     from fimserver.bench.keystroke import measure_typing  # noqa: PLC0415
+    from fimserver.bench.replay import replay_typing  # noqa: PLC0415
 
     settings = _settings(options)
-    _run_measurement(lambda: measure_typing(settings, limit=limit), as_json=as_json)
+    if human:
+        _run_measurement(lambda: replay_typing(settings, limit=limit or 300, speed=speed), as_json=as_json)
+    else:
+        _run_measurement(lambda: measure_typing(settings, limit=limit or 600), as_json=as_json)
 
 
 @main.command()
@@ -223,24 +255,26 @@ def doctor(**options: Any) -> None:
     sys.exit(0 if run_checks(_settings(options, reports=False)) else 1)
 
 
-def _run_measurement(measure: Callable[[], Any], *, as_json: bool) -> None:
+def _run_measurement(
+    measure: Callable[[], Any], *, as_json: bool, to_lines: Callable[[Any], Iterable[str]] | None = None
+) -> None:
     """Print what a measurement gives; one that cannot be made is exit 1 with the reason."""
     try:
         summary = measure()
     except FimserverError as error:
         click.echo(f"fimserver: {error}", err=True)
         sys.exit(1)
-    print_summary(summary, as_json=as_json)
-
-
-def print_summary(summary: Any, *, as_json: bool) -> None:
-    """A dataclass of results: one JSON object, or a line each."""
-    values = dataclasses.asdict(summary)
     if as_json:
-        click.echo(json.dumps(values))
+        click.echo(json.dumps(dataclasses.asdict(summary)))
         return
-    for name, value in values.items():
-        click.echo(f"{name:36} {f'{value:.3f}' if isinstance(value, float) else value}")
+    for line in (to_lines or _to_lines)(summary):
+        click.echo(line)
+
+
+def _to_lines(summary: Any) -> Iterator[str]:
+    """A dataclass of results, a line each."""
+    for name, value in dataclasses.asdict(summary).items():
+        yield f"{name:36} {f'{value:.3f}' if isinstance(value, float) else value}"
 
 
 if __name__ == "__main__":

@@ -1,26 +1,17 @@
 """The command line as a person types it."""
 
-import gzip
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from command import run
 
 import fimserver
-from fimserver.bench.infilling import edit_similarity, read_items
 from fimserver.context.scan import python_parses
-from fimserver.errors import FimserverError
 
 SAMPLE = Path(fimserver.__file__).parent / "samples" / "inventory.py"
 ROOT = Path(__file__).parent.parent
-
-
-def run(*arguments: str | Path, stdin: str = "", cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-P", "-m", "fimserver.cli", *map(str, arguments)]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, cwd=cwd, timeout=120, check=False)
 
 
 def readme_target() -> str:
@@ -157,50 +148,6 @@ def test_doctor_says_how_to_mend() -> None:
     assert result.returncode == 1
     assert "FAIL model" in result.stdout
     assert "set fimserver.model" in result.stdout
-
-
-def write_items(path: Path) -> Path:
-    item = {"task_id": "T/0", "prompt": "def f(a):\n    return ", "suffix": "\n", "canonical_solution": "a", "test": ""}
-    lines = "".join(json.dumps({**item, "task_id": f"T/{i}"}) + "\n" for i in range(4))
-    with gzip.open(path, "wt", encoding="utf-8") as file:
-        file.write(lines)
-    return path
-
-
-@pytest.mark.parametrize("mode", ["diffusion", "autoregressive"])
-def test_eval_infilling(tmp_path: Path, mode: str) -> None:
-    data = write_items(tmp_path / "items.jsonl.gz")
-    result = run("eval", "infilling", "--data", data, "--limit", "2", "--mode", mode, "--json")
-    assert result.returncode == 0, result.stderr
-    values = json.loads(result.stdout)
-    assert values["items"] == 2
-    assert values["mode"] == mode
-    for key in ("exact_match", "edit_similarity", "answered", "parse_ok"):
-        assert 0 <= values[key] <= 1
-    assert values["forward_passes"] >= 1
-    assert values["ms_per_item"] > 0
-
-
-def test_eval_names_a_bad_line(tmp_path: Path) -> None:
-    path = tmp_path / "bad.jsonl"
-    path.write_text('{"task_id": 1}\n')
-    result = run("eval", "infilling", "--data", path)
-    assert result.returncode == 1
-    assert "line 1" in result.stderr
-    for name, content in (("bad.jsonl.gz", b"no gzip"), ("latin.jsonl", b"\xe9")):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(FimserverError, match="cannot be read"):
-            list(read_items(tmp_path / name, None))
-    with pytest.raises(FimserverError):
-        list(read_items(path, None))
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "value"),
-    [("", "", 1), ("abc", "abc", 1), ("abc", "", 0), ("kitten", "sitting", 1 - 3 / 7), ("ab", "ba", 0)],
-)
-def test_edit_similarity(a: str, b: str, value: float) -> None:
-    assert edit_similarity(a, b) == pytest.approx(value)
 
 
 def test_python_parses() -> None:

@@ -1,119 +1,157 @@
 """``fimserver eval infilling``: the holes of HumanEval-Infilling, filled as they are.
 
-The file's own hole is used: no hole rule, no gate, no postprocessing. Items have ``prompt``, ``suffix`` and
-``canonical_solution`` (github.com/openai/human-eval-infilling).
+The file's own hole is used: no hole rule, no gate, no postprocessing. Results are given for each of the benchmark's
+kinds and over all items. Generated code is run only where the caller asks for pass@1 (``sandbox.py``).
 
 Knows:  items, texts, the engine's client.  Never: LSP, tokens.
 """
 
-import gzip
-import json
 import statistics
 import sys
-import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import track
 
+from fimserver.bench.calibration import Answer, CurvePoint, expected_calibration_error, to_curve
+from fimserver.bench.items import KINDS, OTHER, Item, find_files, read_items
+from fimserver.bench.sandbox import Outcome, run_program
 from fimserver.context.scan import python_parses
 from fimserver.engine.client import EngineClient, EngineOptions
 from fimserver.errors import FimserverError
 from fimserver.settings import Settings, to_sampling
-from fimserver.types import FimContext, Hole, HoleKind
+from fimserver.types import FimContext, Generation, Hole, HoleKind, ModelInfo
 
 LOAD_TIMEOUT_S = 300.0
+_T = TypeVar("_T")
 _SPAN = Hole(HoleKind.SPAN, max_lines=10_000, estimated_tokens=32)
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
-    """One hole and what stood in it."""
+class Filled:
+    """An item and what the model put there; ``passes`` is ``None`` where its tests were not run."""
 
-    task_id: str
-    prompt: str
-    suffix: str
-    solution: str
+    item: Item
+    generation: Generation
+    passes: bool | None = None
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether there is anything to show."""
+        return bool(self.generation.text.strip())
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether it is what stood there, but for blanks at its end."""
+        return self.generation.text.rstrip() == self.item.solution.rstrip()
 
 
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """Means over items; ``parse_ok`` over the answered ones; ``ms_per_item`` is model time."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """Means over items; ``parse_ok`` and calibration over the answered ones; ``ms_per_item`` is model time.
+
+    ``pass_at_1`` is the share whose tests pass, ``None`` where they were not run.
+    """
+
+    items: int
+    exact_match: float
+    edit_similarity: float
+    answered: float
+    parse_ok: float
+    pass_at_1: float | None
+    forward_passes: float
+    ms_per_item: float
+    ms_p50: float
+    expected_calibration_error: float | None
+    calibration: tuple[CurvePoint, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary(Scores):
+    """Scores over all items, and of each kind that there is."""
 
     data: str
     model: str
     device: str
     mode: str
     seed: int | None
-    items: int
-    exact_match: float
-    edit_similarity: float
-    answered: float
-    parse_ok: float
-    forward_passes: float
-    ms_per_item: float
-    ms_p50: float
+    kinds: dict[str, Scores]
 
 
-def read_items(path: Path, limit: int | None) -> Iterator[Item]:
-    """Items of a ``.jsonl`` or ``.jsonl.gz`` file. Raises ``FimserverError`` naming the line."""
-    try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        msg = f"{path} cannot be read ({error}); it has to be .jsonl or .jsonl.gz in UTF-8"
-        raise FimserverError(msg) from error
-    for number, line in enumerate(text.splitlines(), 1):
-        if limit is not None and number > limit:
-            return
-        try:
-            values = json.loads(line)
-            yield Item(values["task_id"], values["prompt"], values["suffix"], values["canonical_solution"])
-        except (ValueError, KeyError, TypeError) as error:
-            msg = f"{path}, line {number} is no HumanEval-Infilling item ({error!r})"
-            raise FimserverError(msg) from error
+def evaluate_files(paths: Sequence[Path], settings: Settings, *, limit: int | None, execute: bool = False) -> Summary:
+    """Fill every hole of files and folders, at most ``limit`` of each file; ``execute`` runs the items' tests.
 
-
-def evaluate_file(path: Path, settings: Settings, *, limit: int | None) -> Summary:
-    """Fill every hole of a file. Raises ``FimserverError``."""
-    items = list(read_items(path, limit))
+    Raises ``FimserverError``.
+    """
+    files = find_files(paths)
+    items = [item for file in files for item in read_items(file, limit, tests=execute)]
     if not items:
-        msg = f"{path} holds no items"
+        msg = f"{', '.join(map(str, files))}: no items"
         raise FimserverError(msg)
+    info, filled = _fill(items, settings)
+    if execute:
+        filled = [replace(f, passes=_passes(f)) for f in _track(filled, "running tests")]
+    overall = _score(filled)
+    kinds = {kind: [f for f in filled if f.item.kind == kind] for kind in (*KINDS.values(), OTHER)}
+    return Summary(
+        data=", ".join(file.name for file in files),
+        model=info.name,
+        device=info.device,
+        mode=filled[0].generation.mode,
+        seed=settings.seed,
+        kinds={kind: _score(members) for kind, members in kinds.items() if members},
+        **{field.name: getattr(overall, field.name) for field in fields(Scores)},
+    )
+
+
+def _fill(items: Sequence[Item], settings: Settings) -> tuple[ModelInfo, list[Filled]]:
     engine = EngineClient(EngineOptions().under(settings))
     try:
         engine.start()
         info = engine.wait_until_ready(LOAD_TIMEOUT_S)
         sampling = replace(to_sampling(settings, min_tokens=0), max_latency_ms=None)
-        progress = track(items, description="filling", console=Console(stderr=True), disable=not sys.stderr.isatty())
-        generations = [
-            engine.complete(
-                FimContext(i.prompt, i.suffix, f"{i.task_id}.py", "python", _SPAN), sampling
-            ).future.result()
-            for i in progress
-        ]
+        filled = []
+        for item in _track(items, "filling"):
+            context = FimContext(item.prompt, item.suffix, f"{item.task_id}.py", "python", _SPAN)
+            filled.append(Filled(item, engine.complete(context, sampling).future.result()))
     finally:
         engine.close()
-    pairs = list(zip(items, generations, strict=True))
-    answered = [(i, g) for i, g in pairs if g.text.strip()]
-    parsed = [python_parses(i.prompt + g.text + i.suffix) for i, g in answered]
-    return Summary(
-        data=path.name,
-        model=info.name,
-        device=info.device,
-        mode=generations[0].mode,
-        seed=settings.seed,
-        items=len(items),
-        exact_match=statistics.fmean(g.text.rstrip() == i.solution.rstrip() for i, g in pairs),
-        edit_similarity=statistics.fmean(edit_similarity(g.text.rstrip(), i.solution.rstrip()) for i, g in pairs),
-        answered=len(answered) / len(items),
+    return info, filled
+
+
+def _passes(filled: Filled) -> bool:
+    return run_program(filled.item.to_program(filled.generation.text)) is Outcome.PASSED
+
+
+def _score(filled: Sequence[Filled]) -> Scores:
+    answered = [f for f in filled if f.is_answered]
+    parsed = [python_parses(f.item.prompt + f.generation.text + f.item.suffix) for f in answered]
+    answers = [Answer(f.generation.confidence, f.is_exact) for f in answered]
+    passes = [f.passes for f in filled if f.passes is not None]
+    times = [f.generation.timings_ms["total"] for f in filled]
+    return Scores(
+        items=len(filled),
+        exact_match=statistics.fmean(f.is_exact for f in filled),
+        edit_similarity=statistics.fmean(
+            edit_similarity(f.generation.text.rstrip(), f.item.solution.rstrip()) for f in filled
+        ),
+        answered=len(answered) / len(filled),
         parse_ok=statistics.fmean(parsed) if parsed else 0.0,
-        forward_passes=statistics.fmean(g.forward_passes for g in generations),
-        ms_per_item=statistics.fmean(g.timings_ms["total"] for g in generations),
-        ms_p50=statistics.median(g.timings_ms["total"] for g in generations),
+        pass_at_1=statistics.fmean(passes) if passes else None,
+        forward_passes=statistics.fmean(f.generation.forward_passes for f in filled),
+        ms_per_item=statistics.fmean(times),
+        ms_p50=statistics.median(times),
+        expected_calibration_error=expected_calibration_error(answers),
+        calibration=to_curve(answers, len(filled)),
     )
+
+
+def _track(sequence: Sequence[_T], description: str) -> Iterator[_T]:
+    console = Console(stderr=True)
+    return iter(track(sequence, description, console=console, disable=not sys.stderr.isatty()))
 
 
 def edit_similarity(a: str, b: str) -> float:
@@ -126,3 +164,26 @@ def edit_similarity(a: str, b: str) -> float:
         for j, y in enumerate(b, 1):
             previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (x != y))
     return 1 - row[-1] / max(len(a), len(b))
+
+
+def to_lines(summary: Summary) -> Iterator[str]:
+    """The summary for a person: what was run, a column for each kind and for all, and the calibration of all."""
+    for name in ("data", "model", "device", "mode", "seed"):
+        yield f"{name:28} {getattr(summary, name)}"
+    columns: dict[str, Scores] = {**summary.kinds, "all": summary}
+    yield ""
+    yield " " * 28 + "".join(f"{name:>19}" for name in columns)
+    for field in fields(Scores):
+        values = [getattr(scores, field.name) for scores in columns.values()]
+        if field.name != "calibration" and any(value is not None for value in values):
+            yield f"{field.name:28}" + "".join(f"{_show(value):>19}" for value in values)
+    yield ""
+    yield f"{'confidence of at least':28}" + "".join(f"{name:>19}" for name in ("shown", "exact of those"))
+    for point in summary.calibration:
+        yield f"{point.threshold:<28}" + "".join(f"{_show(value):>19}" for value in (point.shown, point.exact))
+
+
+def _show(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)

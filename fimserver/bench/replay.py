@@ -1,0 +1,222 @@
+"""``fimserver bench keystroke --human``: what a person who types at their own speed gets to see.
+
+The keys of ``typist.py`` are pressed with pauses between them. After each comes the edit, the cancellation of the last
+request where that is still open, and an automatic request, in VS Code's order; settings are the server's own, its
+debounce included. What has not come by the next key is not seen.
+
+The pauses are an assumption, not a recording: log-normal, with a median of 180 ms (a fast typist; transcribing, people
+take 240 ms on average, Dhakal et al., "Observations on Typing from 136 Million Keystrokes", CHI 2018), and of 700 ms
+after every tenth word and 1,200 ms after every other line, for thinking. No ghost text is ever accepted.
+
+Knows:  keys, an editor, the engine's client.  Never: tensors.
+"""
+
+import asyncio
+import math
+import random
+import re
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.progress import track
+
+from fimserver.bench.editor import Answer, Editor, TimedEngine
+from fimserver.bench.infilling import LOAD_TIMEOUT_S
+from fimserver.bench.typist import NUM_LINES, Key, to_keystrokes
+from fimserver.engine.client import EngineOptions, EngineState
+from fimserver.errors import EngineError, FimserverError
+from fimserver.settings import Settings
+
+_PAUSE_SEED = 7
+_KEY_S, _WORD_S, _LINE_S, _LOOK_S = 0.18, 0.7, 1.2, 1.0  # medians; the last before the first key in a file
+_SPREAD = 0.45  # standard deviation of the logarithm
+_LONGEST_S = 4.0
+_WORD_SHARE, _LINE_SHARE = 0.1, 0.5
+_FIRST_WORD = re.compile(r"\s*(?:\w+|[^\w\s]|$)")
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """One session. Of each keystroke's request: ``shown`` before the next key, ``empty`` by then, or ``cancelled``.
+
+    ``by_model``, ``reused`` (the rest of what was offered before) and ``guessed`` are the shown by their source.
+    ``asked`` counts what the engine was asked, ``wasted`` what no request ever got of that, ended early or not; both
+    also in seconds of its time. Times to the answer are from the key to what was shown. ``right_so_far`` is the share
+    of the shown whose first word, or sign, was what was typed next; of the reused all that was typed before was right.
+    """
+
+    keystrokes: int
+    model: str
+    mode: str
+    lines: int
+    speed: float
+    debounce_ms: int
+    typing_s: float
+    shown: int
+    by_model: int
+    reused: int
+    guessed: int
+    empty: dict[str, int]
+    cancelled: int
+    asked: int
+    wasted: int
+    asked_s: float
+    wasted_s: float
+    answer_ms_p50: float | None
+    answer_ms_p95: float | None
+    model_answer_ms_p50: float | None
+    model_answer_ms_p95: float | None
+    right_so_far: float | None
+    right_so_far_by_model: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Press:
+    """A key, the version of the document that it made, and when."""
+
+    key: Key
+    version: int
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """A ghost text that came in time."""
+
+    source: str
+    ms: float
+    is_right: bool | None  # None: nothing more was typed
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What became of each keystroke's request; ``used`` are the engine's answers that one got."""
+
+    shown: list[_Shown] = field(default_factory=list)
+    empty: Counter[str] = field(default_factory=Counter)
+    cancelled: int = 0
+    used: set[int] = field(default_factory=set)
+    debounce_ms: int = 0
+    typing_s: float = 0.0
+
+
+def replay_typing(settings: Settings, *, limit: int, speed: float) -> Summary:
+    """Press ``limit`` keys, ``speed`` times as fast as a person.
+
+    Raises ``FimserverError`` when the model does not load.
+    """
+    engine = TimedEngine(EngineOptions().under(settings))
+    try:
+        engine.start()
+        info = engine.wait_until_ready(LOAD_TIMEOUT_S)
+        seen = asyncio.run(_replay(engine, settings, limit, speed))
+    except EngineError as error:
+        raise FimserverError(str(error)) from error
+    finally:
+        engine.close()
+    now = time.perf_counter()
+    spent = {pending.id: engine.answered_at.get(pending.id, now) - at for at, pending in engine.asked}
+    by_model = [shown for shown in seen.shown if shown.source == "model"]
+    sources = Counter(shown.source for shown in seen.shown)
+    return Summary(
+        keystrokes=len(seen.shown) + seen.empty.total() + seen.cancelled,
+        model=info.name,
+        mode=settings.mode if settings.mode != "auto" else info.preferred_mode,
+        lines=NUM_LINES,
+        speed=speed,
+        debounce_ms=seen.debounce_ms,
+        typing_s=seen.typing_s,
+        shown=len(seen.shown),
+        by_model=len(by_model),
+        reused=sources["cache"],
+        guessed=sources["guess"],
+        empty=dict(seen.empty),
+        cancelled=seen.cancelled,
+        asked=len(spent),
+        wasted=len(spent.keys() - seen.used),
+        asked_s=sum(spent.values()),
+        wasted_s=sum(spent[number] for number in spent.keys() - seen.used),
+        answer_ms_p50=_quantile([shown.ms for shown in seen.shown], 0.5),
+        answer_ms_p95=_quantile([shown.ms for shown in seen.shown], 0.95),
+        model_answer_ms_p50=_quantile([shown.ms for shown in by_model], 0.5),
+        model_answer_ms_p95=_quantile([shown.ms for shown in by_model], 0.95),
+        right_so_far=_share(shown.is_right for shown in seen.shown),
+        right_so_far_by_model=_share(shown.is_right for shown in by_model),
+    )
+
+
+async def _replay(engine: TimedEngine, settings: Settings, limit: int, speed: float) -> _Seen:
+    editor, seen, rng = Editor(engine), _Seen(), random.Random(_PAUSE_SEED)
+    await editor.initialize({"mode": settings.mode, "seed": settings.seed})
+    seen.debounce_ms = editor.server.session.settings.debounce_ms
+    open_request: int | None = None
+    begin = time.perf_counter()
+    keys = to_keystrokes(limit)
+    shown = track(keys, "typing", total=limit, console=Console(stderr=True), disable=not sys.stderr.isatty())
+    for version, key in enumerate(shown, 2):
+        if key.opens is not None:
+            editor.open(key.opens)
+            await asyncio.sleep(_LOOK_S / speed)
+        press = _Press(key, version, time.perf_counter())
+        editor.press(key, version)
+        if open_request is not None:
+            editor.cancel(open_request)
+        number = open_request = editor.ask(*key.after)
+        await asyncio.sleep(press.at + draw_pause(key, rng) / speed - time.perf_counter())
+        if (answer := editor.answers.get(number)) is None:
+            seen.cancelled += 1
+        else:
+            open_request = None
+            _note(seen, engine, press, answer)
+        if engine.state is not EngineState.READY:
+            raise FimserverError(engine.detail)
+    seen.typing_s = time.perf_counter() - begin
+    return seen
+
+
+def _note(seen: _Seen, engine: TimedEngine, press: _Press, answer: Answer) -> None:
+    """An answer that came before the next key."""
+    explanation = answer.explanation or {}
+    if explanation.get("version") != press.version:
+        explanation = {}
+    source = explanation.get("source", "unknown") if answer.text else "model"
+    if answer.num_asked and source == "model":
+        _, last = engine.asked[answer.num_asked - 1]
+        is_new = press.at < engine.answered_at.get(last.id, 0.0) <= answer.at
+        if is_new and last.future.exception() is None:  # empty or not, the request got it
+            seen.used.add(last.id)
+    if answer.text:
+        is_right = begins_right(answer.text, press.key.rest) if press.key.rest else None
+        seen.shown.append(_Shown(source, (answer.at - press.at) * 1e3, is_right))
+    else:
+        seen.empty[explanation.get("reason", "unknown")] += 1
+
+
+def draw_pause(key: Key, rng: random.Random) -> float:
+    """Seconds between a key and the next."""
+    median = _KEY_S
+    if key.text[0] == "\n":
+        median = _LINE_S if rng.random() < _LINE_SHARE else _KEY_S
+    elif key.text.isalnum() and not key.rest[:1].isalnum():
+        median = _WORD_S if rng.random() < _WORD_SHARE else _KEY_S
+    return min(_LONGEST_S, rng.lognormvariate(math.log(median), _SPREAD))
+
+
+def begins_right(ghost: str, typed: str) -> bool:
+    """Whether a ghost text begins with the next word that is typed, or the next sign that is none; blanks count."""
+    words = [_FIRST_WORD.match(text) for text in (ghost, typed)]
+    return words[0] is not None and words[1] is not None and words[0][0] == words[1][0]
+
+
+def _quantile(values: Sequence[float], share: float) -> float | None:
+    return sorted(values)[int(share * (len(values) - 1))] if values else None
+
+
+def _share(values: Iterable[bool | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None

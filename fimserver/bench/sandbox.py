@@ -1,0 +1,83 @@
+"""Runs a program that a model wrote a part of, in a child process, and says whether it came to its end.
+
+This is a guard against accidents, not against malice. The child (``sandboxed.py``) has limits on time, memory and
+files, an empty folder, no environment, no input and no network, and is refused whatever Python's audit hooks see of
+writing files, starting processes and using sockets. Code that means harm finds ways around that (it can read files,
+for one, and C code raises no audit events): run what you do not trust in a virtual machine or a container.
+
+Knows:  processes, limits.  Never: items, models.
+"""
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from fimserver.errors import FimserverError
+
+_CHILD = Path(__file__).with_name("sandboxed.py")
+_ENVIRONMENT = {"LC_ALL": "C.UTF-8"}
+
+
+class Outcome(StrEnum):
+    """What became of a program."""
+
+    PASSED = "passed"
+    FAILED = "failed"  # an exception, an exit before the end, a limit other than time
+    TIMED_OUT = "timed_out"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one program may use; ``wall_s`` is longer than ``cpu_s``, for machines that are busy with other things."""
+
+    cpu_s: int = 3
+    wall_s: float = 10.0
+    memory_bytes: int = 512 * 2**20
+
+
+def run_program(program: str, limits: Limits | None = None) -> Outcome:
+    """Run a program to its end. Raises ``FimserverError`` where there are no such limits (Windows)."""
+    if os.name != "posix":
+        msg = "generated code is run only where a process can be given limits (Linux, macOS)"
+        raise FimserverError(msg)
+    limits = limits or Limits()
+    token = secrets.token_hex(16)  # which the child tells only once the program came to its end
+    order = json.dumps({"token": token, "program": program, "limits": asdict(limits)}).encode()
+    with tempfile.TemporaryDirectory(prefix="fimserver-") as folder:
+        child = subprocess.Popen(  # noqa: S603  our own interpreter; what it runs is what this module is for
+            [sys.executable, "-I", "-S", "-B", str(_CHILD)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd=folder,
+            env=_ENVIRONMENT,
+            start_new_session=True,
+        )
+        try:
+            told, _ = child.communicate(order, timeout=limits.wall_s)
+        except subprocess.TimeoutExpired:
+            return Outcome.TIMED_OUT
+        finally:
+            _end(child)
+    if told == token.encode():
+        return Outcome.PASSED
+    return Outcome.TIMED_OUT if child.returncode == -signal.SIGXCPU else Outcome.FAILED
+
+
+def _end(child: "subprocess.Popen[bytes]") -> None:
+    """Kill all that is left of a child's group."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.kill()
+    child.wait()
+    for stream in (child.stdin, child.stdout):
+        if stream is not None:
+            stream.close()
