@@ -214,6 +214,40 @@ def keystroke(limit: int, as_json: bool, **options: Any) -> None:  # noqa: FBT00
     _run_measurement(lambda: measure_typing(settings, limit=limit), as_json=as_json)
 
 
+@bench.command()
+@click.option("--limit", type=click.IntRange(min=1), default=102, show_default=True, metavar="N", help="Holes.")
+@click.option("--modes", metavar="A,B", help="Only these ways, for instance diffusion,autoregressive,generate.")
+@click.option("--plots", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="Write pictures.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--seed", type=int, metavar="N", help="Seed of all that is drawn.")
+@_engine_options
+def decode(limit: int, modes: str | None, plots: Path | None, as_json: bool, **options: Any) -> None:  # noqa: FBT001
+    """Fill holes in every mode, with transformers' generate and token by token: time, passes, exact match."""
+    from fimserver.bench.decode import compare_ways, parse_ways  # noqa: PLC0415
+    from fimserver.bench.tables import print_comparison  # noqa: PLC0415
+
+    settings = _settings(options)
+    _run_measurement(
+        lambda: compare_ways(settings, limit=limit, ways=parse_ways(modes), plots=plots),
+        as_json=as_json,
+        show=print_comparison,
+    )
+
+
+@bench.command()
+@click.option("--limit", type=click.IntRange(min=1), default=12, show_default=True, metavar="N", help="Requests.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@_decoding_options
+@_engine_options
+def profile(limit: int, as_json: bool, **options: Any) -> None:  # noqa: FBT001
+    """Say where one request's time goes, and how far that is from what this machine could do."""
+    from fimserver.bench.profile import profile_requests  # noqa: PLC0415
+    from fimserver.bench.tables import print_profile  # noqa: PLC0415
+
+    settings = _settings(options)
+    _run_measurement(lambda: profile_requests(settings, limit=limit), as_json=as_json, show=print_profile)
+
+
 @main.command()
 @_engine_options
 def doctor(**options: Any) -> None:
@@ -223,14 +257,19 @@ def doctor(**options: Any) -> None:
     sys.exit(0 if run_checks(_settings(options, reports=False)) else 1)
 
 
-def _run_measurement(measure: Callable[[], Any], *, as_json: bool) -> None:
+def _run_measurement(
+    measure: Callable[[], Any], *, as_json: bool, show: Callable[[Any], None] | None = None
+) -> None:
     """Print what a measurement gives; one that cannot be made is exit 1 with the reason."""
     try:
         summary = measure()
     except FimserverError as error:
         click.echo(f"fimserver: {error}", err=True)
         sys.exit(1)
-    print_summary(summary, as_json=as_json)
+    if show and not as_json:
+        show(summary)
+    else:
+        print_summary(summary, as_json=as_json)
 
 
 def print_summary(summary: Any, *, as_json: bool) -> None:
