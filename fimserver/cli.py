@@ -257,9 +257,7 @@ def doctor(**options: Any) -> None:
     sys.exit(0 if run_checks(_settings(options, reports=False)) else 1)
 
 
-def _run_measurement(
-    measure: Callable[[], Any], *, as_json: bool, show: Callable[[Any], None] | None = None
-) -> None:
+def _run_measurement(measure: Callable[[], Any], *, as_json: bool, show: Callable[[Any], None] | None = None) -> None:
     """Print what a measurement gives; one that cannot be made is exit 1 with the reason."""
     try:
         summary = measure()

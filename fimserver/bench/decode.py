@@ -25,7 +25,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from fimserver.bench.holes import LONG_TOKENS, TRIPLE, Cut, draw_holes
+from fimserver.bench.holes import TRIPLE, Cut, draw_holes
 from fimserver.bench.machine import machine_facts, use_threads
 from fimserver.bench.plots import Point, check_plots, write_plots
 from fimserver.bench.ratios import Interval, Ours, bootstrap_median, choose_ours, paired_ratios, percentile
