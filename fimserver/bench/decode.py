@@ -142,7 +142,7 @@ class DecodeBench:
 
     def _make_ways(self, settings: Settings, names: Sequence[str]) -> dict[str, Way]:
         ways: dict[str, Way] = {
-            name: EngineWay(self.engine, Sampling(Mode(name), self.seed))
+            name: EngineWay(self.engine, Sampling(mode=Mode(name), seed=self.seed))
             for name in names
             if name not in {GENERATE, EAGER}
         }
@@ -188,7 +188,7 @@ class DecodeBench:
         budgets: dict[int, dict[int, Outcome]] = {budget: {} for budget in STEP_BUDGETS}
         for hole in range(min(_BUDGET_HOLES, len(self.cuts))):
             for budget in STEP_BUDGETS:
-                way = EngineWay(self.engine, Sampling(Mode.DIFFUSION, self.seed, max_denoising_steps=budget))
+                way = EngineWay(self.engine, Sampling(mode=Mode.DIFFUSION, seed=self.seed, max_denoising_steps=budget))
                 budgets[budget][hole] = way(self.cuts[hole].context)
         return budgets
 
