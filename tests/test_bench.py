@@ -247,7 +247,7 @@ def test_bench_decode_with_a_wrong_way_is_exit_1() -> None:
 def test_plots(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     points = [Point("diffusion", 16.0, 0.2), Point("4", 4.0, 0.1, is_budget=True)]
-    for path in write_plots(tmp_path, points, {"diffusion": [3, 4, 4], "generate": []}):
+    for path in write_plots(tmp_path, points, {"diffusion": [3, 4, 4], "generate": []}, num_holes=3):
         assert path.stat().st_size > 1000
 
 

@@ -183,14 +183,28 @@ class DecodeBench:
             typed = replace(cut.context, prefix=cut.context.prefix + cut.middle[:num_typed])
             measured.warm[name][hole] = way(typed, warm=True)
 
-    def run_step_budgets(self) -> dict[int, dict[int, Outcome]]:
-        """The diffusion mode with few and with many steps, on some of the holes."""
+    def run_step_budgets(self, holes: Sequence[int]) -> dict[int, dict[int, Outcome]]:
+        """The diffusion mode with few and with many steps."""
         budgets: dict[int, dict[int, Outcome]] = {budget: {} for budget in STEP_BUDGETS}
-        for hole in range(min(_BUDGET_HOLES, len(self.cuts))):
+        for hole in holes:
             for budget in STEP_BUDGETS:
-                way = EngineWay(self.engine, Sampling(mode=Mode.DIFFUSION, seed=self.seed, max_denoising_steps=budget))
-                budgets[budget][hole] = way(self.cuts[hole].context)
+                sampling = Sampling(mode=Mode.DIFFUSION, seed=self.seed, max_denoising_steps=budget)
+                budgets[budget][hole] = EngineWay(self.engine, sampling)(self.cuts[hole].context)
         return budgets
+
+    def draw(self, folder: Path, measured: Measured) -> None:
+        """Pictures; quality is that of the same holes for all that is shown."""
+        holes = [hole for hole in range(len(self.cuts)) if is_compared(hole)][:_BUDGET_HOLES]
+        points = []
+        shown = {name: outcomes for name, outcomes in measured.outcomes.items() if name != Mode.AUTO.value}
+        for name, outcomes in shown.items():
+            numbers = way_numbers(measured, {hole: outcomes[hole] for hole in holes})
+            points.append(Point(name, numbers.passes_mean, numbers.exact_match))
+        for budget, outcomes in self.run_step_budgets(holes).items():
+            numbers = way_numbers(measured, outcomes)
+            points.append(Point(str(budget), numbers.passes_mean, numbers.exact_match, is_budget=True))
+        passes = {name: [o.passes for o in outcomes.values()] for name, outcomes in shown.items()}
+        write_plots(folder, points, passes, num_holes=len(holes))
 
     def summarize(self, measured: Measured) -> Comparison:
         """Numbers of what was seen."""
@@ -289,12 +303,6 @@ def compare_ways(settings: Settings, *, limit: int, ways: Sequence[str], plots: 
         check_plots(plots)
     bench = DecodeBench(settings, limit=limit, ways=ways)
     measured = bench.run()
-    comparison = bench.summarize(measured)
     if plots is not None:
-        points = [Point(name, n.passes_mean, n.exact_match) for name, n in comparison.modes.items()]
-        for budget, outcomes in bench.run_step_budgets().items():
-            numbers = way_numbers(measured, outcomes)
-            points.append(Point(str(budget), numbers.passes_mean, numbers.exact_match, is_budget=True))
-        counts = {name: [o.passes for o in outcomes.values()] for name, outcomes in measured.outcomes.items()}
-        write_plots(plots, points, {name: c for name, c in counts.items() if name in comparison.modes})
-    return comparison
+        bench.draw(plots, measured)
+    return bench.summarize(measured)

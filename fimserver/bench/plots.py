@@ -39,12 +39,14 @@ def check_plots(folder: Path) -> None:
         raise FimserverError(msg) from error
 
 
-def write_plots(folder: Path, points: Sequence[Point], passes: Mapping[str, Sequence[int]]) -> list[Path]:
-    """Write both pictures; gives their paths."""
-    return [_write_quality(folder / QUALITY_FILE, points), _write_passes(folder / PASSES_FILE, passes)]
+def write_plots(
+    folder: Path, points: Sequence[Point], passes: Mapping[str, Sequence[int]], *, num_holes: int
+) -> list[Path]:
+    """Write both pictures, ``points`` being of ``num_holes``; gives their paths."""
+    return [_write_quality(folder / QUALITY_FILE, points, num_holes), _write_passes(folder / PASSES_FILE, passes)]
 
 
-def _write_quality(path: Path, points: Sequence[Point]) -> Path:
+def _write_quality(path: Path, points: Sequence[Point], num_holes: int) -> Path:
     figure = _figure_class()(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     for is_budget, marker, label in ((False, "o", "ways"), (True, "x", "diffusion, steps at most")):
@@ -52,11 +54,13 @@ def _write_quality(path: Path, points: Sequence[Point]) -> Path:
         if shown:
             axes.scatter([p.passes for p in shown], [p.exact_match for p in shown], marker=marker, label=label)
     for point in points:
-        axes.annotate(point.name, (point.passes, point.exact_match), xytext=(4, 4), textcoords="offset points")
+        offset = (4, 4) if point.is_budget else (4, -12)
+        axes.annotate(point.name, (point.passes, point.exact_match), xytext=offset, textcoords="offset points")
     front = [points[i] for i in pareto_front([(p.passes, p.exact_match) for p in points])]
     style = {"linestyle": "--", "linewidth": 1, "color": "gray", "label": "Pareto front"}
     axes.plot([p.passes for p in front], [p.exact_match for p in front], **style)
-    axes.set(xlabel="encoder and decoder passes a hole, mean", ylabel="exact match")
+    axes.set(xlabel=f"encoder and decoder passes a hole, mean of {num_holes} holes", ylabel="exact match")
+    axes.margins(x=0.12, y=0.1)
     axes.legend()
     figure.savefig(path, dpi=_DPI)
     return path

@@ -66,7 +66,7 @@ def choose_ours(modes: Mapping[str, tuple[float, float]], left_to_right: str) ->
     fastest = min(others, key=lambda name: others[name][0])
     if left_to_right not in modes:
         return Ours(fastest, qualifies=False, why=f"{left_to_right} was not run, so nothing says what is good enough")
-    floor = modes[left_to_right][1] - _QUALITY_MARGIN
+    floor = max(0.0, modes[left_to_right][1] - _QUALITY_MARGIN)
     good = [name for name, (_ms, exact) in others.items() if exact >= floor - _ROUNDING]
     if good:
         best = min(good, key=lambda name: others[name][0])
