@@ -246,6 +246,40 @@ def keystroke(limit: int | None, human: bool, speed: float, as_json: bool, **opt
         _run_measurement(lambda: measure_typing(settings, limit=limit or 600), as_json=as_json)
 
 
+@bench.command()
+@click.option("--limit", type=click.IntRange(min=1), default=102, show_default=True, metavar="N", help="Holes.")
+@click.option("--modes", metavar="A,B", help="Only these ways, for instance diffusion,autoregressive,generate.")
+@click.option("--plots", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="Write pictures.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--seed", type=int, metavar="N", help="Seed of all that is drawn.")
+@_engine_options
+def decode(limit: int, modes: str | None, plots: Path | None, as_json: bool, **options: Any) -> None:  # noqa: FBT001
+    """Fill holes in every mode, with transformers' generate and token by token: time, passes, exact match."""
+    from fimserver.bench.decode import compare_ways, parse_ways  # noqa: PLC0415
+    from fimserver.bench.tables import print_comparison  # noqa: PLC0415
+
+    settings = _settings(options)
+    _run_measurement(
+        lambda: compare_ways(settings, limit=limit, ways=parse_ways(modes), plots=plots),
+        as_json=as_json,
+        show=print_comparison,
+    )
+
+
+@bench.command()
+@click.option("--limit", type=click.IntRange(min=1), default=12, show_default=True, metavar="N", help="Requests.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@_decoding_options
+@_engine_options
+def profile(limit: int, as_json: bool, **options: Any) -> None:  # noqa: FBT001
+    """Say where one request's time goes, and how far that is from what this machine could do."""
+    from fimserver.bench.profile import profile_requests  # noqa: PLC0415
+    from fimserver.bench.tables import print_profile  # noqa: PLC0415
+
+    settings = _settings(options)
+    _run_measurement(lambda: profile_requests(settings, limit=limit), as_json=as_json, show=print_profile)
+
+
 @main.command()
 @_engine_options
 def doctor(**options: Any) -> None:
@@ -256,7 +290,11 @@ def doctor(**options: Any) -> None:
 
 
 def _run_measurement(
-    measure: Callable[[], Any], *, as_json: bool, to_lines: Callable[[Any], Iterable[str]] | None = None
+    measure: Callable[[], Any],
+    *,
+    as_json: bool,
+    to_lines: Callable[[Any], Iterable[str]] | None = None,
+    show: Callable[[Any], None] | None = None,
 ) -> None:
     """Print what a measurement gives; one that cannot be made is exit 1 with the reason."""
     try:
@@ -266,9 +304,11 @@ def _run_measurement(
         sys.exit(1)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(summary)))
-        return
-    for line in (to_lines or _to_lines)(summary):
-        click.echo(line)
+    elif show:
+        show(summary)
+    else:
+        for line in (to_lines or _to_lines)(summary):
+            click.echo(line)
 
 
 def _to_lines(summary: Any) -> Iterator[str]:

@@ -341,7 +341,8 @@ def rms(x: torch.Tensor, eps: float) -> torch.Tensor:
     """Rows over their root mean square, with ``eps`` under the root; float32."""
     size = x.shape[-1]
     length: torch.Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x * (size**0.5 / torch.hypot(length, _least_length(size, eps, x.device)))
+    scale: torch.Tensor = size**0.5 / torch.hypot(length, _least_length(size, eps, x.device))
+    return x * scale
 
 
 @lru_cache(maxsize=64)

@@ -1,0 +1,79 @@
+"""What a measurement was made on: names and versions, and how fast this processor multiplies and copies.
+
+Knows:  the processor, torch.  Never: models.
+"""
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from fimserver.engine.worker import count_physical_cores
+
+_MATRIX = 1024
+_COPIED_FLOATS = 32 * 1024 * 1024  # 128 MiB, more than caches hold
+_REPEATS = 5
+_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+
+
+def use_threads(threads: int) -> None:
+    """As many as the engine's worker would take; nothing is fetched from now on, as there."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    torch.set_num_threads(threads or max(1, count_physical_cores() - 1))
+
+
+def machine_facts(dtype: str, device: str) -> dict[str, Any]:
+    """Versions, threads, processor, number format."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+        "cpu": _cpu_field("model name") or platform.processor() or platform.machine(),
+        "cpus": os.cpu_count(),
+        "device": device,
+        "dtype": dtype,
+    }
+
+
+def matmul_flops(dtype: torch.dtype) -> float:
+    """Floating point operations a second of a large matrix product, at best."""
+    a, b = (torch.randn(_MATRIX, _MATRIX).to(dtype) for _ in range(2))
+    return 2 * _MATRIX**3 / _fastest(lambda: a @ b)
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second that are read and written when memory is copied, at best."""
+    source = torch.zeros(_COPIED_FLOATS)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _fastest(lambda: target.copy_(source))
+
+
+def has_bf16() -> bool:
+    """Whether the processor itself multiplies in bfloat16."""
+    flags = _cpu_field("flags") or _cpu_field("Features")
+    return bool(_BF16_FLAGS & set(flags.split()))
+
+
+def _fastest(work: Callable[[], object]) -> float:
+    times = []
+    for _ in range(_REPEATS):
+        begin = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def _cpu_field(name: str) -> str:
+    """First value of a field of Linux' ``/proc/cpuinfo``; nothing elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == name), "")
