@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from rich.console import Console
 from rich.text import Text
 
-from fimserver.context.gather import Guess, find_guesses
+from fimserver.context.gather import find_guesses
 from fimserver.context.languages import language_of_path
 from fimserver.context.place import complete_place, find_place, offer_guess
 from fimserver.context.window import budget_for, build_context
@@ -30,6 +30,7 @@ from fimserver.types import (
     Draft,
     FimContext,
     Generation,
+    Guess,
     Hole,
     ModelInfo,
     NoCompletion,
@@ -164,8 +165,9 @@ def complete_snapshot(
         engine = get_engine()
         result.model = engine.wait_until_ready(0)
         startup_ms = (time.perf_counter() - begin) * 1e3
-        texts = tuple(guess.text for guess in result.guesses)
-        result.context = build_context(place.seen, hole, budget_for(result.model.max_prompt_tokens), guesses=texts)
+        result.context = build_context(
+            place.seen, hole, budget_for(result.model.max_prompt_tokens), guesses=result.guesses
+        )
         sampling = to_sampling(settings, min_tokens=1, trace=trace)
         pending = engine.complete(result.context, sampling, on_draft=result.drafts.append if trace else None)
         result.generation = pending.future.result()

@@ -78,6 +78,28 @@ class Snippet:
 
 
 @dataclass(frozen=True, slots=True)
+class Guess:
+    """One text for the middle.
+
+    ``match_length`` characters of code before the cursor are the same where it was found (blanks do not count),
+    ``agreement`` characters behind it are what stands behind the cursor; it was found ``count`` times, the first
+    time in the source number ``source`` (0 is the document itself).
+    """
+
+    text: str
+    match_length: int
+    agreement: int
+    count: int = 1
+    source: int = 0
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Sorts the best guess first."""
+        likely = self.match_length + 2 * min(self.agreement, 12) + 3 * min(self.count, 5)
+        return -likely, self.source
+
+
+@dataclass(frozen=True, slots=True)
 class FimContext:
     r"""Everything the engine is told; line ends are ``\n``, budgets are in characters.
 
@@ -91,7 +113,7 @@ class FimContext:
     hole: Hole
     head: str = ""
     snippets: tuple[Snippet, ...] = ()
-    guesses: tuple[str, ...] = ()
+    guesses: tuple[Guess, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +121,8 @@ class Sampling:
     """How to decode. ``None`` means what the model's own metadata says.
 
     ``max_latency_ms`` ends a completion at its best draft; an answer has at least ``min_tokens`` (0 or 1)
-    tokens; ``trace`` adds every canvas to drafts; ``temperature`` 0 takes the likeliest tokens.
+    tokens; ``trace`` adds every canvas to drafts; ``temperature`` 0 takes the likeliest tokens; of
+    ``num_candidates`` distinct answers the best is the answer and the others are its alternatives.
     """
 
     mode: Mode = Mode.AUTO
@@ -109,6 +132,7 @@ class Sampling:
     min_tokens: int = 0
     trace: bool = False
     temperature: float | None = None
+    num_candidates: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,11 +146,23 @@ class CanvasToken:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """The best answer after one step; ``canvas`` is filled only when a trace was asked for."""
+    """The best answer after one step; ``canvas`` is filled only when a trace was asked for.
+
+    The first ``num_settled`` characters stay as they are whatever comes: who shows them need not take them back.
+    """
 
     step: int
     text: str
+    num_settled: int = 0
     canvas: tuple[CanvasToken, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """Another answer to the same request."""
+
+    text: str
+    confidence: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +186,7 @@ class Generation:
     timings_ms: dict[str, float]
     prompt_text: str = ""
     confidence: float = 1.0
+    alternatives: tuple[Alternative, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -358,7 +358,7 @@ def test_waiting_in_the_queue_is_no_hang(worker: Worker, monkeypatch: pytest.Mon
 
 def test_values_survive_the_wire() -> None:
     info = ModelInfo("m", "cpu", "float32", 5, 384, 32, Mode.DIFFUSION, 1.5, 2)
-    draft = Draft(1, "x", ())
+    draft = Draft(1, "x")
     for value in (CONTEXT, Sampling(seed=3), info, draft):
         assert from_plain(type(value), to_plain(value)) == value
     generation = Generation("t", Mode.AUTOREGRESSIVE, "end", 1, 0, 2, 3, 4, {"total": 1.0})

@@ -18,7 +18,7 @@ from fimserver.engine.prompt import build_prompt, split_last_word, trim_front
 from fimserver.engine.vocabulary import Vocabulary
 from fimserver.engine.weights import expected_shapes, find_model, limit_context, read_config, read_metadata
 from fimserver.errors import CompletionCancelledError, EngineError, WeightsError
-from fimserver.types import Draft, FimContext, Hole, HoleKind, Mode, Sampling, Snippet
+from fimserver.types import Draft, FimContext, Guess, Hole, HoleKind, Mode, Sampling, Snippet
 
 LINE = Hole(HoleKind.REST_OF_LINE, 1, 12)
 BLOCK = Hole(HoleKind.BLOCK, 4, 32)
@@ -26,7 +26,9 @@ MODES = [Mode.DIFFUSION, Mode.AUTOREGRESSIVE, Mode.VERIFIED]
 
 
 def context(prefix: str, suffix: str = "\n", hole: Hole = LINE) -> FimContext:
-    return FimContext(prefix, suffix, "app.py", "python", hole, "import os\n", (Snippet("a.py", "x"),), ("guess",))
+    return FimContext(
+        prefix, suffix, "app.py", "python", hole, "import os\n", (Snippet("a.py", "x"),), (Guess("guess", 4, 0),)
+    )
 
 
 @pytest.mark.parametrize("mode", MODES)

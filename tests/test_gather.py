@@ -4,10 +4,10 @@ import time
 
 import pytest
 
-from fimserver.context.gather import MAX_SECONDS, Guess, find_guesses, find_snippets, is_sure
+from fimserver.context.gather import MAX_SECONDS, find_guesses, find_snippets, is_sure
 from fimserver.context.place import Place, find_place, offer_guess
 from fimserver.settings import Settings
-from fimserver.types import Completion, Hole, HoleKind, Snapshot
+from fimserver.types import Completion, Guess, Hole, HoleKind, Snapshot
 
 LINE = Hole(HoleKind.REST_OF_LINE, 1, 12)
 MARK = "\u25ae"

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from fimserver.text import common_prefix_length, common_suffix_length, line_around
-from fimserver.types import Hole, HoleKind, Snapshot, Snippet
+from fimserver.types import Guess, Hole, HoleKind, Snapshot, Snippet
 
 MAX_SECONDS = 0.002  # of every keystroke
 SURE_MATCH = 28  # characters of code before the cursor from which a guess is offered by itself,
@@ -33,28 +33,6 @@ _SNIPPET_LINES = 16
 _MAX_SNIPPETS = 2
 _LEAST_SIMILAR = 0.15
 _TEXT_KINDS = (HoleKind.COMMENT, HoleKind.DOCSTRING)
-
-
-@dataclass(frozen=True, slots=True)
-class Guess:
-    """One text for the middle.
-
-    ``match_length`` characters of code before the cursor are the same where it was found (blanks do not count),
-    ``agreement`` characters behind it are what stands behind the cursor; it was found ``count`` times, the first
-    time in the source number ``source`` (0 is the document itself).
-    """
-
-    text: str
-    match_length: int
-    agreement: int
-    count: int = 1
-    source: int = 0
-
-    @property
-    def rank(self) -> tuple[int, int]:
-        """Sorts the best guess first."""
-        likely = self.match_length + 2 * min(self.agreement, 12) + 3 * min(self.count, 5)
-        return -likely, self.source
 
 
 def find_guesses(snapshot: Snapshot, hole: Hole, others: Sequence[str] = ()) -> list[Guess]:

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fimserver.context.focus import Focus, find_embedded, find_focus
-from fimserver.context.gather import Guess, is_sure
+from fimserver.context.gather import is_sure
 from fimserver.context.hole import find_hole, refuse_document
 from fimserver.context.postprocess import to_completion
 from fimserver.context.syntax import SyntaxTree, parse
 from fimserver.settings import Settings
-from fimserver.types import Completion, Hole, NoCompletion, Snapshot
+from fimserver.types import Completion, Guess, Hole, NoCompletion, Snapshot
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ file's start, not at every keystroke: the prompt's head stays the same and its K
 Knows:  text, budgets in characters.  Never: tokens, LSP.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from urllib.parse import unquote, urlsplit
@@ -17,7 +18,7 @@ from fimserver.context.focus import find_scopes
 from fimserver.context.languages import Language, find_language
 from fimserver.context.scan import scan
 from fimserver.text import leading_whitespace, to_newlines
-from fimserver.types import FimContext, Hole, Snapshot, Snippet
+from fimserver.types import FimContext, Guess, Hole, Snapshot, Snippet
 
 _CHARACTERS_PER_TOKEN = 5  # more than code has, about 3 to 4: the engine cuts exactly
 _FEWEST_CHARACTERS_PER_TOKEN = 2  # of dense code, with a suffix that takes a third of the prompt
@@ -47,7 +48,7 @@ def build_context(
     hole: Hole,
     budget: Budget,
     snippets: tuple[Snippet, ...] = (),
-    guesses: tuple[str, ...] = (),
+    guesses: Sequence[Guess] = (),
 ) -> FimContext:
     r"""What the engine is told of a snapshot; line ends become ``\n``."""
     text, cursor = snapshot.text, snapshot.cursor
@@ -60,7 +61,7 @@ def build_context(
         hole=hole,
         head=to_newlines(find_head(text, surely_reached(text, cursor, budget), cursor, language)),
         snippets=snippets,
-        guesses=guesses,
+        guesses=tuple(guesses),
     )
 
 

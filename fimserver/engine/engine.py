@@ -173,7 +173,7 @@ class Engine:
 
         def on_step(state: CanvasState, answer: Sequence[int]) -> None:
             canvas = self._to_canvas_tokens(state) if job.sampling.trace else ()
-            job.on_draft(Draft(options.max_denoising_steps - state.steps_left, job.to_text(answer), canvas))
+            job.on_draft(Draft(options.max_denoising_steps - state.steps_left, job.to_text(answer), canvas=canvas))
 
         filled = fill_canvas(
             self.model,
@@ -215,7 +215,8 @@ class Engine:
         if free:
             lookup.extend(self._earlier)
         lookup.extend(before)
-        guesses = [self.vocabulary.encode(job.prompt.healed + guess) for guess in job.context.guesses] if free else []
+        known = job.context.guesses if free else ()
+        guesses = [self.vocabulary.encode(job.prompt.healed + guess.text) for guess in known]
         filled = fill_verified(
             self.model,
             self.prompt_cache,
@@ -265,7 +266,8 @@ class _Job:
 
     def on_answer(self, answer: Sequence[int]) -> None:
         """Call out an answer that grew from left to right."""
-        self.on_draft(Draft(len(answer), self.to_text(answer)))
+        text = self.to_text(answer)
+        self.on_draft(Draft(len(answer), text, num_settled=len(text)))
 
 
 class _Clock:

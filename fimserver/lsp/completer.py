@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from fimserver.context.gather import Guess, find_guesses, find_snippets
+from fimserver.context.gather import find_guesses, find_snippets
 from fimserver.context.languages import find_language
 from fimserver.context.place import Place, complete_place, offer_guess
 from fimserver.context.window import budget_for, build_context
@@ -25,7 +25,7 @@ from fimserver.errors import CompletionCancelledError, EngineError
 from fimserver.lsp.requests import CANCELLED, CHANGED, RefusedError, Request
 from fimserver.lsp.session import CLOSERS, Session, rest_of, typed_since
 from fimserver.settings import refuse_unsure, to_sampling
-from fimserver.types import Completion, Draft, Mode, NoCompletion, Snapshot
+from fimserver.types import Completion, Draft, Guess, Mode, NoCompletion, Snapshot
 
 _T = TypeVar("_T")
 _GRACE_S = 0.05  # between an editor's edit, its cancel and its next request
@@ -203,7 +203,7 @@ class Completer:
             place.hole,
             budget_for(info.max_prompt_tokens if info else 0),
             find_snippets(request.snapshot, others),
-            tuple(guess.text for guess in guesses),
+            guesses,
         )
         loop = asyncio.get_running_loop()
         mode = info.preferred_mode if info and sampling.mode is Mode.AUTO else sampling.mode
