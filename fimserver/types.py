@@ -171,8 +171,9 @@ class Generation:
 
     ``finish``: ``end`` the answer ended by itself, ``length`` canvas or token budget full,
     ``steps`` denoising steps spent, ``latency`` time spent.
-    ``timings_ms`` has prompt, encode, decode and total; ``confidence`` is the geometric mean of the probabilities
-    of the answer's own tokens.
+    ``timings_ms`` has prompt, encode, decode and total; ``confidence`` is the probability that the answer is right,
+    or, of a model that is not calibrated, the geometric mean of the probabilities of its own tokens. ``is_guess``: the
+    text is a guess of the context that was found likelier than what the model wrote.
     """
 
     text: str
@@ -187,6 +188,7 @@ class Generation:
     prompt_text: str = ""
     confidence: float = 1.0
     alternatives: tuple[Alternative, ...] = ()
+    is_guess: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """The denoising loop, held against transformers' own with the same random draws."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -13,12 +13,12 @@ from transformers.models.diffusion_gemma import generation_diffusion_gemma as re
 from fimserver.engine.answer import AnswerEnd, AnswerStart
 from fimserver.engine.denoise import (
     CanvasState,
+    Denoiser,
     DenoisingOptions,
     accept_tokens,
     confidence_in,
     denoising_step,
-    fill_canvas,
-    initialize_canvas,
+    initialize_canvases,
     is_settled,
     temperature,
     token_entropy,
@@ -42,14 +42,14 @@ class TheirForward:
 
     def __init__(self, model: Model) -> None:
         self.network, self.vocab_size, self.device = model.network, model.vocab_size, model.device
-        self.canvas_length = model.canvas_length
+        self.canvas_length, self.dtype = model.canvas_length, torch.float32
         self.forward = self
 
     def encode(self, prompt: list[int]) -> Any:
         with torch.inference_mode():
             return self.network.model.encoder(input_ids=torch.tensor([prompt])).past_key_values
 
-    def to_soft(self, logits: torch.Tensor) -> torch.Tensor:
+    def to_soft(self, logits: torch.Tensor, _top: int | None) -> torch.Tensor:
         return logits[None]
 
     def decode(self, canvas: torch.Tensor, cache: Any, soft: torch.Tensor | None) -> torch.Tensor:
@@ -67,7 +67,7 @@ def run_ours(network: Model, prompt: list[int], options: DenoisingOptions, seed:
     model: Any = TheirForward(network)
     cache = model.encode(prompt)
     generator = torch.Generator().manual_seed(seed)
-    state = initialize_canvas(model, options, generator)
+    state = initialize_canvases(model, options, generator)
     while state.steps_left:
         state = denoising_step(model, cache, state, options, generator)
         if is_settled(state, options, model.canvas_length):
@@ -152,7 +152,9 @@ def test_accept_tokens_like_transformers() -> None:
     for scale in (1.0, 5.0, 20.0):
         logits = torch.randn(1, 16, 50) * scale
         sampler.accept_canvas(torch.zeros(1, 16, dtype=torch.long), torch.ones(1, 16, dtype=torch.long), logits, 1)
-        assert torch.equal(accept_tokens(token_entropy(logits), 0.3), sampler.accepted_token_mask)
+        assert torch.equal(
+            accept_tokens(token_entropy(torch.softmax(logits, dim=-1)), 0.3), sampler.accepted_token_mask
+        )
 
 
 def test_temperature_falls_from_max_to_min() -> None:
@@ -201,21 +203,17 @@ def fill(
     healed: str = "",
     seed: int = 0,
     options: DenoisingOptions = PUBLISHED,
+    drafts: Sequence[Sequence[int]] = ((),),
+    max_lines: int = 1,
 ) -> tuple[str, str, int, list[CanvasState]]:
     cache = PromptCache(model)
     cache.encode(code_prompt(vocabulary))
     states: list[CanvasState] = []
-    end = AnswerEnd(vocabulary, 1)
-    filled = fill_canvas(
-        model,
-        cache.cache,
-        options,
-        generator=torch.Generator().manual_seed(seed),
-        answer_end=end,
-        answer_start=AnswerStart(end, healed, min_tokens=1, vocab_size=model.vocab_size),
-        stop=stop,
-        on_step=lambda state, _answer: states.append(state),
-    )
+    end = AnswerEnd(vocabulary, max_lines)
+    generator = torch.Generator().manual_seed(seed)
+    denoiser = Denoiser(model, options, generator, end, stop, lambda state, _answer: states.append(state))
+    start = AnswerStart(end, healed, min_tokens=1, vocab_size=model.vocab_size)
+    filled = denoiser.fill(cache.cache, start, drafts=drafts)
     return vocabulary.decode(filled.token_ids), filled.finish, filled.passes, states
 
 
@@ -270,10 +268,98 @@ def test_confidence_is_that_of_the_last_step_at_temperature_one(model: Model, vo
         cache = PromptCache(model)
         cache.encode(code_prompt(vocabulary))
         generator = torch.Generator().manual_seed(0)
-        before = initialize_canvas(model, options, generator)
+        before = initialize_canvases(model, options, generator)
         after = denoising_step(model, cache.cache, before, options, generator)
         plain = torch.softmax(model.decode(before.canvas, cache.cache, None)[0], dim=-1).amax(-1)
         expected = float(plain[:3].log().mean().exp())
         assert confidence_in(after, options, [0, 1, 2]) == pytest.approx(expected, rel=0.02)
         assert confidence_in(after, options, []) == 1.0
         assert confidence_in(before, options, [0]) == 1.0
+
+
+QUICK = replace(PUBLISHED, max_denoising_steps=24, entropy_bound=0.5, confidence_threshold=0.2)
+
+
+class Scripted:
+    """A model that is sure of what it is told to say, step by step; it knows no prompt."""
+
+    def __init__(self, *targets: Sequence[int]) -> None:
+        self.targets, self.steps, self.canvas_length, self.vocab_size = targets, 0, 16, 8192
+        self.device, self.dtype, self.forward = torch.device("cpu"), torch.float32, self
+
+    def to_soft(self, logits: torch.Tensor, _top: int | None) -> torch.Tensor:
+        return logits
+
+    def decode(self, canvases: torch.Tensor, _cache: Any, _soft: torch.Tensor | None) -> torch.Tensor:
+        target = [*self.targets[min(self.steps, len(self.targets) - 1)], *[1] * 16][: canvases.shape[1]]
+        self.steps += 1
+        sure = torch.nn.functional.one_hot(torch.tensor(target), self.vocab_size) * 40.0
+        return sure.expand(len(canvases), *sure.shape)
+
+
+def fill_scripted(
+    model: Any, vocabulary: Vocabulary, *drafts: Sequence[int], max_lines: int = 1
+) -> tuple[list[int], list[CanvasState]]:
+    states: list[CanvasState] = []
+    end = AnswerEnd(vocabulary, max_lines)
+    generator = torch.Generator().manual_seed(0)
+    denoiser = Denoiser(model, QUICK, generator, end, lambda: False, lambda state, _answer: states.append(state))
+    start = AnswerStart(end, "", min_tokens=0, vocab_size=8192)
+    cache: Any = None
+    filled = denoiser.fill(cache, start, drafts=drafts or ((),))
+    assert filled.passes == len(states)
+    return list(filled.token_ids), states
+
+
+def test_a_right_draft_is_done_in_one_step_and_a_wrong_one_is_mended(vocabulary: Vocabulary) -> None:
+    says, wrong = [100, 101, 102], [100, 90, 91, 1]
+    answer, states = fill_scripted(Scripted(says), vocabulary)
+    assert (answer, len(states)) == (says, 2), "from noise: a step to say it, one to see that it stays"
+    answer, states = fill_scripted(Scripted(says), vocabulary, [*says, 1])
+    assert (answer, len(states)) == (says, 1)
+    answer, states = fill_scripted(Scripted(says), vocabulary, wrong)
+    assert (answer, len(states)) == (says, 2)
+    answer, states = fill_scripted(Scripted(says), vocabulary, wrong, [*says, 1], [7])
+    assert (answer, len(states)) == (says, 1), "the draft that the model bears out goes on"
+    assert states[0].best.shape[0] == 1
+
+
+def test_a_canvas_is_cut_behind_its_end(tiny_model: Model, vocabulary: Vocabulary) -> None:
+    """What is computed after the first step is the answer and little more."""
+    shorter = 0
+    for seed in range(4):
+        states = fill(tiny_model, vocabulary, seed=seed, options=replace(QUICK, is_cut=True))[3]
+        lengths = [s.canvas.shape[1] for s in states]
+        assert lengths == sorted(lengths, reverse=True)
+        assert all(s.best.shape == s.canvas.shape == s.entropy.shape == s.accepted_mask.shape for s in states)
+        shorter += lengths[-1] < tiny_model.canvas_length
+    assert shorter >= 2
+
+
+def test_a_settled_first_line_never_changes(vocabulary: Vocabulary) -> None:
+    """The model changes its mind after the line was settled: of the rest only."""
+    newline = next(i for i in range(8, 8192) if vocabulary.num_newlines[i] == 1)
+    first, second, third = [100, newline, 102], [100, newline, 103], [101, newline, 104]
+    model = Scripted(first, second, third)
+    answer, states = fill_scripted(model, vocabulary, max_lines=3)
+    assert [s.num_pinned for s in states] == [0, 2, 2, 2]
+    assert answer == [100, newline, 104]
+    assert all(s.canvas[0, :2].tolist() == [100, newline] for s in states[1:])
+    answer, states = fill_scripted(Scripted(first, second, third), vocabulary, max_lines=1)
+    assert answer == [100], "one line needs no pin"
+    assert all(s.num_pinned == 0 for s in states)
+
+
+@pytest.mark.parametrize("num_canvases", [2, 3])
+def test_canvases_side_by_side_are_what_each_is_alone(model: Model, vocabulary: Vocabulary, num_canvases: int) -> None:
+    cache = PromptCache(model)
+    cache.encode(code_prompt(vocabulary))
+    drafts = [list(range(20 + 10 * i, 24 + 10 * i)) for i in range(num_canvases)]
+    generator = torch.Generator().manual_seed(0)
+    state = initialize_canvases(model, QUICK, generator, drafts)
+    after = denoising_step(model, cache.cache, state, QUICK, generator)
+    for i, draft in enumerate(drafts):
+        assert state.canvas[i, : len(draft)].tolist() == draft
+        alone = denoising_step(model, cache.cache, state.only(i), QUICK, torch.Generator().manual_seed(1))
+        assert torch.equal(after.best[i], alone.best[0])
+        torch.testing.assert_close(after.entropy[i], alone.entropy[0], atol=1e-3, rtol=1e-3)

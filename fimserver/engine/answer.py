@@ -9,10 +9,13 @@ Shapes:  C positions, V vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
 from fimserver.engine.vocabulary import Vocabulary
+
+_MANY_LINES = 16  # no token has so many line ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,15 @@ class AnswerEnd:
             if newlines >= self.max_lines:
                 return i
         return len(token_ids)
+
+    def log_probability(self, logits: torch.Tensor) -> float:
+        """Of the answer ending here, by whichever token: logits (V,)."""
+        ends = _end_mask(self.vocabulary, min(self.max_lines, _MANY_LINES), len(logits), logits.device)
+        return float(torch.logsumexp(logits[ends], dim=-1) - torch.logsumexp(logits, dim=-1))
+
+    def first_line(self, token_ids: Sequence[int]) -> int | None:
+        """How many ids the first line takes, its line end included; ``None`` where it has none."""
+        return next((i + 1 for i, t in enumerate(token_ids) if self.vocabulary.num_newlines[t]), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,20 +65,12 @@ class AnswerStart:
         self._tokens = answer_end.vocabulary.token_bytes
         self._answer_end = answer_end
         self._vocab_size = vocab_size
-        self._masks: dict[Beginning, torch.Tensor] = {}
         self.beginning = Beginning(healed.encode("utf-8", "replace"), needs_more=min_tokens > 0)
 
     def allowed_mask(self, beginning: Beginning, device: torch.device) -> torch.Tensor:
         """Tokens that may come next, (V,) bool."""
-        if beginning not in self._masks:
-            rest = beginning.rest
-            if rest:
-                mask = [bool(t) and (t.startswith(rest) or rest.startswith(t)) for t in self._tokens]
-            else:
-                mask = [self._answer_end.find([i]) == 1 for i in range(len(self._tokens))]
-            mask += [False] * (self._vocab_size - len(mask))
-            self._masks[beginning] = torch.tensor(mask, device=device)
-        return self._masks[beginning]
+        max_lines = min(self._answer_end.max_lines, _MANY_LINES)
+        return _spelling_mask(self._answer_end.vocabulary, beginning.rest, max_lines, self._vocab_size, device)
 
     def constrain(self, logits: torch.Tensor, beginning: Beginning) -> torch.Tensor:
         """Logits (V,) with every token that may not come next at minus infinity."""
@@ -110,6 +114,29 @@ class AnswerStart:
             settled[best] = logits[position, best]
             logits[position] = settled
         return logits
+
+
+@lru_cache(maxsize=64)
+def _end_mask(vocabulary: Vocabulary, max_lines: int, vocab_size: int, device: torch.device) -> torch.Tensor:
+    """Tokens (V,) bool that end an answer of so many lines where it begins."""
+    newlines = vocabulary.num_newlines
+    ends = [not vocabulary.is_text(i) or newlines[i] >= max_lines for i in range(vocabulary.size)]
+    return torch.tensor(ends + [True] * (vocab_size - len(ends)), device=device)
+
+
+@lru_cache(maxsize=256)
+def _spelling_mask(
+    vocabulary: Vocabulary,
+    rest: bytes,
+    max_lines: int,
+    vocab_size: int,
+    device: torch.device,
+) -> torch.Tensor:
+    """Tokens (V,) bool that spell the beginning of ``rest``, or go on; where nothing is left, any that ends nothing."""
+    if not rest:
+        return ~_end_mask(vocabulary, max_lines, vocab_size, device)
+    mask = [bool(t) and (t.startswith(rest) or rest.startswith(t)) for t in vocabulary.token_bytes]
+    return torch.tensor(mask + [False] * (vocab_size - len(mask)), device=device)
 
 
 def confidence_of(log_probabilities: torch.Tensor) -> float:

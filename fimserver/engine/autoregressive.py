@@ -39,7 +39,9 @@ def fill_left_to_right(  # noqa: PLR0913  one call has one place
 
     def filled(finish: str) -> Filled:
         own = [log_probabilities[i] for i in answer_start.own_positions(answer)]
-        return Filled(tuple(answer), finish, passes, confidence_of(torch.stack(own) if own else torch.empty(0)))
+        confidence = confidence_of(torch.stack(own) if own else torch.empty(0))
+        end = answer_end.log_probability(logits[0]) if finish == "end" else 0.0
+        return Filled(tuple(answer), finish, passes, confidence, float(sum(log_probabilities)) + end)
 
     while True:
         constrained = answer_start.constrain(logits[0], beginning)

@@ -1,35 +1,47 @@
-"""Fill one canvas by repeated denoising steps.
+"""Fill canvases by repeated denoising steps.
 
 Takes a prompt that is already in the KV cache; returns the token ids of the middle.
 
-    initialize_canvas -> denoising_step (repeat) -> Filled
-        decode          logits of the whole canvas, bidirectional, self-conditioned on the last step's
+    initialize_canvases -> denoising_step (repeat) -> Filled
+        decode          logits of the canvases, bidirectional, self-conditioned on the last step's
         temperature     falls linearly from t_max to t_min
         sample_canvas   one candidate token per position
         accept_tokens   keep the lowest-entropy positions within entropy_bound
         renoise_tokens  draw every other position anew
 
+How this is paid per answer and not per canvas: the canvas is as long as the hole lets expect and is cut where the
+first step sees its end; a drafted canvas that the model bears out is done in a step; what stands behind the answer's
+end has no say. An answer that does not end in its canvas goes on in a next one (block autoregressive).
+
 Knows:    token ids, logits, the cache.  Never: text, files, LSP.
-Shapes:   one canvas of C positions, V vocabulary.
+Shapes:   K canvases of C positions side by side, V vocabulary.
 Stops:    the answer (what stands before its end) is stable and confident, or steps_left is 0, or ``stop``
           says so; ``stop`` is read before every step, so it takes effect within one step.
 Draws:    in the order of transformers' ``generate``, so that the same seed gives the same canvas there.
-Source:   entropy bound, arXiv 2505.24857; the loop, transformers' DiffusionGemmaGenerationMixin.
+Source:   entropy bound, arXiv 2505.24857; the loop, transformers' DiffusionGemmaGenerationMixin; drafts in place of
+          noise, renoised where the model does not bear them out, arXiv 2512.19004.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from fimserver.engine.answer import AnswerEnd, AnswerStart, confidence_of
 from fimserver.engine.model import Model
-from fimserver.engine.network import KeyValues
+from fimserver.engine.network import KeyValues, measured
+
+_SPARE_TOKENS = 4  # of a canvas that is cut behind where its answer seems to end
 
 
 @dataclass(frozen=True, slots=True)
 class DenoisingOptions:
-    """Thresholds in nats of entropy; names as in transformers' generation config."""
+    """Thresholds in nats of entropy; names as in transformers' generation config.
+
+    ``canvas_length`` ``None`` is the model's own; ``is_cut`` shortens a canvas once its end is in sight; ``soft_top``
+    conditions a step on so many of the likeliest tokens instead of all.
+    """
 
     max_denoising_steps: int
     entropy_bound: float
@@ -37,14 +49,18 @@ class DenoisingOptions:
     stability_threshold: int
     t_min: float
     t_max: float
+    canvas_length: int | None = None
+    is_cut: bool = False
+    soft_top: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class CanvasState:
-    """One canvas between two steps.
+    """Canvases between two steps.
 
-    ``canvas`` (1, C) goes into the next step; ``best`` (1, C) is the most likely token everywhere and the
-    draft; ``logits`` (1, C, V) condition the next step; ``history`` holds the earlier ``best``, newest last.
+    ``canvas`` (K, C) goes into the next step; ``best`` (K, C) is the most likely token everywhere and the
+    draft; ``logits`` (K, C, V) condition the next step; ``history`` holds the earlier ``best``, newest last. The
+    first ``num_pinned`` positions stay as they are.
     """
 
     canvas: torch.Tensor
@@ -54,29 +70,64 @@ class CanvasState:
     entropy: torch.Tensor
     steps_left: int
     history: tuple[torch.Tensor, ...] = ()
+    num_pinned: int = 0
+
+    def only(self, index: int) -> "CanvasState":
+        """One of the canvases, still as a batch."""
+        part = slice(index, index + 1)
+        return self._map(lambda t: t[part])
+
+    def cut(self, length: int) -> "CanvasState":
+        """The first positions of every canvas."""
+        return self._map(lambda t: t[:, :length])
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "CanvasState":
+        return replace(
+            self,
+            canvas=change(self.canvas),
+            best=change(self.best),
+            logits=None if self.logits is None else change(self.logits),
+            accepted_mask=change(self.accepted_mask),
+            entropy=change(self.entropy),
+            history=tuple(change(h) for h in self.history),
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Filled:
-    """Token ids of the answer, end excluded; ``finish`` is end, length, steps or latency."""
+    """Token ids of the answer, end excluded; ``finish`` is end, length, steps or latency.
+
+    ``confidence`` is the geometric mean of its own tokens' probabilities. ``log_probability`` is that of the whole
+    answer, its end included, after what was typed; ``guess_log_probabilities`` are those of the guesses, ``None`` for
+    one that was not looked at.
+    """
 
     token_ids: tuple[int, ...]
     finish: str
     passes: int
     confidence: float = 1.0
+    log_probability: float = 0.0
+    guess_log_probabilities: tuple[float | None, ...] = ()
 
 
-def initialize_canvas(model: Model, options: DenoisingOptions, generator: torch.Generator) -> CanvasState:
-    """A canvas of uniform random tokens: the model's noise, it has no mask token."""
-    canvas = draw_noise(model, generator)
+def initialize_canvases(
+    model: Model, options: DenoisingOptions, generator: torch.Generator, drafts: Sequence[Sequence[int]] = ((),)
+) -> CanvasState:
+    """A canvas for each draft; what a draft leaves open is uniform random tokens, the model's noise.
+
+    A draft counts as the step before the first: where the model bears it out, one step settles it.
+    """
+    length = options.canvas_length or model.canvas_length
+    canvas = draw_noise(model, generator, (len(drafts), length))
+    for row, draft in zip(canvas, drafts, strict=True):
+        row[: len(draft)] = torch.tensor(list(draft[:length]), device=model.device)
     nothing = torch.zeros_like(canvas, dtype=torch.bool)
     no_entropy = torch.zeros(canvas.shape, device=canvas.device)
     return CanvasState(canvas, canvas, None, nothing, no_entropy, options.max_denoising_steps)
 
 
-def draw_noise(model: Model, generator: torch.Generator) -> torch.Tensor:
-    """Random tokens (1, C) over the whole vocabulary."""
-    shape = (1, model.canvas_length)
+def draw_noise(model: Model, generator: torch.Generator, shape: tuple[int, int]) -> torch.Tensor:
+    """Random tokens (K, C) over the whole vocabulary."""
     return torch.randint(0, model.vocab_size, shape, generator=generator, device=model.device)
 
 
@@ -85,20 +136,20 @@ def temperature(options: DenoisingOptions, steps_left: int) -> torch.Tensor:
     return options.t_min + (options.t_max - options.t_min) * (torch.tensor(steps_left) / options.max_denoising_steps)
 
 
-def sample_canvas(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """One candidate per position, (1, C), from logits (1, C, V)."""
-    probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
-    return torch.multinomial(probabilities[0], num_samples=1, generator=generator).T
+def sample_canvas(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """One candidate per position, (K, C), from probabilities (K, C, V)."""
+    drawn = torch.multinomial(probabilities.flatten(0, 1), num_samples=1, generator=generator)
+    return drawn.view(probabilities.shape[:2])
 
 
-def token_entropy(logits: torch.Tensor) -> torch.Tensor:
-    """Entropy in nats of every position, (1, C)."""
-    entropy: torch.Tensor = torch.special.entr(torch.softmax(logits, dim=-1, dtype=torch.float32)).sum(-1)
+def token_entropy(probabilities: torch.Tensor) -> torch.Tensor:
+    """Entropy in nats of every position, (K, C), of probabilities (K, C, V)."""
+    entropy: torch.Tensor = torch.special.entr(probabilities).sum(-1)
     return entropy
 
 
 def accept_tokens(entropy: torch.Tensor, entropy_bound: float) -> torch.Tensor:
-    """Mask (1, C), True = keep: the k lowest entropies whose sum without the largest is within the bound."""
+    """Mask (K, C), True = keep: the k lowest entropies whose sum without the largest is within the bound."""
     ascending, order = torch.sort(entropy, dim=-1)
     within = torch.cumsum(ascending, dim=-1) - ascending <= entropy_bound
     return torch.zeros_like(within).scatter(-1, order, within)
@@ -114,23 +165,30 @@ def denoising_step(  # noqa: PLR0913, PLR0917  the loop's whole state is its arg
     answer_start: AnswerStart | None = None,
 ) -> CanvasState:
     """The state one step later."""
-    soft = None if state.logits is None else model.forward.to_soft(state.logits[0])
+    soft = None if state.logits is None else model.forward.to_soft(state.logits.flatten(0, 1), options.soft_top)
     logits = model.decode(state.canvas, cache, soft) / temperature(options, state.steps_left)
-    if answer_start is not None:
-        logits = answer_start.constrain_canvas(logits[0])[None]
-    candidates = sample_canvas(logits, generator)
-    entropy = token_entropy(logits)
-    accepted_mask = accept_tokens(entropy, options.entropy_bound)
-    canvas = torch.where(accepted_mask, candidates, draw_noise(model, generator))
-    return CanvasState(
-        canvas=canvas,
-        best=logits.argmax(-1),
-        logits=logits.to(model.network.dtype),
-        accepted_mask=accepted_mask,
-        entropy=entropy,
-        steps_left=state.steps_left - 1,
-        history=(*state.history, state.best)[-max(1, options.stability_threshold) :],
-    )
+    with measured("sampling"):
+        if answer_start is not None:
+            logits = torch.stack([answer_start.constrain_canvas(rows) for rows in logits])
+        if state.num_pinned:
+            kept = state.best[:, : state.num_pinned, None]
+            one_hot = torch.full_like(logits[:, : state.num_pinned], -torch.inf).scatter(-1, kept, 0.0)
+            logits = torch.cat((one_hot, logits[:, state.num_pinned :]), dim=1)
+        probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
+        candidates = sample_canvas(probabilities, generator)
+        entropy = token_entropy(probabilities)
+        accepted_mask = accept_tokens(entropy, options.entropy_bound)
+        noise = draw_noise(model, generator, (state.canvas.shape[0], state.canvas.shape[1]))
+        return replace(
+            state,
+            canvas=torch.where(accepted_mask, candidates, noise),
+            best=logits.argmax(-1),
+            logits=logits.to(model.forward.dtype),
+            accepted_mask=accepted_mask,
+            entropy=entropy,
+            steps_left=state.steps_left - 1,
+            history=(*state.history, state.best)[-max(1, options.stability_threshold) :],
+        )
 
 
 def is_settled(state: CanvasState, options: DenoisingOptions, num_positions: int) -> bool:
@@ -147,35 +205,76 @@ def is_settled(state: CanvasState, options: DenoisingOptions, num_positions: int
     return stable and float(state.entropy[:, part].mean()) < options.confidence_threshold
 
 
-def fill_canvas(  # noqa: PLR0913  one call has one place
-    model: Model,
-    cache: KeyValues,
-    options: DenoisingOptions,
-    *,
-    generator: torch.Generator,
-    answer_end: AnswerEnd,
-    answer_start: AnswerStart,
-    stop: Callable[[], bool],
-    on_step: Callable[[CanvasState, Sequence[int]], None],
-) -> Filled:
-    """Denoise one canvas until its answer is settled; the best draft when time or steps run out."""
-    state = initialize_canvas(model, options, generator)
-    answer: list[int] = []
-    finish = "steps"
-    while state.steps_left:
-        if stop():
-            finish = "latency"
-            break
-        state = denoising_step(model, cache, state, options, generator, answer_start)
-        best = state.best[0].tolist()
-        length = answer_end.find(best)
-        answer = best[:length]
-        on_step(state, answer)
-        if is_settled(state, options, length + 1):
-            finish = "end" if length < len(best) else "length"
-            break
-    confidence = confidence_in(state, options, answer_start.own_positions(answer))
-    return Filled(tuple(answer), finish, options.max_denoising_steps - state.steps_left, confidence)
+@dataclass(frozen=True, slots=True)
+class Denoiser:
+    """What every canvas of one answer is filled with."""
+
+    model: Model
+    options: DenoisingOptions
+    generator: torch.Generator
+    answer_end: AnswerEnd
+    stop: Callable[[], bool]
+    on_step: Callable[[CanvasState, Sequence[int]], None]
+
+    def fill(
+        self,
+        cache: KeyValues,
+        answer_start: AnswerStart,
+        *,
+        before: Sequence[int] = (),
+        drafts: Sequence[Sequence[int]] = ((),),
+    ) -> Filled:
+        """Denoise one canvas until its answer is settled; the best draft when time or steps run out.
+
+        ``before`` is what earlier canvases hold of the answer. Of several drafts the one goes on that the model
+        finds most likely.
+        """
+        options = self.options
+        state = initialize_canvases(self.model, options, self.generator, drafts)
+        answer: list[int] = []
+        finish, passes = "steps", 0
+        while state.steps_left:
+            if self.stop():
+                finish = "latency"
+                break
+            earlier = state
+            state = denoising_step(self.model, cache, state, options, self.generator, answer_start)
+            passes += 1
+            if len(drafts) > 1 and passes == 1:
+                state = state.only(most_likely(state, earlier.canvas, [len(d) for d in drafts]))
+            best = state.best[0].tolist()
+            length = self._length(before, best)
+            answer = best[:length]
+            if options.is_cut and length < len(best) and passes == 1:
+                state = state.cut(length + 1 + _SPARE_TOKENS)
+            state = self._pin(state, before, answer)
+            self.on_step(state, answer)
+            if is_settled(state, options, length + 1):
+                finish = "end" if length < len(best) else "length"
+                break
+        own = answer_start.own_positions(answer)
+        confidence = confidence_in(state, options, own)
+        return Filled(tuple(answer), finish, passes, confidence, math.log(max(confidence, 1e-30)) * len(own))
+
+    def _length(self, before: Sequence[int], best: Sequence[int]) -> int:
+        return max(0, self.answer_end.find([*before, *best]) - len(before))
+
+    def _pin(self, state: CanvasState, before: Sequence[int], answer: Sequence[int]) -> CanvasState:
+        """The first line stays as it is once it is settled, so that it can be shown while the rest is denoised."""
+        if before or state.num_pinned or self.answer_end.max_lines == 1:
+            return state
+        end = self.answer_end.first_line(answer)
+        if end is None or not is_settled(state, self.options, end):
+            return state
+        return replace(state, num_pinned=end)
+
+
+def most_likely(state: CanvasState, drafts: torch.Tensor, lengths: Sequence[int]) -> int:
+    """Which of the drafts (K, C), whose first ``lengths`` positions count, the logits of a step bear out best."""
+    assert state.logits is not None
+    scores = torch.log_softmax(state.logits.float(), dim=-1).gather(-1, drafts[..., None])[..., 0]
+    means = [float(row[:n].mean()) if n else -torch.inf for row, n in zip(scores, lengths, strict=True)]
+    return max(range(len(means)), key=lambda i: means[i])
 
 
 def confidence_in(state: CanvasState, options: DenoisingOptions, positions: Sequence[int]) -> float:

@@ -79,10 +79,6 @@ class DraftTree:
         """The node of a token after a node, where it was drafted."""
         return self._children.get((node, token_id))
 
-    def ancestors(self, node: int) -> list[int]:
-        """The nodes from the root to a node, itself included."""
-        path = []
-        while node >= 0:
-            path.append(node)
-            node = self.parents[node]
-        return path[::-1]
+    def depth(self, node: int) -> int:
+        """Tokens from the root to a node; 0 for the root."""
+        return self.depths[node] if node >= 0 else 0

@@ -3,7 +3,7 @@
     complete(context, sampling)
         build_prompt          ids for the encoder, the cut word taken off
         PromptCache.encode    only what is new since a prompt that is held
-        fill_canvas           parallel denoising      (mode diffusion)
+        Denoiser              parallel denoising      (mode diffusion)
         fill_verified         drafts, verified        (mode verified)
         fill_left_to_right    one token a pass        (mode autoregressive)
 
@@ -14,28 +14,30 @@ Raises:  CompletionCancelledError within one step of ``cancelled`` turning true.
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from fimserver.engine.answer import AnswerEnd, AnswerStart
 from fimserver.engine.autoregressive import fill_left_to_right
-from fimserver.engine.denoise import CanvasState, DenoisingOptions, Filled, fill_canvas
+from fimserver.engine.denoise import CanvasState, Denoiser, DenoisingOptions, Filled
 from fimserver.engine.drafts import Lookup
 from fimserver.engine.kv_cache import Encoded, PromptCache
 from fimserver.engine.model import Model, find_device
 from fimserver.engine.probe import choose_drafts, measure_row_cost
 from fimserver.engine.prompt import Prompt, build_prompt
+from fimserver.engine.ranking import Candidate, Scored, rank
 from fimserver.engine.verified import Drafter, DraftOptions, fill_verified
 from fimserver.engine.vocabulary import Vocabulary
 from fimserver.engine.weights import find_model, limit_context
 from fimserver.errors import CompletionCancelledError, WeightsError
-from fimserver.types import CanvasToken, Draft, FimContext, Generation, Mode, ModelInfo, Sampling
+from fimserver.types import Alternative, CanvasToken, Draft, FimContext, Generation, Mode, ModelInfo, Sampling
 
 OnDraft = Callable[[Draft], None]
 _LEAST_TEMPERATURE = 1e-4  # as good as none, and nothing overflows
 _TOKENS_A_LINE = 24  # what an answer may take for each line that its hole has
 _MAX_TOKENS = 1024
+_SOFT_TOP = 64  # likeliest tokens that condition the next step
 _EARLIER_TOKENS = 512  # of earlier answers that drafts are taken from,
 _MATCHED_TOKENS = 4  # and of what stood before each
 
@@ -57,6 +59,7 @@ class Engine:
         self._load_ms = load_ms
         self._is_text = [vocabulary.is_text(i) for i in range(model.vocab_size)]
         self._earlier: list[int] = []  # answers given, and the tokens before them
+        self._last_prefix = self._last_text = ""
 
     @classmethod
     def load(cls, name: str, device: str, context_tokens: int | None = None) -> "Engine":
@@ -76,6 +79,7 @@ class Engine:
         """Drop all that earlier requests left: caches and answers."""
         self.prompt_cache.clear()
         self._earlier.clear()
+        self._last_prefix = self._last_text = ""
 
     @property
     def info(self) -> ModelInfo:
@@ -107,6 +111,8 @@ class Engine:
             stability_threshold=metadata.stability_threshold,
             t_min=metadata.t_min if fixed is None else fixed,
             t_max=metadata.t_max if fixed is None else fixed,
+            is_cut=True,
+            soft_top=_SOFT_TOP,
         )
 
     @torch.inference_mode()
@@ -127,8 +133,11 @@ class Engine:
         fill = {Mode.DIFFUSION: self._denoise, Mode.VERIFIED: self._verify}.get(mode, self._write)
         encoded, filled = fill(job)
         clock.lap("decode")
+        text = job.to_text(filled.token_ids)
+        self._last_prefix, self._last_text = context.prefix, text
+        best, *others = self._rank(job, filled, text, mode)
         return Generation(
-            text=job.to_text(filled.token_ids),
+            text=best.text,
             mode=mode,
             finish=filled.finish,
             num_tokens=len(filled.token_ids),
@@ -138,8 +147,20 @@ class Engine:
             prompt_tokens=len(job.prompt.token_ids),
             timings_ms=clock.timings_ms(),
             prompt_text=self.vocabulary.show_all(job.prompt.token_ids) if sampling.trace else "",
-            confidence=filled.confidence,
+            confidence=best.probability,
+            alternatives=tuple(Alternative(c.text, c.probability) for c in others[: sampling.num_candidates - 1]),
+            is_guess=best.guess is not None,
         )
+
+    def _rank(self, job: "_Job", filled: Filled, text: str, mode: Mode) -> list[Candidate]:
+        """The answer and the guesses, the likeliest first; the answer alone where the model is not calibrated."""
+        calibration = self.model.metadata.calibration
+        if mode is Mode.DIFFUSION or not calibration:
+            return [Candidate(text, filled.confidence)]
+        scores = filled.guess_log_probabilities or (None,) * len(job.context.guesses)
+        guesses = list(zip(job.context.guesses, scores, strict=True))
+        is_whole = filled.finish == "end"
+        return rank(Scored(text, filled.log_probability, len(filled.token_ids), is_whole, guesses), calibration)
 
     def _prepare(self, context: FimContext, sampling: Sampling, clock: "_Clock", on_draft: OnDraft) -> "_Job":
         metadata = self.model.metadata
@@ -173,19 +194,32 @@ class Engine:
 
         def on_step(state: CanvasState, answer: Sequence[int]) -> None:
             canvas = self._to_canvas_tokens(state) if job.sampling.trace else ()
-            job.on_draft(Draft(options.max_denoising_steps - state.steps_left, job.to_text(answer), canvas=canvas))
+            settled = len(job.to_text(answer[: state.num_pinned]))
+            step = options.max_denoising_steps - state.steps_left
+            job.on_draft(Draft(step, job.to_text(answer), num_settled=settled, canvas=canvas))
 
-        filled = fill_canvas(
-            self.model,
-            self.prompt_cache.cache,
-            options,
-            generator=job.generator,
-            answer_end=job.answer_end,
-            answer_start=job.answer_start,
-            stop=job.clock.is_over,
-            on_step=on_step,
-        )
-        return encoded, filled
+        denoiser = Denoiser(self.model, options, job.generator, job.answer_end, stop=job.clock.is_over, on_step=on_step)
+        drafts = self._draft_canvases(job)
+        filled = denoiser.fill(self.prompt_cache.cache, job.answer_start, drafts=drafts)
+        answer, passes = list(filled.token_ids), filled.passes
+        while filled.finish == "length" and len(answer) < job.max_tokens:
+            self.prompt_cache.append(filled.token_ids, last_only=True)  # commit: the next canvas stands behind it
+            start = AnswerStart(job.answer_end, "", min_tokens=0, vocab_size=self.model.vocab_size)
+            filled = denoiser.fill(self.prompt_cache.cache, start, before=tuple(answer))
+            answer += filled.token_ids
+            passes += 1 + filled.passes
+        return encoded, replace(filled, token_ids=tuple(answer[: job.max_tokens]), passes=passes)
+
+    def _draft_canvases(self, job: "_Job") -> list[list[int]]:
+        """What canvases begin with: guesses, and the last answer moved on by what was typed since; or noise alone."""
+        texts = [guess.text for guess in job.context.guesses]
+        typed = job.context.prefix.removeprefix(self._last_prefix)
+        is_near = self._last_prefix and typed != job.context.prefix and len(typed) < len(self._last_text)
+        if is_near and job.sampling.seed is None:
+            texts.append(self._last_text[len(typed) :])
+        end = self.model.metadata.special_tokens["eos"]
+        unique = dict.fromkeys(text for text in texts if text)
+        return [[*self.vocabulary.encode(job.prompt.healed + text), end] for text in unique] or [[]]
 
     def _write(self, job: "_Job") -> tuple[Encoded, Filled]:
         """Left to right, one token a pass."""
@@ -215,8 +249,7 @@ class Engine:
         if free:
             lookup.extend(self._earlier)
         lookup.extend(before)
-        known = job.context.guesses if free else ()
-        guesses = [self.vocabulary.encode(job.prompt.healed + guess.text) for guess in known]
+        guesses = [self.vocabulary.encode(job.prompt.healed + guess.text) for guess in job.context.guesses]
         filled = fill_verified(
             self.model,
             self.prompt_cache,

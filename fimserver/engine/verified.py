@@ -20,13 +20,15 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fimserver.engine.answer import AnswerEnd, AnswerStart, confidence_of
+from fimserver.engine.answer import AnswerEnd, AnswerStart, Beginning, confidence_of
 from fimserver.engine.autoregressive import choose_token
 from fimserver.engine.denoise import Filled
 from fimserver.engine.drafts import DraftTree, Lookup
 from fimserver.engine.kv_cache import PromptCache
 from fimserver.engine.model import Model
 from fimserver.engine.network import Rows
+
+_GUESS_NODES = 40  # of the first pass, which ranks all guesses
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +52,12 @@ class Drafter:
 
     def draft(self, before: Sequence[int], answer: Sequence[int]) -> tuple[DraftTree, list[int]]:
         """A tree of what may follow ``before``, the answer so far its end; and the nodes that get canvases."""
-        tree = DraftTree(self.options.max_nodes)
         written = len(answer)
+        tree = DraftTree(self.options.max_nodes + (0 if written else _GUESS_NODES))
         for guess in self.guesses:
             if len(guess) > written and list(guess[:written]) == list(answer):
                 tree.add(guess[written:])
+        tree.max_nodes = min(tree.max_nodes, len(tree.tokens) + self.options.max_nodes)
         main = tree.add(self.from_canvas)
         if self.options.lookup:
             for continuation in self.lookup.find(before):
@@ -95,6 +98,8 @@ def fill_verified(  # noqa: PLR0913  one call has one place
         hidden = model.look(rows, prompt_cache.cache)
         passes += 1
         logits = model.to_logits(hidden[len(pending) - 1 :])
+        if passes == 1:
+            walk.score_guesses(logits, tree, drafter.guesses)
         nodes, finish = walk.take(logits, tree)
         kept = [*range(len(pending)), *(len(pending) + n for n in nodes)]
         prompt_cache.keep(kept, [*pending, *(tree.tokens[n] for n in nodes)])
@@ -168,6 +173,27 @@ class _Walk:
         self._temperature, self._generator = temperature, generator
         self._beginning = answer_start.beginning
         self._log_probabilities: list[torch.Tensor] = []
+        self._end_log_probability = 0.0
+        self._guess_log_probabilities: list[float | None] = []
+
+    def score_guesses(self, logits: torch.Tensor, tree: DraftTree, guesses: Sequence[Sequence[int]]) -> None:
+        """How likely the model finds each whole guess, its end included, after the word that was typed."""
+        for guess in guesses:
+            beginning, node, total = self._answer_start.beginning, -1, 0.0
+            for token_id in guess:
+                child = tree.child(node, token_id)
+                if child is None:
+                    break
+                total += self._log_probability(logits[node + 1], token_id, beginning)
+                beginning, node = self._answer_start.after(beginning, token_id), child
+            if not guess or tree.depth(node) < len(guess):
+                self._guess_log_probabilities.append(None)
+            else:
+                self._guess_log_probabilities.append(total + self._answer_end.log_probability(logits[node + 1]))
+
+    def _log_probability(self, row: torch.Tensor, token_id: int, beginning: Beginning) -> float:
+        scored = self._answer_start.constrain(row, beginning) if beginning.rest else row
+        return float(torch.log_softmax(scored, dim=-1)[token_id])
 
     def take(self, logits: torch.Tensor, tree: DraftTree) -> tuple[list[int], str]:
         """Tokens along the tree until a draft fails: the nodes that were right, and how it finished, if it did.
@@ -181,6 +207,7 @@ class _Walk:
             constrained = self._answer_start.constrain(row, self._beginning)
             token_id = choose_token(constrained, self._temperature, self._generator)
             if self._answer_end.find([*self.answer, token_id]) == len(self.answer):
+                self._end_log_probability = self._answer_end.log_probability(row)
                 return taken, "end"
             scored = constrained if self._beginning.rest else row
             self._log_probabilities.append(torch.log_softmax(scored, dim=-1)[token_id])
@@ -197,5 +224,13 @@ class _Walk:
 
     def filled(self, finish: str, passes: int) -> Filled:
         own = [self._log_probabilities[i] for i in self._answer_start.own_positions(self.answer)]
-        confidence = confidence_of(torch.stack(own) if own else torch.empty(0))
-        return Filled(tuple(self.answer), finish, passes, confidence)
+        log_probabilities = torch.stack(own) if own else torch.empty(0)
+        total = float(torch.stack(self._log_probabilities).sum()) if self._log_probabilities else 0.0
+        return Filled(
+            tuple(self.answer),
+            finish,
+            passes,
+            confidence_of(log_probabilities),
+            total + self._end_log_probability,
+            tuple(self._guess_log_probabilities),
+        )

@@ -10,8 +10,8 @@ Raises ``WeightsError`` that names the file or tensor and the remedy.
 """
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 from transformers.utils import logging as transformers_logging
 
+from fimserver.engine.ranking import ANSWER_FEATURES, GUESS_FEATURES
 from fimserver.errors import WeightsError
 from fimserver.types import Mode
 
@@ -49,6 +50,7 @@ class ModelMetadata:
     max_head_tokens: int = 0  # of imports and headers before a prefix that was cut
     reads_snippets: bool = False  # whether it was trained with pieces of other files before the prefix
     languages: tuple[str, ...] = ()  # that it was trained on; none named means any
+    calibration: Mapping[str, Sequence[float]] = field(default_factory=dict)  # see ranking.py
 
 
 def find_model(name: str) -> Path:
@@ -68,7 +70,8 @@ def read_metadata(folder: Path) -> ModelMetadata:
     path = folder / METADATA_FILE
     values = _read_json(path)
     expected = {f.name for f in fields(ModelMetadata)}
-    if missing := {f.name for f in fields(ModelMetadata) if f.default is MISSING} - values.keys():
+    needed = {f.name for f in fields(ModelMetadata) if f.default is MISSING and f.default_factory is MISSING}
+    if missing := needed - values.keys():
         msg = f"{path} lacks {', '.join(sorted(missing))}; copy these from the shipped model's and adapt them"
         raise WeightsError(msg)
     if unknown := values.keys() - expected:
@@ -80,6 +83,13 @@ def read_metadata(folder: Path) -> ModelMetadata:
     if lacking := [t for t in _SPECIAL_TOKENS if not isinstance(values["special_tokens"].get(t), int)]:
         msg = f"{path}: special_tokens lacks the id of: {', '.join(lacking)}"
         raise WeightsError(msg)
+    for name, features in (("answer", ANSWER_FEATURES), ("guess", GUESS_FEATURES)):
+        weights = values.get("calibration", {}).get(name)
+        if weights is not None and len(weights) != len(features):
+            msg = (
+                f"{path}: calibration.{name} has {len(weights)} weights; it needs one for each of {', '.join(features)}"
+            )
+            raise WeightsError(msg)
     try:
         values["preferred_mode"] = Mode(values["preferred_mode"])
         if values["preferred_mode"] is Mode.AUTO:
