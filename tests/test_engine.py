@@ -32,7 +32,7 @@ def context(prefix: str, suffix: str = "\n", hole: Hole = LINE) -> FimContext:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_both_loops_answer_on_both_models(engine: Engine, mode: Mode) -> None:
+def test_all_loops_answer_on_both_models(engine: Engine, mode: Mode) -> None:
     generation = engine.complete(
         context("def add(first, second):\n    return fir"), Sampling(mode, seed=0, min_tokens=1)
     )
@@ -50,6 +50,7 @@ def test_auto_is_what_the_metadata_prefers(tiny_engine: Engine) -> None:
     assert generation.mode is tiny_engine.model.metadata.preferred_mode
 
 
+@torch.inference_mode()
 def test_left_to_right_is_greedy_by_transformers_own_forward(model: Model, vocabulary: Vocabulary) -> None:
     """The plain reference: the whole sequence through ``forward`` for every token, no cache."""
     engine = Engine(model, vocabulary)
@@ -59,14 +60,18 @@ def test_left_to_right_is_greedy_by_transformers_own_forward(model: Model, vocab
         "import os\n\nfor name in (",
         "class Point:\n    def __init__(",
     ):
-        fim = context(prefix, hole=Hole(HoleKind.SPAN, 1000, 8))
-        generation = engine.complete(fim, Sampling(Mode.AUTOREGRESSIVE))
+        fim = context(prefix, hole=Hole(HoleKind.SPAN, 2, 8))
+        generation = engine.complete(fim, Sampling(Mode.AUTOREGRESSIVE, min_tokens=1))
         prompt = list(build_prompt(fim, vocabulary, model.metadata).token_ids)
         written: list[int] = []
+        ends = [i for i in range(model.vocab_size) if not vocabulary.is_text(i)]
         while len(written) < generation.num_tokens + (generation.finish == "end"):
             hidden = model.network.model.encoder(input_ids=torch.tensor([prompt + written])).last_hidden_state
-            best = int(model.network.lm_head(hidden[0, -1]).argmax())
-            if best in vocabulary.special_ids:
+            logits = model.network.lm_head(hidden[0, -1])
+            if not vocabulary.decode(written).strip():
+                logits[ends] = -torch.inf
+            best = int(logits.argmax())
+            if AnswerEnd(vocabulary, 2).find([*written, best]) == len(written):
                 break
             written.append(best)
         assert generation.text == vocabulary.decode(written)
