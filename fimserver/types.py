@@ -116,13 +116,24 @@ class FimContext:
     guesses: tuple[Guess, ...] = ()
 
 
+PARTS = {
+    "guesses": "what followed the same text elsewhere: as drafts, and as answers where they are likelier",
+    "lookup": "drafts from the prompt's own repetitions",
+    "canvases": "drafts from canvases in the verifying pass",
+    "cut": "cutting a canvas behind its end",
+    "top": "self-conditioning on the likeliest tokens instead of all",
+    "earlier": "drafts from earlier answers",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How to decode. ``None`` means what the model's own metadata says.
 
     ``max_latency_ms`` ends a completion at its best draft; an answer has at least ``min_tokens`` (0 or 1)
     tokens; ``trace`` adds every canvas to drafts; ``temperature`` 0 takes the likeliest tokens; of
-    ``num_candidates`` distinct answers the best is the answer and the others are its alternatives.
+    ``num_candidates`` distinct answers the best is the answer and the others are its alternatives. ``without`` names
+    parts of the decoder to leave out, for measurements (``PARTS``).
     """
 
     mode: Mode = Mode.AUTO
@@ -133,6 +144,7 @@ class Sampling:
     trace: bool = False
     temperature: float | None = None
     num_candidates: int = 1
+    without: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,15 +32,19 @@ from fimserver.bench.ratios import Interval, Ours, bootstrap_median, choose_ours
 from fimserver.bench.ways import EagerWay, EngineWay, GenerateWay, Outcome, Way
 from fimserver.context.scan import python_parses
 from fimserver.engine.engine import Engine
+from fimserver.engine.verified import DraftOptions
 from fimserver.engine.weights import find_model, load_weights
 from fimserver.errors import FimserverError
 from fimserver.settings import Settings
-from fimserver.types import Mode, Sampling
+from fimserver.types import PARTS, Mode, Sampling
 
 LEFT_TO_RIGHT = Mode.AUTOREGRESSIVE.value
 GENERATE, EAGER = "generate", "eager"
+WITH_CANVASES = "with-canvases"
+COMPARED = (Mode.AUTO.value, GENERATE, EAGER)
 MODES = tuple(mode.value for mode in Mode if mode is not Mode.AUTO)
 WAYS = (*MODES, Mode.AUTO.value, GENERATE, EAGER)
+SWITCHES = (*(f"no-{part}" for part in PARTS), WITH_CANVASES)
 STEP_BUDGETS = (1, 2, 4, 8, 16, 24)
 _BUDGET_HOLES = 30
 _MOST_TYPED = 4
@@ -132,7 +136,8 @@ class DecodeBench:
         self.info = self.engine.info
         self.seed = settings.seed or 0
         self.generate_config: dict[str, Any] | None = None
-        self.ways = self._make_ways(settings, [name for name in WAYS if name in ways])
+        self.engine.probe()
+        self.ways = self._make_ways(settings, ways)
         self.cuts = draw_holes(
             limit,
             self.engine.vocabulary,
@@ -142,9 +147,7 @@ class DecodeBench:
 
     def _make_ways(self, settings: Settings, names: Sequence[str]) -> dict[str, Way]:
         ways: dict[str, Way] = {
-            name: EngineWay(self.engine, Sampling(mode=Mode(name), seed=self.seed))
-            for name in names
-            if name not in {GENERATE, EAGER}
+            name: make_engine_way(self.engine, name, self.seed) for name in names if name not in {GENERATE, EAGER}
         }
         if GENERATE in names or EAGER in names:
             device = torch.device(self.info.device)
@@ -169,7 +172,7 @@ class DecodeBench:
             for hole in progress.track(range(len(self.cuts)), description="filling"):
                 first = hole % len(names)
                 for name in names[first:] + names[:first]:
-                    if name in MODES or is_compared(hole):
+                    if name not in COMPARED or is_compared(hole):
                         outcome = self.ways[name](self.cuts[hole].context)
                         measured.outcomes[name][hole] = outcome
                         self._ask_again(measured, name, hole, rng)
@@ -179,7 +182,7 @@ class DecodeBench:
         """Type a little more of what stood there, and ask with what is cached."""
         way, cut = self.ways[name], self.cuts[hole]
         num_typed = rng.randint(1, _MOST_TYPED)
-        if name in MODES and isinstance(way, EngineWay) and is_compared(hole) and len(cut.middle) > num_typed:
+        if name not in COMPARED and isinstance(way, EngineWay) and is_compared(hole) and len(cut.middle) > num_typed:
             typed = replace(cut.context, prefix=cut.context.prefix + cut.middle[:num_typed])
             measured.warm[name][hole] = way(typed, warm=True)
 
@@ -211,7 +214,7 @@ class DecodeBench:
         numbers = {name: way_numbers(measured, outcomes) for name, outcomes in measured.outcomes.items() if outcomes}
         auto = numbers.pop(Mode.AUTO.value, None)
         took = next(iter(measured.outcomes.get(Mode.AUTO.value, {}).values()), None)
-        judged = {name: (numbers[name].ms_p50, numbers[name].exact_match) for name in MODES if name in numbers}
+        judged = {n: (w.ms_p50, w.exact_match) for n, w in numbers.items() if n not in COMPARED}
         ours = choose_ours(judged, LEFT_TO_RIGHT)
         return Comparison(
             holes=len(self.cuts),
@@ -291,10 +294,29 @@ def find_warm_over_cold(measured: Measured) -> dict[str, WarmNumbers]:
 def parse_ways(text: str | None) -> tuple[str, ...]:
     """Names between commas; all ways for none. Raises ``FimserverError`` for one that there is not."""
     names = WAYS if text is None else tuple(name.strip() for name in text.split(",") if name.strip())
-    if not names or set(names) - set(WAYS):
-        msg = f"--modes {text}: write some of {', '.join(WAYS)} with commas between them"
+    known = {*WAYS, *(f"{mode}-{switch}" for mode in MODES for switch in SWITCHES)}
+    if not names or set(names) - known:
+        msg = (
+            f"--modes {text}: write some of {', '.join(WAYS)} with commas between them; the engine's modes may end in "
+            f"one of {', '.join(f'-{switch}' for switch in SWITCHES)}"
+        )
         raise FimserverError(msg)
     return names
+
+
+def make_engine_way(engine: Engine, name: str, seed: int) -> EngineWay:
+    """A mode, maybe with a switch behind it, for instance ``verified-no-lookup``.
+
+    Left to right is given no guesses: it is what others are held against. Diffusion draws by the seed; verified
+    draws nothing, and without a seed it drafts as much as the probe of this machine says.
+    """
+    mode, _, switch = name.partition("-")
+    without = [switch.removeprefix("no-")] if switch.startswith("no-") else []
+    if mode == LEFT_TO_RIGHT:
+        without.append("guesses")
+    drafts = DraftOptions(max_nodes=24, max_canvases=12) if switch == WITH_CANVASES else None
+    chosen = seed if mode == Mode.DIFFUSION else None
+    return EngineWay(engine, Sampling(mode=Mode(mode), seed=chosen, without=tuple(without)), drafts)
 
 
 def compare_ways(settings: Settings, *, limit: int, ways: Sequence[str], plots: Path | None) -> Comparison:

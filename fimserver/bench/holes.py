@@ -6,7 +6,7 @@ triples: two whatever their length, then one whose middle has at least ``LONG_TO
 tokenizer. So a third at least are long, though one draw in ten is. A middle that would not fit a canvas with its end
 is not drawn, nor is the same cut twice.
 
-A hole is one line, its context the window of the file that an editor's request would be given.
+A hole is one line, its context the window of the file and the guesses that an editor's request would be given.
 
 Knows:  files of the running Python, texts, token counts.  Never: tensors.
 """
@@ -14,6 +14,7 @@ Knows:  files of the running Python, texts, token counts.  Never: tensors.
 import sys
 from dataclasses import dataclass
 
+from fimserver.context.gather import find_guesses
 from fimserver.context.window import budget_for, build_context
 from fimserver.engine.vocabulary import Vocabulary
 from fimserver.types import FimContext, Hole, HoleKind, Snapshot
@@ -61,6 +62,7 @@ def draw_holes(limit: int, vocabulary: Vocabulary, *, max_prompt_tokens: int, ca
         if too_short or num_tokens > canvas_length - _HEALED_TOKENS or place in seen or not line.rest.strip():
             continue
         seen.add(place)
-        context = build_context(line.snapshot, _REST_OF_LINE, budget)
+        guesses = find_guesses(line.snapshot, _REST_OF_LINE)
+        context = build_context(line.snapshot, _REST_OF_LINE, budget, guesses=guesses)
         found.append(Cut(line.name, line.snapshot, line.rest, num_tokens, context))
     return found

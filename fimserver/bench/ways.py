@@ -24,6 +24,7 @@ from transformers.cache_utils import DynamicCache
 from fimserver.engine.answer import AnswerEnd
 from fimserver.engine.engine import Engine
 from fimserver.engine.prompt import build_prompt
+from fimserver.engine.verified import DraftOptions
 from fimserver.errors import FimserverError
 from fimserver.types import Draft, FimContext, Sampling
 
@@ -82,15 +83,19 @@ def settled_at(drafts: Sequence[tuple[float, str]], answer: str, total_ms: float
 
 @dataclass(frozen=True, slots=True)
 class EngineWay:
-    """A mode of the engine; the prompt cache is cleared first unless it is to be ``warm``."""
+    """A mode of the engine, maybe with parts left out or with drafts of its own; cold unless it is to be ``warm``."""
 
     engine: Engine
     sampling: Sampling
+    drafts: DraftOptions | None = None
 
     def __call__(self, context: FimContext, *, warm: bool = False) -> Outcome:
-        """Fill a hole."""
+        """Fill a hole; what earlier answers left is used by warm requests only."""
         if not warm:
-            self.engine.prompt_cache.clear()
+            self.engine.forget()
+        chosen = self.engine.draft_options
+        if self.drafts is not None:
+            self.engine.draft_options = self.drafts
         watch = _Watch()
 
         def note(draft: Draft) -> None:
@@ -98,6 +103,7 @@ class EngineWay:
 
         generation = self.engine.complete(context, self.sampling, on_draft=note)
         ms = watch.elapsed_ms()
+        self.engine.draft_options = chosen
         return Outcome(
             text=generation.text,
             mode=generation.mode,
@@ -107,7 +113,7 @@ class EngineWay:
             steps=generation.denoising_steps,
             tokens=generation.num_tokens,
             finish=generation.finish,
-            batch=getattr(generation, "batch", 1),
+            batch=1,
         )
 
 

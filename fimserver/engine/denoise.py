@@ -94,6 +94,14 @@ class CanvasState:
 
 
 @dataclass(frozen=True, slots=True)
+class RunnerUp:
+    """A token that might have begun the answer instead."""
+
+    token_id: int
+    log_probability: float
+
+
+@dataclass(frozen=True, slots=True)
 class Filled:
     """Token ids of the answer, end excluded; ``finish`` is end, length, steps or latency.
 
@@ -108,6 +116,7 @@ class Filled:
     confidence: float = 1.0
     log_probability: float = 0.0
     guess_log_probabilities: tuple[float | None, ...] = ()
+    runners_up: tuple[RunnerUp, ...] = ()
 
 
 def initialize_canvases(
@@ -255,6 +264,37 @@ class Denoiser:
         own = answer_start.own_positions(answer)
         confidence = confidence_in(state, options, own)
         return Filled(tuple(answer), finish, passes, confidence, math.log(max(confidence, 1e-30)) * len(own))
+
+    def fill_several(self, cache: KeyValues, answer_start: AnswerStart, count: int) -> list[Filled]:
+        """Answers from ``count`` noises side by side, the most confident first, none twice; each takes all passes."""
+        options = self.options
+        state = initialize_canvases(self.model, options, self.generator, ((),) * count)
+        found: dict[int, Filled] = {}
+        passes, finish = 0, "steps"
+        while state.steps_left and len(found) < count:
+            if self.stop():
+                finish = "latency"
+                break
+            state = denoising_step(self.model, cache, state, options, self.generator, answer_start)
+            passes += 1
+            for i in range(count):
+                filled = self._take(state.only(i), answer_start, passes)
+                if i not in found and is_settled(state.only(i), options, len(filled.token_ids) + 1):
+                    found[i] = filled
+        for i in range(count):
+            found.setdefault(i, replace(self._take(state.only(i), answer_start, passes), finish=finish))
+        unique = {filled.token_ids: replace(filled, passes=passes) for filled in found.values()}
+        return sorted(unique.values(), key=lambda f: -f.confidence)
+
+    def _take(self, state: CanvasState, answer_start: AnswerStart, passes: int) -> Filled:
+        """The answer that one canvas holds now."""
+        best = state.best[0].tolist()
+        length = self._length((), best)
+        own = answer_start.own_positions(best[:length])
+        confidence = confidence_in(state, self.options, own)
+        log_probability = math.log(max(confidence, 1e-30)) * len(own)
+        finish = "end" if length < len(best) else "length"
+        return Filled(tuple(best[:length]), finish, passes, confidence, log_probability)
 
     def _length(self, before: Sequence[int], best: Sequence[int]) -> int:
         return max(0, self.answer_end.find([*before, *best]) - len(before))

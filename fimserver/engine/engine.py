@@ -14,13 +14,13 @@ Raises:  CompletionCancelledError within one step of ``cancelled`` turning true.
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from fimserver.engine.answer import AnswerEnd, AnswerStart
 from fimserver.engine.autoregressive import fill_left_to_right
-from fimserver.engine.denoise import CanvasState, Denoiser, DenoisingOptions, Filled
+from fimserver.engine.denoise import CanvasState, Denoiser, DenoisingOptions, Filled, RunnerUp
 from fimserver.engine.drafts import Lookup
 from fimserver.engine.kv_cache import Encoded, PromptCache
 from fimserver.engine.model import Model, find_device
@@ -31,7 +31,7 @@ from fimserver.engine.verified import Drafter, DraftOptions, fill_verified
 from fimserver.engine.vocabulary import Vocabulary
 from fimserver.engine.weights import find_model, limit_context
 from fimserver.errors import CompletionCancelledError, WeightsError
-from fimserver.types import Alternative, CanvasToken, Draft, FimContext, Generation, Mode, ModelInfo, Sampling
+from fimserver.types import Alternative, CanvasToken, Draft, FimContext, Generation, Guess, Mode, ModelInfo, Sampling
 
 OnDraft = Callable[[Draft], None]
 _LEAST_TEMPERATURE = 1e-4  # as good as none, and nothing overflows
@@ -111,8 +111,8 @@ class Engine:
             stability_threshold=metadata.stability_threshold,
             t_min=metadata.t_min if fixed is None else fixed,
             t_max=metadata.t_max if fixed is None else fixed,
-            is_cut=True,
-            soft_top=_SOFT_TOP,
+            is_cut="cut" not in sampling.without,
+            soft_top=None if "top" in sampling.without else _SOFT_TOP,
         )
 
     @torch.inference_mode()
@@ -148,19 +148,29 @@ class Engine:
             timings_ms=clock.timings_ms(),
             prompt_text=self.vocabulary.show_all(job.prompt.token_ids) if sampling.trace else "",
             confidence=best.probability,
-            alternatives=tuple(Alternative(c.text, c.probability) for c in others[: sampling.num_candidates - 1]),
+            alternatives=tuple(
+                Alternative(c.text, c.probability) for c in others[: sampling.num_candidates - 1] if c.text.strip()
+            ),
             is_guess=best.guess is not None,
         )
 
     def _rank(self, job: "_Job", filled: Filled, text: str, mode: Mode) -> list[Candidate]:
         """The answer and the guesses, the likeliest first; the answer alone where the model is not calibrated."""
         calibration = self.model.metadata.calibration
-        if mode is Mode.DIFFUSION or not calibration:
-            return [Candidate(text, filled.confidence)]
-        scores = filled.guess_log_probabilities or (None,) * len(job.context.guesses)
-        guesses = list(zip(job.context.guesses, scores, strict=True))
-        is_whole = filled.finish == "end"
-        return rank(Scored(text, filled.log_probability, len(filled.token_ids), is_whole, guesses), calibration)
+        is_calibrated = bool(calibration) and mode is not Mode.DIFFUSION
+
+        def rank_one(filled: Filled, text: str, guesses: Sequence[tuple[Guess, float | None]]) -> list[Candidate]:
+            if not is_calibrated:
+                return [Candidate(text, filled.confidence)]
+            is_whole = filled.finish == "end"
+            return rank(Scored(text, filled.log_probability, len(filled.token_ids), is_whole, guesses), calibration)
+
+        scores = filled.guess_log_probabilities or (None,) * len(job.guesses)
+        ranked = rank_one(filled, text, list(zip(job.guesses, scores, strict=True)))
+        for other in job.others:
+            ranked += rank_one(other, job.to_text(other.token_ids), ())
+        unique = {c.text.rstrip(): c for c in sorted(ranked, key=lambda c: c.probability)}
+        return sorted(unique.values(), key=lambda c: -c.probability)
 
     def _prepare(self, context: FimContext, sampling: Sampling, clock: "_Clock", on_draft: OnDraft) -> "_Job":
         metadata = self.model.metadata
@@ -199,6 +209,10 @@ class Engine:
             job.on_draft(Draft(step, job.to_text(answer), num_settled=settled, canvas=canvas))
 
         denoiser = Denoiser(self.model, options, job.generator, job.answer_end, stop=job.clock.is_over, on_step=on_step)
+        if job.sampling.num_candidates > 1:
+            cache = self.prompt_cache.cache
+            best, *job.others[:] = denoiser.fill_several(cache, job.answer_start, job.sampling.num_candidates)
+            return encoded, best
         drafts = self._draft_canvases(job)
         filled = denoiser.fill(self.prompt_cache.cache, job.answer_start, drafts=drafts)
         answer, passes = list(filled.token_ids), filled.passes
@@ -212,10 +226,10 @@ class Engine:
 
     def _draft_canvases(self, job: "_Job") -> list[list[int]]:
         """What canvases begin with: guesses, and the last answer moved on by what was typed since; or noise alone."""
-        texts = [guess.text for guess in job.context.guesses]
+        texts = [guess.text for guess in job.guesses]
         typed = job.context.prefix.removeprefix(self._last_prefix)
         is_near = self._last_prefix and typed != job.context.prefix and len(typed) < len(self._last_text)
-        if is_near and job.sampling.seed is None:
+        if is_near and job.takes_earlier:
             texts.append(self._last_text[len(typed) :])
         end = self.model.metadata.special_tokens["eos"]
         unique = dict.fromkeys(text for text in texts if text)
@@ -243,30 +257,44 @@ class Engine:
         ids = job.prompt.token_ids
         encoded = self.prompt_cache.encode_but_last(ids, between=job.clock.check_cancelled)
         job.clock.lap("encode")
-        free = job.sampling.seed is None  # with a seed nothing but the text decides
         before = ids[:-1] if ids[-1] == self.model.metadata.special_tokens["middle"] else ids
         lookup = Lookup(self._is_text)
-        if free:
+        if job.takes_earlier:
             lookup.extend(self._earlier)
         lookup.extend(before)
-        guesses = [self.vocabulary.encode(job.prompt.healed + guess.text) for guess in job.context.guesses]
-        filled = fill_verified(
-            self.model,
-            self.prompt_cache,
-            ids[len(self.prompt_cache.token_ids) :],
-            drafter=Drafter(self.draft_options if free else DraftOptions(), lookup, guesses),
-            before=before,
-            max_tokens=job.max_tokens,
-            answer_end=job.answer_end,
-            answer_start=job.answer_start,
-            stop=job.clock.is_over,
-            on_token=job.on_answer,
-            temperature=job.temperature,
-            generator=job.generator,
+        guesses = [self.vocabulary.encode(job.prompt.healed + guess.text) for guess in job.guesses]
+        options = self.draft_options if job.sampling.seed is None else DraftOptions()
+        left_out = job.sampling.without
+        options = replace(
+            options,
+            lookup=options.lookup and "lookup" not in left_out,
+            max_canvases=0 if "canvases" in left_out else options.max_canvases,
         )
+
+        def fill(pending: Sequence[int], first: RunnerUp | None = None) -> Filled:
+            return fill_verified(
+                self.model,
+                self.prompt_cache,
+                pending,
+                drafter=Drafter(options, lookup, guesses),
+                before=before,
+                max_tokens=job.max_tokens,
+                answer_end=job.answer_end,
+                answer_start=job.answer_start,
+                stop=job.clock.is_over,
+                on_token=job.on_answer if first is None else lambda _answer: None,
+                temperature=job.temperature,
+                generator=job.generator,
+                first=first,
+            )
+
+        filled = fill(ids[len(self.prompt_cache.token_ids) :])
         self._earlier += [ids[0], *before[-_MATCHED_TOKENS:], *filled.token_ids]
         del self._earlier[:-_EARLIER_TOKENS]
-        return encoded, filled
+        for first in filled.runners_up[: job.sampling.num_candidates - 1]:
+            self.prompt_cache.reuse((*ids, first.token_id))  # back to the prompt
+            job.others.append(fill([first.token_id], first))
+        return encoded, replace(filled, passes=filled.passes + sum(other.passes for other in job.others))
 
     def _to_canvas_tokens(self, state: CanvasState) -> tuple[CanvasToken, ...]:
         return tuple(
@@ -291,6 +319,17 @@ class _Job:
     to_text: Callable[[Sequence[int]], str]
     clock: "_Clock"
     on_draft: OnDraft
+    others: list[Filled] = field(default_factory=list)  # answers beside the first
+
+    @property
+    def guesses(self) -> tuple[Guess, ...]:
+        """The context's guesses, where they are wanted."""
+        return () if "guesses" in self.sampling.without else self.context.guesses
+
+    @property
+    def takes_earlier(self) -> bool:
+        """Whether earlier answers may be drafted again; with a seed nothing but the request decides."""
+        return self.sampling.seed is None and "earlier" not in self.sampling.without
 
     @property
     def temperature(self) -> float:

@@ -22,12 +22,13 @@ import torch
 
 from fimserver.engine.answer import AnswerEnd, AnswerStart, Beginning, confidence_of
 from fimserver.engine.autoregressive import choose_token
-from fimserver.engine.denoise import Filled
+from fimserver.engine.denoise import Filled, RunnerUp
 from fimserver.engine.drafts import DraftTree, Lookup
 from fimserver.engine.kv_cache import PromptCache
 from fimserver.engine.model import Model
 from fimserver.engine.network import Rows
 
+_RUNNERS_UP = 3  # first tokens of other answers
 _GUESS_NODES = 40  # of the first pass, which ranks all guesses
 
 
@@ -82,12 +83,16 @@ def fill_verified(  # noqa: PLR0913  one call has one place
     on_token: Callable[[Sequence[int]], None],
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
+    first: RunnerUp | None = None,
 ) -> Filled:
     """The answer after a prompt whose last tokens ``pending`` are not in the cache yet.
 
-    ``before`` are the tokens that the answer stands behind, for drafts. What is written stays in the cache.
+    ``before`` are the tokens that the answer stands behind, for drafts. What is written stays in the cache. With
+    ``first`` it is the answer that begins with that token, the only one in ``pending`` then.
     """
     walk = _Walk(answer_end, answer_start, max_tokens, on_token, temperature, generator)
+    if first is not None:
+        walk.begin(first)
     noise = torch.Generator(model.device).manual_seed(0)  # of canvases, which decide nothing
     passes, pending = 0, list(pending)
     while True:
@@ -98,7 +103,8 @@ def fill_verified(  # noqa: PLR0913  one call has one place
         hidden = model.look(rows, prompt_cache.cache)
         passes += 1
         logits = model.to_logits(hidden[len(pending) - 1 :])
-        if passes == 1:
+        if passes == 1 and first is None:
+            walk.note_runners_up(logits[0])
             walk.score_guesses(logits, tree, drafter.guesses)
         nodes, finish = walk.take(logits, tree)
         kept = [*range(len(pending)), *(len(pending) + n for n in nodes)]
@@ -175,6 +181,20 @@ class _Walk:
         self._log_probabilities: list[torch.Tensor] = []
         self._end_log_probability = 0.0
         self._guess_log_probabilities: list[float | None] = []
+        self._runners_up: tuple[RunnerUp, ...] = ()
+
+    def begin(self, first: RunnerUp) -> None:
+        """Write a first token that was chosen elsewhere."""
+        self.answer.append(first.token_id)
+        self._log_probabilities.append(torch.tensor(first.log_probability))
+        self._beginning = self._answer_start.after(self._beginning, first.token_id)
+
+    def note_runners_up(self, row: torch.Tensor) -> None:
+        """The tokens that might begin the answer after the likeliest one."""
+        constrained = self._answer_start.constrain(row, self._beginning)
+        values, ids = torch.log_softmax(constrained, dim=-1).topk(_RUNNERS_UP + 1)
+        pairs = zip(ids.tolist(), values.tolist(), strict=True)
+        self._runners_up = tuple(RunnerUp(i, v) for i, v in pairs if self._answer_end.find([i]) == 1)[1:]
 
     def score_guesses(self, logits: torch.Tensor, tree: DraftTree, guesses: Sequence[Sequence[int]]) -> None:
         """How likely the model finds each whole guess, its end included, after the word that was typed."""
@@ -233,4 +253,5 @@ class _Walk:
             confidence_of(log_probabilities),
             total + self._end_log_probability,
             tuple(self._guess_log_probabilities),
+            self._runners_up,
         )
