@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from fimserver.engine.answer import AnswerEnd, AnswerStart, Beginning, confidence_of
 from fimserver.engine.autoregressive import fill_left_to_right
-from fimserver.engine.engine import Engine
+from fimserver.engine.engine import Engine, _Clock
 from fimserver.engine.kv_cache import PromptCache
 from fimserver.engine.model import Model, find_device
-from fimserver.engine.prompt import build_prompt, split_last_word, trim_front
+from fimserver.engine.prompt import build_prompt, find_anchor, split_last_word, trim_front
 from fimserver.engine.vocabulary import Vocabulary
 from fimserver.engine.weights import expected_shapes, find_model, limit_context, read_config, read_metadata
 from fimserver.errors import CompletionCancelledError, EngineError, WeightsError
@@ -226,6 +226,38 @@ def test_answer_end(vocabulary: Vocabulary) -> None:
     assert AnswerEnd(vocabulary, 2).find(two) == len(two)
     assert AnswerEnd(vocabulary, 9).find([*line, 1, 5, 6]) == len(line)
     assert AnswerEnd(vocabulary, 1).find([0]) == 0
+
+
+def test_an_answer_ends_before_the_line_below(vocabulary: Vocabulary) -> None:
+    anchor = find_anchor("\n\n    return total\n", vocabulary)
+    assert vocabulary.decode(anchor).startswith("\n\n    return total")
+    end = AnswerEnd(vocabulary, 10, anchor)
+    answer = vocabulary.encode("total += 1")
+    again = [*answer, *anchor, *vocabulary.encode("\n")]
+    assert end.find(again) == len(answer)
+    assert end.find([*answer, *anchor[:-1]]) == len(answer) + len(anchor) - 1, "it may still become another line"
+    assert AnswerEnd(vocabulary, 10).find(again) == len(again)
+
+
+@pytest.mark.parametrize("suffix", ["", "\n", "\n    )\n", " + 1\n    return total\n", "\n\n\n"])
+def test_little_is_no_anchor(vocabulary: Vocabulary, suffix: str) -> None:
+    assert find_anchor(suffix, vocabulary) == ()
+
+
+@pytest.mark.parametrize("mode", [Mode.AUTOREGRESSIVE, Mode.VERIFIED])
+def test_left_to_right_stops_where_it_repeats_what_follows(tiny_engine: Engine, mode: Mode) -> None:
+    """What the model would write next stands below already: it is not written twice."""
+    fim = context("def f(a):\n    x = 1\n", "", BLOCK)
+    sampling = Sampling(mode, seed=0, min_tokens=1, without=("guesses",))
+    tokens = tiny_engine.vocabulary.encode(tiny_engine.complete(fim, sampling).text)
+    assert len(tokens) > 4
+    job = tiny_engine._prepare(fim, sampling, _Clock(None, lambda: False), lambda _draft: None)
+    end = AnswerEnd(tiny_engine.vocabulary, 4, tuple(tokens[2:5]))
+    tiny_engine.forget()
+    _, filled = (tiny_engine._verify if mode is Mode.VERIFIED else tiny_engine._write)(replace(job, answer_end=end))
+    assert list(filled.token_ids) == tokens[: end.find(tokens)]
+    assert len(filled.token_ids) <= 2
+    assert filled.finish == "end"
 
 
 @pytest.mark.parametrize("healed", [" fi", "q", " zqzq", "_x", " \u00e9t\u00e9", "\U0001f40d"])

@@ -20,16 +20,22 @@ _MANY_LINES = 16  # no token has so many line ends
 
 @dataclass(frozen=True, slots=True)
 class AnswerEnd:
-    """An answer has at most ``max_lines - 1`` newlines; a special token ends it."""
+    """An answer has at most ``max_lines - 1`` newlines; a special token ends it.
+
+    It ends before ``anchor`` too, the tokens of the line that stands below the hole: what comes then is there already.
+    """
 
     vocabulary: Vocabulary
     max_lines: int
+    anchor: tuple[int, ...] = ()
 
     def find(self, token_ids: Sequence[int]) -> int:
         """How many leading ids belong to the answer; ``len(token_ids)`` when no end is in sight."""
-        newlines = 0
+        newlines, anchor = 0, self.anchor
         for i, token_id in enumerate(token_ids):
             if not self.vocabulary.is_text(token_id):
+                return i
+            if anchor and token_id == anchor[0] and tuple(token_ids[i : i + len(anchor)]) == anchor:
                 return i
             newlines += self.vocabulary.num_newlines[token_id]
             if newlines >= self.max_lines:

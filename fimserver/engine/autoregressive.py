@@ -46,7 +46,8 @@ def fill_left_to_right(  # noqa: PLR0913  one call has one place
     while True:
         constrained = answer_start.constrain(logits[0], beginning)
         token_id = choose_token(constrained, temperature, generator)
-        if answer_end.find([*answer, token_id]) == len(answer):
+        if (end := answer_end.find([*answer, token_id])) <= len(answer):
+            del answer[end:], log_probabilities[end:]
             return filled("end")
         answer.append(token_id)
         scored = constrained if beginning.rest else logits[0]

@@ -25,7 +25,7 @@ from fimserver.engine.drafts import Lookup
 from fimserver.engine.kv_cache import Encoded, PromptCache
 from fimserver.engine.model import Model, find_device
 from fimserver.engine.probe import choose_drafts, measure_row_cost
-from fimserver.engine.prompt import Prompt, build_prompt
+from fimserver.engine.prompt import Prompt, build_prompt, find_anchor
 from fimserver.engine.ranking import Candidate, Scored, rank
 from fimserver.engine.verified import Drafter, DraftOptions, fill_verified
 from fimserver.engine.vocabulary import Vocabulary
@@ -175,7 +175,8 @@ class Engine:
     def _prepare(self, context: FimContext, sampling: Sampling, clock: "_Clock", on_draft: OnDraft) -> "_Job":
         metadata = self.model.metadata
         prompt = build_prompt(context, self.vocabulary, metadata)
-        answer_end = AnswerEnd(self.vocabulary, context.hole.max_lines)
+        anchor = find_anchor(context.suffix, self.vocabulary) if context.hole.max_lines > 1 else ()
+        answer_end = AnswerEnd(self.vocabulary, context.hole.max_lines, anchor)
         answer_start = AnswerStart(
             answer_end, prompt.healed, min_tokens=sampling.min_tokens, vocab_size=self.model.vocab_size
         )
@@ -338,8 +339,9 @@ class _Job:
 
     def on_answer(self, answer: Sequence[int]) -> None:
         """Call out an answer that grew from left to right."""
-        text = self.to_text(answer)
-        self.on_draft(Draft(len(answer), text, num_settled=len(text)))
+        num_open = max(0, len(self.answer_end.anchor) - 1)  # tokens that may turn out to be the line below
+        settled = self.to_text(answer[: max(0, len(answer) - num_open)])
+        self.on_draft(Draft(len(answer), self.to_text(answer), num_settled=len(settled)))
 
 
 class _Clock:

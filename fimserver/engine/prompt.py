@@ -17,6 +17,8 @@ from fimserver.engine.weights import ModelMetadata
 from fimserver.types import FimContext
 
 _MAX_HEALED_TOKENS = 8  # a word that takes more would leave the answer no room
+_LEAST_ANCHOR = 6  # characters of code
+_MAX_ANCHOR_TOKENS = 8
 _CUTS_PER_BUDGET = 4  # a prefix that is too long loses quarters of its budget, or each key would move the cut
 
 
@@ -43,6 +45,15 @@ def build_prompt(context: FimContext, vocabulary: Vocabulary, metadata: ModelMet
         prefix = [*above, *trim_front(prefix, budget - len(above))]
     ids = (special["bos"], special["suffix"], *suffix, special["prefix"], *prefix, special["middle"])
     return Prompt(ids, healed)
+
+
+def find_anchor(suffix: str, vocabulary: Vocabulary) -> tuple[int, ...]:
+    """Tokens of a suffix's first line of code, its line end before it; none where that line says too little."""
+    lines = suffix.split("\n")
+    place = next((i for i, line in enumerate(lines) if i and line.strip()), None)
+    if place is None or lines[0].strip() or len(lines[place].strip()) < _LEAST_ANCHOR:
+        return ()
+    return tuple(vocabulary.encode("\n" * place + lines[place])[:_MAX_ANCHOR_TOKENS])
 
 
 def trim_front(token_ids: list[int], budget: int) -> list[int]:

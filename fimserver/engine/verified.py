@@ -226,7 +226,8 @@ class _Walk:
             row = logits[node + 1]
             constrained = self._answer_start.constrain(row, self._beginning)
             token_id = choose_token(constrained, self._temperature, self._generator)
-            if self._answer_end.find([*self.answer, token_id]) == len(self.answer):
+            if (end := self._answer_end.find([*self.answer, token_id])) <= len(self.answer):
+                del self.answer[end:], self._log_probabilities[end:]
                 self._end_log_probability = self._answer_end.log_probability(row)
                 return taken, "end"
             scored = constrained if self._beginning.rest else row
