@@ -210,6 +210,24 @@ def lines(limit: int, as_json: bool, guesses: bool, **options: Any) -> None:  # 
     _run_measurement(lambda: evaluate_lines(settings, limit=limit, guesses=guesses), as_json=as_json)
 
 
+@evaluate.command()
+@click.option(
+    "--data",
+    required=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="A folder of Python files that the model was not trained on.",
+)
+@click.option("--limit", type=click.IntRange(min=1), default=1500, show_default=True, metavar="N", help="Lines drawn.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@_engine_options
+def ranking(data: Path, limit: int, as_json: bool, **options: Any) -> None:  # noqa: FBT001
+    """Fit the weights that choose between the model and guesses, and say what they are worth."""
+    from fimserver.bench.fitting import fit_ranking  # noqa: PLC0415
+
+    settings = _settings(options)
+    _run_measurement(lambda: fit_ranking(data, settings, limit=limit), as_json=as_json)
+
+
 @main.group()
 def bench() -> None:
     """Measure time."""

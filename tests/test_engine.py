@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from fimserver.engine.answer import AnswerEnd, AnswerStart, Beginning, confidence_of
 from fimserver.engine.autoregressive import fill_left_to_right
-from fimserver.engine.engine import Engine, _Clock
+from fimserver.engine.engine import Engine
+from fimserver.engine.job import Clock
 from fimserver.engine.kv_cache import PromptCache
 from fimserver.engine.model import Model, find_device
 from fimserver.engine.prompt import build_prompt, find_anchor, split_last_word, trim_front
@@ -251,7 +252,7 @@ def test_left_to_right_stops_where_it_repeats_what_follows(tiny_engine: Engine, 
     sampling = Sampling(mode, seed=0, min_tokens=1, without=("guesses",))
     tokens = tiny_engine.vocabulary.encode(tiny_engine.complete(fim, sampling).text)
     assert len(tokens) > 4
-    job = tiny_engine._prepare(fim, sampling, _Clock(None, lambda: False), lambda _draft: None)
+    job = tiny_engine._prepare(fim, sampling, Clock(None, lambda: False), lambda _draft: None)
     end = AnswerEnd(tiny_engine.vocabulary, 4, tuple(tokens[2:5]))
     tiny_engine.forget()
     _, filled = (tiny_engine._verify if mode is Mode.VERIFIED else tiny_engine._write)(replace(job, answer_end=end))

@@ -74,21 +74,26 @@ def cut_lines(limit: int) -> Iterator[Line]:
     rng = random.Random(_DRAW_SEED)
     while limit:
         name = rng.choice(HELD_OUT)
-        text = texts[name]
-        lines = text.split("\n")
-        number = rng.randrange(len(lines))
-        code = lines[number].strip()
-        if len(code) < _SHORTEST_LINE or code[0] in "#'\"":
-            continue
-        begin = sum(len(line) + 1 for line in lines[:number])
-        indent = len(lines[number]) - len(lines[number].lstrip())
-        start, end = begin + indent + rng.randrange(1, len(code) - 1), begin + len(lines[number])
-        state = scan(text[:start], find_language("python"))
-        if state.quote or state.in_comment:
-            continue
-        limit -= 1
-        snapshot = Snapshot(f"file:///{name}.py", 0, "python", text[:start] + text[end:], start)
-        yield Line(name, snapshot, text[start:end])
+        if line := cut_line(name, texts[name], rng):
+            limit -= 1
+            yield line
+
+
+def cut_line(name: str, text: str, rng: random.Random) -> Line | None:
+    """A random line of a file, cut anywhere; ``None`` where it is short, or no code at the cut."""
+    lines = text.split("\n")
+    number = rng.randrange(len(lines))
+    code = lines[number].strip()
+    if len(code) < _SHORTEST_LINE or code[0] in "#'\"":
+        return None
+    begin = sum(len(line) + 1 for line in lines[:number])
+    indent = len(lines[number]) - len(lines[number].lstrip())
+    start, end = begin + indent + rng.randrange(1, len(code) - 1), begin + len(lines[number])
+    state = scan(text[:start], find_language("python"))
+    if state.quote or state.in_comment:
+        return None
+    snapshot = Snapshot(f"file:///{name.removesuffix('.py')}.py", 0, "python", text[:start] + text[end:], start)
+    return Line(name, snapshot, text[start:end])
 
 
 def read_module(name: str) -> str:

@@ -14,7 +14,7 @@ Raises:  CompletionCancelledError within one step of ``cancelled`` turning true.
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 
@@ -22,19 +22,18 @@ from fimserver.engine.answer import AnswerEnd, AnswerStart
 from fimserver.engine.autoregressive import fill_left_to_right
 from fimserver.engine.denoise import CanvasState, Denoiser, DenoisingOptions, Filled, RunnerUp
 from fimserver.engine.drafts import Lookup
+from fimserver.engine.job import LEAST_TEMPERATURE, Clock, Job, OnDraft
 from fimserver.engine.kv_cache import Encoded, PromptCache
 from fimserver.engine.model import Model, find_device
 from fimserver.engine.probe import choose_drafts, measure_row_cost
-from fimserver.engine.prompt import Prompt, build_prompt, find_anchor
+from fimserver.engine.prompt import build_prompt, find_anchor
 from fimserver.engine.ranking import Candidate, Scored, rank
 from fimserver.engine.verified import Drafter, DraftOptions, fill_verified
 from fimserver.engine.vocabulary import Vocabulary
 from fimserver.engine.weights import find_model, limit_context
-from fimserver.errors import CompletionCancelledError, WeightsError
-from fimserver.types import Alternative, CanvasToken, Draft, FimContext, Generation, Guess, Mode, ModelInfo, Sampling
+from fimserver.errors import WeightsError
+from fimserver.types import Alternative, CanvasToken, Draft, FimContext, Generation, Mode, ModelInfo, Sampling
 
-OnDraft = Callable[[Draft], None]
-_LEAST_TEMPERATURE = 1e-4  # as good as none, and nothing overflows
 _TOKENS_A_LINE = 24  # what an answer may take for each line that its hole has
 _MAX_TOKENS = 1024
 _SOFT_TOP = 64  # likeliest tokens that condition the next step
@@ -103,7 +102,7 @@ class Engine:
     def options(self, sampling: Sampling) -> DenoisingOptions:
         """The model's own decoding numbers, with what the person chose instead."""
         metadata = self.model.metadata
-        fixed = None if sampling.temperature is None else max(sampling.temperature, _LEAST_TEMPERATURE)
+        fixed = None if sampling.temperature is None else max(sampling.temperature, LEAST_TEMPERATURE)
         return DenoisingOptions(
             max_denoising_steps=sampling.max_denoising_steps or metadata.max_denoising_steps,
             entropy_bound=metadata.entropy_bound,
@@ -125,7 +124,7 @@ class Engine:
         on_draft: OnDraft = lambda _draft: None,
     ) -> Generation:
         """The middle of a context. Drafts are called out as they come."""
-        clock = _Clock(sampling.max_latency_ms, cancelled)
+        clock = Clock(sampling.max_latency_ms, cancelled)
         job = self._prepare(context, sampling, clock, on_draft)
         clock.lap("prompt")
         clock.check_cancelled()
@@ -135,7 +134,7 @@ class Engine:
         clock.lap("decode")
         text = job.to_text(filled.token_ids)
         self._last_prefix, self._last_text = context.prefix, text
-        best, *others = self._rank(job, filled, text, mode)
+        best, *others = self._rank(job, filled, mode)
         return Generation(
             text=best.text,
             mode=mode,
@@ -154,25 +153,33 @@ class Engine:
             is_guess=best.guess is not None,
         )
 
-    def _rank(self, job: "_Job", filled: Filled, text: str, mode: Mode) -> list[Candidate]:
-        """The answer and the guesses, the likeliest first; the answer alone where the model is not calibrated."""
-        calibration = self.model.metadata.calibration
-        is_calibrated = bool(calibration) and mode is not Mode.DIFFUSION
+    @torch.inference_mode()
+    def score(self, context: FimContext) -> Scored:
+        """What the model says, and how likely it finds that and each guess; nothing earlier counts."""
+        self.forget()
+        job = self._prepare(context, Sampling(seed=0), Clock(None, lambda: False), lambda _draft: None)
+        _, filled = self._verify(job)
+        return self._to_scored(job, filled)
 
-        def rank_one(filled: Filled, text: str, guesses: Sequence[tuple[Guess, float | None]]) -> list[Candidate]:
-            if not is_calibrated:
-                return [Candidate(text, filled.confidence)]
-            is_whole = filled.finish == "end"
-            return rank(Scored(text, filled.log_probability, len(filled.token_ids), is_whole, guesses), calibration)
-
+    def _to_scored(self, job: Job, filled: Filled) -> Scored:
         scores = filled.guess_log_probabilities or (None,) * len(job.guesses)
-        ranked = rank_one(filled, text, list(zip(job.guesses, scores, strict=True)))
-        for other in job.others:
-            ranked += rank_one(other, job.to_text(other.token_ids), ())
+        guesses = list(zip(job.guesses, scores, strict=True))
+        is_whole = filled.finish == "end"
+        return Scored(job.to_text(filled.token_ids), filled.log_probability, len(filled.token_ids), is_whole, guesses)
+
+    def _rank(self, job: Job, filled: Filled, mode: Mode) -> list[Candidate]:
+        """The answers and the guesses, the likeliest first; answers alone where the model is not calibrated."""
+        calibration = self.model.metadata.calibration
+        ranked: list[Candidate] = []
+        for answer in (filled, *job.others):
+            if calibration and mode is not Mode.DIFFUSION:
+                ranked += rank(self._to_scored(job, answer), calibration)
+            else:
+                ranked.append(Candidate(job.to_text(answer.token_ids), answer.confidence))
         unique = {c.text.rstrip(): c for c in sorted(ranked, key=lambda c: c.probability)}
         return sorted(unique.values(), key=lambda c: -c.probability)
 
-    def _prepare(self, context: FimContext, sampling: Sampling, clock: "_Clock", on_draft: OnDraft) -> "_Job":
+    def _prepare(self, context: FimContext, sampling: Sampling, clock: Clock, on_draft: OnDraft) -> Job:
         metadata = self.model.metadata
         prompt = build_prompt(context, self.vocabulary, metadata)
         anchor = find_anchor(context.suffix, self.vocabulary) if context.hole.max_lines > 1 else ()
@@ -184,7 +191,7 @@ class Engine:
         room = metadata.max_prompt_tokens + self.model.canvas_length - len(prompt.token_ids)
         wanted = max(self.model.canvas_length, _TOKENS_A_LINE * context.hole.max_lines)
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        return _Job(
+        return Job(
             context=context,
             sampling=sampling,
             prompt=prompt,
@@ -197,7 +204,7 @@ class Engine:
             on_draft=on_draft,
         )
 
-    def _denoise(self, job: "_Job") -> tuple[Encoded, Filled]:
+    def _denoise(self, job: Job) -> tuple[Encoded, Filled]:
         """In parallel: one canvas after another."""
         encoded = self.prompt_cache.encode(job.prompt.token_ids, between=job.clock.check_cancelled)
         job.clock.lap("encode")
@@ -225,7 +232,7 @@ class Engine:
             passes += 1 + filled.passes
         return encoded, replace(filled, token_ids=tuple(answer[: job.max_tokens]), passes=passes)
 
-    def _draft_canvases(self, job: "_Job") -> list[list[int]]:
+    def _draft_canvases(self, job: Job) -> list[list[int]]:
         """What canvases begin with: guesses, and the last answer moved on by what was typed since; or noise alone."""
         texts = [guess.text for guess in job.guesses]
         typed = job.context.prefix.removeprefix(self._last_prefix)
@@ -236,7 +243,7 @@ class Engine:
         unique = dict.fromkeys(text for text in texts if text)
         return [[*self.vocabulary.encode(job.prompt.healed + text), end] for text in unique] or [[]]
 
-    def _write(self, job: "_Job") -> tuple[Encoded, Filled]:
+    def _write(self, job: Job) -> tuple[Encoded, Filled]:
         """Left to right, one token a pass."""
         encoded = self.prompt_cache.encode(job.prompt.token_ids, between=job.clock.check_cancelled)
         job.clock.lap("encode")
@@ -253,7 +260,7 @@ class Engine:
         )
         return encoded, filled
 
-    def _verify(self, job: "_Job") -> tuple[Encoded, Filled]:
+    def _verify(self, job: Job) -> tuple[Encoded, Filled]:
         """Left to right, drafts ahead; the prompt's last tokens are read in the first pass."""
         ids = job.prompt.token_ids
         encoded = self.prompt_cache.encode_but_last(ids, between=job.clock.check_cancelled)
@@ -304,70 +311,3 @@ class Engine:
                 state.best[0].tolist(), state.accepted_mask[0].tolist(), state.entropy[0].tolist(), strict=True
             )
         )
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """One completion under way: what was asked, the prompt, and the rules its answer has to keep."""
-
-    context: FimContext
-    sampling: Sampling
-    prompt: Prompt
-    answer_end: AnswerEnd
-    answer_start: AnswerStart
-    max_tokens: int
-    generator: torch.Generator
-    to_text: Callable[[Sequence[int]], str]
-    clock: "_Clock"
-    on_draft: OnDraft
-    others: list[Filled] = field(default_factory=list)  # answers beside the first
-
-    @property
-    def guesses(self) -> tuple[Guess, ...]:
-        """The context's guesses, where they are wanted."""
-        return () if "guesses" in self.sampling.without else self.context.guesses
-
-    @property
-    def takes_earlier(self) -> bool:
-        """Whether earlier answers may be drafted again; with a seed nothing but the request decides."""
-        return self.sampling.seed is None and "earlier" not in self.sampling.without
-
-    @property
-    def temperature(self) -> float:
-        """Of left-to-right decoding; 0 takes the likeliest."""
-        return max(self.sampling.temperature, _LEAST_TEMPERATURE) if self.sampling.temperature else 0.0
-
-    def on_answer(self, answer: Sequence[int]) -> None:
-        """Call out an answer that grew from left to right."""
-        num_open = max(0, len(self.answer_end.anchor) - 1)  # tokens that may turn out to be the line below
-        settled = self.to_text(answer[: max(0, len(answer) - num_open)])
-        self.on_draft(Draft(len(answer), self.to_text(answer), num_settled=len(settled)))
-
-
-class _Clock:
-    """Deadline, cancellation and lap times of one request."""
-
-    def __init__(self, max_latency_ms: int | None, cancelled: Callable[[], bool]) -> None:
-        self._begin = self._last = time.perf_counter()
-        self._max_latency_ms = max_latency_ms
-        self._cancelled = cancelled
-        self._laps: dict[str, float] = {}
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self._laps[name] = (now - self._last) * 1e3
-        self._last = now
-
-    def timings_ms(self) -> dict[str, float]:
-        total = (time.perf_counter() - self._begin) * 1e3
-        return {name: round(ms, 2) for name, ms in {**self._laps, "total": total}.items()}
-
-    def check_cancelled(self) -> None:
-        if self._cancelled():
-            raise CompletionCancelledError
-
-    def is_over(self) -> bool:
-        """Whether the time is spent; raises when the request is cancelled."""
-        self.check_cancelled()
-        elapsed_ms = (time.perf_counter() - self._begin) * 1e3
-        return self._max_latency_ms is not None and elapsed_ms > self._max_latency_ms

@@ -8,7 +8,7 @@ absurd does not.
     rank(filled, text, guesses, calibration) -> candidates, the likeliest first
 
 Knows:  texts of answers, log-probabilities, what is known of guesses.  Never: tokens, tensors.
-Source: cache models beside language models, Hellendoorn and Devanbu 2017; weights by ``fimserver eval calibration``.
+Source: cache models beside language models, Hellendoorn and Devanbu 2017; weights by ``fimserver eval ranking``.
 """
 
 import math
