@@ -128,7 +128,7 @@ def complete_target(target: Target, settings: Settings, *, trace: bool) -> Resul
         return engine
 
     try:
-        return complete_snapshot(target.snapshot, settings, get_engine, trace=trace, guesses=not trace)
+        return complete_snapshot(target.snapshot, settings, get_engine, trace=trace)
     finally:
         engine.close()
 
@@ -143,7 +143,8 @@ def complete_snapshot(
 ) -> Result:
     """Hole, context, engine, postprocess. ``get_engine`` is called once there is something for it to fill.
 
-    A guess that is sure is offered without the model, unless ``guesses`` is false.
+    A guess that is sure is offered without the model, unless all is to be traced; without ``guesses`` nobody is told
+    of any.
     """
     result = Result()
     begin = time.perf_counter()
@@ -154,8 +155,8 @@ def complete_snapshot(
         result.timings_ms = {"context": context_ms, "total": context_ms}
         return result
     hole = result.hole = place.hole
-    result.guesses = find_guesses(snapshot, hole)
-    if guesses and (guess := offer_guess(result.guesses, place)):
+    result.guesses = find_guesses(snapshot, hole) if guesses else []
+    if guesses and not trace and (guess := offer_guess(result.guesses, place)):
         result.completion, result.source = guess, "guess"
         context_ms = (time.perf_counter() - begin) * 1e3
         result.timings_ms = {"context": context_ms, "total": context_ms}
