@@ -16,9 +16,9 @@ from typing import Any, BinaryIO
 from rich.console import Console
 from rich.text import Text
 
-from fimserver.context.answer import to_answer
 from fimserver.context.gather import find_guesses
 from fimserver.context.languages import language_of_path
+from fimserver.context.offer import to_answer
 from fimserver.context.place import find_place, offer_guess
 from fimserver.context.window import budget_for, build_context
 from fimserver.engine.client import EngineClient, EngineOptions

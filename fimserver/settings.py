@@ -198,7 +198,7 @@ def allowed_values(setting: "dataclasses.Field[Any]") -> str:
 def _is_allowed(setting: "dataclasses.Field[Any]", value: Any) -> bool:
     m = setting.metadata
     if value is None:
-        return setting.default is None
+        return "None" in str(setting.type)
     if setting.type is bool:
         return isinstance(value, bool)
     if m["low"] is not None:

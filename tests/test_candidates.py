@@ -9,7 +9,7 @@ import pytest
 from command import run
 from fake_engine import FakeServer
 
-from fimserver.context.answer import Answer, to_answer
+from fimserver.context.offer import Answer, to_answer
 from fimserver.context.place import Place, find_place
 from fimserver.settings import Settings
 from fimserver.types import Alternative, Generation, Mode, Snapshot

@@ -12,23 +12,21 @@ Knows:  sessions, requests, the engine's client, context/.  Never: LSP types, co
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from fimserver.context.answer import Answer, to_answer
 from fimserver.context.gather import find_guesses, find_snippets
-from fimserver.context.languages import find_language
+from fimserver.context.offer import Answer, to_answer
 from fimserver.context.place import Place, offer_guess
 from fimserver.context.window import budget_for, build_context
-from fimserver.engine.client import EngineClient, EngineState
+from fimserver.engine.client import EngineClient
 from fimserver.errors import CompletionCancelledError, EngineError
 from fimserver.lsp.acceptance import SURE_GUESS, Acceptance, Kind
 from fimserver.lsp.computation import Computation
+from fimserver.lsp.gates import Gates
 from fimserver.lsp.requests import CHANGED, RefusedError, Request, unless_ended
 from fimserver.lsp.session import CLOSERS, Session, rest_of, rests_of, typed_since
-from fimserver.settings import refuse_unsure, to_sampling
+from fimserver.settings import to_sampling
 from fimserver.types import Completion, Draft, Guess, NoCompletion, Snapshot
 
 _GRACE_S = 0.05  # between an editor's edit, its cancel and its next request
@@ -44,14 +42,12 @@ class Completer:
         self,
         session: Session,
         engine: EngineClient,
-        wait_for_engine: Callable[[], Awaitable[None]],
-        wake_engine: Callable[[], None],
+        gates: Gates,
         acceptance: Acceptance,
     ) -> None:
         self._session = session
         self._engine = engine
-        self._wait_for_engine = wait_for_engine
-        self._wake_engine = wake_engine
+        self._gates = gates
         self._acceptance = acceptance
         self._running: list[Computation] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -69,7 +65,7 @@ class Completer:
         snapshot = request.snapshot
         if request.stale:
             raise RefusedError(NoCompletion("stale", "the request names a version of the text that is not here"))
-        self._check(request)
+        self._gates.check(request)
         place = self._session.find_place(snapshot, invoked=request.invoked)
         if isinstance(place, NoCompletion):
             raise RefusedError(place)
@@ -93,53 +89,14 @@ class Completer:
     ) -> tuple[list[Completion], str]:
         joined = self._find_running(request)
         if joined is None:
-            await self._wait_until_due(request, place)
+            await self._gates.wait_until_due(request, place)
         elif (answer := await self._wait_for(request, joined)) is not None:
             return answer
-        self._check(request)
+        self._gates.check(request)
         answer = await self._wait_for(request, self._begin(request, place, guesses))
         if answer is None:
             raise RefusedError(request.why_ended or CHANGED)
         return answer
-
-    # Gates
-
-    def _check(self, request: Request) -> None:
-        """Raises ``RefusedError`` where nothing may be offered."""
-        self._check_wanted(request)
-        if not request.invoked and (minutes := self._session.snoozed_minutes()):
-            detail = f"snoozed for {minutes} more minutes; the command fimserver.snooze with 0 ends it"
-            raise RefusedError(NoCompletion("snoozed", detail))
-        language = request.snapshot.language_id
-        if not self._session.settings.allows(language):
-            detail = f"completions are off in {language!r}; change fimserver.languages to have them"
-            raise RefusedError(NoCompletion("language_off", detail))
-        if not self._session.is_current(request.document_snapshot):
-            raise RefusedError(CHANGED)
-
-    async def _wait_until_due(self, request: Request, place: Place) -> None:
-        """Wait for the engine (invoked) or for a pause in typing (automatic)."""
-        self._wake_engine()
-        if not request.invoked:
-            if self._engine.state in (EngineState.STOPPED, EngineState.LOADING):
-                raise RefusedError(NoCompletion("loading", "the model is still loading"))
-            self._check_language(place)
-            if pause_ms := self._session.settings.debounce_ms:
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(request.ended.wait(), pause_ms / 1e3)
-        if self._engine.state is not EngineState.READY:
-            await unless_ended(request, self._wait_for_engine())
-
-    def _check_language(self, place: Place) -> None:
-        """A model that never saw a language is asked in it by hand only."""
-        info = self._engine.info
-        language = find_language(place.language_id).id
-        if info is not None and info.languages and language not in info.languages:
-            detail = (
-                f"the model {info.name!r} has learned {', '.join(info.languages)} only, so in {language} only what "
-                "stands elsewhere in your files is offered; ask by hand, or set fimserver.model to another"
-            )
-            raise RefusedError(NoCompletion("language_not_learned", detail))
 
     # Computations
 
@@ -275,7 +232,7 @@ class Completer:
         typed = self._typed_on(request)
         if outcome is None:
             return None
-        refusal = outcome if isinstance(outcome, NoCompletion) else self._refuse_unsure(request, outcome)
+        refusal = outcome if isinstance(outcome, NoCompletion) else self._gates.refuse_unsure(request, outcome)
         if refusal is not None and computation.snapshot is request.snapshot:
             raise RefusedError(refusal)
         if refusal is not None or isinstance(outcome, NoCompletion):
@@ -283,11 +240,6 @@ class Completer:
         self._remember(computation, outcome)
         rests = rests_of(computation.snapshot, outcome.completions, typed)
         return (rests, "model") if rests else None
-
-    def _refuse_unsure(self, request: Request, answer: Answer) -> NoCompletion | None:
-        """What comes by itself is held against the person's own counts too, what was asked for is not."""
-        confidence, settings = answer.confidences[0], self._session.settings
-        return refuse_unsure(confidence, settings, None if request.invoked else self._acceptance.adjusted(confidence))
 
     async def _wait_for_line(self, request: Request, computation: Computation) -> Completion | None:
         """The settled first line once a request has waited long for it; ``None`` where it is to wait for all."""
@@ -310,7 +262,7 @@ class Completer:
 
     def _typed_on(self, request: Request) -> Snapshot:
         """The request's snapshot as it is now, after what was typed at its cursor. Raises ``RefusedError``."""
-        self._check_wanted(request)
+        self._gates.check_wanted(request)
         if self._session.is_current(request.document_snapshot):
             return request.snapshot
         document = self._session.documents.get(request.snapshot.uri)
@@ -318,13 +270,6 @@ class Completer:
         if document is None or typed is None:
             raise RefusedError(CHANGED)
         return replace(request.snapshot, text=document.text, cursor=request.snapshot.cursor + len(typed))
-
-    def _check_wanted(self, request: Request) -> None:
-        """Raises ``RefusedError`` for a request that was ended, and where completions are off."""
-        if request.why_ended is not None:
-            raise RefusedError(request.why_ended)
-        if not self._session.settings.enabled:
-            raise RefusedError(NoCompletion("disabled", "set fimserver.enabled to true"))
 
     def _leave(self, computation: Computation) -> None:
         """A request no longer waits: what nobody waits for is ended, after a grace where a next one is on its way."""

@@ -10,7 +10,7 @@ import asyncio
 import re
 from dataclasses import dataclass, field
 
-from fimserver.context.answer import Answer, to_line
+from fimserver.context.offer import Answer, to_line
 from fimserver.context.place import Place
 from fimserver.engine.client import PendingCompletion
 from fimserver.lsp.requests import Request

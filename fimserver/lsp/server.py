@@ -26,6 +26,7 @@ from fimserver.engine.client import EngineClient, EngineOptions, EngineState
 from fimserver.lsp.acceptance import FILE_NAME, Acceptance
 from fimserver.lsp.completer import Completer
 from fimserver.lsp.convert import to_inline_items, to_menu_items
+from fimserver.lsp.gates import Gates
 from fimserver.lsp.protocol import FimProtocol
 from fimserver.lsp.requests import CANCELLED, RefusedError, Request, Requests
 from fimserver.lsp.session import Session, Source
@@ -69,7 +70,8 @@ class FimLanguageServer(LanguageServer):
         self._loop: asyncio.AbstractEventLoop | None = None
         self.requests = Requests(self.session)
         self.acceptance = Acceptance(state_folder() / FILE_NAME, self.session.learns_from_use)
-        self.completer = Completer(self.session, self.engine, self._wait_for_engine, self.wake_engine, self.acceptance)
+        gates = Gates(self.session, self.engine, self._wait_for_engine, self.wake_engine, self.acceptance)
+        self.completer = Completer(self.session, self.engine, gates, self.acceptance)
         self._progress: asyncio.Task[None] | None = None
         self._engine_settled = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
