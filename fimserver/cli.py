@@ -69,7 +69,9 @@ def _parse(values: dict[str, Any], base: Settings) -> Settings:
         raise click.UsageError(str(error)) from error
 
 
-def _settings(options: dict[str, Any], pairs: tuple[str, ...] = (), *, reports: bool = True) -> Settings:
+def _settings(
+    options: dict[str, Any], pairs: tuple[str, ...] = (), *, reports: bool = True, seed: int | None = _SEED
+) -> Settings:
     """Settings from config.toml, options and ``--set NAME=VALUE`` pairs; a wrong option is wrong use."""
     configured, problems = read_config_file(config_file())
     for problem in problems if reports else ():
@@ -84,7 +86,7 @@ def _settings(options: dict[str, Any], pairs: tuple[str, ...] = (), *, reports: 
             values[name] = json.loads(value)
         except ValueError:
             values[name] = value
-    return _parse(values, parse_settings(configured, Settings(seed=_SEED)))
+    return _parse(values, parse_settings(configured, Settings(seed=seed, candidates=1)))
 
 
 @main.command(short_help="Serve one editor over stdio.")
@@ -257,7 +259,7 @@ def keystroke(limit: int | None, human: bool, speed: float, as_json: bool, **opt
     from fimserver.bench.keystroke import measure_typing  # noqa: PLC0415
     from fimserver.bench.replay import replay_typing  # noqa: PLC0415
 
-    settings = _settings(options)
+    settings = _settings(options, seed=None)  # as in an editor
     if human:
         _run_measurement(lambda: replay_typing(settings, limit=limit or 300, speed=speed), as_json=as_json)
     else:

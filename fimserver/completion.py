@@ -18,7 +18,8 @@ from rich.text import Text
 
 from fimserver.context.gather import find_guesses
 from fimserver.context.languages import language_of_path
-from fimserver.context.place import complete_place, find_place, offer_guess
+from fimserver.context.offer import to_answer
+from fimserver.context.place import find_place, offer_guess
 from fimserver.context.window import budget_for, build_context
 from fimserver.engine.client import EngineClient, EngineOptions
 from fimserver.errors import EngineError, PositionError
@@ -63,6 +64,7 @@ class Result:
     source: str | None = None
     guesses: list[Guess] = field(default_factory=list)
     drafts: list[Draft] = field(default_factory=list)
+    alternatives: list[Completion] | None = None  # where more than one answer was asked for
     timings_ms: dict[str, float] = field(default_factory=dict)
 
 
@@ -146,7 +148,7 @@ def complete_snapshot(
     A guess that is sure is offered without the model, unless all is to be traced; without ``guesses`` nobody is told
     of any.
     """
-    result = Result()
+    result = Result(alternatives=[] if settings.candidates > 1 else None)
     begin = time.perf_counter()
     place = find_place(snapshot, settings, invoked=True)
     context_ms = (time.perf_counter() - begin) * 1e3
@@ -169,7 +171,7 @@ def complete_snapshot(
         result.context = build_context(
             place.seen, hole, budget_for(result.model.max_prompt_tokens), guesses=result.guesses
         )
-        sampling = to_sampling(settings, min_tokens=1, trace=trace)
+        sampling = to_sampling(settings, min_tokens=1, trace=trace, num_candidates=settings.candidates)
         pending = engine.complete(result.context, sampling, on_draft=result.drafts.append if trace else None)
         result.generation = pending.future.result()
     except EngineError as error:
@@ -178,8 +180,9 @@ def complete_snapshot(
         result.timings_ms = {"startup": waited_ms, "context": context_ms, "total": context_ms}
         return result
     begin = time.perf_counter()
-    outcome: Completion | NoCompletion | None = refuse_unsure(result.generation, settings)
-    outcome = outcome or complete_place(result.generation.text, place)
+    outcome = refuse_unsure(result.generation.confidence, settings) or to_answer(
+        result.generation, place, min_confidence=settings.min_confidence
+    )
     postprocess_ms = (time.perf_counter() - begin) * 1e3
     model = result.generation.timings_ms
     result.timings_ms = {
@@ -190,10 +193,12 @@ def complete_snapshot(
         "postprocess": postprocess_ms,
         "total": context_ms + model["total"] + postprocess_ms,
     }
-    if isinstance(outcome, Completion):
-        result.completion, result.source = outcome, "model"
-    else:
+    if isinstance(outcome, NoCompletion):
         result.refusal = outcome
+        return result
+    (result.completion, *others), result.source = outcome.completions, "model"
+    if result.alternatives is not None:
+        result.alternatives += others
     return result
 
 
@@ -246,6 +251,9 @@ def to_json(result: Result, target: Target) -> dict[str, Any]:
         "confidence": round(generation.confidence, 4) if generation else None,
         "timings_ms": {name: round(ms, 1) for name, ms in result.timings_ms.items()},
         "model": dataclasses.asdict(result.model) if result.model else None,
+        **(
+            {"alternatives": [other.middle for other in result.alternatives]} if result.alternatives is not None else {}
+        ),
     }
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fimserver.errors import SettingsError
-from fimserver.types import Generation, Mode, NoCompletion, Sampling
+from fimserver.types import Mode, NoCompletion, Sampling
 
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 MODES = {
@@ -78,15 +78,35 @@ class Settings:
     )
     seed: int | None = _setting(
         default=None,
-        doc="Seed of all that is drawn: the same text then gives the same answer. null draws a new one each time.",
+        doc="Seed of all that is drawn: the same text then gives the same answer, so that guesses from elsewhere, "
+        "early first lines and your own counts are left out in an editor. null draws a new one each time.",
         low=0,
         high=2**63 - 1,
     )
     min_confidence: float = _setting(
         default=0.0,
-        doc="Nothing is offered where the mean probability of the answer's tokens is lower; 0 offers everything.",
+        doc="Nothing is offered where the model is less sure of its answer; 0 offers everything. For automatic "
+        "requests your own counts (learnFromUse) correct how sure it is. Above 0 no first line comes early "
+        "(firstLineMs).",
         low=0,
         high=1,
+    )
+    learn_from_use: bool = _setting(
+        default=True,
+        doc="Count accepted and rejected completions, on this machine only, to judge how sure is sure enough.",
+    )
+    candidates: int = _setting(
+        default=2,
+        doc="Most completions that are offered side by side where you ask by hand; automatic requests have one.",
+        low=1,
+        high=3,
+    )
+    first_line_ms: int | None = _setting(
+        default=150,
+        doc="After so long a wait the first line of a longer completion is offered, once it is certain; its rest comes "
+        "with the next request. null, or more than maxLatencyMs, always waits for the whole.",
+        low=0,
+        high=60000,
     )
     debounce_ms: int = _setting(
         default=40, doc="Pause in typing before an automatic request is computed.", low=0, high=2000
@@ -178,7 +198,7 @@ def allowed_values(setting: "dataclasses.Field[Any]") -> str:
 def _is_allowed(setting: "dataclasses.Field[Any]", value: Any) -> bool:
     m = setting.metadata
     if value is None:
-        return setting.default is None
+        return "None" in str(setting.type)
     if setting.type is bool:
         return isinstance(value, bool)
     if m["low"] is not None:
@@ -255,7 +275,7 @@ def read_config_file(path: Path) -> tuple[dict[str, Any], list[str]]:
     return good, problems
 
 
-def to_sampling(settings: Settings, *, min_tokens: int, trace: bool = False) -> Sampling:
+def to_sampling(settings: Settings, *, min_tokens: int, trace: bool = False, num_candidates: int = 1) -> Sampling:
     """How the engine is to decode under these settings."""
     return Sampling(
         mode=MODES[settings.mode],
@@ -265,16 +285,22 @@ def to_sampling(settings: Settings, *, min_tokens: int, trace: bool = False) -> 
         min_tokens=min_tokens,
         trace=trace,
         temperature=settings.temperature,
+        num_candidates=num_candidates,
     )
 
 
-def refuse_unsure(generation: Generation, settings: Settings) -> NoCompletion | None:
-    """Why an answer is not offered whose tokens were too unlikely; ``None`` for one that may be."""
-    if generation.confidence >= settings.min_confidence:
+def refuse_unsure(confidence: float, settings: Settings, adjusted: float | None = None) -> NoCompletion | None:
+    """Why an answer is not offered of which the model is not sure enough; ``None`` for one that may be.
+
+    ``adjusted`` is its confidence after what the person accepted and rejected before, and then decides.
+    """
+    counts = confidence if adjusted is None else adjusted
+    if counts >= settings.min_confidence:
         return None
+    own = "" if adjusted is None else f", {adjusted:.2f} by what you accepted before"
     return NoCompletion(
         "low_confidence",
-        f"the model's confidence is {generation.confidence:.2f}; lower fimserver.minConfidence "
+        f"the model's confidence is {confidence:.2f}{own}; lower fimserver.minConfidence "
         f"({settings.min_confidence:g}) to see such answers",
     )
 

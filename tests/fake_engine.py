@@ -1,7 +1,9 @@
 """A server whose engine does what the document says: real frames, pipes and processes, no model.
 
 A comment ``fake: {...}`` above the cursor is the order: ``answer``, ``drafts`` (sent one each ``step_s``, before
-the answer), ``confidence``, and the ``name`` under which the journal has it.
+the answer; with how much of it is settled, or all left to right and nothing in parallel), ``rest_s`` (between the last
+draft and the answer), ``confidence``, ``alternatives`` (text and confidence), and the ``name`` under which the journal
+has it.
 
     python fake_engine.py serve     the language server on stdio
     python fake_engine.py           its worker
@@ -22,7 +24,7 @@ from lsp_client import LspClient
 from fimserver.engine.client import EngineOptions
 from fimserver.engine.worker import Inbox, Outbox, answer, read_requests, take_private_streams
 from fimserver.errors import CompletionCancelledError
-from fimserver.types import Draft, FimContext, Generation, Mode, Sampling
+from fimserver.types import Alternative, Draft, FimContext, Generation, Mode, Sampling
 
 MARK = "\u25ae"
 CONFIGURATION = "FAKE_ENGINE"
@@ -34,7 +36,7 @@ def configure(journal: Path, *, load_s: float = 0, mode: str = "autoregressive")
     """The environment of a worker that writes what it does into ``journal``."""
     return {
         CONFIGURATION: json.dumps({"journal": str(journal), "load_s": load_s, "mode": mode}),
-        "PYTHONPATH": str(Path(__file__).parent),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])),
     }
 
 
@@ -46,8 +48,9 @@ def read_journal(journal: Path, event: str, name: str | None = None) -> list[Any
 class FakeEngine:
     """Stands for ``Engine`` in the worker."""
 
-    def __init__(self, journal: str) -> None:
+    def __init__(self, journal: str, mode: str) -> None:
         self._journal = Path(journal)
+        self._grows = mode != "diffusion"
 
     def write(self, event: str, name: str = "", value: Any = None) -> None:
         with self._journal.open("a") as file:
@@ -62,24 +65,32 @@ class FakeEngine:
         on_draft: Callable[[Draft], None],
     ) -> Generation:
         found = _ORDER.findall(context.prefix)
-        order: dict[str, Any] = {"answer": "1", "drafts": [], "step_s": 0.0, "confidence": 1.0, "name": ""}
+        order: dict[str, Any] = {"answer": "1", "drafts": [], "step_s": 0.0, "rest_s": 0.0, "confidence": 1.0}
+        order |= {"alternatives": [], "name": ""}
         order |= json.loads(found[-1]) if found else {}
-        texts = [*(s.text for s in context.snippets), *context.guesses]
-        self.write("begun", order["name"], {"prefix": context.prefix, "suffix": context.suffix, "others": texts})
-        for step, text in enumerate(order["drafts"]):
-            due = time.monotonic() + order["step_s"]
+        texts = [*(s.text for s in context.snippets), *(g.text for g in context.guesses)]
+        begun = {"prefix": context.prefix, "suffix": context.suffix, "others": texts}
+        self.write("begun", order["name"], {**begun, "candidates": sampling.num_candidates})
+
+        def wait(seconds: float) -> None:
+            due = time.monotonic() + seconds
             while time.monotonic() < due:
                 if cancelled():
                     self.write("cancelled", order["name"])
                     msg = "cancelled"
                     raise CompletionCancelledError(msg)
                 time.sleep(0.002)
-            on_draft(Draft(step, text))
+
+        for step, draft in enumerate(order["drafts"]):
+            wait(order["step_s"])
+            text, settled = (draft, len(draft) if self._grows else 0) if isinstance(draft, str) else draft
+            on_draft(Draft(step, text, settled))
             self.write("drafted", order["name"])
+        wait(order["rest_s"])
         self.write("answered", order["name"])
-        return Generation(
-            order["answer"], Mode.AUTOREGRESSIVE, "end", 1, 1, 2, 0, 3, {"total": 1.0}, "", order["confidence"]
-        )
+        alternatives = tuple(Alternative(text, confidence) for text, confidence in order["alternatives"])
+        mode, text, confidence = Mode.AUTOREGRESSIVE, order["answer"], order["confidence"]
+        return Generation(text, mode, "end", 1, 1, 2, 0, 3, {"total": 1.0}, "", confidence, alternatives)
 
 
 def work() -> None:
@@ -89,7 +100,7 @@ def work() -> None:
     inbox, outbox = Inbox(), Outbox(stream_out)
     threading.Thread(target=read_requests, args=(stream_in, inbox, outbox), daemon=True).start()
     time.sleep(configuration["load_s"])
-    engine = FakeEngine(configuration["journal"])
+    engine = FakeEngine(configuration["journal"], configuration["mode"])
     engine.write("loaded", value=os.getpid())
     info = {
         "name": "fake",

@@ -26,7 +26,7 @@ from fimserver.settings import (
     to_sampling,
     to_wire_value,
 )
-from fimserver.types import Generation, Mode
+from fimserver.types import Mode
 
 DOCS = Path(fimserver.__file__).parent / "docs"
 
@@ -139,10 +139,9 @@ def test_modes(name: str, mode: Mode) -> None:
 
 
 def test_unsure_answers_are_refused_with_both_numbers() -> None:
-    generation = Generation("t", Mode.AUTOREGRESSIVE, "end", 1, 0, 2, 3, 4, {"total": 1.0}, confidence=0.5)
-    assert refuse_unsure(generation, Settings()) is None
-    assert refuse_unsure(generation, parse_settings({"minConfidence": 0.5})) is None
-    refusal = refuse_unsure(generation, parse_settings({"minConfidence": 0.75}))
+    assert refuse_unsure(0.5, Settings()) is None
+    assert refuse_unsure(0.5, parse_settings({"minConfidence": 0.5})) is None
+    refusal = refuse_unsure(0.5, parse_settings({"minConfidence": 0.75}))
     assert refusal is not None
     assert refusal.reason == "low_confidence"
     assert "0.50" in refusal.detail

@@ -97,7 +97,8 @@ def measure_typing(settings: Settings, *, limit: int) -> Summary:
 
 async def _type(engine: TimedEngine, settings: Settings, limit: int) -> tuple[_Measured, Counter[str]]:
     editor, measured, sources = Editor(engine), _Measured(), Counter[str]()
-    await editor.initialize({"debounceMs": 0, "mode": settings.mode, "seed": settings.seed})
+    options = {"mode": settings.mode, "seed": settings.seed, "learnFromUse": False}
+    await editor.initialize({**options, "debounceMs": 0, "firstLineMs": None})  # the model's time is the whole answer's
     keys = to_keystrokes(limit)
     shown = track(keys, "typing", total=limit, console=Console(stderr=True), disable=not sys.stderr.isatty())
     for version, key in enumerate(shown, 2):

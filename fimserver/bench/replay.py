@@ -30,6 +30,7 @@ from fimserver.bench.infilling import LOAD_TIMEOUT_S
 from fimserver.bench.typist import NUM_LINES, Key, to_keystrokes
 from fimserver.engine.client import EngineOptions, EngineState
 from fimserver.errors import EngineError, FimserverError
+from fimserver.lsp.completer import FIRST_LINE
 from fimserver.settings import Settings
 
 _PAUSE_SEED = 7
@@ -37,6 +38,7 @@ _KEY_S, _WORD_S, _LINE_S, _LOOK_S = 0.18, 0.7, 1.2, 1.0  # medians; the last bef
 _SPREAD = 0.45  # standard deviation of the logarithm
 _LONGEST_S = 4.0
 _WORD_SHARE, _LINE_SHARE = 0.1, 0.5
+_BY_MODEL = ("model", FIRST_LINE)
 _FIRST_WORD = re.compile(r"\s*(?:\w+|[^\w\s]|$)")
 
 
@@ -44,7 +46,8 @@ _FIRST_WORD = re.compile(r"\s*(?:\w+|[^\w\s]|$)")
 class Summary:
     """One session. Of each keystroke's request: ``shown`` before the next key, ``empty`` by then, or ``cancelled``.
 
-    ``by_model``, ``reused`` (the rest of what was offered before) and ``guessed`` are the shown by their source.
+    ``by_model`` (first lines too), ``reused`` (the rest of what was offered before) and ``guessed`` are the shown by
+    their source.
     ``asked`` counts what the engine was asked, ``wasted`` what no request ever got of that, ended early or not; both
     also in seconds of its time. Times to the answer are from the key to what was shown. ``right_so_far`` is the share
     of the shown whose first word, or sign, was what was typed next; of the reused all that was typed before was right.
@@ -121,7 +124,7 @@ def replay_typing(settings: Settings, *, limit: int, speed: float) -> Summary:
         engine.close()
     now = time.perf_counter()
     spent = {pending.id: engine.answered_at.get(pending.id, now) - at for at, pending in engine.asked}
-    by_model = [shown for shown in seen.shown if shown.source == "model"]
+    by_model = [shown for shown in seen.shown if shown.source in _BY_MODEL]
     sources = Counter(shown.source for shown in seen.shown)
     return Summary(
         keystrokes=len(seen.shown) + seen.empty.total() + seen.cancelled,
@@ -152,7 +155,7 @@ def replay_typing(settings: Settings, *, limit: int, speed: float) -> Summary:
 
 async def _replay(engine: TimedEngine, settings: Settings, limit: int, speed: float) -> _Seen:
     editor, seen, rng = Editor(engine), _Seen(), random.Random(_PAUSE_SEED)
-    await editor.initialize({"mode": settings.mode, "seed": settings.seed})
+    await editor.initialize({"mode": settings.mode, "seed": settings.seed, "learnFromUse": False})
     seen.debounce_ms = editor.server.session.settings.debounce_ms
     open_request: int | None = None
     begin = time.perf_counter()
@@ -185,8 +188,10 @@ def _note(seen: _Seen, engine: TimedEngine, press: _Press, answer: Answer) -> No
     if explanation.get("version") != press.version:
         explanation = {}
     source = explanation.get("source", "unknown") if answer.text else "model"
-    if answer.num_asked and source == "model":
+    if answer.num_asked and source in _BY_MODEL:
         _, last = engine.asked[answer.num_asked - 1]
+        if source == FIRST_LINE:  # it works on, for the rest
+            seen.used.add(last.id)
         is_new = press.at < engine.answered_at.get(last.id, 0.0) <= answer.at
         if is_new and last.future.exception() is None:  # empty or not, the request got it
             seen.used.add(last.id)

@@ -1,78 +1,38 @@
 """A request from its snapshot to its answer: gates, cache, guesses, then the model.
 
-    answer    -> the completion and where it came from; raises ``RefusedError`` with the reason for none
+    answer    -> the completions and where they came from; raises ``RefusedError`` with the reason for none
     on_edit   a document's text changed: what is computed for another text than is being typed is ended
 
-A computation belongs to no single request. Who types on while the model works at a completion gets the rest of it,
-as long as what was typed is how it begins; the first contradiction ends it.
+Who types on while the model works at a completion gets the rest of it, as long as what was typed is how it begins; the
+first contradiction ends it. Who has waited long gets its first line, and the rest when asking again.
 
 Knows:  sessions, requests, the engine's client, context/.  Never: LSP types, connections.
 """
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from typing import TypeVar
+import time
+from dataclasses import replace
+from typing import Any
 
 from fimserver.context.gather import find_guesses, find_snippets
-from fimserver.context.languages import find_language
-from fimserver.context.place import Place, complete_place, offer_guess
+from fimserver.context.offer import Answer, to_answer
+from fimserver.context.place import Place, offer_guess
 from fimserver.context.window import budget_for, build_context
-from fimserver.engine.client import EngineClient, EngineState, PendingCompletion
+from fimserver.engine.client import EngineClient
 from fimserver.errors import CompletionCancelledError, EngineError
-from fimserver.lsp.requests import CANCELLED, CHANGED, RefusedError, Request
-from fimserver.lsp.session import CLOSERS, Session, rest_of, typed_since
-from fimserver.settings import refuse_unsure, to_sampling
-from fimserver.types import Completion, Draft, Guess, Mode, NoCompletion, Snapshot
+from fimserver.lsp.acceptance import SURE_GUESS, Acceptance, Kind
+from fimserver.lsp.computation import Computation
+from fimserver.lsp.gates import Gates
+from fimserver.lsp.requests import CHANGED, RefusedError, Request, unless_ended
+from fimserver.lsp.session import CLOSERS, Session, rest_of, rests_of, typed_since
+from fimserver.settings import to_sampling
+from fimserver.types import Completion, Draft, Guess, NoCompletion, Snapshot
 
-_T = TypeVar("_T")
 _GRACE_S = 0.05  # between an editor's edit, its cancel and its next request
+_LATE_S = 0.25  # that an answer may come after its longest time
+FIRST_LINE = "first_line"  # the source of an answer whose rest is still being computed
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(eq=False)
-class Computation:
-    """What the model works at for one snapshot, and the requests that wait for it."""
-
-    snapshot: Snapshot
-    place: Place
-    epoch: int
-    invoked: bool
-    pending: PendingCompletion
-    outcome: "asyncio.Future[Completion | NoCompletion | None]"  # None: ended before there was one
-    grows: bool  # left to right: a draft is how the answer begins
-    draft: str = ""
-    typed: str = ""  # at its cursor since; with closers behind it that an editor may have added
-    is_placed: bool = True  # where in ``typed`` the cursor stands is known: at its end
-    users: set[Request] = field(default_factory=set)
-
-    def end(self) -> None:
-        """Nobody wants it any more."""
-        self.pending.cancel()
-        self.settle(None)
-
-    def settle(self, outcome: Completion | NoCompletion | None) -> None:
-        """What came of it, for those who wait."""
-        if not self.outcome.done():
-            self.outcome.set_result(outcome)
-
-    def may_begin_with(self, typed: str) -> bool:
-        """Whether what was typed may be how the answer begins, as far as there is one."""
-        draft, typed = self.draft.lstrip(" "), typed.lstrip(" ")
-        length = min(len(draft), len(typed))
-        return not self.grows or draft[:length] == typed[:length]
-
-    @property
-    def is_contradicted(self) -> bool:
-        """Whether what was typed since is not how the answer begins."""
-        shortest = 1 if not self.is_placed else len(self.typed)
-        return not any(
-            self.may_begin_with(self.typed[:length])
-            for length in range(min(shortest, len(self.typed)), len(self.typed) + 1)
-            if not self.typed[length:].strip(CLOSERS)
-        )
 
 
 class Completer:
@@ -82,86 +42,61 @@ class Completer:
         self,
         session: Session,
         engine: EngineClient,
-        wait_for_engine: Callable[[], Awaitable[None]],
-        wake_engine: Callable[[], None],
+        gates: Gates,
+        acceptance: Acceptance,
     ) -> None:
         self._session = session
         self._engine = engine
-        self._wait_for_engine = wait_for_engine
-        self._wake_engine = wake_engine
+        self._gates = gates
+        self._acceptance = acceptance
         self._running: list[Computation] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def answer(self, request: Request) -> tuple[Completion, str]:
-        """The completion of a request, in offsets of the document as it is now, and its source.
+    async def answer(self, request: Request) -> tuple[list[Completion], str]:
+        """The completions of a request, in offsets of the document as it is now, and their source.
 
-        The source is cache, guess or model. Raises ``RefusedError``.
+        At least one; more only where the person asked. The source is cache, guess, model or first_line. Raises
+        ``RefusedError``.
         """
+        completions, source = await self._find_answer(request)
+        return completions if request.invoked else completions[:1], source
+
+    async def _find_answer(self, request: Request) -> tuple[list[Completion], str]:
         snapshot = request.snapshot
         if request.stale:
             raise RefusedError(NoCompletion("stale", "the request names a version of the text that is not here"))
-        self._check(request)
+        self._gates.check(request)
         place = self._session.find_place(snapshot, invoked=request.invoked)
         if isinstance(place, NoCompletion):
             raise RefusedError(place)
-        if (cached := self._session.cache.find(snapshot)) is not None:
+        if cached := self._session.cache.find(snapshot):
             return cached, "cache"
-        guesses = find_guesses(snapshot, place.hole, self._session.other_texts(snapshot))
+        guesses = self._find_guesses(snapshot, place)
         if (guess := offer_guess(guesses, place)) is not None:
             self._session.cache.remember(snapshot, guess)
-            return guess, "guess"
-        return await self._answer_by_model(request, place, guesses), "model"
+            self._acceptance.know(guess, Kind.GUESS, SURE_GUESS)
+            return [guess], "guess"
+        return await self._answer_by_model(request, place, guesses)
 
-    async def _answer_by_model(self, request: Request, place: Place, guesses: list[Guess]) -> Completion:
+    def _find_guesses(self, snapshot: Snapshot, place: Place) -> list[Guess]:
+        """What followed the same text elsewhere; nothing under a seed, with which the text alone decides."""
+        if self._session.settings.seed is not None:
+            return []
+        return find_guesses(snapshot, place.hole, self._session.other_texts(snapshot))
+
+    async def _answer_by_model(
+        self, request: Request, place: Place, guesses: list[Guess]
+    ) -> tuple[list[Completion], str]:
         joined = self._find_running(request)
         if joined is None:
-            await self._wait_until_due(request, place)
-        elif (completion := await self._wait_for(request, joined)) is not None:
-            return completion
-        self._check(request)
-        completion = await self._wait_for(request, self._begin(request, place, guesses))
-        if completion is None:
+            await self._gates.wait_until_due(request, place)
+        elif (answer := await self._wait_for(request, joined)) is not None:
+            return answer
+        self._gates.check(request)
+        answer = await self._wait_for(request, self._begin(request, place, guesses))
+        if answer is None:
             raise RefusedError(request.why_ended or CHANGED)
-        return completion
-
-    # Gates
-
-    def _check(self, request: Request) -> None:
-        """Raises ``RefusedError`` where nothing may be offered."""
-        self._check_wanted(request)
-        if not request.invoked and (minutes := self._session.snoozed_minutes()):
-            detail = f"snoozed for {minutes} more minutes; the command fimserver.snooze with 0 ends it"
-            raise RefusedError(NoCompletion("snoozed", detail))
-        language = request.snapshot.language_id
-        if not self._session.settings.allows(language):
-            detail = f"completions are off in {language!r}; change fimserver.languages to have them"
-            raise RefusedError(NoCompletion("language_off", detail))
-        if not self._session.is_current(request.document_snapshot):
-            raise RefusedError(CHANGED)
-
-    async def _wait_until_due(self, request: Request, place: Place) -> None:
-        """Wait for the engine (invoked) or for a pause in typing (automatic)."""
-        self._wake_engine()
-        if not request.invoked:
-            if self._engine.state in (EngineState.STOPPED, EngineState.LOADING):
-                raise RefusedError(NoCompletion("loading", "the model is still loading"))
-            self._check_language(place)
-            if pause_ms := self._session.settings.debounce_ms:
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(request.ended.wait(), pause_ms / 1e3)
-        if self._engine.state is not EngineState.READY:
-            await unless_ended(request, self._wait_for_engine())
-
-    def _check_language(self, place: Place) -> None:
-        """A model that never saw a language is asked in it by hand only."""
-        info = self._engine.info
-        language = find_language(place.language_id).id
-        if info is not None and info.languages and language not in info.languages:
-            detail = (
-                f"the model {info.name!r} has learned {', '.join(info.languages)} only, so in {language} only what "
-                "stands elsewhere in your files is offered; ask by hand, or set fimserver.model to another"
-            )
-            raise RefusedError(NoCompletion("language_not_learned", detail))
+        return answer
 
     # Computations
 
@@ -173,12 +108,18 @@ class Completer:
             if typed is None or running.is_contradicted:
                 running.end()
 
+    def forget(self, uri: str) -> None:
+        """A document was closed: nobody wants what is computed for it."""
+        for running in [c for c in self._running if c.snapshot.uri == uri]:
+            running.end()
+
     def _find_running(self, request: Request) -> Computation | None:
         """A computation whose answer may begin with what was typed since it was begun."""
         for running in reversed(self._running):
             if running.snapshot.uri != request.snapshot.uri or running.epoch != self._session.epoch:
                 continue
-            if running.outcome.done() or (request.invoked and not running.invoked):
+            is_lesser = request.invoked and not running.invoked and running.shown is None  # it may come to nothing
+            if running.outcome.done() or is_lesser:
                 continue
             typed = typed_since(running.snapshot, request.snapshot.text)
             length = request.snapshot.cursor - running.snapshot.cursor
@@ -195,7 +136,8 @@ class Completer:
             idle.end()
         info = self._engine.info  # read once: the engine's threads may take it away
         settings = self._session.settings
-        sampling = to_sampling(settings, min_tokens=1 if request.invoked else 0)
+        num_candidates = settings.candidates if request.invoked else 1
+        sampling = to_sampling(settings, min_tokens=1 if request.invoked else 0, num_candidates=num_candidates)
         reads = info is not None and info.reads_snippets
         others = self._session.other_documents(request.snapshot) if reads else []
         context = build_context(
@@ -206,24 +148,25 @@ class Completer:
             guesses,
         )
         loop = asyncio.get_running_loop()
-        mode = info.preferred_mode if info and sampling.mode is Mode.AUTO else sampling.mode
         computation: Computation
 
         def on_draft(draft: Draft) -> None:
-            loop.call_soon_threadsafe(take_draft, draft.text)
+            if draft.num_settled:
+                loop.call_soon_threadsafe(lambda: computation.take(draft))
 
-        def take_draft(text: str) -> None:
-            computation.draft = text
-            if computation.is_contradicted:
-                computation.end()
-
-        grows = mode is Mode.AUTOREGRESSIVE
         try:
-            pending = self._engine.complete(context, sampling, on_draft=on_draft if grows else None)
+            pending = self._engine.complete(context, sampling, on_draft=on_draft)
         except EngineError as error:
             raise RefusedError(NoCompletion("engine", str(error))) from error
         computation = Computation(
-            request.snapshot, place, self._session.epoch, request.invoked, pending, loop.create_future(), grows
+            snapshot=request.snapshot,
+            place=place,
+            epoch=self._session.epoch,
+            invoked=request.invoked,
+            pending=pending,
+            deadline=time.monotonic() + settings.max_latency_ms / 1e3 + _LATE_S,
+            outcome=loop.create_future(),
+            line=loop.create_future(),
         )
         self._running.append(computation)
         task = loop.create_task(self._compute(computation))
@@ -234,7 +177,7 @@ class Completer:
 
     async def _compute(self, computation: Computation) -> None:
         """Wait for the engine's answer and make an outcome of it."""
-        outcome: Completion | NoCompletion | None
+        outcome: Answer | NoCompletion | None
         try:
             generation = await asyncio.wrap_future(computation.pending.future)
         except CompletionCancelledError:
@@ -250,11 +193,27 @@ class Completer:
             )
             if computation.outcome.done():
                 return
-            outcome = refuse_unsure(generation, self._session.settings)
-            outcome = outcome or complete_place(generation.text, computation.place)
+            outcome = to_answer(
+                generation,
+                computation.place,
+                shown=computation.shown,
+                min_confidence=self._session.settings.min_confidence,
+            )
         computation.settle(outcome)
+        if computation.shown is not None and isinstance(outcome, Answer):
+            self._remember(computation, outcome)
 
-    async def _wait_for(self, request: Request, computation: Computation) -> Completion | None:
+    def _remember(self, computation: Computation, answer: Answer) -> None:
+        """Keep an answer for who types it, once."""
+        is_open = computation.snapshot.uri in self._session.documents
+        if computation.is_remembered or computation.epoch != self._session.epoch or not is_open:
+            return
+        computation.is_remembered = True
+        self._session.cache.remember(computation.snapshot, *answer.completions)
+        for completion, confidence in zip(answer.completions, answer.confidences, strict=True):
+            self._acceptance.know(completion, Kind.MODEL, confidence)
+
+    async def _wait_for(self, request: Request, computation: Computation) -> tuple[list[Completion], str] | None:
         """What a computation has for a request; ``None`` where that does not begin with what was typed.
 
         Raises ``RefusedError`` when the request is ended, or when the model has nothing to offer.
@@ -262,24 +221,48 @@ class Completer:
         computation.users.add(request)
         request.is_computed = True
         try:
+            line = await self._wait_for_line(request, computation)
+            if line is not None and (rest := rest_of(computation.snapshot, line, self._typed_on(request))) is not None:
+                computation.shown = line
+                return [rest], FIRST_LINE
             outcome = await unless_ended(request, asyncio.shield(computation.outcome))
         finally:
             computation.users.discard(request)
             self._leave(computation)
         typed = self._typed_on(request)
-        if isinstance(outcome, NoCompletion):
-            if computation.snapshot is request.snapshot:
-                raise RefusedError(outcome)
-            return None
         if outcome is None:
             return None
-        if computation.epoch == self._session.epoch:
-            self._session.cache.remember(computation.snapshot, outcome)
-        return rest_of(computation.snapshot, outcome, typed)
+        refusal = outcome if isinstance(outcome, NoCompletion) else self._gates.refuse_unsure(request, outcome)
+        if refusal is not None and computation.snapshot is request.snapshot:
+            raise RefusedError(refusal)
+        if refusal is not None or isinstance(outcome, NoCompletion):
+            return None
+        self._remember(computation, outcome)
+        rests = rests_of(computation.snapshot, outcome.completions, typed)
+        return (rests, "model") if rests else None
+
+    async def _wait_for_line(self, request: Request, computation: Computation) -> Completion | None:
+        """The settled first line once a request has waited long for it; ``None`` where it is to wait for all."""
+        settings = self._session.settings
+        asks_again = computation.shown is not None and request.snapshot.cursor == computation.snapshot.cursor
+        is_judged = settings.min_confidence > 0  # by what only the whole answer tells
+        waits = asks_again or is_judged or computation.place.hole.max_lines == 1 or settings.seed is not None
+        if waits or settings.first_line_ms is None:
+            return None
+        pause_s = request.received + settings.first_line_ms / 1e3 - time.monotonic()
+        ended = asyncio.ensure_future(request.ended.wait())
+        enough: set[asyncio.Future[Any]] = {computation.outcome, ended}
+        try:
+            await asyncio.wait(enough, timeout=max(0.0, pause_s), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({*enough, computation.line}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ended.cancel()
+        waits = computation.outcome.done() or request.why_ended is not None
+        return None if waits else computation.fit_line()
 
     def _typed_on(self, request: Request) -> Snapshot:
         """The request's snapshot as it is now, after what was typed at its cursor. Raises ``RefusedError``."""
-        self._check_wanted(request)
+        self._gates.check_wanted(request)
         if self._session.is_current(request.document_snapshot):
             return request.snapshot
         document = self._session.documents.get(request.snapshot.uri)
@@ -288,37 +271,18 @@ class Completer:
             raise RefusedError(CHANGED)
         return replace(request.snapshot, text=document.text, cursor=request.snapshot.cursor + len(typed))
 
-    def _check_wanted(self, request: Request) -> None:
-        """Raises ``RefusedError`` for a request that was ended, and where completions are off."""
-        if request.why_ended is not None:
-            raise RefusedError(request.why_ended)
-        if not self._session.settings.enabled:
-            raise RefusedError(NoCompletion("disabled", "set fimserver.enabled to true"))
-
     def _leave(self, computation: Computation) -> None:
         """A request no longer waits: what nobody waits for is ended, after a grace where a next one is on its way."""
         if computation.users or computation.outcome.done():
             return
-        if not computation.typed:
+        remaining_s = computation.deadline - time.monotonic() if computation.shown is not None else 0.0
+        if not computation.typed and remaining_s <= 0:
             computation.end()
             return
 
         def end_if_idle() -> None:
-            if not computation.users:
+            is_kept = computation.shown is not None and time.monotonic() < computation.deadline
+            if not computation.users and not is_kept:
                 computation.end()
 
-        asyncio.get_running_loop().call_later(_GRACE_S, end_if_idle)
-
-
-async def unless_ended(request: Request, awaitable: Awaitable[_T]) -> _T:
-    """What is awaited, or ``RefusedError`` as soon as the request is ended: nobody waits for a busy engine then."""
-    wanted = asyncio.ensure_future(awaitable)
-    ended = asyncio.ensure_future(request.ended.wait())
-    try:
-        await asyncio.wait((wanted, ended), return_when=asyncio.FIRST_COMPLETED)
-        if wanted.done():
-            return wanted.result()
-        raise RefusedError(request.why_ended or CANCELLED)
-    finally:
-        wanted.cancel()
-        ended.cancel()
+        asyncio.get_running_loop().call_later(max(_GRACE_S, remaining_s), end_if_idle)

@@ -96,18 +96,24 @@ def with_selection(snapshot: Snapshot, selection: Selection | None) -> Snapshot:
 
 
 def to_inline_items(
-    completion: Completion, index: LineIndex, encoding: Encoding, selection: Selection | None = None
+    completions: Sequence[Completion], index: LineIndex, encoding: Encoding, selection: Selection | None = None
 ) -> list[lsp.InlineCompletionItem]:
-    """LSP items for a completion, always with a range; ``index`` is the document's, without ``selection``.
+    """An LSP item for each completion, always with a range; ``index`` is the document's, without ``selection``.
 
     Beside a selected item the text begins with that item, since the editor shows only what extends it.
     """
+    return [_to_inline_item(completion, index, encoding, selection) for completion in completions]
+
+
+def _to_inline_item(
+    completion: Completion, index: LineIndex, encoding: Encoding, selection: Selection | None
+) -> lsp.InlineCompletionItem:
     start, end, text = completion.replace_start, completion.replace_end, completion.middle
     if selection is not None:
         end = selection.end + completion.replace_end - completion.replace_start
         start, text = selection.start, selection.text + text
     edit = _to_range(index, start, end, encoding)
-    return [lsp.InlineCompletionItem(text, range=edit, command=_accept_command(completion))]
+    return lsp.InlineCompletionItem(text, range=edit, command=_accept_command(completion))
 
 
 def to_menu_items(completion: Completion, index: LineIndex, encoding: Encoding) -> list[lsp.CompletionItem]:

@@ -11,6 +11,7 @@ from typing import Any
 from lsprotocol import types as lsp
 
 from fimserver.engine.client import EngineClient
+from fimserver.lsp.completer import FIRST_LINE
 from fimserver.lsp.convert import ACCEPT_COMMAND
 from fimserver.lsp.server import RESTART_COMMAND, FimLanguageServer
 
@@ -35,6 +36,10 @@ def to_sentence(answer: dict[str, Any]) -> str:
     engine, last = answer["engine"], answer["last"]
     if last is None:
         return f"fimserver: no request yet; the engine is {engine['state']} ({engine['detail']})"
+    if last.get("source") == FIRST_LINE:
+        return (
+            "fimserver: the last request was answered with a completion's first line; the rest comes when it is asked"
+        )
     if last["outcome"] == "offered":
         return "fimserver: the last request was answered with a completion"
     return f"fimserver: nothing was offered, because {last['detail']} ({last['reason']})"

@@ -124,7 +124,7 @@ class FimProtocol(LanguageServerProtocol):
     def lsp_text_document__did_open(self, params: lsp.DidOpenTextDocumentParams) -> None:
         """Keep a document."""
         item = params.text_document
-        self._server.requests.end(item.uri)
+        self._server.forget(item.uri)
         index = LineIndex(item.text)
         document = Document(item.uri, item.language_id, item.version, index, writable=is_writable(item.uri))
         self._server.session.open(document)
@@ -149,7 +149,7 @@ class FimProtocol(LanguageServerProtocol):
     @lsp_method(lsp.TEXT_DOCUMENT_DID_CLOSE)
     def lsp_text_document__did_close(self, params: lsp.DidCloseTextDocumentParams) -> None:
         """Forget a document."""
-        self._server.requests.end(params.text_document.uri)
+        self._server.forget(params.text_document.uri)
         self._server.session.close(params.text_document.uri)
 
 

@@ -10,9 +10,11 @@ Knows:  LSP's parameters, sessions.  Never: how a request is answered.
 """
 
 import asyncio
+import time
+from collections.abc import Awaitable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from lsprotocol import types as lsp
 from pygls.exceptions import JsonRpcInvalidParams
@@ -23,6 +25,7 @@ from fimserver.lsp.session import Session, typed_since
 from fimserver.text import LineIndex
 from fimserver.types import NoCompletion, Snapshot
 
+_T = TypeVar("_T")
 CompletionParams = lsp.InlineCompletionParams | lsp.CompletionParams
 
 
@@ -50,6 +53,7 @@ class Request:
     stale: bool
     epoch: int  # of the settings it came under
     index: LineIndex  # of the document
+    received: float = field(default_factory=time.monotonic)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     why_ended: NoCompletion | None = None
     is_computed: bool = False  # the model works for it: what is typed now may be how its answer begins
@@ -150,3 +154,17 @@ class Requests:
             epoch=self._session.epoch,
             index=document.index,
         )
+
+
+async def unless_ended(request: Request, awaitable: Awaitable[_T]) -> _T:
+    """What is awaited, or ``RefusedError`` as soon as the request is ended: nobody waits for a busy engine then."""
+    wanted = asyncio.ensure_future(awaitable)
+    ended = asyncio.ensure_future(request.ended.wait())
+    try:
+        await asyncio.wait((wanted, ended), return_when=asyncio.FIRST_COMPLETED)
+        if wanted.done():
+            return wanted.result()
+        raise RefusedError(request.why_ended or CANCELLED)
+    finally:
+        wanted.cancel()
+        ended.cancel()

@@ -14,6 +14,7 @@ import logging
 import time
 import traceback
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,14 @@ from pygls.lsp.server import LanguageServer
 
 from fimserver import __version__
 from fimserver.engine.client import EngineClient, EngineOptions, EngineState
+from fimserver.lsp.acceptance import FILE_NAME, Acceptance
 from fimserver.lsp.completer import Completer
 from fimserver.lsp.convert import to_inline_items, to_menu_items
+from fimserver.lsp.gates import Gates
 from fimserver.lsp.protocol import FimProtocol
 from fimserver.lsp.requests import CANCELLED, RefusedError, Request, Requests
 from fimserver.lsp.session import Session, Source
-from fimserver.paths import config_file
+from fimserver.paths import config_file, state_folder
 from fimserver.settings import (
     BY_WIRE_NAME,
     ENGINE_SETTINGS,
@@ -66,7 +69,9 @@ class FimLanguageServer(LanguageServer):
         self._idle_timer: asyncio.TimerHandle | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self.requests = Requests(self.session)
-        self.completer = Completer(self.session, self.engine, self._wait_for_engine, self.wake_engine)
+        self.acceptance = Acceptance(state_folder() / FILE_NAME, self.session.learns_from_use)
+        gates = Gates(self.session, self.engine, self._wait_for_engine, self.wake_engine, self.acceptance)
+        self.completer = Completer(self.session, self.engine, gates, self.acceptance)
         self._progress: asyncio.Task[None] | None = None
         self._engine_settled = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -182,6 +187,7 @@ class FimLanguageServer(LanguageServer):
     def leave(self, reason: str) -> None:
         """The connection ends: so does its own engine, and another's goes on."""
         self._serves = False
+        self.acceptance.save()
         if self._idle_timer is not None:
             self._idle_timer.cancel()
         if self._owns_engine:
@@ -271,7 +277,14 @@ class FimLanguageServer(LanguageServer):
         """A document's text changed."""
         self.requests.on_edit(uri, text)
         self.completer.on_edit(uri, text)
+        self.acceptance.on_edit(uri, text)
         self.wake_engine()
+
+    def forget(self, uri: str) -> None:
+        """A document was closed, or is opened anew."""
+        self.requests.end(uri)
+        self.completer.forget(uri)
+        self.acceptance.forget(uri)
 
     async def on_inline_completion(self) -> lsp.InlineCompletionList:
         """Answer the request that ``Requests.receive`` took in, as ghost text."""
@@ -286,7 +299,7 @@ class FimLanguageServer(LanguageServer):
         request, outcome = await self._outcome(lsp.TEXT_DOCUMENT_COMPLETION)
         if isinstance(outcome, NoCompletion):
             return lsp.CompletionList(is_incomplete=True, items=[])
-        items = to_menu_items(outcome, self._index_for(request), self.session.encoding)
+        items = to_menu_items(outcome[0], self._index_for(request), self.session.encoding)
         return lsp.CompletionList(is_incomplete=True, items=items)
 
     def _index_for(self, request: Request) -> LineIndex:
@@ -294,13 +307,15 @@ class FimLanguageServer(LanguageServer):
         document = self.session.documents.get(request.snapshot.uri)
         return document.index if document is not None and request.selection is None else request.index
 
-    async def _outcome(self, method: str) -> tuple[Request, Completion | NoCompletion]:
+    async def _outcome(self, method: str) -> tuple[Request, list[Completion] | NoCompletion]:
         """The request of the message at hand and what comes of it; every empty outcome has a reason."""
         message_id = self.protocol.msg_id
         request = self.requests.take(message_id)
-        outcome: Completion | NoCompletion
+        outcome: list[Completion] | NoCompletion
         source, begin = "", time.perf_counter()
         try:
+            if request.selection is None and self.session.is_current(request.snapshot):
+                self.acceptance.look(request.snapshot)
             outcome, source = await self.completer.answer(request)
         except RefusedError as refused:
             outcome = refused.outcome
@@ -317,9 +332,17 @@ class FimLanguageServer(LanguageServer):
             outcome = NoCompletion("error", f"an error in fimserver: {type(error).__name__} at {where}")
         finally:
             self.requests.drop(request)
-        self.session.explain(request.snapshot, outcome, source)
+        if isinstance(outcome, list):
+            self._note_shown(request, outcome[0])
+        self.session.explain(request.snapshot, outcome if isinstance(outcome, NoCompletion) else outcome[0], source)
         self._trace(method, source or getattr(outcome, "reason", ""), (time.perf_counter() - begin) * 1e3)
         return request, outcome
+
+    def _note_shown(self, request: Request, completion: Completion) -> None:
+        """Watch what becomes of an answer; not where the text it is for is not the document's."""
+        document = self.session.documents.get(request.snapshot.uri)
+        if document is not None and request.selection is None:
+            self.acceptance.show(replace(request.snapshot, text=document.text), completion)
 
     def _trace(self, method: str, result: str, elapsed_ms: float) -> None:
         """One line for an editor that asked for a trace (``$/setTrace``); never any text of a document."""

@@ -6,6 +6,7 @@ Knows:  documents, texts.  Never: LSP messages, the engine.
 import math
 import time
 from collections import Counter, deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import islice
@@ -41,10 +42,10 @@ class Source(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Remembered:
-    """A completion and the snapshot it belongs to."""
+    """Completions that were offered side by side, the best first, and the snapshot they belong to."""
 
     snapshot: Snapshot
-    completion: Completion
+    completions: tuple[Completion, ...]
 
 
 def typed_since(snapshot: Snapshot, text: str) -> str | None:
@@ -84,6 +85,12 @@ def rest_of(snapshot: Snapshot, completion: Completion, now: Snapshot) -> Comple
     return Completion(completion.id, rest, now.cursor, now.cursor + replaced) if rest else None
 
 
+def rests_of(snapshot: Snapshot, completions: Iterable[Completion], now: Snapshot) -> list[Completion]:
+    """What is left of each of a snapshot's completions that begins with what was typed since."""
+    rests = (rest_of(snapshot, completion, now) for completion in completions)
+    return [rest for rest in rests if rest is not None]
+
+
 def _holds_in_order(text: str, characters: str) -> bool:
     remaining = iter(text)
     return all(character in remaining for character in characters)
@@ -106,15 +113,15 @@ class CompletionCache:
     def __init__(self) -> None:
         self._entries: deque[Remembered] = deque(maxlen=_MAX_REMEMBERED)
 
-    def remember(self, snapshot: Snapshot, completion: Completion) -> None:
-        """Keep a completion of a snapshot."""
-        self._entries.appendleft(Remembered(snapshot, completion))
+    def remember(self, snapshot: Snapshot, *completions: Completion) -> None:
+        """Keep the completions of a snapshot, the best first."""
+        self._entries.appendleft(Remembered(snapshot, completions))
 
-    def find(self, snapshot: Snapshot) -> Completion | None:
-        """The rest of a completion whose beginning was typed since, or the whole where nothing was."""
+    def find(self, snapshot: Snapshot) -> list[Completion]:
+        """The rests of completions whose beginning was typed since, or the whole where nothing was; often none."""
         ours = (entry for entry in self._entries if entry.snapshot.uri == snapshot.uri)
-        rests = (rest_of(entry.snapshot, entry.completion, snapshot) for entry in ours)
-        return next((rest for rest in rests if rest is not None), None)
+        found = (rests_of(entry.snapshot, entry.completions, snapshot) for entry in ours)
+        return next((rests for rests in found if rests), [])
 
     def forget(self, uri: str) -> None:
         """Drop what belongs to a closed document."""
@@ -191,6 +198,10 @@ class Session:
     def snoozed_minutes(self) -> int:
         """Minutes until automatic completions come again, rounded up."""
         return max(0, math.ceil((self.snoozed_until - time.monotonic()) / 60))
+
+    def learns_from_use(self) -> bool:
+        """Whether the person's own counts may matter: not under a seed, with which the text alone decides."""
+        return self.settings.learn_from_use and self.settings.seed is None
 
     def close(self, uri: str) -> None:
         """A document was closed."""

@@ -1,0 +1,245 @@
+"""What a person accepts and rejects, counted: how sure the model has to be is learned from it.
+
+    Counts       completions shown and accepted, by kind of source and by ten bins of confidence; a small file
+    Acceptance   one connection's: sees what is offered and what becomes of the text there
+
+An editor need not say what was accepted, so it is read from its edits. Accepted: one edit put the completion, or at
+least its first word, where it was offered, or the person typed it out. Rejected: the text there became another, or
+the person went elsewhere in the document. What is still open counts for nothing.
+
+Knows:  texts, the state folder.  Never: LSP types, the engine. What is kept is numbers, never text.
+"""
+
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from fimserver.lsp.session import CLOSERS
+from fimserver.types import Completion, Snapshot
+
+NUM_BINS = 10
+PRIOR_WEIGHT = 20  # observations that the model's own confidence is worth
+SURE_GUESS = 0.5  # about every second guess that is offered is right
+WRITE_EVERY_S = 30.0
+FILE_NAME = "acceptance.json"
+_MOST = 500  # observations of a bin; more are halved, so that habits may change
+_MAX_KNOWN = 64
+_FIRST_WORD = re.compile(r"\s*(?:\w+|[^\w\s]+)")
+_logger = logging.getLogger(__name__)
+
+
+class Kind(StrEnum):
+    """Where a completion came from."""
+
+    MODEL = "model"
+    GUESS = "guess"
+
+
+Bins = dict[Kind, list[list[int]]]  # [shown, accepted] of each bin
+
+
+def no_bins() -> Bins:
+    """Bins without a count."""
+    return {kind: [[0, 0] for _ in range(NUM_BINS)] for kind in Kind}
+
+
+def bin_of(confidence: float) -> int:
+    """The bin that a confidence falls into."""
+    return min(NUM_BINS - 1, max(0, int(confidence * NUM_BINS)))
+
+
+def posterior(confidence: float, shown: int, accepted: int) -> float:
+    """How likely a completion is accepted: the model's own confidence, moved by what came of others like it."""
+    return (PRIOR_WEIGHT * confidence + accepted) / (PRIOR_WEIGHT + shown)
+
+
+class Counts:
+    """The counts of a person, in a file that several servers may share; each adds what it saw."""
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self._path = path
+        self._clock = clock
+        self._bins = read_bins(path)
+        self._unsaved = no_bins()
+        self._written_at: float | None = None
+
+    def adjusted(self, confidence: float, kind: Kind = Kind.MODEL) -> float:
+        """A confidence after what the person accepted and rejected before."""
+        return posterior(confidence, *self._bins[kind][bin_of(confidence)])
+
+    def count(self, kind: Kind, confidence: float, *, accepted: bool) -> None:
+        """One completion was decided; written at most every half a minute."""
+        for bins in (self._bins, self._unsaved):
+            counts = bins[kind][bin_of(confidence)]
+            counts[0] += 1
+            counts[1] += accepted
+        if self._written_at is None or self._clock() - self._written_at >= WRITE_EVERY_S:
+            self.save()
+
+    def save(self) -> None:
+        """Add what was counted here to the file; one that cannot be written is left."""
+        if not any(shown for bins in self._unsaved.values() for shown, _ in bins):
+            return
+        self._written_at = self._clock()
+        merged = read_bins(self._path)
+        for kind, bins in self._unsaved.items():
+            for counts, more in zip(merged[kind], bins, strict=True):
+                counts[:] = [counts[0] + more[0], counts[1] + more[1]]
+                if counts[0] > _MOST:
+                    counts[:] = [counts[0] // 2, counts[1] // 2]
+        try:
+            write_bins(self._path, merged)
+        except OSError as error:
+            _logger.warning("what was accepted cannot be written to %s: %s", self._path, error.strerror)
+            return
+        self._bins, self._unsaved = merged, no_bins()
+
+
+def read_bins(path: Path) -> Bins:
+    """The counts in a file; none of one that is not there, or not in order, which is said in the log."""
+    try:
+        values = json.loads(path.read_bytes())
+        bins = {kind: [[shown, accepted] for shown, accepted in values[kind]] for kind in Kind}
+        is_whole = all(len(counts) == NUM_BINS and all(map(_is_count, counts)) for counts in bins.values())
+    except FileNotFoundError:
+        return no_bins()
+    except OSError as error:
+        _logger.warning("%s cannot be read (%s); what you accept is counted anew", path, error.strerror)
+        return no_bins()
+    except (ValueError, TypeError, KeyError, RecursionError):
+        is_whole = False
+    if is_whole:
+        return bins
+    _logger.warning("%s is damaged; what you accept is counted anew", path)
+    return no_bins()
+
+
+def _is_count(counts: list[Any]) -> bool:
+    return all(type(number) is int for number in counts) and 0 <= counts[1] <= counts[0]
+
+
+def write_bins(path: Path, bins: Bins) -> None:
+    """Put a file with these counts in the place of the last, for its owner only. Raises ``OSError``."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    new = path.with_name(f"{path.name}.{os.getpid()}")
+    with suppress(FileNotFoundError):
+        new.unlink()
+    file = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(file, "w", encoding="ascii") as stream:
+            json.dump(bins, stream)
+        new.replace(path)
+    except OSError:
+        with suppress(OSError):
+            new.unlink()
+        raise
+
+
+@dataclass(slots=True)
+class _Shown:
+    """A completion on the person's screen, the text it was offered for, and how much of it is there by now."""
+
+    snapshot: Snapshot
+    completion: Completion
+    typed: int = 0
+
+    def judge(self, text: str) -> bool | None:
+        """Whether the completion was accepted, now that the document reads so; ``None`` while that is open."""
+        length = max((self._length_in(inserted) for inserted in self._inserted(text)), default=-1)
+        if length < 0:
+            return False
+        added, self.typed = length - self.typed, length
+        middle = self.completion.middle
+        word = _FIRST_WORD.match(middle)
+        if length == len(middle) or (added > 1 and length >= (word.end() if word else 1)):
+            return True
+        return None
+
+    def _inserted(self, text: str) -> list[str]:
+        """What stands where it was offered, with what it would replace behind it or in its place."""
+        old, start, end = self.snapshot.text, self.completion.replace_start, self.completion.replace_end
+        tails = (old[start:], old[end:])
+        fits = (tail for tail in tails if len(text) >= start + len(tail) and text.endswith(tail))
+        return [text[start : len(text) - len(tail)] for tail in fits if text.startswith(old[:start])]
+
+    def _length_in(self, inserted: str) -> int:
+        """How much of the completion was inserted, closers of the editor's behind it left aside; -1 for other text."""
+        middle = self.completion.middle
+        if inserted.startswith(middle):
+            return len(middle)
+        bare = inserted.rstrip(CLOSERS)
+        cuts = range(len(inserted), len(bare) - 1, -1)
+        return next((cut for cut in cuts if middle.startswith(inserted[:cut])), -1)
+
+
+@dataclass
+class Acceptance:
+    """What becomes of one connection's completions; off where the person's settings say so."""
+
+    path: Path
+    is_on: Callable[[], bool]
+    _counts: Counts | None = None
+    _known: dict[str, tuple[Kind, float]] = field(default_factory=dict)  # by completion; until it is decided
+    _shown: dict[str, _Shown] = field(default_factory=dict)  # by document
+
+    def adjusted(self, confidence: float) -> float | None:
+        """A confidence of the model after what the person accepted and rejected; ``None`` where that is off."""
+        return self._read().adjusted(confidence) if self.is_on() else None
+
+    def know(self, completion: Completion, kind: Kind, confidence: float) -> None:
+        """How sure a completion is that may be shown."""
+        self._known[completion.id] = kind, confidence
+        while len(self._known) > _MAX_KNOWN:
+            del self._known[next(iter(self._known))]
+
+    def show(self, snapshot: Snapshot, completion: Completion) -> None:
+        """A completion was offered; with another id at the same place it takes the last one's place."""
+        last = self._shown.get(snapshot.uri)
+        if (
+            last is not None
+            and last.completion.id == completion.id
+            and last.completion.middle.endswith(completion.middle)
+        ):
+            return
+        if self.is_on():
+            self._shown[snapshot.uri] = _Shown(snapshot, completion)
+
+    def look(self, snapshot: Snapshot) -> None:
+        """The person is at a place now: what is shown at another one was left."""
+        last = self._shown.get(snapshot.uri)
+        if last is not None and snapshot.cursor != last.completion.replace_start + last.typed:
+            self._decide(snapshot.uri, accepted=False)
+
+    def on_edit(self, uri: str, text: str) -> None:
+        """The text of a document changed."""
+        if (last := self._shown.get(uri)) is not None and (accepted := last.judge(text)) is not None:
+            self._decide(uri, accepted=accepted)
+
+    def forget(self, uri: str) -> None:
+        """A document was closed: what is shown there stays open."""
+        self._shown.pop(uri, None)
+
+    def save(self) -> None:
+        """Write what is not written yet."""
+        if self._counts is not None:
+            self._counts.save()
+
+    def _decide(self, uri: str, *, accepted: bool) -> None:
+        shown = self._shown.pop(uri)
+        known = self._known.pop(shown.completion.id, None)
+        if known is not None and self.is_on():
+            kind, confidence = known
+            self._read().count(kind, confidence, accepted=accepted)
+
+    def _read(self) -> Counts:
+        if self._counts is None:
+            self._counts = Counts(self.path)
+        return self._counts
