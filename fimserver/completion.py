@@ -198,7 +198,7 @@ def complete_snapshot(
         return result
     (result.completion, *others), result.source = outcome.completions, "model"
     if result.alternatives is not None:
-        result.alternatives += others
+        result.alternatives += others[: settings.candidates - 1]
     return result
 
 

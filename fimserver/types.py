@@ -132,7 +132,8 @@ class Sampling:
 
     ``max_latency_ms`` ends a completion at its best draft; an answer has at least ``min_tokens`` (0 or 1)
     tokens; ``trace`` adds every canvas to drafts; ``temperature`` 0 takes the likeliest tokens; of
-    ``num_candidates`` distinct answers the best is the answer and the others are its alternatives. ``without`` names
+    ``num_candidates`` distinct answers that are written the best is the answer and the others are its alternatives, as
+    are guesses that were looked at on the way. ``without`` names
     parts of the decoder to leave out, for measurements (``PARTS``).
     """
 

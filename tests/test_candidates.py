@@ -32,13 +32,15 @@ def texts(items: Any) -> list[str]:
 
 
 def test_an_item_for_each_by_hand(fake: FakeServer) -> None:
+    assert texts(fake.complete(*show(fake, "two"))) == ["first, second", "first"], "two are the default"
+    fake.set(candidates=3)
     place = show(fake, "hand")
     items = fake.complete(*place)
     assert texts(items) == ["first, second", "first", "second"], "the answer, then the likelier"
     assert len({item["command"]["arguments"][0] for item in items}) == 3
     assert all(item["range"] == items[0]["range"] for item in items)
     (begun,) = fake.noted("begun", "hand")
-    assert begun["candidates"] == 2, "the default"
+    assert begun["candidates"] == 3
     assert texts(fake.complete(*place)) == ["first, second", "first", "second"]
     assert texts(fake.complete(*place, invoked=False)) == ["first, second"]
     assert len(fake.noted("begun", "hand")) == 1

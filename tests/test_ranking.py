@@ -108,7 +108,7 @@ def test_an_uncalibrated_model_never_says_a_guess(tiny_engine: Engine) -> None:
 @pytest.mark.parametrize("mode", [Mode.VERIFIED, Mode.DIFFUSION])
 def test_alternatives_are_distinct_and_sorted(engine: Engine, mode: Mode) -> None:
     plain = engine.complete(FIM, Sampling(mode, seed=0, min_tokens=1))
-    assert plain.alternatives == ()
+    assert plain.alternatives == (), "no guesses, one answer"
     several = engine.complete(FIM, Sampling(mode, seed=0, min_tokens=1, num_candidates=3))
     texts = [several.text, *(a.text for a in several.alternatives)]
     assert 2 <= len(texts) <= 3

@@ -147,9 +147,7 @@ class Engine:
             timings_ms=clock.timings_ms(),
             prompt_text=self.vocabulary.show_all(job.prompt.token_ids) if sampling.trace else "",
             confidence=best.probability,
-            alternatives=tuple(
-                Alternative(c.text, c.probability) for c in others[: sampling.num_candidates - 1] if c.text.strip()
-            ),
+            alternatives=tuple(Alternative(c.text, c.probability) for c in others if c.text.strip()),
             is_guess=best.guess is not None,
         )
 

@@ -59,7 +59,7 @@ class Completer:
         ``RefusedError``.
         """
         completions, source = await self._find_answer(request)
-        return completions if request.invoked else completions[:1], source
+        return completions[: self._session.settings.candidates if request.invoked else 1], source
 
     async def _find_answer(self, request: Request) -> tuple[list[Completion], str]:
         snapshot = request.snapshot
