@@ -36,6 +36,17 @@ class Mode(StrEnum):
     AUTOREGRESSIVE = "autoregressive"
 
 
+class Verdict(StrEnum):
+    """What a language's rules say of a text that would go on with an answer.
+
+    ``END``: the answer is whole before it, since the text behind the cursor goes on with the same.
+    """
+
+    ALLOWED = "allowed"
+    FORBIDDEN = "forbidden"
+    END = "end"
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """One document at the moment a request arrived; ``cursor`` is an offset into ``text``."""
@@ -122,7 +133,8 @@ class Sampling:
 
     ``max_latency_ms`` ends a completion at its best draft; an answer has at least ``min_tokens`` (0 or 1)
     tokens; ``trace`` adds every canvas to drafts; ``temperature`` 0 takes the likeliest tokens; of
-    ``num_candidates`` distinct answers the best is the answer and the others are its alternatives.
+    ``num_candidates`` distinct answers the best is the answer and the others are its alternatives; without
+    ``grammar`` no token is refused for what its language does not allow.
     """
 
     mode: Mode = Mode.AUTO
@@ -133,6 +145,7 @@ class Sampling:
     trace: bool = False
     temperature: float | None = None
     num_candidates: int = 1
+    grammar: bool = True
 
 
 @dataclass(frozen=True, slots=True)

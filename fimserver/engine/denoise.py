@@ -17,14 +17,17 @@ Draws:    in the order of transformers' ``generate``, so that the same seed give
 Source:   entropy bound, arXiv 2505.24857; the loop, transformers' DiffusionGemmaGenerationMixin.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from fimserver.engine.answer import AnswerEnd, AnswerStart, confidence_of
+from fimserver.engine.constraint import CanvasConstraint
 from fimserver.engine.model import Model
 from fimserver.engine.network import KeyValues
+
+_MOST_RENOISINGS = 2  # of one canvas
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +150,19 @@ def is_settled(state: CanvasState, options: DenoisingOptions, num_positions: int
     return stable and float(state.entropy[:, part].mean()) < options.confidence_threshold
 
 
+def renoise(model: Model, state: CanvasState, positions: Iterable[int], generator: torch.Generator) -> CanvasState:
+    """The state with some positions drawn anew, as if nothing had been said of them."""
+    at = torch.tensor(sorted(positions), device=state.canvas.device)
+    canvas, accepted_mask = state.canvas.clone(), state.accepted_mask.clone()
+    canvas[:, at] = draw_noise(model, generator)[:, at]
+    accepted_mask[:, at] = False
+    logits = state.logits
+    if logits is not None:
+        logits = logits.clone()
+        logits[:, at] = 0.0  # conditions on every token alike
+    return replace(state, canvas=canvas, accepted_mask=accepted_mask, logits=logits, history=())
+
+
 def fill_canvas(  # noqa: PLR0913  one call has one place
     model: Model,
     cache: KeyValues,
@@ -157,11 +173,16 @@ def fill_canvas(  # noqa: PLR0913  one call has one place
     answer_start: AnswerStart,
     stop: Callable[[], bool],
     on_step: Callable[[CanvasState, Sequence[int]], None],
+    constraint: CanvasConstraint | None = None,
 ) -> Filled:
-    """Denoise one canvas until its answer is settled; the best draft when time or steps run out."""
+    """Denoise one canvas until its answer is settled; the best draft when time or steps run out.
+
+    A settled answer that the constraint finds errors in is drawn anew there and goes on, at most twice.
+    """
     state = initialize_canvas(model, options, generator)
     answer: list[int] = []
     finish = "steps"
+    renoisings = _MOST_RENOISINGS if constraint is not None else 0
     while state.steps_left:
         if stop():
             finish = "latency"
@@ -172,6 +193,12 @@ def fill_canvas(  # noqa: PLR0913  one call has one place
         answer = best[:length]
         on_step(state, answer)
         if is_settled(state, options, length + 1):
+            if renoisings and constraint is not None and state.steps_left:
+                wrong = constraint.positions_in_error(answer, answer_end.vocabulary)
+                if wrong:
+                    renoisings -= 1
+                    state = renoise(model, state, wrong, generator)
+                    continue
             finish = "end" if length < len(best) else "length"
             break
     confidence = confidence_in(state, options, answer_start.own_positions(answer))

@@ -22,6 +22,7 @@ from fimserver.engine.answer import AnswerEnd, AnswerStart
 from fimserver.engine.autoregressive import fill_left_to_right
 from fimserver.engine.denoise import CanvasState, DenoisingOptions, Filled, fill_canvas
 from fimserver.engine.drafts import Lookup
+from fimserver.engine.grammar import LexicalRules, TreeRules
 from fimserver.engine.kv_cache import Encoded, PromptCache
 from fimserver.engine.model import Model, find_device
 from fimserver.engine.probe import choose_drafts, measure_row_cost
@@ -184,6 +185,7 @@ class Engine:
             answer_start=job.answer_start,
             stop=job.clock.is_over,
             on_step=on_step,
+            constraint=TreeRules(job.context, job.prompt.healed) if job.sampling.grammar else None,
         )
         return encoded, filled
 
@@ -201,6 +203,7 @@ class Engine:
             on_token=job.on_answer,
             temperature=job.temperature,
             generator=job.generator,
+            rules=job.rules(),
         )
         return encoded, filled
 
@@ -230,6 +233,7 @@ class Engine:
             on_token=job.on_answer,
             temperature=job.temperature,
             generator=job.generator,
+            rules=job.rules(),
         )
         self._earlier += [ids[0], *before[-_MATCHED_TOKENS:], *filled.token_ids]
         del self._earlier[:-_EARLIER_TOKENS]
@@ -263,6 +267,12 @@ class _Job:
     def temperature(self) -> float:
         """Of left-to-right decoding; 0 takes the likeliest."""
         return max(self.sampling.temperature, _LEAST_TEMPERATURE) if self.sampling.temperature else 0.0
+
+    def rules(self) -> LexicalRules | None:
+        """What the language allows from left to right."""
+        if not self.sampling.grammar:
+            return None
+        return LexicalRules(self.context, self.prompt.healed, self.answer_end)
 
     def on_answer(self, answer: Sequence[int]) -> None:
         """Call out an answer that grew from left to right."""
