@@ -25,8 +25,10 @@ from fimserver.types import FimContext, HoleKind, Verdict
 
 _LANGUAGES = {"python", "javascript", "typescript", "go", "rust", "java", "c", "cpp", "csharp"}
 _IN_TEXT = {HoleKind.COMMENT, HoleKind.DOCSTRING}
-_TELLING = re.compile(r"[)\]}\n\"'`]")
+_CODE = {HoleKind.REST_OF_LINE, HoleKind.EXPRESSION, HoleKind.STATEMENT, HoleKind.BLOCK}
+_TELLING = re.compile(r"[)\]}\n\"'`:#]")
 _BEFORE_QUOTE = re.compile(r"(?:[=(,\[:+?&|!{;<>]|\b(?:return|case|from|import|of|in|typeof))\s*$")
+_BEGINS_STATEMENT = re.compile(r"^[ \t]*(?:def|class|return|raise|import|from|while|try|except|elif|del)\b", re.MULTILINE)
 _FORMATTED = re.compile(r"[rRbBuU]*[fFtT][rR]*$")
 _NEEDS_COLON = re.compile(r"\s*(?:async\s+)?(?:class|def|elif|else|except|finally|for|if|try|while|with)\b(?!\s*=)")
 _GOES_ON = re.compile(r"(?:[=+\-/%&|^~<>@]|(?<![\d.])\.|\b(?:and|or|not|in|is|lambda|import|as))$")
@@ -58,12 +60,16 @@ class Continuation:
         self.language = find_language(context.language_id)
         self._suffix, self._hole = context.suffix, context.hole
         before = context.head + context.prefix
+        state = scan(before, self.language)
+        doubtful = bool(state.quote or state.in_comment)
+        if doubtful and self._hole.kind in _CODE:  # then the window begins in a string
+            before, doubtful = _behind_string(context.prefix, self.language)
+        elif self._hole.kind is not HoleKind.SPAN:
+            doubtful = False
         place = open_before(before, self.language)
         code = before[place.offset :]
         state = _scan(code, _marks(place.outer), self.language)
         self._quote = state.quote
-        code_kind = self._hole.kind not in {*_IN_TEXT, HoleKind.STRING, HoleKind.SPAN}
-        doubtful = code_kind and (state.quote or state.in_comment)  # a window that begins in a string
         nested = any(mark not in CLOSER_OF or mark in '"`' for mark in state.brackets)
         if self._hole.kind is HoleKind.SPAN:  # it may be anywhere, so also in a window that begins in a string
             doubtful = any(q.multiline and q.open in before for q in self.language.quotes)
@@ -76,6 +82,7 @@ class Continuation:
         anything = self._hole.kind is HoleKind.SPAN or bool(state.quote) or state.in_comment
         self._closers = closed_behind(self._suffix, self.language)
         self._knows_closers = not anything  # what is closed behind a string depends on where that ends
+        self._knows_bottom = self.language.id == "python" and state.unmatched is None and _begins_above(before)
         self._rest = self._suffix.split("\n", 1)[0]
         self._depth = width(before[before.rfind("\n") + 1 :])
         code = code[: len(code) - taken_off]
@@ -113,9 +120,11 @@ class Continuation:
         if not self.is_active:
             return True
         code = self._state.code
-        state = self._scan(code)
+        return self._may_end(code, self._scan(code))
+
+    def _may_end(self, code: str, state: OpenState) -> bool:
         if state.in_comment:
-            return True
+            code = code[: state.text_start]
         if state.quote:
             return state.quote not in {'"', "'"} or self._in_doubt(code, state) or self._closes(state.quote)
         if self._doubts(code):
@@ -136,11 +145,19 @@ class Continuation:
             if not state.quote and not state.in_comment and not state.brackets and self.language.id == "python":
                 forbidden = self._is_unfinished(code[:at])
             return Verdict.FORBIDDEN if forbidden else Verdict.ALLOWED, floor
+        if character == "#":
+            leads_on = self.language.id != "python" or self._hole.max_lines > 1 or state.quote or state.in_comment
+            return Verdict.ALLOWED if leads_on or self._may_end(code[:at], state) else Verdict.FORBIDDEN, floor
+        if character == ":":
+            forbidden = self.language.id == "python" and self._is_stray_colon(code, at, state)
+            return Verdict.FORBIDDEN if forbidden else Verdict.ALLOWED, floor
         if character in "\"'`":
             closes = self._hole.kind is HoleKind.STRING and bool(self._quote) and state.quote == self._quote and state.text_start < self._state.own
             if closes and not self._scan(code[: at + 1]).quote and self._closes(self._quote):
                 return Verdict.END, floor
             return Verdict.ALLOWED, floor
+        if not state.brackets and not state.quote and not state.in_comment and self._knows_bottom:
+            return Verdict.FORBIDDEN, floor
         if state.quote or state.in_comment or not state.brackets or self._doubts(code[:at]):
             return Verdict.ALLOWED, floor
         opened = self._opened(code[:at], state)
@@ -154,6 +171,14 @@ class Continuation:
             if code[at + 1 : at + 2] not in {".", "(", "["}:  # "f(a).g(" may open what is closed behind
                 return Verdict.FORBIDDEN, floor
         return Verdict.ALLOWED, len(opened) - 1
+
+    def _is_stray_colon(self, code: str, at: int, state: OpenState) -> bool:
+        """Whether a colon of Python stands in parentheses that have none: not a parameter's or a lambda's."""
+        if state.quote or state.in_comment or not state.brackets.endswith("(") or state.offsets[-1] < 0:
+            return False
+        before, inside = code[: state.offsets[-1]], code[state.offsets[-1] : at]
+        defines = re.search(r"\b(?:def|class)\b", before[before.rfind("\n") + 1 :]) or before.rstrip().endswith("]")
+        return not defines and "lambda" not in inside and code[at : at + 2] != ":="
 
     def _judge_indentation(self, state: _State) -> Verdict:
         """Of the line that the answer is in, once it says how deep it is."""
@@ -268,6 +293,21 @@ class Continuation:
 @lru_cache(maxsize=64)
 def _scan(code: str, outer: str, language: Language) -> OpenState:
     return scan(code, language, outer)
+
+
+def _begins_above(before: str) -> bool:
+    """Whether a text that no closer is stray in has a statement of Python above its last line."""
+    return _BEGINS_STATEMENT.search(before[: before.rfind("\n") + 1]) is not None
+
+
+def _behind_string(text: str, language: Language) -> tuple[str, bool]:
+    """What follows the string that a text begins in, and whether even that is not code at its end."""
+    for quote in language.quotes:
+        if quote.multiline and (end := find_string_end(text, 0, quote.open, language)) is not None:
+            state = scan(text[end:], language)
+            if not state.quote and not state.in_comment:
+                return text[end:], False
+    return text, True
 
 
 def _marks(opened: tuple[Opened, ...]) -> str:

@@ -8,6 +8,7 @@ Both work on the texts of a context alone; importing this file brings no grammar
 Knows:  texts of the context, token ids, bytes.  Never: documents, tensors.
 """
 
+import sys
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -16,6 +17,7 @@ from fimserver.engine.vocabulary import Vocabulary
 from fimserver.types import FimContext, Verdict
 
 _BEFORE, _BEHIND = 1_600, 900  # characters that are parsed around a middle: about a millisecond
+_MOST_REFUSED = 6  # tokens within which an answer that would not end well has to
 _STAND_INS = ("", "x", "pass", "0", "x: pass", ": pass", "x;", ";")
 
 
@@ -28,12 +30,16 @@ class LexicalRules:
         self._continuation = Continuation(context, taken_off=len(healed))
         self._answer_end = answer_end
         self._answer: list[int] = []
+        self._ends_by = sys.maxsize
         self._half = b""  # of a character
 
     def judge(self, token_id: int) -> Verdict:
         """Whether the answer may go on with a token; one that ends it may come where the answer may end."""
         if self._answer_end.find([*self._answer, token_id]) == len(self._answer):
-            return Verdict.ALLOWED if self._continuation.may_end() else Verdict.FORBIDDEN
+            if len(self._answer) >= self._ends_by or self._continuation.may_end():
+                return Verdict.ALLOWED
+            self._ends_by = min(self._ends_by, len(self._answer) + _MOST_REFUSED)
+            return Verdict.FORBIDDEN
         return self._continuation.judge(self._text(token_id)[0])
 
     def accept(self, token_id: int) -> None:
