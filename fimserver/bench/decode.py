@@ -10,6 +10,8 @@ parse ok      the whole file parses with the answer in it
 ratios        medians over holes of one hole's ratio, with 95% bootstrap intervals (``bench/ratios.py``)
 warm          after a completion one to four characters of what stood in the hole are typed, and it is asked again
 
+A mode's name with ``-nogrammar`` behind it is that mode without the rules of the language; only who names it gets it.
+
 Knows:  holes, ways, numbers.  Never: tensors, LSP.
 """
 
@@ -40,6 +42,8 @@ from fimserver.types import Mode, Sampling
 LEFT_TO_RIGHT = Mode.AUTOREGRESSIVE.value
 GENERATE, EAGER = "generate", "eager"
 MODES = tuple(mode.value for mode in Mode if mode is not Mode.AUTO)
+NO_GRAMMAR = "-nogrammar"
+WITHOUT_GRAMMAR = tuple(mode + NO_GRAMMAR for mode in MODES)
 WAYS = (*MODES, Mode.AUTO.value, GENERATE, EAGER)
 STEP_BUDGETS = (1, 2, 4, 8, 16, 24)
 _BUDGET_HOLES = 30
@@ -132,7 +136,7 @@ class DecodeBench:
         self.info = self.engine.info
         self.seed = settings.seed or 0
         self.generate_config: dict[str, Any] | None = None
-        self.ways = self._make_ways(settings, [name for name in WAYS if name in ways])
+        self.ways = self._make_ways(settings, [name for name in (*WAYS, *WITHOUT_GRAMMAR) if name in ways])
         self.cuts = draw_holes(
             limit,
             self.engine.vocabulary,
@@ -142,7 +146,12 @@ class DecodeBench:
 
     def _make_ways(self, settings: Settings, names: Sequence[str]) -> dict[str, Way]:
         ways: dict[str, Way] = {
-            name: EngineWay(self.engine, Sampling(mode=Mode(name), seed=self.seed))
+            name: EngineWay(
+                self.engine,
+                Sampling(
+                    mode=Mode(name.removesuffix(NO_GRAMMAR)), seed=self.seed, grammar=not name.endswith(NO_GRAMMAR)
+                ),
+            )
             for name in names
             if name not in {GENERATE, EAGER}
         }
@@ -169,7 +178,7 @@ class DecodeBench:
             for hole in progress.track(range(len(self.cuts)), description="filling"):
                 first = hole % len(names)
                 for name in names[first:] + names[:first]:
-                    if name in MODES or is_compared(hole):
+                    if name in MODES or name in WITHOUT_GRAMMAR or is_compared(hole):
                         outcome = self.ways[name](self.cuts[hole].context)
                         measured.outcomes[name][hole] = outcome
                         self._ask_again(measured, name, hole, rng)
@@ -291,8 +300,8 @@ def find_warm_over_cold(measured: Measured) -> dict[str, WarmNumbers]:
 def parse_ways(text: str | None) -> tuple[str, ...]:
     """Names between commas; all ways for none. Raises ``FimserverError`` for one that there is not."""
     names = WAYS if text is None else tuple(name.strip() for name in text.split(",") if name.strip())
-    if not names or set(names) - set(WAYS):
-        msg = f"--modes {text}: write some of {', '.join(WAYS)} with commas between them"
+    if not names or set(names) - {*WAYS, *WITHOUT_GRAMMAR}:
+        msg = f"--modes {text}: write some of {', '.join((*WAYS, *WITHOUT_GRAMMAR))} with commas between them"
         raise FimserverError(msg)
     return names
 

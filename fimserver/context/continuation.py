@@ -28,7 +28,10 @@ _IN_TEXT = {HoleKind.COMMENT, HoleKind.DOCSTRING}
 _CODE = {HoleKind.REST_OF_LINE, HoleKind.EXPRESSION, HoleKind.STATEMENT, HoleKind.BLOCK}
 _TELLING = re.compile(r"[)\]}\n\"'`:#]")
 _BEFORE_QUOTE = re.compile(r"(?:[=(,\[:+?&|!{;<>]|\b(?:return|case|from|import|of|in|typeof))\s*$")
-_BEGINS_STATEMENT = re.compile(r"^[ \t]*(?:def|class|return|raise|import|from|while|try|except|elif|del)\b", re.MULTILINE)
+_BEGINS_STATEMENT = re.compile(
+    r"^[ \t]*(?:def|class|return|raise|import|from|while|try|except|elif|del)\b", re.MULTILINE
+)
+_ARGUMENT = re.compile(r"^\s*\w+=[^=]|,\s*$")
 _FORMATTED = re.compile(r"[rRbBuU]*[fFtT][rR]*$")
 _NEEDS_COLON = re.compile(r"\s*(?:async\s+)?(?:class|def|elif|else|except|finally|for|if|try|while|with)\b(?!\s*=)")
 _GOES_ON = re.compile(r"(?:[=+\-/%&|^~<>@]|(?<![\d.])\.|\b(?:and|or|not|in|is|lambda|import|as))$")
@@ -82,9 +85,14 @@ class Continuation:
         anything = self._hole.kind is HoleKind.SPAN or bool(state.quote) or state.in_comment
         self._closers = closed_behind(self._suffix, self.language)
         self._knows_closers = not anything  # what is closed behind a string depends on where that ends
+        below = self._suffix.split("\n", 2)[1:2]
+        goes_on = self._suffix.lstrip().startswith(",")
+        self._has_arguments = goes_on or (bool(below) and _ARGUMENT.search(below[0]) is not None)
         self._knows_bottom = self.language.id == "python" and state.unmatched is None and _begins_above(before)
         self._rest = self._suffix.split("\n", 1)[0]
         self._depth = width(before[before.rfind("\n") + 1 :])
+        if code.strip() and place.statement is not None:
+            self._depth = place.statement
         code = code[: len(code) - taken_off]
         self._state = _State(
             code, place.outer, place.indent, len(state.brackets), len(code), place.statement, _levels(before)
@@ -126,7 +134,12 @@ class Continuation:
         if state.in_comment:
             code = code[: state.text_start]
         if state.quote:
-            return state.quote not in {'"', "'"} or self._in_doubt(code, state) or self._closes(state.quote)
+            return (
+                not self._is_short(state)
+                or code.endswith(state.quote)
+                or self._in_doubt(code, state)
+                or self._closes(state.quote)
+            )
         if self._doubts(code):
             return True
         opened = self._opened(code, state)
@@ -141,7 +154,7 @@ class Continuation:
         state = self._scan(code[:at])
         character = code[at]
         if character == "\n":
-            forbidden = state.quote in {'"', "'"} and not self._in_doubt(code[:at], state)
+            forbidden = self._is_short(state) and not self._in_doubt(code[:at], state)
             if not state.quote and not state.in_comment and not state.brackets and self.language.id == "python":
                 forbidden = self._is_unfinished(code[:at])
             return Verdict.FORBIDDEN if forbidden else Verdict.ALLOWED, floor
@@ -152,7 +165,12 @@ class Continuation:
             forbidden = self.language.id == "python" and self._is_stray_colon(code, at, state)
             return Verdict.FORBIDDEN if forbidden else Verdict.ALLOWED, floor
         if character in "\"'`":
-            closes = self._hole.kind is HoleKind.STRING and bool(self._quote) and state.quote == self._quote and state.text_start < self._state.own
+            closes = (
+                self._hole.kind is HoleKind.STRING
+                and bool(self._quote)
+                and state.quote == self._quote
+                and state.text_start < self._state.own
+            )
             if closes and not self._scan(code[: at + 1]).quote and self._closes(self._quote):
                 return Verdict.END, floor
             return Verdict.ALLOWED, floor
@@ -168,7 +186,9 @@ class Continuation:
         if self._knows_closers and is_closed(opened, self._closers, self.language):
             if self._suffix.lstrip()[:1] == character:
                 return Verdict.END, floor
-            if code[at + 1 : at + 2] not in {".", "(", "["}:  # "f(a).g(" may open what is closed behind
+            # "f(a).g(" and "f(a) and (" may open what is closed on a line below
+            reopens = code[at + 1 : at + 2] in {".", "(", "["} or not self._has_arguments
+            if self._closers[0].at_cursor or not opened[-1].at_cursor or not reopens:
                 return Verdict.FORBIDDEN, floor
         return Verdict.ALLOWED, len(opened) - 1
 
@@ -263,6 +283,10 @@ class Continuation:
         """Whether the last line may hold a pattern or a character that only looks like a bracket."""
         marks = [c for c in self.language.literal_starts if not c.isalnum()]
         return bool(self.language.literals) and any(c in code[code.rfind("\n") + 1 :] for c in marks)
+
+    def _is_short(self, state: OpenState) -> bool:
+        """Whether a string is open that ends on its line."""
+        return any(q.open == state.quote and not q.multiline for q in self.language.quotes)
 
     def _in_doubt(self, code: str, state: OpenState) -> bool:
         """Whether what looks like an open string may be something else, or go on below."""

@@ -109,15 +109,15 @@ class TreeRules:
         tree = parse(self._before + middle + self._behind, self._language_id)
         if tree is None:
             return []
-        start, length = tree.to_byte(len(self._before)), len(middle.encode("utf-8", "surrogatepass"))
+        source = middle.encode("utf-8", "surrogatepass")
+        start, length = tree.to_byte(len(self._before)), len(source)
+        blanks = len(self._behind) - len(self._behind.lstrip())  # where a middle lacks something, the next word errs
         spans = []
         for first, last in tree.errors():
-            begin, end = max(first - start, 0), min(max(last, first + 1) - start, length)
-            if first <= start + length and last >= start and begin <= end:
-                begin = min(begin, max(length - 1, 0))  # what lacks behind the middle is its last character's fault
-                end = max(end, begin + 1)
-                encoded = middle.encode("utf-8", "surrogatepass")
+            if first <= start + length + blanks and last >= start:
+                begin = max(min(first - start, length - 1), 0)
+                end = max(min(last - start, length), begin + 1)
                 spans.append(
-                    (len(encoded[:begin].decode("utf-8", "ignore")), len(encoded[:end].decode("utf-8", "ignore")))
+                    (len(source[:begin].decode("utf-8", "ignore")), len(source[:end].decode("utf-8", "ignore")))
                 )
         return spans
