@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from cases import MARK
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cases import MARK
 from fimserver.bench.lines import HELD_OUT, cut_lines, read_module
 from fimserver.context.continuation import Continuation
 from fimserver.context.languages import find_language

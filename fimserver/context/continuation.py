@@ -63,7 +63,7 @@ class Continuation:
         self.language = find_language(context.language_id)
         self._suffix, self._hole = context.suffix, context.hole
         before = context.head + context.prefix
-        state = scan(before, self.language)
+        whole = state = scan(before, self.language)
         doubtful = bool(state.quote or state.in_comment)
         if doubtful and self._hole.kind in _CODE:  # then the window begins in a string
             before, doubtful = _behind_string(context.prefix, self.language)
@@ -88,7 +88,7 @@ class Continuation:
         below = self._suffix.split("\n", 2)[1:2]
         goes_on = self._suffix.lstrip().startswith(",")
         self._has_arguments = goes_on or (bool(below) and _ARGUMENT.search(below[0]) is not None)
-        self._knows_bottom = self.language.id == "python" and state.unmatched is None and _begins_above(before)
+        self._knows_bottom = self.language.id == "python" and whole.unmatched is None and _begins_above(context.prefix)
         self._rest = self._suffix.split("\n", 1)[0]
         self._depth = width(before[before.rfind("\n") + 1 :])
         if code.strip() and place.statement is not None:
@@ -150,51 +150,53 @@ class Continuation:
         return not self._is_unfinished(code)
 
     def _judge_at(self, code: str, at: int, floor: int) -> tuple[Verdict, int]:
-        """What one closer, quote or line's end in the answer means; and the brackets left that are older."""
+        """What one telling character of the answer means; and how many of the older brackets it leaves open."""
         state = self._scan(code[:at])
-        character = code[at]
-        if character == "\n":
-            forbidden = self._is_short(state) and not self._in_doubt(code[:at], state)
-            if not state.quote and not state.in_comment and not state.brackets and self.language.id == "python":
-                forbidden = self._is_unfinished(code[:at])
-            return Verdict.FORBIDDEN if forbidden else Verdict.ALLOWED, floor
-        if character == "#":
-            leads_on = self.language.id != "python" or self._hole.max_lines > 1 or state.quote or state.in_comment
-            return Verdict.ALLOWED if leads_on or self._may_end(code[:at], state) else Verdict.FORBIDDEN, floor
-        if character == ":":
-            forbidden = self.language.id == "python" and self._is_stray_colon(code, at, state)
-            return Verdict.FORBIDDEN if forbidden else Verdict.ALLOWED, floor
-        if character in "\"'`":
-            closes = (
-                self._hole.kind is HoleKind.STRING
-                and bool(self._quote)
-                and state.quote == self._quote
-                and state.text_start < self._state.own
-            )
-            if closes and not self._scan(code[: at + 1]).quote and self._closes(self._quote):
-                return Verdict.END, floor
+        if code[at] not in ")]}":
+            return self._judge_mark(code, at, state), floor
+        if state.quote or state.in_comment or self._doubts(code[:at]):
             return Verdict.ALLOWED, floor
-        if not state.brackets and not state.quote and not state.in_comment and self._knows_bottom:
-            return Verdict.FORBIDDEN, floor
-        if state.quote or state.in_comment or not state.brackets or self._doubts(code[:at]):
-            return Verdict.ALLOWED, floor
+        if not state.brackets:
+            return Verdict.FORBIDDEN if self._knows_bottom else Verdict.ALLOWED, floor
         opened = self._opened(code[:at], state)
-        if CLOSER_OF[state.brackets[-1]] != character:
+        if CLOSER_OF[state.brackets[-1]] != code[at]:
             return Verdict.FORBIDDEN if opened[-1].is_sure else Verdict.ALLOWED, floor
         if len(opened) > floor:
             return Verdict.ALLOWED, floor
-        if self._knows_closers and is_closed(opened, self._closers, self.language):
-            if self._suffix.lstrip()[:1] == character:
-                return Verdict.END, floor
-            # "f(a).g(" and "f(a) and (" may open what is closed on a line below
-            reopens = code[at + 1 : at + 2] in {".", "(", "["} or not self._has_arguments
-            if self._closers[0].at_cursor or not opened[-1].at_cursor or not reopens:
-                return Verdict.FORBIDDEN, floor
-        return Verdict.ALLOWED, len(opened) - 1
+        return self._judge_older(code, at, opened), len(opened) - 1
+
+    def _judge_older(self, code: str, at: int, opened: tuple[Opened, ...]) -> Verdict:
+        """What it means to close a bracket that is older than the answer."""
+        if not self._knows_closers or not is_closed(opened, self._closers, self.language):
+            return Verdict.ALLOWED
+        if self._suffix.lstrip()[:1] == code[at]:
+            return Verdict.END
+        # "f(a).g(" and "f(a) and (" may open what is closed on a line below
+        reopens = code[at + 1 : at + 2] in {".", "(", "["} or not self._has_arguments
+        below = opened[-1].at_cursor and not self._closers[0].at_cursor
+        return Verdict.ALLOWED if below and reopens else Verdict.FORBIDDEN
+
+    def _judge_mark(self, code: str, at: int, state: OpenState) -> Verdict:
+        """What a quote, a colon, a comment or a line's end means."""
+        is_python, in_text = self.language.id == "python", bool(state.quote or state.in_comment)
+        if code[at] == "\n":
+            forbidden = self._is_short(state) and not self._in_doubt(code[:at], state)
+            if is_python and not in_text and not state.brackets:
+                forbidden = self._is_unfinished(code[:at])
+        elif code[at] == "#":
+            leads_on = not is_python or in_text or self._hole.max_lines > 1
+            forbidden = not leads_on and not self._may_end(code[:at], state)
+        elif code[at] == ":":
+            forbidden = is_python and not in_text and self._is_stray_colon(code, at, state)
+        else:
+            older = self._hole.kind is HoleKind.STRING and self._quote and state.text_start < self._state.own
+            closes = older and state.quote == self._quote and not self._scan(code[: at + 1]).quote
+            return Verdict.END if closes and self._closes(self._quote) else Verdict.ALLOWED
+        return Verdict.FORBIDDEN if forbidden else Verdict.ALLOWED
 
     def _is_stray_colon(self, code: str, at: int, state: OpenState) -> bool:
         """Whether a colon of Python stands in parentheses that have none: not a parameter's or a lambda's."""
-        if state.quote or state.in_comment or not state.brackets.endswith("(") or state.offsets[-1] < 0:
+        if not state.brackets.endswith("(") or state.offsets[-1] < 0:
             return False
         before, inside = code[: state.offsets[-1]], code[state.offsets[-1] : at]
         defines = re.search(r"\b(?:def|class)\b", before[before.rfind("\n") + 1 :]) or before.rstrip().endswith("]")

@@ -25,8 +25,9 @@ class OpenState:
     """What is open at the end: ``brackets`` outermost first, ``quote`` of an unfinished string, a comment.
 
     Among the brackets is the quote of a string around code that is open (``"a ${b``).
-    ``offsets`` are where the brackets stand, -1 of those around the code; ``unmatched`` is the offset of the first closing bracket that
-    nothing opened, or ``None``; ``text_start`` is where the unfinished string or the comment begins.
+    ``offsets`` are where the brackets stand, -1 of those around the code; ``unmatched`` is the offset of the first
+    closing bracket that nothing opened, or ``None``; ``text_start`` is where the unfinished string or the comment
+    begins.
     ``comment`` is what began the comment.
     """
 

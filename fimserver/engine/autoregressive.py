@@ -93,7 +93,9 @@ def choose_token(
     if verdict is Verdict.END and may_end:
         return None
     likeliest = logits.topk(min(_TRIED, len(logits)))
-    for value, token_id in zip(likeliest.values.tolist(), likeliest.indices.tolist(), strict=True):
+    values: list[float] = likeliest.values.tolist()
+    indices: list[int] = likeliest.indices.tolist()
+    for value, token_id in zip(values, indices, strict=True):
         if value == -math.inf:
             break
         if token_id != best and rules.judge(token_id) is Verdict.ALLOWED:
