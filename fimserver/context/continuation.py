@@ -67,6 +67,7 @@ class Continuation:
         doubtful = bool(state.quote or state.in_comment)
         if doubtful and self._hole.kind in _CODE:  # then the window begins in a string
             before, doubtful = _behind_string(context.prefix, self.language)
+            whole = scan(before, self.language)
         elif self._hole.kind is not HoleKind.SPAN:
             doubtful = False
         place = open_before(before, self.language)
