@@ -36,6 +36,17 @@ class Mode(StrEnum):
     AUTOREGRESSIVE = "autoregressive"
 
 
+class Verdict(StrEnum):
+    """What a language's rules say of a text that would go on with an answer.
+
+    ``END``: the answer is whole before it, since the text behind the cursor goes on with the same.
+    """
+
+    ALLOWED = "allowed"
+    FORBIDDEN = "forbidden"
+    END = "end"
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """One document at the moment a request arrived; ``cursor`` is an offset into ``text``."""
@@ -123,6 +134,7 @@ PARTS = {
     "cut": "cutting a canvas behind its end",
     "top": "self-conditioning on the likeliest tokens instead of all",
     "earlier": "drafts from earlier answers",
+    "grammar": "refusing tokens that the language does not allow",
 }
 
 
@@ -133,8 +145,8 @@ class Sampling:
     ``max_latency_ms`` ends a completion at its best draft; an answer has at least ``min_tokens`` (0 or 1)
     tokens; ``trace`` adds every canvas to drafts; ``temperature`` 0 takes the likeliest tokens; of
     ``num_candidates`` distinct answers that are written the best is the answer and the others are its alternatives, as
-    are guesses that were looked at on the way. ``without`` names
-    parts of the decoder to leave out, for measurements (``PARTS``).
+    are guesses that were looked at on the way. ``without`` names parts of the decoder to leave out, for measurements
+    (``PARTS``).
     """
 
     mode: Mode = Mode.AUTO

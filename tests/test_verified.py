@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -129,7 +130,8 @@ def test_what_was_kept_is_in_the_cache(tiny_engine: Engine) -> None:
 def test_stop_and_cancel_take_effect_within_one_pass(tiny_engine: Engine) -> None:
     tiny_engine.draft_options = NONE
     fim = contexts(1, BLOCK)[0]
-    whole = tiny_engine.complete(fim, Sampling(Mode.VERIFIED, seed=0))
+    long = Sampling(Mode.VERIFIED, seed=0, without=("grammar",))  # with it the answer ends where the block does
+    whole = tiny_engine.complete(fim, long)
     assert whole.forward_passes > 4
     for passes in range(1, 4):
         seen: list[int] = []
@@ -139,11 +141,11 @@ def test_stop_and_cancel_take_effect_within_one_pass(tiny_engine: Engine) -> Non
             return len(seen) > passes + 2  # once before the prompt, once after it
 
         with pytest.raises(CompletionCancelledError):
-            tiny_engine.complete(fim, Sampling(Mode.VERIFIED, seed=0), cancelled=cancelled)
+            tiny_engine.complete(fim, long, cancelled=cancelled)
         assert len(seen) == passes + 3
-    again = tiny_engine.complete(fim, Sampling(Mode.VERIFIED, seed=0))
+    again = tiny_engine.complete(fim, long)
     assert again.text == whole.text
-    late = tiny_engine.complete(fim, Sampling(Mode.VERIFIED, max_latency_ms=0))
+    late = tiny_engine.complete(fim, replace(long, max_latency_ms=0))
     assert late.finish == "latency"
     assert whole.text.startswith(late.text)
 

@@ -31,12 +31,22 @@ FORBIDDEN = {
     "text.py": ["torch", "pygls", "tree_sitter", "fimserver.lsp", "fimserver.context", "fimserver.engine"],
     "types.py": ["torch", "pygls", "tree_sitter", "fimserver.lsp", "fimserver.context", "fimserver.engine"],
 }
+# the one door in a wall: what a file's functions may import, and only they
+DOORS = {
+    "engine/grammar.py": {
+        "fimserver.context.continuation",
+        "fimserver.context.languages",
+        "fimserver.context.scan",
+        "fimserver.context.syntax",
+    }
+}
 STANDARD_LIBRARY_ONLY = ["text.py", "types.py", "errors.py", "settings.py", "engine/frames.py", "engine/client.py"]
 
 
-def imports(path: Path) -> set[str]:
+def imports(path: Path, *, in_functions: bool = True) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    module = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(module) if in_functions else module.body:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -51,7 +61,9 @@ def test_walls(room: str) -> None:
     files = [place] if place.is_file() else sorted(place.rglob("*.py"))
     assert files
     for file in files:
-        for name in imports(file):
+        door = DOORS.get(str(file.relative_to(PACKAGE)), set())
+        behind_door = {name for name in imports(file) if name in door or name.rpartition(".")[0] in door}
+        for name in imports(file) - behind_door | imports(file, in_functions=False):
             crossed = [f for f in FORBIDDEN[room] if name == f or name.startswith(f + ".")]
             assert not crossed, f"{file.relative_to(PACKAGE)} imports {name}"
 

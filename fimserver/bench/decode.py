@@ -10,6 +10,9 @@ parse ok      the whole file parses with the answer in it
 ratios        medians over holes of one hole's ratio, with 95% bootstrap intervals (``bench/ratios.py``)
 warm          after a completion one to four characters of what stood in the hole are typed, and it is asked again
 
+A mode's name with ``-no-PART`` behind it, for instance ``verified-no-lookup``, is that mode without a part of the
+decoder; only who names it gets it.
+
 Knows:  holes, ways, numbers.  Never: tensors, LSP.
 """
 

@@ -25,8 +25,9 @@ class OpenState:
     """What is open at the end: ``brackets`` outermost first, ``quote`` of an unfinished string, a comment.
 
     Among the brackets is the quote of a string around code that is open (``"a ${b``).
-    ``offsets`` are where the brackets stand; ``unmatched`` is the offset of the first closing bracket that
-    nothing opened, or ``None``; ``text_start`` is where the unfinished string or the comment begins.
+    ``offsets`` are where the brackets stand, -1 of those around the code; ``unmatched`` is the offset of the first
+    closing bracket that nothing opened, or ``None``; ``text_start`` is where the unfinished string or the comment
+    begins.
     ``comment`` is what began the comment.
     """
 
@@ -49,9 +50,9 @@ class OpenState:
         return self.closing_quote + "".join(CLOSER_OF[b] for b in reversed(self.brackets))
 
 
-def scan(code: str, language: Language) -> OpenState:
-    """State at the end of code that begins outside any string and comment."""
-    return _scan(code, 0, language, None)[0]
+def scan(code: str, language: Language, outer: str = "") -> OpenState:
+    """State at the end of code that begins outside any string and comment, within the brackets ``outer``."""
+    return _scan(code, 0, language, None, outer)[0]
 
 
 def find_string_end(code: str, position: int, quote: str, language: Language) -> int | None:
@@ -70,11 +71,11 @@ class _Opened:
 
 
 def _scan(  # noqa: C901, PLR0912  one branch a kind of token
-    code: str, position: int, language: Language, first: Quote | None
+    code: str, position: int, language: Language, first: Quote | None, outer: str = ""
 ) -> tuple[OpenState, int | None]:
     """State at the end of code that begins in the string ``first``, and where that string ends."""
     token = _token_pattern(language)
-    stack: list[_Opened] = []
+    stack = [_Opened(CLOSER_OF[mark], -1, mark) for mark in outer]
     documents: list[Quote] = []  # here-documents that begin on the next line
     unmatched: int | None = None
     quote, start = first, position

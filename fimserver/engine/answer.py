@@ -59,6 +59,11 @@ class Beginning:
     rest: bytes
     needs_more: bool
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is owed: the answer may end."""
+        return not self.rest and not self.needs_more
+
 
 class AnswerStart:
     """Masks the vocabulary so that the first tokens spell the healed word, and may go on.

@@ -6,13 +6,18 @@ Knows:   token ids, logits, the cache.  Never: text, files, LSP.
 Stops:   at the answer's end, at ``max_tokens``, or when ``stop`` says so (read before every token).
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 
 from fimserver.engine.answer import AnswerEnd, AnswerStart, confidence_of
+from fimserver.engine.constraint import TokenRules
 from fimserver.engine.denoise import Filled
 from fimserver.engine.kv_cache import PromptCache
+from fimserver.types import Verdict
+
+_TRIED = 16  # likeliest tokens among which one is looked for that the rules allow
 
 
 def fill_left_to_right(  # noqa: PLR0913  one call has one place
@@ -26,6 +31,7 @@ def fill_left_to_right(  # noqa: PLR0913  one call has one place
     on_token: Callable[[Sequence[int]], None],
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
+    rules: TokenRules | None = None,
 ) -> Filled:
     """The answer after a prompt whose last token gave ``logits`` (1, V): the likeliest tokens, or drawn ones.
 
@@ -45,11 +51,14 @@ def fill_left_to_right(  # noqa: PLR0913  one call has one place
 
     while True:
         constrained = answer_start.constrain(logits[0], beginning)
-        token_id = choose_token(constrained, temperature, generator)
-        if (end := answer_end.find([*answer, token_id])) <= len(answer):
+        token_id = choose_token(constrained, temperature, generator, rules, may_end=beginning.is_whole)
+        if token_id is None or (end := answer_end.find([*answer, token_id])) <= len(answer):
+            end = len(answer) if token_id is None else end
             del answer[end:], log_probabilities[end:]
             return filled("end")
         answer.append(token_id)
+        if rules is not None:
+            rules.accept(token_id)
         scored = constrained if beginning.rest else logits[0]
         log_probabilities.append(torch.log_softmax(scored, dim=-1)[token_id])
         beginning = answer_start.after(beginning, token_id)
@@ -62,8 +71,37 @@ def fill_left_to_right(  # noqa: PLR0913  one call has one place
         passes += 1
 
 
-def choose_token(logits: torch.Tensor, temperature: float, generator: torch.Generator | None) -> int:
-    """The likeliest token of logits (V,), or with a temperature above 0 a drawn one."""
+def choose_token(
+    logits: torch.Tensor,
+    temperature: float,
+    generator: torch.Generator | None,
+    rules: TokenRules | None = None,
+    *,
+    may_end: bool = True,
+) -> int | None:
+    """The likeliest token of logits (V,), or with a temperature above 0 a drawn one; ``None`` ends the answer.
+
+    One that the rules forbid gives way to the likeliest that they allow; where there is none among the first, it
+    stays.
+    """
     if temperature <= 0:
-        return int(logits.argmax())
-    return int(torch.multinomial(torch.softmax(logits / temperature, dim=-1), num_samples=1, generator=generator))
+        best = int(logits.argmax())
+    else:
+        shares = torch.softmax(logits / temperature, dim=-1)
+        best = int(torch.multinomial(shares, num_samples=1, generator=generator))
+    if rules is None:
+        return best
+    verdict = rules.judge(best)
+    if verdict is Verdict.ALLOWED:
+        return best
+    if verdict is Verdict.END and may_end:
+        return None
+    likeliest = logits.topk(min(_TRIED, len(logits)))
+    values: list[float] = likeliest.values.tolist()
+    indices: list[int] = likeliest.indices.tolist()
+    for value, token_id in zip(values, indices, strict=True):
+        if value == -math.inf:
+            break
+        if token_id != best and rules.judge(token_id) is Verdict.ALLOWED:
+            return token_id
+    return best

@@ -23,15 +23,17 @@ Source:   entropy bound, arXiv 2505.24857; the loop, transformers' DiffusionGemm
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from fimserver.engine.answer import AnswerEnd, AnswerStart, confidence_of
+from fimserver.engine.constraint import CanvasConstraint
 from fimserver.engine.model import Model
 from fimserver.engine.network import KeyValues, measured
 
+_MOST_RENOISINGS = 2  # of one canvas
 _SPARE_TOKENS = 4  # of a canvas that is cut behind where its answer seems to end
 
 
@@ -214,6 +216,19 @@ def is_settled(state: CanvasState, options: DenoisingOptions, num_positions: int
     return stable and float(state.entropy[:, part].mean()) < options.confidence_threshold
 
 
+def renoise(model: Model, state: CanvasState, positions: Iterable[int], generator: torch.Generator) -> CanvasState:
+    """The state with some positions drawn anew, as if nothing had been said of them."""
+    at = torch.tensor(sorted(positions), device=state.canvas.device)
+    canvas, accepted_mask = state.canvas.clone(), state.accepted_mask.clone()
+    canvas[:, at] = draw_noise(model, generator, (canvas.shape[0], canvas.shape[1]))[:, at]
+    accepted_mask[:, at] = False
+    logits = state.logits
+    if logits is not None:
+        logits = logits.clone()
+        logits[:, at] = 0.0  # conditions on every token alike
+    return replace(state, canvas=canvas, accepted_mask=accepted_mask, logits=logits, history=())
+
+
 @dataclass(frozen=True, slots=True)
 class Denoiser:
     """What every canvas of one answer is filled with."""
@@ -224,6 +239,7 @@ class Denoiser:
     answer_end: AnswerEnd
     stop: Callable[[], bool]
     on_step: Callable[[CanvasState, Sequence[int]], None]
+    constraint: CanvasConstraint | None = None
 
     def fill(
         self,
@@ -236,9 +252,11 @@ class Denoiser:
         """Denoise one canvas until its answer is settled; the best draft when time or steps run out.
 
         ``before`` is what earlier canvases hold of the answer. Of several drafts the one goes on that the model
-        finds most likely.
+        finds most likely. A settled answer that the constraint finds errors in is drawn anew there and goes on, at most
+        twice.
         """
         options = self.options
+        renoisings = 0
         state = initialize_canvases(self.model, options, self.generator, drafts)
         answer: list[int] = []
         finish, passes = "steps", 0
@@ -259,6 +277,11 @@ class Denoiser:
             state = self._pin(state, before, answer)
             self.on_step(state, answer)
             if is_settled(state, options, length + 1):
+                may_renoise = renoisings < _MOST_RENOISINGS and state.steps_left
+                if may_renoise and (wrong := self._wrong(state, before, answer)):
+                    renoisings += 1
+                    state = renoise(self.model, state, wrong, self.generator)
+                    continue
                 finish = "end" if length < len(best) else "length"
                 break
         own = answer_start.own_positions(answer)
@@ -295,6 +318,13 @@ class Denoiser:
         log_probability = math.log(max(confidence, 1e-30)) * len(own)
         finish = "end" if length < len(best) else "length"
         return Filled(tuple(best[:length]), finish, passes, confidence, log_probability)
+
+    def _wrong(self, state: CanvasState, before: Sequence[int], answer: Sequence[int]) -> list[int]:
+        """Positions behind what is pinned that the constraint finds errors at."""
+        if self.constraint is None:
+            return []
+        found = self.constraint.positions_in_error([*before, *answer], self.answer_end.vocabulary)
+        return [i - len(before) for i in sorted(found) if i - len(before) >= state.num_pinned]
 
     def _length(self, before: Sequence[int], best: Sequence[int]) -> int:
         return max(0, self.answer_end.find([*before, *best]) - len(before))

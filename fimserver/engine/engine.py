@@ -22,6 +22,7 @@ from fimserver.engine.answer import AnswerEnd, AnswerStart
 from fimserver.engine.autoregressive import fill_left_to_right
 from fimserver.engine.denoise import CanvasState, Denoiser, DenoisingOptions, Filled, RunnerUp
 from fimserver.engine.drafts import Lookup
+from fimserver.engine.grammar import TreeRules
 from fimserver.engine.job import LEAST_TEMPERATURE, Clock, Job, OnDraft
 from fimserver.engine.kv_cache import Encoded, PromptCache
 from fimserver.engine.model import Model, find_device
@@ -214,7 +215,15 @@ class Engine:
             step = options.max_denoising_steps - state.steps_left
             job.on_draft(Draft(step, job.to_text(answer), num_settled=settled, canvas=canvas))
 
-        denoiser = Denoiser(self.model, options, job.generator, job.answer_end, stop=job.clock.is_over, on_step=on_step)
+        denoiser = Denoiser(
+            self.model,
+            options,
+            job.generator,
+            job.answer_end,
+            stop=job.clock.is_over,
+            on_step=on_step,
+            constraint=TreeRules(job.context, job.prompt.healed) if job.has("grammar") else None,
+        )
         if job.sampling.num_candidates > 1:
             cache = self.prompt_cache.cache
             best, *job.others[:] = denoiser.fill_several(cache, job.answer_start, job.sampling.num_candidates)
@@ -255,6 +264,7 @@ class Engine:
             on_token=job.on_answer,
             temperature=job.temperature,
             generator=job.generator,
+            rules=job.rules(),
         )
         return encoded, filled
 
@@ -270,11 +280,10 @@ class Engine:
         lookup.extend(before)
         guesses = [self.vocabulary.encode(job.prompt.healed + guess.text) for guess in job.guesses]
         options = self.draft_options if job.sampling.seed is None else DraftOptions()
-        left_out = job.sampling.without
         options = replace(
             options,
-            lookup=options.lookup and "lookup" not in left_out,
-            max_canvases=0 if "canvases" in left_out else options.max_canvases,
+            lookup=options.lookup and job.has("lookup"),
+            max_canvases=options.max_canvases if job.has("canvases") else 0,
         )
 
         def fill(pending: Sequence[int], first: RunnerUp | None = None) -> Filled:
@@ -292,6 +301,7 @@ class Engine:
                 temperature=job.temperature,
                 generator=job.generator,
                 first=first,
+                rules=job.rules(),
             )
 
         filled = fill(ids[len(self.prompt_cache.token_ids) :])

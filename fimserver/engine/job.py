@@ -11,6 +11,7 @@ import torch
 
 from fimserver.engine.answer import AnswerEnd, AnswerStart
 from fimserver.engine.denoise import Filled
+from fimserver.engine.grammar import LexicalRules
 from fimserver.engine.prompt import Prompt
 from fimserver.errors import CompletionCancelledError
 from fimserver.types import Draft, FimContext, Guess, Sampling
@@ -67,15 +68,23 @@ class Job:
     on_draft: OnDraft
     others: list[Filled] = field(default_factory=list)  # answers beside the first
 
+    def has(self, part: str) -> bool:
+        """Whether a part of the decoder is not left out."""
+        return part not in self.sampling.without
+
+    def rules(self) -> LexicalRules | None:
+        """What the language allows from left to right."""
+        return LexicalRules(self.context, self.prompt.healed, self.answer_end) if self.has("grammar") else None
+
     @property
     def guesses(self) -> tuple[Guess, ...]:
         """The context's guesses, where they are wanted."""
-        return () if "guesses" in self.sampling.without else self.context.guesses
+        return self.context.guesses if self.has("guesses") else ()
 
     @property
     def takes_earlier(self) -> bool:
         """Whether earlier answers may be drafted again; with a seed nothing but the request decides."""
-        return self.sampling.seed is None and "earlier" not in self.sampling.without
+        return self.sampling.seed is None and self.has("earlier")
 
     @property
     def temperature(self) -> float:

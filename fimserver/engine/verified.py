@@ -22,6 +22,7 @@ import torch
 
 from fimserver.engine.answer import AnswerEnd, AnswerStart, Beginning, confidence_of
 from fimserver.engine.autoregressive import choose_token
+from fimserver.engine.constraint import TokenRules
 from fimserver.engine.denoise import Filled, RunnerUp
 from fimserver.engine.drafts import DraftTree, Lookup
 from fimserver.engine.kv_cache import PromptCache
@@ -84,13 +85,14 @@ def fill_verified(  # noqa: PLR0913  one call has one place
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
     first: RunnerUp | None = None,
+    rules: TokenRules | None = None,
 ) -> Filled:
     """The answer after a prompt whose last tokens ``pending`` are not in the cache yet.
 
     ``before`` are the tokens that the answer stands behind, for drafts. What is written stays in the cache. With
     ``first`` it is the answer that begins with that token, the only one in ``pending`` then.
     """
-    walk = _Walk(answer_end, answer_start, max_tokens, on_token, temperature, generator)
+    walk = _Walk(answer_end, answer_start, max_tokens, on_token, temperature, generator, rules)
     if first is not None:
         walk.begin(first)
     noise = torch.Generator(model.device).manual_seed(0)  # of canvases, which decide nothing
@@ -172,11 +174,12 @@ class _Walk:
         on_token: Callable[[Sequence[int]], None],
         temperature: float,
         generator: torch.Generator | None,
+        rules: TokenRules | None,
     ) -> None:
         self.answer: list[int] = []
         self._answer_end, self._answer_start = answer_end, answer_start
         self._max_tokens, self._on_token = max_tokens, on_token
-        self._temperature, self._generator = temperature, generator
+        self._temperature, self._generator, self._rules = temperature, generator, rules
         self._beginning = answer_start.beginning
         self._log_probabilities: list[torch.Tensor] = []
         self._end_log_probability = 0.0
@@ -186,6 +189,8 @@ class _Walk:
     def begin(self, first: RunnerUp) -> None:
         """Write a first token that was chosen elsewhere."""
         self.answer.append(first.token_id)
+        if self._rules is not None:
+            self._rules.accept(first.token_id)
         self._log_probabilities.append(torch.tensor(first.log_probability))
         self._beginning = self._answer_start.after(self._beginning, first.token_id)
 
@@ -225,14 +230,18 @@ class _Walk:
         while True:
             row = logits[node + 1]
             constrained = self._answer_start.constrain(row, self._beginning)
-            token_id = choose_token(constrained, self._temperature, self._generator)
-            if (end := self._answer_end.find([*self.answer, token_id])) <= len(self.answer):
+            may_end = self._beginning.is_whole
+            token_id = choose_token(constrained, self._temperature, self._generator, self._rules, may_end=may_end)
+            if token_id is None or (end := self._answer_end.find([*self.answer, token_id])) <= len(self.answer):
+                end = len(self.answer) if token_id is None else end
                 del self.answer[end:], self._log_probabilities[end:]
                 self._end_log_probability = self._answer_end.log_probability(row)
                 return taken, "end"
             scored = constrained if self._beginning.rest else row
             self._log_probabilities.append(torch.log_softmax(scored, dim=-1)[token_id])
             self.answer.append(token_id)
+            if self._rules is not None:
+                self._rules.accept(token_id)
             self._beginning = self._answer_start.after(self._beginning, token_id)
             self._on_token(self.answer)
             child = tree.child(node, token_id)
