@@ -135,9 +135,10 @@ def check_model(settings: Settings) -> Check:
         )
     finally:
         engine.close()
+    wide = "" if info.row_cost is None else f" (one more row adds {info.row_cost:.0%} to a pass)"
     found = (
         f"{info.name}, {info.num_parameters / 1e6:.1f} M parameters, {info.dtype} on {info.device}, "
-        f"{info.num_threads} threads, loaded in {info.load_ms:.0f} ms, "
+        f"{info.num_threads} threads, mode {info.preferred_mode}{wide}, loaded in {info.load_ms:.0f} ms, "
         f"probe answered in {generation.timings_ms['total']:.0f} ms ({generation.mode})"
     )
     return Check("model", found)

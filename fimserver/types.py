@@ -231,6 +231,7 @@ class ModelInfo:
     num_threads: int
     reads_snippets: bool = False
     languages: tuple[str, ...] = ()  # that the model was trained on; none named means any
+    row_cost: float | None = None  # of one more row in a pass, in passes over one row; None where it was not probed
 
 
 @dataclass(frozen=True, slots=True)

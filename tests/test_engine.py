@@ -33,6 +33,22 @@ def context(prefix: str, suffix: str = "\n", hole: Hole = LINE) -> FimContext:
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_a_function_of_a_thousand_tokens(random_model: Model, vocabulary: Vocabulary, mode: Mode) -> None:
+    """Canvas after canvas, each committed before the next; a random model finds no end of itself."""
+    metadata = replace(random_model.metadata, max_prompt_tokens=2048)
+    model = Model(random_model.network, metadata)
+    sampling = Sampling(mode, max_denoising_steps=1, min_tokens=1, without=("grammar", "cut"))
+    hole = Hole(HoleKind.BLOCK, 1000, 1000)
+    engine = Engine(model, vocabulary)
+    generations = (engine.complete(context("def f(", hole=hole), replace(sampling, seed=seed)) for seed in range(30))
+    generation = next(g for g in generations if g.num_tokens >= 1000)  # by chance some meet an end before
+    assert generation.forward_passes >= (2 * 1000 // model.canvas_length if mode is Mode.DIFFUSION else 1000 // 20)
+    late = engine.complete(context("def f(", hole=hole), replace(sampling, seed=0, max_latency_ms=20))
+    assert late.finish == "latency"
+    assert late.num_tokens < generation.num_tokens
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_all_loops_answer_on_both_models(engine: Engine, mode: Mode) -> None:
     generation = engine.complete(
         context("def add(first, second):\n    return fir"), Sampling(mode, seed=0, min_tokens=1)

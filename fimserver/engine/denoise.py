@@ -109,7 +109,7 @@ class Filled:
 
     ``confidence`` is the geometric mean of its own tokens' probabilities. ``log_probability`` is that of the whole
     answer, its end included, after what was typed; ``guess_log_probabilities`` are those of the guesses, ``None`` for
-    one that was not looked at.
+    one that was not looked at. ``is_open``: it fills its canvas, and no end is in sight.
     """
 
     token_ids: tuple[int, ...]
@@ -119,6 +119,7 @@ class Filled:
     log_probability: float = 0.0
     guess_log_probabilities: tuple[float | None, ...] = ()
     runners_up: tuple[RunnerUp, ...] = ()
+    is_open: bool = False
 
 
 def initialize_canvases(
@@ -286,7 +287,9 @@ class Denoiser:
                 break
         own = answer_start.own_positions(answer)
         confidence = confidence_in(state, options, own)
-        return Filled(tuple(answer), finish, passes, confidence, math.log(max(confidence, 1e-30)) * len(own))
+        log_probability = math.log(max(confidence, 1e-30)) * len(own)
+        is_open = len(answer) == state.best.shape[1]
+        return Filled(tuple(answer), finish, passes, confidence, log_probability, is_open=is_open)
 
     def fill_several(self, cache: KeyValues, answer_start: AnswerStart, count: int) -> list[Filled]:
         """Answers from ``count`` noises side by side, the most confident first, none twice; each takes all passes."""

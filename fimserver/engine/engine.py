@@ -56,6 +56,7 @@ class Engine:
         self.vocabulary = vocabulary
         self.prompt_cache = PromptCache(model)
         self.draft_options = DraftOptions()
+        self._row_cost: float | None = None
         self._load_ms = load_ms
         self._is_text = [vocabulary.is_text(i) for i in range(model.vocab_size)]
         self._earlier: list[int] = []  # answers given, and the tokens before them
@@ -73,7 +74,8 @@ class Engine:
 
     def probe(self) -> None:
         """Choose how much is drafted by what a wide pass costs here; a tenth of a second on a CPU."""
-        self.draft_options = choose_drafts(measure_row_cost(self.model))
+        self._row_cost = measure_row_cost(self.model)
+        self.draft_options = choose_drafts(self._row_cost)
 
     def forget(self) -> None:
         """Drop all that earlier requests left: caches and answers."""
@@ -98,6 +100,7 @@ class Engine:
             num_threads=torch.get_num_threads(),
             reads_snippets=metadata.reads_snippets,
             languages=metadata.languages,
+            row_cost=self._row_cost,
         )
 
     def options(self, sampling: Sampling) -> DenoisingOptions:
@@ -231,7 +234,7 @@ class Engine:
         drafts = self._draft_canvases(job)
         filled = denoiser.fill(self.prompt_cache.cache, job.answer_start, drafts=drafts)
         answer, passes = list(filled.token_ids), filled.passes
-        while filled.finish == "length" and len(answer) < job.max_tokens:
+        while filled.is_open and filled.finish != "latency" and len(answer) < job.max_tokens:
             self.prompt_cache.append(filled.token_ids, last_only=True)  # commit: the next canvas stands behind it
             start = AnswerStart(job.answer_end, "", min_tokens=0, vocab_size=self.model.vocab_size)
             filled = denoiser.fill(self.prompt_cache.cache, start, before=tuple(answer))
