@@ -7,7 +7,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -23,7 +22,7 @@ from fimserver.engine.vocabulary import Vocabulary
 from fimserver.engine.weights import SHIPPED_MODELS, load_weights
 from fimserver.errors import FimserverError
 from fimserver.settings import Settings
-from fimserver.types import Generation, Mode, Sampling
+from fimserver.types import Mode, Sampling
 
 TINY = SHIPPED_MODELS / "tiny"
 
@@ -198,7 +197,7 @@ def test_the_summary_is_of_what_was_seen() -> None:
     assert numbers.ms_p50 == statistics.median(o.ms for o in outcomes.values())
     assert comparison.ours is None
     assert comparison.auto is not None
-    assert comparison.auto["mode"] == "autoregressive"
+    assert comparison.auto["mode"] == "verified"
     assert list(comparison.modes) == ["autoregressive"]
 
 
@@ -295,19 +294,15 @@ def test_parts_add_up_to_the_request() -> None:
     assert parts["Python and other"].ms == pytest.approx(1.5)
 
 
-def test_ranges_that_the_engine_names_are_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    complete = Engine.complete
-
-    def named(*arguments: Any, **options: Any) -> Generation:
-        with torch.profiler.record_function("fim::encode"), torch.profiler.record_function("fim::attention"):
-            return complete(*arguments, **options)
-
-    monkeypatch.setattr(Engine, "complete", named)
+def test_ranges_that_the_engine_names_are_rows(tiny_engine: Engine) -> None:
     profile = profile_requests(Settings(threads=1, seed=0), limit=2)
     parts = {part.name: part for part in profile.parts}
     assert profile.has_ranges
-    assert parts["attention"].calls == 1
-    assert parts["attention"].share > 0.9
+    num_layers = tiny_engine.model.text_config.num_hidden_layers
+    assert parts["attention"].calls == parts["dense mlp + experts"].calls
+    assert parts["attention"].calls == pytest.approx(num_layers * profile.passes)
+    assert all(parts[name].ms > 0 for name in ("attention", "dense mlp + experts", "lm_head", "embed"))
+    assert parts["Python and other"].share < 0.5
     assert sum(part.ms for part in profile.parts) == pytest.approx(profile.profiled_ms)
 
 

@@ -52,7 +52,7 @@ def test_initialize_is_quick_and_before_the_model(fresh: LspClient) -> None:
 
 def test_item_has_text_range_and_command(ready: LspClient) -> None:
     ready.open(URI, TEXT)
-    (item,) = ready.complete(URI, LINE, COLUMN)
+    item, *_ = ready.complete(URI, LINE, COLUMN)
     assert item["insertText"].strip()
     assert "\n" not in item["insertText"]
     place = {"line": LINE, "character": COLUMN}
@@ -252,13 +252,13 @@ def test_lines_end_where_lsp_says(ready: LspClient) -> None:
     """Form feed and U+2028 are characters of a line; a lone CR ends one."""
     text = "a = '\x0c\u2028'\rb = 2\r\n" + TEXT
     ready.open(URI, text)
-    (item,) = ready.complete(URI, LINE + 2, COLUMN)
+    item, *_ = ready.complete(URI, LINE + 2, COLUMN)
     assert item["range"]["start"]["line"] == LINE + 2
 
 
 def test_typing_the_completion_needs_no_model(ready: LspClient) -> None:
     ready.open(URI, TEXT)
-    (item,) = ready.complete(URI, LINE, COLUMN)
+    item, *_ = ready.complete(URI, LINE, COLUMN)
     text = item["insertText"]
     ready.change(URI, 2, edit(LINE, COLUMN, LINE, COLUMN, text[0]))
     (rest,) = ready.complete(URI, LINE, COLUMN + 1, invoked=False)
@@ -269,7 +269,7 @@ def test_typing_the_completion_needs_no_model(ready: LspClient) -> None:
 def test_selected_popup_item_is_extended(ready: LspClient) -> None:
     ready.open(URI, "import os\nos.pa\n")
     span = {"start": {"line": 1, "character": 3}, "end": {"line": 1, "character": 5}}
-    (item,) = ready.complete(URI, 1, 5, selectedCompletionInfo={"range": span, "text": "path.join"})
+    item, *_ = ready.complete(URI, 1, 5, selectedCompletionInfo={"range": span, "text": "path.join"})
     assert item["range"] == span
     assert item["insertText"].startswith("path.join")
     assert len(item["insertText"]) > len("path.join")
@@ -398,7 +398,7 @@ def test_odd_uris_and_many_documents(ready: LspClient) -> None:
 
 def test_crlf_document_gets_crlf_and_no_duplicate_cr(ready: LspClient) -> None:
     ready.open(URI, TEXT.replace("\n", "\r\n"))
-    (item,) = ready.complete(URI, LINE, COLUMN)
+    item, *_ = ready.complete(URI, LINE, COLUMN)
     assert "\r" not in item["insertText"]
     ready.open(URI, "def add(a, b):\r\n")
     for item in ready.complete(URI, 0, 14):
