@@ -42,9 +42,12 @@ class AnswerEnd:
                 return i
         return len(token_ids)
 
-    def log_probability(self, logits: torch.Tensor) -> float:
-        """Of the answer ending here, by whichever token: logits (V,)."""
+    def log_probability(self, logits: torch.Tensor, ended_by: int | None = None) -> float:
+        """Of the answer ending here, by whichever token, ``ended_by`` among them: logits (V,)."""
         ends = _end_mask(self.vocabulary, min(self.max_lines, _MANY_LINES), len(logits), logits.device)
+        if ended_by is not None and not ends[ended_by]:
+            ends = ends.clone()
+            ends[ended_by] = True
         return float(torch.logsumexp(logits[ends], dim=-1) - torch.logsumexp(logits, dim=-1))
 
     def first_line(self, token_ids: Sequence[int]) -> int | None:

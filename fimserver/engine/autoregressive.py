@@ -43,19 +43,20 @@ def fill_left_to_right(  # noqa: PLR0913  one call has one place
     beginning = answer_start.beginning
     passes = 0
 
-    def filled(finish: str) -> Filled:
+    def filled(finish: str, of_end: float = 0.0) -> Filled:
         own = [log_probabilities[i] for i in answer_start.own_positions(answer)]
         confidence = confidence_of(torch.stack(own) if own else torch.empty(0))
-        end = answer_end.log_probability(logits[0]) if finish == "end" else 0.0
-        return Filled(tuple(answer), finish, passes, confidence, float(sum(log_probabilities)) + end)
+        return Filled(tuple(answer), finish, passes, confidence, float(sum(log_probabilities)) + of_end)
 
     while True:
         constrained = answer_start.constrain(logits[0], beginning)
         token_id = choose_token(constrained, temperature, generator, rules, may_end=beginning.is_whole)
         if token_id is None or (end := answer_end.find([*answer, token_id])) <= len(answer):
             end = len(answer) if token_id is None else end
+            ended_by = int(constrained.argmax()) if token_id is None else token_id
+            of_end = answer_end.log_probability(logits[0], ended_by) + float(sum(log_probabilities[end:]))
             del answer[end:], log_probabilities[end:]
-            return filled("end")
+            return filled("end", of_end)
         answer.append(token_id)
         if rules is not None:
             rules.accept(token_id)

@@ -285,6 +285,8 @@ class Denoiser:
                     continue
                 finish = "end" if length < len(best) else "length"
                 break
+        if state.logits is None:
+            return Filled((), finish, passes, confidence=0.0)
         own = answer_start.own_positions(answer)
         confidence = confidence_in(state, options, own)
         log_probability = math.log(max(confidence, 1e-30)) * len(own)
@@ -307,6 +309,8 @@ class Denoiser:
                 filled = self._take(state.only(i), answer_start, passes)
                 if i not in found and is_settled(state.only(i), options, len(filled.token_ids) + 1):
                     found[i] = filled
+        if state.logits is None:
+            return [Filled((), finish, 0, confidence=0.0)]  # no step was made: there is nothing but noise
         for i in range(count):
             found.setdefault(i, replace(self._take(state.only(i), answer_start, passes), finish=finish))
         unique = {filled.token_ids: replace(filled, passes=passes) for filled in found.values()}

@@ -11,6 +11,7 @@ Knows:   texts of the context, token ids.  Never: LSP, files other than weights,
 Raises:  CompletionCancelledError within one step of ``cancelled`` turning true.
 """
 
+import math
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -170,7 +171,10 @@ class Engine:
         return Scored(job.to_text(filled.token_ids), filled.log_probability, len(filled.token_ids), is_whole, guesses)
 
     def _rank(self, job: Job, filled: Filled, mode: Mode) -> list[Candidate]:
-        """The answers and the guesses, the likeliest first; answers alone where the model is not calibrated."""
+        """The answers and the guesses, the likeliest first; answers alone where the model is not calibrated.
+
+        The first is one that leaves no error in the code around it, where there is such a one.
+        """
         calibration = self.model.metadata.calibration
         ranked: list[Candidate] = []
         for answer in (filled, *job.others):
@@ -179,7 +183,12 @@ class Engine:
             else:
                 ranked.append(Candidate(job.to_text(answer.token_ids), answer.confidence))
         unique = {c.text.rstrip(): c for c in sorted(ranked, key=lambda c: c.probability)}
-        return sorted(unique.values(), key=lambda c: -c.probability)
+        candidates = sorted(unique.values(), key=lambda c: -c.probability)
+        if job.has("grammar") and len(candidates) > 1:
+            rules, healed = TreeRules(job.context, job.prompt.healed), job.prompt.healed
+            sound = next((i for i, c in enumerate(candidates) if not rules.has_error(healed + c.text)), 0)
+            candidates.insert(0, candidates.pop(sound))
+        return candidates
 
     def _prepare(self, context: FimContext, sampling: Sampling, clock: Clock, on_draft: OnDraft) -> Job:
         metadata = self.model.metadata
@@ -233,13 +242,15 @@ class Engine:
             return encoded, best
         drafts = self._draft_canvases(job)
         filled = denoiser.fill(self.prompt_cache.cache, job.answer_start, drafts=drafts)
-        answer, passes = list(filled.token_ids), filled.passes
+        answer, passes, total = list(filled.token_ids), filled.passes, filled.log_probability
         while filled.is_open and filled.finish != "latency" and len(answer) < job.max_tokens:
             self.prompt_cache.append(filled.token_ids, last_only=True)  # commit: the next canvas stands behind it
             start = AnswerStart(job.answer_end, "", min_tokens=0, vocab_size=self.model.vocab_size)
             filled = denoiser.fill(self.prompt_cache.cache, start, before=tuple(answer))
             answer += filled.token_ids
             passes += 1 + filled.passes
+            total += filled.log_probability
+            filled = replace(filled, confidence=math.exp(total / max(1, len(answer))), log_probability=total)
         return encoded, replace(filled, token_ids=tuple(answer[: job.max_tokens]), passes=passes)
 
     def _draft_canvases(self, job: Job) -> list[list[int]]:
@@ -311,8 +322,11 @@ class Engine:
         self._earlier += [ids[0], *before[-_MATCHED_TOKENS:], *filled.token_ids]
         del self._earlier[:-_EARLIER_TOKENS]
         for first in filled.runners_up[: job.sampling.num_candidates - 1]:
+            if job.clock.is_over():
+                break
             self.prompt_cache.reuse((*ids, first.token_id))  # back to the prompt
-            job.others.append(fill([first.token_id], first))
+            if (other := fill([first.token_id], first)).finish != "latency":
+                job.others.append(other)
         return encoded, replace(filled, passes=filled.passes + sum(other.passes for other in job.others))
 
     def _to_canvas_tokens(self, state: CanvasState) -> tuple[CanvasToken, ...]:

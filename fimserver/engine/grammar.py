@@ -35,7 +35,7 @@ class LexicalRules:
 
     def judge(self, token_id: int) -> Verdict:
         """Whether the answer may go on with a token; one that ends it may come where the answer may end."""
-        if self._answer_end.find([*self._answer, token_id]) == len(self._answer):
+        if self._answer_end.find([*self._answer, token_id]) <= len(self._answer):
             if len(self._answer) >= self._ends_by or self._continuation.may_end():
                 return Verdict.ALLOWED
             self._ends_by = min(self._ends_by, len(self._answer) + _MOST_REFUSED)
@@ -76,13 +76,17 @@ class TreeRules:
         found = self._spans(middle)
         return found if found and self._can_be_sound else []
 
+    def has_error(self, middle: str) -> bool:
+        """Whether there is any error with a middle, its own or not."""
+        return bool(self._spans(middle))
+
     def positions_in_error(self, token_ids: Sequence[int], vocabulary: Vocabulary) -> set[int]:
         """Places of the tokens that spell what is wrong."""
         spans = self.error_spans(vocabulary.decode(token_ids))
         found: set[int] = set()
         start = 0
         for i, token_id in enumerate(token_ids if spans else ()):
-            end = start + len(vocabulary.token_bytes[token_id].decode("utf-8", "ignore"))
+            end = start + sum((byte & 0xC0) != 0x80 for byte in vocabulary.token_bytes[token_id])  # noqa: PLR2004  UTF-8
             if any(start < span_end and span_start < max(end, start + 1) for span_start, span_end in spans):
                 found.add(i)
             start = end

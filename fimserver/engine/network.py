@@ -161,6 +161,7 @@ class Network:
                 total = torch.logsumexp(logits.float(), dim=-1, keepdim=True)
                 weights = torch.exp(values.float() - total).to(self.dtype)
                 soft = (weights[:, None, :] @ functional.embedding(ids, self._embedding))[:, 0]
+                soft = soft * (values[:, :1] > values[:, -1:])  # where nothing is likelier, nothing is said
             return soft.float() * self._scale
 
     def _condition(self, x: torch.Tensor, soft: torch.Tensor | None) -> torch.Tensor:

@@ -33,6 +33,8 @@ def measure_row_cost(model: Model) -> float:
             model.to_logits(model.look(rows, cache))
             if model.device.type == "cuda":
                 torch.cuda.synchronize(model.device)
+            elif model.device.type == "mps":
+                torch.mps.synchronize()
             times.append(time.perf_counter() - begin)
         return min(times)
 

@@ -7,7 +7,8 @@ One pass reads what is sure, drafts of what follows as a tree, and behind them c
     canvases           bidirectional, one behind each of the nodes: they draft what the next pass verifies
 
 The walk from the root takes at each node the token that left to right would take; where a draft has it, the walk goes
-on for free. So the answer is that of ``fill_left_to_right`` to the token, whatever the drafts were worth.
+on for free. So the answer is that of ``fill_left_to_right`` to the token, whatever the drafts were worth; in float32,
+that is: a bfloat16 pass rounds by its number of rows, and tokens that are as good as tied may change places.
 
 Knows:   token ids, logits, the cache.  Never: text, files, LSP.
 Stops:   as ``fill_left_to_right`` does; ``stop`` is read before every pass.
@@ -181,7 +182,7 @@ class _Walk:
         self._max_tokens, self._on_token = max_tokens, on_token
         self._temperature, self._generator, self._rules = temperature, generator, rules
         self._beginning = answer_start.beginning
-        self._log_probabilities: list[torch.Tensor] = []
+        self._log_probabilities: list[float] = []
         self._end_log_probability = 0.0
         self._guess_log_probabilities: list[float | None] = []
         self._runners_up: tuple[RunnerUp, ...] = ()
@@ -191,7 +192,7 @@ class _Walk:
         self.answer.append(first.token_id)
         if self._rules is not None:
             self._rules.accept(first.token_id)
-        self._log_probabilities.append(torch.tensor(first.log_probability))
+        self._log_probabilities.append(first.log_probability)
         self._beginning = self._answer_start.after(self._beginning, first.token_id)
 
     def note_runners_up(self, row: torch.Tensor) -> None:
@@ -234,11 +235,13 @@ class _Walk:
             token_id = choose_token(constrained, self._temperature, self._generator, self._rules, may_end=may_end)
             if token_id is None or (end := self._answer_end.find([*self.answer, token_id])) <= len(self.answer):
                 end = len(self.answer) if token_id is None else end
+                ended_by = int(constrained.argmax()) if token_id is None else token_id
+                self._end_log_probability = self._answer_end.log_probability(row, ended_by)
+                self._end_log_probability += sum(self._log_probabilities[end:])  # of an anchor's beginning
                 del self.answer[end:], self._log_probabilities[end:]
-                self._end_log_probability = self._answer_end.log_probability(row)
                 return taken, "end"
             scored = constrained if self._beginning.rest else row
-            self._log_probabilities.append(torch.log_softmax(scored, dim=-1)[token_id])
+            self._log_probabilities.append(float(torch.log_softmax(scored, dim=-1)[token_id]))
             self.answer.append(token_id)
             if self._rules is not None:
                 self._rules.accept(token_id)
@@ -254,14 +257,12 @@ class _Walk:
 
     def filled(self, finish: str, passes: int) -> Filled:
         own = [self._log_probabilities[i] for i in self._answer_start.own_positions(self.answer)]
-        log_probabilities = torch.stack(own) if own else torch.empty(0)
-        total = float(torch.stack(self._log_probabilities).sum()) if self._log_probabilities else 0.0
         return Filled(
             tuple(self.answer),
             finish,
             passes,
-            confidence_of(log_probabilities),
-            total + self._end_log_probability,
+            confidence_of(torch.tensor(own)),
+            sum(self._log_probabilities) + self._end_log_probability,
             tuple(self._guess_log_probabilities),
             self._runners_up,
         )

@@ -105,7 +105,13 @@ def limit_context(metadata: ModelMetadata, context_tokens: int | None) -> ModelM
     if context_tokens is None or context_tokens >= metadata.max_prompt_tokens:
         return metadata
     suffix = metadata.max_suffix_tokens * context_tokens // metadata.max_prompt_tokens
-    return replace(metadata, max_prompt_tokens=context_tokens, max_suffix_tokens=min(suffix, context_tokens // 2))
+    head = metadata.max_head_tokens * context_tokens // metadata.max_prompt_tokens
+    return replace(
+        metadata,
+        max_prompt_tokens=context_tokens,
+        max_suffix_tokens=min(suffix, context_tokens // 2),
+        max_head_tokens=head,
+    )
 
 
 def load_weights(folder: Path, *, dtype: torch.dtype) -> DiffusionGemmaForBlockDiffusion:

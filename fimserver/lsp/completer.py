@@ -193,12 +193,16 @@ class Completer:
             )
             if computation.outcome.done():
                 return
-            outcome = to_answer(
-                generation,
-                computation.place,
-                shown=computation.shown,
-                min_confidence=self._session.settings.min_confidence,
-            )
+            try:
+                outcome = to_answer(
+                    generation,
+                    computation.place,
+                    shown=computation.shown,
+                    min_confidence=self._session.settings.min_confidence,
+                )
+            except Exception as error:  # noqa: BLE001  whoever waits has to hear of it, or would wait for good
+                _logger.error("an answer could not be taken: %s", type(error).__name__)  # noqa: TRY400  a traceback could quote code
+                outcome = NoCompletion("error", f"the answer could not be taken ({type(error).__name__})")
         computation.settle(outcome)
         if computation.shown is not None and isinstance(outcome, Answer):
             self._remember(computation, outcome)
