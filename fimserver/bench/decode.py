@@ -217,7 +217,7 @@ class DecodeBench:
         numbers = {name: way_numbers(measured, outcomes) for name, outcomes in measured.outcomes.items() if outcomes}
         auto = numbers.pop(Mode.AUTO.value, None)
         took = next(iter(measured.outcomes.get(Mode.AUTO.value, {}).values()), None)
-        judged = {n: (w.ms_p50, w.exact_match) for n, w in numbers.items() if n not in COMPARED}
+        judged = {n: (w.ms_p50, w.exact_match) for n, w in numbers.items() if n in MODES}
         ours = choose_ours(judged, LEFT_TO_RIGHT)
         return Comparison(
             holes=len(self.cuts),
