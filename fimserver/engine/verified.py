@@ -16,6 +16,7 @@ Source:  self-speculation of a model that is causal and bidirectional in one pas
          arXiv 2305.09781.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -107,9 +108,10 @@ def fill_verified(  # noqa: PLR0913  one call has one place
         passes += 1
         logits = model.to_logits(hidden[len(pending) - 1 :])
         if passes == 1 and first is None:
-            walk.note_runners_up(logits[0])
             walk.score_guesses(logits, tree, drafter.guesses)
         nodes, finish = walk.take(logits, tree)
+        if passes == 1 and first is None:
+            walk.note_runners_up(logits[0])
         kept = [*range(len(pending)), *(len(pending) + n for n in nodes)]
         prompt_cache.keep(kept, [*pending, *(tree.tokens[n] for n in nodes)])
         if finish:
@@ -196,11 +198,15 @@ class _Walk:
         self._beginning = self._answer_start.after(self._beginning, first.token_id)
 
     def note_runners_up(self, row: torch.Tensor) -> None:
-        """The tokens that might begin the answer after the likeliest one."""
-        constrained = self._answer_start.constrain(row, self._beginning)
+        """The tokens that might have begun the answer in place of the one that does."""
+        constrained = self._answer_start.constrain(row, self._answer_start.beginning)
         values, ids = torch.log_softmax(constrained, dim=-1).topk(_RUNNERS_UP + 1)
-        pairs = zip(ids.tolist(), values.tolist(), strict=True)
-        self._runners_up = tuple(RunnerUp(i, v) for i, v in pairs if self._answer_end.find([i]) == 1)[1:]
+        taken = self.answer[:1]
+        self._runners_up = tuple(
+            RunnerUp(token_id, value)
+            for token_id, value in zip(ids.tolist(), values.tolist(), strict=True)
+            if [token_id] != taken and value > -math.inf and self._answer_end.find([token_id]) == 1
+        )
 
     def score_guesses(self, logits: torch.Tensor, tree: DraftTree, guesses: Sequence[Sequence[int]]) -> None:
         """How likely the model finds each whole guess, its end included, after the word that was typed."""
