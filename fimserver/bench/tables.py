@@ -33,19 +33,7 @@ def print_comparison(comparison: "Comparison", console: Console | None = None) -
     console = console or Console(width=140, highlight=False)
     table = Table(title=f"{comparison.holes} holes, {comparison.long_holes} of them long")
     table.add_column("way")
-    for column in (
-        "holes",
-        "ms p50",
-        "p95",
-        "mean",
-        "1st line",
-        "passes",
-        "median",
-        "tok/pass",
-        "exact",
-        "long",
-        "parses",
-    ):
+    for column in _COLUMNS:
         table.add_column(column, justify="right")
     for name, numbers in comparison.modes.items():
         table.add_row(name, *_cells(numbers))

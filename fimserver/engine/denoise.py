@@ -9,9 +9,9 @@ Takes a prompt that is already in the KV cache; returns the token ids of the mid
         accept_tokens   keep the lowest-entropy positions within entropy_bound
         renoise_tokens  draw every other position anew
 
-How this is paid per answer and not per canvas: the canvas is as long as the hole lets expect and is cut where the
-first step sees its end; a drafted canvas that the model bears out is done in a step; what stands behind the answer's
-end has no say. An answer that does not end in its canvas goes on in a next one (block autoregressive).
+How this is paid per answer and not per canvas: the canvas is cut behind where the first step sees the answer's end; a
+drafted canvas that the model bears out is done in a step; what stands behind the answer's end has no say. An answer
+that does not end in its canvas goes on in a next one (block autoregressive).
 
 Knows:    token ids, logits, the cache.  Never: text, files, LSP.
 Shapes:   K canvases of C positions side by side, V vocabulary.
@@ -259,7 +259,6 @@ class Denoiser:
         options = self.options
         renoisings = 0
         state = initialize_canvases(self.model, options, self.generator, drafts)
-        answer: list[int] = []
         finish, passes = "steps", 0
         while state.steps_left:
             if self.stop():
@@ -285,13 +284,7 @@ class Denoiser:
                     continue
                 finish = "end" if length < len(best) else "length"
                 break
-        if state.logits is None:
-            return Filled((), finish, passes, confidence=0.0)
-        own = answer_start.own_positions(answer)
-        confidence = confidence_in(state, options, own)
-        log_probability = math.log(max(confidence, 1e-30)) * len(own)
-        is_open = len(answer) == state.best.shape[1]
-        return Filled(tuple(answer), finish, passes, confidence, log_probability, is_open=is_open)
+        return self._take(state, answer_start, before, finish, passes)
 
     def fill_several(self, cache: KeyValues, answer_start: AnswerStart, count: int) -> list[Filled]:
         """Answers from ``count`` noises side by side, the most confident first, none twice; each takes all passes."""
@@ -305,26 +298,29 @@ class Denoiser:
                 break
             state = denoising_step(self.model, cache, state, options, self.generator, answer_start)
             passes += 1
-            for i in range(count):
-                filled = self._take(state.only(i), answer_start, passes)
-                if i not in found and is_settled(state.only(i), options, len(filled.token_ids) + 1):
-                    found[i] = filled
-        if state.logits is None:
-            return [Filled((), finish, 0, confidence=0.0)]  # no step was made: there is nothing but noise
-        for i in range(count):
-            found.setdefault(i, replace(self._take(state.only(i), answer_start, passes), finish=finish))
+            for i in set(range(count)) - found.keys():
+                canvas = state.only(i)
+                filled = self._take(canvas, answer_start, (), "end", passes)
+                if is_settled(canvas, options, len(filled.token_ids) + 1):
+                    found[i] = replace(filled, finish="length") if filled.is_open else filled
+        for i in set(range(count)) - found.keys():
+            found[i] = self._take(state.only(i), answer_start, (), finish, passes)
         unique = {filled.token_ids: replace(filled, passes=passes) for filled in found.values()}
         return sorted(unique.values(), key=lambda f: -f.confidence)
 
-    def _take(self, state: CanvasState, answer_start: AnswerStart, passes: int) -> Filled:
-        """The answer that one canvas holds now."""
+    def _take(
+        self, state: CanvasState, answer_start: AnswerStart, before: Sequence[int], finish: str, passes: int
+    ) -> Filled:
+        """The answer that one canvas holds now; nothing before its first step, when it holds but noise."""
+        if state.logits is None:
+            return Filled((), finish, passes, confidence=0.0)
         best = state.best[0].tolist()
-        length = self._length((), best)
-        own = answer_start.own_positions(best[:length])
+        answer = best[: self._length(before, best)]
+        own = answer_start.own_positions(answer)
         confidence = confidence_in(state, self.options, own)
         log_probability = math.log(max(confidence, 1e-30)) * len(own)
-        finish = "end" if length < len(best) else "length"
-        return Filled(tuple(best[:length]), finish, passes, confidence, log_probability)
+        is_open = len(answer) == len(best)
+        return Filled(tuple(answer), finish, passes, confidence, log_probability, is_open=is_open)
 
     def _wrong(self, state: CanvasState, before: Sequence[int], answer: Sequence[int]) -> list[int]:
         """Positions behind what is pinned that the constraint finds errors at."""

@@ -70,7 +70,7 @@ class DraftTree:
                 self._children[node, token_id] = child
                 self.tokens.append(token_id)
                 self.parents.append(node)
-                self.depths.append(self.depths[node] + 1 if node >= 0 else 1)
+                self.depths.append(self.depth(node) + 1)
             node = child
             path.append(node)
         return path

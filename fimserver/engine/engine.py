@@ -238,7 +238,8 @@ class Engine:
         )
         if job.sampling.num_candidates > 1:
             cache = self.prompt_cache.cache
-            best, *job.others[:] = denoiser.fill_several(cache, job.answer_start, job.sampling.num_candidates)
+            best, *others = denoiser.fill_several(cache, job.answer_start, job.sampling.num_candidates)
+            job.others.extend(others)
             return encoded, best
         drafts = self._draft_canvases(job)
         filled = denoiser.fill(self.prompt_cache.cache, job.answer_start, drafts=drafts)

@@ -153,9 +153,9 @@ def to_rows(  # noqa: PLR0913, PLR0917  everything one pass reads
     origins: list[int] = []
     for i, node in enumerate(canvases):
         rows = slice(num_sure + num_nodes + i * canvas_length, num_sure + num_nodes + (i + 1) * canvas_length)
-        sees[rows] = sees[num_sure + node] if node >= 0 else sees[num_sure - 1]
+        sees[rows] = sees[num_sure + node]  # the root, -1, is the last sure token
         sees[rows, rows] = True
-        begin = root + 1 + (tree.depths[node] if node >= 0 else 0)
+        begin = root + 1 + tree.depth(node)
         positions += range(begin, begin + canvas_length)
         origins += [begin] * canvas_length
     ids = torch.tensor([*pending, *tree.tokens], device=model.device)
@@ -191,11 +191,14 @@ class _Walk:
 
     def begin(self, first: RunnerUp) -> None:
         """Write a first token that was chosen elsewhere."""
-        self.answer.append(first.token_id)
+        self._write(first.token_id, first.log_probability)
+
+    def _write(self, token_id: int, log_probability: float) -> None:
+        self.answer.append(token_id)
+        self._log_probabilities.append(log_probability)
         if self._rules is not None:
-            self._rules.accept(first.token_id)
-        self._log_probabilities.append(first.log_probability)
-        self._beginning = self._answer_start.after(self._beginning, first.token_id)
+            self._rules.accept(token_id)
+        self._beginning = self._answer_start.after(self._beginning, token_id)
 
     def note_runners_up(self, row: torch.Tensor) -> None:
         """The tokens that might have begun the answer in place of the one that does."""
@@ -246,12 +249,7 @@ class _Walk:
                 self._end_log_probability += sum(self._log_probabilities[end:])  # of an anchor's beginning
                 del self.answer[end:], self._log_probabilities[end:]
                 return taken, "end"
-            scored = constrained if self._beginning.rest else row
-            self._log_probabilities.append(float(torch.log_softmax(scored, dim=-1)[token_id]))
-            self.answer.append(token_id)
-            if self._rules is not None:
-                self._rules.accept(token_id)
-            self._beginning = self._answer_start.after(self._beginning, token_id)
+            self._write(token_id, self._log_probability(row, token_id, self._beginning))
             self._on_token(self.answer)
             child = tree.child(node, token_id)
             if len(self.answer) >= self._max_tokens:
