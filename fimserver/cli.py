@@ -4,6 +4,7 @@
     complete   complete at one place of one file
     eval       measure quality
     bench      measure time
+    corpus     gather the files that the shipped model is trained on
     doctor     what is installed, and whether the model answers
 
 Exit codes: 0 done, 1 nothing to complete or a check failed (the reason is on stderr), 2 wrong use.
@@ -309,6 +310,58 @@ def doctor(**options: Any) -> None:
     sys.exit(0 if run_checks(_settings(options, reports=False)) else 1)
 
 
+@main.command()
+@click.option(
+    "--folder", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="Where the corpus goes."
+)
+@click.option(
+    "--wheels",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    help="Where wheels are, and go; FOLDER/wheels unless given.",
+)
+@click.option("--yes", is_flag=True, help="Fetch what is missing without asking.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def corpus(folder: Path | None, wheels: Path | None, yes: bool, as_json: bool) -> None:  # noqa: FBT001
+    """Gather the Python files that the shipped model is trained on; wheels that are missing are fetched from PyPI."""
+    from fimserver.training.corpus import build_corpus, default_folder, find_missing  # noqa: PLC0415
+
+    folder = folder or default_folder()
+    wheels = wheels or folder / "wheels"
+    if missing := find_missing(wheels):
+        size = sum(pin.megabytes for pin in missing)
+        click.echo(f"pip will fetch {len(missing)} wheels from PyPI, about {size:.0f} MB, into {wheels}", err=True)
+        if not yes:
+            click.confirm("Fetch them?", abort=True, err=True)
+    _run_measurement(
+        lambda: _with_progress(lambda report: build_corpus(folder, wheels, report=report)),
+        as_json=as_json,
+        to_lines=_to_package_lines,
+    )
+
+
+def _with_progress(build: Callable[[Callable[[str, int, int], None]], Any]) -> Any:
+    """Do what takes minutes under a bar."""
+    from rich.console import Console  # noqa: PLC0415  only who waits pays for it
+    from rich.progress import Progress  # noqa: PLC0415
+
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("")
+        return build(lambda what, done, total: progress.update(task, description=what, completed=done, total=total))
+
+
+def _to_package_lines(manifest: Any) -> Iterator[str]:
+    """A line for each package, and one for all."""
+    for package in manifest.packages:
+        files, characters = package.files + package.held_out_files, package.characters + package.held_out_characters
+        held_out = f", {package.held_out_files} held out" if package.held_out_files else ""
+        what = f"{package.name} {package.version}"
+        yield f"{what:32} {files:6} files {characters / 1e6:7.2f} MB  {package.licence}{held_out}"
+    files = sum(package.files for package in manifest.packages)
+    characters = sum(package.characters for package in manifest.packages)
+    yield f"{'to train on':32} {files:6} files {characters / 1e6:7.2f} MB"
+
+
 def _run_measurement(
     measure: Callable[[], Any],
     *,
@@ -316,7 +369,7 @@ def _run_measurement(
     to_lines: Callable[[Any], Iterable[str]] | None = None,
     show: Callable[[Any], None] | None = None,
 ) -> None:
-    """Print what a measurement gives; one that cannot be made is exit 1 with the reason."""
+    """Print what was measured or made; what cannot be is exit 1 with the reason."""
     try:
         summary = measure()
     except FimserverError as error:

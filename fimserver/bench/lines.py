@@ -27,9 +27,10 @@ from fimserver.engine.client import EngineClient, EngineOptions
 from fimserver.errors import FimserverError
 from fimserver.settings import Settings
 from fimserver.text import replace
+from fimserver.training.corpus import HELD_OUT_MODULES
 from fimserver.types import Snapshot
 
-HELD_OUT = ("argparse", "textwrap", "heapq", "csv", "zipfile", "shelve")  # never trained on
+HELD_OUT = HELD_OUT_MODULES  # never trained on
 _SHORTEST_LINE = 8
 _DRAW_SEED = 11
 
