@@ -36,12 +36,14 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from email.message import Message
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fimserver.errors import FimserverError
 from fimserver.paths import cache_folder
+
+if TYPE_CHECKING:
+    from email.message import Message  # generic for the type checker alone
 
 HELD_OUT_PACKAGES = ("tornado", "flask", "aiohttp", "werkzeug", "click")  # never trained on
 HELD_OUT_MODULES = ("argparse", "textwrap", "heapq", "csv", "zipfile", "shelve")  # of the standard library
@@ -395,7 +397,7 @@ def _folder_files(folder: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
             yield path.relative_to(folder).as_posix(), path.read_bytes
 
 
-def _stated_licence(metadata: Message[Any, Any]) -> str:
+def _stated_licence(metadata: "Message[Any, Any]") -> str:
     """What a package's metadata calls its licence: an expression, a short name, or classifiers."""
     name = str(metadata["License-Expression"] or metadata["License"] or "").strip()
     if name and "\n" not in name:
