@@ -216,7 +216,7 @@ def evaluate_holes(  # noqa: PLR0913  the command's options
         seed=seed,
         guesses=guesses,
         models=tuple(map(_score_model, candidates)),
-        differences={mode.value: _compare(*candidates, mode) for mode in modes} if against is not None else {},
+        differences={} if against is None else {mode.value: _compare(candidates, mode) for mode in modes},
     )
 
 
@@ -293,8 +293,8 @@ def _pair_modes(filled: Mapping[str, Sequence[Filled]]) -> list[ModePair]:
     return pairs
 
 
-def _compare(one: Candidate, other: Candidate, mode: Mode) -> dict[str, MeanInterval]:
-    ours, theirs = _by_kind(one.filled[mode.value]), _by_kind(other.filled[mode.value])
+def _compare(candidates: Sequence[Candidate], mode: Mode) -> dict[str, MeanInterval]:
+    ours, theirs = (_by_kind(candidate.filled[mode.value]) for candidate in candidates)
     differences = {
         kind: paired_difference([f.is_exact for f in ours[kind]], [f.is_exact for f in theirs[kind]]) for kind in ours
     }

@@ -111,7 +111,7 @@ def print_quality(quality: "Quality", console: Console | None = None) -> None:
     guesses = "with guesses" if quality.guesses else "without guesses"
     console.print(f"{quality.data}: {quality.files} files, {guesses}, seed {quality.seed}")
     for scores in quality.models:
-        table = Table(title=f"{scores.model} ({scores.name})", box=SIMPLE)
+        table = Table(title=f"{scores.model} ({scores.name})", box=SIMPLE, pad_edge=False, collapse_padding=True)
         for column in ("mode", "kind"):
             table.add_column(column, no_wrap=True)
         for column in _QUALITY_COLUMNS:
@@ -159,7 +159,8 @@ def _show_mean(interval: "MeanInterval", *, signed: bool = False) -> str:
     """Of a difference with its sign, of a ratio without."""
     spec = "+.3f" if signed else ".2f"
     low, high = format(interval.low, spec), format(interval.high, spec)
-    return f"{interval.value:{spec}} [{low}, {high}] ({interval.holes} holes)"
+    alike = ", which do not tell them apart" if interval.low == interval.high == 0 else ""
+    return f"{interval.value:{spec}} [{low}, {high}] ({interval.holes} holes{alike})"
 
 
 def _cells(numbers: "WayNumbers") -> list[str]:
