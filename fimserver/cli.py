@@ -231,6 +231,46 @@ def ranking(data: Path, limit: int, as_json: bool, **options: Any) -> None:  # n
     _run_measurement(lambda: fit_ranking(data, settings, limit=limit), as_json=as_json)
 
 
+@evaluate.command()
+@click.option(
+    "--data",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="A folder of Python files that the model was not trained on; the corpus' held-out files unless given.",
+)
+@click.option(
+    "--limit", type=click.IntRange(min=1), default=100, show_default=True, metavar="N", help="Holes of each kind."
+)
+@click.option("--modes", metavar="A,B", help="Only these of verified, diffusion, autoregressive.")
+@click.option("--against", metavar="NAME|FOLDER", help="Another model, filling the same holes.")
+@click.option("--guesses/--no-guesses", default=False, help="Give the engine what followed the same text elsewhere.")
+@click.option("--plots", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="Write pictures.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--seed", type=int, metavar="N", help="Seed of all that is drawn.")
+@_engine_options
+def holes(  # noqa: PLR0913, PLR0917  one parameter an option
+    data: Path | None,
+    limit: int,
+    modes: str | None,
+    against: str | None,
+    guesses: bool,  # noqa: FBT001
+    plots: Path | None,
+    as_json: bool,  # noqa: FBT001
+    **options: Any,
+) -> None:
+    """Fill holes of five kinds in every mode: exact match, passes, calibration, time; two models on the same holes."""
+    from fimserver.bench.quality import evaluate_holes, parse_modes  # noqa: PLC0415
+    from fimserver.bench.tables import print_quality  # noqa: PLC0415
+
+    settings = _settings(options)
+    _run_measurement(
+        lambda: evaluate_holes(
+            data, settings, limit=limit, modes=parse_modes(modes), against=against, guesses=guesses, plots=plots
+        ),
+        as_json=as_json,
+        show=print_quality,
+    )
+
+
 @main.group()
 def bench() -> None:
     """Measure time."""

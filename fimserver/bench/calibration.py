@@ -40,13 +40,19 @@ def to_curve(answers: Sequence[Answer], num_items: int) -> tuple[CurvePoint, ...
     return tuple(points)
 
 
+def to_bins(answers: Sequence[Answer]) -> list[list[Answer]]:
+    """Answers by their confidence, in bins of equal width, without those that are empty."""
+    bins: list[list[Answer]] = [[] for _ in range(_NUM_BINS)]
+    for answer in answers:
+        bins[min(_NUM_BINS - 1, int(answer.confidence * _NUM_BINS))].append(answer)
+    return [filled for filled in bins if filled]
+
+
 def expected_calibration_error(answers: Sequence[Answer]) -> float | None:
     """How far confidence is from the share of right answers: over 10 bins of equal width, by how full each is."""
     if not answers:
         return None
-    bins: list[list[Answer]] = [[] for _ in range(_NUM_BINS)]
-    for answer in answers:
-        bins[min(_NUM_BINS - 1, int(answer.confidence * _NUM_BINS))].append(answer)
     return sum(
-        abs(sum(answer.confidence for answer in filled) - sum(answer.is_exact for answer in filled)) for filled in bins
+        abs(sum(answer.confidence for answer in filled) - sum(answer.is_exact for answer in filled))
+        for filled in to_bins(answers)
     ) / len(answers)

@@ -1,4 +1,7 @@
-"""Pictures of ``fimserver bench decode``: quality over passes, and how many passes holes take.
+"""Pictures of ``fimserver bench decode`` and ``eval holes``.
+
+    write_plots           quality over passes, and how many passes holes take
+    write_quality_plots   quality by kind of hole, whether confidence can be believed, quality over passes
 
 matplotlib is optional: ``pip install fimserver[plots]``.
 
@@ -8,15 +11,20 @@ Knows:  outcomes.  Never: how they were made.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from fimserver.bench.ratios import pareto_front
+from fimserver.bench.calibration import Answer, to_bins
+from fimserver.bench.ratios import MeanInterval, pareto_front
 from fimserver.errors import FimserverError
 
 QUALITY_FILE = "quality_over_passes.png"
 PASSES_FILE = "passes.png"
+KINDS_FILE = "exact_by_kind.png"
+CALIBRATION_FILE = "calibration.png"
 _DPI = 150
 _COLUMNS = 2
+_STYLES = ("-", "--", ":")  # verified says what left to right says: one line lies on the other
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +35,16 @@ class Point:
     passes: float
     exact_match: float
     is_budget: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ModeScores:
+    """One model in one mode: exact match of each kind of hole and of ``all``, its answers, its mean passes."""
+
+    name: str
+    kinds: Mapping[str, MeanInterval]
+    answers: Sequence[Answer]
+    passes: float
 
 
 def check_plots(folder: Path) -> None:
@@ -44,6 +62,48 @@ def write_plots(
 ) -> list[Path]:
     """Write both pictures, ``points`` being of ``num_holes``; gives their paths."""
     return [_write_quality(folder / QUALITY_FILE, points, num_holes), _write_passes(folder / PASSES_FILE, passes)]
+
+
+def write_quality_plots(folder: Path, scores: Sequence[ModeScores]) -> list[Path]:
+    """Write the three pictures of modes on the same holes; gives their paths."""
+    points = [Point(s.name, s.passes, s.kinds["all"].value) for s in scores]
+    return [
+        _write_kinds(folder / KINDS_FILE, scores),
+        _write_calibration(folder / CALIBRATION_FILE, scores),
+        _write_quality(folder / QUALITY_FILE, points, scores[0].kinds["all"].holes),
+    ]
+
+
+def _write_kinds(path: Path, scores: Sequence[ModeScores]) -> Path:
+    figure = _figure_class()(figsize=(9, 5), layout="constrained")
+    axes = figure.add_subplot()
+    kinds = list(scores[0].kinds)
+    width = 0.8 / len(scores)
+    for index, score in enumerate(scores):
+        found = [score.kinds[kind] for kind in kinds]
+        places = [place + (index - (len(scores) - 1) / 2) * width for place in range(len(kinds))]
+        reach = [[i.value - i.low for i in found], [i.high - i.value for i in found]]
+        axes.bar(places, [i.value for i in found], width, yerr=reach, capsize=3, label=score.name)
+    axes.set_xticks(range(len(kinds)), [f"{kind}\n{scores[0].kinds[kind].holes} holes" for kind in kinds])
+    axes.set(ylabel="exact match, with 95% intervals")
+    axes.legend()
+    figure.savefig(path, dpi=_DPI)
+    return path
+
+
+def _write_calibration(path: Path, scores: Sequence[ModeScores]) -> Path:
+    figure = _figure_class()(figsize=(6, 6), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot([0, 1], [0, 1], linestyle="--", linewidth=1, color="gray", label="as sure as right")
+    for index, score in enumerate(scores):
+        bins, style = to_bins(score.answers), _STYLES[index % len(_STYLES)]
+        sure = [fmean(a.confidence for a in filled) for filled in bins]
+        right = [fmean(a.is_exact for a in filled) for filled in bins]
+        axes.plot(sure, right, style, marker="o", label=score.name)
+    axes.set(xlabel="confidence, mean of each bin", ylabel="exact match", xlim=(0, 1), ylim=(0, 1))
+    axes.legend()
+    figure.savefig(path, dpi=_DPI)
+    return path
 
 
 def _write_quality(path: Path, points: Sequence[Point], num_holes: int) -> Path:

@@ -1,8 +1,9 @@
-"""Medians with their uncertainty, and which mode is held against the others.
+"""Medians, means and shares with their uncertainty, and which mode is held against the others.
 
 Knows:  numbers, names.  Never: models, texts.
 """
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ _RESAMPLES = 2000
 _SEED = 0
 _QUALITY_MARGIN = 0.01  # of exact match: a mode that loses more is no alternative
 _ROUNDING = 1e-9
+_NORMAL_95 = 1.96
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +24,16 @@ class Interval:
     median: float | None
     low: float | None
     high: float | None
+    holes: int
+
+
+@dataclass(frozen=True, slots=True)
+class MeanInterval:
+    """A share, a difference of shares or a ratio of means over holes, with the ends of its 95% interval."""
+
+    value: float
+    low: float
+    high: float
     holes: int
 
 
@@ -39,10 +51,51 @@ def bootstrap_median(values: Sequence[float]) -> Interval:
     if not values:
         return Interval(None, None, None, 0)
     array = np.asarray(values, dtype=np.float64)
-    picked = np.random.default_rng(_SEED).integers(0, len(array), (_RESAMPLES, len(array)))
-    medians = np.median(array[picked], axis=1)
+    medians = np.median(array[_resample(len(array))], axis=1)
     low, high = np.percentile(medians, [2.5, 97.5])
     return Interval(statistics.median(values), float(low), float(high), len(values))
+
+
+def paired_difference(a: Sequence[bool], b: Sequence[bool]) -> MeanInterval | None:
+    """Share of ``a`` less that of ``b`` over the same holes, with its paired percentile interval over resamples.
+
+    ``None`` for no hole. Where both agree on every hole the interval has no width, however few they are.
+    """
+    if not a and not b:
+        return None
+    differences = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
+    means = differences[_resample(len(a))].mean(axis=1)
+    return _to_interval(float(differences.mean()), means, len(a))
+
+
+def ratio_of_means(above: Sequence[float], below: Sequence[float]) -> MeanInterval | None:
+    """Mean over mean for the same holes, with its paired interval; ``None`` for no hole."""
+    if not above or not all(value > 0 for value in below):
+        return None
+    picked = _resample(len(above))
+    tops, bottoms = np.asarray(above, dtype=np.float64), np.asarray(below, dtype=np.float64)
+    ratios = tops[picked].mean(axis=1) / bottoms[picked].mean(axis=1)
+    return _to_interval(float(tops.mean() / bottoms.mean()), ratios, len(above))
+
+
+def share_interval(values: Sequence[bool]) -> MeanInterval | None:
+    """A share with Wilson's interval, which has a width where none or all are true too; ``None`` for no hole."""
+    if not values:
+        return None
+    n, share = len(values), statistics.fmean(values)
+    square = _NORMAL_95**2
+    middle = (share + square / (2 * n)) / (1 + square / n)
+    reach = _NORMAL_95 * math.sqrt(share * (1 - share) / n + square / (4 * n * n)) / (1 + square / n)
+    return MeanInterval(share, max(0.0, middle - reach), min(1.0, middle + reach), n)
+
+
+def _resample(size: int) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
+    return np.random.default_rng(_SEED).integers(0, size, (_RESAMPLES, size))
+
+
+def _to_interval(value: float, resampled: np.ndarray[tuple[int], np.dtype[np.float64]], holes: int) -> MeanInterval:
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return MeanInterval(value, float(low), float(high), holes)
 
 
 def paired_ratios(above: Mapping[int, float], below: Mapping[int, float]) -> list[float]:

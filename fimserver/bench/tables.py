@@ -5,13 +5,16 @@ Knows:  summaries of this room.  Never: how they were measured.
 
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
     from fimserver.bench.decode import Comparison, WayNumbers
     from fimserver.bench.profile import Profile
-    from fimserver.bench.ratios import Interval
+    from fimserver.bench.quality import Numbers
+    from fimserver.bench.quality import Summary as Quality
+    from fimserver.bench.ratios import Interval, MeanInterval
 
 _COLUMNS = (
     "holes",
@@ -25,6 +28,23 @@ _COLUMNS = (
     "exact",
     "long",
     "parses",
+)
+_QUALITY_COLUMNS = (
+    "holes",
+    "exact",
+    "95%",
+    "1st line",
+    "copies",
+    "similar",
+    "answered",
+    "parses",
+    "passes",
+    "long",
+    "passes",
+    "exact",
+    "ms p50",
+    "p95",
+    "ECE",
 )
 
 
@@ -83,6 +103,64 @@ def print_profile(profile: "Profile", console: Console | None = None) -> None:
     bf16 = f", bf16 {bound.bf16_gflops:.0f}" if bound.bf16_gflops else ""
     console.print(f"{'probe':34} fp32 {bound.fp32_gflops:.0f} GFLOP/s{bf16}; {bound.gigabytes_per_s:.1f} GB/s")
     console.print(f"{'machine':34} {_show_facts(profile.machine)}")
+
+
+def print_quality(quality: "Quality", console: Console | None = None) -> None:
+    """A table for each model, then its modes and the models against each other."""
+    console = console or Console(width=160, highlight=False)
+    guesses = "with guesses" if quality.guesses else "without guesses"
+    console.print(f"{quality.data}: {quality.files} files, {guesses}, seed {quality.seed}")
+    for scores in quality.models:
+        table = Table(title=f"{scores.model} ({scores.name})", box=SIMPLE, pad_edge=False, collapse_padding=True)
+        for column in ("mode", "kind"):
+            table.add_column(column, no_wrap=True)
+        for column in _QUALITY_COLUMNS:
+            table.add_column(column, justify="right", no_wrap=True)
+        for mode, kinds in scores.modes.items():
+            for kind, numbers in kinds.items():
+                table.add_row(mode, kind, *_quality_cells(numbers), end_section=kind == "all")
+        console.print(table)
+        for pair in scores.long_pairs:
+            name = f"long: {pair.first} - {pair.second}"
+            console.print(f"{name:42} exact {_show_mean(pair.exact_difference, signed=True)}")
+            if pair.passes_ratio:
+                console.print(f"{'':42} passes of {pair.second} over it {_show_mean(pair.passes_ratio)}")
+    for mode, differences in quality.differences.items():
+        for kind, difference in differences.items():
+            name = f"{mode} {kind}: this model - the other"
+            console.print(f"{name:56} exact {_show_mean(difference, signed=True)}")
+
+
+def _quality_cells(numbers: "Numbers") -> list[str]:
+    return [
+        str(numbers.holes),
+        f"{numbers.exact.value:.3f}",
+        f"{numbers.exact.low:.2f}-{numbers.exact.high:.2f}",
+        _show_some(numbers.first_line),
+        _show_some(numbers.copies),
+        f"{numbers.edit_similarity:.3f}",
+        f"{numbers.answered:.3f}",
+        f"{numbers.parses:.3f}",
+        f"{numbers.passes:.1f}",
+        str(numbers.long_holes),
+        "" if numbers.long_passes is None else f"{numbers.long_passes:.1f}",
+        _show_some(numbers.long_exact),
+        f"{numbers.ms_p50:.0f}",
+        f"{numbers.ms_p95:.0f}",
+        _show_some(numbers.expected_calibration_error),
+    ]
+
+
+def _show_some(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _show_mean(interval: "MeanInterval", *, signed: bool = False) -> str:
+    """Of a difference with its sign, of a ratio without."""
+    spec = "+.3f" if signed else ".2f"
+    low, high = format(interval.low, spec), format(interval.high, spec)
+    alike = ", which do not tell them apart" if interval.low == interval.high == 0 else ""
+    return f"{interval.value:{spec}} [{low}, {high}] ({interval.holes} holes{alike})"
 
 
 def _cells(numbers: "WayNumbers") -> list[str]:

@@ -1,0 +1,354 @@
+"""``fimserver eval holes``: how good a model is on files that it was not trained on, by kind of hole and by mode.
+
+Holes are those of ``bench/cuts.py``; every model and every mode fills the same ones, one after another in this
+process, with the engine's raw answer: no hole rule, no gate, no postprocessing. No prompt is cached. Everything is
+under one seed, so verified decoding drafts as much as it does by default, not as much as this machine likes.
+
+exact match   the answer is what stood in the hole, but for blanks at its ends
+parses        the whole file parses with the answer in it; of all holes
+long          middles of 8 tokens and more, by the tokenizer of the first model
+intervals     95%; of differences and ratios by resampling holes, in pairs, as if holes of one file were independent
+
+Knows:  files, holes, the engine.  Never: tensors, LSP.
+"""
+
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+
+from fimserver.bench.calibration import Answer, expected_calibration_error
+from fimserver.bench.cuts import HOLES, Gap, GapKind, draw_gaps
+from fimserver.bench.infilling import edit_similarity
+from fimserver.bench.machine import use_threads
+from fimserver.bench.plots import ModeScores, check_plots, write_quality_plots
+from fimserver.bench.ratios import MeanInterval, paired_difference, percentile, ratio_of_means, share_interval
+from fimserver.context.gather import find_guesses
+from fimserver.context.scan import python_parses
+from fimserver.context.window import Budget, budget_for, build_context
+from fimserver.engine.engine import Engine
+from fimserver.errors import FimserverError
+from fimserver.settings import Settings
+from fimserver.types import Mode, Sampling
+
+LONG_TOKENS = 8
+ALL = "all"
+MODES = (Mode.VERIFIED, Mode.DIFFUSION, Mode.AUTOREGRESSIVE)
+_PAIRS = (
+    (Mode.DIFFUSION, Mode.AUTOREGRESSIVE),
+    (Mode.DIFFUSION, Mode.VERIFIED),
+    (Mode.VERIFIED, Mode.AUTOREGRESSIVE),
+)
+_KEPT_TOKENS = 4  # of a canvas, for the cut word, which the answer spells again, and for its end
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Numbers:
+    """One model in one mode on one kind of hole; times in ms, shares from 0 to 1.
+
+    ``first_line`` is of holes that may have several lines, ``copies`` of identifiers; ``None`` elsewhere, and of long
+    middles where there is none. Calibration is over answered holes.
+    """
+
+    holes: int
+    exact: MeanInterval
+    first_line: float | None
+    copies: float | None
+    edit_similarity: float
+    answered: float
+    parses: float
+    passes: float
+    long_holes: int
+    long_passes: float | None
+    long_exact: float | None
+    ms_p50: float
+    ms_p95: float
+    expected_calibration_error: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class ModePair:
+    """Two modes of one model on long middles: exact match of the first less the second, passes of second over first."""
+
+    first: str
+    second: str
+    exact_difference: MeanInterval
+    passes_ratio: MeanInterval | None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelScores:
+    """One model: of each mode the numbers of each kind and of all, and its modes against each other."""
+
+    model: str
+    name: str
+    modes: dict[str, dict[str, Numbers]]
+    long_pairs: tuple[ModePair, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """All that one run says; ``differences``: exact match of the first model less the other's, by mode and kind."""
+
+    data: str
+    files: int
+    holes: dict[str, int]
+    seed: int
+    guesses: bool
+    models: tuple[ModelScores, ...]
+    differences: dict[str, dict[str, MeanInterval]]
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """A hole and what a model put there."""
+
+    gap: Gap
+    num_tokens: int
+    text: str
+    confidence: float
+    passes: int
+    ms: float
+    parses: bool
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether it is what stood there."""
+        return self.text.strip() == self.gap.middle.strip()
+
+    @property
+    def is_first_line_exact(self) -> bool:
+        """Whether its first line is."""
+        return self.text.strip().partition("\n")[0].rstrip() == self.gap.middle.strip().partition("\n")[0].rstrip()
+
+    @property
+    def is_long(self) -> bool:
+        """Whether its middle has many tokens."""
+        return self.num_tokens >= LONG_TOKENS
+
+    @property
+    def answer(self) -> Answer | None:
+        """What calibration asks of it; ``None`` where nothing was answered."""
+        return Answer(self.confidence, self.is_exact) if self.text.strip() else None
+
+
+@dataclass(slots=True)
+class Candidate:
+    """A model that is measured."""
+
+    model: str
+    engine: Engine
+    filled: dict[str, list[Filled]] = field(default_factory=dict)
+
+    @property
+    def most_tokens(self) -> int:
+        """Of a middle that is drawn."""
+        return self.engine.info.canvas_length - _KEPT_TOKENS
+
+    @property
+    def budget(self) -> Budget:
+        """What its prompts hold."""
+        return budget_for(self.engine.info.max_prompt_tokens)
+
+    def count(self, text: str) -> int:
+        """Tokens of a text."""
+        return len(self.engine.vocabulary.encode(text))
+
+    def fill(self, gap: Gap, num_tokens: int, sampling: Sampling, *, guesses: bool) -> Filled:
+        """One hole, cold."""
+        found = find_guesses(gap.snapshot, gap.hole) if guesses else []
+        context = build_context(gap.snapshot, gap.hole, self.budget, guesses=found)
+        self.engine.forget()
+        generation = self.engine.complete(context, sampling)
+        return Filled(
+            gap,
+            num_tokens,
+            generation.text,
+            generation.confidence,
+            generation.forward_passes,
+            generation.timings_ms["total"],
+            python_parses(gap.filled(generation.text)),
+        )
+
+
+def evaluate_holes(  # noqa: PLR0913  the command's options
+    data: Path | None,
+    settings: Settings,
+    *,
+    limit: int,
+    modes: Sequence[Mode] = MODES,
+    against: str | None = None,
+    guesses: bool = False,
+    plots: Path | None = None,
+) -> Summary:
+    """Fill ``limit`` holes of each kind in every mode, with another model too where one is named.
+
+    Raises ``FimserverError``.
+    """
+    if plots is not None:
+        check_plots(plots)
+    texts = read_folder(data) if data else read_corpus()
+    use_threads(settings.threads)
+    names = [settings.model] if against is None else [settings.model, against]
+    candidates = [Candidate(name, Engine.load(name, settings.device, settings.context_tokens)) for name in names]
+    gaps = draw_gaps(
+        texts,
+        limit,
+        budget=min((c.budget for c in candidates), key=lambda b: b.prefix),
+        fits=lambda middle: all(c.count(middle) <= c.most_tokens for c in candidates),
+    )
+    if not gaps:
+        msg = f"{data or 'the corpus'} has no hole that fits the model's canvas; name a folder with more code"
+        raise FimserverError(msg)
+    seed = settings.seed or 0
+    _fill_all(candidates, gaps, {mode: Sampling(mode=mode, seed=seed) for mode in modes}, guesses=guesses)
+    if plots is not None:
+        write_quality_plots(plots, [_to_picture(c, mode, len(candidates)) for c in candidates for mode in modes])
+    return Summary(
+        data=str(data) if data else "held-out files of the corpus",
+        files=len(texts),
+        holes={kind.value: sum(gap.kind is kind for gap in gaps) for kind in GapKind},
+        seed=seed,
+        guesses=guesses,
+        models=tuple(map(_score_model, candidates)),
+        differences={} if against is None else {mode.value: _compare(candidates, mode) for mode in modes},
+    )
+
+
+def _fill_all(
+    candidates: Sequence[Candidate], gaps: Sequence[Gap], samplings: Mapping[Mode, Sampling], *, guesses: bool
+) -> None:
+    """Every model and mode in turn on each hole; one hole each before the clock counts."""
+    for candidate in candidates:
+        for mode, sampling in samplings.items():
+            candidate.fill(gaps[0], 0, sampling, guesses=guesses)
+            candidate.filled[mode.value] = []
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+        for gap in progress.track(gaps, description="filling"):
+            num_tokens = candidates[0].count(gap.middle)
+            for candidate in candidates:
+                for mode, sampling in samplings.items():
+                    filled = candidate.fill(gap, num_tokens, sampling, guesses=guesses)
+                    candidate.filled[mode.value].append(filled)
+
+
+def _by_kind(filled: Sequence[Filled]) -> dict[str, list[Filled]]:
+    """Of each kind that there is, and of all."""
+    kinds = {kind.value: [f for f in filled if f.gap.kind is kind] for kind in GapKind}
+    return {**{kind: members for kind, members in kinds.items() if members}, ALL: list(filled)}
+
+
+def _score_model(candidate: Candidate) -> ModelScores:
+    modes = {
+        mode: {kind: score(members) for kind, members in _by_kind(filled).items()}
+        for mode, filled in candidate.filled.items()
+    }
+    return ModelScores(candidate.model, candidate.engine.info.name, modes, tuple(_pair_modes(candidate.filled)))
+
+
+def score(filled: Sequence[Filled]) -> Numbers:
+    """Means, medians and shares of some holes, one at least."""
+    exact = share_interval([f.is_exact for f in filled])
+    assert exact is not None
+    times = [f.ms for f in filled]
+    long = [f for f in filled if f.is_long]
+    answers = [f.answer for f in filled if f.answer]
+    return Numbers(
+        holes=len(filled),
+        exact=exact,
+        first_line=_mean([f.is_first_line_exact for f in filled if HOLES[f.gap.kind].max_lines > 1]),
+        copies=_mean([f.gap.is_copied(f.text) for f in filled if f.gap.word]),
+        edit_similarity=statistics.fmean(edit_similarity(f.text.strip(), f.gap.middle.strip()) for f in filled),
+        answered=len(answers) / len(filled),
+        parses=statistics.fmean(f.parses for f in filled),
+        passes=statistics.fmean(f.passes for f in filled),
+        long_holes=len(long),
+        long_passes=_mean([f.passes for f in long]),
+        long_exact=_mean([f.is_exact for f in long]),
+        ms_p50=statistics.median(times),
+        ms_p95=percentile(times, 0.95),
+        expected_calibration_error=expected_calibration_error(answers),
+    )
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
+
+
+def _pair_modes(filled: Mapping[str, Sequence[Filled]]) -> list[ModePair]:
+    pairs = []
+    for first, second in _PAIRS:
+        ones, others = ([f for f in filled.get(mode.value, ()) if f.is_long] for mode in (first, second))
+        if not ones or not others:
+            continue
+        difference = paired_difference([f.is_exact for f in ones], [f.is_exact for f in others])
+        assert difference is not None
+        ratio = ratio_of_means([f.passes for f in others], [f.passes for f in ones])
+        pairs.append(ModePair(first.value, second.value, difference, ratio))
+    return pairs
+
+
+def _compare(candidates: Sequence[Candidate], mode: Mode) -> dict[str, MeanInterval]:
+    ours, theirs = (_by_kind(candidate.filled[mode.value]) for candidate in candidates)
+    differences = {
+        kind: paired_difference([f.is_exact for f in ours[kind]], [f.is_exact for f in theirs[kind]]) for kind in ours
+    }
+    return {kind: difference for kind, difference in differences.items() if difference}
+
+
+def _to_picture(candidate: Candidate, mode: Mode, num_models: int) -> ModeScores:
+    filled = candidate.filled[mode.value]
+    kinds = {kind: share_interval([f.is_exact for f in members]) for kind, members in _by_kind(filled).items()}
+    return ModeScores(
+        f"{candidate.model}, {mode.value}" if num_models > 1 else mode.value,
+        {kind: interval for kind, interval in kinds.items() if interval},
+        [f.answer for f in filled if f.answer],
+        statistics.fmean(f.passes for f in filled),
+    )
+
+
+def parse_modes(text: str | None) -> tuple[Mode, ...]:
+    """Names between commas, each once; all modes for none. Raises ``FimserverError`` for one that there is not."""
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip())) if text is not None else MODES
+    if not names or set(names) - set(MODES):
+        msg = f"--modes {text}: write some of {', '.join(MODES)} with commas between them"
+        raise FimserverError(msg)
+    return tuple(map(Mode, names))
+
+
+def read_folder(folder: Path) -> dict[str, str]:
+    """The Python files below a folder that parse, by their paths in it. Raises ``FimserverError`` where none does."""
+    texts = {}
+    for path in folder.rglob("*.py"):
+        try:
+            texts[str(path.relative_to(folder))] = path.read_text(encoding="utf-8")
+        except (OSError, ValueError):
+            continue
+    return _parsing(texts, f"--data {folder}")
+
+
+def read_corpus() -> dict[str, str]:
+    """The files of the training corpus that are kept from training. Raises ``FimserverError`` where there are none."""
+    try:
+        corpus = import_module("fimserver.training.corpus")
+        folder = corpus.default_folder()
+        documents = corpus.read_held_out(folder) if folder.is_dir() else []
+    except ModuleNotFoundError:
+        documents = []
+    if not documents:
+        msg = "there is no corpus to take held-out files from; run `fimserver corpus` or name a folder with --data"
+        raise FimserverError(msg)
+    return _parsing({f"{d.package}/{d.path}": d.text for d in documents}, "the corpus")
+
+
+def _parsing(texts: Mapping[str, str], what: str) -> dict[str, str]:
+    sound = {name: text for name, text in texts.items() if text.strip() and python_parses(text)}
+    if not sound:
+        msg = f"{what} holds no Python file that parses; name a folder with Python files"
+        raise FimserverError(msg)
+    return sound
