@@ -4,6 +4,7 @@
     complete   complete at one place of one file
     eval       measure quality
     bench      measure time
+    train      train a model of the shipped one's size
     corpus     gather the files that the shipped model is trained on
     doctor     what is installed, and whether the model answers
 
@@ -377,6 +378,57 @@ def corpus(folder: Path | None, wheels: Path | None, yes: bool, as_json: bool) -
         lambda: _with_progress(lambda report: build_corpus(folder, wheels, report=report)),
         as_json=as_json,
         to_lines=_to_package_lines,
+    )
+
+
+@main.command()
+@click.argument("run", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--hours", type=click.FloatRange(min=0, min_open=True), metavar="H", help="Train for so long.")
+@click.option("--steps", type=click.IntRange(min=1), metavar="N", help="Train to step N instead.")
+@click.option(
+    "--from", "source", default="tiny", show_default=True, metavar="NAME|FOLDER", help="Weights to begin with."
+)
+@click.option("--fresh", is_flag=True, help="Begin with no weights; the tokenizer is that of --from.")
+@click.option("--set", "pairs", multiple=True, metavar="NAME=VALUE", help="Part of the recipe; see training/recipe.py.")
+@click.option(
+    "--corpus", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="Where the corpus is."
+)
+@click.option("--device", default="auto", show_default=True, metavar="DEVICE", help="auto, cpu or cuda.")
+@click.option("--threads", type=click.IntRange(min=0), default=0, metavar="N", help="At most; 0 means all cores.")
+def train(  # noqa: PLR0913, PLR0917  one parameter an option
+    run: Path,
+    hours: float | None,
+    steps: int | None,
+    source: str,
+    fresh: bool,  # noqa: FBT001
+    pairs: tuple[str, ...],
+    corpus: Path | None,
+    device: str,
+    threads: int,
+) -> None:
+    """Train a model in the folder RUN, or go on with the one that is there; RUN/model can be served all the while.
+
+    The rate falls over the last fifth of the time; a file RUN/stop lets it fall at once. RUN/log.jsonl has the losses,
+    samples.txt what the model says, losses.png a picture (with matplotlib).
+    """
+    from fimserver.training.command import train_model  # noqa: PLC0415
+
+    if (hours is None) == (steps is None):
+        msg = "say how long: --hours H or --steps N"
+        raise click.UsageError(msg)
+    _run_measurement(
+        lambda: train_model(
+            run,
+            hours=hours,
+            steps=steps,
+            source=source,
+            fresh=fresh,
+            pairs=pairs,
+            corpus=corpus,
+            device=device,
+            threads=threads,
+        ),
+        as_json=False,
     )
 
 

@@ -1,8 +1,10 @@
 """Write the prompt: which ids the encoder reads before a canvas.
 
-Layout "fim":  ``<bos><suf> suffix <pre> prefix <mid>``, canvas = middle, ``<eos>``, pads. The suffix comes
-first, so that typing extends the prompt at its end and the KV cache survives. A prefix that does not fit is cut in
-front; the context's head (imports, headers of open scopes) then stands before what is left of it.
+Layout "fim":  ``<bos><file> language path <sep> snippet <suf> suffix <pre> prefix <mid>``, canvas = middle, ``<eos>``,
+pads. What changes least comes first and the prefix last, so that typing extends the prompt at its end and the KV
+cache survives. Language and path are told to a model that knows ``<file>``, snippets of other files to one that reads
+them. A prefix that does not fit is cut in front; the context's head (imports, headers of open scopes) then stands
+before what is left of it.
 
 Token healing: the word that the cursor cuts comes off the prompt and must begin the answer, because a
 tokenizer would never have cut there (``healed``). So does a single blank: tokens of words begin with theirs.
@@ -11,6 +13,7 @@ Knows:  token ids, the context's texts.  Never: tensors, documents.
 """
 
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 from fimserver.engine.vocabulary import Vocabulary
 from fimserver.engine.weights import ModelMetadata
@@ -19,6 +22,7 @@ from fimserver.types import FimContext
 _MAX_HEALED_TOKENS = 8  # a word that takes more would leave the answer no room
 _LEAST_ANCHOR = 6  # characters of code
 _MAX_ANCHOR_TOKENS = 8
+_PATH_PARTS = 3  # of a path, the last ones: what stands before them is the person's own
 _CUTS_PER_BUDGET = 4  # a prefix that is too long loses quarters of its budget, or each key would move the cut
 
 
@@ -37,14 +41,37 @@ def build_prompt(context: FimContext, vocabulary: Vocabulary, metadata: ModelMet
     if len(vocabulary.encode(healed)) > _MAX_HEALED_TOKENS:
         head, healed = context.prefix, ""
     suffix = vocabulary.encode(context.suffix[: metadata.max_suffix_tokens * 8])[: metadata.max_suffix_tokens]
+    about = [*describe_file(context, vocabulary, metadata), *encode_snippets(context, vocabulary, metadata)]
     # The answer spells a healed word again; a fixed reserve for it keeps the cut where it is while typing.
-    budget = metadata.max_prompt_tokens - len(suffix) - 4 - _MAX_HEALED_TOKENS
+    budget = metadata.max_prompt_tokens - len(about) - len(suffix) - 4 - _MAX_HEALED_TOKENS
     above = vocabulary.encode(context.head)[-metadata.max_head_tokens :] if metadata.max_head_tokens else []
     prefix = vocabulary.encode(head)
     if len(prefix) > budget - len(above):
         prefix = [*above, *trim_front(prefix, budget - len(above))]
-    ids = (special["bos"], special["suffix"], *suffix, special["prefix"], *prefix, special["middle"])
+    ids = (special["bos"], *about, special["suffix"], *suffix, special["prefix"], *prefix, special["middle"])
     return Prompt(ids, healed)
+
+
+def describe_file(context: FimContext, vocabulary: Vocabulary, metadata: ModelMetadata) -> list[int]:
+    """``<file>``, the language and the end of the path; nothing for a model that was not told them."""
+    if not metadata.max_file_tokens:
+        return []
+    parts = [part for part in PurePosixPath(context.path).parts if part != "/"]
+    text = " ".join((context.language_id, "/".join(parts[-_PATH_PARTS:]))).rstrip()
+    return [metadata.special_tokens["file"], *vocabulary.encode(text)[-metadata.max_file_tokens :]]
+
+
+def encode_snippets(context: FimContext, vocabulary: Vocabulary, metadata: ModelMetadata) -> list[int]:
+    """``<sep>``, its file's name and its text for each snippet that fits, the first one cut where it does not."""
+    room = metadata.max_snippet_tokens
+    found: list[int] = []
+    for snippet in context.snippets if room else ():
+        name = PurePosixPath(snippet.path).name
+        ids = [metadata.special_tokens["snippet"], *vocabulary.encode(f"{name}\n{snippet.text}")]
+        if len(ids) <= room or not found:
+            found += ids[:room]
+            room = metadata.max_snippet_tokens - len(found)
+    return found
 
 
 def find_anchor(suffix: str, vocabulary: Vocabulary) -> tuple[int, ...]:

@@ -27,6 +27,7 @@ from fimserver.types import Mode
 SHIPPED_MODELS = Path(__file__).parent.parent / "models"
 METADATA_FILE = "fimserver.json"
 _SPECIAL_TOKENS = ("pad", "eos", "bos", "suffix", "prefix", "middle")
+_BUDGETS_OF = {"file": "max_file_tokens", "snippet": "max_snippet_tokens"}  # special tokens that these make necessary
 _LAYOUTS = ("fim",)
 
 
@@ -48,9 +49,15 @@ class ModelMetadata:
     t_min: float
     t_max: float
     max_head_tokens: int = 0  # of imports and headers before a prefix that was cut
-    reads_snippets: bool = False  # whether it was trained with pieces of other files before the prefix
+    max_file_tokens: int = 0  # of language and path, for a model that knows the special token "file"
+    max_snippet_tokens: int = 0  # of pieces of other files, for one that knows the special token "snippet"
     languages: tuple[str, ...] = ()  # that it was trained on; none named means any
     calibration: Mapping[str, Sequence[float]] = field(default_factory=dict)  # see ranking.py
+
+    @property
+    def reads_snippets(self) -> bool:
+        """Whether pieces of other files are of use."""
+        return self.max_snippet_tokens > 0
 
 
 def find_model(name: str) -> Path:
@@ -80,7 +87,8 @@ def read_metadata(folder: Path) -> ModelMetadata:
     if values["prompt_layout"] not in _LAYOUTS:
         msg = f"{path}: prompt_layout is {values['prompt_layout']!r}; it may be: {', '.join(_LAYOUTS)}"
         raise WeightsError(msg)
-    if lacking := [t for t in _SPECIAL_TOKENS if not isinstance(values["special_tokens"].get(t), int)]:
+    needs = _SPECIAL_TOKENS + tuple(name for name, budget in _BUDGETS_OF.items() if values.get(budget))
+    if lacking := [t for t in needs if not isinstance(values["special_tokens"].get(t), int)]:
         msg = f"{path}: special_tokens lacks the id of: {', '.join(lacking)}"
         raise WeightsError(msg)
     for name, features in (("answer", ANSWER_FEATURES), ("guess", GUESS_FEATURES)):
@@ -106,11 +114,13 @@ def limit_context(metadata: ModelMetadata, context_tokens: int | None) -> ModelM
         return metadata
     suffix = metadata.max_suffix_tokens * context_tokens // metadata.max_prompt_tokens
     head = metadata.max_head_tokens * context_tokens // metadata.max_prompt_tokens
+    snippets = metadata.max_snippet_tokens * context_tokens // metadata.max_prompt_tokens
     return replace(
         metadata,
         max_prompt_tokens=context_tokens,
         max_suffix_tokens=min(suffix, context_tokens // 2),
         max_head_tokens=head,
+        max_snippet_tokens=snippets,
     )
 
 

@@ -19,7 +19,9 @@ def attend_clean(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
 
 
-def attend_canvases(q: Tensor, k: Tensor, v: Tensor, clean_k: Tensor, clean_v: Tensor, mask: Tensor) -> Tensor:
+def attend_canvases(  # noqa: PLR0913, PLR0917  what attention is made of
+    q: Tensor, k: Tensor, v: Tensor, clean_k: Tensor, clean_v: Tensor, mask: Tensor
+) -> Tensor:
     """Each canvas sees what its row of the mask allows: clean positions before its start, and all of itself."""
     k, v = torch.cat((clean_k, k), 2), torch.cat((clean_v, v), 2)
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)

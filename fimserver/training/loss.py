@@ -54,7 +54,7 @@ def head_loss(
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]  # noqa: PLR0913, PLR0917
+    def forward(  # noqa: PLR0913, PLR0917  a loss and what it needs
         ctx: Any, hidden: Tensor, embedding: Tensor, targets: Tensor, weights: Tensor, gradients: Any
     ) -> tuple[Tensor, Tensor]:
         head = embedding.to(hidden.dtype)
@@ -73,7 +73,7 @@ class _HeadLoss(torch.autograd.Function):
         return (losses[:-1] * weights).sum(), losses[:-1]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_embedding = ctx.saved_tensors
         return d_hidden * grad.to(d_hidden.dtype), d_embedding * grad, None, None, None
 
@@ -83,4 +83,4 @@ def _chunks(weights: Tensor) -> tuple[Tensor, ...]:
     rows = weights.nonzero()[:, 0]
     padded = rows.new_full((-(-len(rows) // _CHUNK_ROWS) * _CHUNK_ROWS,), len(weights))
     padded[: len(rows)] = rows
-    return padded.split(_CHUNK_ROWS)
+    return torch.split(padded, _CHUNK_ROWS)

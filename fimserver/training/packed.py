@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch._dynamo
+import torch._inductor.config
 from torch import Tensor
 from torch.nn import functional
 
@@ -51,7 +53,7 @@ class PackedModel:
         self.dtype = dtype
         config = model.config.get_text_config()
         self._top_k = config.top_k_experts
-        wrap: Callable[..., Any] = (lambda f: torch.compile(f, dynamic=False)) if compiled else (lambda f: f)
+        wrap = _compiler() if compiled else _as_it_is
         self._project, self._join, self._dense = wrap(_project), wrap(_join), wrap(_dense)
         self._combine, self._expert, self._soften = wrap(_combine), wrap(_expert), wrap(_soften)
         self.logit_gradients = wrap(logit_gradients)
@@ -62,7 +64,12 @@ class PackedModel:
         return self.decoder.embed_tokens.weight  # type: ignore[no-any-return]
 
     def read(
-        self, clean: Tensor | None, canvases: Tensor, starts: Tensor, soft: Tensor | None = None, known: Known | None = None
+        self,
+        clean: Tensor | None,
+        canvases: Tensor,
+        starts: Tensor,
+        soft: Tensor | None = None,
+        known: Known | None = None,
     ) -> Read:
         """Hidden states of ``clean`` (B, T), or of nothing beside ``known``, and of ``canvases`` (B, K, C).
 
@@ -104,7 +111,7 @@ class PackedModel:
         soft = torch.empty_like(hidden)
         best = torch.empty(len(hidden), dtype=torch.long, device=hidden.device)
         entropy = torch.empty(len(hidden), device=hidden.device)
-        for rows in torch.arange(len(hidden), device=hidden.device).split(_SOFT_CHUNK):
+        for rows in torch.split(torch.arange(len(hidden), device=hidden.device), _SOFT_CHUNK):
             p, best[rows], entropy[rows] = self._soften(hidden[rows].to(self.dtype) @ head.mT)
             soft[rows] = (p @ head).float() * self._scale
         return soft, best, entropy
@@ -160,6 +167,17 @@ class PackedModel:
             y = _expert(flat[row], gate, up, experts.down_proj[index]).float() * weights[row, rank, None]
             out = out.index_add(0, row, y)
         return out.view(x.shape)
+
+
+def _compiler() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Compiles for each shape that comes: rows with and without gradient, and as many threads as there are then."""
+    torch._dynamo.config.recompile_limit = 64  # noqa: SLF001  torch has no other name for it
+    torch._inductor.config.cpp.dynamic_threads = True  # noqa: SLF001
+    return lambda function: torch.compile(function, dynamic=False)
+
+
+def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
 
 
 def _weights_of_join(layer: Any) -> tuple[Tensor, Tensor]:
@@ -221,7 +239,9 @@ def _expert(h: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return _linear(functional.gelu(_linear(h, gate), approximate="tanh") * _linear(h, up), down)
 
 
-def _combine(x: Tensor, dense: Tensor, routed: Tensor, dense_norm: Tensor, routed_norm: Tensor, norm: Tensor) -> Tensor:
+def _combine(  # noqa: PLR0913, PLR0917
+    x: Tensor, dense: Tensor, routed: Tensor, dense_norm: Tensor, routed_norm: Tensor, norm: Tensor
+) -> Tensor:
     return x + _rms(_rms(dense, dense_norm) + _rms(routed, routed_norm), norm)
 
 

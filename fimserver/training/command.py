@@ -1,0 +1,94 @@
+"""What ``fimserver train`` does: read the corpus, train under a bar, say how it went.
+
+Knows:  the trainer, the terminal.  Never: LSP.
+"""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from fimserver.errors import FimserverError
+from fimserver.training.checkpoint import MODEL_FOLDER, read_checkpoint
+from fimserver.training.corpus import default_folder, read_documents, read_held_out
+from fimserver.training.curves import write_losses
+from fimserver.training.recipe import Recipe
+from fimserver.training.schedule import Budget
+from fimserver.training.trainer import LOG_FILE, Machine, Material, Trainer
+
+_REPORT_STEPS = 50  # where there is no terminal for a bar
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a run came to; losses are of held-out rows, in nats a token."""
+
+    model: str
+    steps: int
+    positions: int
+    hours: float
+    held_next_token: float
+    held_middle: float
+    held_denoise: float
+    held_denoise_later: float
+    drafted: float
+
+
+def train_model(  # noqa: PLR0913  one parameter an option
+    folder: Path,
+    *,
+    hours: float | None,
+    steps: int | None,
+    source: str,
+    fresh: bool,
+    pairs: tuple[str, ...],
+    corpus: Path | None,
+    device: str,
+    threads: int,
+) -> Summary:
+    """Train until the budget is spent. Raises ``FimserverError``."""
+    known = read_checkpoint(folder)
+    recipe = (Recipe().with_values(known["recipe"]) if known else Recipe()).with_pairs(pairs)
+    machine = Machine(device=_find_device(device), threads=threads)
+    corpus = corpus or default_folder()
+    material = Material(read_documents(corpus), read_held_out(corpus))
+    trainer = Trainer.prepare(folder, recipe, material, machine, None if fresh else source, base=source)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("training", total=1.0)
+
+        def show(share: float, entry: Mapping[str, Any]) -> None:
+            text = "  ".join(f"{name} {entry[name]}" for name in ("step", "next_token", "denoise") if name in entry)
+            progress.update(task, completed=share, description=text)
+            if progress.disable and entry["step"] % _REPORT_STEPS == 0:
+                console.print(f"{share:.0%}  {text}  {entry['positions'] / max(1.0, entry['seconds']):.0f} positions/s")
+
+        trainer.run(Budget(hours, steps), on_step=show)
+    write_losses(folder / LOG_FILE)
+    held_out, state = trainer.evaluate(), trainer.state
+    return Summary(
+        model=str(folder / MODEL_FOLDER),
+        steps=state.step,
+        positions=state.positions,
+        hours=state.seconds / 3600,
+        held_next_token=held_out.held_next_token,
+        held_middle=held_out.held_middle,
+        held_denoise=held_out.held_denoise,
+        held_denoise_later=held_out.held_denoise_later,
+        drafted=held_out.drafted,
+    )
+
+
+def _find_device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        msg = f"--device {name}: torch finds no such device; install torch for CUDA, or use --device cpu"
+        raise FimserverError(msg)
+    return name

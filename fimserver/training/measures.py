@@ -1,0 +1,110 @@
+"""What a model in training says of rows that it is never trained on.
+
+Knows:  tensors, rows.  Never: files.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fimserver.engine.vocabulary import Vocabulary
+from fimserver.engine.weights import ModelMetadata
+from fimserver.training.loss import softcap
+from fimserver.training.noise import first_noise, later_noise
+from fimserver.training.packed import PackedModel
+from fimserver.training.recipe import Recipe
+from fimserver.training.rows import Row
+
+_DRAW_SEED = 11
+_ROWS_AT_ONCE = 2
+_SAMPLES = 4
+_AS_DECODED = Recipe(pure_noise=1.0, decoding_noise=1.0, least_bound=1.0, largest_bound=4.0)
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """Losses in nats a token: of every next token, of the middle's from left to right, and of its denoising.
+
+    ``held_denoise`` is from pure noise in one pass, ``held_denoise_later`` in the pass behind it, as decoding goes on.
+    ``right`` and ``right_denoised`` are shares of the middle's tokens that are the likeliest, the latter after both
+    passes; ``drafted`` is how many of its first tokens, in a row, the first pass has right.
+    """
+
+    held_next_token: float
+    held_middle: float
+    held_denoise: float
+    held_denoise_later: float
+    right: float
+    right_denoised: float
+    drafted: float
+
+
+@torch.no_grad()
+def measure(
+    packed: PackedModel, rows: Sequence[Row], metadata: ModelMetadata, vocabulary: Vocabulary, tokens: tuple[int, int]
+) -> tuple[HeldOut, list[str]]:
+    """Means over all rows, with the same noise each time, and some middles as text beside what was denoised."""
+    draws = torch.Generator().manual_seed(_DRAW_SEED)
+    special = metadata.special_tokens
+    sums = dict.fromkeys(("next", "all", "middle", "first", "later", "right", "later_right", "run", "tokens"), 0.0)
+    samples: list[str] = []
+    device = packed.embedding.device
+    for begin in range(0, len(rows), _ROWS_AT_ONCE):
+        part = rows[begin : begin + _ROWS_AT_ONCE]
+        clean = torch.stack([r.clean for r in part]).to(device)
+        truth = torch.stack([r.canvases[:1] for r in part]).to(device)  # the first is the middle, from its beginning
+        starts = torch.stack([r.starts[:1] for r in part]).to(device)
+        read = packed.read(clean, first_noise(truth, _AS_DECODED, tokens, draws), starts)
+        soft, best, entropy = packed.guess(read.canvases.reshape(-1, read.canvases.shape[-1]))
+        kept = later_noise(truth, best.view(truth.shape), entropy.view(truth.shape), _AS_DECODED, tokens, draws)
+        again = packed.read(None, kept, starts, soft.view(*read.canvases.shape), read.known)
+        assert read.clean is not None
+        for i in range(len(part)):
+            text = clean[i][clean[i] != special["pad"]]
+            next_losses, next_right = _judge(packed, read.clean[i, : len(text) - 1], text[1:])
+            answer = truth[i, 0][truth[i, 0] != special["pad"]]
+            count, place = len(answer), int(starts[i, 0]) - 1
+            losses, right = _judge(packed, read.canvases[i, :count], answer)
+            later_losses, later_right = _judge(packed, again.canvases[i, :count], answer)
+            sums["next"] += next_losses.sum().item()
+            sums["all"] += len(next_losses)
+            sums["middle"] += next_losses[place : place + count].sum().item()
+            sums["right"] += next_right[place : place + count].sum().item()
+            sums["first"] += losses.sum().item()
+            sums["later"] += later_losses.sum().item()
+            sums["later_right"] += later_right.sum().item()
+            sums["run"] += right.long().cumprod(0).sum().item()
+            sums["tokens"] += count
+            if len(samples) < _SAMPLES:
+                one, two = best.view(truth.shape)[i, 0], _likeliest(packed, again.canvases[i])
+                samples.append(
+                    " | ".join(repr(vocabulary.decode(_until_end(t, special["eos"]))) for t in (answer, one, two))
+                )
+    n = sums["tokens"]
+    held_out = HeldOut(
+        held_next_token=sums["next"] / sums["all"],
+        held_middle=sums["middle"] / n,
+        held_denoise=sums["first"] / n,
+        held_denoise_later=sums["later"] / n,
+        right=sums["right"] / n,
+        right_denoised=sums["later_right"] / n,
+        drafted=sums["run"] / len(rows),
+    )
+    return HeldOut(**{f: round(getattr(held_out, f), 4) for f in HeldOut.__slots__}), samples
+
+
+def _judge(packed: PackedModel, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss of each token, and whether it is the likeliest."""
+    logits = softcap(hidden.to(packed.dtype) @ packed.embedding.to(packed.dtype).mT)
+    return torch.nn.functional.cross_entropy(logits, tokens, reduction="none"), logits.argmax(-1) == tokens
+
+
+def _likeliest(packed: PackedModel, hidden: Tensor) -> Tensor:
+    return (hidden.to(packed.dtype) @ packed.embedding.to(packed.dtype).mT).argmax(-1)
+
+
+def _until_end(tokens: Tensor, end: int) -> list[int]:
+    ids: list[int] = tokens.tolist()
+    return ids[: ids.index(end)] if end in ids else ids

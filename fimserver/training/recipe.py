@@ -1,0 +1,121 @@
+"""What a training run does, in one table: shape, rows, noise, weights of losses, optimizers.
+
+A field's comment says what was found about it; ``EXPERIMENTS.md`` has the numbers. ``fimserver train --set NAME=VALUE``
+changes one.
+
+Knows:  names and numbers.  Never: tensors.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fimserver.errors import FimserverError
+from fimserver.training.holes import HOLE_KINDS
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Defaults are what the shipped model is trained with; lengths are in tokens, shares from 0 to 1."""
+
+    # Shape, of a model that begins from nothing
+    vocabulary: int = 8192
+    hidden: int = 256
+    layers: int = 8
+    heads: int = 4
+    key_value_heads: int = 2
+    head_dim: int = 64
+    dense: int = 512
+    experts: int = 1
+    top_k_experts: int = 1
+    expert: int = 256
+    full_attention_every: int = 4
+
+    # Rows
+    canvas: int = 32
+    canvases: int = 6  # beside each row; half of them at its middle
+    clean: int = 768  # prompt, middle and end: positions behind these are never trained
+    max_suffix: int = 208
+    max_head: int = 96
+    max_file: int = 24
+    max_snippets: int = 128
+    snippets: float = 0.3  # of rows have pieces of other files of their folder
+    rows_per_step: int = 8
+    rows_at_once: int = 2  # a pass; its activations stay in the cache of a CPU
+    hole_rest_of_line: float = 0.40
+    hole_lines_below: float = 0.10
+    hole_span: float = 0.10
+    hole_expression: float = 0.15
+    hole_statement: float = 0.15
+    hole_block: float = 0.10
+
+    # Noise
+    pure_noise: float = 0.75  # of canvases in the first pass are noise alone, as decoding begins; the others any share
+    second_pass: float = 1.0  # of passes are followed by one that is conditioned on it, as decoding goes on
+    decoding_noise: float = 0.6  # of canvases in that pass keep what decoding would; the others any share of the truth
+    least_bound: float = 0.1  # entropy bounds of decoding that are drawn, in nats
+    largest_bound: float = 8.0
+
+    # Losses
+    next_token: float = 1.0  # weight against denoising's 1
+    kept_token: float = 0.25  # of a canvas token that is right already
+    pad: float = 0.1  # of a pad behind the end
+
+    # Optimizers
+    muon_rate: float = 0.02
+    adam_rate: float = 0.003
+    muon_decay: float = 0.01
+    warmup_steps: int = 60
+    fall: float = 0.2  # of the run's end, over which the rate falls
+    last_rate: float = 0.03
+    average: float = 0.0  # decay of a running mean of the weights; 0 keeps none
+    seed: int = 0
+
+    @property
+    def max_prompt(self) -> int:
+        """Tokens of a prompt: what a full canvas leaves of the clean sequence."""
+        return self.clean - self.canvas
+
+    @property
+    def holes(self) -> dict[str, float]:
+        """Weight of each kind of hole."""
+        return {kind: getattr(self, f"hole_{kind}") for kind in HOLE_KINDS}
+
+    @property
+    def positions_per_row(self) -> int:
+        """Trained positions of a row: its clean tokens and its canvases', each pass counted."""
+        return self.clean + round(self.canvases * self.canvas * (1 + self.second_pass))
+
+    def with_pairs(self, pairs: Sequence[str]) -> "Recipe":
+        """With ``NAME=VALUE`` pairs. Raises ``FimserverError`` that names the pair."""
+        values: dict[str, Any] = {}
+        for pair in pairs:
+            name, equals, text = pair.partition("=")
+            try:
+                values[name] = json.loads(text) if equals else None
+            except ValueError:
+                values[name] = None
+        return self.with_values(values)
+
+    def with_values(self, values: Mapping[str, Any]) -> "Recipe":
+        """With other values, checked. Raises ``FimserverError`` that names the field."""
+        types = {f.name: f.type for f in dataclasses.fields(self)}
+        for name, value in values.items():
+            if name not in types:
+                msg = f"a recipe has no {name!r}; it has: {', '.join(types)}"
+                raise FimserverError(msg)
+            wanted = (int,) if types[name] is int else (int, float)
+            if not isinstance(value, wanted) or isinstance(value, bool) or value < 0:
+                kind = "a whole number" if types[name] is int else "a number"
+                msg = f"{name} of a recipe has to be {kind} of at least 0, for instance {name}={getattr(self, name)}"
+                raise FimserverError(msg)
+        recipe = dataclasses.replace(self, **values)
+        if recipe.rows_per_step % max(1, recipe.rows_at_once):
+            msg = f"rows_per_step ({recipe.rows_per_step}) has to be a multiple of rows_at_once ({recipe.rows_at_once})"
+            raise FimserverError(msg)
+        if recipe.clean <= 2 * recipe.canvas or not recipe.canvas or not recipe.canvases:
+            msg = f"clean ({recipe.clean}) has to be more than two canvases ({recipe.canvas}), and there has to be one"
+            raise FimserverError(msg)
+        return recipe

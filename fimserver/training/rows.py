@@ -1,0 +1,173 @@
+"""Training rows: a file with a hole, written as a prompt by the very code that serves it, and canvases beside it.
+
+    clean     prompt, middle, <eos>, pads        every next token is trained
+    canvases  what stands at K places of it      noised and denoised; the first ones are the middle
+
+So what the product sends is what training saw: window, head, path, snippets, the cut word taken off the prompt.
+Row ``i`` of a seed is always the same row, whoever asks for it: a run that resumes goes on where it was.
+
+Knows:  documents, the prompt.  Never: weights, LSP.
+"""
+
+import random
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from fimserver.context.gather import find_snippets
+from fimserver.context.window import budget_for, build_context
+from fimserver.engine.prompt import build_prompt
+from fimserver.engine.vocabulary import Vocabulary
+from fimserver.engine.weights import ModelMetadata
+from fimserver.training.corpus import Document
+from fimserver.training.holes import Lines, pick_hole
+from fimserver.types import Hole, HoleKind, Snapshot, Snippet
+
+_MOST_OF_ONE_FILE = 60_000  # characters by which a file's chance to be drawn grows
+_HOLE = Hole(HoleKind.SPAN, max_lines=8, estimated_tokens=16)
+_NEIGHBOURS = 3  # files of the same folder that are looked at for snippets
+_LONGEST_NEIGHBOUR = 20_000
+_FEWEST_PREFIX_TOKENS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class RowShape:
+    """Tokens of the clean sequence, canvases beside it, tokens of a canvas."""
+
+    clean: int
+    canvases: int
+    canvas: int
+
+
+@dataclass(frozen=True, slots=True)
+class RowMix:
+    """Shares of what rows are made of."""
+
+    holes: Mapping[str, float]
+    snippets: float = 0.3  # of rows have pieces of other files
+    no_path: float = 0.2
+    no_suffix: float = 0.15  # a file that ends at the cursor
+    short_suffix: float = 0.35  # a file that ends soon behind it
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row: ``clean`` (T,), ``canvases`` (K, C) without noise, ``starts`` (K,) in the clean sequence."""
+
+    clean: Tensor
+    canvases: Tensor
+    starts: Tensor
+
+
+class RowMaker:
+    """Makes row ``index`` of a seed from a list of documents."""
+
+    def __init__(  # noqa: PLR0913, PLR0917  all that a row depends on
+        self,
+        documents: Sequence[Document],
+        vocabulary: Vocabulary,
+        metadata: ModelMetadata,
+        shape: RowShape,
+        mix: RowMix,
+        seed: int,
+    ) -> None:
+        self._documents, self._vocabulary, self._metadata = documents, vocabulary, metadata
+        self.shape, self._mix, self._seed = shape, mix, seed
+        self._sums = list(accumulate(min(len(d.text), _MOST_OF_ONE_FILE) for d in documents))
+        self._folders: dict[tuple[str, str], list[int]] = {}
+        for number, document in enumerate(documents):
+            self._folders.setdefault(_folder_of(document), []).append(number)
+        special = metadata.special_tokens
+        self._pad, self._eos = special["pad"], special["eos"]
+
+    def make(self, index: int) -> Row:
+        """Row ``index``; files without a hole that fits are passed over."""
+        rng = random.Random(f"{self._seed}:{index}")
+        while True:
+            row = self._try(rng)
+            if row is not None:
+                return row
+
+    def _try(self, rng: random.Random) -> Row | None:
+        document = self._documents[bisect_left(self._sums, rng.random() * self._sums[-1])]
+        source = Lines(document.text)
+        hole = pick_hole(source, self._mix.holes, rng)
+        if hole is None:
+            return None
+        start, end = hole
+        text = document.text[:start] + self._what_follows(document.text[end:], rng)
+        path = "" if rng.random() < self._mix.no_path else document.path
+        snapshot = Snapshot(f"file:///{path}", 0, "python", text, start)
+        budget = budget_for(self._metadata.max_prompt_tokens)
+        context = build_context(snapshot, _HOLE, budget, self._snippets(document, snapshot, rng))
+        prompt = build_prompt(context, self._vocabulary, self._metadata)
+        middle = self._vocabulary.encode(prompt.healed + document.text[start:end])
+        if len(middle) + 1 > self.shape.canvas:
+            return None
+        return self._lay_out(list(prompt.token_ids), middle, rng)
+
+    def _what_follows(self, text: str, rng: random.Random) -> str:
+        """What stands behind the hole: all of it, some lines of it, or nothing."""
+        chance = rng.random()
+        if chance < self._mix.no_suffix:
+            return ""
+        if chance < self._mix.no_suffix + self._mix.short_suffix:
+            return text[: rng.randint(20, 700)]
+        return text
+
+    def _snippets(self, document: Document, snapshot: Snapshot, rng: random.Random) -> tuple[Snippet, ...]:
+        if not self._metadata.reads_snippets or rng.random() >= self._mix.snippets:
+            return ()
+        near = self._folders[_folder_of(document)]
+        others = [self._documents[n] for n in rng.sample(near, min(_NEIGHBOURS, len(near)))]
+        return find_snippets(
+            snapshot, [(d.path, d.text[:_LONGEST_NEIGHBOUR]) for d in others if d.path != document.path]
+        )
+
+    def _lay_out(self, prompt: list[int], middle: list[int], rng: random.Random) -> Row | None:
+        shape = self.shape
+        clean = [*prompt, *middle, self._eos]
+        first = prompt.index(self._metadata.special_tokens["prefix"]) + 1 + _FEWEST_PREFIX_TOKENS
+        if len(clean) > shape.clean or first >= len(prompt):
+            return None
+        answer = [*middle, self._eos, *[self._pad] * shape.canvas]
+        canvases, starts = [], []
+        for number in range(shape.canvases):
+            last = len(prompt) - 1 - shape.canvas
+            if number < (shape.canvases + 1) // 2 or last <= first:  # the middle, from its first token or a later one
+                skipped = 0 if number % 2 == 0 else rng.randint(0, len(middle) - 1)
+                canvases.append(answer[skipped : skipped + shape.canvas])
+                starts.append(len(prompt) + skipped)
+            else:  # what goes on somewhere in the prefix
+                place = rng.randint(first, last)
+                canvases.append(clean[place : place + shape.canvas])
+                starts.append(place)
+        clean += [self._pad] * (shape.clean - len(clean))
+        return Row(torch.tensor(clean), torch.tensor(canvases), torch.tensor(starts))
+
+
+class RowStream(IterableDataset[tuple[Tensor, Tensor, Tensor]]):
+    """Rows from ``first`` on, for a DataLoader; its workers take turns, so that the order is one."""
+
+    def __init__(self, maker: RowMaker, batch: int, first: int = 0) -> None:
+        self._maker, self._batch, self._first = maker, batch, first
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        info = get_worker_info()
+        workers, own = (info.num_workers, info.id) if info else (1, 0)
+        batch = own
+        while True:
+            begin = self._first + batch * self._batch
+            for index in range(begin, begin + self._batch):
+                row = self._maker.make(index)
+                yield row.clean, row.canvases, row.starts
+            batch += workers
+
+
+def _folder_of(document: Document) -> tuple[str, str]:
+    return document.package, document.path.rpartition("/")[0]

@@ -1,0 +1,56 @@
+"""When a run ends, and its learning rate: flat, then falling over the last part.
+
+Knows:  steps, seconds.  Never: the model.
+"""
+
+from dataclasses import dataclass
+
+from fimserver.training.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Hours by the clock from now on, or steps in all: one of them."""
+
+    hours: float | None = None
+    steps: int | None = None
+
+
+@dataclass(slots=True)
+class State:
+    """Where a run is; ``warm_steps`` counts from where its rate last rose from nothing."""
+
+    step: int = 0
+    rows: int = 0
+    positions: int = 0
+    seconds: float = 0.0
+    warm_steps: int = 0
+
+
+class Schedule:
+    """Progress through a budget, and the share of the full rate at each step."""
+
+    def __init__(self, budget: Budget, state: State, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self._in_steps = budget.steps is not None
+        self._begin = 0.0 if self._in_steps else state.seconds
+        self._limit = float(budget.steps) if budget.steps is not None else 3600.0 * (budget.hours or 0.0)
+
+    def progress(self, state: State) -> float:
+        """Share of the budget that is spent, 1 when it is over."""
+        return min(1.0, self._used(state) / self._limit) if self._limit > 0 else 1.0
+
+    def end_soon(self, state: State) -> None:
+        """Begin the fall now."""
+        self._limit = min(self._limit, self._used(state) / (1 - self._recipe.fall))
+
+    def rate(self, state: State) -> float:
+        """Share of the recipe's rates for the next step."""
+        recipe, progress = self._recipe, self.progress(state)
+        warm = min(1.0, (state.warm_steps + 1) / max(1, recipe.warmup_steps))
+        if progress < 1 - recipe.fall:
+            return warm
+        return warm * max(recipe.last_rate, (1 - progress) / recipe.fall)
+
+    def _used(self, state: State) -> float:
+        return state.step if self._in_steps else state.seconds - self._begin

@@ -1,0 +1,300 @@
+"""The training loop, from documents to a model folder.
+
+A step reads a few rows. Over each the model goes once with canvases of fresh noise, then once more over the canvases
+alone, as decoding does: conditioned on what it said, with what it was sure of kept. Next tokens of the clean sequence
+and both denoisings are trained together. The rate is flat and falls at the end, so that any run can be gone on with.
+
+    Trainer.prepare(...)  -> load, or go on from a checkpoint
+    Trainer.run(budget)   -> steps until the budget is spent; a checkpoint every few minutes
+    Trainer.export()      -> a model folder
+
+Knows:  documents, the model, files of its run.  Never: LSP.
+"""
+
+import importlib.util
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from fimserver.engine.vocabulary import Vocabulary
+from fimserver.engine.weights import ModelMetadata, read_metadata
+from fimserver.errors import FimserverError
+from fimserver.training import checkpoint as files
+from fimserver.training.corpus import Document
+from fimserver.training.loss import head_loss
+from fimserver.training.measures import HeldOut, measure
+from fimserver.training.noise import first_noise, later_noise
+from fimserver.training.optimizers import Optimizers
+from fimserver.training.packed import PackedModel
+from fimserver.training.recipe import Recipe
+from fimserver.training.rows import Row, RowMaker, RowMix, RowShape, RowStream
+from fimserver.training.schedule import Budget, Schedule, State
+from fimserver.training.threads import ThreadChoice
+
+LOG_FILE, SAMPLES_FILE, STOP_FILE = "log.jsonl", "samples.txt", "stop"
+_HELD_OUT_SEED, _HELD_OUT_ROWS = 5, 48
+_LOG_STEPS, _EVALUATION_STEPS = 10, 100
+_CHECKPOINT_SECONDS = 300.0
+_FIRST_TEXT_TOKEN = 8
+Batch = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """What is trained on, and what is never trained on."""
+
+    documents: Sequence[Document]
+    held_out: Sequence[Document]
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Where and how steps are computed; compiled where there is a compiler unless told."""
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.bfloat16
+    compiled: bool | None = None
+    threads: int = 0  # at most; 0 is as many as there are cores
+    workers: int = 1  # processes that make rows
+
+
+class Trainer:
+    """One run in one folder."""
+
+    def __init__(  # noqa: PLR0913, PLR0917  a run's parts
+        self,
+        folder: Path,
+        recipe: Recipe,
+        material: Material,
+        machine: Machine,
+        model: Any,
+        metadata: ModelMetadata,
+        source: Path,
+    ) -> None:
+        self.folder, self.recipe, self.metadata = folder, recipe, metadata
+        self.state = State()
+        self._material, self._machine, self._source = material, machine, source
+        self._device = torch.device(machine.device)
+        compiled = can_compile() if machine.compiled is None else machine.compiled
+        self.packed = PackedModel(model.to(self._device).train(), machine.dtype, compiled=compiled)
+        model.requires_grad_(requires_grad=False)
+        self._parameters = dict(self.packed.decoder.named_parameters())
+        self.packed.decoder.requires_grad_(requires_grad=True)
+        self._optimizers = Optimizers(self._parameters, recipe)
+        self._averages = {n: p.detach().clone() for n, p in self._parameters.items()} if recipe.average else {}
+        self._vocabulary = Vocabulary.load(source / "tokenizer.json", range(metadata.num_special_tokens))
+        self._held_out: list[Row] = []
+        self._text_tokens = (_FIRST_TEXT_TOKEN, self.packed.embedding.shape[0])
+        self._threads = ThreadChoice(machine.threads or os.cpu_count() or 1)
+
+    @classmethod
+    def prepare(  # noqa: PLR0913, PLR0917  what a run is made of
+        cls,
+        folder: Path,
+        recipe: Recipe,
+        material: Material,
+        machine: Machine,
+        source: str | None = None,
+        base: str = "tiny",
+    ) -> "Trainer":
+        """A run that goes on from its folder's checkpoint, or begins from ``source``'s weights or from nothing.
+
+        A model from nothing has the tokenizer of ``base``. Raises ``FimserverError``.
+        """
+        known = files.read_checkpoint(folder)
+        model, recipe, source_folder = files.prepare_model(folder, recipe, source, base)
+        metadata = files.metadata_of(recipe, read_metadata(source_folder), folder.name)
+        trainer = cls(folder, recipe, material, machine, model, metadata, source_folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if known is not None:
+            trainer._load_state(known)
+        return trainer
+
+    def run(
+        self,
+        budget: Budget,
+        *,
+        on_step: Callable[[float, Mapping[str, Any]], None] = lambda _progress, _entry: None,
+        interrupted: Callable[[State], bool] = lambda _state: False,
+    ) -> None:
+        """Train until the budget is spent; a file ``stop`` in the folder lets the rate fall and then ends it."""
+        schedule, batches = Schedule(budget, self.state, self.recipe), self._batches()
+        begin, saved = time.monotonic() - self.state.seconds, time.monotonic()
+        stop = self.folder / STOP_FILE
+        stop.unlink(missing_ok=True)
+        while (progress := schedule.progress(self.state)) < 1 and not interrupted(self.state):
+            if stop.exists():
+                stop.unlink()
+                schedule.end_soon(self.state)
+            rate = schedule.rate(self.state)
+            entry = {"rate": round(rate, 4), **self.step(batches, rate)}
+            self.state.seconds = time.monotonic() - begin
+            entry = {**asdict(self.state), **entry, "threads": self._threads.current}
+            evaluates = self.state.step % _EVALUATION_STEPS == 0
+            if evaluates:
+                entry |= asdict(self.evaluate(samples=True))
+            if evaluates or self.state.step % _LOG_STEPS == 0:
+                self._log(entry)
+            on_step(progress, entry)
+            if time.monotonic() - saved > _CHECKPOINT_SECONDS:
+                self.save()
+                saved = time.monotonic()
+        if schedule.progress(self.state) >= 1:
+            self.state.warm_steps = 0  # who goes on begins with a rate that rises again
+        self.save()
+        self._log({**asdict(self.state), **asdict(self.evaluate(samples=True))})
+
+    def step(self, batches: Iterator[Batch], rate: float) -> dict[str, float]:
+        """One step of the optimizers; gives the losses of its rows."""
+        begin = time.monotonic()
+        self._threads.begin()
+        passes = self.recipe.rows_per_step // self.recipe.rows_at_once
+        sums: dict[str, float] = {}
+        for _ in range(passes):
+            loss, parts = self._losses(next(batches))
+            if not math.isfinite(loss.item()):
+                msg = f"the loss is {loss.item()} at step {self.state.step}; lower muon_rate and adam_rate"
+                raise FimserverError(msg)
+            torch.autograd.backward(loss / passes)
+            self.state.rows += self.recipe.rows_at_once
+            self.state.positions += self.recipe.rows_at_once * self.recipe.positions_per_row
+            for name, value in parts.items():
+                sums[name] = sums.get(name, 0.0) + value / passes
+        self._optimizers.step(rate)
+        for name, mean in self._averages.items():
+            mean.lerp_(self._parameters[name].detach(), 1 - self.recipe.average)
+        self.state.step += 1
+        self.state.warm_steps += 1
+        self._threads.end(time.monotonic() - begin)
+        return {name: round(value, 4) for name, value in sums.items()}
+
+    def _losses(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        """Weighted loss of a few rows, and its parts."""
+        recipe, packed = self.recipe, self.packed
+        clean, truth, starts = (t.to(self._device) for t in batch)
+        draws = torch.Generator().manual_seed(recipe.seed * 1_000_003 + self.state.rows)
+        goes_on = float(torch.rand((), generator=draws)) < recipe.second_pass
+        noisy = first_noise(truth, recipe, self._text_tokens, draws)
+        read = packed.read(clean, noisy, starts)
+        assert read.clean is not None
+        aims = {
+            "next_token": self._aim_at_next(read.clean, clean),
+            "denoise": self._aim_at_truth(read.canvases, noisy, truth, 0.5 if goes_on else 1.0),
+        }
+        if goes_on:
+            soft, best, entropy = packed.guess(read.canvases.detach().flatten(0, 1))
+            found = (best.view(truth.shape), entropy.view(truth.shape))
+            noisy = later_noise(truth, *found, recipe, self._text_tokens, draws)
+            later = packed.read(None, noisy, starts, soft.view(read.canvases.shape), read.known)
+            aims["denoise_later"] = self._aim_at_truth(later.canvases, noisy, truth, 0.5)
+        loss, losses = head_loss(
+            torch.cat([aim.hidden for aim in aims.values()]).to(packed.dtype),
+            packed.embedding,
+            torch.cat([aim.targets for aim in aims.values()]),
+            torch.cat([aim.share * aim.weights for aim in aims.values()]),
+            packed.logit_gradients,
+        )
+        parts, begin = {}, 0
+        for name, aim in aims.items():
+            parts[name] = (losses[begin : begin + len(aim.weights)] * aim.weights).sum().item()
+            begin += len(aim.weights)
+        return loss, parts
+
+    def _aim_at_next(self, hidden: Tensor, clean: Tensor) -> "_Aim":
+        special = self.metadata.special_tokens
+        following = torch.cat((clean[:, 1:], torch.full_like(clean[:, :1], special["pad"])), 1)
+        real = ((following != special["pad"]) & (clean != special["eos"])).float()
+        return _Aim(hidden, following, real, self.recipe.next_token)
+
+    def _aim_at_truth(self, hidden: Tensor, noisy: Tensor, truth: Tensor, share: float) -> "_Aim":
+        weights = torch.where(noisy != truth, 1.0, self.recipe.kept_token)
+        weights *= torch.where(truth == self.metadata.special_tokens["pad"], self.recipe.pad, 1.0)
+        return _Aim(hidden, truth, weights, share)
+
+    @torch.no_grad()
+    def evaluate(self, *, samples: bool = False) -> HeldOut:
+        """Losses on held-out rows, the same rows and noise each time; samples go to the run's folder."""
+        if not self._held_out:
+            maker = self._maker(self._material.held_out, _HELD_OUT_SEED)
+            self._held_out = [maker.make(i) for i in range(_HELD_OUT_ROWS)]
+        self._swap_averages()
+        result, texts = measure(self.packed, self._held_out, self.metadata, self._vocabulary, self._text_tokens)
+        self._swap_averages()
+        if samples:
+            with (self.folder / SAMPLES_FILE).open("a", encoding="utf-8") as file:
+                file.write(f"step {self.state.step}\n" + "".join(f"  {text}\n" for text in texts))
+        return result
+
+    def _swap_averages(self) -> None:
+        """What is measured and served is the mean of late weights, where one is kept."""
+        for name, mean in self._averages.items():
+            own = self._parameters[name].data
+            self._parameters[name].data, self._averages[name] = mean, own
+
+    def save(self) -> None:
+        """Write the checkpoint, and the model as it is."""
+        values = {
+            "model": {n: p.detach() for n, p in self._parameters.items()},
+            "optimizers": self._optimizers.state_dict(),
+            "averages": self._averages,
+            "state": asdict(self.state),
+        }
+        self.export()
+        files.save_checkpoint(self.folder, values, self.recipe)
+
+    def _load_state(self, known: Mapping[str, Any]) -> None:
+        try:
+            self.packed.decoder.load_state_dict(known["model"], strict=False)
+            self._optimizers.load_state_dict(known["optimizers"])
+        except (RuntimeError, KeyError, ValueError) as error:
+            msg = f"{self.folder} holds a run of another shape ({error}); train in another folder"
+            raise FimserverError(msg) from error
+        for name, mean in self._averages.items():
+            mean.copy_(known["averages"].get(name, self._parameters[name].detach()))
+        self.state = State(**known["state"])
+
+    def export(self) -> Path:
+        """Write the model folder, of the averaged weights where there are any."""
+        self._swap_averages()
+        folder = files.export_model(self.packed.model, self.metadata, self._source, self.folder / files.MODEL_FOLDER)
+        self._swap_averages()
+        return folder
+
+    def _maker(self, documents: Sequence[Document], seed: int) -> RowMaker:
+        recipe = self.recipe
+        shape = RowShape(recipe.clean, recipe.canvases, recipe.canvas)
+        mix = RowMix(recipe.holes, recipe.snippets)
+        return RowMaker(documents, self._vocabulary, self.metadata, shape, mix, seed)
+
+    def _batches(self) -> Iterator[Batch]:
+        stream = RowStream(
+            self._maker(self._material.documents, self.recipe.seed), self.recipe.rows_at_once, self.state.rows
+        )
+        return iter(DataLoader(stream, batch_size=self.recipe.rows_at_once, num_workers=self._machine.workers))
+
+    def _log(self, entry: Mapping[str, Any]) -> None:
+        with (self.folder / LOG_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+class _Aim:
+    """Rows of one kind: hidden states (N, H), the tokens they are to say, weights that sum to 1, their share."""
+
+    def __init__(self, hidden: Tensor, targets: Tensor, weights: Tensor, share: float) -> None:
+        self.hidden, self.targets, self.share = hidden.flatten(0, -2), targets.flatten(), share
+        self.weights = (weights / weights.sum()).flatten()
+
+
+def can_compile() -> bool:
+    """Whether torch finds what it compiles with: a C++ compiler, or triton for a GPU."""
+    return shutil.which("g++") is not None or importlib.util.find_spec("triton") is not None
