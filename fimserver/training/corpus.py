@@ -249,7 +249,7 @@ def read_documents(folder: Path) -> list[Document]:
             raise FimserverError(msg)
     counts = {package.name: package.files for package in read_manifest(folder).packages}
     _check_counts(folder / DOCUMENTS_FILE, documents, counts)
-    random.Random(_SHUFFLE_SEED).shuffle(documents)  # noqa: S311  an order, no secret
+    random.Random(_SHUFFLE_SEED).shuffle(documents)
     return documents
 
 
