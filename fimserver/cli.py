@@ -432,6 +432,32 @@ def train(  # noqa: PLR0913, PLR0917  one parameter an option
     )
 
 
+@main.command()
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option(
+    "--operations", type=click.FloatRange(min=1e9), default=2e13, show_default=True, metavar="N", help="Each."
+)
+@click.option(
+    "--from", "source", default="tiny", show_default=True, metavar="NAME|FOLDER", help="Weights to begin with."
+)
+@click.option(
+    "--corpus", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="Where the corpus is."
+)
+@click.option("--threads", type=click.IntRange(min=0), default=0, metavar="N", help="At most; 0 means all cores.")
+def experiment(names: tuple[str, ...], operations: float, source: str, corpus: Path | None, threads: int) -> None:
+    """Change one part of the recipe at equal compute and measure; without NAME, say what there is."""
+    from fimserver.training.command import list_experiments, run_experiments  # noqa: PLC0415
+
+    if not names:
+        click.echo("\n".join(list_experiments()))
+        return
+    _run_measurement(
+        lambda: run_experiments(names, operations=operations, source=source, corpus=corpus, threads=threads),
+        as_json=False,
+        to_lines=lambda lines: lines,
+    )
+
+
 def _with_progress(build: Callable[[Callable[[str, int, int], None]], Any]) -> Any:
     """Do what takes minutes under a bar."""
     from rich.console import Console  # noqa: PLC0415  only who waits pays for it

@@ -4,7 +4,7 @@ Knows:  the trainer, the terminal.  Never: LSP.
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from fimserver.errors import FimserverError
 from fimserver.training.checkpoint import MODEL_FOLDER, read_checkpoint
 from fimserver.training.corpus import default_folder, read_documents, read_held_out
 from fimserver.training.curves import write_losses
+from fimserver.training.experiments import EXPERIMENTS, run_experiment, to_table
 from fimserver.training.recipe import Recipe
 from fimserver.training.schedule import Budget
 from fimserver.training.trainer import LOG_FILE, Machine, Material, Trainer
@@ -83,6 +84,31 @@ def train_model(  # noqa: PLR0913  one parameter an option
         held_denoise_later=held_out.held_denoise_later,
         drafted=held_out.drafted,
     )
+
+
+def list_experiments() -> list[str]:
+    """A line for each."""
+    return [f"{name:16} {e.question}  ({', '.join(e.variants)})" for name, e in EXPERIMENTS.items()]
+
+
+def run_experiments(
+    names: Sequence[str], *, operations: float, source: str, corpus: Path | None, threads: int
+) -> list[str]:
+    """Every variant of the named experiments; gives Markdown tables. Raises ``FimserverError``."""
+    corpus = corpus or default_folder()
+    material = Material(read_documents(corpus), read_held_out(corpus))
+    console, lines = Console(stderr=True), []
+    for name in names:
+        outcomes = run_experiment(
+            name,
+            material,
+            operations=operations,
+            source=source,
+            machine=Machine(threads=threads),
+            report=lambda o: console.print(f"{o.experiment} {o.variant}: {o.seconds:.0f} s", o.held_out),
+        )
+        lines += [f"{name}: {EXPERIMENTS[name].question}", "", *to_table(outcomes), ""]
+    return lines
 
 
 def _find_device(name: str) -> str:

@@ -3,6 +3,7 @@
 Knows:  tensors, rows.  Never: files.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,7 +30,8 @@ class HeldOut:
 
     ``held_denoise`` is from pure noise in one pass, ``held_denoise_later`` in the pass behind it, as decoding goes on.
     ``right`` and ``right_denoised`` are shares of the middle's tokens that are the likeliest, the latter after both
-    passes; ``drafted`` is how many of its first tokens, in a row, the first pass has right.
+    passes; ``drafted`` is how many of its first tokens, in a row, the first pass has right, ``drafted_own`` how many
+    are what left to right would say. ``bits_per_character`` is the loss of every next token over the text's length.
     """
 
     held_next_token: float
@@ -39,6 +41,8 @@ class HeldOut:
     right: float
     right_denoised: float
     drafted: float
+    drafted_own: float
+    bits_per_character: float
 
 
 @torch.no_grad()
@@ -48,7 +52,9 @@ def measure(
     """Means over all rows, with the same noise each time, and some middles as text beside what was denoised."""
     draws = torch.Generator().manual_seed(_DRAW_SEED)
     special = metadata.special_tokens
-    sums = dict.fromkeys(("next", "all", "middle", "first", "later", "right", "later_right", "run", "tokens"), 0.0)
+    sums = dict.fromkeys(
+        ("next", "all", "middle", "first", "later", "right", "later_right", "run", "own", "tokens", "text"), 0.0
+    )
     samples: list[str] = []
     device = packed.embedding.device
     for begin in range(0, len(rows), _ROWS_AT_ONCE):
@@ -64,6 +70,7 @@ def measure(
         for i in range(len(part)):
             text = clean[i][clean[i] != special["pad"]]
             next_losses, next_right = _judge(packed, read.clean[i, : len(text) - 1], text[1:])
+            own = packed.likeliest(read.clean[i, : len(text) - 1])
             answer = truth[i, 0][truth[i, 0] != special["pad"]]
             count, place = len(answer), int(starts[i, 0]) - 1
             losses, right = _judge(packed, read.canvases[i, :count], answer)
@@ -75,10 +82,13 @@ def measure(
             sums["first"] += losses.sum().item()
             sums["later"] += later_losses.sum().item()
             sums["later_right"] += later_right.sum().item()
+            drafted = best.view(truth.shape)[i, 0, :count] == own[place : place + count]
+            sums["own"] += drafted.long().cumprod(0).sum().item()
+            sums["text"] += len(vocabulary.decode(text.tolist()))
             sums["run"] += right.long().cumprod(0).sum().item()
             sums["tokens"] += count
             if len(samples) < _SAMPLES:
-                one, two = best.view(truth.shape)[i, 0], _likeliest(packed, again.canvases[i])
+                one, two = best.view(truth.shape)[i, 0], packed.likeliest(again.canvases[i])
                 samples.append(
                     " | ".join(repr(vocabulary.decode(_until_end(t, special["eos"]))) for t in (answer, one, two))
                 )
@@ -91,6 +101,8 @@ def measure(
         right=sums["right"] / n,
         right_denoised=sums["later_right"] / n,
         drafted=sums["run"] / len(rows),
+        drafted_own=sums["own"] / len(rows),
+        bits_per_character=sums["next"] / math.log(2) / sums["text"],
     )
     return HeldOut(**{f: round(getattr(held_out, f), 4) for f in HeldOut.__slots__}), samples
 
@@ -99,10 +111,6 @@ def _judge(packed: PackedModel, hidden: Tensor, tokens: Tensor) -> tuple[Tensor,
     """Loss of each token, and whether it is the likeliest."""
     logits = softcap(hidden.to(packed.dtype) @ packed.embedding.to(packed.dtype).mT)
     return torch.nn.functional.cross_entropy(logits, tokens, reduction="none"), logits.argmax(-1) == tokens
-
-
-def _likeliest(packed: PackedModel, hidden: Tensor) -> Tensor:
-    return (hidden.to(packed.dtype) @ packed.embedding.to(packed.dtype).mT).argmax(-1)
 
 
 def _until_end(tokens: Tensor, end: int) -> list[int]:

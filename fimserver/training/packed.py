@@ -116,6 +116,11 @@ class PackedModel:
             soft[rows] = (p @ head).float() * self._scale
         return soft, best, entropy
 
+    @torch.no_grad()
+    def likeliest(self, hidden: Tensor) -> Tensor:
+        """The likeliest token of each hidden state (N, H)."""
+        return (hidden.to(self.dtype) @ self.embedding.to(self.dtype).mT).argmax(-1)
+
     @property
     def _scale(self) -> Any:
         return self.decoder.embed_tokens.scalar_embed_scale

@@ -62,6 +62,7 @@ class Recipe:
     next_token: float = 1.0  # weight against denoising's 1
     kept_token: float = 0.25  # of a canvas token that is right already
     pad: float = 0.1  # of a pad behind the end
+    own_words: float = 0.0  # of canvases are to say what the model would say left to right, not what stands there
 
     # Optimizers
     muon_rate: float = 0.02

@@ -42,6 +42,7 @@ class RowShape:
     clean: int
     canvases: int
     canvas: int
+    longest_middle: int = 0  # 0 is what a canvas holds beside its end
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,7 @@ class RowMaker:
         context = build_context(snapshot, _HOLE, budget, self._snippets(document, snapshot, rng))
         prompt = build_prompt(context, self._vocabulary, self._metadata)
         middle = self._vocabulary.encode(prompt.healed + document.text[start:end])
-        if len(middle) + 1 > self.shape.canvas:
+        if len(middle) > (self.shape.longest_middle or self.shape.canvas - 1):
             return None
         return self._lay_out(list(prompt.token_ids), middle, rng)
 

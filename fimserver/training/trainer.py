@@ -187,6 +187,7 @@ class Trainer:
         noisy = first_noise(truth, recipe, self._text_tokens, draws)
         read = packed.read(clean, noisy, starts)
         assert read.clean is not None
+        truth = self._own_words(read.clean, truth, starts, draws)
         aims = {
             "next_token": self._aim_at_next(read.clean, clean),
             "denoise": self._aim_at_truth(read.canvases, noisy, truth, 0.5 if goes_on else 1.0),
@@ -210,6 +211,20 @@ class Trainer:
             begin += len(aim.weights)
         return loss, parts
 
+    def _own_words(self, hidden: Tensor, truth: Tensor, starts: Tensor, draws: torch.Generator) -> Tensor:
+        """The canvases' targets: the truth, and of some what left to right would say where they stand."""
+        if not self.recipe.own_words:
+            return truth
+        batch, canvases, canvas = truth.shape
+        at = starts[:, :, None] - 1 + torch.arange(canvas, device=starts.device)
+        inside = at < hidden.shape[1]
+        rows = hidden.gather(
+            1, at.clamp(max=hidden.shape[1] - 1).flatten(1)[:, :, None].expand(-1, -1, hidden.shape[2])
+        )
+        own = self.packed.likeliest(rows.detach().flatten(0, 1)).view(truth.shape)
+        chosen = torch.rand(batch, canvases, 1, generator=draws).to(truth.device) < self.recipe.own_words
+        return torch.where(chosen & inside & (truth != self.metadata.special_tokens["pad"]), own, truth)
+
     def _aim_at_next(self, hidden: Tensor, clean: Tensor) -> "_Aim":
         special = self.metadata.special_tokens
         following = torch.cat((clean[:, 1:], torch.full_like(clean[:, :1], special["pad"])), 1)
@@ -225,8 +240,7 @@ class Trainer:
     def evaluate(self, *, samples: bool = False) -> HeldOut:
         """Losses on held-out rows, the same rows and noise each time; samples go to the run's folder."""
         if not self._held_out:
-            maker = self._maker(self._material.held_out, _HELD_OUT_SEED)
-            self._held_out = [maker.make(i) for i in range(_HELD_OUT_ROWS)]
+            self.measure_on(self.recipe)
         self._swap_averages()
         result, texts = measure(self.packed, self._held_out, self.metadata, self._vocabulary, self._text_tokens)
         self._swap_averages()
@@ -234,6 +248,11 @@ class Trainer:
             with (self.folder / SAMPLES_FILE).open("a", encoding="utf-8") as file:
                 file.write(f"step {self.state.step}\n" + "".join(f"  {text}\n" for text in texts))
         return result
+
+    def measure_on(self, recipe: Recipe, *, longest_middle: int = 0) -> None:
+        """Measure on held-out rows of a recipe from now on, whatever rows are trained on."""
+        maker = self._maker(self._material.held_out, _HELD_OUT_SEED, recipe, longest_middle)
+        self._held_out = [maker.make(i) for i in range(_HELD_OUT_ROWS)]
 
     def _swap_averages(self) -> None:
         """What is measured and served is the mean of late weights, where one is kept."""
@@ -270,16 +289,14 @@ class Trainer:
         self._swap_averages()
         return folder
 
-    def _maker(self, documents: Sequence[Document], seed: int) -> RowMaker:
-        recipe = self.recipe
-        shape = RowShape(recipe.clean, recipe.canvases, recipe.canvas)
-        mix = RowMix(recipe.holes, recipe.snippets)
-        return RowMaker(documents, self._vocabulary, self.metadata, shape, mix, seed)
+    def _maker(self, documents: Sequence[Document], seed: int, recipe: Recipe, longest_middle: int = 0) -> RowMaker:
+        shape = RowShape(recipe.clean, recipe.canvases, recipe.canvas, longest_middle)
+        metadata = files.metadata_of(recipe, self.metadata, self.metadata.name)
+        return RowMaker(documents, self._vocabulary, metadata, shape, RowMix(recipe.holes, recipe.snippets), seed)
 
     def _batches(self) -> Iterator[Batch]:
-        stream = RowStream(
-            self._maker(self._material.documents, self.recipe.seed), self.recipe.rows_at_once, self.state.rows
-        )
+        maker = self._maker(self._material.documents, self.recipe.seed, self.recipe)
+        stream = RowStream(maker, self.recipe.rows_at_once, self.state.rows)
         return iter(DataLoader(stream, batch_size=self.recipe.rows_at_once, num_workers=self._machine.workers))
 
     def _log(self, entry: Mapping[str, Any]) -> None:

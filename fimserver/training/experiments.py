@@ -1,0 +1,187 @@
+"""``fimserver experiment``: one part of the recipe changed, at equal compute, measured on the same held-out rows.
+
+Each variant trains for the same number of floating-point operations, counted from its shape and not by the clock: a
+machine that does other things as well cannot favour one. All begin with the same weights, or all with none, read rows
+of the same seed, and end with a falling rate. The runs are short: what they say is what helps soon, at this size.
+
+Knows:  the trainer, recipes.  Never: LSP.
+"""
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fimserver.errors import FimserverError
+from fimserver.training.measures import HeldOut
+from fimserver.training.recipe import Recipe
+from fimserver.training.schedule import Budget
+from fimserver.training.trainer import Machine, Material, Trainer
+
+_FORWARD_AND_BACK = 3  # times a forward pass
+_BASE: Mapping[str, float] = {"clean": 384, "max_suffix": 120, "max_head": 64, "warmup_steps": 5}
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """A question, and what each variant changes; ``fresh`` begins with no weights."""
+
+    question: str
+    variants: Mapping[str, Mapping[str, float]]
+    fresh: bool = False
+    measured: Mapping[str, float] | None = None  # of the rows it is measured on, where variants differ in them
+    longest_middle: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a variant came to."""
+
+    experiment: str
+    variant: str
+    steps: int
+    positions: int
+    seconds: float
+    held_out: HeldOut
+
+
+_UNIFORM = {"pure_noise": 0.0, "decoding_noise": 0.0}
+EXPERIMENTS: dict[str, Experiment] = {
+    "noise": Experiment(
+        "Which noise: as decoding meets it, any share of the truth, or both?",
+        {
+            "uniform": _UNIFORM,
+            "mixed": {},
+            "as decoded": {"pure_noise": 1.0, "decoding_noise": 1.0},
+            "pure, then uniform": {"pure_noise": 1.0, "decoding_noise": 0.0},
+        },
+    ),
+    "second-pass": Experiment(
+        "How many passes are followed by one conditioned on them?",
+        {"none": {"second_pass": 0.0}, "half": {"second_pass": 0.5}, "all": {}},
+    ),
+    "canvases": Experiment(
+        "How many canvases beside a row?",
+        {"2": {"canvases": 2}, "6": {}, "12": {"canvases": 12}},
+        measured={},
+    ),
+    "canvas-length": Experiment(
+        "How long is a canvas?",
+        {"16": {"canvas": 16}, "32": {}, "64": {"canvas": 64}, "128": {"canvas": 128, "canvases": 2}},
+        longest_middle=15,
+    ),
+    "next-token": Experiment(
+        "Weight of the next token against denoising's 1?",
+        {"0.25": {"next_token": 0.25}, "1": {}, "4": {"next_token": 4.0}},
+    ),
+    "experts": Experiment(
+        "Several experts, split from the one?",
+        {"1": {}, "4, one of them": {"experts": 4}, "4, two of them": {"experts": 4, "top_k_experts": 2}},
+    ),
+    "context": Experiment(
+        "How long is a clean sequence? Measured at 768.",
+        {
+            "384": {},
+            "768": {"clean": 768, "max_suffix": 208, "max_head": 96},
+            "960": {"clean": 960, "max_suffix": 260, "max_head": 120},
+        },
+        measured={"clean": 768, "max_suffix": 208, "max_head": 96},
+    ),
+    "holes": Experiment(
+        "Holes by characters or by syntax? Measured on the mixture.",
+        {
+            "characters": {"hole_expression": 0, "hole_statement": 0, "hole_block": 0},
+            "mixed": {},
+            "syntax": {"hole_rest_of_line": 0, "hole_lines_below": 0, "hole_span": 0},
+        },
+        measured={},
+    ),
+    "late-weights": Experiment(
+        "A rate that falls, a mean of late weights, or both?",
+        {
+            "neither": {"fall": 0.0},
+            "falls": {},
+            "mean": {"fall": 0.0, "average": 0.95},
+            "both": {"average": 0.95},
+        },
+    ),
+    "batch": Experiment(
+        "Rows in a step?",
+        {"4": {"rows_per_step": 4}, "8": {}, "16": {"rows_per_step": 16}},
+    ),
+    "rate": Experiment(
+        "Muon's rate?",
+        {"0.01": {"muon_rate": 0.01, "adam_rate": 0.0015}, "0.02": {}, "0.04": {"muon_rate": 0.04, "adam_rate": 0.006}},
+    ),
+    "own-words": Experiment(
+        "A last phase on what left to right would say, so that drafts are verified more often?",
+        {"truth": {}, "half": {"own_words": 0.5}, "all": {"own_words": 1.0}},
+    ),
+    "shape": Experiment(
+        "From nothing: wide and flat, or narrow and deep?",
+        {
+            "256 x 8": {},
+            "384 x 4": {"hidden": 384, "dense": 768, "expert": 384, "layers": 4, "heads": 6, "key_value_heads": 2},
+            "192 x 12": {"hidden": 192, "dense": 384, "expert": 192, "layers": 12, "heads": 3, "key_value_heads": 1},
+            "128 x 8": {"hidden": 128, "dense": 256, "expert": 128, "heads": 2, "key_value_heads": 1},
+        },
+        fresh=True,
+    ),
+}
+
+
+def count_operations(recipe: Recipe) -> float:
+    """Floating-point operations of one row, forward and back: products of weights, and attention."""
+    attention = 2 * recipe.hidden * recipe.head_dim * (recipe.heads + recipe.key_value_heads)
+    feed_forward = 3 * recipe.hidden * (recipe.dense + recipe.expert * recipe.top_k_experts)
+    weights = recipe.layers * (attention + feed_forward)
+    head = recipe.vocabulary * recipe.hidden
+    rows = recipe.canvases * recipe.canvas
+    later = recipe.second_pass * rows
+    positions = recipe.clean + rows + later
+    keys = recipe.clean * recipe.clean / 2 + (rows + later) * (recipe.clean / 2 + recipe.canvas)
+    attending = 2 * recipe.layers * recipe.heads * recipe.head_dim * keys
+    return 2 * _FORWARD_AND_BACK * ((weights + head) * positions + attending) + 2 * 2 * head * later
+
+
+def run_experiment(  # noqa: PLR0913  one run's parts
+    name: str,
+    material: Material,
+    *,
+    operations: float,
+    source: str,
+    machine: Machine,
+    report: Callable[[Outcome], None] = lambda _outcome: None,
+) -> list[Outcome]:
+    """Every variant of an experiment, each with ``operations`` to spend. Raises ``FimserverError``."""
+    if name not in EXPERIMENTS:
+        msg = f"there is no experiment {name!r}; there are: {', '.join(EXPERIMENTS)}"
+        raise FimserverError(msg)
+    experiment = EXPERIMENTS[name]
+    outcomes = []
+    for label, changes in experiment.variants.items():
+        recipe = Recipe().with_values({**_BASE, **changes})
+        steps = max(2, round(operations / (count_operations(recipe) * recipe.rows_per_step)))
+        with tempfile.TemporaryDirectory() as folder:
+            begin = None if experiment.fresh else source
+            trainer = Trainer.prepare(Path(folder) / "run", recipe, material, machine, begin, base=source)
+            measured = recipe if experiment.measured is None else Recipe().with_values({**_BASE, **experiment.measured})
+            trainer.measure_on(measured, longest_middle=experiment.longest_middle)
+            trainer.run(Budget(steps=steps))
+            held_out = trainer.evaluate()
+        state = trainer.state
+        outcomes.append(Outcome(name, label, state.step, state.positions, round(state.seconds, 1), held_out))
+        report(outcomes[-1])
+    return outcomes
+
+
+def to_table(outcomes: Sequence[Outcome]) -> list[str]:
+    """Lines of a Markdown table."""
+    columns = (*HeldOut.__slots__,)
+    lines = [f"| variant | steps | positions | {' | '.join(columns)} |", "|" + "---|" * (3 + len(columns))]
+    for outcome in outcomes:
+        values: dict[str, Any] = asdict(outcome.held_out)
+        cells = " | ".join(f"{values[c]:.3f}" for c in columns)
+        lines.append(f"| {outcome.variant} | {outcome.steps} | {outcome.positions:,} | {cells} |")
+    return lines
