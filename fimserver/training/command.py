@@ -3,8 +3,11 @@
 Knows:  the trainer, the terminal.  Never: LSP.
 """
 
+import contextlib
+import os
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,8 @@ from fimserver.training.recipe import Recipe
 from fimserver.training.schedule import Budget
 from fimserver.training.trainer import LOG_FILE, Machine, Material, Trainer
 
+_GPU_ROWS = {"rows_per_step": 64, "rows_at_once": 32}  # a CPU's few rows would leave a GPU waiting
+_ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _REPORT_STEPS = 50  # where there is no terminal for a bar
 
 
@@ -53,9 +58,10 @@ def train_model(  # noqa: PLR0913  one parameter an option
     threads: int,
 ) -> Summary:
     """Train until the budget is spent. Raises ``FimserverError``."""
-    known = read_checkpoint(folder)
-    recipe = (Recipe().with_values(known["recipe"]) if known else Recipe()).with_pairs(pairs)
-    machine = Machine(device=_find_device(device), threads=threads)
+    known, device = read_checkpoint(folder), _find_device(device)
+    on_gpu = device.startswith("cuda")
+    recipe = Recipe().with_values(known["recipe"] if known else _GPU_ROWS if on_gpu else {}).with_pairs(pairs)
+    machine = Machine(device=device, threads=threads, workers=min(8, os.cpu_count() or 1) if on_gpu else 1)
     corpus = corpus or default_folder()
     material = Material(read_documents(corpus), read_held_out(corpus))
     trainer = Trainer.prepare(folder, recipe, material, machine, None if fresh else source, base=source)
@@ -70,7 +76,8 @@ def train_model(  # noqa: PLR0913  one parameter an option
             if progress.disable and entry["step"] % _REPORT_STEPS == 0:
                 console.print(f"{share:.0%}  {text}  {entry['positions'] / max(1.0, entry['seconds']):.0f} positions/s")
 
-        trainer.run(Budget(hours, steps), on_step=show)
+        with _stop_on_signal() as stopped:
+            trainer.run(Budget(hours, steps), on_step=show, interrupted=lambda _state: bool(stopped))
     write_losses(folder / LOG_FILE)
     held_out, state = trainer.evaluate(), trainer.state
     return Summary(
@@ -84,6 +91,18 @@ def train_model(  # noqa: PLR0913  one parameter an option
         held_denoise_later=held_out.held_denoise_later,
         drafted=held_out.drafted,
     )
+
+
+@contextlib.contextmanager
+def _stop_on_signal() -> Iterator[list[int]]:
+    """Ctrl-C ends a run behind its step: what is saved is whole, and the same command goes on with it."""
+    received: list[int] = []
+    known = {number: signal.signal(number, lambda n, _frame: received.append(n)) for number in _ENDING_SIGNALS}
+    try:
+        yield received
+    finally:
+        for number, handler in known.items():
+            signal.signal(number, handler)
 
 
 def list_experiments() -> list[str]:

@@ -22,6 +22,7 @@ _DRAW_SEED = 11
 _ROWS_AT_ONCE = 2
 _SAMPLES = 4
 _AS_DECODED = Recipe(pure_noise=1.0, decoding_noise=1.0, least_bound=1.0, largest_bound=4.0)
+_HALF_KNOWN = Recipe(decoding_noise=0.0, left_noise=1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,9 @@ class HeldOut:
     ``held_denoise`` is from pure noise in one pass, ``held_denoise_later`` in the pass behind it, as decoding goes on.
     ``right`` and ``right_denoised`` are shares of the middle's tokens that are the likeliest, the latter after both
     passes; ``drafted`` is how many of its first tokens, in a row, the first pass has right, ``drafted_own`` how many
-    are what left to right would say. ``bits_per_character`` is the loss of every next token over the text's length.
+    are what left to right would say. ``held_goes_on`` is the denoiser's loss of the first token behind a middle's known
+    beginning, ``held_beside`` that of left to right in the same places. ``bits_per_character`` is the loss of every
+    next token over the text's length.
     """
 
     held_next_token: float
@@ -43,6 +46,8 @@ class HeldOut:
     drafted: float
     drafted_own: float
     bits_per_character: float
+    held_goes_on: float
+    held_beside: float
 
 
 @torch.no_grad()
@@ -53,7 +58,23 @@ def measure(
     draws = torch.Generator().manual_seed(_DRAW_SEED)
     special = metadata.special_tokens
     sums = dict.fromkeys(
-        ("next", "all", "middle", "first", "later", "right", "later_right", "run", "own", "tokens", "text"), 0.0
+        (
+            "next",
+            "all",
+            "middle",
+            "first",
+            "later",
+            "right",
+            "later_right",
+            "run",
+            "own",
+            "tokens",
+            "text",
+            "on",
+            "beside",
+            "cuts",
+        ),
+        0.0,
     )
     samples: list[str] = []
     device = packed.embedding.device
@@ -64,8 +85,12 @@ def measure(
         starts = torch.stack([r.starts[:1] for r in part]).to(device)
         read = packed.read(clean, first_noise(truth, _AS_DECODED, tokens, draws), starts)
         soft, best, entropy = packed.guess(read.canvases.reshape(-1, read.canvases.shape[-1]))
-        kept = later_noise(truth, best.view(truth.shape), entropy.view(truth.shape), _AS_DECODED, tokens, draws)
-        again = packed.read(None, kept, starts, soft.view(*read.canvases.shape), read.known)
+        found = (best.view(truth.shape), entropy.view(truth.shape))
+        soft = soft.view(read.canvases.shape)
+        drawn = later_noise(truth, *found, _AS_DECODED, tokens, draws)
+        again = packed.read(None, drawn.canvases, starts, soft, read.known)
+        drawn = later_noise(truth, *found, _HALF_KNOWN, tokens, draws)
+        half = packed.read(None, drawn.canvases, starts, packed.condition(soft, drawn), read.known)
         assert read.clean is not None
         for i in range(len(part)):
             text = clean[i][clean[i] != special["pad"]]
@@ -79,6 +104,11 @@ def measure(
             sums["all"] += len(next_losses)
             sums["middle"] += next_losses[place : place + count].sum().item()
             sums["right"] += next_right[place : place + count].sum().item()
+            cut = int((drawn.known[i, 0] > 0).sum())
+            if cut < count:
+                sums["on"] += _judge(packed, half.canvases[i, cut : cut + 1], answer[cut : cut + 1])[0].item()
+                sums["beside"] += next_losses[place + cut].item()
+                sums["cuts"] += 1
             sums["first"] += losses.sum().item()
             sums["later"] += later_losses.sum().item()
             sums["later_right"] += later_right.sum().item()
@@ -102,6 +132,8 @@ def measure(
         right_denoised=sums["later_right"] / n,
         drafted=sums["run"] / len(rows),
         drafted_own=sums["own"] / len(rows),
+        held_goes_on=sums["on"] / max(1, sums["cuts"]),
+        held_beside=sums["beside"] / max(1, sums["cuts"]),
         bits_per_character=sums["next"] / math.log(2) / sums["text"],
     )
     return HeldOut(**{f: round(getattr(held_out, f), 4) for f in HeldOut.__slots__}), samples

@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from fimserver.training.attention import attend_canvases, attend_clean, canvas_mask
 from fimserver.training.loss import logit_gradients, softcap
+from fimserver.training.noise import Later
 
 _EPS = 1e-6
 _SOFT_CHUNK = 256
@@ -115,6 +116,12 @@ class PackedModel:
             p, best[rows], entropy[rows] = self._soften(hidden[rows].to(self.dtype) @ head.mT)
             soft[rows] = (p @ head).float() * self._scale
         return soft, best, entropy
+
+    @torch.no_grad()
+    def condition(self, soft: Tensor, drawn: Later) -> Tensor:
+        """Soft embeddings (B, K * C, H), moved to the canvases' own tokens where these are known."""
+        own = functional.embedding(drawn.canvases.flatten(1), self.embedding) * self._scale
+        return soft.lerp(own, drawn.known.flatten(1)[:, :, None])
 
     @torch.no_grad()
     def likeliest(self, hidden: Tensor) -> Tensor:

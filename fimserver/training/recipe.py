@@ -54,7 +54,8 @@ class Recipe:
     # Noise
     pure_noise: float = 0.75  # of canvases in the first pass are noise alone, as decoding begins; the others any share
     second_pass: float = 1.0  # of passes are followed by one that is conditioned on it, as decoding goes on
-    decoding_noise: float = 0.6  # of canvases in that pass keep what decoding would; the others any share of the truth
+    decoding_noise: float = 0.4  # of canvases in that pass keep what decoding would,
+    left_noise: float = 0.35  # so many the truth up to some place; the others any share of the truth
     least_bound: float = 0.1  # entropy bounds of decoding that are drawn, in nats
     largest_bound: float = 8.0
 

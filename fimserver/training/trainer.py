@@ -195,9 +195,10 @@ class Trainer:
         if goes_on:
             soft, best, entropy = packed.guess(read.canvases.detach().flatten(0, 1))
             found = (best.view(truth.shape), entropy.view(truth.shape))
-            noisy = later_noise(truth, *found, recipe, self._text_tokens, draws)
-            later = packed.read(None, noisy, starts, soft.view(read.canvases.shape), read.known)
-            aims["denoise_later"] = self._aim_at_truth(later.canvases, noisy, truth, 0.5)
+            drawn = later_noise(truth, *found, recipe, self._text_tokens, draws)
+            soft = packed.condition(soft.view(read.canvases.shape), drawn)
+            later = packed.read(None, drawn.canvases, starts, soft, read.known)
+            aims["denoise_later"] = self._aim_at_truth(later.canvases, drawn.canvases, truth, 0.5)
         loss, losses = head_loss(
             torch.cat([aim.hidden for aim in aims.values()]).to(packed.dtype),
             packed.embedding,
