@@ -46,15 +46,14 @@ class Outcome:
     held_out: HeldOut
 
 
-_UNIFORM = {"pure_noise": 0.0, "decoding_noise": 0.0}
 EXPERIMENTS: dict[str, Experiment] = {
     "noise": Experiment(
         "Which noise: as decoding meets it, any share of the truth, or both?",
         {
-            "uniform": _UNIFORM,
-            "mixed": {},
+            "any share": {"pure_noise": 0.0, "decoding_noise": 0.0, "left_noise": 0.0},
             "as decoded": {"pure_noise": 1.0, "decoding_noise": 1.0},
-            "pure, then uniform": {"pure_noise": 1.0, "decoding_noise": 0.0},
+            "known beginning": {"pure_noise": 1.0, "decoding_noise": 0.0, "left_noise": 1.0},
+            "mixed": {},
         },
     ),
     "second-pass": Experiment(
