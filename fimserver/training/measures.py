@@ -21,6 +21,7 @@ from fimserver.training.rows import Row
 _DRAW_SEED = 11
 _ROWS_AT_ONCE = 2
 _SAMPLES = 4
+_TEMPERATURE = 0.8  # of a first step
 _AS_DECODED = Recipe(pure_noise=1.0, decoding_noise=1.0, least_bound=1.0, largest_bound=4.0)
 _HALF_KNOWN = Recipe(decoding_noise=0.0, left_noise=1.0)
 
@@ -84,7 +85,7 @@ def measure(
         truth = torch.stack([r.canvases[:1] for r in part]).to(device)  # the first is the middle, from its beginning
         starts = torch.stack([r.starts[:1] for r in part]).to(device)
         read = packed.read(clean, first_noise(truth, _AS_DECODED, tokens, draws), starts)
-        soft, best, entropy = packed.guess(read.canvases.reshape(-1, read.canvases.shape[-1]))
+        soft, best, entropy = packed.guess(read.canvases.flatten(0, 1), _TEMPERATURE)
         found = (best.view(truth.shape), entropy.view(truth.shape))
         soft = soft.view(read.canvases.shape)
         drawn = later_noise(truth, *found, _AS_DECODED, tokens, draws)

@@ -106,14 +106,15 @@ class PackedModel:
         return Read(x[:, :split] if split else None, x[:, split:], Known(tuple(kept)))
 
     @torch.no_grad()
-    def guess(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of hidden states (N, H): soft embeddings (N, H), likeliest tokens (N,) and entropies (N,)."""
+    def guess(self, hidden: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+        """Of hidden states (N, H): soft embeddings (N, H), likeliest tokens (N,) and entropies (N,), in nats."""
         head = self.embedding.to(self.dtype)
         soft = torch.empty_like(hidden)
         best = torch.empty(len(hidden), dtype=torch.long, device=hidden.device)
         entropy = torch.empty(len(hidden), device=hidden.device)
+        cold = torch.tensor(1 / temperature, device=hidden.device)  # a number would be compiled in
         for rows in torch.split(torch.arange(len(hidden), device=hidden.device), _SOFT_CHUNK):
-            p, best[rows], entropy[rows] = self._soften(hidden[rows].to(self.dtype) @ head.mT)
+            p, best[rows], entropy[rows] = self._soften(hidden[rows].to(self.dtype) @ head.mT, cold)
             soft[rows] = (p @ head).float() * self._scale
         return soft, best, entropy
 
@@ -257,9 +258,9 @@ def _combine(  # noqa: PLR0913, PLR0917
     return x + _rms(_rms(dense, dense_norm) + _rms(routed, routed_norm), norm)
 
 
-def _soften(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _soften(logits: Tensor, cold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Probabilities in the logits' dtype, the likeliest token and the entropy of each row."""
-    capped = softcap(logits)
+    capped = softcap(logits) * cold
     log_p = capped - capped.logsumexp(-1, keepdim=True)
     p = log_p.exp()
     return p.to(logits.dtype), capped.argmax(-1), -(p * log_p).sum(-1)

@@ -193,7 +193,8 @@ class Trainer:
             "denoise": self._aim_at_truth(read.canvases, noisy, truth, 0.5 if goes_on else 1.0),
         }
         if goes_on:
-            soft, best, entropy = packed.guess(read.canvases.detach().flatten(0, 1))
+            temperature = 1 - (1 - recipe.coldest) * float(torch.rand((), generator=draws))
+            soft, best, entropy = packed.guess(read.canvases.detach().flatten(0, 1), temperature)
             found = (best.view(truth.shape), entropy.view(truth.shape))
             drawn = later_noise(truth, *found, recipe, self._text_tokens, draws)
             soft = packed.condition(soft.view(read.canvases.shape), drawn)
