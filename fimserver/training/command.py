@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
@@ -26,6 +27,7 @@ from fimserver.training.schedule import Budget
 from fimserver.training.trainer import LOG_FILE, Machine, Material, Trainer
 
 _GPU_ROWS = {"rows_per_step": 64, "rows_at_once": 32}  # a CPU's few rows would leave a GPU waiting
+LOCK_FILE = "lock"
 _ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _REPORT_STEPS = 50  # where there is no terminal for a bar
 
@@ -58,6 +60,13 @@ def train_model(  # noqa: PLR0913  one parameter an option
     threads: int,
 ) -> Summary:
     """Train until the budget is spent. Raises ``FimserverError``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK_FILE)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        msg = f"another process trains in {folder}; end it, or name another folder"
+        raise FimserverError(msg) from error
     known, device = read_checkpoint(folder), _find_device(device)
     on_gpu = device.startswith("cuda")
     recipe = Recipe().with_values(known["recipe"] if known else _GPU_ROWS if on_gpu else {}).with_pairs(pairs)
@@ -79,6 +88,7 @@ def train_model(  # noqa: PLR0913  one parameter an option
         with _stop_on_signal() as stopped:
             trainer.run(Budget(hours, steps), on_step=show, interrupted=lambda _state: bool(stopped))
     write_losses(folder / LOG_FILE)
+    lock.release()
     held_out, state = trainer.evaluate(), trainer.state
     return Summary(
         model=str(folder / MODEL_FOLDER),
