@@ -90,7 +90,7 @@ class Trainer:
         self.state = State()
         self._material, self._machine, self._source = material, machine, source
         self._device = torch.device(machine.device)
-        compiled = can_compile() if machine.compiled is None else machine.compiled
+        compiled = can_compile(self._device) if machine.compiled is None else machine.compiled
         self.packed = PackedModel(model.to(self._device).train(), machine.dtype, compiled=compiled)
         model.requires_grad_(requires_grad=False)
         self._parameters = dict(self.packed.decoder.named_parameters())
@@ -266,7 +266,8 @@ class Trainer:
             self.packed.decoder.load_state_dict(known["model"], strict=False)
             self._optimizers.load_state_dict(known["optimizers"])
         except (RuntimeError, KeyError, ValueError) as error:
-            msg = f"{self.folder} holds a run of another shape ({error}); train in another folder"
+            detail = str(error).rsplit("\n", 1)[-1].strip()  # torch names every tensor
+            msg = f"{self.folder} holds a run of another shape ({detail}); train in another folder"
             raise FimserverError(msg) from error
         for name, mean in self._averages.items():
             mean.copy_(known["averages"].get(name, self._parameters[name].detach()))
@@ -304,6 +305,6 @@ class _Aim:
         self.weights = (weights / weights.sum().clamp(min=_LEAST_WEIGHT)).flatten()
 
 
-def can_compile() -> bool:
-    """Whether torch finds what it compiles with: a C++ compiler, or triton for a GPU."""
-    return shutil.which("g++") is not None or importlib.util.find_spec("triton") is not None
+def can_compile(device: torch.device) -> bool:
+    """Whether torch finds what it compiles with: a C++ compiler, and triton for a GPU."""
+    return shutil.which("g++") is not None and (device.type == "cpu" or importlib.util.find_spec("triton") is not None)
