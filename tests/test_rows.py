@@ -310,7 +310,7 @@ def test_first_noise() -> None:
     draws = torch.Generator().manual_seed(0)
     pure = first_noise(TRUTH, Recipe(pure_noise=1.0), TEXT_TOKENS, draws)
     assert int(pure.min()) >= 8
-    assert len(pure.unique()) > 3000
+    assert len(set(pure.flatten().tolist())) > 3000
     shares = shares_of_truth(first_noise(TRUTH, Recipe(pure_noise=0.75), TEXT_TOKENS, draws))
     assert 0.65 < float((shares == 0).float().mean()) < 0.87
     mixed = shares_of_truth(first_noise(TRUTH, Recipe(pure_noise=0.0), TEXT_TOKENS, draws))
@@ -339,7 +339,8 @@ def test_what_is_kept_is_the_samplers_choice(bound: float) -> None:
     logits = torch.randn(3, 12, 50, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.5, 6, 12)[:, None]
     sampler = EntropyBoundSampler(EntropyBoundSamplerConfig(bound), 12, 50, 8)
     sampler.accept_canvas(torch.zeros(3, 12).long(), torch.ones(3, 12).long(), logits, 0)
-    entropy = torch.distributions.Categorical(logits=logits).entropy()
+    log_p = logits.log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
     kept = keep_by_entropy(entropy, torch.tensor(bound))
     assert torch.equal(kept, sampler.accepted_token_mask)
     for row in range(3):

@@ -12,7 +12,7 @@ _SMOOTHING = 0.9
 
 
 def write_losses(log: Path) -> Path | None:
-    """Trained losses (smoothed) and held-out ones over positions, beside the log; ``None`` without matplotlib or any."""
+    """Trained losses (smoothed) and held-out ones over positions, beside the log; ``None`` where nothing is drawn."""
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415  optional
     except ImportError:
