@@ -27,6 +27,7 @@ FORBIDDEN = {
         "fimserver.engine.worker",
     ],
     "context": ["torch", "transformers", "tokenizers", "pygls", "lsprotocol", "fimserver.lsp", "fimserver.engine"],
+    "training": ["pygls", "lsprotocol", "tree_sitter", "platformdirs", "fimserver.lsp", "click"],
     "engine": ["pygls", "lsprotocol", "tree_sitter", "fimserver.lsp", "fimserver.context", "click", "rich"],
     "text.py": ["torch", "pygls", "tree_sitter", "fimserver.lsp", "fimserver.context", "fimserver.engine"],
     "types.py": ["torch", "pygls", "tree_sitter", "fimserver.lsp", "fimserver.context", "fimserver.engine"],
@@ -83,6 +84,8 @@ def test_standard_library_only(file: str) -> None:
         ("fimserver.engine.worker", ["torch", "pygls", "tree_sitter"]),
         ("fimserver.engine.engine", ["pygls", "tree_sitter", "platformdirs", "click"]),
         ("fimserver.bench.infilling", ["pygls", "tree_sitter", "platformdirs", "torch"]),
+        ("fimserver.training.command", ["pygls", "lsprotocol", "tree_sitter", "platformdirs", "click", "matplotlib"]),
+        ("fimserver.training.corpus", ["torch", "pygls", "tree_sitter", "platformdirs", "click", "rich"]),
     ],
 )
 def test_what_an_import_brings_along(module: str, absent: list[str]) -> None:

@@ -56,8 +56,7 @@ def describe_file(context: FimContext, vocabulary: Vocabulary, metadata: ModelMe
     """``<file>``, the language and the end of the path; nothing for a model that was not told them."""
     if not metadata.max_file_tokens:
         return []
-    parts = [part for part in PurePosixPath(context.path).parts if part != "/"]
-    text = " ".join((context.language_id, "/".join(parts[-_PATH_PARTS:]))).rstrip()
+    text = " ".join((context.language_id, "/".join(_parts_of(context.path)[-_PATH_PARTS:]))).rstrip()
     return [metadata.special_tokens["file"], *vocabulary.encode(text)[-metadata.max_file_tokens :]]
 
 
@@ -66,12 +65,17 @@ def encode_snippets(context: FimContext, vocabulary: Vocabulary, metadata: Model
     room = metadata.max_snippet_tokens
     found: list[int] = []
     for snippet in context.snippets if room else ():
-        name = PurePosixPath(snippet.path).name
+        name = "".join(_parts_of(snippet.path)[-1:])
         ids = [metadata.special_tokens["snippet"], *vocabulary.encode(f"{name}\n{snippet.text}")]
         if len(ids) <= room or not found:
             found += ids[:room]
             room = metadata.max_snippet_tokens - len(found)
     return found
+
+
+def _parts_of(path: str) -> list[str]:
+    """Names in a path, which an untitled document on Windows writes with backslashes."""
+    return [part for part in PurePosixPath(path.replace("\\", "/")).parts if part != "/"]
 
 
 def find_anchor(suffix: str, vocabulary: Vocabulary) -> tuple[int, ...]:

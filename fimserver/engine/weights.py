@@ -114,12 +114,14 @@ def limit_context(metadata: ModelMetadata, context_tokens: int | None) -> ModelM
         return metadata
     suffix = metadata.max_suffix_tokens * context_tokens // metadata.max_prompt_tokens
     head = metadata.max_head_tokens * context_tokens // metadata.max_prompt_tokens
+    file = metadata.max_file_tokens * context_tokens // metadata.max_prompt_tokens
     snippets = metadata.max_snippet_tokens * context_tokens // metadata.max_prompt_tokens
     return replace(
         metadata,
         max_prompt_tokens=context_tokens,
         max_suffix_tokens=min(suffix, context_tokens // 2),
         max_head_tokens=head,
+        max_file_tokens=file,
         max_snippet_tokens=snippets,
     )
 

@@ -157,7 +157,8 @@ def read_checkpoint(folder: Path) -> dict[str, Any] | None:
         if values["format"] != _FORMAT:
             raise ValueError(values["format"])  # noqa: TRY301  one message
     except Exception as error:
-        msg = f"{path} cannot be read ({error}); delete it to begin again, or name another folder"
+        reason = type(error).__name__  # torch's own words advise to read it unsafely
+        msg = f"{path} is damaged or of another version ({reason}); delete it to begin again, or name another folder"
         raise FimserverError(msg) from error
     return dict(values)
 

@@ -12,7 +12,7 @@ _SMOOTHING = 0.9
 
 
 def write_losses(log: Path) -> Path | None:
-    """Trained losses (smoothed) and held-out ones over positions, beside the log; ``None`` without matplotlib."""
+    """Trained losses (smoothed) and held-out ones over positions, beside the log; ``None`` where nothing is drawn."""
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415  optional
     except ImportError:
@@ -29,6 +29,8 @@ def write_losses(log: Path) -> Path | None:
             axes.plot(
                 *zip(*held, strict=True), color=f"C{index}", linestyle="--", marker=".", label=f"{name}, held out"
             )
+    if not axes.lines:
+        return None
     axes.set(xlabel="million positions", ylabel="nats a token")
     axes.legend()
     path = log.with_name(LOSSES_FILE)

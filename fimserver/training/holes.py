@@ -8,7 +8,6 @@ Knows:  texts.  Never: tokens.
 
 import random
 import re
-from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -32,10 +31,6 @@ class Lines:
     def __post_init__(self) -> None:
         object.__setattr__(self, "lines", self.text.split("\n"))
         object.__setattr__(self, "starts", list(accumulate((len(x) + 1 for x in self.lines), initial=0)))
-
-    def number_at(self, offset: int) -> int:
-        """Line of an offset."""
-        return bisect_right(self.starts, offset) - 1
 
     def end_of(self, number: int) -> int:
         """Offset of a line's end."""

@@ -68,9 +68,10 @@ class _HeadLoss(torch.autograd.Function):
             losses[rows], d_logits = gradients(hidden[real] @ head.mT, targets[real], scale)
             d_hidden[rows] = d_logits @ head
             d_embedding += d_logits.mT @ hidden[real]
+        losses = losses[:-1]
         ctx.save_for_backward(d_hidden[:-1], d_embedding)
         ctx.mark_non_differentiable(losses)
-        return (losses[:-1] * weights).sum(), losses[:-1]
+        return (losses * weights).sum(), losses
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:

@@ -4,7 +4,7 @@
     canvases, known -> read(...)      its decoder alone, over other canvases beside the same sequences
 
 A canvas costs its own rows only: the clean sequence, whose next tokens are trained anyway, is its prompt. The
-result equals the class's own forward (``tests/test_training.py``). Linear layers and attention run in ``dtype``;
+result equals the class's own forward (``tests/test_packed.py``). Linear layers and attention run in ``dtype``;
 norms, residuals and rotations in fp32. The norms, gates and rotations between products are compiled where there is a
 compiler: on a CPU they take longer than the products.
 

@@ -8,12 +8,20 @@ Knows:  names and numbers.  Never: tensors.
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fimserver.errors import FimserverError
 from fimserver.training.holes import HOLE_KINDS
+
+_AT_LEAST_ONE = (
+    *("vocabulary", "hidden", "layers", "heads", "key_value_heads", "head_dim", "dense", "experts", "top_k_experts"),
+    *("expert", "full_attention_every", "canvas", "canvases", "rows_per_step", "rows_at_once"),
+)
+_SHARES = ("snippets", "pure_noise", "second_pass", "decoding_noise", "fall", "last_rate", "average")
+_LEAST_PREFIX = 32  # tokens, the prompt's own marks among them
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,15 +118,32 @@ class Recipe:
                 msg = f"a recipe has no {name!r}; it has: {', '.join(types)}"
                 raise FimserverError(msg)
             wanted = (int,) if types[name] is int else (int, float)
-            if not isinstance(value, wanted) or isinstance(value, bool) or value < 0:
+            if not isinstance(value, wanted) or isinstance(value, bool) or not 0 <= value < math.inf:
                 kind = "a whole number" if types[name] is int else "a number"
                 msg = f"{name} of a recipe has to be {kind} of at least 0, for instance {name}={getattr(self, name)}"
                 raise FimserverError(msg)
         recipe = dataclasses.replace(self, **values)
-        if recipe.rows_per_step % max(1, recipe.rows_at_once):
-            msg = f"rows_per_step ({recipe.rows_per_step}) has to be a multiple of rows_at_once ({recipe.rows_at_once})"
-            raise FimserverError(msg)
-        if recipe.clean <= 2 * recipe.canvas or not recipe.canvas or not recipe.canvases:
-            msg = f"clean ({recipe.clean}) has to be more than two canvases ({recipe.canvas}), and there has to be one"
-            raise FimserverError(msg)
+        if (fault := recipe._find_fault()) is not None:  # noqa: SLF001  its own
+            raise FimserverError(fault)
         return recipe
+
+    def _find_fault(self) -> str | None:
+        """What no run can be made with, and the remedy."""
+        for name in _AT_LEAST_ONE:
+            if not getattr(self, name):
+                return f"{name} of a recipe has to be at least 1, for instance {name}={getattr(Recipe(), name)}"
+        for name in _SHARES:
+            if getattr(self, name) > 1:
+                return f"{name} of a recipe is a share, at most 1, for instance {name}={getattr(Recipe(), name)}"
+        for name, greatest in (("least_bound", self.least_bound), ("hole_rest_of_line", max(self.holes.values()))):
+            if not greatest:
+                return f"{name} of a recipe has to be above 0, for instance {name}={getattr(Recipe(), name)}"
+        if self.rows_per_step % self.rows_at_once:
+            return f"rows_per_step ({self.rows_per_step}) has to be a multiple of rows_at_once ({self.rows_at_once})"
+        beside = self.max_suffix + self.max_head + self.max_file + self.max_snippets
+        if beside + _LEAST_PREFIX > self.max_prompt:
+            return (
+                f"clean ({self.clean}) less canvas ({self.canvas}) leaves less than {_LEAST_PREFIX} tokens of prefix"
+                f" beside max_suffix, max_head, max_file and max_snippets ({beside}); raise clean or lower these"
+            )
+        return None

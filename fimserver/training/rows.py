@@ -24,6 +24,7 @@ from fimserver.context.window import budget_for, build_context
 from fimserver.engine.prompt import build_prompt
 from fimserver.engine.vocabulary import Vocabulary
 from fimserver.engine.weights import ModelMetadata
+from fimserver.errors import FimserverError
 from fimserver.training.corpus import Document
 from fimserver.training.holes import Lines, pick_hole
 from fimserver.types import Hole, HoleKind, Snapshot, Snippet
@@ -33,6 +34,7 @@ _HOLE = Hole(HoleKind.SPAN, max_lines=8, estimated_tokens=16)
 _NEIGHBOURS = 3  # files of the same folder that are looked at for snippets
 _LONGEST_NEIGHBOUR = 20_000
 _FEWEST_PREFIX_TOKENS = 4
+_MOST_TRIES = 10_000  # for one row; about every second one fits
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,9 @@ class RowMaker:
         mix: RowMix,
         seed: int,
     ) -> None:
+        if not any(document.text for document in documents):
+            msg = "there are no documents to make rows of; run: fimserver corpus"
+            raise FimserverError(msg)
         self._documents, self._vocabulary, self._metadata = documents, vocabulary, metadata
         self.shape, self._mix, self._seed = shape, mix, seed
         self._sums = list(accumulate(min(len(d.text), _MOST_OF_ONE_FILE) for d in documents))
@@ -87,12 +92,14 @@ class RowMaker:
         self._pad, self._eos = special["pad"], special["eos"]
 
     def make(self, index: int) -> Row:
-        """Row ``index``; files without a hole that fits are passed over."""
+        """Row ``index``; files without a hole that fits are passed over. Raises ``FimserverError`` if all are."""
         rng = random.Random(f"{self._seed}:{index}")
-        while True:
+        for _ in range(_MOST_TRIES):
             row = self._try(rng)
             if row is not None:
                 return row
+        msg = f"no hole was found whose row fits {self.shape.clean} tokens; raise clean, or give longer documents"
+        raise FimserverError(msg)
 
     def _try(self, rng: random.Random) -> Row | None:
         document = self._documents[bisect_left(self._sums, rng.random() * self._sums[-1])]

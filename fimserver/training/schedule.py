@@ -41,8 +41,9 @@ class Schedule:
         return min(1.0, self._used(state) / self._limit) if self._limit > 0 else 1.0
 
     def end_soon(self, state: State) -> None:
-        """Begin the fall now."""
-        self._limit = min(self._limit, self._used(state) / (1 - self._recipe.fall))
+        """Begin the fall now, where it has not begun."""
+        if self._recipe.fall < 1:
+            self._limit = min(self._limit, self._used(state) / (1 - self._recipe.fall))
 
     def rate(self, state: State) -> float:
         """Share of the recipe's rates for the next step."""

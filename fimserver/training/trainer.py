@@ -46,6 +46,7 @@ _HELD_OUT_SEED, _HELD_OUT_ROWS = 5, 48
 _LOG_STEPS, _EVALUATION_STEPS = 10, 100
 _CHECKPOINT_SECONDS = 300.0
 _FIRST_TEXT_TOKEN = 8
+_LEAST_WEIGHT = 1e-6  # of all rows of a kind: where none has any, none is trained
 Batch = tuple[Tensor, Tensor, Tensor]
 
 
@@ -81,11 +82,15 @@ class Trainer:
         metadata: ModelMetadata,
         source: Path,
     ) -> None:
+        for documents, what in ((material.documents, "to train on"), (material.held_out, "held out")):
+            if not documents:
+                msg = f"the corpus has no documents {what}; run: fimserver corpus"
+                raise FimserverError(msg)
         self.folder, self.recipe, self.metadata = folder, recipe, metadata
         self.state = State()
         self._material, self._machine, self._source = material, machine, source
         self._device = torch.device(machine.device)
-        compiled = can_compile() if machine.compiled is None else machine.compiled
+        compiled = can_compile(self._device) if machine.compiled is None else machine.compiled
         self.packed = PackedModel(model.to(self._device).train(), machine.dtype, compiled=compiled)
         model.requires_grad_(requires_grad=False)
         self._parameters = dict(self.packed.decoder.named_parameters())
@@ -93,6 +98,10 @@ class Trainer:
         self._optimizers = Optimizers(self._parameters, recipe)
         self._averages = {n: p.detach().clone() for n, p in self._parameters.items()} if recipe.average else {}
         self._vocabulary = Vocabulary.load(source / "tokenizer.json", range(metadata.num_special_tokens))
+        if self._vocabulary.size > self.packed.embedding.shape[0]:
+            size = self._vocabulary.size
+            msg = f"the tokenizer of {source} has {size} tokens, more than the recipe's; set vocabulary={size}"
+            raise FimserverError(msg)
         self._held_out: list[Row] = []
         self._text_tokens = (_FIRST_TEXT_TOKEN, self.packed.embedding.shape[0])
         self._threads = ThreadChoice(machine.threads or os.cpu_count() or 1)
@@ -113,7 +122,7 @@ class Trainer:
         """
         known = files.read_checkpoint(folder)
         model, recipe, source_folder = files.prepare_model(folder, recipe, source, base)
-        metadata = files.metadata_of(recipe, read_metadata(source_folder), folder.name)
+        metadata = files.metadata_of(recipe, read_metadata(source_folder), folder.resolve().name)
         trainer = cls(folder, recipe, material, machine, model, metadata, source_folder)
         folder.mkdir(parents=True, exist_ok=True)
         if known is not None:
@@ -278,7 +287,8 @@ class Trainer:
             self.packed.decoder.load_state_dict(known["model"], strict=False)
             self._optimizers.load_state_dict(known["optimizers"])
         except (RuntimeError, KeyError, ValueError) as error:
-            msg = f"{self.folder} holds a run of another shape ({error}); train in another folder"
+            detail = str(error).rsplit("\n", 1)[-1].strip()  # torch names every tensor
+            msg = f"{self.folder} holds a run of another shape ({detail}); train in another folder"
             raise FimserverError(msg) from error
         for name, mean in self._averages.items():
             mean.copy_(known["averages"].get(name, self._parameters[name].detach()))
@@ -311,9 +321,9 @@ class _Aim:
 
     def __init__(self, hidden: Tensor, targets: Tensor, weights: Tensor, share: float) -> None:
         self.hidden, self.targets, self.share = hidden.flatten(0, -2), targets.flatten(), share
-        self.weights = (weights / weights.sum()).flatten()
+        self.weights = (weights / weights.sum().clamp(min=_LEAST_WEIGHT)).flatten()
 
 
-def can_compile() -> bool:
-    """Whether torch finds what it compiles with: a C++ compiler, or triton for a GPU."""
-    return shutil.which("g++") is not None or importlib.util.find_spec("triton") is not None
+def can_compile(device: torch.device) -> bool:
+    """Whether torch finds what it compiles with: a C++ compiler, and triton for a GPU."""
+    return shutil.which("g++") is not None and (device.type == "cpu" or importlib.util.find_spec("triton") is not None)
