@@ -323,15 +323,31 @@ def test_later_noise_keeps_what_decoding_would() -> None:
     draws = torch.Generator().manual_seed(0)
     recipe = Recipe(decoding_noise=1.0, least_bound=2.0, largest_bound=2.0)
     best, entropy = torch.full_like(TRUTH, 4), torch.rand(TRUTH.shape, generator=draws)
-    noisy = later_noise(TRUTH, best, entropy, recipe, TEXT_TOKENS, draws)
+    later = later_noise(TRUTH, best, entropy, recipe, TEXT_TOKENS, draws)
+    noisy = later.canvases
+    assert not later.known.any()
     assert torch.equal(noisy == 4, keep_by_entropy(entropy, torch.tensor(2.0)))
     assert not (noisy == 3).any()
     assert int(noisy[noisy != 4].min()) >= 8
-    assert not (later_noise(TRUTH, best, entropy, Recipe(decoding_noise=0.0), TEXT_TOKENS, draws) == 4).any()
-    widths = later_noise(TRUTH, best, entropy, Recipe(decoding_noise=1.0), TEXT_TOKENS, draws) == 4
+    assert not (later_noise(TRUTH, best, entropy, Recipe(decoding_noise=0.0), TEXT_TOKENS, draws).canvases == 4).any()
+    widths = later_noise(TRUTH, best, entropy, Recipe(decoding_noise=1.0), TEXT_TOKENS, draws).canvases == 4
     counts = widths.sum(-1)
     assert int(counts.min()) < 6  # bounds of any size
     assert int(counts.max()) > 16
+
+
+@pytest.mark.parametrize(("left", "is_beginning"), [(1.0, True), (0.0, False)])
+def test_a_condition_says_where_truth_is_kept(left: float, is_beginning: bool) -> None:
+    draws = torch.Generator().manual_seed(0)
+    best, entropy = torch.full_like(TRUTH, 4), torch.rand(TRUTH.shape, generator=draws)
+    later = later_noise(TRUTH, best, entropy, Recipe(decoding_noise=0.0, left_noise=left), TEXT_TOKENS, draws)
+    known = later.known > 0
+    assert torch.equal(known, later.canvases == TRUTH)
+    assert float(later.known[known].min()) >= 0.5
+    beginnings = known.long().cumprod(-1).bool()
+    assert torch.equal(known, beginnings) == is_beginning
+    counts = known.sum(-1)
+    assert len(counts.unique()) > 3  # places of any kind
 
 
 @pytest.mark.parametrize("bound", [0.1, 1.0, 4.0, 100.0])

@@ -60,6 +60,17 @@ def train_model(  # noqa: PLR0913  one parameter an option
     threads: int,
 ) -> Summary:
     """Train until the budget is spent. Raises ``FimserverError``."""
+    known, device = read_checkpoint(folder), _find_device(device)
+    on_gpu = device.startswith("cuda")
+    try:
+        recipe = Recipe().with_values(known["recipe"] if known else _GPU_ROWS if on_gpu else {})
+    except FimserverError as error:
+        msg = f"{folder} was begun by another version ({error}); go on with: --from {folder / MODEL_FOLDER}, elsewhere"
+        raise FimserverError(msg) from error
+    recipe = recipe.with_pairs(pairs)
+    machine = Machine(device=device, threads=threads, workers=min(8, os.cpu_count() or 1) if on_gpu else 1)
+    corpus = corpus or default_folder()
+    material = Material(read_documents(corpus), read_held_out(corpus))
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK_FILE)
     try:
@@ -67,12 +78,6 @@ def train_model(  # noqa: PLR0913  one parameter an option
     except Timeout as error:
         msg = f"another process trains in {folder}; end it, or name another folder"
         raise FimserverError(msg) from error
-    known, device = read_checkpoint(folder), _find_device(device)
-    on_gpu = device.startswith("cuda")
-    recipe = Recipe().with_values(known["recipe"] if known else _GPU_ROWS if on_gpu else {}).with_pairs(pairs)
-    machine = Machine(device=device, threads=threads, workers=min(8, os.cpu_count() or 1) if on_gpu else 1)
-    corpus = corpus or default_folder()
-    material = Material(read_documents(corpus), read_held_out(corpus))
     trainer = Trainer.prepare(folder, recipe, material, machine, None if fresh else source, base=source)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     console = Console(stderr=True)

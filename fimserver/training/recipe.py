@@ -20,7 +20,18 @@ _AT_LEAST_ONE = (
     *("vocabulary", "hidden", "layers", "heads", "key_value_heads", "head_dim", "dense", "experts", "top_k_experts"),
     *("expert", "full_attention_every", "canvas", "canvases", "rows_per_step", "rows_at_once"),
 )
-_SHARES = ("snippets", "pure_noise", "second_pass", "decoding_noise", "fall", "last_rate", "average")
+_SHARES = (
+    "snippets",
+    "pure_noise",
+    "second_pass",
+    "decoding_noise",
+    "left_noise",
+    "coldest",
+    "own_words",
+    "fall",
+    "last_rate",
+    "average",
+)
 _LEAST_PREFIX = 32  # tokens, the prompt's own marks among them
 
 
@@ -135,7 +146,11 @@ class Recipe:
         for name in _SHARES:
             if getattr(self, name) > 1:
                 return f"{name} of a recipe is a share, at most 1, for instance {name}={getattr(Recipe(), name)}"
-        for name, greatest in (("least_bound", self.least_bound), ("hole_rest_of_line", max(self.holes.values()))):
+        for name, greatest in (
+            ("least_bound", self.least_bound),
+            ("coldest", self.coldest),
+            ("hole_rest_of_line", max(self.holes.values())),
+        ):
             if not greatest:
                 return f"{name} of a recipe has to be above 0, for instance {name}={getattr(Recipe(), name)}"
         if self.rows_per_step % self.rows_at_once:
