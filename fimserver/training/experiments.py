@@ -7,16 +7,19 @@ of the same seed, and end with a falling rate. The runs are short: what they say
 Knows:  the trainer, recipes.  Never: LSP.
 """
 
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fimserver.engine.weights import find_model
 from fimserver.errors import FimserverError
 from fimserver.training.measures import HeldOut
 from fimserver.training.recipe import Recipe
 from fimserver.training.schedule import Budget
+from fimserver.training.tokenizer import train_tokenizer
 from fimserver.training.trainer import Machine, Material, Trainer
 
 _FORWARD_AND_BACK = 3  # times a forward pass
@@ -117,6 +120,11 @@ EXPERIMENTS: dict[str, Experiment] = {
         "A last phase on what left to right would say, so that drafts are verified more often?",
         {"truth": {}, "half": {"own_words": 0.5}, "all": {"own_words": 1.0}},
     ),
+    "vocabulary": Experiment(
+        "From nothing: how many tokens has the vocabulary? Measured in bits a character.",
+        {"2048": {"vocabulary": 2048}, "4096": {"vocabulary": 4096}, "8192": {}, "16384": {"vocabulary": 16384}},
+        fresh=True,
+    ),
     "shape": Experiment(
         "From nothing: wide and flat, or narrow and deep?",
         {
@@ -164,7 +172,10 @@ def run_experiment(  # noqa: PLR0913  one run's parts
         steps = max(2, round(operations / (count_operations(recipe) * recipe.rows_per_step)))
         with tempfile.TemporaryDirectory() as folder:
             begin = None if experiment.fresh else source
-            trainer = Trainer.prepare(Path(folder) / "run", recipe, material, machine, begin, base=source)
+            base = source
+            if "vocabulary" in changes:
+                base = str(_with_tokenizer(Path(folder) / "base", source, material, recipe.vocabulary))
+            trainer = Trainer.prepare(Path(folder) / "run", recipe, material, machine, begin, base=base)
             measured = recipe if experiment.measured is None else Recipe().with_values({**_BASE, **experiment.measured})
             trainer.measure_on(measured, longest_middle=experiment.longest_middle)
             trainer.run(Budget(steps=steps))
@@ -173,6 +184,13 @@ def run_experiment(  # noqa: PLR0913  one run's parts
         outcomes.append(Outcome(name, label, state.step, state.positions, round(state.seconds, 1), held_out))
         report(outcomes[-1])
     return outcomes
+
+
+def _with_tokenizer(folder: Path, source: str, material: Material, vocabulary: int) -> Path:
+    """A copy of a model's folder with a tokenizer of another size."""
+    shutil.copytree(find_model(source), folder)
+    train_tokenizer(material.documents, vocabulary).save(str(folder / "tokenizer.json"))
+    return folder
 
 
 def to_table(outcomes: Sequence[Outcome]) -> list[str]:
