@@ -91,10 +91,10 @@ def train_model(  # noqa: PLR0913  one parameter an option
                 console.print(f"{share:.0%}  {text}  {entry['positions'] / max(1.0, entry['seconds']):.0f} positions/s")
 
         with _stop_on_signal() as stopped:
-            trainer.run(Budget(hours, steps), on_step=show, interrupted=lambda _state: bool(stopped))
+            held_out = trainer.run(Budget(hours, steps), on_step=show, interrupted=lambda _state: bool(stopped))
     write_losses(folder / LOG_FILE)
     lock.release()
-    held_out, state = trainer.evaluate(), trainer.state
+    state = trainer.state
     return Summary(
         model=str(folder / MODEL_FOLDER),
         steps=state.step,

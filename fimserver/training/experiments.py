@@ -24,6 +24,7 @@ from fimserver.training.trainer import Machine, Material, Trainer
 
 _FORWARD_AND_BACK = 3  # times a forward pass
 _BASE: Mapping[str, float] = {"clean": 384, "max_suffix": 120, "max_head": 64, "warmup_steps": 5}
+_FRESH: Mapping[str, float] = {"rows_per_step": 4}  # few rows a step teach faster in the beginning
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +169,7 @@ def run_experiment(  # noqa: PLR0913  one run's parts
     experiment = EXPERIMENTS[name]
     outcomes = []
     for label, changes in experiment.variants.items():
-        recipe = Recipe().with_values({**_BASE, **changes})
+        recipe = Recipe().with_values({**_BASE, **(_FRESH if experiment.fresh else {}), **changes})
         steps = max(2, round(operations / (count_operations(recipe) * recipe.rows_per_step)))
         with tempfile.TemporaryDirectory() as folder:
             begin = None if experiment.fresh else source
@@ -178,8 +179,7 @@ def run_experiment(  # noqa: PLR0913  one run's parts
             trainer = Trainer.prepare(Path(folder) / "run", recipe, material, machine, begin, base=base)
             measured = recipe if experiment.measured is None else Recipe().with_values({**_BASE, **experiment.measured})
             trainer.measure_on(measured, longest_middle=experiment.longest_middle)
-            trainer.run(Budget(steps=steps))
-            held_out = trainer.evaluate()
+            held_out = trainer.run(Budget(steps=steps))
         state = trainer.state
         outcomes.append(Outcome(name, label, state.step, state.positions, round(state.seconds, 1), held_out))
         report(outcomes[-1])

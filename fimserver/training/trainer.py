@@ -135,8 +135,11 @@ class Trainer:
         *,
         on_step: Callable[[float, Mapping[str, Any]], None] = lambda _progress, _entry: None,
         interrupted: Callable[[State], bool] = lambda _state: False,
-    ) -> None:
-        """Train until the budget is spent; a file ``stop`` in the folder lets the rate fall and then ends it."""
+    ) -> HeldOut:
+        """Train until the budget is spent; a file ``stop`` in the folder lets the rate fall and then ends it.
+
+        Gives what is said of held-out rows at the end.
+        """
         schedule, batches = Schedule(budget, self.state, self.recipe), self._batches()
         begin, saved = time.monotonic() - self.state.seconds, time.monotonic()
         stop = self.folder / STOP_FILE
@@ -161,7 +164,9 @@ class Trainer:
         if schedule.progress(self.state) >= 1:
             self.state.warm_steps = 0  # who goes on begins with a rate that rises again
         self.save()
-        self._log({**asdict(self.state), **asdict(self.evaluate(samples=True))})
+        held_out = self.evaluate(samples=True)
+        self._log({**asdict(self.state), **asdict(held_out)})
+        return held_out
 
     def step(self, batches: Iterator[Batch], rate: float) -> dict[str, float]:
         """One step of the optimizers; gives the losses of its rows."""
