@@ -55,9 +55,9 @@ EXPERIMENTS: dict[str, Experiment] = {
         "Which noise: as decoding meets it, any share of the truth, or both?",
         {
             "any share": {"pure_noise": 0.0, "decoding_noise": 0.0, "left_noise": 0.0},
-            "as decoded": {"pure_noise": 1.0, "decoding_noise": 1.0},
-            "known beginning": {"pure_noise": 1.0, "decoding_noise": 0.0, "left_noise": 1.0},
-            "mixed": {},
+            "as decoded": {"decoding_noise": 1.0, "left_noise": 0.0},
+            "known beginning": {"decoding_noise": 0.0, "left_noise": 1.0},
+            "mixed": {"pure_noise": 0.75, "decoding_noise": 0.4, "left_noise": 0.35},
         },
     ),
     "second-pass": Experiment(

@@ -71,10 +71,10 @@ class Recipe:
     hole_block: float = 0.10
 
     # Noise
-    pure_noise: float = 0.75  # of canvases in the first pass are noise alone, as decoding begins; the others any share
+    pure_noise: float = 1.0  # of canvases in the first pass are noise alone, as decoding begins; the others any share
     second_pass: float = 1.0  # of passes are followed by one that is conditioned on it, as decoding goes on
-    decoding_noise: float = 0.4  # of canvases in that pass keep what decoding would,
-    left_noise: float = 0.35  # so many the truth up to some place; the others any share of the truth
+    decoding_noise: float = 0.15  # of canvases in that pass keep what decoding would,
+    left_noise: float = 0.8  # so many the truth up to some place; the others any share of the truth
     coldest: float = 0.4  # temperature of a condition, drawn from here to 1: decoding's falls from 0.8 to 0.4
     least_bound: float = 0.1  # entropy bounds of decoding that are drawn, in nats
     largest_bound: float = 8.0
