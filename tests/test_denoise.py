@@ -146,6 +146,39 @@ def test_accept_tokens_is_the_entropy_bound() -> None:
         assert {i for i, keep in enumerate(mask) if keep} == kept
 
 
+def test_a_bias_accepts_from_the_left() -> None:
+    entropy = torch.tensor([[0.9, 0.2, 0.8, 0.1, 0.0]])
+    assert accept_tokens(entropy, 0.25)[0].tolist() == [False, True, False, True, True]
+    assert accept_tokens(entropy, 1.0, left_bias=10.0)[0].tolist() == [True, True, False, False, False]
+    assert accept_tokens(entropy, 1.0, left_bias=0.5)[0].tolist() == [True, True, False, False, False]
+    assert torch.equal(accept_tokens(entropy, 1.0, left_bias=0.0), accept_tokens(entropy, 1.0))
+
+
+def test_a_condition_says_what_was_accepted(tiny_model: Model) -> None:
+    told: list[torch.Tensor] = []
+
+    class Watched(Scripted):
+        def to_soft(self, logits: torch.Tensor, _top: int | None) -> torch.Tensor:
+            return torch.zeros(len(logits), 256)
+
+        def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+            return tiny_model.forward.embed(token_ids)
+
+        def decode(self, canvases: torch.Tensor, _cache: Any, soft: torch.Tensor | None) -> torch.Tensor:
+            told.append(torch.zeros(0) if soft is None else soft)
+            return super().decode(canvases, _cache, soft)
+
+    model: Any = Watched([100, 101, 1])
+    options = replace(QUICK, kept_condition=0.5)
+    state = initialize_canvases(model, options, torch.Generator().manual_seed(0))
+    state = denoising_step(model, None, state, options, torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+    state = replace(state, accepted_mask=torch.arange(16)[None] < 2)
+    denoising_step(model, None, state, options, torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+    assert not told[0].numel()
+    torch.testing.assert_close(told[1][:2], 0.5 * tiny_model.forward.embed(torch.tensor([100, 101])))
+    assert not told[1][2:].any()
+
+
 def test_accept_tokens_like_transformers() -> None:
     torch.manual_seed(1)
     sampler = reference.EntropyBoundSampler(reference.EntropyBoundSamplerConfig(entropy_bound=0.3), 16, 50, 8)

@@ -42,7 +42,9 @@ class DenoisingOptions:
     """Thresholds in nats of entropy; names as in transformers' generation config.
 
     ``canvas_length`` ``None`` is the model's own; ``is_cut`` shortens a canvas once its end is in sight; ``soft_top``
-    conditions a step on so many of the likeliest tokens instead of all.
+    conditions a step on so many of the likeliest tokens instead of all. ``left_bias`` counts for so much entropy with
+    each position to the right when tokens are ordered, and ``kept_condition`` moves the condition of an accepted token
+    so far to the token itself: for models that were trained on canvases whose beginning is known.
     """
 
     max_denoising_steps: int
@@ -54,6 +56,8 @@ class DenoisingOptions:
     canvas_length: int | None = None
     is_cut: bool = False
     soft_top: int | None = None
+    left_bias: float = 0.0
+    kept_condition: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,9 +164,14 @@ def token_entropy(probabilities: torch.Tensor) -> torch.Tensor:
     return entropy
 
 
-def accept_tokens(entropy: torch.Tensor, entropy_bound: float) -> torch.Tensor:
-    """Mask (K, C), True = keep: the k lowest entropies whose sum without the largest is within the bound."""
-    ascending, order = torch.sort(entropy, dim=-1)
+def accept_tokens(entropy: torch.Tensor, entropy_bound: float, left_bias: float = 0.0) -> torch.Tensor:
+    """Mask (K, C), True = keep: the k lowest entropies whose sum without the last is within the bound.
+
+    With a bias the leftmost come first among those of like entropy.
+    """
+    rank = entropy + left_bias * torch.arange(entropy.shape[-1], device=entropy.device)
+    order = torch.argsort(rank, dim=-1)
+    ascending = entropy.gather(-1, order)
     within = torch.cumsum(ascending, dim=-1) - ascending <= entropy_bound
     return torch.zeros_like(within).scatter(-1, order, within)
 
@@ -178,6 +187,9 @@ def denoising_step(  # noqa: PLR0913, PLR0917  the loop's whole state is its arg
 ) -> CanvasState:
     """The state one step later."""
     soft = None if state.logits is None else model.forward.to_soft(state.logits.flatten(0, 1), options.soft_top)
+    if soft is not None and options.kept_condition:
+        known = options.kept_condition * state.accepted_mask.flatten()[:, None]
+        soft = soft.lerp(model.forward.embed(state.canvas.flatten()), known.to(soft.dtype))
     logits = model.decode(state.canvas, cache, soft) / temperature(options, state.steps_left)
     with measured("sampling"):
         if answer_start is not None:
@@ -189,7 +201,7 @@ def denoising_step(  # noqa: PLR0913, PLR0917  the loop's whole state is its arg
         probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
         candidates = sample_canvas(probabilities, generator)
         entropy = token_entropy(probabilities)
-        accepted_mask = accept_tokens(entropy, options.entropy_bound)
+        accepted_mask = accept_tokens(entropy, options.entropy_bound, options.left_bias)
         noise = draw_noise(model, generator, (state.canvas.shape[0], state.canvas.shape[1]))
         return replace(
             state,

@@ -117,6 +117,8 @@ class Engine:
             t_max=metadata.t_max if fixed is None else fixed,
             is_cut="cut" not in sampling.without,
             soft_top=None if "top" in sampling.without else _SOFT_TOP,
+            left_bias=metadata.left_bias,
+            kept_condition=metadata.kept_condition,
         )
 
     @torch.inference_mode()

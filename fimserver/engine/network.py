@@ -131,7 +131,7 @@ class Network:
         """
         cache.reserve(len(rows.token_ids))
         with measured("embed"):
-            x = functional.embedding(rows.token_ids, self._embedding).float() * self._scale
+            x = self.embed(rows.token_ids)
         if rows.num_canvas:
             with measured("self_conditioning"):
                 x = torch.cat((x[: -rows.num_canvas], self._condition(x[-rows.num_canvas :], soft)))
@@ -143,6 +143,10 @@ class Network:
             with measured("experts"):
                 x = layer.feed_forward(x)
         return rms(x, self._eps) * self._norm
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings (N, H) float32 of token ids (N,)."""
+        return functional.embedding(token_ids, self._embedding).float() * self._scale
 
     def to_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Head and soft cap: (N, H) to (N, V) float32."""

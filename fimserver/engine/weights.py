@@ -48,6 +48,8 @@ class ModelMetadata:
     stability_threshold: int
     t_min: float
     t_max: float
+    left_bias: float = 0.0  # see DenoisingOptions, as the next
+    kept_condition: float = 0.0
     max_head_tokens: int = 0  # of imports and headers before a prefix that was cut
     max_file_tokens: int = 0  # of language and path, for a model that knows the special token "file"
     max_snippet_tokens: int = 0  # of pieces of other files, for one that knows the special token "snippet"
