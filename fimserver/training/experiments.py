@@ -23,7 +23,13 @@ from fimserver.training.tokenizer import train_tokenizer
 from fimserver.training.trainer import Machine, Material, Trainer
 
 _FORWARD_AND_BACK = 3  # times a forward pass
-_BASE: Mapping[str, float] = {"clean": 384, "max_suffix": 120, "max_head": 64, "warmup_steps": 5}
+_BASE: Mapping[str, float] = {
+    "clean": 384,
+    "max_suffix": 120,
+    "max_head": 64,
+    "max_snippets": 64,
+    "warmup_steps": 5,
+}
 _FRESH: Mapping[str, float] = {"rows_per_step": 4}  # few rows a step teach faster in the beginning
 
 
@@ -71,7 +77,12 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "canvas-length": Experiment(
         "How long is a canvas?",
-        {"16": {"canvas": 16}, "32": {}, "64": {"canvas": 64}, "128": {"canvas": 128, "canvases": 2}},
+        {
+            "16": {"canvas": 16, "canvases": 12, "clean": 480},
+            "32": {"clean": 480},
+            "64": {"canvas": 64, "canvases": 3, "clean": 480},
+            "128": {"canvas": 128, "canvases": 2, "clean": 480},
+        },
         longest_middle=15,
     ),
     "next-token": Experiment(
@@ -139,6 +150,11 @@ EXPERIMENTS: dict[str, Experiment] = {
 }
 
 
+def recipe_of(experiment: Experiment, changes: Mapping[str, float]) -> Recipe:
+    """The recipe of a variant. Raises ``FimserverError``."""
+    return Recipe().with_values({**_BASE, **(_FRESH if experiment.fresh else {}), **changes})
+
+
 def count_operations(recipe: Recipe) -> float:
     """Floating-point operations of one row, forward and back: products of weights, and attention."""
     attention = 2 * recipe.hidden * recipe.head_dim * (recipe.heads + recipe.key_value_heads)
@@ -169,7 +185,7 @@ def run_experiment(  # noqa: PLR0913  one run's parts
     experiment = EXPERIMENTS[name]
     outcomes = []
     for label, changes in experiment.variants.items():
-        recipe = Recipe().with_values({**_BASE, **(_FRESH if experiment.fresh else {}), **changes})
+        recipe = recipe_of(experiment, changes)
         steps = max(2, round(operations / (count_operations(recipe) * recipe.rows_per_step)))
         with tempfile.TemporaryDirectory() as folder:
             begin = None if experiment.fresh else source
@@ -177,7 +193,7 @@ def run_experiment(  # noqa: PLR0913  one run's parts
             if "vocabulary" in changes:
                 base = str(_with_tokenizer(Path(folder) / "base", source, material, recipe.vocabulary))
             trainer = Trainer.prepare(Path(folder) / "run", recipe, material, machine, begin, base=base)
-            measured = recipe if experiment.measured is None else Recipe().with_values({**_BASE, **experiment.measured})
+            measured = recipe if experiment.measured is None else recipe_of(experiment, experiment.measured)
             trainer.measure_on(measured, longest_middle=experiment.longest_middle)
             held_out = trainer.run(Budget(steps=steps))
         state = trainer.state
