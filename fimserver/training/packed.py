@@ -11,6 +11,7 @@ compiler: on a CPU they take longer than the products.
 Knows:  tensors, the class's modules.  Never: tokens, files.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -54,7 +55,7 @@ class PackedModel:
         self.dtype = dtype
         config = model.config.get_text_config()
         self._top_k = config.top_k_experts
-        wrap = _compiler() if compiled else _as_it_is
+        wrap = _compile if compiled else _as_it_is
         self._project, self._join, self._dense = wrap(_project), wrap(_join), wrap(_dense)
         self._combine, self._expert, self._soften = wrap(_combine), wrap(_expert), wrap(_soften)
         self.logit_gradients = wrap(logit_gradients)
@@ -182,11 +183,12 @@ class PackedModel:
         return out.view(x.shape)
 
 
-def _compiler() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Compiles for each shape that comes: rows with and without gradient, and as many threads as there are then."""
+@functools.cache
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, compiled for each shape that comes and for as many threads as there are then; once in a process."""
     torch._dynamo.config.recompile_limit = 64  # noqa: SLF001  torch has no other name for it
     torch._inductor.config.cpp.dynamic_threads = True  # noqa: SLF001
-    return lambda function: torch.compile(function, dynamic=False)
+    return torch.compile(function, dynamic=False)
 
 
 def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
