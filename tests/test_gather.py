@@ -121,3 +121,15 @@ def test_snippets_are_the_most_similar_pieces() -> None:
     assert len(found[0].text) < len(alike)
     assert find_snippets(here, []) == ()
     assert find_snippets(snapshot_of("\u25ae"), [("c.py", alike)]) == ()
+
+
+def test_snippets_stay_while_one_types() -> None:
+    others = [(f"{i}.py", f"def area_{i}(width, height):\n    return width * height * {i}\n") for i in range(4)]
+    base = "def volume(width, height, depth):\n    return width * height * depth\n\n" * 8
+    assert len(base) > 400
+    rest = 400 - len(base) % 400
+    found = {find_snippets(snapshot_of(base + "w" * typed + "\u25ae"), others) for typed in range(0, rest, 7)}
+    assert len(found) == 1
+    assert found.pop()
+    moved = find_snippets(snapshot_of(base + others[3][1] * 30 + "\u25ae"), others)
+    assert [snippet.path for snippet in moved][:1] == ["3.py"]

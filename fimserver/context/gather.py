@@ -30,6 +30,8 @@ _WINDOW = 200_000  # characters of a text that are searched on either side of th
 _WORD_END = re.compile(r"\w*\Z")
 _WORD = re.compile(r"[^\W\d]\w{2,}")
 _SNIPPET_LINES = 16
+_SNIPPET_REACH = 1_200  # characters before the cursor whose words are looked for in other files,
+_SNIPPET_STRIDE = 400  # counted from a place that moves so far at once
 _MAX_SNIPPETS = 2
 _LEAST_SIMILAR = 0.15
 _TEXT_KINDS = (HoleKind.COMMENT, HoleKind.DOCSTRING)
@@ -158,8 +160,10 @@ def find_snippets(snapshot: Snapshot, others: Sequence[tuple[str, str]]) -> tupl
 
 
 def _words_near(snapshot: Snapshot) -> frozenset[str]:
-    start = max(0, snapshot.cursor - 1_000)
-    return frozenset(_WORD.findall(snapshot.text[start : snapshot.cursor + 300]))
+    """Words before the cursor up to a stride: while one types there the snippets, and with them the prompt, stay."""
+    cursor = snapshot.cursor
+    end = max(cursor - cursor % _SNIPPET_STRIDE, min(cursor, _SNIPPET_STRIDE))
+    return frozenset(_WORD.findall(snapshot.text[max(0, end - _SNIPPET_REACH) : end]))
 
 
 def _similarity(a: frozenset[str], b: frozenset[str]) -> float:
