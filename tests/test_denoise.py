@@ -154,6 +154,23 @@ def test_a_bias_accepts_from_the_left() -> None:
     assert torch.equal(accept_tokens(entropy, 1.0, left_bias=0.0), accept_tokens(entropy, 1.0))
 
 
+def test_what_is_accepted_may_be_the_likeliest() -> None:
+    class Torn(Scripted):
+        def decode(self, canvases: torch.Tensor, _cache: Any, _soft: torch.Tensor | None) -> torch.Tensor:
+            torn = torch.zeros(self.vocab_size)
+            torn[100], torn[101] = 10.2, 10.0
+            return torn.expand(*canvases.shape, self.vocab_size)
+
+    found = set()
+    for takes in (True, False):
+        options = replace(QUICK, entropy_bound=99.0, takes_likeliest=takes)
+        model: Any = Torn([])
+        state = initialize_canvases(model, options, torch.Generator().manual_seed(0))
+        state = denoising_step(model, None, state, options, torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+        found.add((takes, frozenset(state.canvas[0].tolist()) == {100}))
+    assert found == {(True, True), (False, False)}
+
+
 def test_a_condition_says_what_was_accepted(tiny_model: Model) -> None:
     told: list[torch.Tensor] = []
 

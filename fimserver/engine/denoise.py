@@ -44,7 +44,8 @@ class DenoisingOptions:
     ``canvas_length`` ``None`` is the model's own; ``is_cut`` shortens a canvas once its end is in sight; ``soft_top``
     conditions a step on so many of the likeliest tokens instead of all. ``left_bias`` counts for so much entropy with
     each position to the right when tokens are ordered, and ``kept_condition`` moves the condition of an accepted token
-    so far to the token itself: for models that were trained on canvases whose beginning is known.
+    so far to the token itself: for models that were trained on canvases whose beginning is known. What is accepted is a
+    draw, as in transformers, or the likeliest token where ``takes_likeliest`` says so.
     """
 
     max_denoising_steps: int
@@ -58,6 +59,7 @@ class DenoisingOptions:
     soft_top: int | None = None
     left_bias: float = 0.0
     kept_condition: float = 0.0
+    takes_likeliest: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,14 +201,15 @@ def denoising_step(  # noqa: PLR0913, PLR0917  the loop's whole state is its arg
             one_hot = torch.full_like(logits[:, : state.num_pinned], -torch.inf).scatter(-1, kept, 0.0)
             logits = torch.cat((one_hot, logits[:, state.num_pinned :]), dim=1)
         probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
-        candidates = sample_canvas(probabilities, generator)
+        likeliest = logits.argmax(-1)
+        candidates = likeliest if options.takes_likeliest else sample_canvas(probabilities, generator)
         entropy = token_entropy(probabilities)
         accepted_mask = accept_tokens(entropy, options.entropy_bound, options.left_bias)
         noise = draw_noise(model, generator, (state.canvas.shape[0], state.canvas.shape[1]))
         return replace(
             state,
             canvas=torch.where(accepted_mask, candidates, noise),
-            best=logits.argmax(-1),
+            best=likeliest,
             logits=logits.to(model.forward.dtype),
             accepted_mask=accepted_mask,
             entropy=entropy,

@@ -119,6 +119,7 @@ class Engine:
             soft_top=None if "top" in sampling.without else _SOFT_TOP,
             left_bias=metadata.left_bias,
             kept_condition=metadata.kept_condition,
+            takes_likeliest=metadata.takes_likeliest,
         )
 
     @torch.inference_mode()

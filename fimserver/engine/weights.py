@@ -48,8 +48,9 @@ class ModelMetadata:
     stability_threshold: int
     t_min: float
     t_max: float
-    left_bias: float = 0.0  # see DenoisingOptions, as the next
+    left_bias: float = 0.0  # see DenoisingOptions, as the next two
     kept_condition: float = 0.0
+    takes_likeliest: bool = False
     max_head_tokens: int = 0  # of imports and headers before a prefix that was cut
     max_file_tokens: int = 0  # of language and path, for a model that knows the special token "file"
     max_snippet_tokens: int = 0  # of pieces of other files, for one that knows the special token "snippet"
