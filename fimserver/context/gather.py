@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from fimserver.text import common_prefix_length, common_suffix_length, line_around
+from fimserver.text import common_prefix_length, common_suffix_length, line_around, to_newlines
 from fimserver.types import Guess, Hole, HoleKind, Snapshot, Snippet
 
 MAX_SECONDS = 0.002  # of every keystroke
@@ -153,7 +153,7 @@ def find_snippets(snapshot: Snapshot, others: Sequence[tuple[str, str]]) -> tupl
         return ()
     ranked = []
     for order, (path, text) in enumerate(others):
-        best = max(_pieces(text[:_WINDOW]), key=lambda piece: _similarity(here, piece[1]), default=None)
+        best = max(_pieces(to_newlines(text[:_WINDOW])), key=lambda piece: _similarity(here, piece[1]), default=None)
         if best is not None and (score := _similarity(here, best[1])) >= _LEAST_SIMILAR:
             ranked.append((-score, order, Snippet(path, best[0])))
     return tuple(snippet for _, _, snippet in sorted(ranked, key=lambda r: r[:2])[:_MAX_SNIPPETS])

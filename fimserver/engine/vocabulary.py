@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -32,6 +33,10 @@ class Vocabulary:
         tokenizer.encode_special_tokens = True
         self.size = tokenizer.get_vocab_size()
         self.special_ids = frozenset(special_ids)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._tokenizer.encode_special_tokens = True  # which a pickled tokenizer forgets
 
     @classmethod
     def load(cls, path: Path, special_ids: Iterable[int]) -> "Vocabulary":

@@ -8,6 +8,7 @@ Knows:  texts.  Never: tokens.
 
 import random
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -17,6 +18,7 @@ _SHORTEST_LINE = 4
 _WORD = re.compile(r"\w")
 _OPENERS, _CLOSERS = "([{", ")]}"
 _EXPRESSION_START = re.compile(r"(?<![=!<>])=(?!=)\s*|\breturn\s+|\bif\s+|\bin\s+|\bnot\s+|[(\[{]|,\s")
+_QUOTED = re.compile(r"(\"\"\"|''')(?:\\.|(?!\1).)*\1|\"(?:\\.|[^\"\\\n])*\"|'(?:\\.|[^'\\\n])*'|#[^\n]*", re.DOTALL)
 _MAX_BLOCK_LINES = 6
 
 
@@ -27,8 +29,11 @@ class Lines:
     text: str
     lines: list[str] = field(init=False)
     starts: list[int] = field(init=False)
+    prose: list[tuple[int, int]] = field(init=False)  # spans of comments and long strings
 
     def __post_init__(self) -> None:
+        found = (m.span() for m in _QUOTED.finditer(self.text) if m.group()[0] == "#" or m.group(1))
+        object.__setattr__(self, "prose", list(found))
         object.__setattr__(self, "lines", self.text.split("\n"))
         object.__setattr__(self, "starts", list(accumulate((len(x) + 1 for x in self.lines), initial=0)))
 
@@ -36,20 +41,32 @@ class Lines:
         """Offset of a line's end."""
         return self.starts[number] + len(self.lines[number])
 
+    def is_prose(self, offset: int) -> bool:
+        """Whether an offset is inside a comment or a long string."""
+        place = bisect_right(self.prose, (offset, len(self.text))) - 1
+        return place >= 0 and self.prose[place][0] < offset <= self.prose[place][1]
+
     def indent_of(self, number: int) -> int:
         """Width of a line's indentation."""
         return len(self.lines[number]) - len(self.lines[number].lstrip())
 
 
-def pick_hole(source: Lines, kinds: Mapping[str, float], rng: random.Random) -> tuple[int, int] | None:
-    """Start and end of a hole, its kind drawn by weight; ``None`` where nothing was found in a few tries."""
+def pick_hole(
+    source: Lines, kinds: Mapping[str, float], rng: random.Random, *, prose: float = 1.0
+) -> tuple[int, int] | None:
+    """Start and end of a hole, its kind drawn by weight; ``None`` where nothing was found in a few tries.
+
+    Of holes that would begin in a comment or a long string only the share ``prose`` is taken.
+    """
     names, weights = list(kinds), list(kinds.values())
     for _ in range(_TRIES):
         number = rng.randrange(len(source.lines))
         if len(source.lines[number].strip()) < _SHORTEST_LINE:
             continue
         found = _PICKERS[rng.choices(names, weights)[0]](source, number, rng)
-        if found and found[0] < found[1] and source.text[found[0] : found[1]].strip():
+        if not found or found[0] >= found[1] or not source.text[found[0] : found[1]].strip():
+            continue
+        if not source.is_prose(found[0]) or rng.random() < prose:
             return found
     return None
 

@@ -114,7 +114,8 @@ def measure(
             sums["later"] += later_losses.sum().item()
             sums["later_right"] += later_right.sum().item()
             drafted = best.view(truth.shape)[i, 0, :count] == own[place : place + count]
-            sums["own"] += drafted.long().cumprod(0).sum().item()
+            as_read = torch.cat((drafted.new_ones(1), next_right[place : place + count - 1]))  # or it read another text
+            sums["own"] += (drafted & as_read).long().cumprod(0).sum().item()
             sums["text"] += len(vocabulary.decode(text.tolist()))
             sums["run"] += right.long().cumprod(0).sum().item()
             sums["tokens"] += count

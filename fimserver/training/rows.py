@@ -12,7 +12,7 @@ Knows:  documents, the prompt.  Never: weights, LSP.
 import random
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -33,7 +33,9 @@ _MOST_OF_ONE_FILE = 60_000  # characters by which a file's chance to be drawn gr
 _HOLE = Hole(HoleKind.SPAN, max_lines=8, estimated_tokens=16)
 _NEIGHBOURS = 3  # files of the same folder that are looked at for snippets
 _LONGEST_NEIGHBOUR = 20_000
-_FEWEST_PREFIX_TOKENS = 4
+_FEWEST_PREFIX_TOKENS = 4  # before a canvas in the prefix
+_LONGEST_MIDDLE = 96  # tokens: more than one canvas
+_HEALED_TOKENS = 9  # that the cut word may take again
 _MOST_TRIES = 10_000  # for one row; about every second one fits
 
 
@@ -44,7 +46,7 @@ class RowShape:
     clean: int
     canvases: int
     canvas: int
-    longest_middle: int = 0  # 0 is what a canvas holds beside its end
+    longest_middle: int = 0  # tokens, some for a cut word among them; 0 is 96
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,7 @@ class RowMix:
     """Shares of what rows are made of."""
 
     holes: Mapping[str, float]
+    prose: float = 0.1  # of holes that would begin in a comment or docstring stay
     snippets: float = 0.3  # of rows have pieces of other files
     no_path: float = 0.2
     no_suffix: float = 0.15  # a file that ends at the cursor
@@ -104,28 +107,32 @@ class RowMaker:
     def _try(self, rng: random.Random) -> Row | None:
         document = self._documents[bisect_left(self._sums, rng.random() * self._sums[-1])]
         source = Lines(document.text)
-        hole = pick_hole(source, self._mix.holes, rng)
+        hole = pick_hole(source, self._mix.holes, rng, prose=self._mix.prose)
         if hole is None:
             return None
         start, end = hole
+        longest = self.shape.longest_middle or _LONGEST_MIDDLE
+        size = len(self._vocabulary.encode(document.text[start:end])) + _HEALED_TOKENS
+        if size > longest:
+            return None
         text = document.text[:start] + self._what_follows(document.text[end:], rng)
         path = "" if rng.random() < self._mix.no_path else document.path
         snapshot = Snapshot(f"file:///{path}", 0, "python", text, start)
         budget = budget_for(self._metadata.max_prompt_tokens)
         context = build_context(snapshot, _HOLE, budget, self._snippets(document, snapshot, rng))
-        prompt = build_prompt(context, self._vocabulary, self._metadata)
+        room = min(self._metadata.max_prompt_tokens, self.shape.clean - size - 1)
+        prompt = build_prompt(context, self._vocabulary, replace(self._metadata, max_prompt_tokens=room))
         middle = self._vocabulary.encode(prompt.healed + document.text[start:end])
-        if len(middle) > (self.shape.longest_middle or self.shape.canvas - 1):
-            return None
         return self._lay_out(list(prompt.token_ids), middle, rng)
 
     def _what_follows(self, text: str, rng: random.Random) -> str:
-        """What stands behind the hole: all of it, some lines of it, or nothing."""
+        """What stands behind the hole: all of it, or the rest of its line with some lines below it, or with none."""
         chance = rng.random()
+        line, newline, below = text.partition("\n")
         if chance < self._mix.no_suffix:
-            return ""
+            return line
         if chance < self._mix.no_suffix + self._mix.short_suffix:
-            return text[: rng.randint(20, 700)]
+            return line + newline + below[: rng.randint(20, 700)].rpartition("\n")[0]
         return text
 
     def _snippets(self, document: Document, snapshot: Snapshot, rng: random.Random) -> tuple[Snippet, ...]:
@@ -140,15 +147,15 @@ class RowMaker:
     def _lay_out(self, prompt: list[int], middle: list[int], rng: random.Random) -> Row | None:
         shape = self.shape
         clean = [*prompt, *middle, self._eos]
-        first = prompt.index(self._metadata.special_tokens["prefix"]) + 1 + _FEWEST_PREFIX_TOKENS
-        if len(clean) > shape.clean or first >= len(prompt):
+        if len(clean) > shape.clean:
             return None
+        first = prompt.index(self._metadata.special_tokens["prefix"]) + 1 + _FEWEST_PREFIX_TOKENS
         answer = [*middle, self._eos, *[self._pad] * shape.canvas]
         canvases, starts = [], []
         for number in range(shape.canvases):
             last = len(prompt) - 1 - shape.canvas
             if number < (shape.canvases + 1) // 2 or last <= first:  # the middle, from its first token or a later one
-                skipped = 0 if number % 2 == 0 else rng.randint(0, len(middle) - 1)
+                skipped = 0 if number == 0 else rng.randint(0, len(middle))
                 canvases.append(answer[skipped : skipped + shape.canvas])
                 starts.append(len(prompt) + skipped)
             else:  # what goes on somewhere in the prefix
