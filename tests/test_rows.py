@@ -1,5 +1,6 @@
 """Training rows: prompts as the product writes them, what follows them, holes and noise."""
 
+import pickle
 import random
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from fimserver.training import rows as rows_module
 from fimserver.training.checkpoint import metadata_of
 from fimserver.training.corpus import Document
 from fimserver.training.holes import _PICKERS, HOLE_KINDS, Lines, pick_hole
-from fimserver.training.noise import first_noise, keep_by_entropy, later_noise
+from fimserver.training.noise import accept_tokens, first_noise, later_noise
 from fimserver.training.recipe import Recipe
 from fimserver.training.rows import RowMaker, RowMix, RowShape, RowStream
 from fimserver.types import Snapshot
@@ -62,8 +63,8 @@ def test_a_row_is_the_products_prompt_and_what_was_there(
     """The hole is noted on its way; from it alone the prompt is written anew, as the server writes it."""
     holes: list[tuple[str, int, int]] = []
 
-    def pick(source: Lines, *rest: object) -> tuple[int, int] | None:
-        found = pick_hole(source, *rest)  # type: ignore[arg-type]
+    def pick(source: Lines, *rest: object, prose: float) -> tuple[int, int] | None:
+        found = pick_hole(source, *rest, prose=prose)  # type: ignore[arg-type]
         if found:
             holes.append((source.text, *found))
         return found
@@ -71,37 +72,42 @@ def test_a_row_is_the_products_prompt_and_what_was_there(
     monkeypatch.setattr(rows_module, "pick_hole", pick)
     mix = RowMix(EVEN, snippets=0.0, no_path=0.0, no_suffix=0.0, short_suffix=0.0)
     maker = maker_of(vocabulary, metadata, mix)
+    long = 0
     for index in range(40):
         row = maker.make(index)
         text, start, end = holes[-1]
         path = next(d.path for d in DOCUMENTS if d.text == text)
         snapshot = Snapshot(f"file:///{path}", 0, "python", text[:start] + text[end:], start)
         context = build_context(snapshot, rows_module._HOLE, budget_for(metadata.max_prompt_tokens))
-        prompt = build_prompt(context, vocabulary, metadata)
+        room = SHAPE.clean - len(vocabulary.encode(text[start:end])) - 10  # a long middle's prompt is shorter
+        told = replace(metadata, max_prompt_tokens=min(room, metadata.max_prompt_tokens))
+        prompt = build_prompt(context, vocabulary, told)
         middle = vocabulary.encode(prompt.healed + text[start:end])
+        long += len(middle) >= SHAPE.canvas
         known = [*prompt.token_ids, *middle, EOS]
         assert len(row.clean) == SHAPE.clean
         assert row.clean.tolist() == known + [PAD] * (SHAPE.clean - len(known))
         assert len(prompt.token_ids) <= metadata.max_prompt_tokens
-        assert len(middle) < SHAPE.canvas
         assert int(row.starts[0]) == len(prompt.token_ids)
         assert row.canvases[0].tolist() == (middle + [EOS] + [PAD] * SHAPE.canvas)[: SHAPE.canvas]
+    assert long  # longer than one canvas
 
 
 def test_canvases_are_what_stands_at_their_places(vocabulary: Vocabulary, metadata: ModelMetadata) -> None:
-    maker, behind = maker_of(vocabulary, metadata), 0
+    maker, behind, ended = maker_of(vocabulary, metadata), 0, 0
     for index in range(40):
         row = maker.make(index)
         clean = row.clean.tolist() + [PAD] * SHAPE.canvas
         middle = clean.index(MIDDLE) + 1
         for canvas, start in zip(row.canvases.tolist(), row.starts.tolist(), strict=True):
             assert canvas == clean[start : start + SHAPE.canvas]
-            assert start >= clean.index(PREFIX) + 4
+            assert start >= min(middle, clean.index(PREFIX) + 4)
             assert start + SHAPE.canvas <= middle or start >= middle  # a prompt's end is never denoised
             behind += start > middle
-            assert EOS in canvas or start < middle
-        assert [int(s) for s in row.starts].count(middle) >= 1
+            ended += canvas[0] == EOS
+        assert int(row.starts[0]) == middle
     assert behind  # later parts of middles, as a draft leaves them
+    assert ended  # and their very end
 
 
 def test_the_same_index_is_the_same_row(vocabulary: Vocabulary, metadata: ModelMetadata) -> None:
@@ -177,7 +183,8 @@ def test_shares_of_suffixes(vocabulary: Vocabulary, metadata: ModelMetadata) -> 
             found.add(clean.index(PREFIX) - clean.index(SUFFIX) - 1)
         return found
 
-    assert suffix_lengths(RowMix(EVEN, no_suffix=1.0)) == {0}
+    assert suffix_lengths(RowMix({"rest_of_line": 1.0}, no_suffix=1.0)) == {0}
+    assert len(suffix_lengths(RowMix({"span": 1.0}, no_suffix=1.0))) > 1  # the rest of the line always stays
     assert max(suffix_lengths(RowMix(EVEN, no_suffix=0.0, short_suffix=0.0))) == 64
 
 
@@ -209,7 +216,7 @@ maker = RowMaker(DOCUMENTS, vocabulary, metadata, SHAPE, RowMix(EVEN, snippets=1
 print(sum(7 in maker.make(i).clean.tolist() for i in range(8)))
 """
     result = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, check=False)
-    assert result.stdout.strip() == "8", result.stderr
+    assert int(result.stdout) >= 6, result.stderr  # a file's first line has none
 
 
 # Holes
@@ -326,7 +333,7 @@ def test_later_noise_keeps_what_decoding_would() -> None:
     later = later_noise(TRUTH, best, entropy, recipe, TEXT_TOKENS, draws)
     noisy = later.canvases
     assert not later.known.any()
-    assert torch.equal(noisy == 4, keep_by_entropy(entropy, torch.tensor(2.0)))
+    assert torch.equal(noisy == 4, accept_tokens(entropy, torch.tensor(2.0)))
     assert not (noisy == 3).any()
     assert int(noisy[noisy != 4].min()) >= 8
     assert not (later_noise(TRUTH, best, entropy, Recipe(decoding_noise=0.0), TEXT_TOKENS, draws).canvases == 4).any()
@@ -357,10 +364,34 @@ def test_what_is_kept_is_the_samplers_choice(bound: float) -> None:
     sampler.accept_canvas(torch.zeros(3, 12).long(), torch.ones(3, 12).long(), logits, 0)
     log_p = logits.log_softmax(-1)
     entropy = -(log_p.exp() * log_p).sum(-1)
-    kept = keep_by_entropy(entropy, torch.tensor(bound))
+    kept = accept_tokens(entropy, torch.tensor(bound))
     assert torch.equal(kept, sampler.accepted_token_mask)
     for row in range(3):
         spent = 0.0
         for place in entropy[row].argsort().tolist():
             assert bool(kept[row, place]) == (spent <= bound)
             spent += float(entropy[row, place])
+
+
+def test_few_holes_are_in_prose() -> None:
+    text = (
+        '"""A module."""\n\n# All of it is text.\nx = "#no comment"  # one\n'
+        "'''\n" + "Prose and more.\n" * 20 + "'''\n"
+    )
+    source = Lines(text)
+    assert [text[a:b][:8] for a, b in source.prose] == ['"""A mod', "# All of", "# one", "'''\nPros"]
+    assert not source.is_prose(text.index("#no") + 1)
+    assert not source.is_prose(text.index("x ="))
+    assert source.is_prose(text.index("Prose") + 3)
+    rng = random.Random(0)
+    kinds = {"rest_of_line": 1.0}
+    for prose, least, most in ((1.0, 150, 200), (0.0, 0, 0)):
+        drawn = [pick_hole(source, kinds, rng, prose=prose) for _ in range(200)]
+        assert least <= sum(found is not None and source.is_prose(found[0]) for found in drawn) <= most
+
+
+def test_a_pickled_vocabulary_takes_marks_for_text(vocabulary: Vocabulary) -> None:
+    """As a process that makes rows gets it where processes are not forked."""
+    again = pickle.loads(pickle.dumps(vocabulary))  # noqa: S301  our own
+    assert again.encode("<eos> <pad>") == vocabulary.encode("<eos> <pad>")
+    assert min(again.encode("<eos> <pad>")) >= 8

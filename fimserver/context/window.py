@@ -15,7 +15,7 @@ from functools import lru_cache
 from urllib.parse import unquote, urlsplit
 
 from fimserver.context.focus import find_scopes
-from fimserver.context.languages import Language, find_language
+from fimserver.context.languages import Language, find_language, language_of_path
 from fimserver.context.scan import scan
 from fimserver.text import leading_whitespace, to_newlines
 from fimserver.types import FimContext, Guess, Hole, Snapshot, Snippet
@@ -56,7 +56,7 @@ def build_context(
     return FimContext(
         prefix=to_newlines(text[start:cursor]),
         suffix=to_newlines(text[cursor : cut_end(text, cursor, budget.suffix)]),
-        path=path_of(snapshot.uri),
+        path=_told_path(snapshot),
         language_id=snapshot.language_id,
         hole=hole,
         head=to_newlines(find_head(text, surely_reached(text, cursor, budget), cursor, language)),
@@ -99,6 +99,12 @@ def _import_lines(head: str, language: Language) -> tuple[str, ...]:
             break
         found.append(lines)
     return tuple(found)
+
+
+def _told_path(snapshot: Snapshot) -> str:
+    """The path, where it is of a file of the language: not of a notebook or of a buffer without a name."""
+    path = path_of(snapshot.uri)
+    return path if find_language(language_of_path(path)) is find_language(snapshot.language_id) else ""
 
 
 def path_of(uri: str) -> str:

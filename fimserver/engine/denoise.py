@@ -166,7 +166,7 @@ def token_entropy(probabilities: torch.Tensor) -> torch.Tensor:
     return entropy
 
 
-def accept_tokens(entropy: torch.Tensor, entropy_bound: float, left_bias: float = 0.0) -> torch.Tensor:
+def accept_tokens(entropy: torch.Tensor, entropy_bound: float | torch.Tensor, left_bias: float = 0.0) -> torch.Tensor:
     """Mask (K, C), True = keep: the k lowest entropies whose sum without the last is within the bound.
 
     With a bias the leftmost come first among those of like entropy.

@@ -21,6 +21,8 @@ from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, 
 
 from fimserver.engine.weights import METADATA_FILE, ModelMetadata, find_model, load_weights
 from fimserver.errors import FimserverError
+from fimserver.training.loss import CAP
+from fimserver.training.packed import EPS
 from fimserver.training.recipe import Recipe
 
 CHECKPOINT_FILE = "checkpoint.pt"
@@ -83,6 +85,7 @@ def prepare_model(folder: Path, recipe: Recipe, source: str | None, base: str) -
     else:
         model = create_model(recipe)
     model.config.canvas_length = recipe.canvas  # of which no weight depends
+    check_class(model, source_folder)
     window = model.config.get_text_config().sliding_window
     if recipe.clean + recipe.canvas > window:
         msg = f"clean ({recipe.clean}) and canvas ({recipe.canvas}) are more than the sliding window of {window} tokens"
@@ -90,9 +93,21 @@ def prepare_model(folder: Path, recipe: Recipe, source: str | None, base: str) -
     return model, recipe, source_folder
 
 
+def check_class(model: Any, folder: Path) -> None:
+    """Raises ``FimserverError`` for weights that the training pass would read otherwise than the class does."""
+    config = model.config.get_text_config()
+    scalars = {float(layer.layer_scalar) for layer in model.model.decoder.layers}
+    plain = scalars == {1.0} and config.rms_norm_eps == EPS and config.final_logit_softcapping == CAP
+    if not plain:
+        msg = f"{folder}: only models with layer_scalar 1, rms_norm_eps {EPS} and softcapping {CAP} can be trained"
+        raise FimserverError(msg)
+
+
 def metadata_of(recipe: Recipe, base: ModelMetadata, name: str) -> ModelMetadata:
-    """What a model of this recipe was trained for; how it is decoded stays as it was."""
-    calibration = {} if base.max_prompt_tokens != recipe.max_prompt else base.calibration
+    """What a model of this recipe was trained for; how it is decoded stays as it was.
+
+    What weighs it against guesses was fitted to other weights: ``fimserver eval ranking`` fits it anew.
+    """
     return dataclasses.replace(
         base,
         name=name,
@@ -102,7 +117,7 @@ def metadata_of(recipe: Recipe, base: ModelMetadata, name: str) -> ModelMetadata
         max_head_tokens=recipe.max_head,
         max_file_tokens=recipe.max_file,
         max_snippet_tokens=recipe.max_snippets,
-        calibration=calibration,
+        calibration={},
     )
 
 
@@ -161,6 +176,12 @@ def read_checkpoint(folder: Path) -> dict[str, Any] | None:
         msg = f"{path} is damaged or of another version ({reason}); delete it to begin again, or name another folder"
         raise FimserverError(msg) from error
     return dict(values)
+
+
+def read_recipe(folder: Path) -> dict[str, Any] | None:
+    """The recipe that a run was begun with, or ``None`` where there is no run. Raises ``FimserverError``."""
+    known = read_checkpoint(folder)
+    return None if known is None else dict(known["recipe"])
 
 
 def export_model(model: Any, metadata: ModelMetadata, source: Path, folder: Path) -> Path:

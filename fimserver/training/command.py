@@ -4,24 +4,24 @@ Knows:  the trainer, the terminal.  Never: LSP.
 """
 
 import contextlib
-import os
+import math
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from fimserver.engine.model import find_device
 from fimserver.errors import FimserverError
-from fimserver.training.checkpoint import MODEL_FOLDER, read_checkpoint
+from fimserver.training.checkpoint import MODEL_FOLDER, read_recipe
 from fimserver.training.corpus import default_folder, read_documents, read_held_out
 from fimserver.training.curves import write_losses
-from fimserver.training.experiments import EXPERIMENTS, run_experiment, to_table
+from fimserver.training.experiments import EXPERIMENTS, find_experiment, run_experiment, to_table
 from fimserver.training.recipe import Recipe
 from fimserver.training.schedule import Budget
 from fimserver.training.trainer import LOG_FILE, Machine, Material, Trainer
@@ -29,6 +29,7 @@ from fimserver.training.trainer import LOG_FILE, Machine, Material, Trainer
 _GPU_ROWS = {"rows_per_step": 64, "rows_at_once": 32}  # a CPU's few rows would leave a GPU waiting
 LOCK_FILE = "lock"
 _ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_GPU_WORKERS = 8  # processes that make rows
 _REPORT_STEPS = 50  # where there is no terminal for a bar
 
 
@@ -60,40 +61,16 @@ def train_model(  # noqa: PLR0913  one parameter an option
     threads: int,
 ) -> Summary:
     """Train until the budget is spent. Raises ``FimserverError``."""
-    known, device = read_checkpoint(folder), _find_device(device)
-    on_gpu = device.startswith("cuda")
-    try:
-        recipe = Recipe().with_values(known["recipe"] if known else _GPU_ROWS if on_gpu else {})
-    except FimserverError as error:
-        msg = f"{folder} was begun by another version ({error}); go on with: --from {folder / MODEL_FOLDER}, elsewhere"
-        raise FimserverError(msg) from error
-    recipe = recipe.with_pairs(pairs)
-    machine = Machine(device=device, threads=threads, workers=min(8, os.cpu_count() or 1) if on_gpu else 1)
+    place = find_device(device)
     corpus = corpus or default_folder()
     material = Material(read_documents(corpus), read_held_out(corpus))
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK_FILE)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        msg = f"another process trains in {folder}; end it, or name another folder"
-        raise FimserverError(msg) from error
-    trainer = Trainer.prepare(folder, recipe, material, machine, None if fresh else source, base=source)
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("training", total=1.0)
-
-        def show(share: float, entry: Mapping[str, Any]) -> None:
-            text = "  ".join(f"{name} {entry[name]}" for name in ("step", "next_token", "denoise") if name in entry)
-            progress.update(task, completed=share, description=text)
-            if progress.disable and entry["step"] % _REPORT_STEPS == 0:
-                console.print(f"{share:.0%}  {text}  {entry['positions'] / max(1.0, entry['seconds']):.0f} positions/s")
-
-        with _stop_on_signal() as stopped:
+    recipe = _choose_recipe(folder, pairs, on_gpu=place.type == "cuda")
+    machine = Machine(str(place), threads=threads, workers=_GPU_WORKERS if place.type == "cuda" else 1)
+    with _only_one(folder):
+        trainer = Trainer.prepare(folder, recipe, material, machine, None if fresh else source, base=source)
+        with _progress() as show, _stop_on_signal() as stopped:
             held_out = trainer.run(Budget(hours, steps), on_step=show, interrupted=lambda _state: bool(stopped))
-    write_losses(folder / LOG_FILE)
-    lock.release()
+        write_losses(folder / LOG_FILE)
     state = trainer.state
     return Summary(
         model=str(folder / MODEL_FOLDER),
@@ -106,6 +83,47 @@ def train_model(  # noqa: PLR0913  one parameter an option
         held_denoise_later=held_out.held_denoise_later,
         drafted=held_out.drafted,
     )
+
+
+def _choose_recipe(folder: Path, pairs: tuple[str, ...], *, on_gpu: bool) -> Recipe:
+    """That of a run that was begun, or the default, with as many rows at once as the machine likes."""
+    known = read_recipe(folder)
+    try:
+        recipe = Recipe().with_values(known or (_GPU_ROWS if on_gpu else {}))
+    except FimserverError as error:
+        msg = f"{folder} was begun by another version ({error}); go on with: --from {folder / MODEL_FOLDER}, elsewhere"
+        raise FimserverError(msg) from error
+    at_once = _GPU_ROWS["rows_at_once"] if on_gpu else Recipe().rows_at_once
+    return recipe.with_values({"rows_at_once": math.gcd(recipe.rows_per_step, at_once)}).with_pairs(pairs)
+
+
+@contextlib.contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Nobody else trains in a folder meanwhile. Raises ``FimserverError``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / LOCK_FILE, timeout=0):
+            yield
+    except Timeout as error:
+        msg = f"another process trains in {folder}; end it, or name another folder"
+        raise FimserverError(msg) from error
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[float, Mapping[str, Any]], None]]:
+    """A bar on a terminal, a line now and then elsewhere."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("training", total=1.0)
+
+        def show(share: float, entry: Mapping[str, Any]) -> None:
+            text = "  ".join(f"{name} {entry[name]}" for name in ("step", "next_token", "denoise") if name in entry)
+            progress.update(task, completed=share, description=text)
+            if progress.disable and entry["step"] % _REPORT_STEPS == 0:
+                console.print(f"{share:.0%}  {text}  {entry['positions'] / max(1.0, entry['seconds']):.0f} positions/s")
+
+        yield show
 
 
 @contextlib.contextmanager
@@ -129,6 +147,8 @@ def run_experiments(
     names: Sequence[str], *, operations: float, source: str, corpus: Path | None, threads: int
 ) -> list[str]:
     """Every variant of the named experiments; gives Markdown tables. Raises ``FimserverError``."""
+    for name in names:
+        find_experiment(name)  # before hours are spent on the others
     corpus = corpus or default_folder()
     material = Material(read_documents(corpus), read_held_out(corpus))
     console, lines = Console(stderr=True), []
@@ -141,14 +161,6 @@ def run_experiments(
             machine=Machine(threads=threads),
             report=lambda o: console.print(f"{o.experiment} {o.variant}: {o.seconds:.0f} s", o.held_out),
         )
+        console.print("\n".join(to_table(outcomes)), soft_wrap=True)
         lines += [f"{name}: {EXPERIMENTS[name].question}", "", *to_table(outcomes), ""]
     return lines
-
-
-def _find_device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        msg = f"--device {name}: torch finds no such device; install torch for CUDA, or use --device cpu"
-        raise FimserverError(msg)
-    return name

@@ -2,7 +2,8 @@
 
 Each variant trains for the same number of floating-point operations, counted from its shape and not by the clock: a
 machine that does other things as well cannot favour one. All begin with the same weights, or all with none, read rows
-of the same seed, and end with a falling rate. The runs are short: what they say is what helps soon, at this size.
+of the same seed, and end with a falling rate. Held-out rows are the same too, but where a variant changes what rows
+are. The runs are short: what they say is what helps soon, at this size.
 
 Knows:  the trainer, recipes.  Never: LSP.
 """
@@ -134,7 +135,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "vocabulary": Experiment(
         "From nothing: how many tokens has the vocabulary? Measured in bits a character.",
-        {"2048": {"vocabulary": 2048}, "4096": {"vocabulary": 4096}, "8192": {}, "16384": {"vocabulary": 16384}},
+        {name: {"vocabulary": int(name)} for name in ("2048", "4096", "8192", "16384")},
         fresh=True,
     ),
     "shape": Experiment(
@@ -148,6 +149,14 @@ EXPERIMENTS: dict[str, Experiment] = {
         fresh=True,
     ),
 }
+
+
+def find_experiment(name: str) -> Experiment:
+    """Raises ``FimserverError`` for a name that there is not."""
+    if name not in EXPERIMENTS:
+        msg = f"there is no experiment {name!r}; there are: {', '.join(EXPERIMENTS)}"
+        raise FimserverError(msg)
+    return EXPERIMENTS[name]
 
 
 def recipe_of(experiment: Experiment, changes: Mapping[str, float]) -> Recipe:
@@ -179,10 +188,7 @@ def run_experiment(  # noqa: PLR0913  one run's parts
     report: Callable[[Outcome], None] = lambda _outcome: None,
 ) -> list[Outcome]:
     """Every variant of an experiment, each with ``operations`` to spend. Raises ``FimserverError``."""
-    if name not in EXPERIMENTS:
-        msg = f"there is no experiment {name!r}; there are: {', '.join(EXPERIMENTS)}"
-        raise FimserverError(msg)
-    experiment = EXPERIMENTS[name]
+    experiment = find_experiment(name)
     outcomes = []
     for label, changes in experiment.variants.items():
         recipe = recipe_of(experiment, changes)

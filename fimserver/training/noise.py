@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fimserver.engine.denoise import accept_tokens
 from fimserver.training.recipe import Recipe
 
 
@@ -49,18 +50,11 @@ def later_noise(  # noqa: PLR0913, PLR0917  all that decoding knows
     up_to = torch.arange(canvas) < share.pow(3) * canvas  # mostly near its beginning, as middles are short
     some = torch.rand(truth.shape, generator=draws) >= share
     kept_truth = torch.where(kind < recipe.decoding_noise + recipe.left_noise, up_to, some).to(truth.device)
-    kept_best = keep_by_entropy(entropy.cpu(), bound).to(truth.device)
+    kept_best = accept_tokens(entropy.cpu(), bound).to(truth.device)
     kept = torch.where(by_decoding, kept_best, kept_truth)
     sureness = 0.5 + 0.5 * torch.rand(batch, canvases, 1, generator=draws).to(truth.device)
     found = torch.where(kept, torch.where(by_decoding, best, truth), random)
     return Later(found, torch.where(kept & ~by_decoding, sureness, 0.0))
-
-
-def keep_by_entropy(entropy: Tensor, bound: Tensor) -> Tensor:
-    """The entropy-bound sampler's choice (transformers): the surest tokens, up to a sum of entropies."""
-    ordered, order = entropy.sort(-1)
-    accepted = ordered.cumsum(-1) - ordered <= bound
-    return torch.zeros_like(accepted).scatter(-1, order, accepted)
 
 
 def _replace(truth: Tensor, share: Tensor, tokens: tuple[int, int], draws: torch.Generator) -> Tensor:

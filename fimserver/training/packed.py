@@ -26,7 +26,7 @@ from fimserver.training.attention import attend_canvases, attend_clean, canvas_m
 from fimserver.training.loss import logit_gradients, softcap
 from fimserver.training.noise import Later
 
-_EPS = 1e-6
+EPS = 1e-6
 _SOFT_CHUNK = 256
 
 
@@ -200,7 +200,7 @@ def _weights_of_join(layer: Any) -> tuple[Tensor, Tensor]:
 
 
 def _rms(x: Tensor, weight: Tensor | None = None) -> Tensor:
-    y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + _EPS)
+    y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS)
     return y if weight is None else y * weight
 
 

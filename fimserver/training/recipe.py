@@ -153,6 +153,14 @@ class Recipe:
         ):
             if not greatest:
                 return f"{name} of a recipe has to be above 0, for instance {name}={getattr(Recipe(), name)}"
+        return self._find_mismatch()
+
+    def _find_mismatch(self) -> str | None:
+        """Fields that do not fit each other."""
+        if self.decoding_noise + self.left_noise > 1:
+            return "decoding_noise and left_noise are shares of one whole; together they are more than 1"
+        if self.heads % self.key_value_heads or self.top_k_experts > self.experts:
+            return "heads has to be a multiple of key_value_heads, and top_k_experts at most experts"
         if self.rows_per_step % self.rows_at_once:
             return f"rows_per_step ({self.rows_per_step}) has to be a multiple of rows_at_once ({self.rows_at_once})"
         beside = self.max_suffix + self.max_head + self.max_file + self.max_snippets

@@ -13,6 +13,7 @@ Knows:  documents, the model, files of its run.  Never: LSP.
 
 import importlib.util
 import json
+import logging
 import math
 import os
 import shutil
@@ -41,6 +42,7 @@ from fimserver.training.rows import Row, RowMaker, RowMix, RowShape, RowStream
 from fimserver.training.schedule import Budget, Schedule, State
 from fimserver.training.threads import ThreadChoice
 
+_log = logging.getLogger(__name__)
 LOG_FILE, SAMPLES_FILE, STOP_FILE = "log.jsonl", "samples.txt", "stop"
 _HELD_OUT_SEED, _HELD_OUT_ROWS = 5, 48
 _LOG_STEPS, _EVALUATION_STEPS = 10, 100
@@ -63,7 +65,7 @@ class Machine:
     """Where and how steps are computed; compiled where there is a compiler unless told."""
 
     device: str = "cpu"
-    dtype: torch.dtype = torch.bfloat16
+    dtype: torch.dtype | None = None  # bf16 where the machine multiplies it, unless told
     compiled: bool | None = None
     threads: int = 0  # at most; 0 is as many as there are cores
     workers: int = 1  # processes that make rows
@@ -91,20 +93,20 @@ class Trainer:
         self._material, self._machine, self._source = material, machine, source
         self._device = torch.device(machine.device)
         compiled = can_compile(self._device) if machine.compiled is None else machine.compiled
-        self.packed = PackedModel(model.to(self._device).train(), machine.dtype, compiled=compiled)
+        dtype = machine.dtype or best_dtype(self._device)
+        self.packed = PackedModel(model.to(self._device).train(), dtype, compiled=compiled)
         model.requires_grad_(requires_grad=False)
         self._parameters = dict(self.packed.decoder.named_parameters())
         self.packed.decoder.requires_grad_(requires_grad=True)
         self._optimizers = Optimizers(self._parameters, recipe)
         self._averages = {n: p.detach().clone() for n, p in self._parameters.items()} if recipe.average else {}
         self._vocabulary = Vocabulary.load(source / "tokenizer.json", range(metadata.num_special_tokens))
-        if self._vocabulary.size > self.packed.embedding.shape[0]:
-            size = self._vocabulary.size
-            msg = f"the tokenizer of {source} has {size} tokens, more than the recipe's; set vocabulary={size}"
+        if (size := self._vocabulary.size) != recipe.vocabulary:
+            msg = f"the tokenizer of {source} has {size} tokens, not the recipe's; set vocabulary={size}"
             raise FimserverError(msg)
         self._held_out: list[Row] = []
         self._text_tokens = (_FIRST_TEXT_TOKEN, self.packed.embedding.shape[0])
-        self._threads = ThreadChoice(machine.threads or os.cpu_count() or 1)
+        self._threads = ThreadChoice(machine.threads or num_cores())
 
     @classmethod
     def prepare(  # noqa: PLR0913, PLR0917  what a run is made of
@@ -329,6 +331,24 @@ class _Aim:
         self.weights = (weights / weights.sum().clamp(min=_LEAST_WEIGHT)).flatten()
 
 
+def num_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def can_compile(device: torch.device) -> bool:
-    """Whether torch finds what it compiles with: a C++ compiler, and triton for a GPU."""
-    return shutil.which("g++") is not None and (device.type == "cpu" or importlib.util.find_spec("triton") is not None)
+    """Whether torch finds what it compiles with, a C++ compiler, and triton for a GPU, and these work."""
+    if shutil.which("g++") is None or (device.type == "cuda" and importlib.util.find_spec("triton") is None):
+        return False
+    try:
+        torch.compile(lambda t: t.sin().cos())(torch.ones(64, device=device))
+    except Exception as error:  # noqa: BLE001  a compiler fails in its own ways
+        _log.warning("training is not compiled, and so about half as fast: %s", str(error).partition("\n")[0])
+        return False
+    return True
+
+
+def best_dtype(device: torch.device) -> torch.dtype:
+    """bf16 on a GPU and on CPUs with instructions for it, else fp32."""
+    has_it = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()  # noqa: SLF001  as torch's own tests
+    return torch.bfloat16 if has_it else torch.float32
