@@ -25,6 +25,7 @@ from fimserver.training.corpus import (
     build_corpus,
     clean_text,
     find_missing,
+    is_held_out,
     read_documents,
     read_held_out,
     read_manifest,
@@ -195,6 +196,9 @@ def test_the_manifest_says_what_is_in(build: Callable[..., Manifest], tmp_path: 
         ("flask", "flask/app.py"),
         ("python", "csv.py"),
         ("python", "zipfile/_path/glob.py"),
+        ("python", "test/test_csv.py"),
+        ("python", "test/test_zipfile64.py"),
+        ("python", "test/test_zipfile/test_core.py"),
         ("weak", "weak/_vendor/click/core.py"),
     ],
 )
@@ -309,3 +313,9 @@ def test_tokenizer() -> None:
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
     assert tokenizer.to_str() == train_tokenizer(documents, 400).to_str()
     assert tokenizer.get_vocab_size() <= 400
+
+
+def test_tests_of_other_modules_are_trained_on() -> None:
+    assert not is_held_out("python", "test/test_queue.py")
+    assert not is_held_out("python", "test/__init__.py")
+    assert not is_held_out("other", "test/test_csv.py")

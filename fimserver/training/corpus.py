@@ -162,10 +162,13 @@ def default_folder() -> Path:
 
 
 def is_held_out(package: str, path: str) -> bool:
-    """Whether a file is of a held-out package or module, or of a copy of such a package inside another."""
+    """Whether a file is of a held-out package or module, of such a module's tests, or of a copy of such a package."""
     place = PurePosixPath(path)
-    if package == PYTHON and place.parts[0].removesuffix(".py") in HELD_OUT_MODULES:
-        return True
+    if package == PYTHON:
+        of_tests = place.parts[0] == "test" and len(place.parts) > 1
+        name = place.parts[1].removeprefix("test_") if of_tests else place.parts[0]
+        if name.removesuffix(".py").rstrip("0123456789") in HELD_OUT_MODULES:
+            return True
     return package in HELD_OUT_PACKAGES or any(part in HELD_OUT_PACKAGES for part in place.parts[:-1])
 
 
