@@ -18,6 +18,8 @@ from fimserver.bench.profile import Span, list_parts, own_times, profile_request
 from fimserver.bench.ratios import bootstrap_median, choose_ours, paired_ratios, pareto_front, percentile
 from fimserver.bench.ways import EagerWay, EngineWay, GenerateWay, check_generation_config, settled_at
 from fimserver.engine.engine import Engine
+from fimserver.engine.kv_cache import CHUNK_TOKENS
+from fimserver.engine.prompt import build_prompt
 from fimserver.engine.vocabulary import Vocabulary
 from fimserver.engine.weights import SHIPPED_MODELS, load_weights
 from fimserver.errors import FimserverError
@@ -161,7 +163,9 @@ def test_every_way_left_to_right_says_the_same(tiny_engine: Engine) -> None:
     for hole in holes:
         theirs, own = eager(hole.context), ours(hole.context)
         assert (theirs.text, theirs.tokens, theirs.finish) == (own.text, own.tokens, own.finish)
-        assert theirs.passes == own.passes
+        prompt = build_prompt(hole.context, tiny_engine.vocabulary, tiny_engine.model.metadata).token_ids
+        chunks = len(range(0, len(prompt) - CHUNK_TOKENS, CHUNK_TOKENS))  # of a long prompt, so that a cancel is seen
+        assert theirs.passes == own.passes - chunks
         assert 0 < own.first_line_ms <= own.ms
 
 
