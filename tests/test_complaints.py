@@ -218,7 +218,7 @@ def test_too_eager_with_answers_it_does_not_believe(fake: FakeServer) -> None:
     fake.set(minConfidence=0.6)
     for name, confidence in (("unsure", 0.59), ("sure", 0.61)):
         text = CALL.replace("join", name)
-        place = fake.show(f"{URI}{name}", text, order={**ANSWER, "confidence": confidence})
+        place = fake.show(URI.replace(".py", f"_{name}.py"), text, order={**ANSWER, "confidence": confidence})
         assert bool(fake.complete(*place, invoked=False)) == (name == "sure")
     assert fake.complete(*fake.show(URI, CALL, order={**ANSWER, "confidence": 0.5})) == []
     assert fake.last["reason"] == "low_confidence"

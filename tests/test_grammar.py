@@ -278,11 +278,11 @@ def test_the_next_best_allowed_token_is_taken() -> None:
 
 def test_an_answer_ends_where_the_suffix_goes_on(tiny_engine: Engine) -> None:
     """Nothing is computed behind the bracket that stands there already."""
-    context = FimContext("import os\n\nprint(os.getcwd(", "))\n", "a.py", "python", LINE)
+    context = FimContext("def most(first, second):\n    return max(first, ", ")\n", "a.py", "python", LINE)
     with_rules = tiny_engine.complete(context, Sampling(Mode.AUTOREGRESSIVE, seed=0))
     without = tiny_engine.complete(context, Sampling(Mode.AUTOREGRESSIVE, seed=0, without=("grammar",)))
     assert python_parses(context.prefix + with_rules.text + context.suffix)
-    assert with_rules.forward_passes <= without.forward_passes
+    assert with_rules.forward_passes < without.forward_passes
 
 
 @pytest.mark.parametrize(

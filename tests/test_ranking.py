@@ -114,7 +114,7 @@ def test_alternatives_are_distinct_and_sorted(engine: Engine, mode: Mode) -> Non
     assert 2 <= len(texts) <= 3
     assert len(set(texts)) == len(texts)
     chances = [several.confidence, *(a.confidence for a in several.alternatives)]
-    assert chances == sorted(chances, reverse=True)
+    assert chances[1:] == sorted(chances[1:], reverse=True), "the first is the likeliest that leaves no error"
     if mode is Mode.VERIFIED:
         assert plain.text in texts
         again = engine.complete(FIM, Sampling(mode, seed=0, min_tokens=1))

@@ -8,7 +8,7 @@ from fimserver.context.languages import find_language
 from fimserver.context.window import Budget, build_context, find_head
 from fimserver.engine.prompt import build_prompt
 from fimserver.engine.vocabulary import Vocabulary
-from fimserver.engine.weights import read_metadata
+from fimserver.engine.weights import limit_context, read_metadata
 from fimserver.types import Hole, HoleKind, Snapshot
 
 HOLE = Hole(HoleKind.REST_OF_LINE, 1, 12)
@@ -62,7 +62,7 @@ def test_head_in_other_languages(language: str, top: str, scope: str, line: str,
 def test_prompt_has_the_head_where_the_prefix_was_cut(vocabulary: Vocabulary) -> None:
     from conftest import TINY
 
-    metadata = read_metadata(TINY)
+    metadata = limit_context(read_metadata(TINY), 384)
     assert metadata.max_head_tokens
     context = build_context(snapshot_of(PYTHON), HOLE, Budget(1900, 900))
     with_head = build_prompt(context, vocabulary, metadata)

@@ -343,7 +343,7 @@ def can_compile(device: torch.device) -> bool:
     try:
         torch.compile(lambda t: t.sin().cos())(torch.ones(64, device=device))
     except Exception as error:  # noqa: BLE001  a compiler fails in its own ways
-        _log.warning("training is not compiled, and so about half as fast: %s", str(error).partition("\n")[0])
+        _log.warning("training is not compiled, and so slower: %s", str(error).partition("\n")[0])
         return False
     return True
 
