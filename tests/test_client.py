@@ -248,8 +248,11 @@ def test_real_worker_takes_the_newest_first() -> None:
     client.start()
     client.wait_until_ready(60)
     done: list[str] = []
-    first = client.complete(CONTEXT, Sampling(Mode.DIFFUSION, seed=0, max_denoising_steps=20, min_tokens=1))
-    time.sleep(0.1)  # it is being computed
+    long = replace(CONTEXT, hole=Hole(HoleKind.BLOCK, max_lines=8, estimated_tokens=64))
+    begun = threading.Event()
+    sampling = Sampling(Mode.DIFFUSION, seed=0, max_denoising_steps=48, min_tokens=1, without=("cut",))
+    first = client.complete(long, sampling, on_draft=lambda _draft: begun.set())
+    assert begun.wait(30)  # it is being computed
     others = [client.complete(CONTEXT, Sampling(Mode.AUTOREGRESSIVE)) for _ in range(3)]
     names = ["first", "second", "third", "fourth"]
     for name, pending in zip(names, [first, *others], strict=True):
