@@ -9,6 +9,7 @@ Knows:  texts, guesses, the engine.  Never: LSP.
 """
 
 import ast
+import math
 import random
 import statistics
 import sys
@@ -118,7 +119,7 @@ def score_holes(engine: Engine, folder: Path, limit: int) -> Iterable[Seen]:
         line = cut_line(name, texts[name], rng)
         if line is None:
             continue
-        guesses = find_guesses(line.snapshot, _LINE)
+        guesses = find_guesses(line.snapshot, _LINE, max_seconds=math.inf)
         context = build_context(line.snapshot, _LINE, budget, guesses=guesses)
         sure = next((guess.text for guess in guesses if is_sure(guess)), None)
         yield Seen(name, line.rest, engine.score(context), sure)

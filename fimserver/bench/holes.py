@@ -11,6 +11,7 @@ A hole is one line, its context the window of the file and the guesses that an e
 Knows:  files of the running Python, texts, token counts.  Never: tensors.
 """
 
+import math
 import sys
 from dataclasses import dataclass
 
@@ -62,7 +63,7 @@ def draw_holes(limit: int, vocabulary: Vocabulary, *, max_prompt_tokens: int, ca
         if too_short or num_tokens > canvas_length - _HEALED_TOKENS or place in seen or not line.rest.strip():
             continue
         seen.add(place)
-        guesses = find_guesses(line.snapshot, _REST_OF_LINE)
+        guesses = find_guesses(line.snapshot, _REST_OF_LINE, max_seconds=math.inf)
         context = build_context(line.snapshot, _REST_OF_LINE, budget, guesses=guesses)
         found.append(Cut(line.name, line.snapshot, line.rest, num_tokens, context))
     return found

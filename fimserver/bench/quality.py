@@ -12,11 +12,11 @@ intervals     95%; of differences and ratios by resampling holes, in pairs, as i
 Knows:  files, holes, the engine.  Never: tensors, LSP.
 """
 
+import math
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 
 from rich.console import Console
@@ -34,6 +34,7 @@ from fimserver.context.window import Budget, budget_for, build_context
 from fimserver.engine.engine import Engine
 from fimserver.errors import FimserverError
 from fimserver.settings import Settings
+from fimserver.training.corpus import default_folder, read_held_out
 from fimserver.types import Mode, Sampling
 
 LONG_TOKENS = 8
@@ -161,7 +162,7 @@ class Candidate:
 
     def fill(self, gap: Gap, num_tokens: int, sampling: Sampling, *, guesses: bool) -> Filled:
         """One hole, cold."""
-        found = find_guesses(gap.snapshot, gap.hole) if guesses else []
+        found = find_guesses(gap.snapshot, gap.hole, max_seconds=math.inf) if guesses else []
         context = build_context(gap.snapshot, gap.hole, self.budget, guesses=found)
         self.engine.forget()
         generation = self.engine.complete(context, sampling)
@@ -334,12 +335,8 @@ def read_folder(folder: Path) -> dict[str, str]:
 
 def read_corpus() -> dict[str, str]:
     """The files of the training corpus that are kept from training. Raises ``FimserverError`` where there are none."""
-    try:
-        corpus = import_module("fimserver.training.corpus")
-        folder = corpus.default_folder()
-        documents = corpus.read_held_out(folder) if folder.is_dir() else []
-    except ModuleNotFoundError:
-        documents = []
+    folder = default_folder()
+    documents = read_held_out(folder) if folder.is_dir() else []
     if not documents:
         msg = "there is no corpus to take held-out files from; run `fimserver corpus` or name a folder with --data"
         raise FimserverError(msg)

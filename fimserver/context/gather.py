@@ -37,11 +37,13 @@ _LEAST_SIMILAR = 0.15
 _TEXT_KINDS = (HoleKind.COMMENT, HoleKind.DOCSTRING)
 
 
-def find_guesses(snapshot: Snapshot, hole: Hole, others: Sequence[str] = ()) -> list[Guess]:
-    """At most four guesses for a hole; ``others`` are other texts, the one edited last first."""
+def find_guesses(
+    snapshot: Snapshot, hole: Hole, others: Sequence[str] = (), *, max_seconds: float = MAX_SECONDS
+) -> list[Guess]:
+    """At most four guesses for a hole, found in so long; ``others`` are other texts, the one edited last first."""
     if hole.kind in _TEXT_KINDS:
         return []
-    give_up = time.perf_counter() + MAX_SECONDS
+    give_up = time.perf_counter() + max_seconds
     found: dict[str, Guess] = {}
     seen: set[tuple[int, int]] = set()
     line_start = snapshot.cursor - len(line_around(snapshot.text, snapshot.cursor)[0])

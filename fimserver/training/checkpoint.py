@@ -24,10 +24,12 @@ from fimserver.errors import FimserverError
 from fimserver.training.loss import CAP
 from fimserver.training.packed import EPS
 from fimserver.training.recipe import Recipe
+from fimserver.training.tokenizer import SPECIAL_TOKENS
 
 CHECKPOINT_FILE = "checkpoint.pt"
 MODEL_FOLDER = "model"
 _FORMAT = 1
+_FILE_TOKEN, _SNIPPET_TOKEN = (SPECIAL_TOKENS.index(name) for name in ("<file>", "<sep>"))
 _COPIED_FILES = ("tokenizer.json", "generation_config.json")
 
 
@@ -111,7 +113,7 @@ def metadata_of(recipe: Recipe, base: ModelMetadata, name: str) -> ModelMetadata
     return dataclasses.replace(
         base,
         name=name,
-        special_tokens={**base.special_tokens, "file": 6, "snippet": 7},
+        special_tokens={**base.special_tokens, "file": _FILE_TOKEN, "snippet": _SNIPPET_TOKEN},
         max_prompt_tokens=recipe.max_prompt,
         max_suffix_tokens=recipe.max_suffix,
         max_head_tokens=recipe.max_head,

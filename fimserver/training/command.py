@@ -62,8 +62,7 @@ def train_model(  # noqa: PLR0913  one parameter an option
 ) -> Summary:
     """Train until the budget is spent. Raises ``FimserverError``."""
     place = find_device(device)
-    corpus = corpus or default_folder()
-    material = Material(read_documents(corpus), read_held_out(corpus))
+    material = _read_material(corpus)
     recipe = _choose_recipe(folder, pairs, on_gpu=place.type == "cuda")
     machine = Machine(str(place), threads=threads, workers=_GPU_WORKERS if place.type == "cuda" else 1)
     with _only_one(folder):
@@ -83,6 +82,11 @@ def train_model(  # noqa: PLR0913  one parameter an option
         held_denoise_later=held_out.held_denoise_later,
         drafted=held_out.drafted,
     )
+
+
+def _read_material(corpus: Path | None) -> Material:
+    folder = corpus or default_folder()
+    return Material(read_documents(folder), read_held_out(folder))
 
 
 def _choose_recipe(folder: Path, pairs: tuple[str, ...], *, on_gpu: bool) -> Recipe:
@@ -149,8 +153,7 @@ def run_experiments(
     """Every variant of the named experiments; gives Markdown tables. Raises ``FimserverError``."""
     for name in names:
         find_experiment(name)  # before hours are spent on the others
-    corpus = corpus or default_folder()
-    material = Material(read_documents(corpus), read_held_out(corpus))
+    material = _read_material(corpus)
     console, lines = Console(stderr=True), []
     for name in names:
         outcomes = run_experiment(

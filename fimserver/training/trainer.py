@@ -47,7 +47,6 @@ LOG_FILE, SAMPLES_FILE, STOP_FILE = "log.jsonl", "samples.txt", "stop"
 _HELD_OUT_SEED, _HELD_OUT_ROWS = 5, 48
 _LOG_STEPS, _EVALUATION_STEPS = 10, 100
 _CHECKPOINT_SECONDS = 300.0
-_FIRST_TEXT_TOKEN = 8
 _LEAST_WEIGHT = 1e-6  # of all rows of a kind: where none has any, none is trained
 Batch = tuple[Tensor, Tensor, Tensor]
 
@@ -105,7 +104,7 @@ class Trainer:
             msg = f"the tokenizer of {source} has {size} tokens, not the recipe's; set vocabulary={size}"
             raise FimserverError(msg)
         self._held_out: list[Row] = []
-        self._text_tokens = (_FIRST_TEXT_TOKEN, self.packed.embedding.shape[0])
+        self._text_tokens = (metadata.num_special_tokens, self.packed.embedding.shape[0])
         self._threads = ThreadChoice(machine.threads or num_cores())
 
     @classmethod
