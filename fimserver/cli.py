@@ -241,6 +241,10 @@ def ranking(data: Path, limit: int, as_json: bool, **options: Any) -> None:  # n
 @click.option(
     "--limit", type=click.IntRange(min=1), default=100, show_default=True, metavar="N", help="Holes of each kind."
 )
+@click.option(
+    "--corpus", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="FOLDER", help="Where it is."
+)
+@click.option("--kinds", metavar="A,B", help="Only these of rest_of_line, expression, statement, block, identifier.")
 @click.option("--modes", metavar="A,B", help="Only these of verified, diffusion, autoregressive.")
 @click.option("--against", metavar="NAME|FOLDER", help="Another model, filling the same holes.")
 @click.option("--guesses/--no-guesses", default=False, help="Give the engine what followed the same text elsewhere.")
@@ -250,7 +254,9 @@ def ranking(data: Path, limit: int, as_json: bool, **options: Any) -> None:  # n
 @_engine_options
 def holes(  # noqa: PLR0913, PLR0917  one parameter an option
     data: Path | None,
+    corpus: Path | None,
     limit: int,
+    kinds: str | None,
     modes: str | None,
     against: str | None,
     guesses: bool,  # noqa: FBT001
@@ -259,13 +265,21 @@ def holes(  # noqa: PLR0913, PLR0917  one parameter an option
     **options: Any,
 ) -> None:
     """Fill holes of five kinds in every mode: exact match, passes, calibration, time; two models on the same holes."""
-    from fimserver.bench.quality import evaluate_holes, parse_modes  # noqa: PLC0415
+    from fimserver.bench.quality import evaluate_holes, parse_kinds, parse_modes  # noqa: PLC0415
     from fimserver.bench.tables import print_quality  # noqa: PLC0415
 
     settings = _settings(options)
     _run_measurement(
         lambda: evaluate_holes(
-            data, settings, limit=limit, modes=parse_modes(modes), against=against, guesses=guesses, plots=plots
+            data,
+            settings,
+            limit=limit,
+            modes=parse_modes(modes),
+            against=against,
+            guesses=guesses,
+            plots=plots,
+            kinds=parse_kinds(kinds),
+            corpus=corpus,
         ),
         as_json=as_json,
         show=print_quality,

@@ -16,7 +16,7 @@ from fimserver.bench.calibration import Answer, to_bins
 from fimserver.bench.cuts import MOST_PER_FILE, Gap, GapKind, Source, draw_gaps
 from fimserver.bench.lines import HELD_OUT, read_module
 from fimserver.bench.plots import CALIBRATION_FILE, KINDS_FILE, QUALITY_FILE
-from fimserver.bench.quality import Filled, parse_modes, read_folder, score
+from fimserver.bench.quality import Filled, parse_kinds, parse_modes, read_folder, score
 from fimserver.bench.ratios import paired_difference, ratio_of_means, share_interval
 from fimserver.cli import main
 from fimserver.context.window import Budget, budget_for
@@ -207,6 +207,16 @@ def test_modes_are_parsed() -> None:
     assert len(parse_modes(None)) == 3
     with pytest.raises(FimserverError, match="--modes auto"):
         parse_modes("auto")
+
+
+def test_some_kinds_are_drawn_as_all_are() -> None:
+    kinds = parse_kinds("block, expression")
+    assert kinds == (GapKind.BLOCK, GapKind.EXPRESSION)
+    assert len(parse_kinds(None)) == 5
+    with pytest.raises(FimserverError, match="rest_of_line, expression"):
+        parse_kinds("line")
+    drawn = draw_gaps(TEXTS, 8, budget=BUDGET, kinds=kinds)
+    assert drawn == [gap for kind in kinds for gap in GAPS if gap.kind is kind]
 
 
 @pytest.fixture

@@ -261,6 +261,18 @@ def test_without_a_compiler_that_works_nothing_is_compiled(
     assert "not compiled" in caplog.text
 
 
+def test_who_goes_on_logs_nothing_twice(tmp_path: Path) -> None:
+    """A run that was killed has logged more than its checkpoint knows, the last line perhaps not to its end."""
+    prepare(tmp_path / "run").run(Budget(steps=10))
+    log = tmp_path / "run" / "log.jsonl"
+    known = log.read_text()
+    log.write_text(known + json.dumps({"step": 20}) + '\n{"step": 3')
+    trainer = prepare(tmp_path / "run")
+    assert log.read_text() == known
+    trainer.run(Budget(steps=20))
+    assert [entry["step"] for entry in log_of(tmp_path / "run")] == [10, 10, 20, 20]
+
+
 # The command
 
 
@@ -293,6 +305,20 @@ def test_the_command_trains(tmp_path: Path, corpus: Path, monkeypatch: pytest.Mo
     assert read_metadata(tmp_path / "run" / MODEL_FOLDER).name == "run"
 
 
+def test_a_vocabulary_of_another_size_is_learned(tmp_path: Path, corpus: Path) -> None:
+    pairs = [f"--set={pair}" for pair in [*PAIRS, "vocabulary=300"]]
+    common = (tmp_path / "run", "--device=cpu", "--threads=1", "--corpus", corpus)
+    assert train(*common, "--steps=1", "--fresh", *pairs).returncode == 0
+    result = train(*common, "--steps=2", "--set=vocabulary=300")
+    assert result.returncode == 0, result.stderr
+    folder = tmp_path / "run" / MODEL_FOLDER
+    assert load_weights(folder, dtype=torch.float32).config.get_text_config().vocab_size == 300
+    assert Vocabulary.load(folder / "tokenizer.json", range(8)).size == 300
+    result = train(*common, "--steps=3", "--set=vocabulary=400")
+    assert "vocabulary=400" in result.stderr
+    assert "have 300" in " ".join(result.stderr.split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "spoil", "code", "message"),
     [
@@ -300,6 +326,7 @@ def test_the_command_trains(tmp_path: Path, corpus: Path, monkeypatch: pytest.Mo
         (["--hours=1", "--steps=1"], None, 2, "say how long"),
         (["--steps=0"], None, 2, "--steps"),
         (["--steps=1", "--set=layers=x"], None, 1, "layers of a recipe has to be a whole number"),
+        (["--steps=1", "--set=layers=2"], None, 1, "have 8; --fresh begins with none"),
         (["--steps=1"], lambda folder: (folder / DOCUMENTS_FILE).unlink(), 1, "run: fimserver corpus"),
         (
             ["--steps=1"],

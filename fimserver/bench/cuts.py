@@ -14,7 +14,7 @@ Knows:  texts, Python's grammar, budgets in characters.  Never: tokens, models, 
 import ast
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -215,11 +215,16 @@ def _is_text(node: ast.stmt) -> bool:
 
 
 def draw_gaps(
-    texts: Mapping[str, str], limit: int, *, budget: Budget, fits: Callable[[str], bool] = lambda _middle: True
+    texts: Mapping[str, str],
+    limit: int,
+    *,
+    budget: Budget,
+    fits: Callable[[str], bool] = lambda _middle: True,
+    kinds: Sequence[GapKind] = tuple(GapKind),
 ) -> list[Gap]:
     """At most ``limit`` holes of each kind whose middles fit; fewer where the files do not have them."""
     sources = [Source(name, text) for name, text in sorted(texts.items())]
-    return [gap for kind in GapKind for gap in _draw_kind(sources, kind, limit, budget, fits)]
+    return [gap for kind in kinds for gap in _draw_kind(sources, kind, limit, budget, fits)]
 
 
 def _draw_kind(

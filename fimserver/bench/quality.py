@@ -186,20 +186,25 @@ def evaluate_holes(  # noqa: PLR0913  the command's options
     against: str | None = None,
     guesses: bool = False,
     plots: Path | None = None,
+    kinds: Sequence[GapKind] = tuple(GapKind),
+    corpus: Path | None = None,
 ) -> Summary:
-    """Fill ``limit`` holes of each kind in every mode, with another model too where one is named.
+    """Fill ``limit`` holes of some kinds in every mode, with another model too where one is named.
+
+    They are of the files below ``data``, or of those that are held out of a ``corpus``.
 
     Raises ``FimserverError``.
     """
     if plots is not None:
         check_plots(plots)
-    texts = read_folder(data) if data else read_corpus()
+    texts = read_folder(data) if data else read_corpus(corpus)
     use_threads(settings.threads)
     names = [settings.model] if against is None else [settings.model, against]
     candidates = [Candidate(name, Engine.load(name, settings.device, settings.context_tokens)) for name in names]
     gaps = draw_gaps(
         texts,
         limit,
+        kinds=kinds,
         budget=min((c.budget for c in candidates), key=lambda b: b.prefix),
         fits=lambda middle: all(c.count(middle) <= c.most_tokens for c in candidates),
     )
@@ -213,7 +218,7 @@ def evaluate_holes(  # noqa: PLR0913  the command's options
     return Summary(
         data=str(data) if data else "held-out files of the corpus",
         files=len(texts),
-        holes={kind.value: sum(gap.kind is kind for gap in gaps) for kind in GapKind},
+        holes={kind.value: sum(gap.kind is kind for gap in gaps) for kind in kinds},
         seed=seed,
         guesses=guesses,
         models=tuple(map(_score_model, candidates)),
@@ -322,6 +327,16 @@ def parse_modes(text: str | None) -> tuple[Mode, ...]:
     return tuple(map(Mode, names))
 
 
+def parse_kinds(text: str | None) -> tuple[GapKind, ...]:
+    """Names between commas, each once; all kinds for none. Raises ``FimserverError`` for one that there is not."""
+    known = [kind.value for kind in GapKind]
+    names = dict.fromkeys(name.strip() for name in text.split(",") if name.strip()) if text is not None else known
+    if not names or set(names) - set(known):
+        msg = f"--kinds {text}: write some of {', '.join(known)} with commas between them"
+        raise FimserverError(msg)
+    return tuple(map(GapKind, names))
+
+
 def read_folder(folder: Path) -> dict[str, str]:
     """The Python files below a folder that parse, by their paths in it. Raises ``FimserverError`` where none does."""
     texts = {}
@@ -333,9 +348,9 @@ def read_folder(folder: Path) -> dict[str, str]:
     return _parsing(texts, f"--data {folder}")
 
 
-def read_corpus() -> dict[str, str]:
+def read_corpus(folder: Path | None = None) -> dict[str, str]:
     """The files of the training corpus that are kept from training. Raises ``FimserverError`` where there are none."""
-    folder = default_folder()
+    folder = folder or default_folder()
     documents = read_held_out(folder) if folder.is_dir() else []
     if not documents:
         msg = "there is no corpus to take held-out files from; run `fimserver corpus` or name a folder with --data"

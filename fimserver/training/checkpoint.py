@@ -12,7 +12,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,22 @@ from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, 
 
 from fimserver.engine.weights import METADATA_FILE, ModelMetadata, find_model, load_weights
 from fimserver.errors import FimserverError
+from fimserver.training.corpus import Document
 from fimserver.training.loss import CAP
 from fimserver.training.packed import EPS
 from fimserver.training.recipe import Recipe
-from fimserver.training.tokenizer import SPECIAL_TOKENS
+from fimserver.training.tokenizer import SPECIAL_TOKENS, train_tokenizer
 
 CHECKPOINT_FILE = "checkpoint.pt"
 MODEL_FOLDER = "model"
 _FORMAT = 1
 _FILE_TOKEN, _SNIPPET_TOKEN = (SPECIAL_TOKENS.index(name) for name in ("<file>", "<sep>"))
 _COPIED_FILES = ("tokenizer.json", "generation_config.json")
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether a folder has a run to go on with."""
+    return (folder / CHECKPOINT_FILE).exists()
 
 
 def create_model(recipe: Recipe) -> Any:
@@ -74,14 +80,15 @@ def create_model(recipe: Recipe) -> Any:
 def prepare_model(folder: Path, recipe: Recipe, source: str | None, base: str) -> tuple[Any, Recipe, Path]:
     """Model to train (fp32), its recipe, and the folder of its tokenizer. Raises ``FimserverError``.
 
-    A run that was begun goes on; another begins from ``source``, or from nothing with the tokenizer of ``base``.
+    A run that was begun goes on; another begins from ``source``, or from nothing with the tokenizer of ``base``. The
+    shape is that of the weights, if there are any.
     """
-    begun = (folder / CHECKPOINT_FILE).exists()
+    begun = has_begun(folder)
     source_folder = folder / MODEL_FOLDER if begun else find_model(source or base)
     torch.manual_seed(recipe.seed)
     if begun or source is not None:
         model = load_weights(source_folder, dtype=torch.float32)
-        recipe = shape_of(model, recipe)
+        recipe = shape_of(model.config, recipe)
         if recipe.experts > model.config.get_text_config().num_experts:
             model = split_experts(model, recipe)
     else:
@@ -105,6 +112,15 @@ def check_class(model: Any, folder: Path) -> None:
         raise FimserverError(msg)
 
 
+def prepare_base(folder: Path, source: str, documents: Sequence[Document], vocabulary: int) -> Path:
+    """A folder without weights as ``source``'s, its tokenizer learned anew from documents; gives the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (*_COPIED_FILES, METADATA_FILE):
+        shutil.copyfile(find_model(source) / name, folder / name)
+    train_tokenizer(documents, vocabulary).save(str(folder / "tokenizer.json"))
+    return folder
+
+
 def metadata_of(recipe: Recipe, base: ModelMetadata, name: str) -> ModelMetadata:
     """What a model of this recipe was trained for; how it is decoded stays as it was.
 
@@ -123,9 +139,9 @@ def metadata_of(recipe: Recipe, base: ModelMetadata, name: str) -> ModelMetadata
     )
 
 
-def shape_of(model: Any, recipe: Recipe) -> Recipe:
+def shape_of(whole: DiffusionGemmaConfig, recipe: Recipe) -> Recipe:
     """The recipe with the shape that a model has; more experts than it has stay asked for."""
-    config = model.config.get_text_config()
+    config = whole.get_text_config()
     shape = {
         "vocabulary": config.vocab_size,
         "hidden": config.hidden_size,

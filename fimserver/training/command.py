@@ -17,12 +17,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from fimserver.engine.model import find_device
+from fimserver.engine.weights import find_model, read_config
 from fimserver.errors import FimserverError
-from fimserver.training.checkpoint import MODEL_FOLDER, read_recipe
+from fimserver.training.checkpoint import MODEL_FOLDER, has_begun, prepare_base, read_recipe, shape_of
 from fimserver.training.corpus import default_folder, read_documents, read_held_out
 from fimserver.training.curves import write_losses
 from fimserver.training.experiments import EXPERIMENTS, find_experiment, run_experiment, to_table
-from fimserver.training.recipe import Recipe
+from fimserver.training.recipe import SHAPE, Recipe
 from fimserver.training.schedule import Budget
 from fimserver.training.trainer import LOG_FILE, Machine, Material, Trainer
 
@@ -65,8 +66,14 @@ def train_model(  # noqa: PLR0913  one parameter an option
     material = _read_material(corpus)
     recipe = _choose_recipe(folder, pairs, on_gpu=place.type == "cuda")
     machine = Machine(str(place), threads=threads, workers=_GPU_WORKERS if place.type == "cuda" else 1)
+    begins = not has_begun(folder)
+    if not (fresh and begins):
+        _check_shape(pairs, recipe, folder / MODEL_FOLDER if not begins else find_model(source))
     with _only_one(folder):
-        trainer = Trainer.prepare(folder, recipe, material, machine, None if fresh else source, base=source)
+        base = source
+        if fresh and begins and recipe.vocabulary != read_config(find_model(source)).get_text_config().vocab_size:
+            base = str(prepare_base(folder / "base", source, material.documents, recipe.vocabulary))
+        trainer = Trainer.prepare(folder, recipe, material, machine, None if fresh else source, base=base)
         with _progress() as show, _stop_on_signal() as stopped:
             held_out = trainer.run(Budget(hours, steps), on_step=show, interrupted=lambda _state: bool(stopped))
         write_losses(folder / LOG_FILE)
@@ -99,6 +106,16 @@ def _choose_recipe(folder: Path, pairs: tuple[str, ...], *, on_gpu: bool) -> Rec
         raise FimserverError(msg) from error
     at_once = _GPU_ROWS["rows_at_once"] if on_gpu else Recipe().rows_at_once
     return recipe.with_values({"rows_at_once": math.gcd(recipe.rows_per_step, at_once)}).with_pairs(pairs)
+
+
+def _check_shape(pairs: tuple[str, ...], recipe: Recipe, weights: Path) -> None:
+    """Raises ``FimserverError`` where a shape is asked for that weights do not have."""
+    asked = {name: getattr(recipe, name) for name in SHAPE if any(pair.startswith(f"{name}=") for pair in pairs)}
+    known = shape_of(read_config(weights), recipe)
+    for name, value in asked.items():
+        if value != getattr(known, name):
+            msg = f"{name}={value}: the weights of {weights} have {getattr(known, name)}; --fresh begins with none"
+            raise FimserverError(msg)
 
 
 @contextlib.contextmanager

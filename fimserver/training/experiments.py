@@ -8,19 +8,17 @@ are. The runs are short: what they say is what helps soon, at this size.
 Knows:  the trainer, recipes.  Never: LSP.
 """
 
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fimserver.engine.weights import find_model
 from fimserver.errors import FimserverError
+from fimserver.training.checkpoint import prepare_base
 from fimserver.training.measures import HeldOut
 from fimserver.training.recipe import Recipe
 from fimserver.training.schedule import Budget
-from fimserver.training.tokenizer import train_tokenizer
 from fimserver.training.trainer import Machine, Material, Trainer
 
 _FORWARD_AND_BACK = 3  # times a forward pass
@@ -197,7 +195,7 @@ def run_experiment(  # noqa: PLR0913  one run's parts
             begin = None if experiment.fresh else source
             base = source
             if "vocabulary" in changes:
-                base = str(_with_tokenizer(Path(folder) / "base", source, material, recipe.vocabulary))
+                base = str(prepare_base(Path(folder) / "base", source, material.documents, recipe.vocabulary))
             trainer = Trainer.prepare(Path(folder) / "run", recipe, material, machine, begin, base=base)
             measured = recipe if experiment.measured is None else recipe_of(experiment, experiment.measured)
             trainer.measure_on(measured, longest_middle=experiment.longest_middle)
@@ -206,13 +204,6 @@ def run_experiment(  # noqa: PLR0913  one run's parts
         outcomes.append(Outcome(name, label, state.step, state.positions, round(state.seconds, 1), held_out))
         report(outcomes[-1])
     return outcomes
-
-
-def _with_tokenizer(folder: Path, source: str, material: Material, vocabulary: int) -> Path:
-    """A copy of a model's folder with a tokenizer of another size."""
-    shutil.copytree(find_model(source), folder)
-    train_tokenizer(material.documents, vocabulary).save(str(folder / "tokenizer.json"))
-    return folder
 
 
 def to_table(outcomes: Sequence[Outcome]) -> list[str]:

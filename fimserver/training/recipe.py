@@ -20,6 +20,8 @@ _AT_LEAST_ONE = (
     *("vocabulary", "hidden", "layers", "heads", "key_value_heads", "head_dim", "dense", "experts", "top_k_experts"),
     *("expert", "full_attention_every", "canvas", "canvases", "rows_per_step", "rows_at_once"),
 )
+# Fields that weights decide; experts can be split
+SHAPE = ("vocabulary", "hidden", "layers", "heads", "key_value_heads", "head_dim", "dense", "expert")
 _SHARES = (
     "snippets",
     "pure_noise",

@@ -11,6 +11,7 @@ and both denoisings are trained together. The rate is flat and falls at the end,
 Knows:  documents, the model, files of its run.  Never: LSP.
 """
 
+import contextlib
 import importlib.util
 import json
 import logging
@@ -299,6 +300,7 @@ class Trainer:
         for name, mean in self._averages.items():
             mean.copy_(known["averages"].get(name, self._parameters[name].detach()))
         self.state = State(**known["state"])
+        cut_log(self.folder / LOG_FILE, self.state.step)
 
     def export(self) -> Path:
         """Write the model folder, of the averaged weights where there are any."""
@@ -320,6 +322,18 @@ class Trainer:
     def _log(self, entry: Mapping[str, Any]) -> None:
         with (self.folder / LOG_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
+
+
+def cut_log(path: Path, step: int) -> None:
+    """Drop what was logged behind a checkpoint's step, and a line that was not written to its end."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    path.write_text("".join(kept), encoding="utf-8")
 
 
 class _Aim:
