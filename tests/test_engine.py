@@ -133,21 +133,33 @@ def test_cancel_leaves_the_engine_usable(engine: Engine, mode: Mode) -> None:
     assert engine.complete(context("x = "), Sampling(mode, seed=0, min_tokens=1)).text
 
 
-def test_trace_has_every_canvas(tiny_engine: Engine) -> None:
+@pytest.fixture(params=[0.7, 0.0], ids=["from the left", "in any order"])
+def denoising_engine(request: pytest.FixtureRequest, tiny_model: Model, vocabulary: Vocabulary) -> Engine:
+    metadata = replace(tiny_model.metadata, commit_probability=request.param)
+    return Engine(Model(tiny_model.network, metadata), vocabulary)
+
+
+def test_trace_has_every_canvas(denoising_engine: Engine) -> None:
+    engine = denoising_engine
     drafts: list[Draft] = []
     sampling = Sampling(Mode.DIFFUSION, seed=0, max_denoising_steps=3, trace=True)
-    generation = tiny_engine.complete(context("x = "), sampling, on_draft=drafts.append)
-    assert [d.step for d in drafts] == list(range(1, generation.denoising_steps + 1))
-    lengths = [len(d.canvas) for d in drafts]
-    assert lengths == sorted(lengths, reverse=True), "a canvas is cut behind its end"
-    assert 0 < lengths[-1] <= tiny_engine.model.canvas_length
+    generation = engine.complete(context("x = "), sampling, on_draft=drafts.append)
+    traced = [d for d in drafts if d.canvas]
+    assert [d.step for d in traced] == list(range(1, generation.denoising_steps + 1))
+    if not engine.model.metadata.denoises_from_left:
+        assert traced == drafts
+        lengths = [len(d.canvas) for d in drafts]
+        assert lengths == sorted(lengths, reverse=True), "a canvas is cut behind its end"
+    assert 0 < len(traced[-1].canvas) <= engine.model.canvas_length
     assert "<mid>" in generation.prompt_text
 
 
-def test_steps_can_be_limited(tiny_engine: Engine) -> None:
-    generation = tiny_engine.complete(context("x = "), Sampling(Mode.DIFFUSION, seed=0, max_denoising_steps=2))
+def test_steps_can_be_limited(denoising_engine: Engine) -> None:
+    engine = denoising_engine
+    generation = engine.complete(context("x = "), Sampling(Mode.DIFFUSION, seed=0, max_denoising_steps=2))
     assert generation.denoising_steps <= 2
-    assert generation.forward_passes == generation.denoising_steps + 1
+    encoding = 0 if engine.model.metadata.denoises_from_left else 1  # there the first pass reads the prompt too
+    assert generation.forward_passes == generation.denoising_steps + encoding
 
 
 # Prompts

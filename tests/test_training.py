@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import lzma
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,7 +24,16 @@ from fimserver.training.corpus import DOCUMENTS_FILE, Document, build_corpus
 from fimserver.training.recipe import Recipe
 from fimserver.training.rows import RowStream
 from fimserver.training.schedule import Budget, State
-from fimserver.training.trainer import LOG_FILE, SAMPLES_FILE, STOP_FILE, Machine, Material, Trainer, can_compile
+from fimserver.training.trainer import (
+    LOG_FILE,
+    SAMPLES_FILE,
+    STOP_FILE,
+    Machine,
+    Material,
+    Trainer,
+    can_compile,
+    weigh_canvases,
+)
 from fimserver.types import FimContext, Hole, HoleKind, Sampling
 
 TINY = SHIPPED_MODELS / "tiny"
@@ -113,6 +123,27 @@ def test_training_lowers_the_losses(tmp_path: Path) -> None:
     assert (tmp_path / "run" / SAMPLES_FILE).read_text().count("step 24") == 2
     assert [e["step"] for e in log_of(tmp_path / "run")] == [10, 20, 24]
     assert trainer.evaluate() == after  # the same rows and noise
+
+
+def test_tokens_far_behind_what_is_known_may_count_less() -> None:
+    known = torch.tensor([[[False, False, True, False, False, False]]])
+    alike = weigh_canvases(known, dataclasses.replace(RECIPE, kept_token=0.25))[0, 0]
+    assert alike.tolist() == [1, 1, 0.25, 1, 1, 1]
+    near = weigh_canvases(known, dataclasses.replace(RECIPE, kept_token=0.25, far_token=0.5, reach=1.0))[0, 0]
+    fallen = [0.5 + 0.5 * math.exp(-n) for n in range(3)]
+    assert near.tolist() == pytest.approx([*fallen[:2], 0.25, *fallen])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_share_of_pads_is_trained(tmp_path: Path, share: float) -> None:
+    trainer = prepare(tmp_path / "run", dataclasses.replace(RECIPE, pad=share))
+    truth = torch.zeros(4, 8, 32, dtype=torch.long)
+    truth[:, :, :4] = 9
+    aim = trainer._aim_at_truth(torch.zeros(4, 256, 32), truth + 1, truth, torch.Generator().manual_seed(0), 1.0)
+    weights = aim.weights.view(truth.shape)
+    assert bool((weights[:, :, :4] > 0).all())
+    assert float((weights[:, :, 4:] > 0).float().mean()) == pytest.approx(share, abs=0.06)
+    assert float(weights.sum()) == pytest.approx(1)
 
 
 def test_what_is_trained_is_the_decoder_and_all_of_it(tmp_path: Path) -> None:

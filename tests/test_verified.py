@@ -11,16 +11,16 @@ import torch
 from fimserver.bench.lines import cut_lines
 from fimserver.engine.answer import AnswerEnd, AnswerStart
 from fimserver.engine.autoregressive import fill_left_to_right
-from fimserver.engine.denoise import Filled
+from fimserver.engine.denoise import Filled, RunnerUp
 from fimserver.engine.drafts import DraftTree, Lookup
 from fimserver.engine.engine import Engine
 from fimserver.engine.kv_cache import PromptCache
 from fimserver.engine.model import Model
 from fimserver.engine.probe import choose_drafts, measure_row_cost
-from fimserver.engine.verified import Drafter, DraftOptions, fill_verified
+from fimserver.engine.verified import Drafter, DraftOptions, _Walk, fill_verified
 from fimserver.engine.vocabulary import Vocabulary
 from fimserver.errors import CompletionCancelledError
-from fimserver.types import FimContext, Hole, HoleKind, Mode, Sampling
+from fimserver.types import Draft, FimContext, Generation, Hole, HoleKind, Mode, Sampling
 
 LINE = Hole(HoleKind.REST_OF_LINE, 1, 12)
 BLOCK = Hole(HoleKind.BLOCK, 4, 32)
@@ -202,3 +202,100 @@ def test_dear_rows_are_spent_on_few_drafts(tiny_model: Model) -> None:
     assert choose_drafts(0.5).max_nodes < choose_drafts(0.05).max_nodes < choose_drafts(0.0).max_nodes
     assert choose_drafts(0.001).max_canvases > 0
     assert 0 <= measure_row_cost(tiny_model) < 2
+
+
+def walk_behind(vocabulary: Vocabulary, token_id: int, max_tokens: int = 20) -> _Walk:
+    end = AnswerEnd(vocabulary, 3)
+    start = AnswerStart(end, "", min_tokens=0, vocab_size=vocabulary.size)
+    walk = _Walk(end, start, max_tokens, lambda _answer: None, 0.0, None, None)
+    walk.begin(RunnerUp(token_id, -0.1))
+    return walk
+
+
+def canvas_of(vocabulary: Vocabulary, tokens: Sequence[tuple[int, float]]) -> torch.Tensor:
+    """Logits of tokens with these probabilities; the rest is shared by all others."""
+    shares = torch.empty(len(tokens), vocabulary.size)
+    for row, (token_id, share) in zip(shares, tokens, strict=True):
+        row.fill_((1 - share) / (vocabulary.size - 1))
+        row[token_id] = share
+    return shares.log()
+
+
+def test_a_canvas_is_taken_as_far_as_it_is_sure(vocabulary: Vocabulary) -> None:
+    canvas = canvas_of(vocabulary, [(100, 0.5), (101, 0.9), (102, 0.8), (103, 0.6), (104, 0.99)])
+    walk = walk_behind(vocabulary, 100)
+    left, finish = walk.commit(canvas, 0.7)
+    assert (walk.answer, finish) == ([100, 101, 102], "")
+    assert left.argmax(-1).tolist() == [103, 104], "what is left is a draft"
+
+
+def test_a_canvas_that_says_another_next_token_is_a_draft_alone(vocabulary: Vocabulary) -> None:
+    canvas = canvas_of(vocabulary, [(99, 0.9), (101, 0.9)])
+    for least in (0.7, 0.0):
+        walk = walk_behind(vocabulary, 100)
+        assert len(walk.commit(canvas, least)[0]) == 1
+        assert walk.answer == [100]
+    walk = walk_behind(vocabulary, 99)
+    walk.commit(canvas, float("inf"))
+    assert walk.answer == [99], "verified decoding writes nothing that is not verified"
+
+
+def test_a_canvas_may_end_an_answer_and_not_pass_its_limit(vocabulary: Vocabulary) -> None:
+    canvas = canvas_of(vocabulary, [(100, 0.9), (101, 0.9), (1, 0.9), (102, 0.9)])
+    walk = walk_behind(vocabulary, 100)
+    assert walk.commit(canvas, 0.7)[1] == "end"
+    assert walk.answer == [100, 101]
+    walk = walk_behind(vocabulary, 100, max_tokens=2)
+    assert walk.commit(canvas, 0.7)[1] == "length"
+    assert walk.answer == [100, 101]
+
+
+def denoise(engine: Engine, fim: FimContext, least: float, **options: Any) -> Generation:
+    """From the left, with nothing of earlier requests, with another threshold."""
+    known = engine.model.metadata
+    engine.model.metadata = replace(known, commit_probability=least)
+    engine.forget()
+    try:
+        return engine.complete(fim, Sampling(Mode.DIFFUSION, seed=0, **options))
+    finally:
+        engine.model.metadata = known
+
+
+def test_denoising_that_is_never_sure_is_left_to_right(model: Model, vocabulary: Vocabulary) -> None:
+    engine = Engine(model, vocabulary)
+    for fim in contexts(12):
+        engine.forget()
+        plain = engine.complete(fim, Sampling(Mode.VERIFIED, seed=0))
+        denoised = denoise(engine, fim, 1.0)
+        assert denoised.text == plain.text
+        assert denoised.forward_passes <= plain.forward_passes
+
+
+def test_tokens_that_nobody_verifies_save_passes(tiny_engine: Engine) -> None:
+    passes = [[denoise(tiny_engine, fim, least).forward_passes for fim in contexts(12)] for least in (1.0, 1e-6)]
+    assert sum(passes[1]) < sum(passes[0])
+
+
+def test_what_a_canvas_wrote_is_in_the_cache(tiny_engine: Engine) -> None:
+    answers = ((denoise(tiny_engine, fim, 1e-6, without=("grammar",)), fim) for fim in contexts(12, BLOCK))
+    assert any(answer.num_tokens > answer.forward_passes for answer, _ in answers)  # ends at the first such one
+    cache = tiny_engine.prompt_cache
+    ids = list(cache.token_ids)
+    assert cache.cache.length == len(ids)
+    expected = PromptCache(tiny_engine.model).encode([*ids, 11, 12]).logits
+    torch.testing.assert_close(cache.append([11, 12], last_only=True), expected, atol=2e-4, rtol=0)
+
+
+def test_denoising_from_the_left_ends_with_its_steps_and_shows_its_canvas(tiny_engine: Engine) -> None:
+    fim = max(contexts(6, BLOCK), key=lambda c: denoise(tiny_engine, c, 1.0).forward_passes)
+    drafts: list[Draft] = []
+    tiny_engine.forget()
+    generation = tiny_engine.complete(
+        fim, Sampling(Mode.DIFFUSION, seed=0, max_denoising_steps=2, trace=True), on_draft=drafts.append
+    )
+    assert tiny_engine.model.metadata.denoises_from_left
+    assert (generation.finish, generation.denoising_steps) == ("steps", 2)
+    canvases = [d.canvas for d in drafts if d.canvas]
+    assert len(canvases) == 2
+    assert canvases[0][0].accepted
+    assert any(token.entropy > 0 for canvas in canvases for token in canvas if not token.accepted)

@@ -13,6 +13,7 @@ Raises:  CompletionCancelledError within one step of ``cancelled`` turning true.
 
 import math
 import secrets
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,7 +22,7 @@ import torch
 
 from fimserver.engine.answer import AnswerEnd, AnswerStart
 from fimserver.engine.autoregressive import fill_left_to_right
-from fimserver.engine.denoise import CanvasState, Denoiser, DenoisingOptions, Filled, RunnerUp
+from fimserver.engine.denoise import CanvasState, Denoiser, DenoisingOptions, Filled, RunnerUp, token_entropy
 from fimserver.engine.drafts import Lookup
 from fimserver.engine.grammar import TreeRules
 from fimserver.engine.job import LEAST_TEMPERATURE, Clock, Job, OnDraft
@@ -38,6 +39,7 @@ from fimserver.types import Alternative, CanvasToken, Draft, FimContext, Generat
 
 _TOKENS_A_LINE = 24  # what an answer may take for each line that its hole has
 _MAX_TOKENS = 1024
+_SIDE_CANVASES, _SIDE_CANVAS_TOKENS = 2, 8  # of a pass that denoises from the left
 _SOFT_TOP = 64  # likeliest tokens that condition the next step
 _EARLIER_TOKENS = 512  # of earlier answers that drafts are taken from,
 _MATCHED_TOKENS = 4  # and of what stood before each
@@ -137,7 +139,8 @@ class Engine:
         clock.lap("prompt")
         clock.check_cancelled()
         mode = self.model.metadata.preferred_mode if sampling.mode is Mode.AUTO else sampling.mode
-        fill = {Mode.DIFFUSION: self._denoise, Mode.VERIFIED: self._verify}.get(mode, self._write)
+        denoise = self._denoise_from_left if self.model.metadata.denoises_from_left else self._denoise
+        fill = {Mode.DIFFUSION: denoise, Mode.VERIFIED: self._verify}.get(mode, self._write)
         encoded, filled = fill(job)
         clock.lap("decode")
         text = job.to_text(filled.token_ids)
@@ -181,7 +184,7 @@ class Engine:
         calibration = self.model.metadata.calibration
         ranked: list[Candidate] = []
         for answer in (filled, *job.others):
-            if calibration and mode is not Mode.DIFFUSION:
+            if calibration and (mode is not Mode.DIFFUSION or self.model.metadata.denoises_from_left):
                 ranked += rank(self._to_scored(job, answer), calibration)
             else:
                 ranked.append(Candidate(job.to_text(answer.token_ids), answer.confidence))
@@ -286,7 +289,37 @@ class Engine:
         )
         return encoded, filled
 
-    def _verify(self, job: Job) -> tuple[Encoded, Filled]:
+    def _denoise_from_left(self, job: Job) -> tuple[Encoded, Filled]:
+        """Canvases one behind the other, each taken as far as it is sure; left to right and drafts where it is not."""
+        step = 0
+
+        def on_canvas(answer: Sequence[int], logits: torch.Tensor) -> None:
+            nonlocal step
+            step += 1
+            if job.sampling.trace:
+                canvas = (*self._to_settled(answer), *self._to_open(logits))
+                job.on_draft(Draft(step, job.to_text(answer), canvas=canvas))
+
+        metadata = self.model.metadata
+        options = DraftOptions(
+            max_nodes=self._drafts_of(job).max_nodes,
+            max_canvases=_SIDE_CANVASES,
+            canvas_length=_SIDE_CANVAS_TOKENS,
+            commit_probability=metadata.commit_probability,
+        )
+        return self._verify(job, options, self.options(job.sampling).max_denoising_steps, on_canvas)
+
+    def _drafts_of(self, job: Job) -> DraftOptions:
+        """As many as this machine likes; under a seed, as many as by default."""
+        return self.draft_options if job.sampling.seed is None else DraftOptions()
+
+    def _verify(
+        self,
+        job: Job,
+        options: DraftOptions | None = None,
+        max_steps: int = sys.maxsize,
+        on_canvas: Callable[[Sequence[int], torch.Tensor], None] = lambda _answer, _logits: None,
+    ) -> tuple[Encoded, Filled]:
         """Left to right, drafts ahead; the prompt's last tokens are read in the first pass."""
         ids = job.prompt.token_ids
         encoded = self.prompt_cache.encode_but_last(ids, between=job.clock.check_cancelled)
@@ -297,11 +330,11 @@ class Engine:
             lookup.extend(self._earlier)
         lookup.extend(before)
         guesses = [self.vocabulary.encode(job.prompt.healed + guess.text) for guess in job.guesses]
-        options = self.draft_options if job.sampling.seed is None else DraftOptions()
+        wanted = options or self._drafts_of(job)
         options = replace(
-            options,
-            lookup=options.lookup and job.has("lookup"),
-            max_canvases=options.max_canvases if job.has("canvases") else 0,
+            wanted,
+            lookup=wanted.lookup and job.has("lookup"),
+            max_canvases=wanted.max_canvases if job.has("canvases") else 0,
         )
 
         def fill(pending: Sequence[int], first: RunnerUp | None = None) -> Filled:
@@ -320,6 +353,8 @@ class Engine:
                 generator=job.generator,
                 first=first,
                 rules=job.rules(),
+                max_steps=max_steps,
+                on_canvas=on_canvas if first is None else lambda _answer, _logits: None,
             )
 
         filled = fill(ids[len(self.prompt_cache.token_ids) :])
@@ -332,6 +367,16 @@ class Engine:
             if (other := fill([first.token_id], first)).finish != "latency":
                 job.others.append(other)
         return encoded, replace(filled, passes=filled.passes + sum(other.passes for other in job.others))
+
+    def _to_settled(self, token_ids: Sequence[int]) -> tuple[CanvasToken, ...]:
+        return tuple(CanvasToken(self.vocabulary.show(i), accepted=True, entropy=0.0) for i in token_ids)
+
+    def _to_open(self, logits: torch.Tensor) -> tuple[CanvasToken, ...]:
+        entropy = token_entropy(torch.softmax(logits, dim=-1)).tolist()
+        best = logits.argmax(-1).tolist()
+        return tuple(
+            CanvasToken(self.vocabulary.show(i), accepted=False, entropy=e) for i, e in zip(best, entropy, strict=True)
+        )
 
     def _to_canvas_tokens(self, state: CanvasState) -> tuple[CanvasToken, ...]:
         return tuple(

@@ -10,13 +10,18 @@ The walk from the root takes at each node the token that left to right would tak
 on for free. So the answer is that of ``fill_left_to_right`` to the token, whatever the drafts were worth; in float32,
 that is: a bfloat16 pass rounds by its number of rows, and tokens that are as good as tied may change places.
 
+With ``commit_probability`` it is denoising from the left: where no draft goes on, the canvas behind the walk's last
+node does, as far as it says the same next token and is that sure of each behind it. Such tokens are written unverified:
+fewer passes, and another text where the canvas is wrong.
+
 Knows:   token ids, logits, the cache.  Never: text, files, LSP.
 Stops:   as ``fill_left_to_right`` does; ``stop`` is read before every pass.
 Source:  self-speculation of a model that is causal and bidirectional in one pass, TiDAR (arXiv 2511.08923); trees,
-         arXiv 2305.09781.
+         arXiv 2305.09781; parallel decoding by a threshold of confidence, arXiv 2505.22618.
 """
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -37,12 +42,16 @@ _GUESS_NODES = 40  # of the first pass, which ranks all guesses
 
 @dataclass(frozen=True, slots=True)
 class DraftOptions:
-    """How much is drafted for one pass: nodes of the tree, and canvases of ``canvas_length`` behind the nodes."""
+    """How much is drafted for one pass: nodes of the tree, and canvases of ``canvas_length`` behind the nodes.
+
+    A canvas token that is at least ``commit_probability`` likely is written without being verified; above 1 none is.
+    """
 
     max_nodes: int = 12
     max_canvases: int = 0
     canvas_length: int = 6
     lookup: bool = True
+    commit_probability: float = math.inf
 
 
 @dataclass
@@ -88,20 +97,26 @@ def fill_verified(  # noqa: PLR0913  one call has one place
     generator: torch.Generator | None = None,
     first: RunnerUp | None = None,
     rules: TokenRules | None = None,
+    max_steps: int = sys.maxsize,
+    on_canvas: Callable[[Sequence[int], torch.Tensor], None] = lambda _answer, _logits: None,
 ) -> Filled:
     """The answer after a prompt whose last tokens ``pending`` are not in the cache yet.
 
     ``before`` are the tokens that the answer stands behind, for drafts. What is written stays in the cache. With
-    ``first`` it is the answer that begins with that token, the only one in ``pending`` then.
+    ``first`` it is the answer that begins with that token, the only one in ``pending`` then. ``max_steps``
+    are passes for each canvas full of tokens. ``on_canvas`` gets the answer so far and logits (C, V) of what a canvas
+    says behind it, after each pass; none where no canvas stands there.
     """
     walk = _Walk(answer_end, answer_start, max_tokens, on_token, temperature, generator, rules)
     if first is not None:
         walk.begin(first)
-    noise = torch.Generator(model.device).manual_seed(0)  # of canvases, which decide nothing
-    passes, pending = 0, list(pending)
+    noise = torch.Generator(model.device).manual_seed(0)
+    passes, pending, num_read = 0, list(pending), len(walk.answer)
     while True:
         if passes and stop():
             return walk.filled("latency", passes)
+        if passes >= max_steps * (1 + len(walk.answer) // model.canvas_length):
+            return walk.filled("steps", passes)
         tree, canvases = drafter.draft([*before, *walk.answer], walk.answer)
         rows = to_rows(model, pending, tree, canvases, drafter.options.canvas_length, prompt_cache.cache.length, noise)
         hidden = model.look(rows, prompt_cache.cache)
@@ -114,16 +129,19 @@ def fill_verified(  # noqa: PLR0913  one call has one place
             walk.note_runners_up(logits[0])
         kept = [*range(len(pending)), *(len(pending) + n for n in nodes)]
         prompt_cache.keep(kept, [*pending, *(tree.tokens[n] for n in nodes)])
+        last = nodes[-1] if nodes else -1
+        behind = logits[:0]
+        if not finish and last in canvases:
+            begin = 1 + len(tree.tokens) + canvases.index(last) * drafter.options.canvas_length
+            canvas = logits[begin : begin + drafter.options.canvas_length]
+            behind, finish = walk.commit(canvas, drafter.options.commit_probability)
+        on_canvas(walk.answer, behind)
         if finish:
             return walk.filled(finish, passes)
-        pending = [walk.answer[-1]]
-        drafter.lookup.extend(walk.answer[-len(nodes) - 1 :])
-        last = nodes[-1] if nodes else -1
-        drafter.from_canvas = []
-        if last in canvases:
-            length = drafter.options.canvas_length
-            begin = 1 + len(tree.tokens) + canvases.index(last) * length
-            drafter.from_canvas = logits[begin + 1 : begin + length].argmax(-1).tolist()
+        pending = walk.answer[num_read + len(nodes) :]
+        drafter.lookup.extend(walk.answer[num_read:])
+        num_read = len(walk.answer)
+        drafter.from_canvas = behind.argmax(-1).tolist()
 
 
 def to_rows(  # noqa: PLR0913, PLR0917  everything one pass reads
@@ -242,13 +260,9 @@ class _Walk:
             constrained = self._answer_start.constrain(row, self._beginning)
             may_end = self._beginning.is_whole
             token_id = choose_token(constrained, self._temperature, self._generator, self._rules, may_end=may_end)
-            if token_id is None or (end := self._answer_end.find([*self.answer, token_id])) <= len(self.answer):
-                end = len(self.answer) if token_id is None else end
-                ended_by = int(constrained.argmax()) if token_id is None else token_id
-                self._end_log_probability = self._answer_end.log_probability(row, ended_by)
-                self._end_log_probability += sum(self._log_probabilities[end:])  # of an anchor's beginning
-                del self.answer[end:], self._log_probabilities[end:]
+            if self._ends(row, constrained, token_id):
                 return taken, "end"
+            assert token_id is not None
             self._write(token_id, self._log_probability(row, token_id, self._beginning))
             self._on_token(self.answer)
             child = tree.child(node, token_id)
@@ -258,6 +272,41 @@ class _Walk:
                 return taken, ""
             node = child
             taken.append(node)
+
+    def commit(self, canvas: torch.Tensor, least: float) -> tuple[torch.Tensor, str]:
+        """Write what a canvas is sure of behind the token that was written last; what is left of it, and the finish.
+
+        ``canvas`` (C, V) are logits, the first ones of the place of that token.
+        """
+        if least > 1 or self._temperature > 0 or int(canvas[0].argmax()) != self.answer[-1]:
+            return canvas[1:], ""
+        for position, row in enumerate(canvas[1:], 1):
+            constrained = self._answer_start.constrain(row, self._beginning)
+            best = int(constrained.argmax())
+            may_end = self._beginning.is_whole
+            if (
+                float(torch.softmax(constrained, dim=-1)[best]) < least
+                or choose_token(constrained, 0.0, None, self._rules, may_end=may_end) != best
+            ):
+                return canvas[position:], ""
+            if self._ends(row, constrained, best):
+                return canvas[position:], "end"
+            self._write(best, self._log_probability(row, best, self._beginning))
+            self._on_token(self.answer)
+            if len(self.answer) >= self._max_tokens:
+                return canvas[position + 1 :], "length"
+        return canvas[:0], ""
+
+    def _ends(self, row: torch.Tensor, constrained: torch.Tensor, token_id: int | None) -> bool:
+        """Whether a chosen token ends the answer, which then loses what stands behind its end."""
+        end = len(self.answer) if token_id is None else self._answer_end.find([*self.answer, token_id])
+        if token_id is not None and end > len(self.answer):
+            return False
+        ended_by = int(constrained.argmax()) if token_id is None else token_id
+        self._end_log_probability = self._answer_end.log_probability(row, ended_by)
+        self._end_log_probability += sum(self._log_probabilities[end:])  # of an anchor's beginning
+        del self.answer[end:], self._log_probabilities[end:]
+        return True
 
     def filled(self, finish: str, passes: int) -> Filled:
         own = [self._log_probabilities[i] for i in self._answer_start.own_positions(self.answer)]

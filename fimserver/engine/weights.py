@@ -51,11 +51,17 @@ class ModelMetadata:
     left_bias: float = 0.0  # see DenoisingOptions, as the next two
     kept_condition: float = 0.0
     takes_likeliest: bool = False
+    commit_probability: float = 0.0  # see DraftOptions; above 0 the model is denoised from the left
     max_head_tokens: int = 0  # of imports and headers before a prefix that was cut
     max_file_tokens: int = 0  # of language and path, for a model that knows the special token "file"
     max_snippet_tokens: int = 0  # of pieces of other files, for one that knows the special token "snippet"
     languages: tuple[str, ...] = ()  # that it was trained on; none named means any
     calibration: Mapping[str, Sequence[float]] = field(default_factory=dict)  # see ranking.py
+
+    @property
+    def denoises_from_left(self) -> bool:
+        """Whether canvases are settled from the left, not in any order."""
+        return self.commit_probability > 0
 
     @property
     def reads_snippets(self) -> bool:

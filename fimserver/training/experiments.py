@@ -69,6 +69,15 @@ EXPERIMENTS: dict[str, Experiment] = {
         "How many passes are followed by one conditioned on them?",
         {"none": {"second_pass": 0.0}, "half": {"second_pass": 0.5}, "all": {}},
     ),
+    "near-tokens": Experiment(
+        "Does a canvas token count less, the farther it is behind what is known?",
+        {
+            "alike": {},
+            "half": {"far_token": 0.5},
+            "a tenth": {"far_token": 0.1},
+            "a tenth, far": {"far_token": 0.1, "reach": 8.0},
+        },
+    ),
     "canvases": Experiment(
         "How many canvases beside a row?",
         {"2": {"canvases": 2}, "6": {}, "12": {"canvases": 12}},

@@ -33,6 +33,7 @@ _SHARES = (
     "fall",
     "last_rate",
     "average",
+    "pad",
 )
 _LEAST_PREFIX = 32  # tokens, the prompt's own marks among them
 
@@ -84,7 +85,9 @@ class Recipe:
     # Losses
     next_token: float = 1.0  # weight against denoising's 1
     kept_token: float = 0.25  # of a canvas token that is right already
-    pad: float = 0.1  # of a pad behind the end
+    pad: float = 0.1  # share of the pads behind an end that are trained
+    far_token: float = 1.0  # of a canvas token far behind what is known, against 1 right behind it
+    reach: float = 4.0  # tokens over which it falls from 1 to there, to a 2.7th of the way
     own_words: float = 0.0  # of canvases are to say what the model would say left to right, not what stands there
 
     # Optimizers
@@ -151,6 +154,7 @@ class Recipe:
         for name, greatest in (
             ("least_bound", self.least_bound),
             ("coldest", self.coldest),
+            ("reach", self.reach),
             ("hole_rest_of_line", max(self.holes.values())),
         ):
             if not greatest:

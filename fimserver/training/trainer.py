@@ -206,7 +206,7 @@ class Trainer:
         truth = self._own_words(read.clean, truth, starts, draws)
         aims = {
             "next_token": self._aim_at_next(read.clean, clean),
-            "denoise": self._aim_at_truth(read.canvases, noisy, truth, 0.5 if goes_on else 1.0),
+            "denoise": self._aim_at_truth(read.canvases, noisy, truth, draws, 0.5 if goes_on else 1.0),
         }
         if goes_on:
             temperature = 1 - (1 - recipe.coldest) * float(torch.rand((), generator=draws))
@@ -215,7 +215,7 @@ class Trainer:
             drawn = later_noise(truth, *found, recipe, self._text_tokens, draws)
             soft = packed.condition(soft.view(read.canvases.shape), drawn)
             later = packed.read(None, drawn.canvases, starts, soft, read.known)
-            aims["denoise_later"] = self._aim_at_truth(later.canvases, drawn.canvases, truth, 0.5)
+            aims["denoise_later"] = self._aim_at_truth(later.canvases, drawn.canvases, truth, draws, 0.5)
         loss, losses = head_loss(
             torch.cat([aim.hidden for aim in aims.values()]).to(packed.dtype),
             packed.embedding,
@@ -249,9 +249,12 @@ class Trainer:
         real = ((following != special["pad"]) & (clean != special["eos"])).float()
         return _Aim(hidden, following, real, self.recipe.next_token)
 
-    def _aim_at_truth(self, hidden: Tensor, noisy: Tensor, truth: Tensor, share: float) -> "_Aim":
-        weights = torch.where(noisy != truth, 1.0, self.recipe.kept_token)
-        weights *= torch.where(truth == self.metadata.special_tokens["pad"], self.recipe.pad, 1.0)
+    def _aim_at_truth(
+        self, hidden: Tensor, noisy: Tensor, truth: Tensor, draws: torch.Generator, share: float
+    ) -> "_Aim":
+        is_pad = truth == self.metadata.special_tokens["pad"]
+        trained = (torch.rand(truth.shape, generator=draws) < self.recipe.pad).to(truth.device) | ~is_pad
+        weights = weigh_canvases(noisy == truth, self.recipe) * trained  # an untrained one costs no logits
         return _Aim(hidden, truth, weights, share)
 
     @torch.no_grad()
@@ -322,6 +325,14 @@ class Trainer:
     def _log(self, entry: Mapping[str, Any]) -> None:
         with (self.folder / LOG_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
+
+
+def weigh_canvases(known: Tensor, recipe: Recipe) -> Tensor:
+    """Weight of each canvas token's loss, (B, K, C), by how far it is behind the last one that is known there."""
+    at = torch.arange(known.shape[-1], device=known.device)
+    last_known = torch.where(known, at, -1).cummax(-1).values
+    nearness = torch.exp(-(at - last_known - 1) / recipe.reach)
+    return torch.where(known, recipe.kept_token, recipe.far_token + (1 - recipe.far_token) * nearness)
 
 
 def cut_log(path: Path, step: int) -> None:
