@@ -337,7 +337,10 @@ class Engine:
             max_canvases=wanted.max_canvases if job.has("canvases") else 0,
         )
 
+        shows_canvases = options.commit_probability <= 1 and job.sampling.trace  # which have the answer's tokens too
+
         def fill(pending: Sequence[int], first: RunnerUp | None = None) -> Filled:
+            is_quiet = shows_canvases or first is not None
             return fill_verified(
                 self.model,
                 self.prompt_cache,
@@ -348,7 +351,7 @@ class Engine:
                 answer_end=job.answer_end,
                 answer_start=job.answer_start,
                 stop=job.clock.is_over,
-                on_token=job.on_answer if first is None else lambda _answer: None,
+                on_token=(lambda _answer: None) if is_quiet else job.on_answer,
                 temperature=job.temperature,
                 generator=job.generator,
                 first=first,
