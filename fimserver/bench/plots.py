@@ -24,6 +24,7 @@ KINDS_FILE = "exact_by_kind.png"
 CALIBRATION_FILE = "calibration.png"
 _DPI = 150
 _COLUMNS = 2
+_NEAR = 0.15  # of a picture's width and height: names of points as near would lie on each other
 _STYLES = ("-", "--", ":")  # verified says what left to right says: one line lies on the other
 
 
@@ -113,9 +114,7 @@ def _write_quality(path: Path, points: Sequence[Point], num_holes: int) -> Path:
         shown = [p for p in points if p.is_budget is is_budget]
         if shown:
             axes.scatter([p.passes for p in shown], [p.exact_match for p in shown], marker=marker, label=label)
-    for point in points:
-        offset = (4, 4) if point.is_budget else (4, -12)
-        axes.annotate(point.name, (point.passes, point.exact_match), xytext=offset, textcoords="offset points")
+    _write_names(axes, points)
     front = [points[i] for i in pareto_front([(p.passes, p.exact_match) for p in points])]
     style = {"linestyle": "--", "linewidth": 1, "color": "gray", "label": "Pareto front"}
     axes.plot([p.passes for p in front], [p.exact_match for p in front], **style)
@@ -124,6 +123,27 @@ def _write_quality(path: Path, points: Sequence[Point], num_holes: int) -> Path:
     axes.legend()
     figure.savefig(path, dpi=_DPI)
     return path
+
+
+def _write_names(axes: Any, points: Sequence[Point]) -> None:
+    """Names beside points, on the side where there is room; those of near points one below the other."""
+    wide, high = (max(v) - min(v) or 1.0 for v in ([p.passes for p in points], [p.exact_match for p in points]))
+    middle = min(p.passes for p in points) + wide / 2
+    for number, point in enumerate(points):
+        near = sum(
+            abs(p.passes - point.passes) < _NEAR * wide
+            and abs(p.exact_match - point.exact_match) < _NEAR * high
+            and p.is_budget is point.is_budget
+            for p in points[:number]
+        )
+        is_left = point.passes <= middle
+        axes.annotate(
+            point.name,
+            (point.passes, point.exact_match),
+            xytext=(4 if is_left else -4, 4 + 12 * near if point.is_budget else -12 * (1 + near)),
+            textcoords="offset points",
+            ha="left" if is_left else "right",
+        )
 
 
 def _write_passes(path: Path, passes: Mapping[str, Sequence[int]]) -> Path:

@@ -311,7 +311,7 @@ def _to_picture(candidate: Candidate, mode: Mode, num_models: int) -> ModeScores
     filled = candidate.filled[mode.value]
     kinds = {kind: share_interval([f.is_exact for f in members]) for kind, members in _by_kind(filled).items()}
     return ModeScores(
-        f"{candidate.model}, {mode.value}" if num_models > 1 else mode.value,
+        f"{Path(candidate.model).name}, {mode.value}" if num_models > 1 else mode.value,
         {kind: interval for kind, interval in kinds.items() if interval},
         [f.answer for f in filled if f.answer],
         statistics.fmean(f.passes for f in filled),
