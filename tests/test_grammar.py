@@ -279,10 +279,18 @@ def test_the_next_best_allowed_token_is_taken() -> None:
 def test_an_answer_ends_where_the_suffix_goes_on(tiny_engine: Engine) -> None:
     """Nothing is computed behind the bracket that stands there already."""
     context = FimContext("def most(first, second):\n    return max(first, ", ")\n", "a.py", "python", LINE)
-    with_rules = tiny_engine.complete(context, Sampling(Mode.AUTOREGRESSIVE, seed=0))
-    without = tiny_engine.complete(context, Sampling(Mode.AUTOREGRESSIVE, seed=0, without=("grammar",)))
-    assert python_parses(context.prefix + with_rules.text + context.suffix)
-    assert with_rules.forward_passes < without.forward_passes
+    answer = tiny_engine.complete(context, Sampling(Mode.AUTOREGRESSIVE, seed=0))
+    assert python_parses(context.prefix + answer.text + context.suffix)
+    vocabulary = tiny_engine.vocabulary
+    rules = LexicalRules(context, "", AnswerEnd(vocabulary, 1))
+    for token_id in vocabulary.encode("min(first"):
+        rules.accept(token_id)
+    (closer,) = vocabulary.encode(")")
+    logits = torch.zeros(vocabulary.size)
+    logits[closer] = 9.0
+    assert choose_token(logits, 0.0, None, rules) == closer, "of the bracket that the answer opened"
+    rules.accept(closer)
+    assert choose_token(logits, 0.0, None, rules) is None, "it stands behind the cursor already"
 
 
 @pytest.mark.parametrize(
