@@ -406,9 +406,14 @@ def test_crlf_document_gets_crlf_and_no_duplicate_cr(ready: LspClient) -> None:
 
 
 def test_other_language_by_lines(ready: LspClient) -> None:
-    ready.open("file:///a.go", "package main\n\nfunc add(a int, b int) int {\n\treturn a +\n}\n", language="go")
-    items = ready.complete("file:///a.go", 3, 11)
-    assert items or ready.explain()["last"]["reason"] in {"empty", "repetition"}
+    call = "\treturn addTogether(firstNumber, "
+    ready.open(
+        "file:///a.go",
+        f"package main\n\nfunc one() int {{\n{call}secondNumber)\n}}\n\nfunc two() int {{\n{call}\n}}\n",
+        language="go",
+    )
+    items = ready.complete("file:///a.go", 7, len(call))
+    assert items[0]["insertText"].endswith("secondNumber)"), "said above, whatever the weights are"
     assert not any("\n" in item["insertText"] for item in items)
 
 

@@ -88,7 +88,15 @@ def test_engine_says_the_guess_that_is_likelier(tiny_engine: Engine) -> None:
 
 def test_without_guesses_there_are_none(tiny_engine: Engine) -> None:
     context = replace(FIM, guesses=(Guess(" - 999", 150, 12, 5),))
-    assert tiny_engine.complete(context, Sampling(Mode.VERIFIED, seed=0)).text == " - 999"
+    believes = {"answer": [-9.0, *[0.0] * 6], "guess": [9.0, *[0.0] * 7]}  # whatever the weights say
+    tiny_engine.model.metadata, kept = (
+        replace(tiny_engine.model.metadata, calibration=believes),
+        tiny_engine.model.metadata,
+    )
+    try:
+        assert tiny_engine.complete(context, Sampling(Mode.VERIFIED, seed=0)).text == " - 999"
+    finally:
+        tiny_engine.model.metadata = kept
     plain = tiny_engine.complete(FIM, Sampling(Mode.VERIFIED, seed=0))
     left_out = tiny_engine.complete(context, Sampling(Mode.VERIFIED, seed=0, without=("guesses",)))
     assert (left_out.text, left_out.is_guess) == (plain.text, False)
