@@ -13,6 +13,14 @@ from typing import Any
 SERVER = [sys.executable, "-P", "-m", "fimserver.cli", "lsp"]
 
 
+def has_memory(pid: int) -> bool:
+    """Whether the process still holds memory: one that ended and was not yet waited for has no command line."""
+    try:
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 class LspClient:
     """One server process; requests are answered by id, notifications and server requests are kept."""
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from fake_engine import MARK, WORKER, FakeServer, configure, read_journal
-from lsp_client import LspClient
+from lsp_client import LspClient, has_memory
 from test_shared_engine import connection, is_in, until
 
 from fimserver.context.place import Place, complete_place, find_place
@@ -251,7 +251,7 @@ def test_memory_held_while_idle(start_fake: Callable[..., FakeServer]) -> None:
     assert Path(f"/proc/{pid}").exists()
     server.wait_for_notification("didChangeStatus", lambda p: "idle minutes" in p["message"])
     deadline = time.monotonic() + 5
-    while Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes():
+    while has_memory(pid):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert server.explain()["engine"]["pid"] is None

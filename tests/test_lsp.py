@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from fake_engine import FakeServer
-from lsp_client import SERVER, LspClient
+from lsp_client import SERVER, LspClient, has_memory
 
 from fimserver.lsp.convert import is_writable
 
@@ -353,7 +353,7 @@ def test_engine_ends_with_its_server(fresh: LspClient) -> None:
     fresh.process.kill()
     fresh.process.wait()
     deadline = time.monotonic() + 10
-    while Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes():
+    while has_memory(pid):
         assert time.monotonic() < deadline, "the worker outlived its server"
         time.sleep(0.05)
 
