@@ -358,11 +358,37 @@ def profile(limit: int, as_json: bool, **options: Any) -> None:  # noqa: FBT001
 
 @main.command()
 @_engine_options
-def doctor(**options: Any) -> None:
-    """Check the installation; every line that fails says how to mend it."""
-    from fimserver.doctor import run_checks  # noqa: PLC0415
+@click.option(
+    "--card", metavar="NAME", help='Plan instead: what --model needs of this card, say "RTX 5090", or of cpu.'
+)
+@click.option(
+    "--context",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Tokens of the plan's prompt; 8192, or all a shorter model takes, unless given.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as one JSON object.")
+def doctor(card: str | None, context: int | None, as_json: bool, **options: Any) -> None:  # noqa: FBT001
+    """Check the installation; every line that fails says how to mend it.
 
-    sys.exit(0 if run_checks(_settings(options, reports=False)) else 1)
+    With --card nothing is checked: --model is a published name, the shipped one or a folder, and need not be here.
+    """
+    from fimserver.doctor import plan_model, print_plan, run_checks  # noqa: PLC0415
+
+    settings = _settings(options, reports=False)
+    if card is None:
+        if context is not None or as_json:
+            msg = '--context and --json are for plans; say --card too, for instance --card "RTX 5090"'
+            raise click.UsageError(msg)
+        sys.exit(0 if run_checks(settings) else 1)
+    try:
+        plan = plan_model(settings.model, card, context)
+    except FimserverError as error:
+        raise click.UsageError(str(error)) from error
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(plan)))
+    else:
+        print_plan(plan)
 
 
 @main.command()

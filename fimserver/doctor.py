@@ -1,6 +1,6 @@
-"""``fimserver doctor``: what is installed, and whether the model loads and answers.
+"""``fimserver doctor``: what is installed, and whether the model loads and answers; with a card, what it would need.
 
-Knows:  packages, the machine, the engine's client.  Never: LSP, torch (the engine's process imports it).
+Knows:  packages, the machine, the engine's client, plans.  Never: LSP, torch (the engine's process imports it).
 """
 
 import os
@@ -9,15 +9,19 @@ import sys
 from dataclasses import dataclass
 from importlib import metadata
 
+from rich.box import SIMPLE
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from fimserver import __version__
+from fimserver.cards import find_card
 from fimserver.context.languages import LANGUAGES
 from fimserver.context.syntax import GRAMMAR_ERRORS, load_parser
 from fimserver.engine.client import EngineClient, EngineOptions
-from fimserver.errors import EngineError
+from fimserver.errors import EngineError, FimserverError
 from fimserver.paths import config_file
+from fimserver.planner import DEFAULT_CONTEXT_TOKENS, Plan, Step, find_checkpoint, plan_on_card, plan_on_cpu
 from fimserver.settings import Settings, read_config_file
 from fimserver.types import FimContext, Hole, HoleKind, Sampling
 
@@ -32,6 +36,7 @@ _PACKAGES = (
     "tree-sitter",
     "tree-sitter-python",
 )
+_FEW_STEPS = 20  # a second, below which a digit more is shown
 _LEAST_FREE_BYTES = 1_500_000_000  # torch, transformers and the shipped model in one process
 _PROBE = "def add(first, second):\n    return first + "
 
@@ -142,3 +147,75 @@ def check_model(settings: Settings) -> Check:
         f"probe answered in {generation.timings_ms['total']:.0f} ms ({generation.mode})"
     )
     return Check("model", found)
+
+
+def plan_model(model: str, card: str, context_tokens: int | None) -> Plan:
+    """What a model needs of a card of the table, or of this machine's memory (``cpu``). Raises ``FimserverError``."""
+    checkpoint = find_checkpoint(model)
+    if context_tokens is None:
+        context_tokens = min(DEFAULT_CONTEXT_TOKENS, checkpoint.shape.longest_context_tokens)
+    if card.lower() != "cpu":
+        return plan_on_card(checkpoint, find_card(card), context_tokens)
+    try:
+        memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError) as error:
+        msg = "this system does not tell how much memory it has; name a card instead of cpu"
+        raise FimserverError(msg) from error
+    return plan_on_cpu(checkpoint, memory_bytes, context_tokens)
+
+
+def print_plan(plan: Plan, console: Console | None = None) -> None:
+    """Memory line by line, steps, and what to change where it does not fit."""
+    console = console or Console(width=120, highlight=False)
+    capability = f", compute capability {plan.compute_capability}" if plan.compute_capability else ""
+    console.print(f"{plan.model} on {plan.card}{capability}")
+    table = Table(box=SIMPLE, pad_edge=False)
+    table.add_column("memory", no_wrap=True)
+    table.add_column("GB", justify="right")
+    table.add_column("")
+    for line in plan.lines:
+        table.add_row(line.name, f"{line.num_bytes / 1e9:.2f}", line.note, end_section=line is plan.lines[-1])
+    table.add_row("total", f"{plan.total_bytes / 1e9:.2f}", f"of {plan.memory_bytes / 1e9:.2f} GB")
+    console.print(table)
+    verdict = ("fits", "green") if plan.fits else ("DOES NOT FIT", "bold red")
+    largest = f"the largest that fits: {plan.largest_context_tokens}" if plan.largest_context_tokens else "none fits"
+    console.print(Text.assemble(verdict, f" with a context of {plan.context_tokens} tokens ({largest})"))
+    if plan.steps:
+        console.print(f"A step at best, all on the card, {plan.bandwidth_gb_per_s:g} GB/s:")
+        console.print(_step_table(plan.steps))
+    for host in plan.host_plans:
+        console.print(
+            f"{host.change}: {host.experts_on_card} of {host.experts_in_all} experts a layer on the card, "
+            f"{host.host_bytes / 1e9:.2f} GB of host memory; misses over a bus of {host.bus_gb_per_s:.1f} GB/s:",
+            soft_wrap=True,
+        )
+        console.print(_step_table(host.steps))
+    if plan.host_plans:
+        console.print("Misses are counted as if every expert were equally likely, which is the worst case:")
+        console.print("the hottest ones stay on the card, and real routers prefer some. Nothing overlaps.")
+    for remedy in plan.remedies:
+        then = "fits" if remedy.fits else "does not fit either"
+        longest = f", up to {remedy.largest_context_tokens} tokens" if remedy.fits else ""
+        console.print(f"{remedy.change + ':':42} {remedy.total_bytes / 1e9:.2f} GB, {then}{longest}")
+    for note in plan.notes:
+        console.print(note)
+    size = "" if plan.file_bytes is None else f"; its files: {plan.file_bytes:,} bytes"
+    console.print(f"Source: {plan.provenance}{size}", soft_wrap=True)
+
+
+def _step_table(steps: tuple[Step, ...]) -> Table:
+    table = Table(box=SIMPLE, pad_edge=False)
+    has_bus = any(step.bus_bytes for step in steps)
+    for column in ("canvas", "experts", "GB", *(("GB over the bus",) if has_bus else ()), "ms", "steps/s"):
+        table.add_column(column, justify="right")
+    for step in steps:
+        bus = (f"{step.bus_bytes / 1e9:.2f}",) if has_bus else ()
+        table.add_row(
+            str(step.canvas_tokens),
+            f"{step.distinct_experts:.0f}",
+            f"{step.card_bytes / 1e9:.1f}",
+            *bus,
+            f"{step.ms:.1f}",
+            f"{step.steps_per_s:.0f}" if step.steps_per_s >= _FEW_STEPS else f"{step.steps_per_s:.1f}",
+        )
+    return table

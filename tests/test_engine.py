@@ -402,7 +402,8 @@ def test_a_bad_tensor_is_named(model_folder: Path, change: str, words: list[str]
         ("model.safetensors", None, ["no model.safetensors"]),
         ("config.json", b"{", ["config.json", "cannot be read"]),
         ("config.json", b'{"model_type": "llama"}', ["llama", "diffusion_gemma"]),
-        ("config.json", b'{"model_type": "diffusion_gemma", "quantization_config": {}}', ["quantized"]),
+        ("config.json", b'{"model_type": "diffusion_gemma", "quantization_config": {}}', ["method", "NVFP4"]),
+        ("config.json", b'{"model_type": "diffusion_gemma"}', ["config.json", "lacks a number"]),
         ("config.json", b"[]", ["config.json", "list"]),
         ("tokenizer.json", b"{}", ["tokenizer.json"]),
         ("fimserver.json", b"{}", ["lacks", "max_prompt_tokens"]),
@@ -422,7 +423,7 @@ def test_a_bad_file_is_named(model_folder: Path, file: str, content: bytes | Non
 @pytest.mark.parametrize(
     ("key", "value", "word"),
     [
-        ("prompt_layout", "chat", "prompt_layout"),
+        ("prompt_layout", "talk", "prompt_layout"),
         ("preferred_mode", "auto", "preferred_mode"),
         ("preferred_mode", "fast", "preferred_mode"),
         ("special_tokens", {"pad": 0}, "eos"),

@@ -19,6 +19,7 @@ from fimserver.engine.nvfp4 import (
     from_parts,
     pack,
     quantize,
+    to_blocks,
     to_parts,
     unpack,
 )
@@ -46,7 +47,7 @@ def test_encoding_what_was_decoded_gives_it_back_for_all_codes_and_scales() -> N
 
 
 def test_a_quantized_tensor_is_quantized_to_itself() -> None:
-    """All codes under all scales: what quantize gives is a fixed point, once the scales are given by a 6 in each block."""
+    """All codes under all scales: a fixed point, since each block has a 6 to find its scale by."""
     blocks = torch.stack([torch.cat((CODES[1:], CODES[7:8]))] * 126)
     whole = NVFP4Tensor(pack(blocks), E4M3_POSITIVE[:, None], torch.tensor([0.01]))
     again = quantize(dequantize(whole), global_scale=whole.global_scale)
@@ -129,8 +130,8 @@ def test_errors_are_bounded_in_every_block(seed: int, size: float, rows: int, bl
     weights = random_weights(rows, blocks * BLOCK, seed=seed, size=size) ** tail
     whole = quantize(weights)
     step = whole.scales.float() * whole.global_scale
-    error = (dequantize(whole) - weights).unflatten(-1, (-1, BLOCK)).abs().amax(-1)
-    highest = weights.unflatten(-1, (-1, BLOCK)).abs().amax(-1)
+    error = to_blocks(dequantize(whole) - weights).abs().amax(-1)
+    highest = to_blocks(weights).abs().amax(-1)
     assert bool((error <= torch.maximum(step, highest / 16) * 1.0001).all())
 
 
@@ -143,7 +144,7 @@ def test_a_searched_scale_is_never_worse(seed: int) -> None:
     searched = quantize(weights, global_scale=global_scale, searched=True)
 
     def errors(whole: NVFP4Tensor) -> torch.Tensor:
-        return (dequantize(whole) - weights).square().unflatten(-1, (-1, BLOCK)).sum(-1)
+        return to_blocks(dequantize(whole) - weights).square().sum(-1)
 
     assert bool((errors(searched) <= errors(nearest) * 1.00001).all())
     assert errors(searched).sum() < errors(nearest).sum()

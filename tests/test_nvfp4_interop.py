@@ -105,7 +105,7 @@ def test_compressed_tensors_decompresses_these_parts() -> None:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_torchao_writes_these_bytes(shape: tuple[int, int], size: float) -> None:
-    """From float32: it multiplies by a rounded reciprocal, so exact ties, which bf16 has many of, may fall otherwise."""
+    """From float32: it multiplies by a rounded reciprocal, so ties, which bf16 has many of, may fall otherwise."""
     module = pytest.importorskip("torchao.prototype.mx_formats.nvfp4_tensor", exc_type=ImportError)
     weights = weights_of(shape, size)
     ours = quantize(weights)

@@ -1,6 +1,7 @@
 """Where an answer ends, and how it must begin: the two rules that every decoding loop shares.
 
-    AnswerEnd   the answer stands before the first end token, or before the newline that is one too many
+    AnswerEnd   the answer stands before the first end token, before the newline that is one too many, or before the
+                fence that closes the code block it is in
     AnswerStart the answer's first bytes repeat the word that was taken off the prompt
 
 Knows:   token ids, bytes, logits.  Never: prompts, caches, steps.
@@ -10,9 +11,11 @@ Shapes:  C positions, V vocabulary.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 
+from fimserver.engine.chat import Fence
 from fimserver.engine.vocabulary import Vocabulary
 
 _MANY_LINES = 16  # no token has so many line ends
@@ -22,15 +25,29 @@ _MANY_LINES = 16  # no token has so many line ends
 class AnswerEnd:
     """An answer has at most ``max_lines - 1`` newlines; a special token ends it.
 
-    It ends before ``anchor`` too, the tokens of the line that stands below the hole: what comes then is there already.
+    It ends before ``anchor`` too, the tokens of the line that stands below the hole: what comes then is there already;
+    and where the code block ``fence`` is closed. A token that writes code and the fence is the answer's last.
     """
 
     vocabulary: Vocabulary
     max_lines: int
     anchor: tuple[int, ...] = ()
+    fence: Fence | None = None
 
     def find(self, token_ids: Sequence[int]) -> int:
         """How many leading ids belong to the answer; ``len(token_ids)`` when no end is in sight."""
+        end = self._find_token(token_ids)
+        if self.fence is None or self.vocabulary.fence_ids.isdisjoint(token_ids[:end]):
+            return end
+        written = [self.vocabulary.token_bytes[i] for i in token_ids[:end]]
+        text = b"".join(written).decode("latin-1")  # a character for each byte
+        room = self.fence.find_end(text, is_whole=end < len(token_ids))
+        if room == len(text):
+            return end
+        starts = accumulate(map(len, written), initial=0)
+        return sum(1 for start, _ in zip(starts, written, strict=False) if start < room)
+
+    def _find_token(self, token_ids: Sequence[int]) -> int:
         newlines, anchor = 0, self.anchor
         for i, token_id in enumerate(token_ids):
             if not self.vocabulary.is_text(token_id):

@@ -72,7 +72,7 @@ class Engine:
         folder = find_model(name)
         model = Model.load(folder, find_device(device))
         model.metadata = limit_context(model.metadata, context_tokens)
-        vocabulary = Vocabulary.load(folder / "tokenizer.json", range(model.metadata.num_special_tokens))
+        vocabulary = Vocabulary.load(folder / "tokenizer.json", model.metadata.special_ids)
         return cls(model, vocabulary, load_ms=(time.perf_counter() - begin) * 1e3)
 
     def probe(self) -> None:
@@ -200,7 +200,7 @@ class Engine:
         metadata = self.model.metadata
         prompt = build_prompt(context, self.vocabulary, metadata)
         anchor = find_anchor(context.suffix, self.vocabulary) if context.hole.max_lines > 1 else ()
-        answer_end = AnswerEnd(self.vocabulary, context.hole.max_lines, anchor)
+        answer_end = AnswerEnd(self.vocabulary, context.hole.max_lines, anchor, prompt.fence)
         answer_start = AnswerStart(
             answer_end, prompt.healed, min_tokens=sampling.min_tokens, vocab_size=self.model.vocab_size
         )
@@ -216,7 +216,7 @@ class Engine:
             answer_start=answer_start,
             max_tokens=min(wanted, max(room, self.model.canvas_length), _MAX_TOKENS) + healed_tokens,
             generator=torch.Generator(self.model.device).manual_seed(seed),
-            to_text=lambda token_ids: self.vocabulary.decode(token_ids)[len(prompt.healed) :],
+            to_text=lambda token_ids: prompt.to_answer(self.vocabulary.decode(token_ids)),
             clock=clock,
             on_draft=on_draft,
         )

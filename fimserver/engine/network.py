@@ -16,7 +16,8 @@ Equal:   to transformers' own modules, within float rounding (tests/test_network
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -24,7 +25,12 @@ from torch.nn import functional
 from torch.profiler import record_function
 from transformers import DiffusionGemmaForBlockDiffusion
 
+from fimserver.engine.nvfp4 import concatenate
+from fimserver.engine.packed import PackedExperts, PackedLinear, is_packed
+from fimserver.engine.products import PLAIN, Products
+
 _GROWTH_TOKENS = 256  # buffers grow by so many, or by half
+_MOST_TABLED = 16384  # positions; those of a quarter of a million would take 1.6 GB
 _NOTHING = nullcontext()
 
 
@@ -103,8 +109,12 @@ class KeyValues:
 class Network:
     """The forward pass over the weights of transformers' own model."""
 
-    def __init__(self, reference: DiffusionGemmaForBlockDiffusion) -> None:
+    def __init__(
+        self, reference: DiffusionGemmaForBlockDiffusion, products: Products = PLAIN, *, consumes: bool = False
+    ) -> None:
+        """``products`` multiply by what is in 4 bits; ``consumes`` lets the reference's layers go as they are read."""
         decoder = reference.model.decoder
+        encoder = reference.model.encoder.language_model
         config = reference.config.text_config
         self.device: torch.device = reference.device
         self.dtype: torch.dtype = reference.dtype
@@ -114,11 +124,20 @@ class Network:
         self._scale = float(decoder.embed_tokens.scalar_embed_scale)
         self._head = _Linear(reference.lm_head.weight)
         self._softcap: float = reference.final_logit_softcapping
-        self._conditioning = decoder.self_conditioning
+        conditioning = decoder.self_conditioning
+        self._condition_norm: torch.Tensor = conditioning.pre_norm.weight.float()
+        self._condition_into = _project([conditioning.gate_proj, conditioning.up_proj], products)
+        self._condition_out = _project([conditioning.down_proj], products)
+        self._act = conditioning.act_fn
         self._eps: float = config.rms_norm_eps
         self._norm: torch.Tensor = decoder.norm.weight.float()
         self._window: int = config.sliding_window
-        self._layers = [_Layer(layer, self._eps) for layer in decoder.layers]
+        self._layers = []
+        for layer, causal in zip(decoder.layers, encoder.layers, strict=True):
+            self._layers.append(_Layer(layer, self._eps, products, float(causal.layer_scalar)))
+            if consumes:
+                _let_go(layer)
+                _let_go(causal)
 
     def new_cache(self) -> KeyValues:
         """An empty cache."""
@@ -141,7 +160,7 @@ class Network:
             with measured("attention"):
                 x = layer.attend(x, cache, i, rotary[layer.kind], *sights[layer.kind])
             with measured("experts"):
-                x = layer.feed_forward(x)
+                x = layer.feed_forward(x, rows.num_canvas)
         return rms(x, self._eps) * self._norm
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -170,25 +189,28 @@ class Network:
 
     def _condition(self, x: torch.Tensor, soft: torch.Tensor | None) -> torch.Tensor:
         if soft is not None:
-            module = self._conditioning
-            normed = (rms(soft, self._eps) * module.pre_norm.weight).to(self.dtype)
-            gated = module.act_fn(module.gate_proj(normed)) * module.up_proj(normed)
-            x = x + module.down_proj(gated).float()
+            normed = (rms(soft, self._eps) * self._condition_norm).to(self.dtype)
+            gate, up = self._condition_into(normed).chunk(2, dim=-1)
+            x = x + self._condition_out(self._act(gate) * up).float()
         return rms(x, self._eps)
 
     def _rotate_by(self, positions: torch.Tensor, cached: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Cosines and signed sines (N, 1, D) for each kind of layer, from tables that grow."""
+        """Cosines and signed sines (N, 1, D) for each kind of layer, from tables that grow, up to a size."""
         needed = cached + len(positions) + 1
+        kinds = {layer.kind for layer in self._layers}
+        if needed > _MOST_TABLED:
+            return {kind: self._compute_rotation(kind, positions) for kind in kinds}
         known = next(iter(self._tables.values()))[0].shape[0] if self._tables else 0
         if needed > known:
-            size = max(needed, 2 * known, 1024)
-            for kind in {layer.kind for layer in self._layers}:
-                at = torch.arange(size, device=self.device)[None]
-                cosines, sines = self._rotary(torch.zeros(1, device=self.device), at, kind)
-                half = sines.shape[-1] // 2
-                signed = torch.cat((-sines[0, :, :half], sines[0, :, half:]), dim=-1)
-                self._tables[kind] = cosines[0, :, None].float().contiguous(), signed[:, None].float().contiguous()
+            at = torch.arange(min(max(needed, 2 * known, 1024), _MOST_TABLED), device=self.device)
+            self._tables = {kind: self._compute_rotation(kind, at) for kind in kinds}
         return {kind: (cosines[positions], sines[positions]) for kind, (cosines, sines) in self._tables.items()}
+
+    def _compute_rotation(self, kind: str, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        cosines, sines = self._rotary(torch.zeros(1, device=self.device), positions[None], kind)
+        half = sines.shape[-1] // 2
+        signed = torch.cat((-sines[0, :, :half], sines[0, :, half:]), dim=-1)
+        return cosines[0, :, None].float().contiguous(), signed[:, None].float().contiguous()
 
     def _sights(self, rows: Rows, cached: int) -> dict[str, tuple[int, torch.Tensor | None]]:
         """For each kind of layer the first key that anyone sees, and the additive mask (N, keys) from there on."""
@@ -219,29 +241,29 @@ class Network:
 class _Layer:
     """Attention and feed-forward of one layer; several projections of one input are one matrix."""
 
-    def __init__(self, module: Any, eps: float) -> None:
+    def __init__(self, module: Any, eps: float, products: Products, encoder_scalar: float) -> None:
         attention = module.self_attn
         self.kind: str = attention.layer_type
         self.head_size: int = attention.head_dim
-        self.num_heads: int = attention.q_proj.weight.shape[0] // self.head_size
-        self.num_kv_heads: int = attention.k_proj.weight.shape[0] // self.head_size
+        self.num_heads: int = _rows_of(attention.q_proj) // self.head_size
+        self.num_kv_heads: int = _rows_of(attention.k_proj) // self.head_size
         self._eps = eps
         self._own_values = attention.v_proj is not None
-        parts = [p.weight for p in (attention.q_proj, attention.k_proj, attention.v_proj) if p is not None]
-        # The weight of the norm before a projection is a factor of that projection's columns.
-        self._project = _Linear(torch.cat(parts).float() * module.input_layernorm.weight.float(), parts[0].dtype)
+        parts = [p for p in (attention.q_proj, attention.k_proj, attention.v_proj) if p is not None]
+        self._project = _project(parts, products, module.input_layernorm.weight)
         weights = [attention.q_norm.weight] * self.num_heads + [attention.k_norm.weight] * self.num_kv_heads
         self._head_norm = torch.stack([w.float() for w in weights])
-        self._out = _Linear(attention.o_proj.weight)
+        self._out = _project([attention.o_proj], products)
         self._after_attention = module.post_attention_layernorm.weight.float()
         self._after = module.post_feedforward_layernorm.weight.float()
         self._after_both = (
             module.post_feedforward_layernorm_1.weight.float(),
             module.post_feedforward_layernorm_2.weight.float(),
         )
-        self._scalar = float(module.layer_scalar)
+        self._scalars = encoder_scalar, float(module.layer_scalar)
+        is_one = module.experts.num_experts == 1 and not is_packed(module.experts, module.mlp)
         self._inner: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-        self._inner = _OneExpert(module) if module.experts.num_experts == 1 else _RoutedExperts(module)
+        self._inner = _OneExpert(module) if is_one else _RoutedExperts(module, products)
 
     def attend(  # noqa: PLR0913, PLR0917  one layer's share of a pass
         self,
@@ -275,13 +297,19 @@ class _Layer:
         out = self._out(attended[0].transpose(0, 1).reshape(n, -1)).float()
         return torch.addcmul(x, rms(out, self._eps), self._after_attention)
 
-    def feed_forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The residual stream (N, H) after the dense part and the experts, side by side."""
+    def feed_forward(self, x: torch.Tensor, num_canvas: int = 0) -> torch.Tensor:
+        """The residual stream (N, H) after the dense part and the experts, side by side; canvas rows are last.
+
+        The last factor is the only weight of a layer that encoder and decoder may have apart.
+        """
         dense, experts = self._inner(x)
         both = rms(dense, self._eps) * self._after_both[0]
         both = torch.addcmul(both, rms(experts, self._eps), self._after_both[1])
         x = torch.addcmul(x, rms(both, self._eps), self._after)
-        return x if self._scalar == 1 else x * self._scalar
+        causal, canvas = self._scalars
+        if causal == canvas or not num_canvas:
+            return x if causal == 1 else x * causal
+        return torch.cat((x[:-num_canvas] * causal, x[-num_canvas:] * canvas))
 
 
 class _OneExpert:
@@ -313,20 +341,103 @@ class _OneExpert:
 
 
 class _RoutedExperts:
-    """Dense part, router and experts by transformers' own modules."""
+    """Dense part, router and experts; the router decides in float32."""
 
-    def __init__(self, module: Any) -> None:
-        self._module = module
-        self._eps: float = module.router.eps
-        self._dtype: torch.dtype = module.mlp.gate_proj.weight.dtype
+    def __init__(self, module: Any, products: Products) -> None:
+        mlp, router = module.mlp, module.router
+        self._eps: float = router.eps
+        self._into = _project([mlp.gate_proj, mlp.up_proj], products, module.pre_feedforward_layernorm.weight)
+        self._down = _project([mlp.down_proj], products)
+        self._act = mlp.act_fn
+        scale = router.scale.float() * router.scalar_root_size
+        self._router = (router.proj.weight.float() * scale).t().contiguous()
+        self._per_expert = router.per_expert_scale.float()
+        self._num_chosen: int = router.config.top_k_experts
+        self._before_experts = module.pre_feedforward_layernorm_2.weight.float()
+        self._dtype = self._into.dtype
+        self._experts: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+        experts = module.experts
+        if isinstance(experts, PackedExperts):
+            self._experts = partial(products.experts, *experts.stacks())
+        else:
+            self._experts = partial(_run_experts, experts.gate_up_proj.detach(), experts.down_proj.detach(), self._act)
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        module = self._module
         plain = rms(x, self._eps)
-        dense = module.mlp((plain * module.pre_feedforward_layernorm.weight).to(self._dtype))
-        _, weights, chosen = module.router(x.to(self._dtype))
-        into = (plain * module.pre_feedforward_layernorm_2.weight).to(self._dtype)
-        return dense.float(), module.experts(into, chosen, weights).float()
+        gate, up = self._into(plain.to(self._dtype)).chunk(2, dim=-1)
+        dense = self._down(self._act(gate) * up)
+        weights, chosen = torch.softmax(plain @ self._router, dim=-1).topk(self._num_chosen, dim=-1)
+        weights = weights / weights.sum(dim=-1, keepdim=True) * self._per_expert[chosen]
+        experts = self._experts((plain * self._before_experts).to(self._dtype), chosen, weights)
+        return dense.float(), experts.float()
+
+
+def _run_experts(  # noqa: PLR0913, PLR0917  weights and what they work on
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    act: Callable[[torch.Tensor], torch.Tensor],
+    x: torch.Tensor,
+    chosen: torch.Tensor,
+    weights: torch.Tensor,
+) -> torch.Tensor:
+    """Experts in floats, one after the other: (T, H) float32."""
+    result = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for expert in sorted(set(chosen.flatten().tolist())):
+        token, place = torch.where(chosen == expert)
+        gate, up = functional.linear(x[token], gate_up[expert]).chunk(2, dim=-1)
+        out = functional.linear(act(gate) * up, down[expert])
+        result.index_add_(0, token, out.float() * weights[token, place, None])
+    return result
+
+
+def _project(
+    modules: Sequence[Any], products: Products, norm: torch.Tensor | None = None
+) -> "_Linear | _PackedProjection":
+    """Projections of one input as one; the weight of the norm before them goes into their columns where it can."""
+    if any(isinstance(m, PackedLinear) for m in modules):
+        return _PackedProjection(modules, products, norm)
+    joined = torch.cat([m.weight for m in modules]) if len(modules) > 1 else modules[0].weight
+    if norm is None:
+        return _Linear(joined)
+    return _Linear(joined.float() * norm.float(), joined.dtype)
+
+
+class _PackedProjection:
+    """Projections of one input, some or all of which are in 4 bits."""
+
+    def __init__(self, modules: Sequence[Any], products: Products, norm: torch.Tensor | None) -> None:
+        self._norm = None if norm is None else norm.float()
+        floats = [m.weight.dtype for m in modules if not isinstance(m, PackedLinear)]
+        self.dtype = floats[0] if floats else products.dtype
+        self._parts: list[Callable[[torch.Tensor], torch.Tensor]] = []
+        for packed, run in groupby(modules, key=lambda m: isinstance(m, PackedLinear)):
+            members = list(run)
+            if packed:
+                weights = concatenate([m.weights for m in members])
+                self._parts.append(partial(products.linear, weights))
+            else:
+                self._parts.append(_Linear(torch.cat([m.weight for m in members])))
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self._norm is not None:
+            x = (x.float() * self._norm).to(self.dtype)
+        results = [part(x) for part in self._parts]
+        return results[0] if len(results) == 1 else torch.cat(results, dim=-1)
+
+
+def _rows_of(module: Any) -> int:
+    weights = module.weights if isinstance(module, PackedLinear) else module.weight
+    return int(weights.shape[0])
+
+
+def _let_go(module: Any) -> None:
+    """Free what a layer's weights take; who reads them afterwards finds nothing."""
+    for part in module.modules():
+        if isinstance(part, PackedLinear | PackedExperts):
+            part.let_go()
+    for parameter in module.parameters():
+        if parameter.dim() > 1:  # norms are small, and read where they are
+            parameter.data = parameter.data.new_empty(0)
 
 
 class _Linear:

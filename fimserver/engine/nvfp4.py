@@ -100,7 +100,7 @@ def quantize(
     if not bool(torch.isfinite(exact).all()):
         msg = "NVFP4 has no NaN and no infinity; mend these weights before they are quantized"
         raise WeightsError(msg)
-    blocks = exact.unflatten(-1, (-1, BLOCK))
+    blocks = to_blocks(exact)
     highest = blocks.abs().amax(-1)
     if global_scale is None:
         global_scale = find_global_scale(highest.flatten(-2).amax(-1)[..., None], searched=searched)
@@ -127,7 +127,7 @@ def to_scales(highest: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor
 
 def dequantize(tensor: NVFP4Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The weights (..., N, K) of a quantized tensor."""
-    values = decode(unpack(tensor.packed)).unflatten(-1, (-1, BLOCK))
+    values = to_blocks(decode(unpack(tensor.packed)))
     step = tensor.scales.float() * tensor.global_scale[..., None]
     return (values * step[..., None]).flatten(-2).to(dtype)
 
@@ -157,11 +157,16 @@ def unpack(packed: torch.Tensor) -> torch.Tensor:
     return torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)
 
 
+def to_blocks(rows: torch.Tensor) -> torch.Tensor:
+    """Rows (..., K) as blocks (..., K/16, 16)."""
+    return rows.reshape(*rows.shape[:-1], -1, BLOCK)
+
+
 def _search(
     blocks: torch.Tensor, nearest: torch.Tensor, global_scale: torch.Tensor, importance: torch.Tensor | None
 ) -> torch.Tensor:
     """Scales of the least squared error among the codes around the nearest ones."""
-    weights = None if importance is None else importance.float().unflatten(-1, (-1, BLOCK))
+    weights = None if importance is None else to_blocks(importance.float())
     best, least = nearest, torch.full(nearest.shape, torch.inf, device=nearest.device)
     middle = nearest.view(torch.uint8).int()
     for distance in _SEARCHED:

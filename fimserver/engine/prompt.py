@@ -6,15 +6,21 @@ cache survives. Language and path are told to a model that knows ``<file>``, sni
 them. A prefix that does not fit is cut in front; the context's head (imports, headers of open scopes) then stands
 before what is left of it.
 
+Layout "chat", for an instruction-tuned model: the user's turn says the same in words and code blocks, the model's turn
+opens a block and repeats the prefix, so that the canvas goes on with it (``chat.py``). The prefix is last here too.
+Which layout a model gets, its ``fimserver.json`` says.
+
 Token healing: the word that the cursor cuts comes off the prompt and must begin the answer, because a
 tokenizer would never have cut there (``healed``). So does a single blank: tokens of words begin with theirs.
 
 Knows:  token ids, the context's texts.  Never: tensors, documents.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from fimserver.engine.chat import INSTRUCTION, NOTHING_FOLLOWS, Fence, marks_around, open_fence
 from fimserver.engine.vocabulary import Vocabulary
 from fimserver.engine.weights import ModelMetadata
 from fimserver.types import FimContext
@@ -28,49 +34,113 @@ _CUTS_PER_BUDGET = 4  # a prefix that is too long loses quarters of its budget, 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Ids for the encoder; ``healed`` is text that the answer must begin with and that was typed already."""
+    """Ids for the encoder; ``healed`` is text that the answer must begin with and that was typed already.
+
+    ``fence`` is the code block that the answer goes on with, for a model that writes such.
+    """
 
     token_ids: tuple[int, ...]
     healed: str
+    fence: Fence | None = None
+
+    def to_answer(self, text: str) -> str:
+        """What a decoded answer says behind the cursor."""
+        own = text[len(self.healed) :]
+        return own if self.fence is None else self.fence.clean(own)
 
 
 def build_prompt(context: FimContext, vocabulary: Vocabulary, metadata: ModelMetadata) -> Prompt:
     """Prompt of a context, at most ``max_prompt_tokens`` long."""
-    special = metadata.special_tokens
     head, healed = split_last_word(context.prefix)
     if len(vocabulary.encode(healed)) > _MAX_HEALED_TOKENS:
         head, healed = context.prefix, ""
-    suffix = vocabulary.encode(context.suffix[: metadata.max_suffix_tokens * 8])[: metadata.max_suffix_tokens]
-    about = [*describe_file(context, vocabulary, metadata), *encode_snippets(context, vocabulary, metadata)]
+    if metadata.prompt_layout == "chat":
+        fence = open_fence(context)
+        before, after = _write_turns(context, fence, vocabulary, metadata), []
+    else:
+        fence = None
+        about = [*describe_file(context, vocabulary, metadata), *encode_snippets(context, vocabulary, metadata)]
+        suffix, special = _encode_suffix(context.suffix, vocabulary, metadata), metadata.special_tokens
+        before = [special["bos"], *about, special["suffix"], *suffix, special["prefix"]]
+        after = [special["middle"]]
     # The answer spells a healed word again; a fixed reserve for it keeps the cut where it is while typing.
-    budget = metadata.max_prompt_tokens - len(about) - len(suffix) - 4 - _MAX_HEALED_TOKENS
+    budget = metadata.max_prompt_tokens - len(before) - len(after) - _MAX_HEALED_TOKENS
     above = vocabulary.encode(context.head)[-metadata.max_head_tokens :] if metadata.max_head_tokens else []
     prefix = vocabulary.encode(head)
     if len(prefix) > budget - len(above):
         prefix = [*above, *trim_front(prefix, budget - len(above))]
-    ids = (special["bos"], *about, special["suffix"], *suffix, special["prefix"], *prefix, special["middle"])
-    return Prompt(ids, healed)
+    return Prompt((*before, *prefix, *after), healed, fence)
+
+
+def _encode_suffix(text: str, vocabulary: Vocabulary, metadata: ModelMetadata) -> list[int]:
+    return vocabulary.encode(text[: metadata.max_suffix_tokens * 8])[: metadata.max_suffix_tokens]
+
+
+def _write_turns(context: FimContext, fence: Fence, vocabulary: Vocabulary, metadata: ModelMetadata) -> list[int]:
+    """The user's turn, and the model's up to the prefix; less of the suffix where the prefix had no room."""
+    special, encode = metadata.special_tokens, vocabulary.encode
+    begin = [special["bos"], special["turn"], *encode(f"user\n{INSTRUCTION}")]
+    begin += _name_file(context, vocabulary, metadata)
+    begin += _quote_snippets(context, vocabulary, metadata)
+    opening = encode(f"model\n{fence.opening}\n")
+    end = [special["turn_end"], *encode("\n"), special["turn"], *opening]
+    suffix = _encode_suffix(context.suffix.rstrip(), vocabulary, metadata)
+    if not suffix:
+        return [*begin, *encode(NOTHING_FOLLOWS), *end]
+    marks = marks_around([context.suffix])
+    quote, closing = encode(f"\n\nThe code after the cursor:\n{marks}{fence.tag}\n"), encode(f"\n{marks}")
+    others = len(begin) + len(quote) + len(closing) + len(end) + _MAX_HEALED_TOKENS
+    room = max(0, metadata.max_prompt_tokens - metadata.max_prompt_tokens // _CUTS_PER_BUDGET - others)
+    return [*begin, *quote, *suffix[:room], *closing, *end]
+
+
+def _name_file(context: FimContext, vocabulary: Vocabulary, metadata: ModelMetadata) -> list[int]:
+    if not metadata.max_file_tokens:
+        return []
+    ids = vocabulary.encode(_describe(context))[-metadata.max_file_tokens :]
+    return [*vocabulary.encode("\n\nThe file: "), *ids]
+
+
+def _quote_snippets(context: FimContext, vocabulary: Vocabulary, metadata: ModelMetadata) -> list[int]:
+    snippets = context.snippets if metadata.max_snippet_tokens else ()
+    marks = marks_around(snippet.text for snippet in snippets)
+    named = (f"\n\nFrom {_name_of(snippet.path)}:\n{marks}\n{snippet.text}" for snippet in snippets)
+    closing = vocabulary.encode(f"\n{marks}")
+    return _fit((vocabulary.encode(text) for text in named), metadata.max_snippet_tokens, closing)
 
 
 def describe_file(context: FimContext, vocabulary: Vocabulary, metadata: ModelMetadata) -> list[int]:
     """``<file>``, the language and the end of the path; nothing for a model that was not told them."""
     if not metadata.max_file_tokens:
         return []
-    text = " ".join((context.language_id, "/".join(_parts_of(context.path)[-_PATH_PARTS:]))).rstrip()
-    return [metadata.special_tokens["file"], *vocabulary.encode(text)[-metadata.max_file_tokens :]]
+    ids = vocabulary.encode(_describe(context))[-metadata.max_file_tokens :]
+    return [metadata.special_tokens["file"], *ids]
 
 
 def encode_snippets(context: FimContext, vocabulary: Vocabulary, metadata: ModelMetadata) -> list[int]:
     """``<sep>``, its file's name and its text for each snippet that fits, the first one cut where it does not."""
     room = metadata.max_snippet_tokens
+    named = (f"{_name_of(snippet.path)}\n{snippet.text}" for snippet in (context.snippets if room else ()))
+    return _fit(([metadata.special_tokens["snippet"], *vocabulary.encode(text)] for text in named), room)
+
+
+def _fit(pieces: Iterable[list[int]], room: int, closing: Sequence[int] = ()) -> list[int]:
+    """The pieces that fit, ``closing`` behind each, the first one cut where it does not fit."""
     found: list[int] = []
-    for snippet in context.snippets if room else ():
-        name = "".join(_parts_of(snippet.path)[-1:])
-        ids = [metadata.special_tokens["snippet"], *vocabulary.encode(f"{name}\n{snippet.text}")]
-        if len(ids) <= room or not found:
-            found += ids[:room]
-            room = metadata.max_snippet_tokens - len(found)
+    for ids in pieces:
+        left = room - len(found) - len(closing)
+        if len(ids) <= left or not found:
+            found += [*ids[: max(0, left)], *closing]
     return found
+
+
+def _describe(context: FimContext) -> str:
+    """The language and the end of the path."""
+    return " ".join((context.language_id, "/".join(_parts_of(context.path)[-_PATH_PARTS:]))).rstrip()
+
+
+def _name_of(path: str) -> str:
+    return "".join(_parts_of(path)[-1:])
 
 
 def _parts_of(path: str) -> list[str]:

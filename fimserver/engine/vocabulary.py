@@ -1,17 +1,20 @@
 """The tokenizer as the engine needs it: ids, and the bytes each id stands for.
 
-Bytes, not text, because a byte-level token may be half a character; healing and joining stay exact.
+Bytes, not text, because a token may be half a character; healing and joining stay exact. Two kinds of tokenizer are
+read: byte-level ones (GPT-2's table), and those of SentencePiece (Gemma's), where U+2581 stands for a blank and
+``<0x0A>`` for a byte that no other token spells.
 
 Knows:  token ids and bytes.  Never: tensors, documents.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from fimserver.errors import WeightsError
 
@@ -24,15 +27,23 @@ def _byte_of_character() -> dict[str, int]:
     return table
 
 
+_BLANK = "\u2581"
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
 class Vocabulary:
-    """Text to ids and back; ``special_ids`` never stand for text."""
+    """Text to ids and back; ``special_ids`` never stand for text, and no text becomes one of them.
+
+    What the tokenizer itself calls special is so too.
+    """
 
     def __init__(self, tokenizer: Tokenizer, special_ids: Iterable[int]) -> None:
         self._tokenizer = tokenizer
         # "<mid>" typed in a file is text like any other: without this it would become a control token.
         tokenizer.encode_special_tokens = True
         self.size = tokenizer.get_vocab_size()
-        self.special_ids = frozenset(special_ids)
+        added = tokenizer.get_added_tokens_decoder()
+        self.special_ids = frozenset(special_ids) | {i for i, token in added.items() if token.special}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -51,7 +62,21 @@ class Vocabulary:
     def encode(self, text: str) -> list[int]:
         """Ids of a text; lone surrogates become U+FFFD."""
         clean = text.encode("utf-8", "replace").decode("utf-8") if not text.isascii() else text
-        return list(self._tokenizer.encode(clean, add_special_tokens=False).ids)
+        encoding = self._tokenizer.encode(clean, add_special_tokens=False)
+        if self.special_ids.isdisjoint(encoding.ids):
+            return list(encoding.ids)
+        return self._spell(clean, encoding)
+
+    def _spell(self, text: str, encoding: Encoding) -> list[int]:
+        """Ids of a text that names special tokens which the tokenizer does not know to be such, as ``<unused7>``."""
+        ids: list[int] = []
+        begin = 0
+        for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            if token_id in self.special_ids:
+                is_name = end - start > 1  # otherwise a character that the tokenizer cannot spell
+                ids += self.encode(text[begin : start + 1] if is_name else text[begin:start])
+                begin = start + 1
+        return ids + self.encode(text[begin:])
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; special ids are left out, a half character at either end too."""
@@ -72,7 +97,8 @@ class Vocabulary:
     def token_bytes(self) -> list[bytes]:
         """Bytes of each id, in order; empty for special ids."""
         table = _byte_of_character()
-        byte_level = '"ByteLevel"' in self._tokenizer.to_str()
+        described = self._tokenizer.to_str()
+        byte_level, byte_fallback = '"ByteLevel"' in described, '"ByteFallback"' in described
         result = []
         for i in range(self.size):
             token = self._tokenizer.id_to_token(i)
@@ -80,9 +106,17 @@ class Vocabulary:
                 result.append(b"")
             elif byte_level:
                 result.append(bytes(table[c] for c in token))
+            elif byte_fallback:
+                byte = _BYTE.fullmatch(token)
+                result.append(bytes([int(byte[1], 16)]) if byte else token.replace(_BLANK, " ").encode())
             else:
                 result.append(self._tokenizer.decode([i]).encode())
         return result
+
+    @cached_property
+    def fence_ids(self) -> frozenset[int]:
+        """Tokens with a mark that code blocks are fenced with."""
+        return frozenset(i for i, written in enumerate(self.token_bytes) if b"`" in written)
 
     @cached_property
     def num_newlines(self) -> list[int]:

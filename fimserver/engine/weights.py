@@ -9,26 +9,36 @@ A folder holds ``config.json``, ``generation_config.json``, ``model.safetensors`
 Raises ``WeightsError`` that names the file or tensor and the remedy.
 """
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
-from transformers.utils import logging as transformers_logging
 
+from fimserver.engine.checkpoint import DAMAGED, Checkpoint, Format
+from fimserver.engine.folder import read_json
+from fimserver.engine.known import find_known_metadata
+from fimserver.engine.packed import put_weight, tie_weight
+from fimserver.engine.quantization import read_quantization
 from fimserver.engine.ranking import ANSWER_FEATURES, GUESS_FEATURES
 from fimserver.errors import WeightsError
 from fimserver.types import Mode
 
+CPU = torch.device("cpu")
+logger = logging.getLogger(__name__)
 SHIPPED_MODELS = Path(__file__).parent.parent / "models"
 METADATA_FILE = "fimserver.json"
-_SPECIAL_TOKENS = ("pad", "eos", "bos", "suffix", "prefix", "middle")
+_SPECIAL_TOKENS = {  # that each layout needs
+    "fim": ("pad", "eos", "bos", "suffix", "prefix", "middle"),
+    "chat": ("pad", "eos", "bos", "turn", "turn_end"),
+}
+_NO_TOKEN = -1  # of a layout that has no such token: no id is equal to it
 _BUDGETS_OF = {"file": "max_file_tokens", "snippet": "max_snippet_tokens"}  # special tokens that these make necessary
-_LAYOUTS = ("fim",)
+_LAYOUTS = tuple(_SPECIAL_TOKENS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +66,19 @@ class ModelMetadata:
     max_file_tokens: int = 0  # of language and path, for a model that knows the special token "file"
     max_snippet_tokens: int = 0  # of pieces of other files, for one that knows the special token "snippet"
     languages: tuple[str, ...] = ()  # that it was trained on; none named means any
+    end_token_ids: tuple[int, ...] = ()  # that end an answer, beside "eos"
     calibration: Mapping[str, Sequence[float]] = field(default_factory=dict)  # see ranking.py
 
     @property
     def denoises_from_left(self) -> bool:
         """Whether canvases are settled from the left, not in any order."""
         return self.commit_probability > 0
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that never stand for text: an answer ends at each of them."""
+        named = (i for i in self.special_tokens.values() if i != _NO_TOKEN)
+        return frozenset((*range(self.num_special_tokens), *named, *self.end_token_ids))
 
     @property
     def reads_snippets(self) -> bool:
@@ -82,9 +99,9 @@ def find_model(name: str) -> Path:
 
 
 def read_metadata(folder: Path) -> ModelMetadata:
-    """Parse ``fimserver.json``. Raises ``WeightsError`` that names the key."""
-    path = folder / METADATA_FILE
-    values = _read_json(path)
+    """Parse ``fimserver.json``, a known model's where a folder has none. Raises ``WeightsError`` that names the key."""
+    path = _find_metadata(folder)
+    values = read_json(path)
     expected = {f.name for f in fields(ModelMetadata)}
     needed = {f.name for f in fields(ModelMetadata) if f.default is MISSING and f.default_factory is MISSING}
     if missing := needed - values.keys():
@@ -96,10 +113,7 @@ def read_metadata(folder: Path) -> ModelMetadata:
     if values["prompt_layout"] not in _LAYOUTS:
         msg = f"{path}: prompt_layout is {values['prompt_layout']!r}; it may be: {', '.join(_LAYOUTS)}"
         raise WeightsError(msg)
-    needs = _SPECIAL_TOKENS + tuple(name for name, budget in _BUDGETS_OF.items() if values.get(budget))
-    if lacking := [t for t in needs if not isinstance(values["special_tokens"].get(t), int)]:
-        msg = f"{path}: special_tokens lacks the id of: {', '.join(lacking)}"
-        raise WeightsError(msg)
+    _check_tokens(path, values)
     for name, features in (("answer", ANSWER_FEATURES), ("guess", GUESS_FEATURES)):
         weights = values.get("calibration", {}).get(name)
         if weights is not None and len(weights) != len(features):
@@ -114,7 +128,31 @@ def read_metadata(folder: Path) -> ModelMetadata:
     except ValueError as error:
         msg = f"{path}: preferred_mode is {values['preferred_mode']!r}; it may be: diffusion, verified, autoregressive"
         raise WeightsError(msg) from error
-    return ModelMetadata(**{**values, "languages": tuple(values.get("languages", ()))})
+    values["special_tokens"] = {**dict.fromkeys(_SPECIAL_TOKENS["fim"], _NO_TOKEN), **values["special_tokens"]}
+    lists = {name: tuple(values.get(name, ())) for name in ("languages", "end_token_ids")}
+    return ModelMetadata(**{**values, **lists})
+
+
+def _check_tokens(path: Path, values: Mapping[str, Any]) -> None:
+    layout, tokens = values["prompt_layout"], values["special_tokens"]
+    needs = list(_SPECIAL_TOKENS[layout])
+    if layout == "fim":
+        needs += [name for name, budget in _BUDGETS_OF.items() if values.get(budget)]
+    if lacking := [t for t in needs if not isinstance(tokens.get(t), int)]:
+        msg = f"{path}: special_tokens lacks the id of: {', '.join(lacking)}; prompt_layout {layout!r} needs it"
+        raise WeightsError(msg)
+    ends = values.get("end_token_ids", [])
+    if not isinstance(ends, list) or any(type(i) is not int or i < 0 for i in ends):
+        msg = f"{path}: end_token_ids is {ends!r}; it has to be a list of token ids"
+        raise WeightsError(msg)
+
+
+def _find_metadata(folder: Path) -> Path:
+    """A folder's own ``fimserver.json``, or that of the known model that its config describes."""
+    path, config = folder / METADATA_FILE, folder / "config.json"
+    if path.exists() or not config.exists():
+        return path
+    return find_known_metadata(read_json(config)) or path
 
 
 def limit_context(metadata: ModelMetadata, context_tokens: int | None) -> ModelMetadata:
@@ -135,96 +173,111 @@ def limit_context(metadata: ModelMetadata, context_tokens: int | None) -> ModelM
     )
 
 
-def load_weights(folder: Path, *, dtype: torch.dtype) -> DiffusionGemmaForBlockDiffusion:
-    """The model of a folder, on the CPU, every tensor checked before the first one is used."""
+def load_weights(  # noqa: PLR0913  what a load can differ in
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device = CPU,
+    keeps_nvfp4: bool = False,
+    keeps_vision: bool = False,
+    report: Callable[[int, int], None] = lambda _done, _total: None,
+) -> DiffusionGemmaForBlockDiffusion:
+    """The model of a folder on a device, from any checkpoint that ``checkpoint.py`` can read.
+
+    Read a weight at a time, each checked, straight to the device. With ``keeps_nvfp4`` what is in 4 bits stays so
+    (``packed.py``), otherwise it is expanded to ``dtype`` once. The tower for pictures is left out but where
+    ``keeps_vision`` asks for what the folder has of it. ``report`` gets bytes read, and all there are.
+    """
     config = read_config(folder)
-    check_tensors(folder, expected_shapes(config))
-    transformers_logging.disable_progress_bar()
-    model, info = DiffusionGemmaForBlockDiffusion.from_pretrained(
-        str(folder), config=config, dtype=dtype, output_loading_info=True, local_files_only=True
-    )
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if info.get(problem):
-            msg = f"{folder}: transformers reports {problem}: {sorted(map(str, info[problem]))[:3]}"
+    model = _create_empty(folder, config)
+    checkpoint = Checkpoint.open(folder, _shapes_of(model))
+    if not (keeps_vision and checkpoint.has_vision):
+        model.model.encoder.vision_tower = model.model.encoder.embed_vision = None
+        checkpoint.leave_out_vision()
+    _check_room(checkpoint, dtype, device, keeps_nvfp4=keeps_nvfp4)
+    _make_constants(model, device)
+    for name, weight in checkpoint.read(device=device, dtype=dtype, keeps_nvfp4=keeps_nvfp4, report=report):
+        put_weight(model, name, weight)
+    for name, source in model.all_tied_weights_keys.items():
+        tie_weight(model, name, source)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            msg = f"{folder}: nothing was read for {name}; {DAMAGED}"
             raise WeightsError(msg)
+    if (folder / "generation_config.json").exists():
+        model.generation_config = type(model).generation_config_class.from_pretrained(str(folder))
     return model.eval()
+
+
+def _create_empty(folder: Path, config: DiffusionGemmaConfig) -> DiffusionGemmaForBlockDiffusion:
+    try:
+        with torch.device("meta"):
+            return DiffusionGemmaForBlockDiffusion(config)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        msg = f"{folder / 'config.json'} lacks a number of the model ({error}); copy the model folder again"
+        raise WeightsError(msg) from error
+
+
+def _shapes_of(model: DiffusionGemmaForBlockDiffusion) -> dict[str, tuple[int, ...]]:
+    tied = model.all_tied_weights_keys
+    return {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in tied}
+
+
+def _make_constants(module: Any, device: torch.device, owner: Any = None) -> None:
+    """Buffers that no checkpoint holds, computed as the class does it: rotary frequencies, the embedding's scale."""
+    owner = module if hasattr(module, "_init_weights") else owner
+    if names := module._non_persistent_buffers_set:  # noqa: SLF001  torch has no other way to ask
+        for name in names:
+            module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")  # noqa: SLF001
+        owner._init_weights(module)  # noqa: SLF001  its weights are on the meta device, and stay unwritten
+        for name in names:
+            module._buffers[name] = module._buffers[name].to(device)  # noqa: SLF001
+    for part in module.children():
+        _make_constants(part, device, owner)
+
+
+def _check_room(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, *, keeps_nvfp4: bool) -> None:
+    """Refuse what cannot fit before the machine begins to swap; say what expanding takes."""
+    if keeps_nvfp4 or device.type != "cpu":
+        return
+    needed = sum(math.prod(target.shape) for target in checkpoint.targets.values()) * dtype.itemsize
+    if Format.NVFP4 in checkpoint.count_formats():
+        gigabytes = f"{needed / 1e9:.1f} GB"
+        logger.warning("weights in 4 bits are expanded for this processor; all weights take %s", gigabytes)
+    free = available_bytes()
+    if free is not None and needed > free:
+        msg = (
+            f"its weights take {needed / 1e9:.1f} GB of memory on a processor, and {free / 1e9:.1f} GB are free; "
+            "set fimserver.device to a GPU, or fimserver.model to a smaller model"
+        )
+        raise WeightsError(msg)
+
+
+def available_bytes() -> int | None:
+    """Memory that the machine has to give; ``None`` where it does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def read_config(folder: Path) -> DiffusionGemmaConfig:
     """Parse ``config.json``. Raises ``WeightsError`` when it is another class of model."""
     path = folder / "config.json"
-    values = _read_json(path)
+    values = read_json(path)
     if values.get("model_type") != DiffusionGemmaConfig.model_type:
         msg = f"{path}: model_type is {values.get('model_type')!r}; only 'diffusion_gemma' can be served"
         raise WeightsError(msg)
-    if "quantization_config" in values or (folder / "hf_quant_config.json").exists():
-        msg = f"{folder} is quantized, which this version cannot load yet; use the bf16 checkpoint"
-        raise WeightsError(msg)
-    return DiffusionGemmaConfig.from_dict(values)
+    read_quantization(folder)  # or say that it is of a kind that cannot be read
+    try:
+        return DiffusionGemmaConfig.from_dict({k: v for k, v in values.items() if k != "quantization_config"})
+    except (TypeError, ValueError, KeyError) as error:
+        msg = f"{path} does not describe a model ({error}); copy the model folder again"
+        raise WeightsError(msg) from error
 
 
 def expected_shapes(config: DiffusionGemmaConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor a checkpoint must hold; tied weights are listed once."""
     with torch.device("meta"):
-        model = DiffusionGemmaForBlockDiffusion(config)
-    tied = model.all_tied_weights_keys
-    return {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in tied}
-
-
-def check_tensors(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Hold the files against the model: names, shapes, finite values. Raises ``WeightsError``."""
-    remedy = "the download is incomplete or damaged: copy the model folder again"
-    found: set[str] = set()
-    for path in weight_files(folder):
-        try:
-            for name, tensor in _tensors(path):
-                if name not in expected:
-                    msg = f"{path.name}: tensor {name} is not part of this model; config.json and weights do not match"
-                    raise WeightsError(msg)
-                if tuple(tensor.shape) != expected[name]:
-                    shape = tuple(tensor.shape)
-                    msg = f"{path.name}: tensor {name} has shape {shape}, config.json asks for {expected[name]}"
-                    raise WeightsError(msg)
-                if not bool(torch.isfinite(tensor).all()):
-                    msg = f"{path.name}: tensor {name} has NaN or infinite values; {remedy}"
-                    raise WeightsError(msg)
-                found.add(name)
-        except (SafetensorError, OSError) as error:
-            msg = f"{path} cannot be read as safetensors ({error}); {remedy}"
-            raise WeightsError(msg) from error
-    if missing := sorted(expected.keys() - found):
-        msg = f"{folder}: tensor {missing[0]} is missing ({len(missing)} in all); {remedy}"
-        raise WeightsError(msg)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: one, or the shards that the index names."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.exists():
-        return [single]
-    if not index.exists():
-        msg = f"{folder} holds no model.safetensors; point fimserver.model at a checkpoint folder"
-        raise WeightsError(msg)
-    paths = [folder / name for name in sorted(set(_read_json(index)["weight_map"].values()))]
-    if absent := [p.name for p in paths if not p.exists()]:
-        msg = f"{folder} lacks {absent[0]}, which its index names; copy the model folder again"
-        raise WeightsError(msg)
-    return paths
-
-
-def _tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118  safe_open is no mapping
-            yield name, file.get_tensor(name)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        msg = f"{path} cannot be read ({error}); copy the model folder again"
-        raise WeightsError(msg) from error
-    if not isinstance(values, dict):
-        msg = f"{path} holds a {type(values).__name__}, not an object; copy the model folder again"
-        raise WeightsError(msg)
-    return values
+        return _shapes_of(DiffusionGemmaForBlockDiffusion(config))

@@ -98,7 +98,8 @@ class Outbox:
 def main() -> int:
     """Entry point; ``argv[1]`` is a JSON object with the arguments of ``load_engine``."""
     stream_in, stream_out = take_private_streams()
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="fimserver engine: %(message)s")
+    logging.basicConfig(stream=sys.stderr, level=logging.ERROR, format="fimserver engine: %(message)s")
+    logging.getLogger("fimserver").setLevel(logging.WARNING)
     options = json.loads(sys.argv[1])
     inbox, outbox = Inbox(), Outbox(stream_out)
     threading.Thread(target=read_requests, args=(stream_in, inbox, outbox), daemon=True).start()
@@ -155,6 +156,7 @@ def load_engine(model: str, device: str, threads: int, context_tokens: int | Non
     try:
         import torch  # noqa: PLC0415  seconds of import, and only this process pays them
 
+        logging.getLogger("torch").setLevel(logging.ERROR)  # transformers imports what else is installed, loudly
         from fimserver.engine.engine import Engine  # noqa: PLC0415
     except ImportError as error:
         msg = f"a package is missing ({error}); install again with: pip install fimserver"

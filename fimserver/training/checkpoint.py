@@ -87,7 +87,7 @@ def prepare_model(folder: Path, recipe: Recipe, source: str | None, base: str) -
     source_folder = folder / MODEL_FOLDER if begun else find_model(source or base)
     torch.manual_seed(recipe.seed)
     if begun or source is not None:
-        model = load_weights(source_folder, dtype=torch.float32)
+        model = load_weights(source_folder, dtype=torch.float32, keeps_vision=True)
         recipe = shape_of(model.config, recipe)
         if recipe.experts > model.config.get_text_config().num_experts:
             model = split_experts(model, recipe)
@@ -162,6 +162,8 @@ def split_experts(model: Any, recipe: Recipe) -> Any:
     grown, known = create_model(recipe), model.state_dict()
     state = grown.state_dict()
     for name, value in state.items():
+        if name not in known:
+            continue  # of the tower for pictures, which a folder need not have
         if "experts." in name:
             value.copy_(known[name] * (1 + 0.02 * torch.randn(value.shape)))  # alike, they would stay alike
         elif name.endswith("router.per_expert_scale"):

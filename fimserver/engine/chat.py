@@ -1,0 +1,131 @@
+"""Speak with an instruction-tuned model: what its turns say, and what of its answer is code.
+
+    <bos><turn>user
+    instruction, file, snippets, the code after the cursor<turn end>
+    <turn>model
+    ```python
+    the code before the cursor
+
+The canvas goes on with that code, so the answer is what stands before the fence that closes the block. A text with
+fences of its own is put between longer ones.
+
+Knows:   texts.  Never: token ids, tensors, documents.
+Source:  turns of Gemma 4 (``<|turn>``, ``<turn|>``, roles "user" and "model", a line end behind a role and behind a
+         turn): ai.google.dev/gemma/docs/core/prompt-formatting-gemma4. Thinking is off where no system turn wants it.
+         Gemma 4 has an empty thought in front of such an answer; the template of DiffusionGemma no longer does, and
+         answers better without (huggingface.co/google/diffusiongemma-26B-A4B-it, discussion 15).
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from fimserver.types import FimContext
+
+INSTRUCTION = (
+    "Fill in the code at the cursor of a file. Answer with one code block: the code before the cursor as it is, "
+    "and then only what is missing at the cursor. Do not repeat the code after the cursor. Do not explain."
+)
+NOTHING_FOLLOWS = "\n\nNothing follows the cursor."
+_TAGS = {"javascriptreact": "jsx", "typescriptreact": "tsx", "shellscript": "bash"}  # of a block, where not the id
+_MARKS = "```"
+_LEAST_REPEATED = 8  # characters of a line that is taken for a repeat, not for code that says the same twice
+_BLANKS = " \t\r"
+
+
+@dataclass(frozen=True, slots=True)
+class Fence:
+    """The open code block that an answer goes on with.
+
+    ``line`` is what stands before the cursor in its line, ``last_line`` the last line before the cursor that is not
+    blank. ``is_inside``: the code before the cursor has opened a fenced block itself, as Markdown files do.
+    """
+
+    marks: str
+    tag: str
+    line: str = ""
+    last_line: str = ""
+    is_inside: bool = False
+
+    @property
+    def opening(self) -> str:
+        """The line that opens the block, without its end."""
+        return self.marks + self.tag
+
+    def find_end(self, text: str, *, is_whole: bool) -> int:
+        """Where the line begins that closes the block; the text's length where none does.
+
+        Unless the text ``is_whole``, its last line may still become another.
+        """
+        is_inside, place = self.is_inside, 0
+        lines = text.split("\n")
+        if not is_whole:
+            lines.pop()
+        for i, line in enumerate(lines):
+            bare = line.strip(_BLANKS)
+            marks = len(bare) - len(bare.lstrip("`"))
+            if marks >= len(_MARKS) and (i or not self.line.strip()):
+                info = bare[marks:]
+                if not info and (not is_inside or len(_MARKS) < len(self.marks) <= marks):
+                    return place
+                is_opening = self._is_opening(line) and not text[:place].strip()
+                if "`" not in info and not is_opening:
+                    is_inside = bool(info)
+            place += len(line) + 1
+        return len(text)
+
+    def clean(self, text: str) -> str:
+        """An answer without what closes its block and what follows, and without what it repeats at its beginning."""
+        text = text[: self.find_end(text, is_whole=True)]
+        first, _, rest = text.lstrip("\r\n").partition("\n")
+        is_anew = self._is_opening(first)
+        return self._drop_repeat(rest if is_anew else text, is_anew=is_anew)
+
+    def _is_opening(self, line: str) -> bool:
+        """Whether a line opens the block once more; in Markdown, or in a block, it may be the file's own."""
+        is_own = self.is_inside or self.tag in {"", "markdown"}
+        return not is_own and line.rstrip(_BLANKS) in {self.opening, _MARKS + self.tag}
+
+    def _drop_repeat(self, text: str, *, is_anew: bool) -> str:
+        last = self.last_line.lstrip()
+        is_sure = len(last.rstrip()) >= _LEAST_REPEATED and not last.startswith("</")
+        if not last or not (is_anew or is_sure):
+            return text
+        if self.line.strip():
+            begun = text.lstrip() if is_anew else text.lstrip(" \t")
+            return begun[len(last) :] if begun.startswith(last) else text
+        first, _, rest = text.partition("\n")
+        is_repeat = first.strip() == last.rstrip() and rest.strip()
+        return rest.removeprefix(self.line) if is_repeat else text
+
+
+def open_fence(context: FimContext) -> Fence:
+    """The block that a context's prefix stands in at the prompt's end."""
+    lines = context.prefix.split("\n")
+    return Fence(
+        marks_around([context.prefix, context.head]),
+        tag_of(context.language_id),
+        line=lines[-1],
+        last_line=next((line for line in reversed(lines) if line.strip()), ""),
+        is_inside=_leaves_open(lines),
+    )
+
+
+def tag_of(language_id: str) -> str:
+    """What the opening fence of a language's block says; nothing that would end its line."""
+    return _TAGS.get(language_id, re.sub(r"[^\w+#.-]", "", language_id))
+
+
+def marks_around(texts: Iterable[str]) -> str:
+    """A fence that no text between two such can close."""
+    longest = max((len(run) for text in texts for run in re.findall(r"`{3,}", text)), default=0)
+    return "`" * max(len(_MARKS), longest + 1)
+
+
+def _leaves_open(lines: Iterable[str]) -> bool:
+    is_open = False
+    for line in lines:
+        bare = line.strip()
+        if bare.startswith(_MARKS) and "`" not in bare.lstrip("`"):
+            is_open = not is_open or bool(bare.lstrip("`"))
+    return is_open

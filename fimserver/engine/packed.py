@@ -1,0 +1,109 @@
+"""Weights that stay in 4 bits, as modules in place of transformers' own.
+
+    put_weight        a weight into a model: a parameter, or for an NVFP4Tensor a module that holds it
+    tie_weight        the encoder's weight is the decoder's
+    PackedLinear      nn.Linear's place
+    PackedExperts     the place of all experts of a layer
+
+Their ``forward`` expands the weights at every call: the plain reference, slow, right on any device. ``network.py``
+takes the tensors out of them and multiplies by kernels where there are some.
+
+Shapes:  T tokens, H hidden size, E experts, I an expert's inner size, k experts a token.
+"""
+
+import torch
+from torch import nn
+
+from fimserver.engine.nvfp4 import NVFP4Tensor
+from fimserver.engine.products import PLAIN
+from fimserver.errors import WeightsError
+
+_STACKS = {"gate_up_proj": "gate_up", "down_proj": "down"}
+
+
+class PackedLinear(nn.Module):
+    """A projection (N, K) whose weights are NVFP4."""
+
+    def __init__(self, weight: NVFP4Tensor) -> None:
+        super().__init__()
+        self._weights: NVFP4Tensor | None = weight.with_row_scales()
+
+    @property
+    def weights(self) -> NVFP4Tensor:
+        """The tensor, until it is let go."""
+        assert self._weights is not None
+        return self._weights
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``x`` (..., K) to (..., N)."""
+        return PLAIN.linear(self.weights, x)
+
+    def let_go(self) -> None:
+        """Hold no weights any more."""
+        self._weights = None
+
+
+class PackedExperts(nn.Module):
+    """The experts of a layer: gate and up (E, 2 I, H), down (E, H, I)."""
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.gate_up: NVFP4Tensor | None = None
+        self.down: NVFP4Tensor | None = None
+
+    def stacks(self) -> tuple[NVFP4Tensor, NVFP4Tensor]:
+        """Both tensors, which are there once the model is loaded."""
+        assert self.gate_up is not None
+        assert self.down is not None
+        return self.gate_up, self.down
+
+    def forward(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """``x`` (T, H) through the ``chosen`` experts (T, k), their results added by ``weights`` (T, k)."""
+        return PLAIN.experts(*self.stacks(), x, chosen, weights)
+
+    def let_go(self) -> None:
+        """Hold no weights any more."""
+        self.gate_up = self.down = None
+
+
+def is_packed(*modules: nn.Module) -> bool:
+    """Whether a part of these modules is in 4 bits."""
+    return any(isinstance(m, PackedLinear | PackedExperts) for module in modules for m in module.modules())
+
+
+def put_weight(model: nn.Module, name: str, weight: torch.Tensor | NVFP4Tensor) -> None:
+    """Make a tensor the weight of that name in a model whose own is not there yet."""
+    owner_name, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    if isinstance(weight, torch.Tensor):
+        if leaf in owner._parameters:  # noqa: SLF001  as torch's own loading does
+            owner._parameters[leaf] = nn.Parameter(weight, requires_grad=weight.is_floating_point())  # noqa: SLF001
+        else:
+            owner._buffers[leaf] = weight  # noqa: SLF001
+    elif leaf in _STACKS:
+        if not isinstance(owner, PackedExperts):
+            owner = PackedExperts(weight.shape[0])
+            _replace(model, owner_name, owner)
+        setattr(owner, _STACKS[leaf], weight)
+    elif isinstance(owner, nn.Linear):
+        _replace(model, owner_name, PackedLinear(weight))
+    else:
+        msg = f"{name} is in 4 bits, which only projections and experts can be; use another checkpoint"
+        raise WeightsError(msg)
+
+
+def tie_weight(model: nn.Module, name: str, source: str) -> None:
+    """Make the weight of one name that of another; where that is packed, its module."""
+    owner_name, _, leaf = name.rpartition(".")
+    source_name, _, source_leaf = source.rpartition(".")
+    source_owner = model.get_submodule(source_name)
+    if isinstance(source_owner, PackedLinear | PackedExperts):
+        _replace(model, owner_name, source_owner)
+    elif not isinstance(owner := model.get_submodule(owner_name), PackedExperts):
+        owner._parameters[leaf] = source_owner._parameters[source_leaf]  # noqa: SLF001
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)

@@ -1,0 +1,328 @@
+"""Kernels against plain torch: interpreted here, compiled for every card, and run on one where there is one."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from fimserver.engine.backends import Backend, Choice, Trial, choose_products
+from fimserver.engine.model import Model
+from fimserver.engine.nvfp4 import NVFP4Tensor, quantize
+from fimserver.engine.products import PLAIN, PlainProducts, Products
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def kernels() -> ModuleType:
+    """The kernels as Triton's interpreter runs them, on this processor."""
+    pytest.importorskip("triton", reason="Triton is not installed; pip install 'fimserver[interop]'")
+    from fimserver.engine import nvfp4_kernels
+
+    return nvfp4_kernels
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def stack(experts: int, rows: int, columns: int, seed: int = 0) -> NVFP4Tensor:
+    """Weights of very different sizes by expert and by row, so that a scale of another row shows."""
+    weights = random(experts, rows, columns, seed=seed) * torch.rand(experts, rows, 1).exp()
+    whole = quantize(weights * torch.logspace(-2, 0, experts)[:, None, None]).with_row_scales()
+    whole.global_scale.mul_(1 + torch.rand(experts, rows))
+    return whole
+
+
+def check(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-6) -> None:
+    assert found.shape == expected.shape
+    assert float((found.float() - expected.float()).abs().max()) <= tolerance * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 33])
+@pytest.mark.parametrize(("rows", "columns"), [(16, 16), (64, 64), (80, 176), (130, 96), (1, 240)])
+def test_linear(kernels: ModuleType, tokens: int, rows: int, columns: int) -> None:
+    weights, x = quantize(random(rows, columns) * 0.1), random(tokens, columns, seed=1)
+    products = kernels.TritonProducts(dtype=torch.float32, exact=True)
+    check(products.linear(weights, x), PLAIN.linear(weights, x))
+
+
+@pytest.mark.parametrize("tile", [(32, 32), (32, 64), (64, 128)])
+def test_linear_with_any_tile_and_a_scale_for_each_row(kernels: ModuleType, tile: tuple[int, int]) -> None:
+    weights = stack(1, 96, 176)
+    only = NVFP4Tensor(weights.packed[0], weights.scales[0], weights.global_scale[0])
+    products = kernels.TritonProducts(dtype=torch.float32, exact=True, block_n=tile[0], block_k=tile[1])
+    x = random(2, 3, 176, seed=1)
+    check(products.linear(only, x), PLAIN.linear(only, x))
+
+
+def test_every_byte_and_every_scale(kernels: ModuleType) -> None:
+    """All 256 bytes under all 126 scales are expanded exactly: an identity matrix reads every weight back."""
+    packed = torch.arange(256, dtype=torch.uint8).repeat(126, 1)
+    scales = torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn)[:, None].repeat(1, 32)
+    weights = NVFP4Tensor(packed, scales, torch.tensor([1.0]))
+    products = kernels.TritonProducts(dtype=torch.float32, exact=True)
+    found = products.linear(weights, torch.eye(512))
+    assert torch.equal(found.T, weights.dequantize())
+
+
+def choices(kind: str, tokens: int, experts: int, per_token: int) -> torch.Tensor:
+    if kind == "all to one":
+        return torch.stack([(torch.arange(per_token) + 3) % experts] * tokens)
+    if kind == "none to some":
+        return torch.stack([torch.randperm(experts // 2)[:per_token] * 2 for _ in range(tokens)])
+    return torch.stack([torch.randperm(experts)[:per_token] for _ in range(tokens)])
+
+
+@pytest.mark.parametrize("kind", ["spread", "all to one", "none to some"])
+@pytest.mark.parametrize(
+    ("tokens", "experts", "per_token", "hidden", "inner"),
+    [(1, 8, 2, 64, 32), (7, 8, 2, 96, 80), (21, 8, 1, 64, 64), (40, 4, 2, 32, 112)],
+)
+def test_experts(
+    kernels: ModuleType, kind: str, tokens: int, experts: int, per_token: int, hidden: int, inner: int
+) -> None:
+    torch.manual_seed(0)
+    gate_up, down = stack(experts, 2 * inner, hidden), stack(experts, hidden, inner, seed=1)
+    chosen, weights = choices(kind, tokens, experts, per_token), torch.rand(tokens, per_token)
+    x = random(tokens, hidden, seed=2)
+    products = kernels.TritonProducts(dtype=torch.float32, exact=True)
+    arguments = (gate_up, down, x, chosen, weights)
+    check(products.experts(*arguments), PLAIN.experts(*arguments))
+
+
+@pytest.mark.parametrize("kind", ["spread", "all to one", "none to some"])
+@pytest.mark.parametrize("tokens", [1, 16, 100])
+def test_every_choice_is_in_one_tile_of_its_expert(kernels: ModuleType, kind: str, tokens: int) -> None:
+    torch.manual_seed(1)
+    chosen = choices(kind, tokens, 8, 3)
+    groups = kernels.group_tokens(chosen, 8)
+    placed = groups.slots.view(-1, kernels.ROWS)
+    assert sorted(placed[placed < groups.num_slots].tolist()) == list(range(3 * tokens))
+    for tile, expert in zip(placed, groups.tile_experts.tolist(), strict=True):
+        real = tile[tile < groups.num_slots].long()
+        assert (expert < 0) == (not len(real))
+        assert bool((chosen.flatten()[real] == expert).all())
+
+
+def test_grouping_reads_nothing_back(kernels: ModuleType) -> None:
+    """Shapes follow from shapes: on the meta device, where no number exists, it works all the same."""
+    groups = kernels.group_tokens(torch.zeros(5, 2, dtype=torch.int64, device="meta"), 8)
+    assert groups.slots.shape == (groups.num_tiles * kernels.ROWS,)
+
+
+@pytest.mark.parametrize(("slots", "experts"), [(1, 8), (10, 4), (512, 128), (8, 128), (10_000, 128)])
+def test_tiles_suffice_for_the_worst_spread(kernels: ModuleType, slots: int, experts: int) -> None:
+    spread = [1] * min(slots, experts)  # every expert with one slot over full tiles needs most
+    rest = slots - sum(spread)
+    tiles = len(spread) + rest // kernels.ROWS
+    assert tiles <= kernels.count_tiles(slots, experts) <= tiles + experts
+
+
+def test_a_whole_model_through_the_kernels(kernels: ModuleType, random_model: Model) -> None:
+    """Every product of the network, encoder's rows and decoder's, by Triton instead of plain torch."""
+    from checkpoints import EVERYTHING, is_chosen
+
+    from fimserver.engine.network import Network, causal_rows
+
+    network = repack(random_model, lambda name, tensor: is_chosen(name, tensor, EVERYTHING))
+    results = []
+    for products in (PLAIN, kernels.TritonProducts(dtype=torch.float32, exact=True)):
+        forward = Network(network, products)
+        with torch.inference_mode():
+            results.append(forward.forward(causal_rows([2, 77, 901, 5], 0, CPU), forward.new_cache()))
+    check(results[1], results[0], 1e-5)
+
+
+def repack(model: Model, chosen: Any) -> Any:
+    """A copy of a model's network with some matrices in 4 bits."""
+    import copy
+
+    from fimserver.engine.packed import put_weight
+
+    network = copy.deepcopy(model.network)
+    for name, tensor in list(network.model.decoder.named_parameters(prefix="model.decoder")):
+        if tensor.dim() > 1 and "embed" not in name and "router" not in name and chosen(name, tensor):
+            put_weight(network, name, quantize(tensor.detach()).with_row_scales())
+    return network
+
+
+COMPILE = """
+import json, os, re, subprocess, sys, tempfile
+import triton
+from triton.backends import nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from fimserver.engine import nvfp4_kernels as kernels
+
+tools = os.path.join(os.path.dirname(nvidia.__file__), "bin")
+floats, ints = {"x": "*bf16", "out": "*bf16", "row_scales": "*fp32", "slot_weights": "*fp32"}, ("slots", "tile_experts")
+shapes = {"_linear_kernel": {"N": 2816, "K": 2816}, "_gate_up_kernel": {"I": 704, "K": 2816},
+          "_down_kernel": {"N": 2816, "K": 704}}
+for name, shape in shapes.items():
+    function = getattr(kernels, name)
+    constants = {**shape, "ROWS": 16, "BLOCK_N": 64, "BLOCK_K": 64, "EXACT": False}
+    signature = {}
+    for argument in function.arg_names:
+        others = "*i32" if argument in ints else "*u8" if argument in ("packed", "scales") else "i32"
+        kind = floats.get(argument, others)
+        signature[argument] = "constexpr" if argument in constants else kind
+    if name == "_down_kernel":
+        signature["out"] = "*fp32"
+    where = {(function.arg_names.index(n),): value for n, value in constants.items()}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, k in enumerate(signature.values()) if k.startswith("*")}
+    source = ASTSource(function, signature, where, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32),
+                              options={"num_warps": 4, "num_stages": int(sys.argv[2])})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [tools + "/cuobjdump", "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\\d+)", usage)}
+    print(json.dumps({"kernel": name, "shared": compiled.metadata.shared, "ptx": compiled.asm["ptx"], **numbers}))
+"""
+
+
+def compile_for(capability: int, num_stages: int = 3) -> dict[str, dict[str, Any]]:
+    """What Triton and NVIDIA's assembler make of the kernels, in a process of its own: no card is needed."""
+    pytest.importorskip("triton", reason="Triton is not installed; pip install 'fimserver[interop]'")
+    command = [sys.executable, "-c", COMPILE, str(capability), str(num_stages)]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    found = [json.loads(line) for line in printed.splitlines()]
+    return {entry["kernel"]: entry for entry in found}
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+def test_compiles_for_every_card(capability: int) -> None:
+    compiled = compile_for(capability)
+    assert len(compiled) == 3
+    for entry in compiled.values():
+        assert entry["REG"] <= 128  # so that four programs of 128 threads share a multiprocessor
+        assert entry["LOCAL"] == 0  # nothing is spilled
+        assert entry["STACK"] == 0
+        assert entry["shared"] <= 48 * 1024
+        assert "mma" in entry["ptx"]  # tensor cores do the product
+
+
+LOAD = re.compile(r"ld\.global(?:\.\w+)*?(?:\.v(\d))?\.[bfsu](\d+)")
+
+
+def loop_of(ptx: str) -> str:
+    """The instructions between a label and the branch back to it."""
+    labels = {match[1]: match.start() for match in re.finditer(r"^(\$L\w+):", ptx, re.MULTILINE)}
+    back = [(labels[m[1]], m.end()) for m in re.finditer(r"bra[\w.]*\s+(\$L\w+);", ptx) if labels[m[1]] < m.start()]
+    ((begin, end),) = back
+    return ptx[begin:end]
+
+
+def test_weights_are_read_as_4_bits_once() -> None:
+    """All that the loop loads is its tokens, half a byte for each weight of its tiles, and a scale for 16 of them."""
+    threads = 128
+    for name, entry in compile_for(90, num_stages=1).items():
+        loaded = sum(int(vector or 1) * int(bits) // 8 for vector, bits in LOAD.findall(loop_of(entry["ptx"])))
+        matrices = 2 if name == "_gate_up_kernel" else 1
+        tokens, weights, scales = 16 * 64 * 2, matrices * 64 * 64 // 2, matrices * 64 * 64 // 16
+        assert loaded * threads == tokens + weights + scales, name
+
+
+class Wrong(PlainProducts):
+    """A backend that is off by a tenth, in experts alone."""
+
+    name = "Wrong"
+
+    def experts(self, *arguments: Any) -> torch.Tensor:
+        return super().experts(*arguments) * 1.1
+
+
+class Slow(PlainProducts):
+    name = "Slow"
+
+    def linear(self, weights: NVFP4Tensor, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(20):
+            super().linear(weights, x)
+        return super().linear(weights, x)
+
+
+def fail(_dtype: torch.dtype) -> Products:
+    msg = "no compiler"
+    raise RuntimeError(msg)
+
+
+def choose(monkeypatch: pytest.MonkeyPatch, *backends: Backend) -> Choice:
+    """The choice for a device that says it is none of a processor, whose tensors live on one."""
+
+    class Card:
+        type = "card"
+
+    monkeypatch.setattr(Trial, "__init__", lambda self, device, dtype, make=Trial.__init__: make(self, CPU, dtype))
+    return choose_products(Card(), torch.float32, backends)  # type: ignore[arg-type]
+
+
+def test_a_wrong_kernel_is_left_out_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    chosen = choose(monkeypatch, Backend("Wrong", Wrong), Backend("Broken", fail))
+    assert chosen.products.name == "plain torch"
+    assert chosen.tried["Wrong"] == "experts differed from plain torch by 10.0% on this card"
+    assert "Wrong is not used for weights in 4 bits: experts differed" in caplog.text
+    assert "Broken cannot be used for weights in 4 bits: RuntimeError: no compiler" in caplog.text
+    assert "which is slow" in caplog.text
+
+
+def test_of_those_that_are_right_the_fastest_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = Backend("Fast", PlainProducts)
+    chosen = choose(monkeypatch, Backend("Slow", Slow), fast, Backend("Wrong", Wrong))
+    assert type(chosen.products) is PlainProducts
+    assert list(chosen.tried) == ["Slow", "Fast", "Wrong"]
+    assert chosen.tried["Fast"].endswith("us")
+
+
+def test_a_processor_has_the_plain_way(caplog: pytest.LogCaptureFixture) -> None:
+    assert choose_products(CPU, torch.float32).products is PLAIN
+    assert not caplog.text
+
+
+def test_a_trial_finds_kernels_right(kernels: ModuleType) -> None:
+    trial = Trial(CPU, torch.float32)
+    assert not trial.find_fault(kernels.TritonProducts(dtype=torch.float32, exact=True))
+    assert trial.find_fault(Wrong()).startswith("experts differed")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(("rows", "columns"), [(2112, 2816), (4096, 2816), (2816, 2112)])
+@pytest.mark.parametrize("tokens", [1, 16, 64, 256])
+def test_linear_on_a_card(rows: int, columns: int, tokens: int) -> None:
+    from fimserver.engine.nvfp4_kernels import TritonProducts
+
+    device = torch.device("cuda")
+    weights = quantize(random(rows, columns).to(device) * 0.02)
+    x = random(tokens, columns, seed=1).to(device)
+    check(TritonProducts().linear(weights, x.bfloat16()), PLAIN.linear(weights, x.bfloat16().float()), 0.01)
+    check(TritonProducts(dtype=torch.float32, exact=True).linear(weights, x), PLAIN.linear(weights, x), 1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("tokens", [1, 16, 64, 256])
+def test_experts_on_a_card(tokens: int) -> None:
+    """Real sizes; three runs give the same bits, so nothing races, and nothing is left unwritten."""
+    from fimserver.engine.nvfp4_kernels import TritonProducts
+
+    device = torch.device("cuda")
+    gate_up, down = stack(128, 1408, 2816).to(device), stack(128, 2816, 704, seed=1).to(device)
+    weights, chosen = torch.softmax(random(tokens, 128), dim=-1).topk(8)
+    x = random(tokens, 2816, seed=2).to(device)
+    arguments = (gate_up, down, x.bfloat16(), chosen.to(device), weights.to(device))
+    results = [TritonProducts().experts(*arguments) for _ in range(3)]
+    assert all(torch.equal(results[0], again) for again in results[1:])
+    assert bool(torch.isfinite(results[0]).all())
+    check(results[0], PLAIN.experts(gate_up, down, x.bfloat16().float(), *arguments[3:]), 0.01)
