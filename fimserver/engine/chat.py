@@ -11,9 +11,8 @@ fences of its own is put between longer ones.
 
 Knows:   texts.  Never: token ids, tensors, documents.
 Source:  turns of Gemma 4 (``<|turn>``, ``<turn|>``, roles "user" and "model", a line end behind a role and behind a
-         turn): ai.google.dev/gemma/docs/core/prompt-formatting-gemma4. Thinking is off where no system turn wants it.
-         Gemma 4 has an empty thought in front of such an answer; the template of DiffusionGemma no longer does, and
-         answers better without (huggingface.co/google/diffusiongemma-26B-A4B-it, discussion 15).
+         turn): ai.google.dev/gemma/docs/core/prompt-formatting-gemma4. Thinking is off where no system turn wants it;
+         Gemma 4 has an empty thought in front of such an answer, the templates now published for DiffusionGemma do not.
 """
 
 import re

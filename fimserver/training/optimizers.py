@@ -1,7 +1,8 @@
 """Muon for matrices, Adam for everything else, under one rate.
 
 Muon (Jordan 2024) steps along the orthogonalized momentum of a matrix, by five rounds of Newton and Schulz. Matrices
-of one shape are stacked and multiplied together in bfloat16: a fifth of the time of one after the other in fp32.
+of one shape are stacked and multiplied together, in bfloat16 where the machine has it: a fifth of the time of one after
+the other in fp32.
 
 Knows:  parameters.  Never: what they do.
 """
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fimserver.training.precision import best_dtype
 from fimserver.training.recipe import Recipe
 
 _MOMENTUM = 0.95
@@ -66,7 +68,7 @@ class Optimizers:
 
 def orthogonalize(matrices: Tensor) -> Tensor:
     """(n, ..., rows, columns): each with singular values near 1, fp32."""
-    x = matrices.to(torch.bfloat16)
+    x = matrices.to(best_dtype(matrices.device))
     x = x / (x.float().norm(dim=(-2, -1), keepdim=True).to(x.dtype) + 1e-7)
     flip = x.shape[-2] > x.shape[-1]
     x = (x.mT if flip else x).contiguous()

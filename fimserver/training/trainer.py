@@ -38,6 +38,7 @@ from fimserver.training.measures import HeldOut, measure
 from fimserver.training.noise import first_noise, later_noise
 from fimserver.training.optimizers import Optimizers
 from fimserver.training.packed import PackedModel
+from fimserver.training.precision import best_dtype
 from fimserver.training.recipe import Recipe
 from fimserver.training.rows import Row, RowMaker, RowMix, RowShape, RowStream
 from fimserver.training.schedule import Budget, Schedule, State
@@ -370,9 +371,3 @@ def can_compile(device: torch.device) -> bool:
         _log.warning("training is not compiled, and so slower: %s", str(error).partition("\n")[0])
         return False
     return True
-
-
-def best_dtype(device: torch.device) -> torch.dtype:
-    """bf16 on a GPU and on CPUs with instructions for it, else fp32."""
-    has_it = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()  # noqa: SLF001  as torch's own tests
-    return torch.bfloat16 if has_it else torch.float32
