@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicCache
 
+from fimserver.engine.key_values import KeyValues
 from fimserver.engine.model import Model
-from fimserver.engine.network import KeyValues, Rows, canvas_rows, causal_rows, rms
+from fimserver.engine.network import Rows, canvas_rows, causal_rows, rms
 
 TOLERANCE = 1e-4  # float32: other shapes, other order of additions
 

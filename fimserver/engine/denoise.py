@@ -30,8 +30,9 @@ import torch
 
 from fimserver.engine.answer import AnswerEnd, AnswerStart, confidence_of
 from fimserver.engine.constraint import CanvasConstraint
+from fimserver.engine.key_values import KeyValues
 from fimserver.engine.model import Model
-from fimserver.engine.network import KeyValues, measured
+from fimserver.engine.network import measured
 
 _MOST_RENOISINGS = 2  # of one canvas
 _SPARE_TOKENS = 4  # of a canvas that is cut behind where its answer seems to end

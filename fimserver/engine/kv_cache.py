@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fimserver.engine.key_values import KeyValues
 from fimserver.engine.model import Model
-from fimserver.engine.network import KeyValues
 
 CHUNK_TOKENS = 512  # a cancel is seen after so many
 MAX_PROMPTS = 8
@@ -38,6 +38,11 @@ class _Held:
 
     cache: KeyValues
     token_ids: list[int] = field(default_factory=list)
+
+    def count_shared(self, wanted: Sequence[int]) -> int:
+        """Leading tokens that need not be encoded again: none where sliding layers have lost what they would need."""
+        common = common_prefix_length(self.token_ids, wanted)
+        return common if common == len(self.token_ids) or self.cache.can_trim(common) else 0
 
 
 class PromptCache:
@@ -99,7 +104,7 @@ class PromptCache:
     def reuse(self, token_ids: Sequence[int]) -> int:
         """Trim the prompt that shares most to what it shares, short of the last token; how many tokens that keeps."""
         wanted = token_ids[:-1]
-        common = [common_prefix_length(held.token_ids, wanted) for held in self._held]
+        common = [held.count_shared(wanted) for held in self._held]
         best = max(range(len(common)), key=lambda i: (common[i], i))
         is_little = common[best] < min(_WORTH_TOKENS, len(wanted) // 2)
         if is_little and self._max_prompts > 1:

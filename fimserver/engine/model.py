@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from transformers import DiffusionGemmaForBlockDiffusion
 
-from fimserver.engine.network import KeyValues, Network, Rows, canvas_rows, causal_rows, measured
+from fimserver.engine.key_values import KeyValues
+from fimserver.engine.network import Network, Rows, canvas_rows, causal_rows, measured
 from fimserver.engine.weights import ModelMetadata, load_weights, read_metadata
 from fimserver.errors import EngineError
 

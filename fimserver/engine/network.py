@@ -1,7 +1,6 @@
 """The class's forward pass, written for one person's requests: few tokens, one sequence, any pattern of sight.
 
     Rows       tokens of one pass: ids, positions, who sees whom; the last ones may be canvases
-    KeyValues  keys and values of a prompt, with room behind them for the tokens of a pass
     Network    rows over a cache -> hidden states; written behind the prompt, kept only when asked
 
 transformers' modules serve batches, any mask and training, and take two to three times as long for one token on a
@@ -25,11 +24,11 @@ from torch.nn import functional
 from torch.profiler import record_function
 from transformers import DiffusionGemmaForBlockDiffusion
 
+from fimserver.engine.key_values import MARGIN_TOKENS, CacheShape, KeyValues
 from fimserver.engine.nvfp4 import concatenate
 from fimserver.engine.packed import PackedExperts, PackedLinear, is_packed
 from fimserver.engine.products import PLAIN, Products
 
-_GROWTH_TOKENS = 256  # buffers grow by so many, or by half
 _MOST_TABLED = 16384  # positions; those of a quarter of a million would take 1.6 GB
 _NOTHING = nullcontext()
 
@@ -69,43 +68,6 @@ def canvas_rows(canvases: torch.Tensor, cached: int) -> Rows:
     return Rows(canvases.flatten(), positions, sees, canvases.numel(), torch.full_like(positions, cached))
 
 
-class KeyValues:
-    """Keys and values (heads, capacity, D) of every layer; the first ``length`` are the prompt's."""
-
-    def __init__(self, shapes: Sequence[tuple[int, int]], dtype: torch.dtype, device: torch.device) -> None:
-        self.length = 0
-        self.keys = [torch.empty(heads, 0, size, dtype=dtype, device=device) for heads, size in shapes]
-        self.values = [torch.empty_like(keys) for keys in self.keys]
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory of the buffers."""
-        return sum(t.nbytes for t in (*self.keys, *self.values))
-
-    @torch.inference_mode()
-    def reserve(self, num_rows: int) -> None:
-        """Room for so many rows behind the prompt."""
-        capacity = self.keys[0].shape[1]
-        needed = self.length + num_rows
-        if needed > capacity:
-            more = max(needed, capacity + max(_GROWTH_TOKENS, capacity // 2)) - capacity
-            self.keys = [functional.pad(t, (0, 0, 0, more)) for t in self.keys]
-            self.values = [functional.pad(t, (0, 0, 0, more)) for t in self.values]
-
-    @torch.inference_mode()
-    def keep(self, rows: Sequence[int]) -> None:
-        """Make rows of the last pass, in ascending order, the prompt's continuation."""
-        if list(rows) != list(range(len(rows))):
-            chosen = torch.tensor(rows, device=self.keys[0].device) + self.length
-            for buffer in (*self.keys, *self.values):
-                buffer[:, self.length : self.length + len(rows)] = buffer[:, chosen]
-        self.length += len(rows)
-
-    def trim(self, length: int) -> None:
-        """Forget what stands behind the first ``length`` tokens."""
-        self.length = min(self.length, length)
-
-
 class Network:
     """The forward pass over the weights of transformers' own model."""
 
@@ -139,9 +101,11 @@ class Network:
                 _let_go(layer)
                 _let_go(causal)
 
-    def new_cache(self) -> KeyValues:
+    def new_cache(self, margin_tokens: int = MARGIN_TOKENS) -> KeyValues:
         """An empty cache."""
-        return KeyValues([(a.num_kv_heads, a.head_size) for a in self._layers], self.dtype, self.device)
+        windows = {"sliding_attention": self._window}
+        shapes = [CacheShape(a.num_kv_heads, a.head_size, windows.get(a.kind)) for a in self._layers]
+        return KeyValues(shapes, self.dtype, self.device, margin_tokens)
 
     def forward(self, rows: Rows, cache: KeyValues, soft: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden states (N, H) float32 of rows over a cache, which then holds their keys and values uncommitted.
@@ -230,7 +194,7 @@ class Network:
         near = at[None] > origins[:, None] - self._window
         if rows.num_canvas:
             near[-rows.num_canvas :, -rows.num_canvas :] = True  # a canvas sees all of itself, however long
-        first = max(0, min(cached, int(origins.min()) - self._window + 1))
+        first = max(0, cached - self._window + 1)  # no row begins before the cache ends
         sights["sliding_attention"] = first, self._to_mask((seen & near)[:, first:])
         return sights
 
@@ -282,10 +246,11 @@ class _Layer:
         cosines, sines = rotary
         turned = torch.addcmul(turned * cosines, turned.roll(self.head_size // 2, -1), sines)
         values = heads[:, num_qk:] if self._own_values else heads[:, self.num_heads :]
-        end = cache.length + n
+        start = cache.start_of(index)
+        begin, end, first = cache.length - start, cache.length - start + n, first - start
         keys_of, values_of = cache.keys[index], cache.values[index]
-        keys_of[:, cache.length : end] = turned[:, self.num_heads :].transpose(0, 1)
-        values_of[:, cache.length : end] = values.transpose(0, 1)
+        keys_of[:, begin:end] = turned[:, self.num_heads :].transpose(0, 1)
+        values_of[:, begin:end] = values.transpose(0, 1)
         attended = functional.scaled_dot_product_attention(
             turned[:, : self.num_heads].transpose(0, 1)[None].to(keys_of.dtype),
             keys_of[None, :, first:end],
