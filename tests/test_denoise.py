@@ -52,7 +52,8 @@ class TheirForward:
     def to_soft(self, logits: torch.Tensor, _top: int | None) -> torch.Tensor:
         return logits[None]
 
-    def decode(self, canvas: torch.Tensor, cache: Any, soft: torch.Tensor | None) -> torch.Tensor:
+    def decode(self, canvas: torch.Tensor, cache: Any, soft: torch.Tensor | None, *, first: int = 0) -> torch.Tensor:
+        assert first == 0
         with torch.inference_mode():
             output = self.network.model.decoder(
                 decoder_input_ids=canvas, past_key_values=cache, self_conditioning_logits=soft
@@ -156,7 +157,9 @@ def test_a_bias_accepts_from_the_left() -> None:
 
 def test_what_is_accepted_may_be_the_likeliest() -> None:
     class Torn(Scripted):
-        def decode(self, canvases: torch.Tensor, _cache: Any, _soft: torch.Tensor | None) -> torch.Tensor:
+        def decode(
+            self, canvases: torch.Tensor, _cache: Any, _soft: torch.Tensor | None, *, first: int = 0
+        ) -> torch.Tensor:
             torn = torch.zeros(self.vocab_size)
             torn[100], torn[101] = 10.2, 10.0
             return torn.expand(*canvases.shape, self.vocab_size)
@@ -181,9 +184,11 @@ def test_a_condition_says_what_was_accepted(tiny_model: Model) -> None:
         def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
             return tiny_model.forward.embed(token_ids)
 
-        def decode(self, canvases: torch.Tensor, _cache: Any, soft: torch.Tensor | None) -> torch.Tensor:
+        def decode(
+            self, canvases: torch.Tensor, _cache: Any, soft: torch.Tensor | None, *, first: int = 0
+        ) -> torch.Tensor:
             told.append(torch.zeros(0) if soft is None else soft)
-            return super().decode(canvases, _cache, soft)
+            return super().decode(canvases, _cache, soft, first=first)
 
     model: Any = Watched([100, 101, 1])
     options = replace(QUICK, kept_condition=0.5)
@@ -340,11 +345,13 @@ class Scripted:
     def to_soft(self, logits: torch.Tensor, _top: int | None) -> torch.Tensor:
         return logits
 
-    def decode(self, canvases: torch.Tensor, _cache: Any, _soft: torch.Tensor | None) -> torch.Tensor:
+    def decode(
+        self, canvases: torch.Tensor, _cache: Any, _soft: torch.Tensor | None, *, first: int = 0
+    ) -> torch.Tensor:
         target = [*self.targets[min(self.steps, len(self.targets) - 1)], *[1] * 16][: canvases.shape[1]]
         self.steps += 1
         sure = torch.nn.functional.one_hot(torch.tensor(target), self.vocab_size) * 40.0
-        return sure.expand(len(canvases), *sure.shape)
+        return sure.expand(len(canvases), *sure.shape)[:, first:]
 
 
 def fill_scripted(

@@ -333,7 +333,7 @@ class _SureModel:
     def to_soft(self, logits: torch.Tensor, _top: int | None) -> torch.Tensor:
         return logits
 
-    def decode(self, canvas: torch.Tensor, cache: Any, soft: torch.Tensor | None) -> torch.Tensor:
+    def decode(self, canvas: torch.Tensor, cache: Any, soft: torch.Tensor | None, *, first: int = 0) -> torch.Tensor:
         self.softs.append(soft)
         logits = torch.zeros(1, self.canvas_length, self.vocab_size)
         return logits.scatter(-1, torch.tensor(self.ids)[None, :, None], 50.0)

@@ -6,7 +6,8 @@ from transformers.cache_utils import DynamicCache
 
 from fimserver.engine.key_values import KeyValues
 from fimserver.engine.model import Model
-from fimserver.engine.network import Rows, canvas_rows, causal_rows, rms
+from fimserver.engine.layers import rms
+from fimserver.engine.network import Rows, canvas_rows, causal_rows
 
 TOLERANCE = 1e-4  # float32: other shapes, other order of additions
 
@@ -90,7 +91,7 @@ def test_branches_and_canvases_in_one_pass(model: Model, length: int) -> None:
     sees[5:, 3:5] = sees[5:, 5:] = True
     positions = torch.tensor([*range(length, length + 3), *range(length, length + 7)])
     origins = torch.full((5,), length + 2)
-    hidden = model.look(Rows(torch.cat((left, right, canvas)), positions, sees, 5, origins), cache)
+    hidden = model.look(Rows(torch.cat((left, right, canvas)), positions, sees, int(positions.max()) + 1, 5, origins), cache)
 
     for part, branch in ((hidden[:3], left), (hidden[3:5], right)):
         theirs, _ = encode_theirs(model, torch.cat((ids, branch)))

@@ -19,6 +19,7 @@ from fimserver.engine.chat import Fence
 from fimserver.engine.vocabulary import Vocabulary
 
 _MANY_LINES = 16  # no token has so many line ends
+_MOST_BLANKS = 3  # tokens of blanks before the first of an answer that has to say something
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +127,41 @@ class AnswerStart:
             beginning = self.after(beginning, token_id)
         return own
 
+    def constrain_canvases(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits (K, C, V) whose best first tokens begin the answers as they must: ``constrain_canvas``, on a device.
+
+        What is still owed is a number on the device, how many bytes are spelled; each has its mask. So nothing is read
+        back, and the number of positions looked at is the most that can be needed.
+        """
+        if self.beginning.is_whole:
+            return logits
+        masks, blanks, lengths = self._tables(logits.device)
+        num_bytes, device = len(masks) - 1, logits.device
+        logits, spelled = logits.clone(), torch.zeros(len(logits), dtype=torch.int64, device=device)
+        owes = torch.full((len(logits),), fill_value=self.beginning.needs_more, device=device)
+        is_done = torch.zeros(len(logits), dtype=torch.bool, device=device)
+        for position in range(min(logits.shape[1], num_bytes + 1 + _MOST_BLANKS * self.beginning.needs_more)):
+            row, mask = logits[:, position], masks[spelled]
+            is_free = is_done | ~mask.any(-1)
+            row = torch.where(is_free[:, None] | mask, row, -torch.inf)
+            best = row.argmax(-1)
+            is_blank = blanks[spelled].gather(-1, best[:, None])[:, 0]
+            spelled = torch.where(is_done, spelled, (spelled + lengths[best]).clamp(max=num_bytes))
+            owes &= is_blank | is_done
+            ends = is_done | ((spelled == num_bytes) & ~owes)
+            settled = torch.full_like(row, -torch.inf).scatter(-1, best[:, None], row.gather(-1, best[:, None]))
+            logits[:, position] = torch.where(ends[:, None], row, settled)
+            is_done = ends
+        return logits
+
+    def _tables(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """For each number of bytes spelled: tokens that may come next, and those that say nothing of their own."""
+        vocabulary, owed = self._answer_end.vocabulary, self.beginning.rest
+        max_lines = min(self._answer_end.max_lines, _MANY_LINES)
+        return _beginning_tables(vocabulary, owed, max_lines, self._vocab_size, device)
+
     def constrain_canvas(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits (C, V) whose best first tokens begin the answer as they must.
+        """Logits (C, V) whose best first tokens begin the answer as they must, position by position: the reference.
 
         A position that spells only a part is settled on its best token, since the next one depends on it.
         """
@@ -155,6 +189,27 @@ def _end_mask(vocabulary: Vocabulary, max_lines: int, vocab_size: int, device: t
     return torch.tensor(ends + [True] * (vocab_size - len(ends)), device=device)
 
 
+@lru_cache(maxsize=16)
+def _beginning_tables(
+    vocabulary: Vocabulary, owed: bytes, max_lines: int, vocab_size: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(R + 1, V) bool twice, and the bytes of each token (V,), for R bytes that an answer begins with."""
+    rests = [owed[spelled:] for spelled in range(len(owed) + 1)]
+    masks = torch.stack([_spelling_mask(vocabulary, rest, max_lines, vocab_size, device) for rest in rests])
+    lengths, solid = _token_sizes(vocabulary, vocab_size, device)
+    return masks, torch.stack([solid <= len(rest) for rest in rests]), lengths
+
+
+@lru_cache(maxsize=4)
+def _token_sizes(vocabulary: Vocabulary, vocab_size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bytes of each token (V,), and how many there are up to its last that is not blank."""
+    sizes = torch.zeros(2, vocab_size, dtype=torch.int64)
+    texts = vocabulary.token_bytes
+    sizes[:, : len(texts)] = torch.tensor([[len(t) for t in texts], [len(t.rstrip()) for t in texts]])
+    lengths, solid = sizes.to(device)
+    return lengths, solid
+
+
 @lru_cache(maxsize=256)
 def _spelling_mask(
     vocabulary: Vocabulary,
@@ -166,8 +221,9 @@ def _spelling_mask(
     """Tokens (V,) bool that spell the beginning of ``rest``, or go on; where nothing is left, any that ends nothing."""
     if not rest:
         return ~_end_mask(vocabulary, max_lines, vocab_size, device)
-    mask = [bool(t) and (t.startswith(rest) or rest.startswith(t)) for t in vocabulary.token_bytes]
-    return torch.tensor(mask + [False] * (vocab_size - len(mask)), device=device)
+    mask = torch.zeros(vocab_size, dtype=torch.bool)
+    mask[vocabulary.starting_with(rest) + vocabulary.beginning_of(rest)] = True
+    return mask.to(device)
 
 
 def confidence_of(log_probabilities: torch.Tensor) -> float:

@@ -31,8 +31,8 @@ import torch
 from fimserver.engine.answer import AnswerEnd, AnswerStart, confidence_of
 from fimserver.engine.constraint import CanvasConstraint
 from fimserver.engine.key_values import KeyValues
+from fimserver.engine.layers import measured
 from fimserver.engine.model import Model
-from fimserver.engine.network import measured
 
 _MOST_RENOISINGS = 2  # of one canvas
 _SPARE_TOKENS = 4  # of a canvas that is cut behind where its answer seems to end
@@ -193,14 +193,14 @@ def denoising_step(  # noqa: PLR0913, PLR0917  the loop's whole state is its arg
     if soft is not None and options.kept_condition:
         known = options.kept_condition * state.accepted_mask.flatten()[:, None]
         soft = soft.lerp(model.forward.embed(state.canvas.flatten()), known.to(soft.dtype))
-    logits = model.decode(state.canvas, cache, soft) / temperature(options, state.steps_left)
+    logits = model.decode(state.canvas, cache, soft, first=state.num_pinned) / temperature(options, state.steps_left)
     with measured("sampling"):
-        if answer_start is not None:
-            logits = torch.stack([answer_start.constrain_canvas(rows) for rows in logits])
-        if state.num_pinned:
+        if state.num_pinned:  # which began the answer as it must
             kept = state.best[:, : state.num_pinned, None]
-            one_hot = torch.full_like(logits[:, : state.num_pinned], -torch.inf).scatter(-1, kept, 0.0)
-            logits = torch.cat((one_hot, logits[:, state.num_pinned :]), dim=1)
+            one_hot = logits.new_full((*kept.shape[:2], logits.shape[-1]), -torch.inf).scatter(-1, kept, 0.0)
+            logits = torch.cat((one_hot, logits), dim=1)
+        elif answer_start is not None:
+            logits = answer_start.constrain_canvases(logits)
         probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
         likeliest = logits.argmax(-1)
         candidates = likeliest if options.takes_likeliest else sample_canvas(probabilities, generator)
@@ -220,7 +220,7 @@ def denoising_step(  # noqa: PLR0913, PLR0917  the loop's whole state is its arg
 
 
 def is_settled(state: CanvasState, options: DenoisingOptions, num_positions: int) -> bool:
-    """Whether the first positions are the same as ``stability_threshold`` steps before, and confident.
+    """Whether the first positions are the same as ``stability_threshold`` steps before, and confident: the reference.
 
     transformers asks this of the whole canvas (``num_positions`` = C); an answer needs only what stands
     before its end, and the end itself.
@@ -244,6 +244,50 @@ def renoise(model: Model, state: CanvasState, positions: Iterable[int], generato
         logits = logits.clone()
         logits[:, at] = 0.0  # conditions on every token alike
     return replace(state, canvas=canvas, accepted_mask=accepted_mask, logits=logits, history=())
+
+
+@dataclass(frozen=True, slots=True)
+class Readout:
+    """What the host has to know of one canvas after a step: its likeliest tokens, their entropies, which are stable.
+
+    ``support`` is how likely, in the mean, the model finds the tokens that it was drafted with.
+    """
+
+    best: list[int]
+    entropy: list[float]
+    is_stable: list[bool]
+    support: float
+
+    def is_settled(self, options: DenoisingOptions, num_positions: int) -> bool:
+        """See ``is_settled``."""
+        part = slice(0, num_positions)
+        mean = math.fsum(self.entropy[part]) / max(1, len(self.entropy[part]))
+        return all(self.is_stable[part]) and mean < options.confidence_threshold
+
+
+def read_out(
+    state: CanvasState, options: DenoisingOptions, drafted: torch.Tensor | None = None, lengths: Sequence[int] = ()
+) -> list[Readout]:
+    """What the host has to know of every canvas, in the only transfer of a step.
+
+    ``drafted`` (K, C) are tokens that the canvases began with, the first ``lengths`` of each.
+    """
+    assert state.logits is not None
+    is_stable = torch.full_like(state.accepted_mask, fill_value=len(state.history) >= options.stability_threshold)
+    for earlier in (
+        state.history[len(state.history) - options.stability_threshold :] if options.stability_threshold else ()
+    ):
+        is_stable &= earlier == state.best
+    support = torch.zeros_like(state.entropy)
+    if drafted is not None:
+        support = torch.log_softmax(state.logits.float(), dim=-1).gather(-1, drafted[..., None])[..., 0]
+    packed = torch.stack([t.double() for t in (state.best, state.entropy, is_stable, support)], dim=1).cpu().tolist()
+    found = []
+    for i, (best, entropy, stable, likely) in enumerate(packed):
+        count = lengths[i] if lengths else 0
+        mean = math.fsum(likely[:count]) / count if count else -math.inf
+        found.append(Readout([int(b) for b in best], entropy, [bool(s) for s in stable], mean))
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,15 +328,20 @@ class Denoiser:
             state = denoising_step(self.model, cache, state, options, self.generator, answer_start)
             passes += 1
             if len(drafts) > 1 and passes == 1:
-                state = state.only(most_likely(state, earlier.canvas, [len(d) for d in drafts]))
-            best = state.best[0].tolist()
+                readouts = read_out(state, options, earlier.canvas, [len(d) for d in drafts])
+                chosen = max(range(len(drafts)), key=lambda i: readouts[i].support)
+                state, readout = state.only(chosen), readouts[chosen]
+            else:
+                (readout,) = read_out(state, options)
+            best = readout.best
             length = self._length(before, best)
             answer = best[:length]
             if options.is_cut and length < len(best) and passes == 1:
                 state = state.cut(length + 1 + _SPARE_TOKENS)
-            state = self._pin(state, before, answer)
+                best = best[: length + 1 + _SPARE_TOKENS]
+            state = self._pin(state, readout, before, answer)
             self.on_step(state, answer)
-            if is_settled(state, options, length + 1):
+            if readout.is_settled(options, length + 1):
                 may_renoise = renoisings < _MOST_RENOISINGS and state.steps_left
                 if may_renoise and (wrong := self._wrong(state, before, answer)):
                     renoisings += 1
@@ -314,10 +363,11 @@ class Denoiser:
                 break
             state = denoising_step(self.model, cache, state, options, self.generator, answer_start)
             passes += 1
+            readouts = read_out(state, options)
             for i in set(range(count)) - found.keys():
-                canvas = state.only(i)
-                filled = self._take(canvas, answer_start, (), "end", passes)
-                if is_settled(canvas, options, len(filled.token_ids) + 1):
+                length = self._length((), readouts[i].best)
+                if readouts[i].is_settled(options, length + 1):
+                    filled = self._take(state.only(i), answer_start, (), "end", passes)
                     found[i] = replace(filled, finish="length") if filled.is_open else filled
         for i in set(range(count)) - found.keys():
             found[i] = self._take(state.only(i), answer_start, (), finish, passes)
@@ -348,22 +398,14 @@ class Denoiser:
     def _length(self, before: Sequence[int], best: Sequence[int]) -> int:
         return max(0, self.answer_end.find([*before, *best]) - len(before))
 
-    def _pin(self, state: CanvasState, before: Sequence[int], answer: Sequence[int]) -> CanvasState:
+    def _pin(self, state: CanvasState, readout: Readout, before: Sequence[int], answer: Sequence[int]) -> CanvasState:
         """The first line stays as it is once it is settled, so that it can be shown while the rest is denoised."""
         if before or state.num_pinned or self.answer_end.max_lines == 1:
             return state
         end = self.answer_end.first_line(answer)
-        if end is None or not is_settled(state, self.options, end):
+        if end is None or not readout.is_settled(self.options, end):
             return state
         return replace(state, num_pinned=end)
-
-
-def most_likely(state: CanvasState, drafts: torch.Tensor, lengths: Sequence[int]) -> int:
-    """Which of the drafts (K, C), whose first ``lengths`` positions count, the logits of a step bear out best."""
-    assert state.logits is not None
-    scores = torch.log_softmax(state.logits.float(), dim=-1).gather(-1, drafts[..., None])[..., 0]
-    means = [float(row[:n].mean()) if n else -torch.inf for row, n in zip(scores, lengths, strict=True)]
-    return max(range(len(means)), key=lambda i: means[i])
 
 
 def confidence_in(state: CanvasState, options: DenoisingOptions, positions: Sequence[int]) -> float:

@@ -95,7 +95,7 @@ class Engine:
             name=metadata.name,
             device=str(self.model.device),
             dtype=str(network.dtype).removeprefix("torch."),
-            num_parameters=sum(p.numel() for p in network.parameters()),
+            num_parameters=self.model.num_parameters,
             max_prompt_tokens=metadata.max_prompt_tokens,
             canvas_length=self.model.canvas_length,
             preferred_mode=metadata.preferred_mode,

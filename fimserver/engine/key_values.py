@@ -4,8 +4,9 @@
     keep      rows of the last pass become the prompt's continuation
     trim      forget what stands behind some of the first tokens
 
-A sliding layer looks ``window`` tokens back, so what is older can go; the margin is what may be deleted again before
-the prompt has to be read anew. The memory of sliding layers is bounded so, whatever the context.
+A sliding layer looks ``window`` tokens back, so what is older can go. Of the margin one half is for what may be deleted
+again before the prompt has to be read anew, the other for what is written next. The memory of sliding layers is
+bounded so, whatever the context.
 
 Knows:   tensors.  Never: token ids, layers' weights.
 Shapes:  keys and values (heads, capacity, D) of every layer.
@@ -62,7 +63,7 @@ class KeyValues:
     def reserve(self, num_rows: int) -> None:
         """Room for so many rows behind the prompt; sliding layers let go what is beyond window and margin."""
         if self._window is not None and self.length - self.base + num_rows > self._window + self._margin:
-            self._slide(max(self.base, self.length - self._window))
+            self._slide(max(self.base, self.length - self._window - self._margin // 2))
         for layer, shape in enumerate(self._shapes):
             held = self.length - self.start_of(layer)
             capacity = self.keys[layer].shape[1]

@@ -8,14 +8,19 @@ Knows:   tensors, devices.  Never: text, prompts, stopping.
 Shapes:  T prompt tokens, K canvases of C positions, V vocabulary, H hidden size; one prompt at a time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from transformers import DiffusionGemmaForBlockDiffusion
 
+from fimserver.engine.backends import Choice, choose_products
+from fimserver.engine.graphs import FixedPasses, capture
 from fimserver.engine.key_values import KeyValues
-from fimserver.engine.network import Network, Rows, canvas_rows, causal_rows, measured
+from fimserver.engine.layers import measured
+from fimserver.engine.network import Network, Rows, canvas_rows, causal_rows
+from fimserver.engine.packed import count_parameters, is_packed
+from fimserver.engine.products import PLAIN
 from fimserver.engine.weights import ModelMetadata, load_weights, read_metadata
 from fimserver.errors import EngineError
 
@@ -23,9 +28,21 @@ from fimserver.errors import EngineError
 class Model:
     """The network and what its folder says of it."""
 
-    def __init__(self, network: DiffusionGemmaForBlockDiffusion, metadata: ModelMetadata) -> None:
+    def __init__(
+        self,
+        network: DiffusionGemmaForBlockDiffusion,
+        metadata: ModelMetadata,
+        choice: Choice | None = None,
+        *,
+        consumes: bool = False,
+        record: Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]] | None = None,
+    ) -> None:
+        """``consumes`` empties ``network`` of its layers' weights; ``record`` makes passes of fixed shape."""
         self.network = network
-        self.forward = Network(network)
+        self.num_parameters = count_parameters(network)
+        self.choice = choice or Choice(PLAIN)
+        self.forward = Network(network, self.choice.products, consumes=consumes)
+        self._fixed = FixedPasses(self.forward, record) if record and self.forward.is_fixed else None
         self.metadata = metadata
         self.text_config = network.config.text_config
         self.canvas_length: int = network.config.canvas_length
@@ -33,12 +50,23 @@ class Model:
         self.device: torch.device = network.device
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device) -> "Model":
-        """Model of a folder on ``device``: fp32 on CPU and MPS, bf16 on CUDA. Raises ``WeightsError``."""
+    def load(
+        cls,
+        folder: Path,
+        device: torch.device,
+        report: Callable[[int, int], None] = lambda _done, _total: None,
+    ) -> "Model":
+        """Model of a folder on ``device``: fp32 on CPU and MPS; on CUDA bf16, and what is in 4 bits stays so.
+
+        ``report`` gets bytes read, and all there are. Raises ``WeightsError``.
+        """
         metadata = read_metadata(folder)
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        network = load_weights(folder, dtype=dtype).to(device)
-        return cls(network, metadata)
+        if device.type != "cuda":
+            network = load_weights(folder, dtype=torch.float32, report=report)
+            return cls(network.to(device), metadata)
+        network = load_weights(folder, dtype=torch.bfloat16, device=device, keeps_nvfp4=True, report=report)
+        choice = choose_products(device, torch.bfloat16) if is_packed(network) else None
+        return cls(network, metadata, choice, consumes=True, record=capture)
 
     def new_cache(self) -> KeyValues:
         """An empty KV cache."""
@@ -55,14 +83,22 @@ class Model:
         return self.forward.to_logits(self._encode(token_ids, cache))
 
     @torch.inference_mode()
-    def decode(self, canvases: torch.Tensor, cache: KeyValues, soft: torch.Tensor | None) -> torch.Tensor:
+    def decode(
+        self, canvases: torch.Tensor, cache: KeyValues, soft: torch.Tensor | None, *, first: int = 0
+    ) -> torch.Tensor:
         """Denoise canvases (K, C) once, side by side over a cache, which stays as it is; logits (K, C, V) float32.
 
-        ``soft`` (K * C, H), from ``Network.to_soft``, is the self-conditioning.
+        ``soft`` (K * C, H), from ``Network.to_soft``, is the self-conditioning. Positions before ``first`` are settled:
+        there are no logits of them.
         """
         with measured("decode"):
-            hidden = self.forward.forward(canvas_rows(canvases, cache.length), cache, soft)
-        return self.forward.to_logits(hidden).view(*canvases.shape, -1)
+            if self._fixed is not None:
+                hidden = self._fixed.run(canvases, cache, soft)
+            else:
+                hidden = self.forward.forward(canvas_rows(canvases, cache.length), cache, soft)
+        count, length = canvases.shape
+        opened = hidden.view(count, length, -1)[:, first:]
+        return self.forward.to_logits(opened.flatten(0, 1)).view(count, length - first, -1)
 
     @torch.inference_mode()
     def look(self, rows: Rows, cache: KeyValues) -> torch.Tensor:

@@ -11,6 +11,8 @@ takes the tensors out of them and multiplies by kernels where there are some.
 Shapes:  T tokens, H hidden size, E experts, I an expert's inner size, k experts a token.
 """
 
+import math
+
 import torch
 from torch import nn
 
@@ -70,6 +72,16 @@ class PackedExperts(nn.Module):
 def is_packed(*modules: nn.Module) -> bool:
     """Whether a part of these modules is in 4 bits."""
     return any(isinstance(m, PackedLinear | PackedExperts) for module in modules for m in module.modules())
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Weights of a model, in whichever format; those that two parts share once."""
+    packed = {id(m): m for m in model.modules() if isinstance(m, PackedLinear | PackedExperts)}
+    count = sum(p.numel() for p in model.parameters())
+    for module in packed.values():
+        stacks = module.stacks() if isinstance(module, PackedExperts) else (module.weights,)
+        count += sum(math.prod(stack.shape) for stack in stacks)
+    return count
 
 
 def put_weight(model: nn.Module, name: str, weight: torch.Tensor | NVFP4Tensor) -> None:

@@ -157,7 +157,7 @@ def to_rows(  # noqa: PLR0913, PLR0917  everything one pass reads
     num_sure, num_nodes, num_canvas = len(pending), len(tree.tokens), len(canvases) * canvas_length
     if not num_nodes and not num_canvas and num_sure == 1:
         ids = torch.tensor(list(pending), device=model.device)
-        return Rows(ids, torch.tensor([cached], device=model.device), None)
+        return Rows(ids, torch.tensor([cached], device=model.device), None, cached + 1)
     num_rows = num_sure + num_nodes + num_canvas
     sees = torch.zeros(num_rows, num_rows, dtype=torch.bool)
     sees[:num_sure, :num_sure] = torch.ones(num_sure, num_sure, dtype=torch.bool).tril()
@@ -181,7 +181,8 @@ def to_rows(  # noqa: PLR0913, PLR0917  everything one pass reads
         random = torch.randint(0, model.vocab_size, (num_canvas,), generator=noise, device=model.device)
         ids = torch.cat((ids, random))
     at = torch.tensor(positions, device=model.device)
-    return Rows(ids, at, sees.to(model.device), num_canvas, torch.tensor(origins, device=model.device))
+    origin = torch.tensor(origins, device=model.device)
+    return Rows(ids, at, sees.to(model.device), max(positions) + 1, num_canvas, origin)
 
 
 class _Walk:

@@ -8,6 +8,7 @@ Knows:  token ids and bytes.  Never: tensors, documents.
 """
 
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import groupby
@@ -117,6 +118,27 @@ class Vocabulary:
     def fence_ids(self) -> frozenset[int]:
         """Tokens with a mark that code blocks are fenced with."""
         return frozenset(i for i, written in enumerate(self.token_bytes) if b"`" in written)
+
+    @cached_property
+    def _in_order(self) -> tuple[list[bytes], list[int]]:
+        """Texts of all tokens that have one, sorted, and their ids."""
+        pairs = sorted((text, i) for i, text in enumerate(self.token_bytes) if text)
+        return [text for text, _ in pairs], [i for _, i in pairs]
+
+    def starting_with(self, beginning: bytes) -> list[int]:
+        """Ids of the tokens whose bytes begin so."""
+        texts, ids = self._in_order
+        first = bisect_left(texts, beginning)
+        return ids[first : bisect_right(texts, beginning, lo=first, key=lambda text: text[: len(beginning)])]
+
+    def beginning_of(self, text: bytes) -> list[int]:
+        """Ids of the tokens whose bytes are a part of a text, from its first on, and not all of it."""
+        texts, ids = self._in_order
+        found: list[int] = []
+        for length in range(1, len(text)):
+            first = bisect_left(texts, text[:length])
+            found += ids[first : bisect_right(texts, text[:length], lo=first)]
+        return found
 
     @cached_property
     def num_newlines(self) -> list[int]:

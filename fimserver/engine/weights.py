@@ -26,6 +26,7 @@ from fimserver.engine.packed import put_weight, tie_weight
 from fimserver.engine.quantization import read_quantization
 from fimserver.engine.ranking import ANSWER_FEATURES, GUESS_FEATURES
 from fimserver.errors import WeightsError
+from fimserver.model_store import find_added, is_hub_name
 from fimserver.types import Mode
 
 CPU = torch.device("cpu")
@@ -87,15 +88,23 @@ class ModelMetadata:
 
 
 def find_model(name: str) -> Path:
-    """Folder of a shipped model's name or of a path. Raises ``WeightsError``."""
+    """Folder of a shipped model's name, of a path, or of a hub's name that was added. Raises ``WeightsError``."""
     shipped = sorted(p.parent.name for p in SHIPPED_MODELS.glob(f"*/{METADATA_FILE}"))
     if name in shipped:
         return SHIPPED_MODELS / name
     folder = Path(name).expanduser()
-    if not folder.is_dir():
-        msg = f"model {name!r} is neither a folder nor one of: {', '.join(shipped)}; set fimserver.model to one"
+    if folder.is_dir():
+        return folder
+    if added := find_added(name):
+        return added
+    if is_hub_name(name.partition("@")[0]):
+        msg = (
+            f"model {name!r} is neither a folder nor downloaded nor one of: {', '.join(shipped)}; "
+            f"fetch it with: fimserver model add {name}, or set fimserver.model to another"
+        )
         raise WeightsError(msg)
-    return folder
+    msg = f"model {name!r} is neither a folder nor one of: {', '.join(shipped)}; set fimserver.model to one"
+    raise WeightsError(msg)
 
 
 def read_metadata(folder: Path) -> ModelMetadata:

@@ -1,0 +1,122 @@
+"""Denoising passes of fixed shape, so that a card can be given one of them in a single call.
+
+    FixedPasses   a pass for each shape that was met; the hidden states of canvases over a cache
+    FixedPass     tensors that stay where they are, and what is done with them
+    capture       records a pass as a CUDA graph; without a card it is simply run
+
+A pass over a canvas is some thousand small kernels; calling them one by one takes a processor longer than a card needs
+for them. What changes between passes is copied into tensors that stay: token ids, the condition, and when the prompt
+has changed, places, masks and rotations. Masks hide what a buffer holds no keys in, so buffers are read whole.
+
+Knows:   tensors, the network.  Never: sampling, prompts, stopping.
+Shapes:  N canvas rows, H hidden size, P places in a layer's buffers.
+Equal:   to ``Network.forward`` (tests/test_graphs.py).
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+
+from fimserver.engine.key_values import KeyValues
+from fimserver.engine.layers import Sight
+from fimserver.engine.network import Network, canvas_rows
+
+_MOST_PASSES = 12  # shapes and caches that a recording is kept for
+_WARM_UPS = 2
+_Run = Callable[[], torch.Tensor]
+
+
+def capture(run: _Run) -> _Run:
+    """A pass recorded on the card; running the result runs it there in one call, on the same tensors."""
+    stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(_WARM_UPS):  # what compiles or allocates at first does it here
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return found
+
+    return replay
+
+
+class FixedPass:
+    """A pass over canvases (K, C) of one shape and one cache's buffers."""
+
+    def __init__(
+        self, network: Network, cache: KeyValues, canvases: torch.Tensor, record: Callable[[_Run], _Run], *, soft: bool
+    ) -> None:
+        self._network, self._cache = network, cache
+        self._shape = canvases.shape
+        self._rows = canvas_rows(canvases.clone(), cache.length)
+        num_rows, device = canvases.numel(), canvases.device
+        self._soft = torch.zeros(num_rows, network.hidden_size, device=device) if soft else None
+        self._rotary = {kind: (c.clone(), s.clone()) for kind, (c, s) in network.rotate(self._rows).items()}
+        self._sights = {}
+        for layer, kind in network.first_layers().items():
+            places = cache.keys[layer].shape[1]
+            mask = torch.zeros(num_rows, places, dtype=network.dtype, device=device)
+            slots = torch.zeros(num_rows, dtype=torch.int64, device=device)
+            self._sights[kind] = Sight(0, 0, places, mask, slots)
+        self._length = -1
+        self.move()
+        self._run = record(self._compute)
+
+    def move(self) -> None:
+        """Stand behind the prompt as it is now."""
+        if (length := self._cache.length) == self._length:
+            return
+        self._length = length
+        rows = canvas_rows(self._rows.token_ids.view(self._shape), length)
+        self._rows.positions.copy_(rows.positions)
+        for kind, pair in self._network.rotate(rows).items():
+            for kept, new in zip(self._rotary[kind], pair, strict=True):
+                kept.copy_(new)
+        for layer, kind in self._network.first_layers().items():
+            sight = self._sights[kind]
+            assert sight.slots is not None
+            assert sight.mask is not None
+            begin = length - self._cache.start_of(layer)
+            sight.slots.copy_(torch.arange(begin, begin + len(rows.token_ids), device=sight.slots.device))
+            sight.mask.copy_(self._network.mask_places(rows, kind, self._cache, sight.end))
+
+    def __call__(self, canvases: torch.Tensor, soft: torch.Tensor | None) -> torch.Tensor:
+        """Hidden states (N, H) float32; they stay until the next call."""
+        self._rows.token_ids.copy_(canvases.flatten())
+        if self._soft is not None and soft is not None:
+            self._soft.copy_(soft)
+        return self._run()
+
+    def _compute(self) -> torch.Tensor:
+        return self._network.run(self._rows, self._cache, self._soft, self._rotary, self._sights)
+
+
+class FixedPasses:
+    """A fixed pass for each shape of canvases and each cache, recorded when it is met first."""
+
+    def __init__(self, network: Network, record: Callable[[_Run], _Run] = capture) -> None:
+        self._network, self._record = network, record
+        self._passes: OrderedDict[tuple[object, ...], FixedPass] = OrderedDict()
+        self.num_recorded = 0
+
+    def run(self, canvases: torch.Tensor, cache: KeyValues, soft: torch.Tensor | None) -> torch.Tensor:
+        """What ``Network.forward`` gives for canvases (K, C) over a cache: (K C, H) float32."""
+        cache.reserve(canvases.numel())
+        buffers = tuple(t.data_ptr() for t in (*cache.keys, *cache.values))
+        key = (tuple(canvases.shape), soft is not None, buffers)
+        fixed = self._passes.get(key)
+        if fixed is None:
+            fixed = FixedPass(self._network, cache, canvases, self._record, soft=soft is not None)
+            self._passes[key] = fixed
+            self.num_recorded += 1
+            while len(self._passes) > _MOST_PASSES:
+                self._passes.popitem(last=False)
+        self._passes.move_to_end(key)
+        fixed.move()
+        return fixed(canvases, soft)

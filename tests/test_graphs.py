@@ -1,0 +1,101 @@
+"""Passes of fixed shape give what the free ones do, whatever the prompt became in between."""
+
+import random
+
+import pytest
+import torch
+
+from fimserver.engine.graphs import FixedPasses
+from fimserver.engine.key_values import KeyValues
+from fimserver.engine.model import Model
+from fimserver.engine.network import canvas_rows
+
+TOLERANCE = 1e-4
+
+
+def ids(n: int, seed: int = 0) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(8, 8192) for _ in range(n)]
+
+
+def passes_of(model: Model) -> FixedPasses:
+    return FixedPasses(model.forward, record=lambda run: run)
+
+
+def check(model: Model, passes: FixedPasses, cache: KeyValues, canvases: torch.Tensor) -> None:
+    """Two denoising passes, the second conditioned on the first, both ways."""
+    with torch.inference_mode():
+        soft = None
+        for _ in range(2):
+            logits = model.decode(canvases, cache, soft)
+            found = model.to_logits(passes.run(canvases, cache, soft)).view(logits.shape)
+            torch.testing.assert_close(found, logits, atol=TOLERANCE, rtol=0)
+            soft = model.forward.to_soft(logits.flatten(0, 1))
+
+
+@pytest.mark.parametrize("num_canvases", [1, 3])
+@pytest.mark.parametrize("prompt", [5, 31, 40, 200])
+def test_equal_to_a_free_pass(model: Model, prompt: int, num_canvases: int) -> None:
+    """Shorter and longer than the random model's window of 32."""
+    cache = model.new_cache()
+    model.encode(ids(prompt), cache)
+    check(model, passes_of(model), cache, torch.tensor([ids(12, seed=s) for s in range(num_canvases)]))
+
+
+def test_typing_and_deleting_move_what_was_recorded(random_model: Model) -> None:
+    rng, passes = random.Random(1), passes_of(random_model)
+    cache = random_model.forward.new_cache(margin_tokens=64)
+    random_model.encode(ids(60), cache)
+    cache.reserve(200)
+    for step in range(12):
+        assert cache.trim(cache.length - rng.randrange(0, 4))
+        random_model.encode(ids(rng.randrange(1, 9), seed=step), cache)
+        check(random_model, passes, cache, torch.tensor([ids(12, seed=step)]))
+    assert cache.base > 0, "it slid"
+    assert passes.num_recorded == 2, "with and without a condition; no more for a longer prompt"
+
+
+def test_each_shape_and_each_cache_is_recorded_once(random_model: Model) -> None:
+    passes = passes_of(random_model)
+    caches = [random_model.new_cache() for _ in range(2)]
+    for cache in caches:
+        random_model.encode(ids(20), cache)
+        cache.reserve(64)
+    with torch.inference_mode():
+        for cache in (*caches, *caches):
+            for length in (8, 16):
+                passes.run(torch.tensor([ids(length)]), cache, None)
+    assert passes.num_recorded == 4
+
+
+def test_recordings_are_bounded(random_model: Model) -> None:
+    passes = passes_of(random_model)
+    cache = random_model.new_cache()
+    random_model.encode(ids(20), cache)
+    cache.reserve(64)
+    with torch.inference_mode():
+        for length in range(2, 40):
+            passes.run(torch.tensor([ids(length)]), cache, None)
+    assert len(passes._passes) == 12
+
+
+def test_what_the_host_must_know_is_not_recorded(tiny_model: Model, random_model: Model) -> None:
+    """Experts in floats are gone through one by one, by the choices that were made."""
+    assert tiny_model.forward.is_fixed
+    assert not random_model.forward.is_fixed
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("prompt", [40, 200])
+def test_recorded_on_a_card(tiny_model: Model, prompt: int) -> None:
+    from fimserver.engine.weights import SHIPPED_MODELS
+
+    model = Model.load(SHIPPED_MODELS / tiny_model.metadata.name, torch.device("cuda"))
+    cache = model.new_cache()
+    model.encode(ids(prompt), cache)
+    canvas = torch.tensor([ids(12)], device="cuda")
+    with torch.inference_mode():
+        free = model.forward.forward(canvas_rows(canvas, cache.length), cache)
+        fixed = FixedPasses(model.forward).run(canvas, cache, None)
+    torch.testing.assert_close(fixed, free, atol=0.05, rtol=0.05)
