@@ -350,6 +350,49 @@ def decode(limit: int, modes: str | None, plots: Path | None, as_json: bool, **o
 
 
 @bench.command()
+@click.option("--synthetic", default="26b", show_default=True, metavar="NAME", help="Which model, of random weights.")
+@click.option("--context", default=8192, show_default=True, type=click.IntRange(min=64), metavar="TOKENS")
+@click.option("--stages", metavar="A,B", help="Only these of kernels, load, steps, encode, requests, profile.")
+@click.option("--generate/--no-generate", default=False, help="Also transformers' generate in bf16, which takes 52 GB.")
+@click.option("--simulate", is_flag=True, help="Every stage on this machine at a reduced size: nothing is measured.")
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="Write gpu.json, gpu.md."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def gpu(  # noqa: PLR0913, PLR0917  one parameter an option
+    synthetic: str,
+    context: int,
+    stages: str | None,
+    generate: bool,  # noqa: FBT001
+    simulate: bool,  # noqa: FBT001
+    out: Path | None,
+    as_json: bool,  # noqa: FBT001
+) -> None:
+    """Measure a CUDA card with a model of the 26B's size: memory, steps beside their floor, prompts, requests."""
+    from fimserver.bench.gpu import STAGES, measure_card, to_markdown  # noqa: PLC0415
+
+    chosen = tuple(stages.split(",")) if stages else STAGES
+    found = []
+
+    def measure() -> Any:
+        found.append(
+            measure_card(
+                synthetic,
+                simulate=simulate,
+                stages=chosen,
+                context_tokens=context,
+                with_generate=generate,
+                out=out,
+                report=lambda stage: click.echo(f"{stage} ...", err=True),
+            )
+        )
+        return found[0]
+
+    _run_measurement(measure, as_json=as_json, to_lines=to_markdown)
+    sys.exit(1 if found[0].failures else 0)
+
+
+@bench.command()
 @click.option("--limit", type=click.IntRange(min=1), default=12, show_default=True, metavar="N", help="Requests.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @_decoding_options

@@ -193,8 +193,10 @@ class _RoutedExperts:
         self._dtype = self._into.dtype
         self._experts: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
         experts = module.experts
-        self.reads_choices = not isinstance(experts, PackedExperts)
-        if isinstance(experts, PackedExperts):
+        self.reads_choices = not isinstance(experts, PackedExperts) or experts.cache is not None
+        if isinstance(experts, PackedExperts) and experts.cache is not None:
+            self._experts = partial(experts.cache.run, products)
+        elif isinstance(experts, PackedExperts):
             self._experts = partial(products.experts, *experts.stacks())
         else:
             self._experts = partial(_run_experts, experts.gate_up_proj.detach(), experts.down_proj.detach(), self._act)

@@ -8,21 +8,29 @@ Knows:   tensors, devices.  Never: text, prompts, stopping.
 Shapes:  T prompt tokens, K canvases of C positions, V vocabulary, H hidden size; one prompt at a time.
 """
 
+import copy
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from transformers import DiffusionGemmaForBlockDiffusion
 
+from fimserver.cards import Card
 from fimserver.engine.backends import Choice, choose_products
+from fimserver.engine.expert_cache import Traffic, add_up
 from fimserver.engine.graphs import FixedPasses, capture
 from fimserver.engine.key_values import KeyValues
 from fimserver.engine.layers import measured
 from fimserver.engine.network import Network, Rows, canvas_rows, causal_rows
-from fimserver.engine.packed import count_parameters, is_packed
+from fimserver.engine.packed import count_parameters, find_packed_experts, is_packed
 from fimserver.engine.products import PLAIN
 from fimserver.engine.weights import ModelMetadata, load_weights, read_metadata
-from fimserver.errors import EngineError
+from fimserver.errors import EngineError, WeightsError
+from fimserver.planner import Format, Role, plan_on_card, read_folder
+
+_logger = logging.getLogger(__name__)
+_NO_CARD = Card("this card", 0, 1, 0, "")  # a plan's memory does not depend on the card
 
 
 class Model:
@@ -41,6 +49,7 @@ class Model:
         self.network = network
         self.num_parameters = count_parameters(network)
         self.choice = choice or Choice(PLAIN)
+        self._expert_caches = [m.cache for m in find_packed_experts(network) if m.cache is not None]
         self.forward = Network(network, self.choice.products, consumes=consumes)
         self._fixed = FixedPasses(self.forward, record) if record and self.forward.is_fixed else None
         self.metadata = metadata
@@ -58,15 +67,35 @@ class Model:
     ) -> "Model":
         """Model of a folder on ``device``: fp32 on CPU and MPS; on CUDA bf16, and what is in 4 bits stays so.
 
+        Where a card cannot hold all experts, they are in main memory and as many of each layer on it as fit.
         ``report`` gets bytes read, and all there are. Raises ``WeightsError``.
         """
         metadata = read_metadata(folder)
         if device.type != "cuda":
             network = load_weights(folder, dtype=torch.float32, report=report)
             return cls(network.to(device), metadata)
-        network = load_weights(folder, dtype=torch.bfloat16, device=device, keeps_nvfp4=True, report=report)
+        on_device = find_experts_on_device(folder, metadata.max_prompt_tokens, torch.cuda.mem_get_info(device)[0])
+        network = load_weights(
+            folder,
+            dtype=torch.bfloat16,
+            device=device,
+            keeps_nvfp4=True,
+            experts_on_device=on_device,
+            report=report,
+        )
         choice = choose_products(device, torch.bfloat16) if is_packed(network) else None
         return cls(network, metadata, choice, consumes=True, record=capture)
+
+    def unrecorded(self) -> "Model":
+        """The same model, whose passes are called kernel by kernel."""
+        other = copy.copy(self)
+        other._fixed = None  # noqa: SLF001  its own copy
+        return other
+
+    @property
+    def expert_traffic(self) -> Traffic | None:
+        """What passes have copied from main memory so far; ``None`` where all experts are on the device."""
+        return add_up(self._expert_caches) if self._expert_caches else None
 
     def new_cache(self) -> KeyValues:
         """An empty KV cache."""
@@ -116,6 +145,39 @@ class Model:
             hidden = self.forward.forward(causal_rows(token_ids, cache.length, self.device), cache)
         cache.keep(range(len(token_ids)))
         return hidden
+
+
+def find_experts_on_device(folder: Path, context_tokens: int, free_bytes: int) -> int | None:
+    """How many experts of each layer a card has room for beside all else, by the planner; ``None`` is all of them.
+
+    Room that only packed experts could free, and a folder that only ``load_weights`` can speak of, are left to it.
+    Raises ``WeightsError`` where not even one fits.
+    """
+    try:
+        checkpoint = read_folder(folder)
+    except WeightsError:
+        return None
+    shape, experts = checkpoint.shape, checkpoint.bytes_of(Role.EXPERTS)
+    plan = plan_on_card(checkpoint, _NO_CARD, min(context_tokens, shape.longest_context_tokens))
+    is_in_4_bits = all(part.format is Format.NVFP4 for part in checkpoint.parts if part.role is Role.EXPERTS)
+    if plan.total_bytes <= free_bytes or not is_in_4_bits:
+        return None
+    one_of_each_layer = experts // shape.num_experts
+    rest = plan.total_bytes - experts
+    found = (free_bytes - rest) // one_of_each_layer
+    if found < 1:
+        msg = (
+            f"{folder.name} needs {(rest + one_of_each_layer) / 1e9:.1f} GB of a card's memory even with its experts in "
+            f"main memory, and {free_bytes / 1e9:.1f} GB are free; close what else uses the card, or see fimserver plan"
+        )
+        raise WeightsError(msg)
+    _logger.warning(
+        "%d of %d experts of each layer fit on the card; the others are copied from main memory when they are needed, "
+        "which is slower (fimserver plan says how much)",
+        found,
+        shape.num_experts,
+    )
+    return found
 
 
 def find_device(name: str) -> torch.device:

@@ -1,9 +1,10 @@
 """Weights that stay in 4 bits, as modules in place of transformers' own.
 
     put_weight        a weight into a model: a parameter, or for an NVFP4Tensor a module that holds it
+    place_weight      which of two memories a weight is for
     tie_weight        the encoder's weight is the decoder's
     PackedLinear      nn.Linear's place
-    PackedExperts     the place of all experts of a layer
+    PackedExperts     the place of all experts of a layer, on the device or (``expert_cache.py``) in host memory
 
 Their ``forward`` expands the weights at every call: the plain reference, slow, right on any device. ``network.py``
 takes the tensors out of them and multiplies by kernels where there are some.
@@ -12,11 +13,13 @@ Shapes:  T tokens, H hidden size, E experts, I an expert's inner size, k experts
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from fimserver.engine.nvfp4 import NVFP4Tensor
+from fimserver.engine.expert_cache import ExpertCache
+from fimserver.engine.nvfp4 import BLOCK, NVFP4Tensor
 from fimserver.engine.products import PLAIN
 from fimserver.errors import WeightsError
 
@@ -46,13 +49,18 @@ class PackedLinear(nn.Module):
 
 
 class PackedExperts(nn.Module):
-    """The experts of a layer: gate and up (E, 2 I, H), down (E, H, I)."""
+    """The experts of a layer: gate and up (E, 2 I, H), down (E, H, I); with a ``cache`` they are in host memory."""
 
     def __init__(self, num_experts: int) -> None:
         super().__init__()
         self.num_experts = num_experts
         self.gate_up: NVFP4Tensor | None = None
         self.down: NVFP4Tensor | None = None
+        self.cache: ExpertCache | None = None
+
+    def stay_on_host(self, num_slots: int, device: torch.device) -> None:
+        """Leave all experts where they are, and have room for some of them on a device."""
+        self.cache = ExpertCache(*self.stacks(), min(num_slots, self.num_experts), device)
 
     def stacks(self) -> tuple[NVFP4Tensor, NVFP4Tensor]:
         """Both tensors, which are there once the model is loaded."""
@@ -62,16 +70,23 @@ class PackedExperts(nn.Module):
 
     def forward(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """``x`` (T, H) through the ``chosen`` experts (T, k), their results added by ``weights`` (T, k)."""
+        if self.cache is not None:
+            return self.cache.run(PLAIN, x, chosen, weights)
         return PLAIN.experts(*self.stacks(), x, chosen, weights)
 
     def let_go(self) -> None:
         """Hold no weights any more."""
-        self.gate_up = self.down = None
+        self.gate_up = self.down = self.cache = None
 
 
 def is_packed(*modules: nn.Module) -> bool:
     """Whether a part of these modules is in 4 bits."""
     return any(isinstance(m, PackedLinear | PackedExperts) for module in modules for m in module.modules())
+
+
+def find_packed_experts(model: nn.Module) -> list[PackedExperts]:
+    """The experts of each layer that are in 4 bits; those that encoder and decoder share once."""
+    return [m for m in model.modules() if isinstance(m, PackedExperts)]
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -103,6 +118,28 @@ def put_weight(model: nn.Module, name: str, weight: torch.Tensor | NVFP4Tensor) 
     else:
         msg = f"{name} is in 4 bits, which only projections and experts can be; use another checkpoint"
         raise WeightsError(msg)
+
+
+def is_stack(name: str) -> bool:
+    """Whether a weight of this name is all experts of a layer."""
+    owner, _, leaf = name.rpartition(".")
+    return leaf in _STACKS and owner.endswith(".experts")
+
+
+def count_stack_bytes(shape: Sequence[int]) -> int:
+    """Memory of experts in 4 bits: half a byte a weight, a scale for 16, four bytes a row."""
+    return math.prod(shape) // 2 + math.prod(shape) // BLOCK + 4 * math.prod(shape[:-1])
+
+
+def place_weight(name: str, weight: torch.Tensor | NVFP4Tensor, device: torch.device) -> torch.Tensor | NVFP4Tensor:
+    """A weight on the device; packed experts in main memory, pinned where a card is to copy from it."""
+    if not (is_stack(name) and isinstance(weight, NVFP4Tensor)):
+        return weight.to(device)
+    whole = weight.with_row_scales()
+    if device.type != "cuda":
+        return whole
+    scales = whole.scales.view(torch.uint8).pin_memory().view(torch.float8_e4m3fn)
+    return NVFP4Tensor(whole.packed.pin_memory(), scales, whole.global_scale.pin_memory())
 
 
 def tie_weight(model: nn.Module, name: str, source: str) -> None:

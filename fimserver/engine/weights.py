@@ -11,7 +11,7 @@ Raises ``WeightsError`` that names the file or tensor and the remedy.
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 from fimserver.engine.checkpoint import DAMAGED, Checkpoint, Format
 from fimserver.engine.folder import read_json
 from fimserver.engine.known import find_known_metadata
+from fimserver.engine.nvfp4 import NVFP4Tensor
 from fimserver.engine.packed import put_weight, tie_weight
 from fimserver.engine.quantization import read_quantization
 from fimserver.engine.ranking import ANSWER_FEATURES, GUESS_FEATURES
@@ -189,6 +190,7 @@ def load_weights(  # noqa: PLR0913  what a load can differ in
     device: torch.device = CPU,
     keeps_nvfp4: bool = False,
     keeps_vision: bool = False,
+    experts_on_device: int | None = None,
     report: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> DiffusionGemmaForBlockDiffusion:
     """The model of a folder on a device, from any checkpoint that ``checkpoint.py`` can read.
@@ -196,6 +198,9 @@ def load_weights(  # noqa: PLR0913  what a load can differ in
     Read a weight at a time, each checked, straight to the device. With ``keeps_nvfp4`` what is in 4 bits stays so
     (``packed.py``), otherwise it is expanded to ``dtype`` once. The tower for pictures is left out but where
     ``keeps_vision`` asks for what the folder has of it. ``report`` gets bytes read, and all there are.
+
+    With ``experts_on_device`` experts are in main memory and so many of each layer on the device, at least 1
+    (``expert_cache.py``); that takes experts in 4 bits that stay so.
     """
     config = read_config(folder)
     model = _create_empty(folder, config)
@@ -204,17 +209,39 @@ def load_weights(  # noqa: PLR0913  what a load can differ in
         model.model.encoder.vision_tower = model.model.encoder.embed_vision = None
         checkpoint.leave_out_vision()
     _check_room(checkpoint, dtype, device, keeps_nvfp4=keeps_nvfp4)
-    _make_constants(model, device)
-    for name, weight in checkpoint.read(device=device, dtype=dtype, keeps_nvfp4=keeps_nvfp4, report=report):
-        put_weight(model, name, weight)
-    for name, source in model.all_tied_weights_keys.items():
-        tie_weight(model, name, source)
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_meta:
-            msg = f"{folder}: nothing was read for {name}; {DAMAGED}"
-            raise WeightsError(msg)
+    weights = checkpoint.read(device=device, dtype=dtype, keeps_nvfp4=keeps_nvfp4, report=report)
+    _fill(model, weights, device, folder)
     if (folder / "generation_config.json").exists():
         model.generation_config = type(model).generation_config_class.from_pretrained(str(folder))
+    return model
+
+
+def create_model(
+    config: DiffusionGemmaConfig, weights: Iterable[tuple[str, torch.Tensor | NVFP4Tensor]], device: torch.device
+) -> DiffusionGemmaForBlockDiffusion:
+    """A model of weights that come from elsewhere, by the names of ``expected_shapes``; without its vision."""
+    with torch.device("meta"):
+        model = DiffusionGemmaForBlockDiffusion(config)
+    model.model.encoder.vision_tower = model.model.encoder.embed_vision = None
+    return _fill(model, weights, device, "the weights given")
+
+
+def _fill(
+    model: DiffusionGemmaForBlockDiffusion,
+    weights: Iterable[tuple[str, torch.Tensor | NVFP4Tensor]],
+    device: torch.device,
+    source: Path | str,
+) -> DiffusionGemmaForBlockDiffusion:
+    """Put weights where a model has none yet, and tie what is tied; every one has to be there in the end."""
+    _make_constants(model, device)
+    for name, weight in weights:
+        put_weight(model, name, weight)
+    for name, tied_to in model.all_tied_weights_keys.items():
+        tie_weight(model, name, tied_to)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            msg = f"{source}: nothing was read for {name}; {DAMAGED}"
+            raise WeightsError(msg)
     return model.eval()
 
 
@@ -258,6 +285,25 @@ def _check_room(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
         msg = (
             f"its weights take {needed / 1e9:.1f} GB of memory on a processor, and {free / 1e9:.1f} GB are free; "
             "set fimserver.device to a GPU, or fimserver.model to a smaller model"
+        )
+        raise WeightsError(msg)
+
+
+def _check_host_experts(folder: Path, checkpoint: Checkpoint, experts_on_device: int, *, keeps_nvfp4: bool) -> None:
+    """Refuse what cannot stay in main memory, or does not fit into it."""
+    if experts_on_device < 1:
+        msg = f"experts_on_device is {experts_on_device}; at least 1 of each layer has to be there to be computed with"
+        raise WeightsError(msg)
+    stacks = [target for target in checkpoint.targets.values() if is_stack(target.name)]
+    if not keeps_nvfp4 or not stacks or not all(target.is_nvfp4 for target in stacks):
+        msg = f"{folder}: only experts in 4 bits that stay so can be in main memory; see fimserver quantize"
+        raise WeightsError(msg)
+    needed = sum(count_stack_bytes(target.shape) for target in stacks)
+    free = available_bytes()
+    if free is not None and needed > free:
+        msg = (
+            f"its experts take {needed / 1e9:.1f} GB of main memory, and {free / 1e9:.1f} GB are free; "
+            "close other programs, or set fimserver.model to a smaller model"
         )
         raise WeightsError(msg)
 

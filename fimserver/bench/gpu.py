@@ -1,0 +1,425 @@
+"""All that there is to measure on a card, in one command, with what each number was made on.
+
+    kernels     each backend against plain torch, and pytest -m gpu where the tests are at hand
+    load        a model of the 26B's size with random weights: memory held, and what the planner says
+    steps       a denoising step for each size of canvas, beside the floor: bytes it reads over the measured bandwidth
+    encode      prompts, in milliseconds for 1,000 tokens
+    requests    a prompt's end to a result: nothing cached, and all but the last tokens
+    generate    the same model in bf16 through transformers' own ``generate``, once (asked for: 52 GB)
+    profile     the kernels that the slowest step spends its time in
+
+``--simulate`` runs every stage on this machine at a reduced size, so that nothing is run for the first time on the day.
+Weights are random: times are those of real ones, answers are not.
+
+Knows:  models, time.  Never: LSP, texts.
+Units:  milliseconds; GB are 1e9 bytes.
+"""
+
+import dataclasses
+import gc
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DiffusionGemmaConfig
+
+from fimserver.bench.machine import machine_facts
+from fimserver.engine.backends import Choice, choose_products
+from fimserver.engine.denoise import DenoisingOptions, denoising_step, initialize_canvases, read_out
+from fimserver.engine.graphs import capture
+from fimserver.engine.known import KNOWN_MODELS
+from fimserver.engine.kv_cache import PromptCache
+from fimserver.engine.model import Model
+from fimserver.engine.nvfp4 import NVFP4Tensor
+from fimserver.engine.weights import ModelMetadata, create_model, expected_shapes, read_metadata
+from fimserver.errors import FimserverError
+from fimserver.planner import Checkpoint, find_checkpoint, parse_config, step_bytes, to_parts
+
+SYNTHETIC = {"26b": "diffusiongemma-26b-a4b-it"}
+STAGES = ("kernels", "load", "steps", "encode", "requests", "profile")
+_CANVASES = (16, 32, 64, 128, 256)
+_STEPS_A_REQUEST = 8
+_TYPED_TOKENS = 4
+_REPEATS = 7
+_TOP_KERNELS = 15
+_REDUCED = {
+    "hidden_size": 128,
+    "intermediate_size": 96,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "num_experts": 8,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 64,
+    "vocab_size": 2048,
+    "sliding_window": 64,
+    "layer_types": None,
+    "global_head_dim": 64,
+    "num_global_key_value_heads": 1,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A denoising step over one canvas: its median, and the least that reading its weights takes."""
+
+    canvas_tokens: int
+    ms: float
+    free_ms: float
+    floor_ms: float
+    read_bytes: int
+    steps_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What was measured, stage by stage; a stage that failed says why in ``failures``."""
+
+    machine: dict[str, Any]
+    is_simulated: bool
+    model: str
+    backend: dict[str, str] = field(default_factory=dict)
+    tests: str = ""
+    load_s: float = 0.0
+    weight_bytes: int = 0
+    planned_weight_bytes: int = 0
+    bandwidth_gb_per_s: float = 0.0
+    context_tokens: int = 0
+    steps: tuple[Step, ...] = ()
+    encode_ms_per_1000: dict[str, float] = field(default_factory=dict)
+    requests_ms: dict[str, float] = field(default_factory=dict)
+    generate: dict[str, float] = field(default_factory=dict)
+    profile: tuple[tuple[str, float], ...] = ()
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+class Bench:
+    """One run: a device, a model of random weights, and what was found so far."""
+
+    def __init__(self, name: str, *, simulate: bool, context_tokens: int, with_generate: bool) -> None:
+        self.device = torch.device("cpu" if simulate else "cuda")
+        if not simulate and not torch.cuda.is_available():
+            msg = "torch sees no CUDA device; install CUDA torch, or try every stage here with --simulate"
+            raise FimserverError(msg)
+        self.simulate, self.with_generate = simulate, with_generate
+        self.dtype = torch.float32 if simulate else torch.bfloat16
+        self.context_tokens = min(context_tokens, 200) if simulate else context_tokens
+        self.config, self.metadata = read_known(name, reduced=simulate)
+        self.checkpoint = to_planned(name, self.config)
+        self.generator = torch.Generator(self.device).manual_seed(0)
+        self.report = Report(
+            machine_facts(str(self.dtype).removeprefix("torch."), device_name(self.device)), simulate, name
+        )
+        self.model: Model | None = None
+        self.canvases = tuple(c for c in _CANVASES if c <= 64) if simulate else _CANVASES  # noqa: PLR2004
+
+    def run(self, stages: tuple[str, ...], report: Callable[[str], None] = lambda _stage: None) -> Report:
+        """Every stage in turn; one that fails leaves the others their chance."""
+        for stage in (*stages, *(("generate",) if self.with_generate else ())):
+            report(stage)
+            try:
+                getattr(self, f"measure_{stage}")()
+            except Exception as error:  # noqa: BLE001  hours on a card are rare: whatever can be measured is
+                self._note(failures={**self.report.failures, stage: f"{type(error).__name__}: {error}"})
+        return self.report
+
+    def _note(self, **values: Any) -> None:
+        self.report = replace(self.report, **values)
+
+    def _need_model(self) -> Model:
+        if self.model is None:
+            msg = "there is no model: its stage failed or was left out"
+            raise FimserverError(msg)
+        return self.model
+
+    def measure_kernels(self) -> None:
+        """Backends on this device, and the tests that need it."""
+        choice = choose_products(self.device, self.dtype)
+        self._note(backend={"chosen": choice.products.name, **choice.tried})
+        tests = Path(__file__).parents[2] / "tests"
+        if self.simulate or not tests.is_dir():
+            self._note(tests="not run: they need a card and the project's folder")
+            return
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(tests)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tests.parent)  # noqa: S603
+        self._note(tests=(done.stdout.strip().splitlines() or ["no output"])[-1])
+
+    def measure_load(self) -> None:
+        """Random weights straight to the device, in 4 bits where the checkpoint has them."""
+        choice = Choice(choose_products(self.device, self.dtype).products)
+        begin, before = time.perf_counter(), self._allocated()
+        network = create_model(self.config, random_weights(self.config, self.device, self.dtype), self.device)
+        record = capture if self.device.type == "cuda" else (lambda run: run)
+        self.model = Model(network, self.metadata, choice, consumes=True, record=record)
+        self._wait()
+        gc.collect()
+        held = self._allocated() - before if self.device.type == "cuda" else 0
+        self._note(
+            load_s=time.perf_counter() - begin,
+            weight_bytes=held,
+            planned_weight_bytes=sum(part.num_bytes for part in self.checkpoint.parts),
+        )
+
+    def measure_steps(self) -> None:
+        """A step for each canvas over a prompt of noise: recorded as one call, and called kernel by kernel."""
+        model = self._need_model()
+        bandwidth = self._measure_bandwidth()
+        cache = model.new_cache()
+        cache.pretend(self.context_tokens, self.generator)
+        cache.reserve(max(self.canvases))
+        steps = []
+        for length in self.canvases:
+            fixed = self._time_step(model, cache, length)
+            free = self._time_step(model.unrecorded(), cache, length)
+            read = step_bytes(self.checkpoint, length, self.context_tokens)
+            steps.append(Step(length, fixed, free, read / bandwidth * 1e3, read, 1e3 / fixed))
+        self._note(steps=tuple(steps), bandwidth_gb_per_s=bandwidth / 1e9, context_tokens=self.context_tokens)
+
+    def measure_encode(self) -> None:
+        """Prompts of three lengths, by chunks as requests have them."""
+        model = self._need_model()
+        found = {}
+        for length in (self.context_tokens // 8, self.context_tokens // 2, self.context_tokens):
+            ids = self._ids(length)
+
+            def encode(ids: list[int] = ids) -> None:
+                PromptCache(model, max_prompts=1).encode(ids)
+
+            found[str(length)] = self._median_ms(encode, repeats=3) / length * 1000
+        self._note(encode_ms_per_1000=found)
+
+    def measure_requests(self) -> None:
+        """From a prompt's ids to what eight steps of a canvas of 32 say."""
+        model = self._need_model()
+        options = options_of(self.metadata, 32)
+        ids = self._ids(self.context_tokens // 4)
+
+        def answer(prompts: PromptCache, prompt: list[int]) -> None:
+            prompts.encode(prompt)
+            state = initialize_canvases(model, options, self.generator)
+            for _ in range(_STEPS_A_REQUEST):
+                state = denoising_step(model, prompts.cache, state, options, self.generator)
+                read_out(state, options)
+
+        typed = iter(range(10**6))
+        warm = PromptCache(model, max_prompts=1)
+        answer(warm, ids)
+
+        def type_on() -> None:
+            answer(warm, [*ids, *self._ids(_TYPED_TOKENS, seed=1 + next(typed))])
+
+        self._note(
+            requests_ms={
+                f"cold, {len(ids)} tokens": self._median_ms(lambda: answer(PromptCache(model), ids), repeats=3),
+                f"warm, {_TYPED_TOKENS} new tokens": self._median_ms(type_on),
+                "steps": _STEPS_A_REQUEST,
+            }
+        )
+
+    def measure_generate(self) -> None:
+        """Transformers' own loop on bf16 weights, one canvas; the other model is let go first."""
+        self.model = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        weights = random_weights(self.config, self.device, self.dtype, packed=False)
+        network = create_model(self.config, weights, self.device)
+        network.set_experts_implementation("grouped_mm" if self.device.type == "cuda" else "eager")
+        prompt = torch.tensor([self._ids(self.context_tokens // 4)], device=self.device)
+        length = self.config.canvas_length
+        network.generation_config.update(
+            bos_token_id=2, eos_token_id=1, pad_token_id=0, max_denoising_steps=_STEPS_A_REQUEST, t_min=0.4, t_max=0.8
+        )
+        begin = time.perf_counter()
+        network.generate(input_ids=prompt, max_new_tokens=length, generator=self.generator)
+        self._wait()
+        seconds = time.perf_counter() - begin
+        self._note(generate={"s": seconds, "canvas_tokens": length, "steps": _STEPS_A_REQUEST})
+
+    def measure_profile(self) -> None:
+        """The kernels of the canvas that is farthest from its floor."""
+        model = self._need_model()
+        steps = self.report.steps
+        length = max(steps, key=lambda s: s.ms / s.floor_ms).canvas_tokens if steps else self.canvases[0]
+        cache = model.new_cache()
+        cache.pretend(self.context_tokens, self.generator)
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if self.device.type == "cuda":
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        with torch.profiler.profile(activities=activities) as profile:
+            self._time_step(model.unrecorded(), cache, length)
+        name = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
+        kernels = sorted(profile.key_averages(), key=lambda e: -getattr(e, name))[:_TOP_KERNELS]
+        self._note(profile=tuple((e.key[:80], getattr(e, name) / 1e3 / (_REPEATS + 1)) for e in kernels))
+
+    def _time_step(self, model: Model, cache: Any, length: int) -> float:
+        options = options_of(self.metadata, length)
+        state = initialize_canvases(model, options, self.generator)
+        state = denoising_step(model, cache, state, options, self.generator)  # those behind it are conditioned
+
+        def step() -> None:
+            read_out(denoising_step(model, cache, state, options, self.generator), options)
+
+        return self._median_ms(step)
+
+    def _measure_bandwidth(self) -> float:
+        """Bytes a second read and written when a tensor is copied on the device."""
+        size = 2**22 if self.simulate else 2**31
+        source = torch.zeros(size, dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+        return 2 * size / (self._median_ms(lambda: target.copy_(source)) / 1e3)
+
+    def _median_ms(self, work: Callable[[], object], repeats: int = _REPEATS) -> float:
+        work()
+        times = []
+        for _ in range(repeats):
+            self._wait()
+            begin = time.perf_counter()
+            work()
+            self._wait()
+            times.append((time.perf_counter() - begin) * 1e3)
+        return sorted(times)[len(times) // 2]
+
+    def _ids(self, count: int, seed: int = 0) -> list[int]:
+        generator = torch.Generator().manual_seed(seed)
+        high = self.config.get_text_config().vocab_size
+        return torch.randint(8, high, (count,), generator=generator).tolist()
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _allocated(self) -> int:
+        return torch.cuda.memory_allocated() if self.device.type == "cuda" else 0
+
+
+def measure_card(  # noqa: PLR0913  options of one command
+    name: str,
+    *,
+    simulate: bool = False,
+    stages: tuple[str, ...] = STAGES,
+    context_tokens: int = 8192,
+    with_generate: bool = False,
+    out: Path | None = None,
+    report: Callable[[str], None] = lambda _stage: None,
+) -> Report:
+    """Run the stages, and write ``gpu.json`` and ``gpu.md`` into a folder. Raises ``FimserverError``."""
+    if unknown := set(stages) - {*STAGES}:
+        msg = f"there is no stage {min(unknown)!r}; there are: {', '.join(STAGES)}"
+        raise FimserverError(msg)
+    if name not in SYNTHETIC:
+        msg = f"there is no synthetic model {name!r}; there are: {', '.join(SYNTHETIC)}"
+        raise FimserverError(msg)
+    bench = Bench(name, simulate=simulate, context_tokens=context_tokens, with_generate=with_generate)
+    found = bench.run(stages, report)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "gpu.json").write_text(json.dumps(dataclasses.asdict(found), indent=2) + "\n", encoding="utf-8")
+        (out / "gpu.md").write_text("\n".join(to_markdown(found)) + "\n", encoding="utf-8")
+    return found
+
+
+def read_known(name: str, *, reduced: bool) -> tuple[DiffusionGemmaConfig, ModelMetadata]:
+    """Configuration and metadata of a known model, small where it is only tried."""
+    folder = KNOWN_MODELS / SYNTHETIC[name]
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    metadata = read_metadata(folder)
+    if reduced:
+        values["text_config"] = {k: v for k, v in {**values["text_config"], **_REDUCED}.items() if v is not None}
+        values["text_config"].pop("per_layer_config", None)
+        values["canvas_length"] = 64
+        metadata = replace(metadata, max_prompt_tokens=512)
+    return DiffusionGemmaConfig.from_dict(values), metadata
+
+
+def to_planned(name: str, config: DiffusionGemmaConfig) -> Checkpoint:
+    """What the planner knows of the same model."""
+    known = find_checkpoint(SYNTHETIC[name])
+    formats = {part.role: part.format for part in known.parts}
+    shape = parse_config(config.to_dict(), "config.json")
+    return replace(known, shape=shape, parts=to_parts(shape, formats))
+
+
+def random_weights(
+    config: DiffusionGemmaConfig, device: torch.device, dtype: torch.dtype, *, packed: bool = True
+) -> Iterator[tuple[str, torch.Tensor | NVFP4Tensor]]:
+    """Every weight of a model, made on the device one after the other; experts in 4 bits where ``packed``."""
+    generator = torch.Generator(device).manual_seed(0)
+    for name, shape in expected_shapes(config).items():
+        if "vision" in name:
+            continue
+        if packed and ".experts." in name:
+            yield name, random_nvfp4(shape, generator, device)
+        elif name.endswith(("layer_scalar", "norm.weight", "scale")) or "layernorm" in name:
+            yield name, torch.ones(shape, device=device, dtype=dtype)
+        else:
+            yield name, torch.empty(shape, device=device, dtype=dtype).normal_(0, 0.02, generator=generator)
+
+
+def random_nvfp4(shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> NVFP4Tensor:
+    """A stack of matrices of random codes and scales, about as large as weights are."""
+    experts, rows, columns = shape
+    packed = torch.empty(experts, rows, columns // 2, dtype=torch.uint8, device=device)
+    packed.random_(0, 256, generator=generator)
+    scales = torch.empty(experts, rows, columns // 16, dtype=torch.uint8, device=device)
+    scales.random_(48, 64, generator=generator)  # e4m3 from a half to below two
+    scale = torch.full((experts, rows), 0.007, device=device)
+    return NVFP4Tensor(packed, scales.view(torch.float8_e4m3fn), scale)
+
+
+def options_of(metadata: ModelMetadata, canvas_tokens: int) -> DenoisingOptions:
+    """How the model is decoded, on a canvas of this size, with the sparse condition of the server."""
+    return DenoisingOptions(
+        max_denoising_steps=metadata.max_denoising_steps,
+        entropy_bound=metadata.entropy_bound,
+        confidence_threshold=metadata.confidence_threshold,
+        stability_threshold=metadata.stability_threshold,
+        t_min=metadata.t_min,
+        t_max=metadata.t_max,
+        canvas_length=canvas_tokens,
+        soft_top=64,
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """The card's own name, or the kind of device."""
+    if device.type != "cuda":
+        return device.type
+    properties = torch.cuda.get_device_properties(device)
+    return f"{properties.name}, sm{properties.major}{properties.minor}, {properties.total_memory / 1e9:.1f} GB"
+
+
+def to_markdown(report: Report) -> list[str]:
+    """An entry for RESULTS.md."""
+    lines = [f"## {report.machine['device']}: {report.model}{', SIMULATED' if report.is_simulated else ''}", ""]
+    lines.append(", ".join(f"{key} {value}" for key, value in report.machine.items()))
+    lines += ["", f"Kernels: {report.backend}. Tests on the card: {report.tests}", ""]
+    held, planned = report.weight_bytes / 1e9, report.planned_weight_bytes / 1e9
+    lines.append(f"Weights: {held:.2f} GB held, {planned:.2f} GB planned, loaded in {report.load_s:.1f} s.")
+    bandwidth = f"{report.bandwidth_gb_per_s:.0f} GB/s"
+    lines += ["", f"Steps over {report.context_tokens} tokens, bandwidth measured {bandwidth}:", ""]
+    lines += [
+        "| canvas | ms | ms, not recorded | floor ms | over floor | steps/s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for s in report.steps:
+        over = s.ms / s.floor_ms
+        row = f"{s.canvas_tokens} | {s.ms:.2f} | {s.free_ms:.2f} | {s.floor_ms:.2f} | {over:.2f} | {s.steps_per_s:.0f}"
+        lines.append(f"| {row} |")
+    lines += ["", f"Encode, ms for 1,000 tokens by prompt length: {_rounded(report.encode_ms_per_1000)}"]
+    lines += ["", f"Requests, ms: {_rounded(report.requests_ms)}", "", f"generate in bf16: {_rounded(report.generate)}"]
+    lines += ["", "| kernel | ms a step |", "|---|---|", *(f"| {name} | {ms:.3f} |" for name, ms in report.profile)]
+    if report.failures:
+        lines += ["", f"FAILED: {report.failures}"]
+    return lines
+
+
+def _rounded(values: dict[str, float]) -> dict[str, float]:
+    return {key: round(value, 2) for key, value in values.items()}
