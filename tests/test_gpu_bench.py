@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fimserver.bench import gpu
 from fimserver.bench.gpu import STAGES, Bench, measure_card, read_known, to_markdown, to_planned
+from fimserver.engine.weights import expected_shapes
 from fimserver.errors import FimserverError
 
 
@@ -50,7 +50,7 @@ def test_the_reduced_model_is_of_the_same_kind() -> None:
     text = config.get_text_config()
     assert set(text.layer_types) == {"sliding_attention", "full_attention"}
     assert text.num_experts > text.top_k_experts > 1
-    shapes = gpu.expected_shapes(config)
+    shapes = expected_shapes(config)
     counted = sum(torch.Size(s).numel() for n, s in shapes.items() if "vision" not in n and "layer_scalar" not in n)
     assert counted == sum(part.num_parameters for part in to_planned("26b", config).parts)
 
@@ -61,5 +61,5 @@ def test_errors_say_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FimserverError, match="no synthetic model '7b'; there are: 26b"):
         measure_card("7b", simulate=True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(FimserverError, match="no CUDA device; .*--simulate"):
+    with pytest.raises(FimserverError, match=r"no CUDA device; .*--simulate"):
         measure_card("26b")

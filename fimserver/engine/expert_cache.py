@@ -9,9 +9,10 @@
     compute  products over the places, the choices translated
 
 A pass that needs more experts than there are places goes in rounds, first those that are there; results are added.
-The hottest are fetched last, so that they stay. How hot an expert is: in how many passes it was needed, halved every 64
-passes, then how lately. Copies and products are in the order of one stream, so no place is written while it is read;
-nor do they overlap. A token chooses between experts by what the layer before said: nothing can be fetched ahead.
+Later rounds take half of the places and the hottest are fetched last, so that what is hot stays. How hot an expert is:
+in how many passes it was needed, halved every 64 passes, then how lately. Copies and products are in the order of one
+stream, so no place is written while it is read; nor do they overlap. Experts are chosen by what the layer before said:
+nothing is fetched ahead.
 
 Knows:   tensors on two memories.  Never: routers, modules, files.
 Shapes:  T tokens, H hidden size, E experts, S places (slots), k experts a token.
@@ -145,12 +146,12 @@ class ExpertCache:
         """Groups of the needed experts, each on the device when it is given out, and all of them once."""
         waiting = sorted(missing, key=self._heat)
         members = [e for e in needed if self._slot_of[e] >= 0]
+        room = self.num_slots - len(members)
         while waiting or members:
-            fetched = waiting[: self.num_slots - len(members)]
-            waiting = waiting[len(fetched) :]
+            fetched, waiting = waiting[:room], waiting[room:]
             self._fetch(fetched, keep=frozenset(members))
             yield members + fetched
-            members = []
+            members, room = [], max(1, self.num_slots // 2)
 
     def _fetch(self, experts: Sequence[int], keep: frozenset[int]) -> None:
         """Copy experts into empty slots, then into those of the coldest experts that are not to be kept."""

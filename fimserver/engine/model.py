@@ -150,7 +150,7 @@ class Model:
 def find_experts_on_device(folder: Path, context_tokens: int, free_bytes: int) -> int | None:
     """How many experts of each layer a card has room for beside all else, by the planner; ``None`` is all of them.
 
-    Room that only packed experts could free, and a folder that only ``load_weights`` can speak of, are left to it.
+    Also where experts are not in 4 bits, and for a folder of which only ``load_weights`` can say what is wrong.
     Raises ``WeightsError`` where not even one fits.
     """
     try:
@@ -167,13 +167,13 @@ def find_experts_on_device(folder: Path, context_tokens: int, free_bytes: int) -
     found = (free_bytes - rest) // one_of_each_layer
     if found < 1:
         msg = (
-            f"{folder.name} needs {(rest + one_of_each_layer) / 1e9:.1f} GB of a card's memory even with its experts in "
-            f"main memory, and {free_bytes / 1e9:.1f} GB are free; close what else uses the card, or see fimserver plan"
+            f"{folder.name} needs {(rest + one_of_each_layer) / 1e9:.1f} GB of a card even with experts in main memory "
+            f"and {free_bytes / 1e9:.1f} GB are free; close what else uses the card, or see fimserver doctor --card"
         )
         raise WeightsError(msg)
     _logger.warning(
         "%d of %d experts of each layer fit on the card; the others are copied from main memory when they are needed, "
-        "which is slower (fimserver plan says how much)",
+        "which is slower (fimserver doctor --card says how much)",
         found,
         shape.num_experts,
     )

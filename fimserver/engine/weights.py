@@ -23,7 +23,14 @@ from fimserver.engine.checkpoint import DAMAGED, Checkpoint, Format
 from fimserver.engine.folder import read_json
 from fimserver.engine.known import find_known_metadata
 from fimserver.engine.nvfp4 import NVFP4Tensor
-from fimserver.engine.packed import put_weight, tie_weight
+from fimserver.engine.packed import (
+    count_stack_bytes,
+    find_packed_experts,
+    is_stack,
+    place_weight,
+    put_weight,
+    tie_weight,
+)
 from fimserver.engine.quantization import read_quantization
 from fimserver.engine.ranking import ANSWER_FEATURES, GUESS_FEATURES
 from fimserver.errors import WeightsError
@@ -209,8 +216,15 @@ def load_weights(  # noqa: PLR0913  what a load can differ in
         model.model.encoder.vision_tower = model.model.encoder.embed_vision = None
         checkpoint.leave_out_vision()
     _check_room(checkpoint, dtype, device, keeps_nvfp4=keeps_nvfp4)
-    weights = checkpoint.read(device=device, dtype=dtype, keeps_nvfp4=keeps_nvfp4, report=report)
-    _fill(model, weights, device, folder)
+    if experts_on_device is None:
+        weights = checkpoint.read(device=device, dtype=dtype, keeps_nvfp4=keeps_nvfp4, report=report)
+        _fill(model, weights, device, folder)
+    else:
+        _check_host_experts(folder, checkpoint, experts_on_device, keeps_nvfp4=keeps_nvfp4)
+        weights = checkpoint.read(device=CPU, dtype=dtype, keeps_nvfp4=True, report=report)
+        _fill(model, ((name, place_weight(name, weight, device)) for name, weight in weights), device, folder)
+        for experts in find_packed_experts(model):
+            experts.stay_on_host(experts_on_device, device)
     if (folder / "generation_config.json").exists():
         model.generation_config = type(model).generation_config_class.from_pretrained(str(folder))
     return model
