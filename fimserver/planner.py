@@ -25,6 +25,7 @@ from typing import Any
 from fimserver.cards import Card
 from fimserver.engine.folder import read_json
 from fimserver.errors import FimserverError, WeightsError
+from fimserver.model_store import find_added, is_hub_name
 
 DEFAULT_CONTEXT_TOKENS = 8192
 STEP_CANVASES = (16, 32, 64, 256)
@@ -459,6 +460,8 @@ def find_checkpoint(name: str) -> Checkpoint:
     for folder in (_MODELS / name, Path(name).expanduser()):
         if name and folder.is_dir() and (folder / "config.json").is_file():
             return read_folder(folder)
+    if is_hub_name(name) and (added := find_added(name)) is not None:
+        return read_folder(added)
     known = list(_known_checkpoints())
     for folder, facts in known:
         if name.lower() == folder.name:

@@ -91,7 +91,9 @@ def test_branches_and_canvases_in_one_pass(model: Model, length: int) -> None:
     sees[5:, 3:5] = sees[5:, 5:] = True
     positions = torch.tensor([*range(length, length + 3), *range(length, length + 7)])
     origins = torch.full((5,), length + 2)
-    hidden = model.look(Rows(torch.cat((left, right, canvas)), positions, sees, int(positions.max()) + 1, 5, origins), cache)
+    hidden = model.look(
+        Rows(torch.cat((left, right, canvas)), positions, sees, int(positions.max()) + 1, 5, origins), cache
+    )
 
     for part, branch in ((hidden[:3], left), (hidden[3:5], right)):
         theirs, _ = encode_theirs(model, torch.cat((ids, branch)))
