@@ -5,8 +5,8 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from fimserver.engine.key_values import KeyValues
-from fimserver.engine.model import Model
 from fimserver.engine.layers import rms
+from fimserver.engine.model import Model
 from fimserver.engine.network import Rows, canvas_rows, causal_rows
 
 TOLERANCE = 1e-4  # float32: other shapes, other order of additions
