@@ -186,6 +186,29 @@ def test_copies_of_tied_weights_have_to_be_equal(tmp_path: Path, random_folder: 
 
 
 EXPERT = "model.decoder.layers.2.experts.5"
+
+
+def test_float8_in_blocks_of_128_whose_last_is_shorter() -> None:
+    """192 rows of two scales are 128 and 64, not 96 and 96; 704 columns are five and a half blocks."""
+    from fimserver.engine.checkpoint import _expand_fp8
+
+    weights = torch.ones(192, 704).to(torch.float8_e4m3fn)
+    scales = torch.arange(1, 13, dtype=torch.float32).view(2, 6)
+    found = _expand_fp8("m", {"weight": weights, "weight_scale_inv": scales}, (192, 704))
+    assert found[127, 0] == 1
+    assert found[128, 0] == 7
+    assert found[0, 639] == 5
+    assert found[191, 640:].tolist() == [12.0] * 64
+
+
+def test_a_router_in_4_bits_is_expanded(tmp_path: Path, random_folder: Path, state: Tensors) -> None:
+    chosen = (".router.proj", ".experts.")
+    folder = write_checkpoint(tmp_path / "m", random_folder, quantized(state, Dialect.MODELOPT, chosen=chosen))
+    network = load_weights(folder, dtype=torch.float32, keeps_nvfp4=True)
+    name = "model.decoder.layers.0.router.proj.weight"
+    assert torch.equal(network.get_parameter(name), quantize(state[name]).dequantize())
+
+
 DAMAGES: dict[str, tuple[Any, str]] = {
     "missing matrix": (lambda t: t.pop(f"{EXPERT}.up_proj.weight"), r"experts\.5\.up_proj has scales and no weights"),
     "missing expert": (
@@ -210,6 +233,10 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     "one expert too many": (
         lambda t: t.update({f"{EXPERT[:-1]}8.up_proj.weight": t[f"{EXPERT}.up_proj.weight"].clone()}),
         r"experts\.8\.up_proj\.weight is not part of this model",
+    ),
+    "a scale of no module": (
+        lambda t: t.update({"model.decoder.layers.9.mlp.up_proj.input_scale": torch.ones(())}),
+        r"layers\.9\.mlp\.up_proj\.input_scale is not part of this model",
     ),
     "unknown part": (
         lambda t: t.update({f"{EXPERT}.up_proj.pre_quant_scale": torch.ones(64)}),
@@ -319,7 +346,12 @@ def test_a_network_lets_the_weights_go_that_it_has_read(tmp_path: Path, random_f
     reference = load_weights(folder, dtype=torch.float32, keeps_nvfp4=True)
     kept = Model(reference, Model.load(folder, CPU).metadata)
     before = kept.encode([2, 5, 9], kept.new_cache())
-    network = Network(load_weights(folder, dtype=torch.float32, keeps_nvfp4=True), consumes=True)
+    emptied = load_weights(folder, dtype=torch.float32, keeps_nvfp4=True)
+    network = Network(emptied, consumes=True)
+    for layer in (*emptied.model.decoder.layers, *emptied.model.encoder.language_model.layers):
+        assert not sum(p.numel() for p in layer.parameters() if p.dim() > 1)
+        assert all(m._weights is None for m in layer.modules() if isinstance(m, PackedLinear))
+        assert layer.experts.gate_up is None
     with torch.inference_mode():
         hidden = network.forward(causal_rows([2, 5, 9], 0, CPU), network.new_cache())
     assert torch.equal(network.to_logits(hidden)[-1:], before)

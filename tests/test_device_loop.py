@@ -28,7 +28,7 @@ from fimserver.engine.vocabulary import Vocabulary
 
 READS = {
     "item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "nonzero", "equal", "unique",
-    "masked_select", "bincount", "is_nonzero", "allclose", "argwhere",
+    "masked_select", "bincount", "is_nonzero", "allclose", "argwhere", "multinomial",
 }  # fmt: skip
 
 

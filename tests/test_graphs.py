@@ -1,5 +1,6 @@
 """Passes of fixed shape give what the free ones do, whatever the prompt became in between."""
 
+import gc
 import random
 
 import pytest
@@ -55,6 +56,44 @@ def test_typing_and_deleting_move_what_was_recorded(random_model: Model) -> None
     assert passes.num_recorded == 2, "with and without a condition; no more for a longer prompt"
 
 
+def test_buffers_that_slide_at_the_same_length_are_noticed(random_model: Model) -> None:
+    """A wide pass lets sliding layers drop tokens; the prompt is as long as before."""
+    passes = passes_of(random_model)
+    cache = random_model.forward.new_cache(margin_tokens=64)
+    random_model.encode(ids(80), cache)
+    narrow, wide = torch.tensor([ids(8)]), torch.tensor([ids(32)])
+    check(random_model, passes, cache, narrow)
+    before = cache.base
+    check(random_model, passes, cache, wide)
+    assert cache.base > before
+    check(random_model, passes, cache, narrow)
+
+
+def test_buffers_made_anew_are_recorded_anew(random_model: Model) -> None:
+    passes = passes_of(random_model)
+    cache = random_model.new_cache()
+    random_model.encode(ids(40), cache)
+    check(random_model, passes, cache, torch.tensor([ids(8)]))
+    held, recorded = passes.num_held, passes.num_recorded
+    cache.reserve(3000)
+    random_model.encode(ids(1500), cache)
+    check(random_model, passes, cache, torch.tensor([ids(8)]))
+    assert passes.num_recorded == 2 * recorded
+    assert passes.num_held == held
+
+
+def test_recordings_go_with_their_cache(random_model: Model) -> None:
+    """Caches come and go; another one at the same addresses is another one."""
+    passes = passes_of(random_model)
+    for seed in range(8):
+        cache = random_model.new_cache()
+        random_model.encode(ids(20 + 90 * seed, seed=seed), cache)
+        check(random_model, passes, cache, torch.tensor([ids(8, seed=seed)]))
+    del cache
+    gc.collect()
+    assert passes.num_held == 0
+
+
 def test_each_shape_and_each_cache_is_recorded_once(random_model: Model) -> None:
     passes = passes_of(random_model)
     caches = [random_model.new_cache() for _ in range(2)]
@@ -76,7 +115,7 @@ def test_recordings_are_bounded(random_model: Model) -> None:
     with torch.inference_mode():
         for length in range(2, 40):
             passes.run(torch.tensor([ids(length)]), cache, None)
-    assert len(passes._passes) == 12
+    assert passes.num_held == 12
 
 
 def test_what_the_host_must_know_is_not_recorded(tiny_model: Model, random_model: Model) -> None:

@@ -245,6 +245,16 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path: Path, source: Path, t
     assert quantize_folder(str(source), stopped, options) == expected
 
 
+def test_a_run_that_was_killed_in_its_first_shard_begins_again(tmp_path: Path, source: Path) -> None:
+    """What was being written is all that there is; nothing says yet what it is of."""
+    target = tmp_path / "q"
+    target.mkdir()
+    (target / "model-00001-of-00003.safetensors.writing").write_bytes(b"half")
+    quantize_folder(str(source), target, QuantizerOptions(single_bytes=0))
+    assert not list(target.glob("*.writing"))
+    assert (target / "config.json").exists()
+
+
 def test_a_shard_that_was_cut_is_written_again(tmp_path: Path, source: Path) -> None:
     options = QuantizerOptions(single_bytes=0)
     quantize_folder(str(source), tmp_path / "q", options)

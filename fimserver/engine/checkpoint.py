@@ -34,6 +34,7 @@ from fimserver.errors import WeightsError
 
 DAMAGED = "the download is incomplete or damaged: copy the model folder again"
 _MOST_MAPPED_BYTES = 256 * 2**20
+_FP8_BLOCK = 128
 _ENCODER, _DECODER = "model.encoder.language_model.", "model.decoder."
 _VISION = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
 _HEAD, _EMBEDDING = "lm_head.weight", "model.decoder.embed_tokens.weight"
@@ -168,7 +169,8 @@ class Checkpoint:
         done, total = 0, sum(_num_bytes(self.stored[n]) for t in self.targets.values() for n in self._names(t))
         order = sorted(self.targets.values(), key=lambda t: str(self.stored[t.pieces[0].main or ""].path))
         for target in order:
-            keeps = keeps_nvfp4 and target.is_nvfp4 and self._twin_of(target).is_nvfp4
+            is_projection = ".router." not in target.name and "embed_tokens" not in target.name
+            keeps = keeps_nvfp4 and is_projection and target.is_nvfp4 and self._twin_of(target).is_nvfp4
             yield target.name, self._assemble(target, device, dtype, keeps_nvfp4=keeps)
             done += sum(_num_bytes(self.stored[n]) for n in self._names(target))
             report(done, total)
@@ -328,20 +330,22 @@ def _to_pieces(
     for name in stored:
         module, part = _split(name)
         if part in _UNUSED_PARTS:
+            if _place(module, "weight", expected)[0] is None and ".self_attn" not in module and "vision" not in module:
+                raise _foreign(stored[name].path, name)
             unused.append(name)
             continue
         if name.startswith(_VISION) and name not in expected:
             continue  # of a picture's part that the configuration does not tell of
         target, piece = _place(module, part, expected)
         if target is None:
-            msg = (
-                f"{stored[name].path.name}: tensor {name} is not part of this model; "
-                "config.json and weights do not match"
-            )
-            raise WeightsError(msg)
+            raise _foreign(stored[name].path, name)
         piece = found[target].setdefault(piece.module, piece)
         piece.parts[part] = name
     return {target: list(pieces.values()) for target, pieces in found.items()}, unused
+
+
+def _foreign(path: Path, name: str) -> WeightsError:
+    return WeightsError(f"{path.name}: tensor {name} is not part of this model; config.json and weights do not match")
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -478,12 +482,21 @@ def _expand_fp8(module: str, parts: Mapping[str, torch.Tensor], shape: tuple[int
         return weights * step.reshape(())
     if step.dim() == 1 and len(step) == shape[-2]:
         return weights * step[:, None]
-    if step.dim() == len(shape) and all(n and not s % n for s, n in zip(shape, step.shape, strict=True)):
-        for axis, (size, count) in enumerate(zip(shape, step.shape, strict=True)):
-            step = step.repeat_interleave(size // count, dim=axis)
-        return weights * step
+    if step.dim() == len(shape):
+        blocks = [_fp8_block(size, count) for size, count in zip(shape, step.shape, strict=True)]
+        if all(blocks):
+            for axis, (size, block) in enumerate(zip(shape, blocks, strict=True)):
+                step = step.repeat_interleave(block, dim=axis).narrow(axis, 0, size)
+            return weights * step
     msg = f"{module}.weight_scale has shape {tuple(scale.shape)}, which does not fit weights of {shape}"
     raise WeightsError(msg)
+
+
+def _fp8_block(size: int, count: int) -> int:
+    """Numbers along an axis that share a scale: 128, the last block shorter, or an equal part; 0 where none fits."""
+    if -(-size // _FP8_BLOCK) == count:
+        return _FP8_BLOCK
+    return size // count if count and not size % count else 0
 
 
 def _num_bytes(stored: Stored) -> int:

@@ -42,11 +42,12 @@ _SPARE_TOKENS = 4  # of a canvas that is cut behind where its answer seems to en
 class DenoisingOptions:
     """Thresholds in nats of entropy; names as in transformers' generation config.
 
-    ``canvas_length`` ``None`` is the model's own; ``is_cut`` shortens a canvas once its end is in sight; ``soft_top``
-    conditions a step on so many of the likeliest tokens instead of all. ``left_bias`` counts for so much entropy with
-    each position to the right when tokens are ordered, and ``kept_condition`` moves the condition of an accepted token
-    so far to the token itself: for models that were trained on canvases whose beginning is known. What is accepted is a
-    draw, as in transformers, or the likeliest token where ``takes_likeliest`` says so.
+    ``canvas_length`` ``None`` is the model's own. ``is_cut`` shortens a canvas once its end is in sight, to a multiple
+    of ``cut_multiple`` (few lengths, where each is recorded). ``soft_top`` conditions a step on so many of the
+    likeliest tokens instead of all. ``left_bias`` counts for so much entropy with each position to the right when
+    tokens are ordered, and ``kept_condition`` moves the condition of an accepted token so far to the token itself: for
+    models that were trained on canvases whose beginning is known. What is accepted is a draw, as in transformers, or
+    the likeliest token where ``takes_likeliest`` says so.
     """
 
     max_denoising_steps: int
@@ -61,6 +62,7 @@ class DenoisingOptions:
     left_bias: float = 0.0
     kept_condition: float = 0.0
     takes_likeliest: bool = False
+    cut_multiple: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +159,9 @@ def temperature(options: DenoisingOptions, steps_left: int) -> torch.Tensor:
 
 def sample_canvas(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """One candidate per position, (K, C), from probabilities (K, C, V)."""
-    drawn = torch.multinomial(probabilities.flatten(0, 1), num_samples=1, generator=generator)
-    return drawn.view(probabilities.shape[:2])
+    # As torch.multinomial draws one of each row, but for its checks, which a card would have to be waited for.
+    races = torch.empty_like(probabilities).exponential_(generator=generator)
+    return (probabilities / races).argmax(-1)
 
 
 def token_entropy(probabilities: torch.Tensor) -> torch.Tensor:
@@ -337,8 +340,8 @@ class Denoiser:
             length = self._length(before, best)
             answer = best[:length]
             if options.is_cut and length < len(best) and passes == 1:
-                state = state.cut(length + 1 + _SPARE_TOKENS)
-                best = best[: length + 1 + _SPARE_TOKENS]
+                rest = -(-(length + 1 + _SPARE_TOKENS) // options.cut_multiple) * options.cut_multiple
+                state, best = state.cut(rest), best[:rest]
             state = self._pin(state, readout, before, answer)
             self.on_step(state, answer)
             if readout.is_settled(options, length + 1):

@@ -122,6 +122,7 @@ class Engine:
             left_bias=metadata.left_bias,
             kept_condition=metadata.kept_condition,
             takes_likeliest=metadata.takes_likeliest,
+            cut_multiple=self.model.cut_multiple,
         )
 
     @torch.inference_mode()

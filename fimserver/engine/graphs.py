@@ -13,8 +13,11 @@ Shapes:  N canvas rows, H hidden size, P places in a layer's buffers.
 Equal:   to ``Network.forward`` (tests/test_graphs.py).
 """
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -22,9 +25,15 @@ from fimserver.engine.key_values import KeyValues
 from fimserver.engine.layers import Sight
 from fimserver.engine.network import Network, canvas_rows
 
-_MOST_PASSES = 12  # shapes and caches that a recording is kept for
+_MOST_PASSES = 12  # shapes that a recording is kept for, of one cache
 _WARM_UPS = 2
 _Run = Callable[[], torch.Tensor]
+
+
+@lru_cache(maxsize=1)
+def _pool() -> Any:
+    """Memory that all recordings work in: one runs at a time, and what it gives is used before the next."""
+    return torch.cuda.graph_pool_handle()
 
 
 def capture(run: _Run) -> _Run:
@@ -36,7 +45,7 @@ def capture(run: _Run) -> _Run:
             run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=_pool()):
         found = run()
 
     def replay() -> torch.Tensor:
@@ -52,7 +61,8 @@ class FixedPass:
     def __init__(
         self, network: Network, cache: KeyValues, canvases: torch.Tensor, record: Callable[[_Run], _Run], *, soft: bool
     ) -> None:
-        self._network, self._cache = network, cache
+        self._network, self._cache = network, weakref.ref(cache)  # which must be free to go
+        self.generation = cache.generation
         self._shape = canvases.shape
         self._rows = canvas_rows(canvases.clone(), cache.length)
         num_rows, device = canvases.numel(), canvases.device
@@ -64,15 +74,15 @@ class FixedPass:
             mask = torch.zeros(num_rows, places, dtype=network.dtype, device=device)
             slots = torch.zeros(num_rows, dtype=torch.int64, device=device)
             self._sights[kind] = Sight(0, 0, places, mask, slots)
-        self._length = -1
-        self.move()
+        self._place = (-1, -1)
+        self.move(cache)
         self._run = record(self._compute)
 
-    def move(self) -> None:
-        """Stand behind the prompt as it is now."""
-        if (length := self._cache.length) == self._length:
+    def move(self, cache: KeyValues) -> None:
+        """Stand behind the prompt as it is now, in buffers as they are now."""
+        if (place := (cache.length, cache.base)) == self._place:
             return
-        self._length = length
+        self._place, length = place, cache.length
         rows = canvas_rows(self._rows.token_ids.view(self._shape), length)
         self._rows.positions.copy_(rows.positions)
         for kind, pair in self._network.rotate(rows).items():
@@ -82,9 +92,9 @@ class FixedPass:
             sight = self._sights[kind]
             assert sight.slots is not None
             assert sight.mask is not None
-            begin = length - self._cache.start_of(layer)
+            begin = length - cache.start_of(layer)
             sight.slots.copy_(torch.arange(begin, begin + len(rows.token_ids), device=sight.slots.device))
-            sight.mask.copy_(self._network.mask_places(rows, kind, self._cache, sight.end))
+            sight.mask.copy_(self._network.mask_places(rows, kind, cache, sight.end))
 
     def __call__(self, canvases: torch.Tensor, soft: torch.Tensor | None) -> torch.Tensor:
         """Hidden states (N, H) float32; they stay until the next call."""
@@ -94,29 +104,38 @@ class FixedPass:
         return self._run()
 
     def _compute(self) -> torch.Tensor:
-        return self._network.run(self._rows, self._cache, self._soft, self._rotary, self._sights)
+        cache = self._cache()
+        assert cache is not None  # whose buffers these are
+        return self._network.run(self._rows, cache, self._soft, self._rotary, self._sights)
 
 
 class FixedPasses:
-    """A fixed pass for each shape of canvases and each cache, recorded when it is met first."""
+    """A fixed pass for each shape of canvases and each cache, recorded when it is met first; gone with its buffers."""
 
     def __init__(self, network: Network, record: Callable[[_Run], _Run] = capture) -> None:
         self._network, self._record = network, record
-        self._passes: OrderedDict[tuple[object, ...], FixedPass] = OrderedDict()
+        self._passes: weakref.WeakKeyDictionary[KeyValues, OrderedDict[tuple[object, ...], FixedPass]]
+        self._passes = weakref.WeakKeyDictionary()
         self.num_recorded = 0
+
+    @property
+    def num_held(self) -> int:
+        """How many recordings there are."""
+        return sum(map(len, self._passes.values()))
 
     def run(self, canvases: torch.Tensor, cache: KeyValues, soft: torch.Tensor | None) -> torch.Tensor:
         """What ``Network.forward`` gives for canvases (K, C) over a cache: (K C, H) float32."""
         cache.reserve(canvases.numel())
-        buffers = tuple(t.data_ptr() for t in (*cache.keys, *cache.values))
-        key = (tuple(canvases.shape), soft is not None, buffers)
-        fixed = self._passes.get(key)
+        held = self._passes.setdefault(cache, OrderedDict())
+        for key in [key for key, fixed in held.items() if fixed.generation != cache.generation]:
+            del held[key]  # its buffers are no more
+        key = (tuple(canvases.shape), soft is not None)
+        fixed = held.get(key)
         if fixed is None:
-            fixed = FixedPass(self._network, cache, canvases, self._record, soft=soft is not None)
-            self._passes[key] = fixed
+            fixed = held[key] = FixedPass(self._network, cache, canvases, self._record, soft=soft is not None)
             self.num_recorded += 1
-            while len(self._passes) > _MOST_PASSES:
-                self._passes.popitem(last=False)
-        self._passes.move_to_end(key)
-        fixed.move()
+            while len(held) > _MOST_PASSES:
+                held.popitem(last=False)
+        held.move_to_end(key)
+        fixed.move(cache)
         return fixed(canvases, soft)

@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional
 
 MARGIN_TOKENS = 1024
-_GROWTH_TOKENS = 256  # buffers grow by so many, or by half
+_GROWTH_TOKENS, _MOST_GROWTH_TOKENS = 256, 4096  # buffers grow by half, but by no less and no more
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class CacheShape:
 class KeyValues:
     """Keys and values of every layer; the first ``length`` tokens are the prompt's, passes write behind them.
 
-    Sliding layers hold the tokens from ``base`` on.
+    Sliding layers hold the tokens from ``base`` on. ``generation`` counts how often buffers were made anew.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class KeyValues:
         device: torch.device,
         margin_tokens: int = MARGIN_TOKENS,
     ) -> None:
-        self.length = self.base = 0
+        self.length = self.base = self.generation = 0
         self._shapes, self._margin = shapes, margin_tokens
         self._window = max((s.window for s in shapes if s.window is not None), default=None)
         self.keys = [torch.empty(s.num_heads, 0, s.head_size, dtype=dtype, device=device) for s in shapes]
@@ -69,9 +69,10 @@ class KeyValues:
             capacity = self.keys[layer].shape[1]
             if held + num_rows <= capacity:
                 continue
-            wanted = max(held + num_rows, capacity + max(_GROWTH_TOKENS, capacity // 2))
+            wanted = max(held + num_rows, capacity + min(max(_GROWTH_TOKENS, capacity // 2), _MOST_GROWTH_TOKENS))
             if shape.window is not None and self._window is not None:
                 wanted = max(held + num_rows, min(wanted, self._window + self._margin))
+            self.generation += 1
             for buffers in (self.keys, self.values):
                 buffers[layer] = functional.pad(buffers[layer], (0, 0, 0, wanted - capacity))
 

@@ -193,7 +193,8 @@ class _RoutedExperts:
         self._dtype = self._into.dtype
         self._experts: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
         experts = module.experts
-        self.reads_choices = not isinstance(experts, PackedExperts) or experts.cache is not None
+        is_kept = isinstance(experts, PackedExperts) and experts.cache is None
+        self.reads_choices = products.reads_choices if is_kept else True
         if isinstance(experts, PackedExperts) and experts.cache is not None:
             self._experts = partial(experts.cache.run, products)
         elif isinstance(experts, PackedExperts):

@@ -30,6 +30,7 @@ from fimserver.errors import EngineError, WeightsError
 from fimserver.planner import Format, Role, plan_on_card, read_folder
 
 _logger = logging.getLogger(__name__)
+_RECORDED_LENGTHS = 16  # of canvases, a multiple of it
 _NO_CARD = Card("this card", 0, 1, 0, "")  # a plan's memory does not depend on the card
 
 
@@ -74,6 +75,8 @@ class Model:
         if device.type != "cuda":
             network = load_weights(folder, dtype=torch.float32, report=report)
             return cls(network.to(device), metadata)
+        if device.index is not None:
+            torch.cuda.set_device(device)  # kernels and recordings are made for the current one
         on_device = find_experts_on_device(folder, metadata.max_prompt_tokens, torch.cuda.mem_get_info(device)[0])
         network = load_weights(
             folder,
@@ -85,6 +88,11 @@ class Model:
         )
         choice = choose_products(device, torch.bfloat16) if is_packed(network) else None
         return cls(network, metadata, choice, consumes=True, record=capture)
+
+    @property
+    def cut_multiple(self) -> int:
+        """What lengths of canvases are rounded up to: each length of a recorded pass is recorded for itself."""
+        return _RECORDED_LENGTHS if self._fixed is not None else 1
 
     def unrecorded(self) -> "Model":
         """The same model, whose passes are called kernel by kernel."""

@@ -235,6 +235,7 @@ class TritonProducts:
     """Kernels on one card; ``exact`` makes products in float32, for tests."""
 
     name = "Triton"
+    reads_choices = False
 
     def __init__(
         self, *, dtype: torch.dtype = torch.bfloat16, exact: bool = False, block_n: int = 64, block_k: int = 64

@@ -18,10 +18,14 @@ from fimserver.engine.nvfp4 import NVFP4Tensor
 
 
 class Products(Protocol):
-    """What a backend has to do; ``name`` is for a person, ``dtype`` that of activations."""
+    """What a backend has to do; ``name`` is for a person, ``dtype`` that of activations.
+
+    ``reads_choices`` says that the host looks at which experts were chosen, so that a pass cannot be recorded.
+    """
 
     name: str
     dtype: torch.dtype
+    reads_choices: bool
 
     def linear(self, weights: NVFP4Tensor, x: torch.Tensor) -> torch.Tensor:
         """``x`` (..., K) times weights (N, K): (..., N) in the dtype of ``x``."""
@@ -41,6 +45,7 @@ class PlainProducts:
     """Expand, then multiply: of experts only those that a token chose."""
 
     name = "plain torch"
+    reads_choices = True
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         self.dtype = dtype

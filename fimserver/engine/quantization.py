@@ -87,7 +87,7 @@ def _from_modelopt(where: Path | str, values: Mapping[str, Any]) -> Quantization
             msg = f"{where}: {module} has the algorithm {layer_algorithm!r}; {_CAN_BE_READ}"
             raise WeightsError(msg)
     for owner in (values, *described.values(), *(values.get("config_groups") or {}).values()):
-        _check_block(where, owner.get("group_size", owner.get("weights", {}).get("group_size")))
+        _check_block(where, owner.get("group_size", (owner.get("weights") or {}).get("group_size")))
     excluded = values.get("exclude_modules", values.get("ignore")) or ()
     return Quantization("modelopt", str(algorithm), tuple(map(str, excluded)), layers)
 

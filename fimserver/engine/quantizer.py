@@ -458,9 +458,13 @@ class _State:
         begun = {"source": _identity_of(source), "options": _to_values(options)}
         path = folder / STATE_FILE
         if not path.exists():
-            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            found = list(folder.iterdir()) if folder.is_dir() else [folder] if folder.exists() else []
+            begun_files = [p for p in found if p.suffix == ".writing"]  # of a run that was ended in its first shard
+            if len(begun_files) < len(found):
                 msg = f"{folder} is there and holds something else; name a new folder"
                 raise WeightsError(msg)
+            for begun_file in begun_files:
+                begun_file.unlink()
             return cls(folder, begun, {})
         values = read_json(path)
         for what in ("source", "options"):

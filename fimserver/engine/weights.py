@@ -290,7 +290,11 @@ def _check_room(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
     """Refuse what cannot fit before the machine begins to swap; say what expanding takes."""
     if keeps_nvfp4 or device.type != "cpu":
         return
-    needed = sum(math.prod(target.shape) for target in checkpoint.targets.values()) * dtype.itemsize
+    # All but several experts are there twice: transposed for the network, and as the modules have them.
+    twice = [
+        math.prod(t.shape) * (1 if t.shape[0] > 1 and is_stack(t.name) else 2) for t in checkpoint.targets.values()
+    ]
+    needed = sum(twice) * dtype.itemsize
     if Format.NVFP4 in checkpoint.count_formats():
         gigabytes = f"{needed / 1e9:.1f} GB"
         logger.warning("weights in 4 bits are expanded for this processor; all weights take %s", gigabytes)
