@@ -380,6 +380,10 @@ def _to_target(name: str, shape: tuple[int, ...], pieces: list[Piece], stored: M
             msg = f"{piece.module} has scales and no weights; {DAMAGED}"
             raise WeightsError(msg)
         formats.add(_check_piece(piece, stored, _shape_of(piece, shape)))
+    kinds = {(piece.expert is None, bool(piece.rows)) for piece in pieces}
+    if len(kinds) > 1:
+        msg = f"{name} is stored twice, as one and in parts; {DAMAGED}"
+        raise WeightsError(msg)
     if pieces[0].expert is None:
         return Target(name, shape, (_only(name, pieces, stored),), frozenset(formats))
     parts = ["gate", "up"] if any(p.rows for p in pieces) else [""]
@@ -394,9 +398,6 @@ def _to_target(name: str, shape: tuple[int, ...], pieces: list[Piece], stored: M
         msg = f"tensor {layer}.{expert}.{projection}.weight is missing ({len(lacking)} in all); {DAMAGED}"
         raise WeightsError(msg)
     ordered = tuple(_only(name, by_place[place], stored) for place in wanted)
-    if len(by_place) > len(wanted):
-        msg = f"{name} is stored twice, as gate and up apart and as one; {DAMAGED}"
-        raise WeightsError(msg)
     return Target(name, shape, ordered, frozenset(formats))
 
 
