@@ -31,6 +31,8 @@ def networks(tiny_model: Model, random_model: Model) -> dict[str, DiffusionGemma
     config.get_text_config().sliding_window = 1024
     wide = DiffusionGemmaForBlockDiffusion(config)
     wide.load_state_dict(random_model.network.state_dict())
+    for layer in (*wide.model.encoder.language_model.layers, *wide.model.decoder.layers):
+        layer.layer_scalar.fill_(1)  # as ``check_class`` asks of what is trained
     assert any(layer.self_attn.v_proj is None for layer in wide.model.decoder.layers)
     torch.manual_seed(1)
     few = create_model(Recipe().with_values({**_values(SMALL), "experts": 4, "top_k_experts": 2}))

@@ -105,7 +105,8 @@ def prepare_model(folder: Path, recipe: Recipe, source: str | None, base: str) -
 def check_class(model: Any, folder: Path) -> None:
     """Raises ``FimserverError`` for weights that the training pass would read otherwise than the class does."""
     config = model.config.get_text_config()
-    scalars = {float(layer.layer_scalar) for layer in model.model.decoder.layers}
+    layers = (*model.model.decoder.layers, *model.model.encoder.language_model.layers)
+    scalars = {float(layer.layer_scalar) for layer in layers}
     plain = scalars == {1.0} and config.rms_norm_eps == EPS and config.final_logit_softcapping == CAP
     if not plain:
         msg = f"{folder}: only models with layer_scalar 1, rms_norm_eps {EPS} and softcapping {CAP} can be trained"
