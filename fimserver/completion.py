@@ -124,7 +124,8 @@ def complete_target(target: Target, settings: Settings, *, trace: bool) -> Resul
     engine = EngineClient(EngineOptions().under(settings))
 
     def get_engine() -> EngineClient:
-        with Console(stderr=True).status("loading the model"):
+        with Console(stderr=True).status("loading the model") as status:
+            engine.listen(lambda _state, detail: status.update(detail))
             engine.start()
             engine.wait_until_ready(LOAD_TIMEOUT_S)
         return engine

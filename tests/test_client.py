@@ -14,7 +14,7 @@ import pytest
 from fimserver.engine import client as client_module
 from fimserver.engine.client import EngineClient, EngineOptions, EngineState
 from fimserver.engine.frames import from_plain, read_frame, to_plain, write_frame
-from fimserver.engine.worker import Inbox, count_physical_cores
+from fimserver.engine.worker import Inbox, LoadSigns, count_physical_cores
 from fimserver.errors import CompletionCancelledError, EngineError, FrameError
 from fimserver.types import Draft, FimContext, Generation, Hole, HoleKind, Mode, ModelInfo, Sampling
 
@@ -65,6 +65,37 @@ def test_answers(worker: Worker) -> None:
     assert client.wait_until_ready(10).name == "fake"
     assert client.state is EngineState.READY
     assert client.complete(CONTEXT, Sampling()).future.result(10).text == "x = "
+
+
+def test_a_large_model_says_how_much_of_it_is_read(worker: Worker) -> None:
+    client = worker("""
+        send(type="loading", share=0.25)
+        send(type="loading", share=0.5)
+        time.sleep(0.2)
+        ready()
+        while r := receive(): generation(r, "done")
+    """)
+    seen: list[tuple[EngineState, str]] = []
+    client.listen(lambda state, detail: seen.append((state, detail)))
+    client.wait_until_ready(10)
+    assert (EngineState.LOADING, "loading model tiny, 50%") in seen
+    assert seen[-1][0] is EngineState.READY
+    assert client.complete(CONTEXT, Sampling()).future.result(10).text == "done"
+
+
+def test_signs_of_loading_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, sent = [0.0], []
+
+    class Box:
+        def send(self, kind: str, **values: float) -> None:
+            sent.append((kind, values["share"]))
+
+    monkeypatch.setattr("fimserver.engine.worker.time.monotonic", lambda: now[0])
+    signs = LoadSigns(Box())  # type: ignore[arg-type]
+    for step in range(1, 11):
+        now[0] += 0.2
+        signs(step, 10)
+    assert sent == [("loading", 0.3), ("loading", 0.6), ("loading", 0.9)]
 
 
 def test_requests_before_ready_are_kept(worker: Worker) -> None:

@@ -322,12 +322,11 @@ class EngineClient:
                 return
             pending = self._pending.get(message.get("id", -1))
             if kind == "ready":
-                self.info = from_plain(ModelInfo, message["info"])
-                self._has_loaded = True
-                self._last_used = time.monotonic()
-                self._set_state(EngineState.READY, f"{self.info.name} on {self.info.device}")
-                for waiting in list(self._pending.values()):
-                    self._send(waiting)
+                self._on_ready(from_plain(ModelInfo, message["info"]))
+            elif kind == "loading":
+                self._set_state(EngineState.LOADING, f"loading model {self.options.model}, {message['share']:.0%}")
+                self._expect_sign(LOAD_TIMEOUT_S)
+                return
             elif kind == "failed":
                 self._set_state(EngineState.FAILED, message["message"])
             elif kind == "started":
@@ -342,6 +341,12 @@ class EngineClient:
         if kind == "draft" and pending is not None and pending.on_draft is not None:
             with suppress(Exception):  # a caller's mistake is no reason to lose the worker
                 pending.on_draft(from_plain(Draft, message["draft"]))
+
+    def _on_ready(self, info: ModelInfo) -> None:
+        self.info, self._has_loaded, self._last_used = info, True, time.monotonic()
+        self._set_state(EngineState.READY, f"{info.name} on {info.device}")
+        for waiting in list(self._pending.values()):
+            self._send(waiting)
 
     def _on_death(self, worker: _Worker) -> None:
         with self._changed:

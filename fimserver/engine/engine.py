@@ -66,11 +66,20 @@ class Engine:
         self._last_prefix = self._last_text = ""
 
     @classmethod
-    def load(cls, name: str, device: str, context_tokens: int | None = None) -> "Engine":
-        """Engine of a shipped model's name or a folder. Raises ``WeightsError``, ``EngineError``."""
+    def load(
+        cls,
+        name: str,
+        device: str,
+        context_tokens: int | None = None,
+        report: Callable[[int, int], None] = lambda _done, _total: None,
+    ) -> "Engine":
+        """Engine of a shipped model's name, an added model's or a folder. Raises ``WeightsError``, ``EngineError``.
+
+        ``report`` gets bytes of weights read, and all there are.
+        """
         begin = time.perf_counter()
         folder = find_model(name)
-        model = Model.load(folder, find_device(device))
+        model = Model.load(folder, find_device(device), report)
         model.metadata = limit_context(model.metadata, context_tokens)
         vocabulary = Vocabulary.load(folder / "tokenizer.json", model.metadata.special_ids)
         return cls(model, vocabulary, load_ms=(time.perf_counter() - begin) * 1e3)

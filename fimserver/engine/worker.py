@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from fimserver.engine.engine import Engine
 
 _SIGN_S = 1.0  # a long request says so often that it is alive
+_LOAD_SIGN_S = 0.5
 _NICENESS = 5  # the editor's own processes go first
 _logger = logging.getLogger(__name__)
 
@@ -105,7 +107,7 @@ def main() -> int:
     threading.Thread(target=read_requests, args=(stream_in, inbox, outbox), daemon=True).start()
     lower_priority()
     try:
-        engine = load_engine(**options)
+        engine = load_engine(**options, report=LoadSigns(outbox))
     except FimserverError as error:
         outbox.send("failed", message=str(error))
         return 1
@@ -146,10 +148,30 @@ def read_requests(stream: BinaryIO, inbox: Inbox, outbox: Outbox) -> None:
         os._exit(0)
 
 
-def load_engine(model: str, device: str, threads: int, context_tokens: int | None = None) -> "Engine":
+class LoadSigns:
+    """Tells the server how much of a large model is read, twice a second at most."""
+
+    def __init__(self, outbox: Outbox) -> None:
+        self._outbox, self._last = outbox, time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        """``done`` bytes of ``total`` are read."""
+        now = time.monotonic()
+        if now - self._last >= _LOAD_SIGN_S and done < total:
+            self._last = now
+            self._outbox.send("loading", share=done / total)
+
+
+def load_engine(
+    model: str,
+    device: str,
+    threads: int,
+    context_tokens: int | None = None,
+    report: Callable[[int, int], None] = lambda _done, _total: None,
+) -> "Engine":
     """Import torch, load the model and run it once, so that the first request is as fast as the next.
 
-    Raises ``FimserverError``; an import that fails is one too.
+    ``report`` gets bytes read, and all there are. Raises ``FimserverError``; an import that fails is one too.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is fetched, whatever a library would like
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -162,7 +184,7 @@ def load_engine(model: str, device: str, threads: int, context_tokens: int | Non
         msg = f"a package is missing ({error}); install again with: pip install fimserver"
         raise FimserverError(msg) from error
     torch.set_num_threads(threads or max(1, count_physical_cores() - 1))
-    engine = Engine.load(model, device, context_tokens)
+    engine = Engine.load(model, device, context_tokens, report)
     hole = Hole(HoleKind.REST_OF_LINE, max_lines=1, estimated_tokens=1)
     engine.complete(FimContext("def probe(value):\n    return ", "\n", "probe.py", "python", hole), Sampling(seed=0))
     engine.forget()

@@ -238,7 +238,9 @@ class FimLanguageServer(LanguageServer):
             self.window_show_message(lsp.ShowMessageParams(lsp.MessageType.Error, message))
         window = self.client_capabilities.window
         shows_progress = window is not None and window.work_done_progress
-        if shows_progress and state is EngineState.LOADING and self._progress is None:
+        if self._progress is not None and state is EngineState.LOADING:
+            self.work_done_progress.report(_PROGRESS_TOKEN, lsp.WorkDoneProgressReport(message=detail))
+        elif shows_progress and state is EngineState.LOADING:
             self._progress = asyncio.get_running_loop().create_task(self._show_progress(detail))
 
     def _send_status(self, state: EngineState, detail: str) -> None:
