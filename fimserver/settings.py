@@ -133,9 +133,9 @@ class Settings:
     )
     context_tokens: int | None = _setting(
         default=None,
-        doc="Longest prompt in tokens, never more than what the model knows; null means all of that.",
+        doc="Longest prompt in tokens, never more than what the model knows; null means what it usually gets.",
         low=64,
-        high=131072,
+        high=262144,
         engine=True,
     )
     idle_unload_minutes: float = _setting(

@@ -588,3 +588,13 @@ def test_shorter_prompts(context_tokens: int | None, prompt: int, suffix: int, t
     assert (limited.max_prompt_tokens, limited.max_suffix_tokens) == (prompt, suffix)
     greedy = replace(tiny_model.metadata, max_suffix_tokens=736)
     assert limit_context(greedy, 100).max_suffix_tokens == 50
+
+
+@pytest.mark.parametrize(
+    ("context_tokens", "prompt", "suffix"), [(None, 736, 208), (368, 368, 104), (1472, 1472, 416), (10**6, 7360, 2080)]
+)
+def test_longer_prompts_than_usual(context_tokens: int | None, prompt: int, suffix: int, tiny_model: Model) -> None:
+    """A model may know more than it gets when nobody asks; its budgets are for what it usually gets."""
+    large = replace(tiny_model.metadata, max_prompt_tokens=7360, usual_prompt_tokens=736)
+    limited = limit_context(large, context_tokens)
+    assert (limited.max_prompt_tokens, limited.max_suffix_tokens) == (prompt, suffix)

@@ -69,7 +69,7 @@ def test_every_default_is_allowed(wire_name: str) -> None:
         ("minConfidence", -0.1, ["minConfidence", "-0.1", "number 0 to 1"]),
         ("minConfidence", None, ["minConfidence", "None"]),
         ("minConfidence", True, ["minConfidence", "True"]),
-        ("contextTokens", 63, ["contextTokens", "64 to 131072 or null"]),
+        ("contextTokens", 63, ["contextTokens", "64 to 262144 or null"]),
         ("contextTokens", 64.0, ["contextTokens", "64.0", "whole number"]),
         ("idleUnloadMinutes", 1441, ["idleUnloadMinutes", "number 0 to 1440"]),
         ("completionItems", True, ["completionItems", "auto | on | off"]),

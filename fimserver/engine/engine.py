@@ -33,7 +33,7 @@ from fimserver.engine.prompt import build_prompt, find_anchor
 from fimserver.engine.ranking import Candidate, Scored, rank
 from fimserver.engine.verified import Drafter, DraftOptions, fill_verified
 from fimserver.engine.vocabulary import Vocabulary
-from fimserver.engine.weights import find_model, limit_context
+from fimserver.engine.weights import find_model
 from fimserver.errors import WeightsError
 from fimserver.types import Alternative, CanvasToken, Draft, FimContext, Generation, Mode, ModelInfo, Sampling
 
@@ -79,8 +79,7 @@ class Engine:
         """
         begin = time.perf_counter()
         folder = find_model(name)
-        model = Model.load(folder, find_device(device), report)
-        model.metadata = limit_context(model.metadata, context_tokens)
+        model = Model.load(folder, find_device(device), report, context_tokens)
         vocabulary = Vocabulary.load(folder / "tokenizer.json", model.metadata.special_ids)
         return cls(model, vocabulary, load_ms=(time.perf_counter() - begin) * 1e3)
 

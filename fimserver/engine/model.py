@@ -25,7 +25,7 @@ from fimserver.engine.layers import measured
 from fimserver.engine.network import Network, Rows, canvas_rows, causal_rows
 from fimserver.engine.packed import count_parameters, find_packed_experts, is_packed
 from fimserver.engine.products import PLAIN
-from fimserver.engine.weights import ModelMetadata, load_weights, read_metadata
+from fimserver.engine.weights import ModelMetadata, limit_context, load_weights, read_metadata
 from fimserver.errors import EngineError, WeightsError
 from fimserver.planner import Format, Role, plan_on_card, read_folder
 
@@ -65,13 +65,14 @@ class Model:
         folder: Path,
         device: torch.device,
         report: Callable[[int, int], None] = lambda _done, _total: None,
+        context_tokens: int | None = None,
     ) -> "Model":
         """Model of a folder on ``device``: fp32 on CPU and MPS; on CUDA bf16, and what is in 4 bits stays so.
 
         Where a card cannot hold all experts, they are in main memory and as many of each layer on it as fit.
-        ``report`` gets bytes read, and all there are. Raises ``WeightsError``.
+        ``report`` gets bytes read, and all there are; ``context_tokens`` limits prompts. Raises ``WeightsError``.
         """
-        metadata = read_metadata(folder)
+        metadata = limit_context(read_metadata(folder), context_tokens)
         if device.type != "cuda":
             network = load_weights(folder, dtype=torch.float32, report=report)
             return cls(network.to(device), metadata)

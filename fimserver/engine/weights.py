@@ -74,6 +74,7 @@ class ModelMetadata:
     max_head_tokens: int = 0  # of imports and headers before a prefix that was cut
     max_file_tokens: int = 0  # of language and path, for a model that knows the special token "file"
     max_snippet_tokens: int = 0  # of pieces of other files, for one that knows the special token "snippet"
+    usual_prompt_tokens: int = 0  # of prompts that nobody asked to be longer; 0 is the most
     languages: tuple[str, ...] = ()  # that it was trained on; none named means any
     end_token_ids: tuple[int, ...] = ()  # that end an answer, beside "eos"
     calibration: Mapping[str, Sequence[float]] = field(default_factory=dict)  # see ranking.py
@@ -173,20 +174,19 @@ def _find_metadata(folder: Path) -> Path:
 
 
 def limit_context(metadata: ModelMetadata, context_tokens: int | None) -> ModelMetadata:
-    """Prompts of at most ``context_tokens``, and the suffix's share of them; never more than the model knows."""
-    if context_tokens is None or context_tokens >= metadata.max_prompt_tokens:
+    """Prompts of at most ``context_tokens`` and their parts' shares; by default, and at most, what the model says."""
+    usual = metadata.usual_prompt_tokens or metadata.max_prompt_tokens  # which the budgets are for
+    wanted = min(context_tokens or usual, metadata.max_prompt_tokens)
+    if wanted == metadata.max_prompt_tokens == usual:
         return metadata
-    suffix = metadata.max_suffix_tokens * context_tokens // metadata.max_prompt_tokens
-    head = metadata.max_head_tokens * context_tokens // metadata.max_prompt_tokens
-    file = metadata.max_file_tokens * context_tokens // metadata.max_prompt_tokens
-    snippets = metadata.max_snippet_tokens * context_tokens // metadata.max_prompt_tokens
     return replace(
         metadata,
-        max_prompt_tokens=context_tokens,
-        max_suffix_tokens=min(suffix, context_tokens // 2),
-        max_head_tokens=head,
-        max_file_tokens=file,
-        max_snippet_tokens=snippets,
+        max_prompt_tokens=wanted,
+        usual_prompt_tokens=0,
+        max_suffix_tokens=min(metadata.max_suffix_tokens * wanted // usual, wanted // 2),
+        max_head_tokens=metadata.max_head_tokens * wanted // usual,
+        max_file_tokens=metadata.max_file_tokens * wanted // usual,
+        max_snippet_tokens=metadata.max_snippet_tokens * wanted // usual,
     )
 
 
