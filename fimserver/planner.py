@@ -428,6 +428,8 @@ def _card_notes(card: Card) -> tuple[str, ...]:
         "The vision part is left out: the server never loads it.",
         "Steps are ceilings: weights, keys and values over the card's bandwidth, no logits, no activations.",
         "The embedding is read twice a step; conditioning on the likeliest tokens alone saves one of these.",
+        "Not counted: several candidates side by side, work memory of very long prompts, recorded passes.",
+        "A rest in fp8 is arithmetic: the engine holds it in bf16 so far.",
     ]
     if not card.pcie_gb_per_s:
         notes.append("The system and every other program share this memory.")
