@@ -731,11 +731,8 @@ def _run_measurement(
     show: Callable[[Any], None] | None = None,
 ) -> None:
     """Print what was measured or made; what cannot be is exit 1 with the reason."""
-    try:
+    with _exit_on_error():
         summary = measure()
-    except FimserverError as error:
-        click.echo(f"fimserver: {error}", err=True)
-        sys.exit(1)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(summary)))
     elif show:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from fimserver.cards import Card
-from fimserver.engine.folder import read_json
+from fimserver.engine.folder import DAMAGED, read_json, weight_files
 from fimserver.errors import FimserverError, WeightsError
 from fimserver.model_store import find_added, is_hub_name
 
@@ -480,7 +480,7 @@ def find_checkpoint(name: str) -> Checkpoint:
 def read_folder(folder: Path) -> Checkpoint:
     """The model of a folder by its config and the headers of its files. Raises ``WeightsError``."""
     shape = parse_config(read_json(folder / "config.json"), str(folder / "config.json"))
-    files = _weight_files(folder)
+    files = weight_files(folder)
     counted: dict[tuple[Role, Format], list[int]] = {}
     seen = set()
     for path in files:
@@ -551,12 +551,11 @@ def parse_config(values: Mapping[str, Any], source: str) -> Shape:
 
 def read_header(path: Path) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """Name, dtype and shape of each tensor in a safetensors file. Raises ``WeightsError``."""
-    remedy = "the download is incomplete or damaged: copy the model folder again"
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(_LARGEST_HEADER_BYTES, path.stat().st_size):
-                msg = f"{path} cannot be read as safetensors (its header would be {length} bytes); {remedy}"
+                msg = f"{path} cannot be read as safetensors (its header would be {length} bytes); {DAMAGED}"
                 raise WeightsError(msg)
             entries = json.loads(file.read(length))
         found = [
@@ -565,7 +564,7 @@ def read_header(path: Path) -> Iterator[tuple[str, str, tuple[int, ...]]]:
             if name != "__metadata__"
         ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        msg = f"{path} cannot be read as safetensors ({error}); {remedy}"
+        msg = f"{path} cannot be read as safetensors ({error}); {DAMAGED}"
         raise WeightsError(msg) from error
     yield from found
 
@@ -640,16 +639,6 @@ def _to_checkpoint(folder: Path, fact: Mapping[str, Any]) -> Checkpoint:
         provenance=f"config {origin}, nothing downloaded; formats: {fact['provenance']}",
         file_bytes=fact["file_bytes"],
     )
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.exists():
-        return [single]
-    if not index.exists():
-        msg = f"{folder} holds no model.safetensors; plan with a known name, or copy the model folder again"
-        raise WeightsError(msg)
-    return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
 
 
 _ROLES_OF_NAMES = (

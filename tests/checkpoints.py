@@ -1,5 +1,6 @@
 """Writes checkpoints as others do: their names, formats, configurations, at any size."""
 
+import copy
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from fimserver.engine.nvfp4 import Dialect, NVFP4Tensor, quantize, to_parts
+from fimserver.engine.packed import put_weight
 
 ENCODER, DECODER = "model.encoder.language_model.", "model.decoder."
 EXPERTS_ONLY = (".experts.",)
@@ -60,6 +62,15 @@ def quantized(
             scale = "input_scale" if dialect is Dialect.MODELOPT else "input_global_scale"
             written[f"{module}.{scale}"] = torch.tensor(0.5)
     return written
+
+
+def repack(network: Any, chosen: tuple[str, ...]) -> Any:
+    """A copy of a network with the chosen matrices kept in 4 bits."""
+    copied = copy.deepcopy(network)
+    for name, tensor in list(network.model.decoder.named_parameters(prefix="model.decoder")):
+        if is_chosen(name, tensor, chosen):
+            put_weight(copied, name, quantize(tensor.detach()).with_row_scales())
+    return copied
 
 
 def under(path: str, tensors: Tensors) -> Tensors:

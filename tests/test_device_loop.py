@@ -22,8 +22,6 @@ from fimserver.engine.denoise import (
 )
 from fimserver.engine.kv_cache import PromptCache
 from fimserver.engine.model import Model
-from fimserver.engine.nvfp4 import quantize
-from fimserver.engine.packed import put_weight
 from fimserver.engine.vocabulary import Vocabulary
 
 READS = {
@@ -80,15 +78,14 @@ def options_of(model: Model, **changes: Any) -> DenoisingOptions:
 @pytest.fixture(scope="module")
 def packed_model(random_model: Model) -> Model:
     """The random model with its experts in 4 bits, multiplied as a card would: without a look at what was chosen."""
-    import copy
+    from checkpoints import EXPERTS_ONLY, repack
 
     from fimserver.engine.backends import Choice
+
+    pytest.importorskip("triton")
     from fimserver.engine.nvfp4_kernels import TritonProducts
 
-    network = copy.deepcopy(random_model.network)
-    for name, tensor in list(network.model.decoder.named_parameters(prefix="model.decoder")):
-        if ".experts." in name:
-            put_weight(network, name, quantize(tensor.detach()).with_row_scales())
+    network = repack(random_model.network, EXPERTS_ONLY)
     choice = Choice(TritonProducts(dtype=torch.float32, exact=True))
     return Model(network, random_model.metadata, choice, record=lambda run: run)
 

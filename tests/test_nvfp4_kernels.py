@@ -127,30 +127,17 @@ def test_tiles_suffice_for_the_worst_spread(kernels: ModuleType, slots: int, exp
 
 def test_a_whole_model_through_the_kernels(kernels: ModuleType, random_model: Model) -> None:
     """Every product of the network, encoder's rows and decoder's, by Triton instead of plain torch."""
-    from checkpoints import EVERYTHING, is_chosen
+    from checkpoints import EVERYTHING, repack
 
     from fimserver.engine.network import Network, causal_rows
 
-    network = repack(random_model, lambda name, tensor: is_chosen(name, tensor, EVERYTHING))
+    network = repack(random_model.network, EVERYTHING)
     results = []
     for products in (PLAIN, kernels.TritonProducts(dtype=torch.float32, exact=True)):
         forward = Network(network, products)
         with torch.inference_mode():
             results.append(forward.forward(causal_rows([2, 77, 901, 5], 0, CPU), forward.new_cache()))
     check(results[1], results[0], 1e-5)
-
-
-def repack(model: Model, chosen: Any) -> Any:
-    """A copy of a model's network with some matrices in 4 bits."""
-    import copy
-
-    from fimserver.engine.packed import put_weight
-
-    network = copy.deepcopy(model.network)
-    for name, tensor in list(network.model.decoder.named_parameters(prefix="model.decoder")):
-        if tensor.dim() > 1 and "embed" not in name and "router" not in name and chosen(name, tensor):
-            put_weight(network, name, quantize(tensor.detach()).with_row_scales())
-    return network
 
 
 COMPILE = """

@@ -16,7 +16,9 @@ from command import run
 from safetensors.torch import save_file
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
+from fimserver import planner
 from fimserver.cards import CARDS, find_card
+from fimserver.engine import key_values
 from fimserver.engine.kv_cache import MAX_BYTES
 from fimserver.engine.model import Model
 from fimserver.engine.weights import SHIPPED_MODELS
@@ -199,6 +201,7 @@ def test_bf16_needs_four_bits_or_a_large_card() -> None:
 
 def test_earlier_prompts_are_those_of_the_engine(large: Checkpoint) -> None:
     assert sum_of(plan_on_card(large, CARDS[0]), "KV caches of earlier prompts") == MAX_BYTES
+    assert planner.MARGIN_TOKENS == key_values.MARGIN_TOKENS
 
 
 def test_a_wrong_card_names_the_nearest() -> None:

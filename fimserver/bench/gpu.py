@@ -32,6 +32,7 @@ from transformers import DiffusionGemmaConfig
 from fimserver.bench.machine import machine_facts
 from fimserver.engine.backends import Choice, choose_products
 from fimserver.engine.denoise import DenoisingOptions, denoising_step, initialize_canvases, read_out
+from fimserver.engine.devices import wait_for
 from fimserver.engine.graphs import capture
 from fimserver.engine.known import KNOWN_MODELS
 from fimserver.engine.kv_cache import PromptCache
@@ -158,7 +159,7 @@ class Bench:
         network = create_model(self.config, random_weights(self.config, self.device, self.dtype), self.device)
         record = capture if self.device.type == "cuda" else (lambda run: run)
         self.model = Model(network, self.metadata, choice, consumes=True, record=record)
-        self._wait()
+        wait_for(self.device)
         gc.collect()
         held = self._allocated() - before if self.device.type == "cuda" else 0
         self._note(
@@ -240,7 +241,7 @@ class Bench:
         )
         begin = time.perf_counter()
         network.generate(input_ids=prompt, max_new_tokens=length, generator=self.generator)
-        self._wait()
+        wait_for(self.device)
         seconds = time.perf_counter() - begin
         self._note(generate={"s": seconds, "canvas_tokens": length, "steps": _STEPS_A_REQUEST})
 
@@ -281,10 +282,10 @@ class Bench:
         work()
         times = []
         for _ in range(repeats):
-            self._wait()
+            wait_for(self.device)
             begin = time.perf_counter()
             work()
-            self._wait()
+            wait_for(self.device)
             times.append((time.perf_counter() - begin) * 1e3)
         return sorted(times)[len(times) // 2]
 
@@ -292,10 +293,6 @@ class Bench:
         generator = torch.Generator().manual_seed(seed)
         high = self.config.get_text_config().vocab_size
         return torch.randint(8, high, (count,), generator=generator).tolist()
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
 
     def _allocated(self) -> int:
         return torch.cuda.memory_allocated() if self.device.type == "cuda" else 0

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fimserver.engine.devices import wait_for
 from fimserver.engine.nvfp4 import NVFP4Tensor, quantize
 from fimserver.engine.products import PLAIN, PlainProducts, Products
 
@@ -117,11 +118,11 @@ class Trial:
         """Seconds of a projection and experts, the best of some rounds."""
         best = float("inf")
         for _ in range(_ROUNDS):
-            _wait_for(self.device)
+            wait_for(self.device)
             begin = time.perf_counter()
             products.linear(self.weights, self.x)
             self._run_experts(products, self.x)
-            _wait_for(self.device)
+            wait_for(self.device)
             best = min(best, time.perf_counter() - begin)
         return best
 
@@ -131,8 +132,3 @@ class Trial:
 
 def _to_stack(weights: torch.Tensor, device: torch.device) -> NVFP4Tensor:
     return quantize(weights).with_row_scales().to(device)
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -23,17 +23,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from fimserver.engine.folder import read_json
+from fimserver.engine.folder import DAMAGED, weight_files
 from fimserver.engine.nvfp4 import NVFP4Tensor, concatenate, from_parts
+from fimserver.engine.tensor_files import Stored, TensorFiles, read_headers
 from fimserver.errors import WeightsError
 
-DAMAGED = "the download is incomplete or damaged: copy the model folder again"
-_MOST_MAPPED_BYTES = 256 * 2**20
 _FP8_BLOCK = 128
 _ENCODER, _DECODER = "model.encoder.language_model.", "model.decoder."
 _VISION = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
@@ -56,15 +54,6 @@ class Format(StrEnum):
 
 _FORMATS = {"BF16": Format.FLOAT, "F16": Format.FLOAT, "F32": Format.FLOAT, "F8_E4M3": Format.FP8, "U8": Format.NVFP4}
 _TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """One tensor of a file, by its header."""
-
-    path: Path
-    dtype: str
-    shape: tuple[int, ...]
 
 
 @dataclass(slots=True)
@@ -102,8 +91,7 @@ class Checkpoint:
 
     def __init__(self, stored: Mapping[str, Stored], targets: Mapping[str, Target]) -> None:
         self.stored, self.targets = stored, targets
-        self._files: dict[Path, Any] = {}
-        self._mapped_bytes = 0
+        self._files = TensorFiles(stored)
         self._count()
 
     def _count(self) -> None:
@@ -113,7 +101,7 @@ class Checkpoint:
     @classmethod
     def open(cls, folder: Path, expected: Mapping[str, tuple[int, ...]]) -> "Checkpoint":
         """The checkpoint of a folder; ``expected`` are the model's weights, tied ones once. Raises ``WeightsError``."""
-        stored = _read_headers(weight_files(folder))
+        stored = read_headers(weight_files(folder))
         pieces, unused = _to_pieces(stored, expected)
         targets = {}
         for name, shape in expected.items():
@@ -138,22 +126,6 @@ class Checkpoint:
         self.targets = {name: target for name, target in self.targets.items() if not name.startswith(_VISION)}
         self._count()
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all files."""
-        return sum(path.stat().st_size for path in {s.path for s in self.stored.values()})
-
-    def count_formats(self) -> Counter[Format]:
-        """Numbers of weights that are stored in each format, for a person."""
-        count: Counter[Format] = Counter()
-        for target in self.targets.values():
-            for piece in target.pieces:
-                stored = self.stored[piece.main or ""]
-                size = torch.Size(stored.shape).numel()
-                kind = _FORMATS[stored.dtype]
-                count[kind] += 2 * size if kind is Format.NVFP4 else size
-        return count
-
     def read(
         self,
         *,
@@ -166,13 +138,13 @@ class Checkpoint:
 
         ``keeps_nvfp4`` leaves what is wholly in 4 bits so. ``report`` gets bytes read, and all there are.
         """
-        done, total = 0, sum(_num_bytes(self.stored[n]) for t in self.targets.values() for n in self._names(t))
+        done, total = 0, sum(self.stored[n].num_bytes for t in self.targets.values() for n in self._names(t))
         order = sorted(self.targets.values(), key=lambda t: str(self.stored[t.pieces[0].main or ""].path))
         for target in order:
             is_projection = ".router." not in target.name and "embed_tokens" not in target.name
             keeps = keeps_nvfp4 and is_projection and target.is_nvfp4 and self._twin_of(target).is_nvfp4
             yield target.name, self._assemble(target, device, dtype, keeps_nvfp4=keeps)
-            done += sum(_num_bytes(self.stored[n]) for n in self._names(target))
+            done += sum(self.stored[n].num_bytes for n in self._names(target))
             report(done, total)
 
     def _twin_of(self, target: Target) -> Target:
@@ -257,22 +229,11 @@ class Checkpoint:
         return placed
 
     def _tensor(self, name: str) -> torch.Tensor:
-        """A tensor of a file, mapped; files are let go after their last one, or when much of them was read."""
-        path = self.stored[name].path
-        if self._mapped_bytes > _MOST_MAPPED_BYTES:
-            self._files.clear()
-            self._mapped_bytes = 0
-        self._mapped_bytes += _num_bytes(self.stored[name])
-        try:
-            if path not in self._files:
-                self._files[path] = safe_open(path, framework="pt")
-            tensor: torch.Tensor = self._files[path].get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            msg = f"{path} cannot be read as safetensors ({error}); {DAMAGED}"
-            raise WeightsError(msg) from error
+        """A tensor of a file, mapped; the file is let go after its last one."""
+        tensor, path = self._files.tensor(name), self.stored[name].path
         self._unread[path] -= 1
         if self._unread[path] <= 0:
-            self._files.pop(path, None)
+            self._files.let_go(path)
         return tensor
 
     def _check_unused(self, names: list[str]) -> None:
@@ -283,42 +244,6 @@ class Checkpoint:
             if not bool((torch.isfinite(scale) & (scale > 0)).all()):
                 msg = f"{name} has values that are zero, negative or not finite; {DAMAGED}"
                 raise WeightsError(msg)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: one, or the shards that the index names."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.exists():
-        return [single]
-    if not index.exists():
-        msg = f"{folder} holds no model.safetensors; point fimserver.model at a checkpoint folder"
-        raise WeightsError(msg)
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        msg = f"{index} has no weight_map; copy the model folder again"
-        raise WeightsError(msg)
-    paths = [folder / Path(str(name)).name for name in sorted(set(weight_map.values()))]
-    if absent := [p.name for p in paths if not p.exists()]:
-        msg = f"{folder} lacks {absent[0]}, which its index names; copy the model folder again"
-        raise WeightsError(msg)
-    return paths
-
-
-def _read_headers(paths: list[Path]) -> dict[str, Stored]:
-    stored: dict[str, Stored] = {}
-    for path in paths:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118  safe_open is no mapping
-                    if name in stored:
-                        msg = f"tensor {name} is in {stored[name].path.name} and in {path.name}; {DAMAGED}"
-                        raise WeightsError(msg)
-                    part = file.get_slice(name)
-                    stored[name] = Stored(path, part.get_dtype(), tuple(part.get_shape()))
-        except (SafetensorError, OSError) as error:
-            msg = f"{path} cannot be read as safetensors ({error}); {DAMAGED}"
-            raise WeightsError(msg) from error
-    return stored
 
 
 def _to_pieces(
@@ -498,8 +423,3 @@ def _fp8_block(size: int, count: int) -> int:
     if -(-size // _FP8_BLOCK) == count:
         return _FP8_BLOCK
     return size // count if count and not size % count else 0
-
-
-def _num_bytes(stored: Stored) -> int:
-    size = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2}.get(stored.dtype, 1)
-    return size * torch.Size(stored.shape).numel()

@@ -1,10 +1,12 @@
-"""What a model folder says of itself, in JSON files."""
+"""What a model folder says of itself: JSON files, and where its weights are. Standard library alone."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from fimserver.errors import WeightsError
+
+DAMAGED = "the download is incomplete or damaged: copy the model folder again"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -18,3 +20,22 @@ def read_json(path: Path) -> dict[str, Any]:
         msg = f"{path} holds a {type(values).__name__}, not an object; copy the model folder again"
         raise WeightsError(msg)
     return values
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder: one, or the shards that the index names."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return [single]
+    if not index.exists():
+        msg = f"{folder} holds no model.safetensors; point fimserver.model at a checkpoint folder"
+        raise WeightsError(msg)
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        msg = f"{index} has no weight_map; copy the model folder again"
+        raise WeightsError(msg)
+    paths = [folder / Path(str(name)).name for name in sorted(set(weight_map.values()))]
+    if absent := [p.name for p in paths if not p.exists()]:
+        msg = f"{folder} lacks {absent[0]}, which its index names; copy the model folder again"
+        raise WeightsError(msg)
+    return paths

@@ -24,7 +24,7 @@ from torch.profiler import record_function
 from fimserver.engine.key_values import KeyValues
 from fimserver.engine.nvfp4 import concatenate
 from fimserver.engine.packed import PackedExperts, PackedLinear, is_packed
-from fimserver.engine.products import Products
+from fimserver.engine.products import Products, run_experts
 
 _NOTHING = nullcontext()
 
@@ -200,7 +200,8 @@ class _RoutedExperts:
         elif isinstance(experts, PackedExperts):
             self._experts = partial(products.experts, *experts.stacks())
         else:
-            self._experts = partial(_run_experts, experts.gate_up_proj.detach(), experts.down_proj.detach(), self._act)
+            gate_up, down = experts.gate_up_proj.detach(), experts.down_proj.detach()
+            self._experts = partial(run_experts, lambda expert: (gate_up[expert], down[expert]), self._act)
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         plain = rms(x, self._eps)
@@ -210,24 +211,6 @@ class _RoutedExperts:
         weights = weights / weights.sum(dim=-1, keepdim=True) * self._per_expert[chosen]
         experts = self._experts((plain * self._before_experts).to(self._dtype), chosen, weights)
         return dense.float(), experts.float()
-
-
-def _run_experts(  # noqa: PLR0913, PLR0917  weights and what they work on
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    act: Callable[[torch.Tensor], torch.Tensor],
-    x: torch.Tensor,
-    chosen: torch.Tensor,
-    weights: torch.Tensor,
-) -> torch.Tensor:
-    """Experts in floats, one after the other: (T, H) float32."""
-    result = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for expert in sorted(set(chosen.flatten().tolist())):
-        token, place = torch.where(chosen == expert)
-        gate, up = functional.linear(x[token], gate_up[expert]).chunk(2, dim=-1)
-        out = functional.linear(act(gate) * up, down[expert])
-        result.index_add_(0, token, out.float() * weights[token, place, None])
-    return result
 
 
 def project(

@@ -8,8 +8,7 @@ Knows:  the model, a clock.  Never: text, answers.
 
 import time
 
-import torch
-
+from fimserver.engine.devices import wait_for
 from fimserver.engine.model import Model
 from fimserver.engine.network import causal_rows
 from fimserver.engine.verified import DraftOptions
@@ -31,10 +30,7 @@ def measure_row_cost(model: Model) -> float:
         for _ in range(_REPEATS):
             begin = time.perf_counter()
             model.to_logits(model.look(rows, cache))
-            if model.device.type == "cuda":
-                torch.cuda.synchronize(model.device)
-            elif model.device.type == "mps":
-                torch.mps.synchronize()
+            wait_for(model.device)
             times.append(time.perf_counter() - begin)
         return min(times)
 

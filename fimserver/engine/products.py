@@ -9,6 +9,8 @@ its first half the gate; between them and down is GELU in its tanh form, as the 
 Shapes:  T tokens, K columns, N rows; E experts, I their inner size, H hidden size, k experts a token.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -63,14 +65,31 @@ class PlainProducts:
         weights: torch.Tensor,
     ) -> torch.Tensor:
         """See ``Products``."""
-        result = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-        for expert in sorted(set(chosen.flatten().tolist())):
-            token, place = torch.where(chosen == expert)
-            gate, up = functional.linear(x[token], expert_of(gate_up, expert, x.dtype)).chunk(2, dim=-1)
-            inner = functional.gelu(gate, approximate="tanh") * up
-            out = functional.linear(inner, expert_of(down, expert, x.dtype))
-            result.index_add_(0, token, out.float() * weights[token, place, None].float())
-        return result
+        return run_experts(
+            lambda expert: (expert_of(gate_up, expert, x.dtype), expert_of(down, expert, x.dtype)),
+            partial(functional.gelu, approximate="tanh"),
+            x,
+            chosen,
+            weights,
+        )
+
+
+def run_experts(
+    weights_of: Callable[[int], tuple[torch.Tensor, torch.Tensor]],
+    act: Callable[[torch.Tensor], torch.Tensor],
+    x: torch.Tensor,
+    chosen: torch.Tensor,
+    weights: torch.Tensor,
+) -> torch.Tensor:
+    """Experts one after the other, each by its gate and up (2 I, H) and its down (H, I): (T, H) float32."""
+    result = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for expert in sorted(set(chosen.flatten().tolist())):
+        gate_up, down = weights_of(expert)
+        token, place = torch.where(chosen == expert)
+        gate, up = functional.linear(x[token], gate_up).chunk(2, dim=-1)
+        out = functional.linear(act(gate) * up, down)
+        result.index_add_(0, token, out.float() * weights[token, place, None].float())
+    return result
 
 
 def expert_of(stack: NVFP4Tensor, expert: int, dtype: torch.dtype) -> torch.Tensor:

@@ -29,14 +29,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from fimserver import __version__
-from fimserver.engine.checkpoint import DAMAGED, Checkpoint, Format, Stored, Target, weight_files
-from fimserver.engine.folder import read_json
+from fimserver.engine.checkpoint import Checkpoint, Format, Target
+from fimserver.engine.folder import DAMAGED, read_json, weight_files
 from fimserver.engine.nvfp4 import BLOCK, Dialect, NVFP4Tensor, find_global_scale, quantize, to_parts
 from fimserver.engine.quantization import QUANT_CONFIG_FILE, read_quantization
+from fimserver.engine.tensor_files import Stored, TensorFiles
 from fimserver.engine.vocabulary import Vocabulary
 from fimserver.engine.weights import expected_shapes, find_model, load_weights, read_config, read_metadata
 from fimserver.errors import FimserverError, WeightsError
@@ -44,7 +45,6 @@ from fimserver.errors import FimserverError, WeightsError
 STATE_FILE = "quantize.json"
 INDEX_FILE = "model.safetensors.index.json"
 Report = Callable[[str, int, int], None]
-_MOST_MAPPED_BYTES = 256 * 2**20
 _WINDOW_TOKENS, _MOST_WINDOWS, _SEED = 512, 128, 0
 _ALIGNMENT = 8  # bytes
 _LEAST_IMPORTANCE = 1e-4  # of the mean: no column is free to be wrong
@@ -59,7 +59,6 @@ _COPIED = (
     *("generation_config.json", "tokenizer*", "fimserver.json", "special_tokens_map.json", "chat_template*"),
     *("*processor_config.json", "README*", "MODEL_CARD*", "LICEN[CS]E*", "NOTICE*"),
 )
-_ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2}
 _ALGORITHM = "W4A16_NVFP4"  # of weights alone: no scale of activations is written
 
 
@@ -173,14 +172,14 @@ class Plan:
                 floats.add(name.removesuffix(".weight"))
         ordered = tuple(layers[name] for name in sorted(layers, key=_order_of))
         written = sum(m.written_bytes for layer in ordered for m in layer.matrices)
-        written += sum(_bytes_of(checkpoint.stored[name]) for layer in ordered for name in layer.copied)
+        written += sum(checkpoint.stored[name].num_bytes for layer in ordered for name in layer.copied)
         if not taken:
             msg = f"{source} has no matrix to quantize" + "".join(f"; {note}" for note in notes[:1])
             raise WeightsError(msg)
         names = [f"model-{i + 1:05}-of-{len(ordered):05}.safetensors" for i in range(len(ordered))]
         single = written < options.single_bytes
         shards = {"model.safetensors": ordered} if single else {n: (g,) for n, g in zip(names, ordered, strict=True)}
-        total = sum(map(_bytes_of, checkpoint.stored.values()))
+        total = sum(stored.num_bytes for stored in checkpoint.stored.values())
         tied = {name.replace(_DECODER, _ENCODER, 1) for name in floats if _LAYER.search(name)}
         return cls(shards, tuple(sorted(floats | tied)), tuple(notes), checkpoint.stored, total, written)
 
@@ -252,12 +251,10 @@ class _Sums:
 
 
 class _Source:
-    """Matrices of the source's files; a file is let go after 256 MB, or all it has would stay resident."""
+    """Matrices of the source's files, all of them finite."""
 
     def __init__(self, stored: Mapping[str, Stored]) -> None:
-        self._stored = stored
-        self._files: dict[Path, Any] = {}
-        self._mapped_bytes = 0
+        self._stored, self._files = stored, TensorFiles(stored)
 
     def matrix(self, matrix: Matrix) -> torch.Tensor:
         """Weights (N, K) float32."""
@@ -271,22 +268,10 @@ class _Source:
         return self._read(name, None).clone()
 
     def _read(self, name: str, expert: int | None) -> torch.Tensor:
-        path = self._stored[name].path
-        if self._mapped_bytes > _MOST_MAPPED_BYTES:
-            self._files.clear()
-            self._mapped_bytes = 0
-        try:
-            if path not in self._files:
-                self._files[path] = safe_open(path, framework="pt")
-            file = self._files[path]
-            read: torch.Tensor = file.get_tensor(name) if expert is None else file.get_slice(name)[expert]
-        except (SafetensorError, OSError) as error:
-            msg = f"{path} cannot be read as safetensors ({error}); {DAMAGED}"
-            raise WeightsError(msg) from error
-        self._mapped_bytes += read.nbytes
+        read = self._files.tensor(name, expert)
         if not bool(torch.isfinite(read).all()):
             place = name if expert is None else f"{name}, expert {expert},"
-            msg = f"{path.name}: tensor {place} has NaN or infinite values; {DAMAGED}"
+            msg = f"{self._stored[name].path.name}: tensor {place} has NaN or infinite values; {DAMAGED}"
             raise WeightsError(msg)
         return read
 
@@ -329,7 +314,7 @@ def _write_shard(name: str, layers: tuple[Layer, ...], plan: Plan, state: "_Stat
         done += size
         if layer.bundles:
             written = sum(m.written_bytes for m in layer.matrices)
-            written += sum(_bytes_of(plan.stored[n]) for n in layer.copied)
+            written += sum(plan.stored[n].num_bytes for n in layer.copied)
             reports.append(
                 LayerReport(
                     layer.name,
@@ -562,7 +547,7 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
 def _check_space(target: Path, plan: Plan, unfinished: list[str]) -> None:
     """Make the folder, where the disk has room for what is still to be written."""
     needed = sum(m.written_bytes for name in unfinished for layer in plan.shards[name] for m in layer.matrices)
-    needed += sum(_bytes_of(plan.stored[n]) for name in unfinished for layer in plan.shards[name] for n in layer.copied)
+    needed += sum(plan.stored[n].num_bytes for name in unfinished for layer in plan.shards[name] for n in layer.copied)
     try:
         target.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(target).free
@@ -642,12 +627,8 @@ def _order_of(layer: str) -> tuple[bool, int]:
     return (not number.isdigit(), int(number) if number.isdigit() else 0)
 
 
-def _bytes_of(stored: Stored) -> int:
-    return _ITEM_BYTES.get(stored.dtype, 1) * math.prod(stored.shape)
-
-
 def _source_bytes(layer: Layer, stored: Mapping[str, Stored]) -> int:
-    return sum(_bytes_of(stored[name]) for name in {*layer.copied, *(m.stored for m in layer.matrices)})
+    return sum(stored[name].num_bytes for name in {*layer.copied, *(m.stored for m in layer.matrices)})
 
 
 def _ratio(error: float, whole: float) -> float:

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
-from fimserver.engine.checkpoint import DAMAGED, Checkpoint, Format
-from fimserver.engine.folder import read_json
+from fimserver.engine.checkpoint import Checkpoint, Format
+from fimserver.engine.folder import DAMAGED, read_json
 from fimserver.engine.known import find_known_metadata
 from fimserver.engine.nvfp4 import NVFP4Tensor
 from fimserver.engine.packed import (
@@ -295,7 +295,7 @@ def _check_room(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
         math.prod(t.shape) * (1 if t.shape[0] > 1 and is_stack(t.name) else 2) for t in checkpoint.targets.values()
     ]
     needed = sum(twice) * dtype.itemsize
-    if Format.NVFP4 in checkpoint.count_formats():
+    if any(Format.NVFP4 in target.formats for target in checkpoint.targets.values()):
         gigabytes = f"{needed / 1e9:.1f} GB"
         logger.warning("weights in 4 bits are expanded for this processor; all weights take %s", gigabytes)
     free = available_bytes()
