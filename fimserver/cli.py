@@ -1,6 +1,7 @@
 """The ``fimserver`` command.
 
     lsp        serve an editor over stdio
+    daemon     the process behind all editors: start, stop, status, logs
     complete   complete at one place of one file
     eval       measure quality
     bench      measure time
@@ -26,6 +27,7 @@ from typing import Any
 import click
 
 from fimserver import __version__
+from fimserver.daemon_commands import daemon
 from fimserver.errors import FimserverError, SettingsError
 from fimserver.paths import config_file
 from fimserver.settings import MODES, Settings, parse_settings, read_config_file, to_wire_name
@@ -37,6 +39,9 @@ _SEED = 0  # of commands: the same answer each time
 @click.version_option(__version__, prog_name="fimserver")
 def main() -> None:
     """Code completion on your own machine: fill the middle with a text-diffusion model."""
+
+
+main.add_command(daemon)
 
 
 def _engine_options(command: Any) -> Any:
@@ -99,16 +104,21 @@ def _settings(
 
 
 @main.command(short_help="Serve one editor over stdio.")
+@click.option(
+    "--no-daemon",
+    is_flag=True,
+    help="All in this process and its worker, shared with no other editor: for containers, and to look for faults.",
+)
 @_engine_options
-def lsp(**options: Any) -> None:
-    """Serve one editor over stdio (LSP 3.18, textDocument/inlineCompletion)."""
-    from fimserver.lsp.features import run_stdio  # noqa: PLC0415  only this command pays for pygls
-
+def lsp(no_daemon: bool, **options: Any) -> None:  # noqa: FBT001  click hands flags over by name
+    """Serve one editor over stdio (LSP 3.18, textDocument/inlineCompletion), by the daemon that serves all."""
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="fimserver: %(levelname)s %(message)s")
+    from fimserver.__main__ import serve  # noqa: PLC0415  the command's first step, which comes by here for help alone
+
     if sys.stdin.isatty():
         click.echo("fimserver lsp waits for an editor on stdin; see README.md, or try: fimserver complete", err=True)
     _parse(_wire_values(options), Settings())
-    sys.exit(run_stdio(_wire_values(options)))
+    sys.exit(serve(_wire_values(options), has_daemon=not no_daemon))
 
 
 @main.command(

@@ -27,3 +27,11 @@ class CompletionCancelledError(FimserverError):
 
 class FrameError(FimserverError):
     """A message between two of our processes is not framed as it should be."""
+
+
+class PathError(FimserverError):
+    """A file or folder of fimserver's own cannot be used; the message names it."""
+
+
+class DaemonError(FimserverError):
+    """The daemon cannot be reached or started; the message says where its log is."""

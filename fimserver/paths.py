@@ -1,13 +1,21 @@
 """Where fimserver keeps files of its own: the system's folders, or all under ``FIMSERVER_HOME``.
 
+The runtime folder needs the standard library alone: the relay, which every editor starts, asks for nothing else.
+
 Knows:  the environment, platformdirs.  Never: what the files hold.
 """
 
 import os
+import stat
+import sys
 import warnings
+import zlib
 from pathlib import Path
 
+from fimserver.errors import PathError
+
 HOME_VARIABLE = "FIMSERVER_HOME"
+_LONGEST_SOCKET_NAME = 99  # bytes; systems take 103 to 107
 
 
 def config_file() -> Path:
@@ -30,14 +38,72 @@ def state_folder() -> Path:
     return _folder("state")
 
 
+def log_folder() -> Path:
+    """The daemon's log; found by the standard library alone, as the runtime folder is."""
+    if home := os.environ.get(HOME_VARIABLE):
+        return Path(home).expanduser().absolute() / "state"
+    if sys.platform == "win32":
+        return runtime_folder().parent / "logs"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Logs" / "fimserver"
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "fimserver"
+
+
 def cache_folder() -> Path:
     """What can be made again."""
     return _folder("cache")
 
 
 def runtime_folder() -> Path:
-    """Sockets and locks of what runs now."""
-    return _folder("runtime")
+    """Sockets and locks of what runs now; there need not be an ``XDG_RUNTIME_DIR``."""
+    if home := os.environ.get(HOME_VARIABLE):
+        return Path(home).expanduser().absolute() / "runtime"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home()) / "fimserver" / "runtime"
+    given = os.environ.get("XDG_RUNTIME_DIR", "")
+    if given and Path(given).is_dir() and os.stat(given).st_uid == os.getuid():  # noqa: PTH116  a su keeps another's
+        return Path(given) / "fimserver"
+    return _temporary_folder("")
+
+
+def socket_path() -> Path:
+    """The daemon's socket, short enough for a socket's name wherever the runtime folder is."""
+    path = runtime_folder() / "daemon.sock"
+    if len(os.fsencode(path)) <= _LONGEST_SOCKET_NAME or sys.platform == "win32":
+        return path
+    return _temporary_folder(f"-{zlib.crc32(os.fsencode(path)):08x}") / path.name
+
+
+def _temporary_folder(suffix: str) -> Path:
+    return Path(os.environ.get("TMPDIR") or "/tmp") / f"fimserver-{os.getuid()}{suffix}"  # noqa: S108  make_private
+
+
+def make_private(folder: Path) -> Path:
+    """Make a folder that nobody else can enter, or see that it is one. Raises ``PathError``.
+
+    A link, another's folder, or what is no folder is refused: somebody may have put it there first.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(mode=0o700)
+        except FileExistsError:
+            pass
+        found = folder.lstat()
+        if not stat.S_ISDIR(found.st_mode):
+            msg = f"{folder} is no folder; remove it, or set {HOME_VARIABLE} to a folder of your own"
+            raise PathError(msg)
+        if sys.platform == "win32":
+            return folder
+        if found.st_uid != os.getuid():
+            msg = f"{folder} belongs to another user (uid {found.st_uid}); set {HOME_VARIABLE} to a folder of your own"
+            raise PathError(msg)
+        if stat.S_IMODE(found.st_mode) & 0o077:
+            folder.chmod(0o700)
+    except OSError as error:
+        msg = f"{folder} cannot be made ({error.strerror}); set {HOME_VARIABLE} to a folder that can be written"
+        raise PathError(msg) from error
+    return folder
 
 
 def _folder(kind: str) -> Path:

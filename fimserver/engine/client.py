@@ -132,6 +132,11 @@ class EngineClient:
         worker = self._worker
         return worker.process.pid if worker else None
 
+    @property
+    def num_pending(self) -> int:
+        """Requests without an answer."""
+        return len(self._pending)
+
     def listen(self, on_state: Callable[[EngineState, str], None]) -> None:
         """Tell another of every state from now on."""
         with self._changed:

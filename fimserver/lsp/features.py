@@ -119,10 +119,15 @@ def _register_commands(server: FimLanguageServer) -> None:
         server.restart_engine()
 
 
+def silence_others() -> None:
+    """Nothing of other packages in the log: their messages quote parameters, which are people's code."""
+    for name in ("pygls", "asyncio", "cattrs"):
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+
+
 def run_stdio(overrides: dict[str, Any] | None = None) -> int:
     """Serve one editor over stdio until it leaves; 0 after an orderly ``shutdown``, else 1."""
-    for name in ("pygls", "asyncio", "cattrs"):  # their messages quote parameters, which are people's code
-        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+    silence_others()
     server = create_server(overrides)
     try:
         server.start_io()

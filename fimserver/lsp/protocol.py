@@ -97,6 +97,8 @@ class FimProtocol(LanguageServerProtocol):
             if not self._initialized and method != lsp.INITIALIZE:
                 self._refuse(message_id, lsp.ErrorCodes.ServerNotInitialized, "send initialize first")
                 return
+        if method == lsp.EXIT and self._server.is_shared:
+            return  # pygls would end the process, and with it all others' connections
         if method == lsp.INITIALIZE:
             self._initialized = True
         if method in COMPLETION_METHODS:
@@ -115,7 +117,8 @@ class FimProtocol(LanguageServerProtocol):
             super()._send_data(data)
         except BrokenPipeError:
             self._server.leave("the editor is gone")
-            os._exit(1)
+            if not self._server.is_shared:
+                os._exit(1)
 
     def _refuse(self, message_id: int | str, code: lsp.ErrorCodes, text: str) -> None:
         self._send_response(message_id, error=lsp.ResponseError(code=code.value, message=text))

@@ -50,10 +50,9 @@ _logger = logging.getLogger(__name__)
 
 
 class FimLanguageServer(LanguageServer):
-    """One connection, and the engine behind it: its own, or one that another connection has started already.
+    """One connection, and the engine behind it: its own, or one that several connections share.
 
-    An engine of another's keeps the settings that it was started with; where this connection's differ, the person
-    is told.
+    Of those that share one, the first decides with which settings it runs; where another's differ, the person is told.
     """
 
     protocol: FimProtocol
@@ -63,7 +62,9 @@ class FimLanguageServer(LanguageServer):
         self.session = Session()
         self.overrides = overrides or {}
         self.engine = engine or EngineClient()
-        self._owns_engine = engine is None
+        self._owns_engine = engine is None  # and ends it
+        self._decides = engine is None  # with which settings it runs
+        self._adopts = False  # an engine that runs with the settings of somebody who is gone
         self._serves = False  # between ``initialized`` and the end: only then is the engine started
         self._wanted: EngineOptions | None = None  # once the settings are known
         self._idle_timer: asyncio.TimerHandle | None = None
@@ -105,9 +106,9 @@ class FimLanguageServer(LanguageServer):
         """Start the engine, or join the one that is there; ask for settings where the client is to be asked."""
         self._serves = True
         self.engine.listen(self._on_engine_state)
-        if self._owns_engine:
-            self.engine.options = self._wanted = self._engine_options()
         if self.engine.state is EngineState.STOPPED:
+            if self._decides:
+                self.engine.options = self._wanted = self._engine_options()
             self.engine.start()
         else:
             self._announce(self.engine.state, self.engine.detail)
@@ -147,14 +148,31 @@ class FimLanguageServer(LanguageServer):
         if not self._serves:
             return
         before, self._wanted = self._wanted, self._engine_options()
-        if not self._owns_engine:
+        if not self._decides:
             for difference in self._differences():
                 self._warn_once(difference)
+        elif self._adopts:
+            self._adopts = False
+            is_other = self.engine.options.arguments != self._wanted.arguments
+            if is_other or self.engine.state is EngineState.FAILED:
+                self.restart_engine()
+            self.engine.options = self._wanted
         elif before is not None and before.arguments != self._wanted.arguments:
             self.restart_engine()
         elif before != self._wanted:
             self.engine.options = self._wanted
         self._watch_idle()
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other connections live in this process."""
+        return not self._owns_engine
+
+    def decide(self) -> None:
+        """From now on this connection's settings are the engine's."""
+        if not self._decides:
+            self._decides = self._adopts = True
+            self._take([])
 
     def _warn_once(self, text: str) -> None:
         if text not in self._problems_shown:

@@ -123,6 +123,10 @@ class CompletionCache:
         found = (rests_of(entry.snapshot, entry.completions, snapshot) for entry in ours)
         return next((rests for rests in found if rests), [])
 
+    def count(self) -> int:
+        """How many answers are kept."""
+        return len(self._entries)
+
     def forget(self, uri: str) -> None:
         """Drop what belongs to a closed document."""
         kept = [e for e in self._entries if e.snapshot.uri != uri]

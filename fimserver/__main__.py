@@ -1,0 +1,67 @@
+"""The ``fimserver`` command's first step: an editor's window must not wait for what only other commands need.
+
+    lsp            the relay, with the standard library alone
+    all others     ``cli.py``
+"""
+
+import sys
+
+_SETTINGS = {"--model": "model", "--device": "device", "--threads": "threads"}
+
+
+def main() -> None:
+    """Run the command line."""
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["lsp"] and not sys.stdin.isatty():
+        overrides = _parse(arguments[1:])
+        if overrides is not None:
+            sys.exit(serve(overrides))
+    from fimserver.cli import main as run  # noqa: PLC0415  click, and what it brings
+
+    run()
+
+
+def _parse(arguments: list[str]) -> dict[str, object] | None:
+    """Settings among the options; ``None`` where the whole command line has to speak: for help, and what is wrong."""
+    values: dict[str, object] = {}
+    rest = list(arguments)
+    while rest:
+        name, equals, value = rest.pop(0).partition("=")
+        if name not in _SETTINGS or not (equals or rest):
+            return None
+        value = value if equals else rest.pop(0)
+        if name == "--threads" and not value.isdigit():
+            return None
+        values[_SETTINGS[name]] = int(value) if name == "--threads" else value
+    return values if not values or _is_good(values) else None
+
+
+def _is_good(values: dict[str, object]) -> bool:
+    from fimserver.errors import SettingsError  # noqa: PLC0415
+    from fimserver.settings import parse_settings  # noqa: PLC0415
+
+    try:
+        parse_settings(values)
+    except SettingsError:
+        return False
+    return True
+
+
+def serve(overrides: dict[str, object], *, has_daemon: bool = True) -> int:
+    """Serve an editor over stdio, by the daemon where there is to be one and it can be had; the exit code."""
+    from fimserver.errors import FimserverError  # noqa: PLC0415
+
+    if has_daemon:
+        from fimserver.lsp.relay import main as relay  # noqa: PLC0415
+
+        try:
+            return relay(overrides)
+        except FimserverError as error:  # nothing was read from the editor yet
+            sys.stderr.write(f"fimserver: {error}\nfimserver: this editor is served without a daemon\n")
+    from fimserver.lsp.features import run_stdio  # noqa: PLC0415  pygls
+
+    return run_stdio(overrides)
+
+
+if __name__ == "__main__":
+    main()

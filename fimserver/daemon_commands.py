@@ -1,0 +1,125 @@
+"""``fimserver daemon``: start, stop, restart, status, logs, run.
+
+Knows:  the launcher, what the daemon says of itself.  Never: LSP.
+"""
+
+import json
+import sys
+from collections import deque
+from typing import Any
+
+import click
+
+from fimserver.errors import FimserverError
+from fimserver.lsp.launch import end_daemon, log_file, read_status, start
+
+
+class _Group(click.Group):
+    """Commands whose errors are a sentence, not a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FimserverError as error:
+            click.echo(f"fimserver: {error}", err=True)
+            sys.exit(1)
+
+
+@click.group(cls=_Group)
+def daemon() -> None:
+    """The process that serves all editors.
+
+    It starts by itself with the first editor and ends five minutes after the last.
+    """
+
+
+@daemon.command(name="run")
+@click.option("--linger", type=click.FloatRange(min=0), metavar="S", help="End so long after the last editor left.")
+def run_command(linger: float | None) -> None:
+    """Serve in the foreground: what start does in the background."""
+    from fimserver.lsp.daemon import LINGER_S, run_daemon  # noqa: PLC0415  only this command pays for pygls
+
+    sys.exit(run_daemon(LINGER_S if linger is None else linger))
+
+
+@daemon.command(name="start")
+def start_command() -> None:
+    """Start it, unless it runs."""
+    start()
+    _print_pid()
+
+
+@daemon.command()
+@click.option("--force", is_flag=True, help="Kill it where it does not answer.")
+def stop(force: bool) -> None:  # noqa: FBT001  click hands flags over by name
+    """End it and the model. Editors that are open start it again with the next keystroke."""
+    click.echo("stopped" if end_daemon("stop", force=force) else "no daemon runs")
+
+
+@daemon.command()
+@click.option("--force", is_flag=True, help="Kill it where it does not answer.")
+def restart(force: bool) -> None:  # noqa: FBT001
+    """End it and start it anew; open editors go on with the new one."""
+    end_daemon("restart", force=force)
+    start()
+    _print_pid()
+
+
+@daemon.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def status(as_json: bool) -> None:  # noqa: FBT001
+    """What runs, for whom, and what it takes. Exit code 1 where nothing runs."""
+    found = read_status()
+    if as_json:
+        click.echo(json.dumps(found or {"pid": None}, indent=2))
+    elif found is None:
+        click.echo("no daemon runs; the first editor starts it, or: fimserver daemon start")
+    else:
+        for line in to_lines(found):
+            click.echo(line)
+    sys.exit(0 if found else 1)
+
+
+@daemon.command()
+@click.option("-n", "--lines", type=click.IntRange(min=1), default=50, show_default=True, help="How many, from the end.")
+def logs(lines: int) -> None:
+    """The end of the daemon's log. It never holds code."""
+    path = log_file()
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            last = deque(file, lines)
+    except FileNotFoundError:
+        click.echo(f"there is no log yet at {path}", err=True)
+        return
+    click.echo(f"{path}:", err=True)
+    click.echo("".join(last), nl=False)
+
+
+def to_lines(status_of: dict[str, Any]) -> list[str]:
+    """A status for a person."""
+    worker = status_of["worker"]
+    offered = status_of["counters"].get("offered", 0)
+    empty = sum(count for name, count in status_of["counters"].items() if name.startswith("empty."))
+    return [
+        f"daemon    pid {status_of['pid']}, fimserver {status_of['version']}, up {_to_duration(status_of['uptime_s'])}, "
+        f"{_to_megabytes(status_of['resident_bytes'])}",
+        f"editors   {status_of['connections']}, with {status_of['documents']} documents",
+        f"worker    {worker['state']}: {worker['detail']}"
+        + (f"; pid {worker['pid']}, {_to_megabytes(worker['resident_bytes'])}" if worker["pid"] else ""),
+        f"requests  {status_of['queue']} waiting; {offered} offered, {empty} with nothing",
+    ]
+
+
+def _print_pid() -> None:
+    found = read_status()
+    click.echo(f"the daemon runs, pid {found['pid']}" if found else "the daemon was started and ended again")
+
+
+def _to_duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _to_megabytes(count: int | None) -> str:
+    return f"{count / 1e6:.0f} MB" if count is not None else "memory unknown"

@@ -1,0 +1,207 @@
+"""Find the daemon, or start one: ten editors that start at once get the same. Standard library only.
+
+    open_editor   a stream for an editor's messages, from a daemon of this build or a newer one
+    read_status   what it says of itself
+    end_daemon    stop it, or make room for another
+    start         a daemon, in a session of its own, its log in the state folder
+
+An older daemon is asked to hand over: it lets go of its socket and lock, and its editors go on with the next one.
+
+Knows:  processes, the endpoint.  Never: LSP.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fimserver.build import read_build
+from fimserver.errors import DaemonError
+from fimserver.lsp.endpoint import KEY, Lock, Stream, connect, say_hello
+from fimserver.paths import log_folder, make_private
+
+if TYPE_CHECKING:
+    import subprocess
+
+START_TIMEOUT_S = 30.0
+END_TIMEOUT_S = 15.0
+_POLL_S = 0.02
+_MAX_LOG_BYTES = 2_000_000
+_started: "subprocess.Popen[bytes] | None" = None
+
+
+def log_file() -> Path:
+    """Where the daemon and its worker write what went wrong; never code."""
+    return log_folder() / "daemon.log"
+
+
+def open_editor(overrides: Mapping[str, Any]) -> tuple[Stream, dict[str, Any]]:
+    """A stream for an editor, and what the daemon said of itself; starts one where none is. Raises ``DaemonError``."""
+    build = read_build()
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        try:
+            stream = connect()
+            answer = say_hello(stream, "editor", build, {"overrides": dict(overrides)})
+        except FileNotFoundError:
+            start()
+            continue
+        except ConnectionError:
+            start()  # of a socket that nobody holds; where a daemon is just ending, it waits for that
+            continue
+        if answer[KEY] == "welcome":
+            return stream, answer
+        stream.close()
+        if answer[KEY] != "older":
+            msg = f"the daemon refuses this editor: {answer.get('reason', 'it does not say why')}"
+            raise DaemonError(msg)
+        end_daemon("hand_over")
+    msg = f"no daemon could be reached in {START_TIMEOUT_S:.0f} s; see {log_file()}, or run: fimserver daemon restart"
+    raise DaemonError(msg)
+
+
+def read_status() -> dict[str, Any] | None:
+    """What the daemon says of itself; ``None`` where none runs. Raises ``DaemonError`` where it does not answer."""
+    try:
+        stream = connect()
+    except (FileNotFoundError, ConnectionError):
+        return None
+    try:
+        answer = say_hello(stream, "control", read_build(), {"command": "status"})
+    except ConnectionError as error:
+        msg = f"the daemon does not answer; end it with: fimserver daemon stop --force, or see {log_file()}"
+        raise DaemonError(msg) from error
+    finally:
+        stream.close()
+    status = answer.get("status")
+    return status if isinstance(status, dict) else None
+
+
+def end_daemon(command: str, *, force: bool = False) -> bool:
+    """End the daemon by a ``command``: stop, restart, hand_over. ``False`` where none runs.
+
+    With ``force`` one that does not answer is killed. Raises ``DaemonError`` where it goes on.
+    """
+    try:
+        stream = connect()
+    except (FileNotFoundError, ConnectionError):
+        return False
+    try:
+        say_hello(stream, "control", read_build(), {"command": command})
+        stream.set_timeout(END_TIMEOUT_S)
+        stream.read()  # nothing more comes: this is its end
+    except ConnectionError as error:
+        if not force:
+            msg = "the daemon does not answer; kill it with: fimserver daemon stop --force"
+            raise DaemonError(msg) from error
+        _kill()
+    finally:
+        stream.close()
+    lock = Lock("daemon.lock")
+    if not lock.acquire(END_TIMEOUT_S):
+        msg = f"the daemon has not ended within {END_TIMEOUT_S:.0f} s; kill it with: fimserver daemon stop --force"
+        raise DaemonError(msg)
+    lock.release()
+    return True
+
+
+def _kill() -> None:
+    """End the process that holds the daemon's lock; its number is in the file, and was written by the holder."""
+    lock = Lock("daemon.lock")
+    if lock.acquire():
+        lock.release()  # it is gone
+        return
+    with suppress(OSError, ValueError):
+        os.kill(int(lock.path.read_text(encoding="ascii")), getattr(signal, "SIGKILL", signal.SIGTERM))
+
+
+def start() -> None:
+    """Start a daemon unless one is there, and wait until it listens. Raises ``DaemonError``."""
+    starting = Lock("start.lock")
+    if not starting.acquire(START_TIMEOUT_S):
+        msg = f"another process has been starting the daemon for {START_TIMEOUT_S:.0f} s; see {log_file()}"
+        raise DaemonError(msg)
+    try:
+        if _is_listening():
+            return
+        running = Lock("daemon.lock")
+        if not running.acquire(START_TIMEOUT_S):  # one that no longer listens is ending
+            msg = f"a daemon that does not answer holds {running.path}; end it with: fimserver daemon stop --force"
+            raise DaemonError(msg)
+        running.release()
+        process = _spawn()
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not _is_listening():
+            if process.poll() is not None or time.monotonic() > deadline:
+                state = "ended" if process.poll() is not None else "does not listen"
+                msg = f"the daemon was started and {state}: {_last_line()}; see {log_file()}, or run: fimserver doctor"
+                raise DaemonError(msg)
+            time.sleep(_POLL_S)
+    finally:
+        starting.release()
+
+
+def _spawn() -> "subprocess.Popen[bytes]":
+    global _started  # noqa: PLW0603  waited for when it ends, or it would stay in the system's table
+    import subprocess  # noqa: PLC0415  most relays find a daemon and never need it
+
+    path = log_file()
+    make_private(path.parent)
+    _rotate(path)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
+    try:
+        log = os.open(path, flags, 0o600)
+    except OSError as error:
+        msg = f"the log {path} cannot be written ({error.strerror}); remove it, or mend its folder"
+        raise DaemonError(msg) from error
+    if _started is not None:
+        _started.poll()
+    detached: dict[str, Any] = (
+        {"creationflags": 0x00000008 | 0x00000200}  # DETACHED_PROCESS, CREATE_NEW_PROCESS_GROUP
+        if sys.platform == "win32"
+        else {"start_new_session": True}
+    )
+    try:
+        _started = subprocess.Popen(  # noqa: S603  our own interpreter
+            [sys.executable, "-P", "-m", "fimserver", "daemon", "run"],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd=Path(sys.executable).anchor,  # no folder of the person's is held
+            **detached,
+        )
+    except OSError as error:
+        msg = f"the daemon cannot be started: {error}"
+        raise DaemonError(msg) from error
+    finally:
+        os.close(log)
+    return _started
+
+
+def _rotate(path: Path) -> None:
+    """One earlier log is kept."""
+    try:
+        if path.lstat().st_size > _MAX_LOG_BYTES:
+            path.replace(path.with_name(f"{path.name}.1"))
+    except OSError:
+        return
+
+
+def _last_line() -> str:
+    try:
+        lines = log_file().read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    except OSError:
+        lines = []
+    return lines[-1] if lines else "it wrote nothing"
+
+
+def _is_listening() -> bool:
+    try:
+        connect().close()
+    except (FileNotFoundError, ConnectionError):
+        return False
+    return True

@@ -1,0 +1,343 @@
+"""``fimserver lsp``: joins an editor's stdio to the daemon, and holds what a new daemon has to be told.
+
+    editor --stdin--> from_editor --socket--> daemon
+    editor <--stdout-- from_daemon <--socket-- daemon
+
+One of these runs in every editor window, so it is small and starts at once: standard library alone, two threads. It
+keeps the text of each open document. Where the daemon ends, by whatever cause, another is started and told all: the
+editor's ``initialize``, its settings, its documents as they are now, and the requests that are still unanswered. A
+completion whose document has changed meanwhile is answered with nothing instead, so that no answer is stale.
+
+Knows:  LSP's messages as JSON.  Never: what a completion is.
+"""
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from fimserver.errors import FimserverError
+from fimserver.lsp.endpoint import KEY, Stream
+from fimserver.lsp.wire import MAX_BODY_BYTES, read_body, to_frame
+from fimserver.text import Encoding, LineIndex
+
+Connect = Callable[[], Stream]
+_PAUSES_S = (0.0, 0.1, 0.5, 2.0, 5.0, 15.0)  # before another try to reach a daemon
+_STABLE_S = 30.0  # a daemon that served for so long did not die of how it was started
+_PARSE_ERROR, _INVALID_REQUEST, _INTERNAL_ERROR = -32700, -32600, -32603
+_COMPLETIONS = {"textDocument/inlineCompletion": {"items": []}, "textDocument/completion": None}
+_REPLAYED = ("$/setTrace", "workspace/didChangeWorkspaceFolders", "workspace/didChangeConfiguration")
+_OWN_ID = "fimserver-relay-initialize"
+_STATUS = "didChangeStatus"
+
+
+@dataclass(slots=True)
+class Opened:
+    """An open document as the editor has it."""
+
+    language_id: str
+    version: int
+    index: LineIndex
+
+    def apply(self, changes: list[Any], encoding: Encoding) -> None:
+        """Edits, as the daemon reads them (``convert.py: apply_changes``). Raises for what is no edit."""
+        index = self.index
+        for change in changes:
+            place = change.get("range")
+            if place is None:
+                index = LineIndex(str(change["text"]))
+                continue
+            start, end = (
+                index.to_nearest_offset(int(at["line"]), int(at["character"]), encoding)
+                for at in (place["start"], place["end"])
+            )
+            index = index.replaced(start, end, str(change["text"]))
+        self.index = index
+
+
+@dataclass(slots=True)
+class Pending:
+    """A request of the editor's without an answer; ``is_stale`` where its document is another by now."""
+
+    body: bytes
+    method: str
+    uri: str | None
+    is_stale: bool = False
+
+
+class Relay:
+    """One editor's messages, on their way and as far as they have to be remembered."""
+
+    def __init__(self, editor: BinaryIO, to_editor: BinaryIO, connect: Connect) -> None:
+        self._editor, self._to_editor, self._connect = editor, to_editor, connect
+        self._lock = threading.Lock()  # of all below, and of what is sent to the daemon
+        self._write_lock = threading.Lock()
+        self._wake = threading.Event()
+        self._stream: Stream | None = None
+        self._waits = False  # for the editor's next message, before a daemon is started again
+        self._ended = False
+        self._is_shut_down = False
+        self._initialize: dict[str, Any] | None = None
+        self._initialized: bytes | None = None
+        self._encoding = Encoding.UTF16
+        self._documents: dict[str, Opened] = {}
+        self._pending: dict[int | str, Pending] = {}
+        self._replayed: list[tuple[str, bytes]] = []
+        self._asked: set[int | str] = set()  # requests of this daemon's to the editor
+        self._progress: set[int | str] = set()
+
+    def run(self, stream: Stream) -> int:
+        """Relay until the editor leaves: 0 after an orderly ``shutdown``, else 1."""
+        self._stream = stream
+        threading.Thread(target=self._serve, daemon=True).start()
+        with suppress(OSError):
+            while not self._ended and (body := read_body(self._editor, self._on_skipped)) is not None:
+                self.from_editor(body)
+        with self._lock:
+            self._ended = True
+            if self._stream is not None:
+                self._stream.close()
+        return 0 if self._is_shut_down else 1
+
+    # From the editor
+
+    def from_editor(self, body: bytes) -> None:
+        """Note what a message means for a later daemon, and pass it on."""
+        try:
+            message = json.loads(body)
+        except (ValueError, RecursionError):
+            self._answer_error(None, _PARSE_ERROR, "the message is no JSON in UTF-8")
+            return
+        if not isinstance(message, dict):
+            self._answer_error(None, _INVALID_REQUEST, "a message is an object; batches are not read")
+            return
+        if message.get("method") == "exit":
+            self._ended = True
+            return
+        with self._lock:
+            if not self._note(message, body):
+                return
+            if self._stream is not None:
+                with suppress(OSError):  # whoever reads from it sees its end too, and everything is sent again
+                    self._stream.send(body)
+            self._wake.set()
+
+    def _note(self, message: dict[str, Any], body: bytes) -> bool:
+        """Whether a message is to be passed on."""
+        method, message_id = message.get("method"), message.get("id")
+        if method is None:  # an answer, of use to the daemon that asked alone
+            if message_id in self._asked:
+                self._asked.discard(message_id)
+                return True
+            return False
+        params = message.get("params")
+        if message_id is not None and isinstance(message_id, int | str):
+            self._pending[message_id] = Pending(body, str(method), _uri_of(params))
+        if method == "initialize" and isinstance(params, dict):
+            self._initialize = self._initialize or message
+        elif method == "initialized":
+            self._initialized = body
+        elif method in _REPLAYED:
+            self._replayed = [(m, b) for m, b in self._replayed if m != method or "Folders" in m]
+            self._replayed.append((str(method), body))
+        elif method == "$/cancelRequest" and isinstance(params, dict):
+            if (cancelled := self._pending.get(params.get("id", ""))) is not None:
+                cancelled.is_stale = True
+        elif str(method).startswith("textDocument/did"):
+            with suppress(KeyError, TypeError, ValueError, AttributeError):  # the daemon says what is wrong with it
+                self._note_document(str(method), params)
+        return True
+
+    def _note_document(self, method: str, params: Any) -> None:
+        item = params["textDocument"]
+        uri = item["uri"]
+        if method == "textDocument/didOpen":
+            self._documents[uri] = Opened(str(item["languageId"]), int(item["version"]), LineIndex(str(item["text"])))
+        elif method == "textDocument/didClose":
+            self._documents.pop(uri, None)
+        elif method == "textDocument/didChange" and uri in self._documents:
+            document = self._documents[uri]
+            document.version = int(item.get("version") or document.version)
+            document.apply(params["contentChanges"], self._encoding)
+        else:
+            return
+        for pending in self._pending.values():
+            if pending.uri == uri and pending.method in _COMPLETIONS:
+                pending.is_stale = True
+
+    def _on_skipped(self, size: int) -> None:
+        text = f"a message of {size} bytes was left out: {MAX_BODY_BYTES} are the most; the file is too large for it"
+        self._show(2, f"fimserver: {text}")
+
+    # From the daemon
+
+    def _serve(self) -> None:
+        """Pass on what daemons say, one after the other, until the editor leaves."""
+        failures = 0
+        while not self._ended:
+            stream, begin = self._stream, time.monotonic()
+            if stream is not None:
+                while (body := stream.read()) is not None:
+                    self.from_daemon(body)
+                stream.close()
+                failures = 0 if time.monotonic() - begin > _STABLE_S else failures + 1
+                self._on_lost()
+            if self._ended:
+                return
+            if self._waits:
+                self._wake.wait()
+            else:
+                time.sleep(_PAUSES_S[min(failures, len(_PAUSES_S)) - 1])
+            self._waits = False
+            try:
+                self._replay(self._connect())
+            except (FimserverError, OSError) as error:
+                failures += 1
+                self._give_up(str(error))
+
+    def from_daemon(self, body: bytes) -> None:
+        """Note what a message means for the next daemon, and pass it on."""
+        try:
+            message = json.loads(body)
+        except ValueError:
+            return
+        method, message_id = message.get("method"), message.get("id")
+        if KEY in message:
+            self._wake.clear()
+            self._waits = message.get(KEY) == "bye" and message.get("reason") == "stop"
+            return
+        with self._lock:
+            if method is None:
+                asked = self._pending.pop(message_id, None)
+                if asked is not None and asked.method == "shutdown":
+                    self._is_shut_down = True
+                if message_id == _OWN_ID or (asked is not None and asked.method == "initialize"):
+                    self._take_encoding(message)
+                if asked is None:  # our own, or one that was answered already
+                    return
+            elif message_id is not None:
+                self._asked.add(message_id)
+            elif method == "$/progress":
+                self._note_progress(message.get("params"))
+        self._write(body)
+
+    def _take_encoding(self, message: Mapping[str, Any]) -> None:
+        with suppress(KeyError, TypeError, ValueError, AttributeError):
+            capabilities = message["result"]["capabilities"]
+            self._encoding = Encoding(capabilities.get("positionEncoding") or Encoding.UTF16)
+
+    def _note_progress(self, params: Any) -> None:
+        with suppress(KeyError, TypeError):
+            if params["value"]["kind"] == "end":
+                self._progress.discard(params["token"])
+            else:
+                self._progress.add(params["token"])
+
+    # Between two daemons
+
+    def _on_lost(self) -> None:
+        """The daemon is gone: what it began in the editor is ended."""
+        with self._lock:
+            self._stream = None
+            self._asked.clear()
+            tokens = list(self._progress)
+            self._progress.clear()
+            says = self._initialized is not None and not self._ended
+        for token in tokens:
+            self._notify("$/progress", {"token": token, "value": {"kind": "end"}})
+        if says:
+            text = "fimserver was stopped; it starts again as you type" if self._waits else "fimserver starts again"
+            self._notify(_STATUS, {"kind": "Normal", "busy": not self._waits, "message": text})
+
+    def _replay(self, stream: Stream) -> None:
+        """Tell a new daemon all that the last one knew. Raises ``OSError`` when it is gone already."""
+        with self._lock:
+            if self._ended:
+                stream.close()
+                return
+            bodies = []
+            is_answered = self._initialize is not None and self._initialize.get("id") not in self._pending
+            if self._initialize is not None and is_answered:
+                bodies.append(json.dumps({**self._initialize, "id": _OWN_ID}).encode())
+            elif self._initialize is not None:
+                bodies.append(self._pending[self._initialize["id"]].body)
+            bodies += [self._initialized] if self._initialized is not None else []
+            bodies += [body for _, body in self._replayed]
+            bodies += [_did_open(uri, document) for uri, document in self._documents.items()]
+            unanswered = []
+            for message_id, pending in list(self._pending.items()):
+                if pending.is_stale:
+                    unanswered.append((self._pending.pop(message_id), message_id))
+                elif pending.method != "initialize":
+                    bodies.append(pending.body)
+            stream.send(*bodies)
+            self._stream = stream
+        for pending, message_id in unanswered:
+            self._answer_nothing(pending, message_id)
+
+    def _give_up(self, reason: str) -> None:
+        """No daemon can be had now: nobody waits for it, and the next message is another try."""
+        with self._lock:
+            unanswered = list(self._pending.items())
+            self._pending.clear()
+            self._wake.clear()
+            self._waits = True
+        self._show(1, f"fimserver gives no completions: {reason}")
+        for message_id, pending in unanswered:
+            if pending.method == "initialize":
+                self._answer_error(message_id, _INTERNAL_ERROR, reason)
+            else:
+                self._answer_nothing(pending, message_id)
+
+    # To the editor
+
+    def _answer_nothing(self, pending: Pending, message_id: int | str) -> None:
+        if pending.method == "shutdown":
+            self._is_shut_down = True
+        result = _COMPLETIONS.get(pending.method)
+        self._write(json.dumps({"jsonrpc": "2.0", "id": message_id, "result": result}).encode())
+
+    def _answer_error(self, message_id: int | str | None, code: int, text: str) -> None:
+        error = {"code": code, "message": text}
+        self._write(json.dumps({"jsonrpc": "2.0", "id": message_id, "error": error}).encode())
+
+    def _show(self, kind: int, text: str) -> None:
+        self._notify("window/showMessage", {"type": kind, "message": text})
+
+    def _notify(self, method: str, params: dict[str, Any]) -> None:
+        self._write(json.dumps({"jsonrpc": "2.0", "method": method, "params": params}).encode())
+
+    def _write(self, body: bytes) -> None:
+        with self._write_lock, suppress(OSError, ValueError):  # an editor that is gone: its end is read elsewhere
+            self._to_editor.write(to_frame(body))
+            self._to_editor.flush()
+
+
+def _uri_of(params: Any) -> str | None:
+    document = params.get("textDocument") if isinstance(params, dict) else None
+    uri = document.get("uri") if isinstance(document, dict) else None
+    return uri if isinstance(uri, str) else None
+
+
+def _did_open(uri: str, document: Opened) -> bytes:
+    item = {
+        "uri": uri,
+        "languageId": document.language_id,
+        "version": document.version,
+        "text": document.index.text,
+    }
+    message = {"jsonrpc": "2.0", "method": "textDocument/didOpen", "params": {"textDocument": item}}
+    return json.dumps(message).encode()
+
+
+def main(overrides: dict[str, Any]) -> int:
+    """Relay stdio to the daemon. Raises ``DaemonError`` before anything is read where none can be had."""
+    from fimserver.lsp.launch import open_editor  # noqa: PLC0415  tests relay without starting anything
+
+    stream, _ = open_editor(overrides)
+    relay = Relay(sys.stdin.buffer, sys.stdout.buffer, lambda: open_editor(overrides)[0])
+    return relay.run(stream)
