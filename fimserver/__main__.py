@@ -1,7 +1,7 @@
 """The ``fimserver`` command's first step: an editor's window must not wait for what only other commands need.
 
-    lsp            the relay, with the standard library alone
-    all others     ``cli.py``
+lsp            the relay, with the standard library alone
+all others     ``cli.py``
 """
 
 import sys

@@ -81,7 +81,9 @@ def status(as_json: bool) -> None:  # noqa: FBT001
 
 
 @daemon.command()
-@click.option("-n", "--lines", type=click.IntRange(min=1), default=50, show_default=True, help="How many, from the end.")
+@click.option(
+    "-n", "--lines", type=click.IntRange(min=1), default=50, show_default=True, help="How many, from the end."
+)
 def logs(lines: int) -> None:
     """The end of the daemon's log. It never holds code."""
     path = log_file()
@@ -100,12 +102,15 @@ def to_lines(status_of: dict[str, Any]) -> list[str]:
     worker = status_of["worker"]
     offered = status_of["counters"].get("offered", 0)
     empty = sum(count for name, count in status_of["counters"].items() if name.startswith("empty."))
+    worker_is = f"{worker['state']}: {worker['detail']}"
+    if worker["pid"]:
+        worker_is += f"; pid {worker['pid']}, {_to_megabytes(worker['resident_bytes'])}"
+    version, up = status_of["version"], _to_duration(status_of["uptime_s"])
+    memory = _to_megabytes(status_of["resident_bytes"])
     return [
-        f"daemon    pid {status_of['pid']}, fimserver {status_of['version']}, up {_to_duration(status_of['uptime_s'])}, "
-        f"{_to_megabytes(status_of['resident_bytes'])}",
+        f"daemon    pid {status_of['pid']}, fimserver {version}, up {up}, {memory}",
         f"editors   {status_of['connections']}, with {status_of['documents']} documents",
-        f"worker    {worker['state']}: {worker['detail']}"
-        + (f"; pid {worker['pid']}, {_to_megabytes(worker['resident_bytes'])}" if worker["pid"] else ""),
+        f"worker    {worker_is}",
         f"requests  {status_of['queue']} waiting; {offered} offered, {empty} with nothing",
     ]
 

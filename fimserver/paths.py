@@ -10,6 +10,7 @@ import stat
 import sys
 import warnings
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 from fimserver.errors import PathError
@@ -85,10 +86,8 @@ def make_private(folder: Path) -> Path:
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with suppress(FileExistsError):
             folder.mkdir(mode=0o700)
-        except FileExistsError:
-            pass
         found = folder.lstat()
         if not stat.S_ISDIR(found.st_mode):
             msg = f"{folder} is no folder; remove it, or set {HOME_VARIABLE} to a folder of your own"

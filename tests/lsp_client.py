@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-SERVER = [sys.executable, "-P", "-m", "fimserver.cli", "lsp"]
+RELAY = [sys.executable, "-P", "-m", "fimserver", "lsp"]
+SERVER = [*RELAY, "--no-daemon"]
 
 
 def has_memory(pid: int) -> bool:

@@ -49,7 +49,7 @@ class Connection:
     since: float = field(default_factory=time.monotonic)
 
     def write(self, data: bytes) -> None:
-        """pygls' writer: nobody waits; an editor that reads nothing at all is let go."""
+        """Pygls' writer: nobody waits; an editor that reads nothing at all is let go."""
         transport = self.writer.transport
         if transport.is_closing():
             return
@@ -140,9 +140,7 @@ class Daemon:
             _logger.warning("a process without the key was refused")
             raise EOFError
 
-    async def _greet(
-        self, hello: dict[str, Any], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
+    async def _greet(self, hello: dict[str, Any], reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         def answer(kind: str, **values: Any) -> None:
             own = {"protocol": PROTOCOL, "build": list(self.build), "version": __version__, "pid": os.getpid()}
             writer.write(to_frame(json.dumps({KEY: kind, **own, **values}).encode()))

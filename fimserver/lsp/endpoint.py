@@ -245,7 +245,7 @@ def _connect_to_port() -> Stream:
         connected.sendall(nonce)
         answer = _receive(connected, 2 * _PROOF_BYTES)
         if not _is_equal(answer[:_PROOF_BYTES], prove(key, b"daemon", nonce)):
-            raise ConnectionRefusedError  # noqa: TRY301  another program has the port by now
+            raise ConnectionRefusedError
         connected.sendall(prove(key, b"client", answer[_PROOF_BYTES:]))
         connected.settimeout(None)
     except OSError as error:

@@ -166,7 +166,7 @@ def _spawn() -> "subprocess.Popen[bytes]":
         else {"start_new_session": True}
     )
     try:
-        _started = subprocess.Popen(  # noqa: S603  our own interpreter
+        _started = subprocess.Popen(
             [sys.executable, "-P", "-m", "fimserver", "daemon", "run"],
             stdin=subprocess.DEVNULL,
             stdout=log,

@@ -29,7 +29,7 @@ Connect = Callable[[], Stream]
 _PAUSES_S = (0.0, 0.1, 0.5, 2.0, 5.0, 15.0)  # before another try to reach a daemon
 _STABLE_S = 30.0  # a daemon that served for so long did not die of how it was started
 _PARSE_ERROR, _INVALID_REQUEST, _INTERNAL_ERROR = -32700, -32600, -32603
-_COMPLETIONS = {"textDocument/inlineCompletion": {"items": []}, "textDocument/completion": None}
+_COMPLETIONS: dict[str, Any] = {"textDocument/inlineCompletion": {"items": []}, "textDocument/completion": None}
 _REPLAYED = ("$/setTrace", "workspace/didChangeWorkspaceFolders", "workspace/didChangeConfiguration")
 _OWN_ID = "fimserver-relay-initialize"
 _STATUS = "didChangeStatus"
@@ -79,7 +79,7 @@ class Relay:
         self._wake = threading.Event()
         self._stream: Stream | None = None
         self._waits = False  # for the editor's next message, before a daemon is started again
-        self._ended = False
+        self._ended = threading.Event()
         self._is_shut_down = False
         self._initialize: dict[str, Any] | None = None
         self._initialized: bytes | None = None
@@ -95,10 +95,10 @@ class Relay:
         self._stream = stream
         threading.Thread(target=self._serve, daemon=True).start()
         with suppress(OSError):
-            while not self._ended and (body := read_body(self._editor, self._on_skipped)) is not None:
+            while not self._ended.is_set() and (body := read_body(self._editor, self._on_skipped)) is not None:
                 self.from_editor(body)
         with self._lock:
-            self._ended = True
+            self._ended.set()
             if self._stream is not None:
                 self._stream.close()
         return 0 if self._is_shut_down else 1
@@ -116,7 +116,7 @@ class Relay:
             self._answer_error(None, _INVALID_REQUEST, "a message is an object; batches are not read")
             return
         if message.get("method") == "exit":
-            self._ended = True
+            self._ended.set()
             return
         with self._lock:
             if not self._note(message, body):
@@ -178,7 +178,7 @@ class Relay:
     def _serve(self) -> None:
         """Pass on what daemons say, one after the other, until the editor leaves."""
         failures = 0
-        while not self._ended:
+        while not self._ended.is_set():
             stream, begin = self._stream, time.monotonic()
             if stream is not None:
                 while (body := stream.read()) is not None:
@@ -186,7 +186,7 @@ class Relay:
                 stream.close()
                 failures = 0 if time.monotonic() - begin > _STABLE_S else failures + 1
                 self._on_lost()
-            if self._ended:
+            if self._ended.is_set():
                 return
             if self._waits:
                 self._wake.wait()
@@ -246,7 +246,7 @@ class Relay:
             self._asked.clear()
             tokens = list(self._progress)
             self._progress.clear()
-            says = self._initialized is not None and not self._ended
+            says = self._initialized is not None and not self._ended.is_set()
         for token in tokens:
             self._notify("$/progress", {"token": token, "value": {"kind": "end"}})
         if says:
@@ -256,7 +256,7 @@ class Relay:
     def _replay(self, stream: Stream) -> None:
         """Tell a new daemon all that the last one knew. Raises ``OSError`` when it is gone already."""
         with self._lock:
-            if self._ended:
+            if self._ended.is_set():
                 stream.close()
                 return
             bodies = []

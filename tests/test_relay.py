@@ -1,0 +1,338 @@
+"""The relay: what it passes on, what it remembers, and what the next daemon is told."""
+
+import io
+import json
+import queue
+import threading
+import time
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lsprotocol import types as lsp
+
+from fimserver.errors import DaemonError
+from fimserver.lsp.convert import Document, apply_changes
+from fimserver.lsp.relay import Opened, Relay
+from fimserver.lsp.wire import MAX_BODY_BYTES, read_body, to_frame
+from fimserver.text import Encoding, LineIndex
+
+URI = "untitled:Untitled-1"
+
+
+class Pipe(io.RawIOBase):
+    """A stream that a test writes to and a thread reads from."""
+
+    def __init__(self) -> None:
+        self._chunks: queue.Queue[bytes] = queue.Queue()
+        self._rest = b""
+
+    def put(self, data: bytes) -> None:
+        self._chunks.put(data)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if not self._rest:
+            self._rest = self._chunks.get()
+        taken = self._rest[: len(buffer)]
+        self._rest = self._rest[len(taken) :]
+        buffer[: len(taken)] = taken
+        return len(taken)
+
+
+class FakeDaemon:
+    """The stream to a daemon, whose end a test holds."""
+
+    def __init__(self) -> None:
+        self.received: list[dict[str, Any]] = []
+        self._to_relay: queue.Queue[bytes | None] = queue.Queue()
+        self.is_gone = False
+
+    def read(self) -> bytes | None:
+        return self._to_relay.get()
+
+    def send(self, *bodies: bytes) -> None:
+        if self.is_gone:
+            raise BrokenPipeError
+        self.received += [json.loads(body) for body in bodies]
+
+    def close(self) -> None:
+        self._to_relay.put(None)
+
+    def say(self, **message: Any) -> None:
+        self._to_relay.put(json.dumps({"jsonrpc": "2.0", **message}).encode())
+
+    def die(self) -> None:
+        self.is_gone = True
+        self._to_relay.put(None)
+
+    @property
+    def methods(self) -> list[str]:
+        return [m.get("method", "answer") for m in self.received]
+
+
+class Editor:
+    """One relay, the editor's end of it, and as many daemons as it asks for."""
+
+    def __init__(self) -> None:
+        self.stdin, self.stdout = Pipe(), io.BytesIO()
+        self.daemons: list[FakeDaemon] = [FakeDaemon()]
+        self.failures: list[Exception] = []
+        self.relay = Relay(io.BufferedReader(self.stdin), self.stdout, self._connect)  # type: ignore[arg-type]
+        self.code: int | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        self.code = self.relay.run(self.daemons[0])  # type: ignore[arg-type]
+
+    def _connect(self) -> Any:
+        if self.failures:
+            raise self.failures.pop()
+        self.daemons.append(FakeDaemon())
+        return self.daemons[-1]
+
+    @property
+    def daemon(self) -> FakeDaemon:
+        return self.daemons[-1]
+
+    def say(self, method: str, params: Any = None, number: int | None = None) -> None:
+        message = {"jsonrpc": "2.0", "method": method, "params": params} | ({"id": number} if number else {})
+        self.stdin.put(to_frame(json.dumps(message).encode()))
+
+    @property
+    def heard(self) -> list[dict[str, Any]]:
+        stream, found = io.BytesIO(self.stdout.getvalue()), []
+        while (body := read_body(stream)) is not None:
+            found.append(json.loads(body))
+        return found
+
+    def answers(self, number: int) -> list[Any]:
+        return [m["result"] for m in self.heard if m.get("id") == number and "result" in m]
+
+    def begin(self) -> None:
+        self.say("initialize", {"processId": 1, "capabilities": {}}, number=1)
+        until(lambda: bool(self.daemon.received))
+        self.daemon.say(id=1, result={"capabilities": {"positionEncoding": "utf-16"}})
+        self.say("initialized", {})
+        self.open("x = \n")
+        until(lambda: len(self.daemon.received) == 3)
+
+    def open(self, text: str) -> None:
+        item = {"uri": URI, "languageId": "python", "version": 1, "text": text}
+        self.say("textDocument/didOpen", {"textDocument": item})
+
+    def type(self, text: str, version: int, character: int = 4) -> None:
+        at = {"line": 0, "character": character}
+        changes = [{"range": {"start": at, "end": at}, "text": text}]
+        self.say("textDocument/didChange", {"textDocument": {"uri": URI, "version": version}, "contentChanges": changes})
+
+    def ask(self, number: int) -> None:
+        position = {"line": 0, "character": 4}
+        params = {"textDocument": {"uri": URI}, "position": position, "context": {"triggerKind": 1}}
+        self.say("textDocument/inlineCompletion", params, number=number)
+        until(lambda: self.daemon.methods[-1] == "textDocument/inlineCompletion")
+
+    def lose_daemon(self) -> FakeDaemon:
+        before = len(self.daemons)
+        self.daemon.die()
+        until(lambda: len(self.daemons) > before and bool(self.daemon.received))
+        return self.daemon
+
+    def leave(self) -> int | None:
+        self.stdin.put(b"")
+        self._thread.join(5)
+        return self.code
+
+
+def until(condition: Any, timeout_s: float = 5.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.002)
+
+
+@pytest.fixture
+def editor() -> Any:
+    editor = Editor()
+    editor.begin()
+    yield editor
+    editor.leave()
+
+
+def test_messages_pass_both_ways_and_the_exit_code_follows_shutdown(editor: Editor) -> None:
+    editor.daemon.say(method="window/showMessage", params={"type": 3, "message": "hello"})
+    until(lambda: any(m.get("method") == "window/showMessage" for m in editor.heard))
+    editor.say("shutdown", number=9)
+    until(lambda: editor.daemon.methods[-1] == "shutdown")
+    editor.daemon.say(id=9, result=None)
+    until(lambda: editor.answers(9) == [None])
+    editor.say("exit")
+    editor._thread.join(5)
+    assert editor.code == 0
+    assert "exit" not in editor.daemon.methods  # it would be the end of a process that serves others
+
+
+def test_an_editor_that_leaves_without_shutdown(editor: Editor) -> None:
+    assert editor.leave() == 1
+
+
+def test_the_next_daemon_is_told_all(editor: Editor) -> None:
+    editor.say("workspace/didChangeConfiguration", {"settings": {"maxLines": 2}})
+    editor.say("workspace/didChangeConfiguration", {"settings": {"maxLines": 3}})
+    editor.type("\U0001f600", 2)
+    editor.type("1", 3, character=6)
+    until(lambda: len(editor.daemon.received) == 7)
+    next_one = editor.lose_daemon()
+    assert next_one.methods == [
+        "initialize",
+        "initialized",
+        "workspace/didChangeConfiguration",
+        "textDocument/didOpen",
+    ]
+    initialize, _, configuration, opened = next_one.received
+    assert initialize["params"] == {"processId": 1, "capabilities": {}}
+    assert configuration["params"] == {"settings": {"maxLines": 3}}
+    assert opened["params"]["textDocument"] == {
+        "uri": URI, "languageId": "python", "version": 3, "text": "x = \U0001f6001\n",
+    }  # fmt: skip
+    next_one.say(id=initialize["id"], result={"capabilities": {}})
+    editor.type("2", 4, character=0)
+    until(lambda: next_one.methods[-1] == "textDocument/didChange")
+    assert len([m for m in editor.heard if "result" in m]) == 1  # the editor asked once
+
+
+def test_a_closed_document_is_not_replayed(editor: Editor) -> None:
+    editor.say("textDocument/didClose", {"textDocument": {"uri": URI}})
+    until(lambda: editor.daemon.methods[-1] == "textDocument/didClose")
+    assert "textDocument/didOpen" not in editor.lose_daemon().methods
+
+
+def test_an_open_request_goes_over_to_the_next_daemon(editor: Editor) -> None:
+    editor.ask(5)
+    next_one = editor.lose_daemon()
+    until(lambda: next_one.methods[-1] == "textDocument/inlineCompletion")
+    next_one.say(id=5, result={"items": [{"insertText": "1"}]})
+    until(lambda: editor.answers(5) == [{"items": [{"insertText": "1"}]}])
+    next_one.say(id=5, result={"items": []})
+    next_one.say(method="window/showMessage", params={"type": 3, "message": "behind it"})
+    until(lambda: editor.heard[-1].get("method") == "window/showMessage")
+    assert len(editor.answers(5)) == 1  # never twice
+
+
+def test_a_request_whose_document_changed_is_answered_with_nothing(editor: Editor) -> None:
+    editor.ask(5)
+    editor.type("1", 2)
+    until(lambda: editor.daemon.methods[-1] == "textDocument/didChange")
+    next_one = editor.lose_daemon()
+    until(lambda: editor.answers(5) == [{"items": []}])
+    assert "textDocument/inlineCompletion" not in next_one.methods
+
+
+def test_what_a_daemon_began_is_ended_with_it(editor: Editor) -> None:
+    editor.daemon.say(method="window/workDoneProgress/create", id="a", params={"token": "t"})
+    editor.daemon.say(method="$/progress", params={"token": "t", "value": {"kind": "begin", "title": "x"}})
+    until(lambda: len(editor.heard) == 3)
+    next_one = editor.lose_daemon()
+    ends = [m["params"] for m in editor.heard if m.get("method") == "$/progress"]
+    assert ends[-1] == {"token": "t", "value": {"kind": "end"}}
+    editor.stdin.put(to_frame(b'{"jsonrpc":"2.0","id":"a","result":null}'))
+    editor.type("1", 2)
+    until(lambda: next_one.methods[-1] == "textDocument/didChange")
+    assert "answer" not in next_one.methods  # of a question that this one never asked
+
+
+def test_a_daemon_that_was_stopped_comes_back_with_the_next_message(editor: Editor) -> None:
+    editor.daemon.say(fimserver="bye", reason="stop")
+    editor.daemon.die()
+    until(lambda: any("stopped" in m.get("params", {}).get("message", "") for m in editor.heard))
+    time.sleep(0.2)
+    assert len(editor.daemons) == 1
+    editor.type("1", 2)
+    until(lambda: len(editor.daemons) == 2 and bool(editor.daemon.received))
+    assert editor.daemon.received[-1]["params"]["textDocument"]["text"] == "x = 1\n"
+
+
+def test_where_no_daemon_can_be_had_nobody_waits(editor: Editor) -> None:
+    editor.ask(5)
+    editor.failures = [DaemonError("the disk is full")]
+    editor.daemon.die()
+    until(lambda: editor.answers(5) == [{"items": []}])
+    shown = [m["params"]["message"] for m in editor.heard if m.get("method") == "window/showMessage"]
+    assert shown == ["fimserver gives no completions: the disk is full"]
+    editor.type("1", 2)
+    until(lambda: len(editor.daemons) == 2 and bool(editor.daemon.received))
+
+
+@pytest.mark.parametrize(
+    ("data", "code"),
+    [
+        (to_frame(b"{"), -32700),
+        (to_frame(b'"\xff"'), -32700),
+        (to_frame(b"[]"), -32600),
+        (to_frame(b"[" * 100_000), -32700),
+    ],
+)
+def test_what_is_no_message_is_answered_and_the_stream_goes_on(editor: Editor, data: bytes, code: int) -> None:
+    editor.stdin.put(b"Noise\r\n\r\n" + data)
+    until(lambda: any(m.get("error", {}).get("code") == code for m in editor.heard))
+    editor.type("1", 2)
+    until(lambda: editor.daemon.methods[-1] == "textDocument/didChange")
+
+
+def test_a_message_too_large_is_left_out_and_said(editor: Editor) -> None:
+    size = MAX_BODY_BYTES + 1
+    editor.stdin.put(b"Content-Length: %d\r\n\r\n" % size)
+    for _ in range(65):
+        editor.stdin.put(b"x" * min(size, 2**20))
+        size -= min(size, 2**20)
+    editor.type("1", 2)
+    until(lambda: editor.daemon.methods[-1] == "textDocument/didChange", 20)
+    assert "too large" in editor.heard[-1]["params"]["message"]
+
+
+@pytest.mark.parametrize("data", [b"", b"Content-Length: 10\r\n\r\n123", b"Content-Length: x\r\n\r\n", b"\r\n\r\n"])
+def test_a_stream_that_ends_anywhere(data: bytes) -> None:
+    assert read_body(io.BytesIO(data)) is None
+
+
+@given(st.lists(st.binary(max_size=30), max_size=5), st.binary(max_size=20))
+def test_frames_come_out_as_they_went_in(bodies: list[bytes], noise: bytes) -> None:
+    noise = noise.replace(b":", b"")
+    stream = io.BytesIO(noise + b"\r\n\r\n" + b"".join(map(to_frame, bodies)))
+    assert [read_body(stream) for _ in bodies] == bodies
+    assert read_body(stream) is None
+
+
+TEXT = st.text(st.sampled_from("ab\n\r\U0001f600\u00e9\x0c\u2028 ") | st.characters(codec="utf-8"), max_size=20)
+PLACE = st.tuples(st.integers(0, 6), st.integers(0, 12))
+
+
+@settings(max_examples=200)
+@given(TEXT, st.lists(st.tuples(st.none() | st.tuples(PLACE, PLACE), TEXT), max_size=5), st.sampled_from(Encoding))
+def test_the_relay_and_the_daemon_hold_the_same_text(text: str, edits: list[Any], encoding: Encoding) -> None:
+    changes: list[Any] = []
+    for place, new in edits:
+        change: dict[str, Any] = {"text": new}
+        if place is not None:
+            start, end = sorted(place)
+            change["range"] = {
+                "start": {"line": start[0], "character": start[1]},
+                "end": {"line": end[0], "character": end[1]},
+            }
+        changes.append(change)
+    opened = Opened("python", 1, LineIndex(text))
+    opened.apply(changes, encoding)
+    typed = [
+        lsp.TextDocumentContentChangePartial(
+            range=lsp.Range(lsp.Position(**c["range"]["start"]), lsp.Position(**c["range"]["end"])), text=c["text"]
+        )
+        if "range" in c
+        else lsp.TextDocumentContentChangeWholeDocument(c["text"])
+        for c in changes
+    ]
+    document = apply_changes(Document(URI, "python", 1, LineIndex(text)), typed, version=2, encoding=encoding)
+    assert opened.index.text == document.text
