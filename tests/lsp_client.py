@@ -50,7 +50,8 @@ class LspClient:
         self.configuration: Any = None
         self._arrived = threading.Condition()
         self._outgoing: queue.Queue[bytes] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def _read(self) -> None:
         stream = self.process.stdout
@@ -166,6 +167,7 @@ class LspClient:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
+        self._reader.join(10)
         for stream in (self.process.stdin, self.process.stdout):
             if stream is not None:
                 stream.close()

@@ -81,7 +81,7 @@ class Editor:
         self.stdin, self.stdout = Pipe(), io.BytesIO()
         self.daemons: list[FakeDaemon] = [FakeDaemon()]
         self.failures: list[Exception] = []
-        self.relay = Relay(io.BufferedReader(self.stdin), self.stdout, self._connect)  # type: ignore[arg-type]
+        self.relay = Relay(io.BufferedReader(self.stdin), self.stdout, self._connect)
         self.code: int | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -128,7 +128,9 @@ class Editor:
     def type(self, text: str, version: int, character: int = 4) -> None:
         at = {"line": 0, "character": character}
         changes = [{"range": {"start": at, "end": at}, "text": text}]
-        self.say("textDocument/didChange", {"textDocument": {"uri": URI, "version": version}, "contentChanges": changes})
+        self.say(
+            "textDocument/didChange", {"textDocument": {"uri": URI, "version": version}, "contentChanges": changes}
+        )
 
     def ask(self, number: int) -> None:
         position = {"line": 0, "character": 4}

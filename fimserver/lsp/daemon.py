@@ -36,6 +36,7 @@ LINGER_S = 300.0
 _MOST_UNSENT_BYTES = 64 * 2**20
 _LARGEST_HELLO_BYTES = 65536
 _PROOF_BYTES = 32
+_LOCK_TIMEOUT_S = 1.0  # who only looks whether the lock is held, holds it for a moment
 _LISTEN_FDS_START = 3  # systemd's
 _logger = logging.getLogger(__name__)
 
@@ -269,7 +270,7 @@ def run_daemon(linger_s: float = LINGER_S) -> int:
     )
     silence_others()
     lock = Lock("daemon.lock")
-    if not lock.acquire():
+    if not lock.acquire(_LOCK_TIMEOUT_S):
         _logger.info("another daemon runs already")
         return 0
     listener = _inherited() or listen()

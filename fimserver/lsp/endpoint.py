@@ -32,6 +32,7 @@ PROTOCOL = 1  # of the messages below; both sides have to speak the same
 KEY = "fimserver"  # of a message that is between relay and daemon, not the editor's
 TRANSPORT_VARIABLE = "FIMSERVER_TRANSPORT"
 GREETING_TIMEOUT_S = 5.0
+NO_ANSWER = "the daemon does not answer; end it with: fimserver daemon stop --force"
 _PROOF_BYTES = 32
 _BACKLOG = 64
 
@@ -250,6 +251,8 @@ def _connect_to_port() -> Stream:
         connected.settimeout(None)
     except OSError as error:
         connected.close()
+        if isinstance(error, TimeoutError):
+            raise DaemonError(NO_ANSWER) from error
         raise ConnectionRefusedError from error
     return Stream(connected)
 
@@ -278,15 +281,21 @@ def _receive(connected: socket.socket, size: int) -> bytes:
 
 
 def say_hello(stream: Stream, role: str, build: tuple[int, ...], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Greet the daemon as an ``editor`` or for ``control``, and give its answer. Raises ``ConnectionError``."""
+    """Greet the daemon as an ``editor`` or for ``control``, and give its answer.
+
+    Raises ``ConnectionError`` where it is just ending, ``DaemonError`` where it says nothing.
+    """
     hello = {KEY: "hello", "role": role, "protocol": PROTOCOL, "build": list(build), "pid": os.getpid(), **values}
     stream.set_timeout(GREETING_TIMEOUT_S)
+    begin = time.monotonic()
     try:
         stream.send(json.dumps(hello).encode())
         body = stream.read()
         answer = json.loads(body) if body is not None else None
     except (OSError, ValueError) as error:
         raise ConnectionResetError from error
+    if body is None and time.monotonic() - begin >= GREETING_TIMEOUT_S:
+        raise DaemonError(NO_ANSWER)
     stream.set_timeout(None)
     if not isinstance(answer, dict) or KEY not in answer:
         raise ConnectionResetError

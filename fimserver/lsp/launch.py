@@ -56,6 +56,9 @@ def open_editor(overrides: Mapping[str, Any]) -> tuple[Stream, dict[str, Any]]:
         if answer[KEY] == "welcome":
             return stream, answer
         stream.close()
+        if answer[KEY] == "ending":
+            time.sleep(_POLL_S)
+            continue
         if answer[KEY] != "older":
             msg = f"the daemon refuses this editor: {answer.get('reason', 'it does not say why')}"
             raise DaemonError(msg)
@@ -72,9 +75,8 @@ def read_status() -> dict[str, Any] | None:
         return None
     try:
         answer = say_hello(stream, "control", read_build(), {"command": "status"})
-    except ConnectionError as error:
-        msg = f"the daemon does not answer; end it with: fimserver daemon stop --force, or see {log_file()}"
-        raise DaemonError(msg) from error
+    except ConnectionError:
+        return None  # it is just ending
     finally:
         stream.close()
     status = answer.get("status")
@@ -88,19 +90,21 @@ def end_daemon(command: str, *, force: bool = False) -> bool:
     """
     try:
         stream = connect()
-    except (FileNotFoundError, ConnectionError):
+        try:
+            say_hello(stream, "control", read_build(), {"command": command})
+            stream.set_timeout(END_TIMEOUT_S)
+            stream.read()  # nothing more comes: this is its end
+        finally:
+            stream.close()
+    except FileNotFoundError:
         return False
-    try:
-        say_hello(stream, "control", read_build(), {"command": command})
-        stream.set_timeout(END_TIMEOUT_S)
-        stream.read()  # nothing more comes: this is its end
-    except ConnectionError as error:
+    except ConnectionError:
+        if not _is_held():
+            return False
+    except DaemonError:
         if not force:
-            msg = "the daemon does not answer; kill it with: fimserver daemon stop --force"
-            raise DaemonError(msg) from error
+            raise
         _kill()
-    finally:
-        stream.close()
     lock = Lock("daemon.lock")
     if not lock.acquire(END_TIMEOUT_S):
         msg = f"the daemon has not ended within {END_TIMEOUT_S:.0f} s; kill it with: fimserver daemon stop --force"
@@ -109,14 +113,20 @@ def end_daemon(command: str, *, force: bool = False) -> bool:
     return True
 
 
-def _kill() -> None:
-    """End the process that holds the daemon's lock; its number is in the file, and was written by the holder."""
+def _is_held() -> bool:
+    """Whether a daemon's process is there, listening or not."""
     lock = Lock("daemon.lock")
-    if lock.acquire():
-        lock.release()  # it is gone
-        return
-    with suppress(OSError, ValueError):
-        os.kill(int(lock.path.read_text(encoding="ascii")), getattr(signal, "SIGKILL", signal.SIGTERM))
+    if not lock.acquire():
+        return True
+    lock.release()
+    return False
+
+
+def _kill() -> None:
+    """End the process that holds the daemon's lock; its number is in the file, written by the holder."""
+    if _is_held():
+        with suppress(OSError, ValueError):
+            os.kill(int(Lock("daemon.lock").path.read_bytes()), getattr(signal, "SIGKILL", signal.SIGTERM))
 
 
 def start() -> None:
