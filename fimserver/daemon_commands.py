@@ -1,4 +1,4 @@
-"""``fimserver daemon``: start, stop, restart, status, logs, run.
+"""``fimserver daemon``: start, stop, restart, status, logs, run, install, uninstall.
 
 Knows:  the launcher, what the daemon says of itself.  Never: LSP.
 """
@@ -34,7 +34,12 @@ def daemon() -> None:
 
 
 @daemon.command(name="run")
-@click.option("--linger", type=click.FloatRange(min=0), metavar="S", help="End so long after the last editor left.")
+@click.option(
+    "--linger",
+    type=click.FloatRange(min=0),
+    metavar="S",
+    help="End so long after the last editor left; 0 stays. [default: 300]",
+)
 def run_command(linger: float | None) -> None:
     """Serve in the foreground: what start does in the background."""
     from fimserver.lsp.daemon import LINGER_S, run_daemon  # noqa: PLC0415  only this command pays for pygls
@@ -95,6 +100,28 @@ def logs(lines: int) -> None:
         return
     click.echo(f"{path}:", err=True)
     click.echo("".join(last), nl=False)
+
+
+@daemon.command()
+def install() -> None:
+    """Have the system start it: systemd (when the first editor connects) or launchd (at login)."""
+    from fimserver.lsp.units import write_units  # noqa: PLC0415
+
+    paths, command = write_units()
+    for path in paths:
+        click.echo(f"wrote {path}")
+    click.echo(f"now run: {command}")
+
+
+@daemon.command()
+def uninstall() -> None:
+    """Remove what install wrote."""
+    from fimserver.lsp.units import remove_units  # noqa: PLC0415
+
+    paths, command = remove_units()
+    for path in paths:
+        click.echo(f"removed {path}")
+    click.echo(f"now run: {command}" if paths else "nothing was installed")
 
 
 def to_lines(status_of: dict[str, Any]) -> list[str]:

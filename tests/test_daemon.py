@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +283,50 @@ def test_the_relay_imports_the_standard_library_alone() -> None:
         assert heavy not in shown.split(), heavy
 
 
+# Units
+
+AS_SYSTEMD = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+def test_systemd_hands_over_its_socket(home: Home) -> None:
+    if uses_tcp():
+        pytest.skip("systemd's units have a Unix socket")
+    make_private(runtime_folder())
+    with socket.socket(socket.AF_UNIX) as given:
+        given.bind(str(socket_path()))
+        given.listen()
+        command = [sys.executable, "-c", AS_SYSTEMD, str(given.fileno()), *COMMAND, "run", "--linger", "0.3"]
+        process = subprocess.Popen(command, env={**os.environ, **home.env}, pass_fds=[given.fileno()])
+    client = home.editor()
+    assert complete(client)
+    assert home.status()["pid"] == process.pid
+    client.shutdown()
+    assert process.wait(10) == 0
+    assert socket_path().exists()  # it is systemd's, which starts the next daemon by it
+
+
+def test_units_are_written_and_removed(home: Home, tmp_path: Path) -> None:
+    home.env |= {"XDG_CONFIG_HOME": str(tmp_path / "a config")}
+    written = home.run("install")
+    if uses_tcp():
+        assert "first editor starts the daemon" in written.stderr
+        return
+    folder = tmp_path / "a config" / "systemd" / "user"
+    assert "systemctl --user enable --now fimserver.socket" in written.stdout
+    service = (folder / "fimserver.service").read_text()
+    assert f"ExecStart={sys.executable} -P -m fimserver daemon run\n" in service
+    assert f"Environment=FIMSERVER_HOME={home.env['FIMSERVER_HOME']}\n" in service
+    assert f"ListenStream={socket_path()}\n" in (folder / "fimserver.socket").read_text()
+    assert (folder / "fimserver.service").name in home.run("uninstall").stdout
+    assert list(folder.iterdir()) == []
+    assert home.run("uninstall").stdout == "nothing was installed\n"
+
+
 # Others
 
 
@@ -336,13 +381,11 @@ def test_another_user_is_refused(home: Home) -> None:
         runtime.chmod(0o755 if is_open else 0o700)
         for path in found:
             assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0
-            assert (
-                as_nobody(path.read_text if path.suffix != ".sock" else lambda p=path: ask_for_status(p))
-                == "PermissionError"
-            )
+            attempt = partial(ask_for_status, path) if path.suffix == ".sock" else path.read_text
+            assert as_nobody(attempt) == "PermissionError"
     if not uses_tcp():
         socket_path().chmod(0o777)  # and were that open too, the peer's uid
-        assert as_nobody(lambda: ask_for_status(socket_path())) == ""
+        assert as_nobody(partial(ask_for_status, socket_path())) == ""
         assert "build" in ask_for_status(socket_path())
         assert "another user was refused" in home.run("logs").stdout
     runtime.chmod(0o700)

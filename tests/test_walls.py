@@ -41,7 +41,10 @@ DOORS = {
         "fimserver.context.syntax",
     }
 }
-STANDARD_LIBRARY_ONLY = ["text.py", "types.py", "errors.py", "settings.py", "engine/frames.py", "engine/client.py"]
+STANDARD_LIBRARY_ONLY = [
+    *("text.py", "types.py", "errors.py", "settings.py", "build.py", "engine/frames.py", "engine/client.py"),
+    *("lsp/__init__.py", "lsp/relay.py", "lsp/endpoint.py", "lsp/wire.py", "lsp/launch.py", "lsp/units.py"),
+]
 
 
 def imports(path: Path, *, in_functions: bool = True) -> set[str]:

@@ -175,6 +175,7 @@ class Daemon:
         self.connections.append(connection)
         if self._idle_timer is not None:
             self._idle_timer.cancel()
+            self._idle_timer = None
         if self.connections[0] is connection:
             server.decide()
         protocol = server.protocol
@@ -197,8 +198,8 @@ class Daemon:
         if self.connections:
             self.connections[0].server.decide()
             return
-        loop = asyncio.get_running_loop()
-        self._idle_timer = loop.call_later(self._linger_s, self.end, "idle")
+        if self._linger_s:
+            self._idle_timer = asyncio.get_running_loop().call_later(self._linger_s, self.end, "idle")
         self._unload_when_idle()
 
     def _unload_when_idle(self) -> None:

@@ -43,6 +43,7 @@ def open_editor(overrides: Mapping[str, Any]) -> tuple[Stream, dict[str, Any]]:
     """A stream for an editor, and what the daemon said of itself; starts one where none is. Raises ``DaemonError``."""
     build = read_build()
     deadline = time.monotonic() + START_TIMEOUT_S
+    was_older = False
     while time.monotonic() < deadline:
         try:
             stream = connect()
@@ -62,6 +63,10 @@ def open_editor(overrides: Mapping[str, Any]) -> tuple[Stream, dict[str, Any]]:
         if answer[KEY] != "older":
             msg = f"the daemon refuses this editor: {answer.get('reason', 'it does not say why')}"
             raise DaemonError(msg)
+        if was_older:
+            msg = "the system starts an older fimserver than this; run with this one: fimserver daemon install"
+            raise DaemonError(msg)
+        was_older = True
         end_daemon("hand_over")
     msg = f"no daemon could be reached in {START_TIMEOUT_S:.0f} s; see {log_file()}, or run: fimserver daemon restart"
     raise DaemonError(msg)
