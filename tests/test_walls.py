@@ -42,7 +42,16 @@ DOORS = {
     }
 }
 STANDARD_LIBRARY_ONLY = [
-    *("text.py", "types.py", "errors.py", "settings.py", "build.py", "engine/frames.py", "engine/client.py"),
+    *(
+        "text.py",
+        "types.py",
+        "errors.py",
+        "settings.py",
+        "build.py",
+        "engine/frames.py",
+        "engine/client.py",
+        "engine/schedule.py",
+    ),
     *("lsp/__init__.py", "lsp/relay.py", "lsp/endpoint.py", "lsp/wire.py", "lsp/launch.py", "lsp/units.py"),
 ]
 

@@ -28,9 +28,11 @@ class TimedEngine(EngineClient):
         self.asked: list[tuple[float, PendingCompletion]] = []
         self.answered_at: dict[int, float] = {}
 
-    def complete(self, context: FimContext, sampling: Sampling, *, on_draft: Any = None) -> PendingCompletion:
+    def complete(
+        self, context: FimContext, sampling: Sampling, *, on_draft: Any = None, turn: Any = None
+    ) -> PendingCompletion:
         """Ask, and note when the answer is there."""
-        pending = super().complete(context, sampling, on_draft=on_draft)
+        pending = super().complete(context, sampling, on_draft=on_draft, turn=turn)
         pending.future.add_done_callback(lambda _f: self.answered_at.__setitem__(pending.id, time.perf_counter()))
         self.asked.append((time.perf_counter(), pending))
         return pending

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
@@ -29,6 +29,7 @@ from enum import StrEnum
 from typing import Any, BinaryIO, cast
 
 from fimserver.engine.frames import from_plain, read_frame, to_plain, write_frame
+from fimserver.engine.schedule import Schedule, Ticket
 from fimserver.errors import CompletionCancelledError, EngineError
 from fimserver.settings import Settings
 from fimserver.types import Draft, FimContext, Generation, ModelInfo, Sampling
@@ -74,6 +75,15 @@ class EngineOptions:
 _CHOSEN = [f.name for f in fields(EngineOptions) if f.name != "command"]
 
 
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """Whose request it is, about which document, and whether the person waits for it."""
+
+    client: Hashable = None
+    document: str = ""
+    invoked: bool = True
+
+
 @dataclass(eq=False)
 class PendingCompletion:
     """A request that has no answer yet; ``future`` gives a ``Generation`` or raises."""
@@ -83,7 +93,7 @@ class PendingCompletion:
     client: "EngineClient"
     on_draft: Callable[[Draft], None] | None
     future: "Future[Generation]" = field(default_factory=Future)
-    is_sent: bool = False
+    ticket: Ticket | None = None  # with which it was sent
     is_cancelled: bool = False
     num_deaths: int = 0
 
@@ -120,6 +130,8 @@ class EngineClient:
         self._changed = threading.Condition(threading.RLock())
         self._worker: _Worker | None = None
         self._pending: dict[int, PendingCompletion] = {}
+        self._schedule = Schedule()
+        self._sent: PendingCompletion | None = None  # the worker has one at a time: which is next, is decided here
         self._next_id = 1
         self._deaths: list[float] = []
         self._has_loaded = False  # with these options: then a death while loading is no verdict on them
@@ -217,9 +229,15 @@ class EngineClient:
             raise EngineError(detail)
 
     def complete(
-        self, context: FimContext, sampling: Sampling, *, on_draft: Callable[[Draft], None] | None = None
+        self,
+        context: FimContext,
+        sampling: Sampling,
+        *,
+        on_draft: Callable[[Draft], None] | None = None,
+        turn: Turn | None = None,
     ) -> PendingCompletion:
         """Ask for a completion. Raises ``EngineError`` when no worker is there or will be."""
+        turn = turn or Turn()
         with self._changed:
             self.touch()
             if self._worker is None:
@@ -235,9 +253,20 @@ class EngineClient:
             pending.future.set_running_or_notify_cancel()  # only the worker's answer ends it
             self._next_id += 1
             self._pending[pending.id] = pending
-            if self.state is EngineState.READY:
-                self._send(pending)
+            replaced = self._schedule.add(pending.id, turn.client, turn.document, invoked=turn.invoked)
+            if replaced is not None:
+                self._finish(self._pending[replaced], CompletionCancelledError("a newer one took its place"))
+            self._send_next()
             return pending
+
+    def forget(self, client: Hashable) -> None:
+        """A client is gone, and so is all that it asked."""
+        with self._changed:
+            for number in self._schedule.forget(client):
+                self._finish(self._pending[number], CompletionCancelledError("its editor is gone"))
+            sent = self._sent
+            if sent is not None and sent.ticket is not None and sent.ticket.client == client:
+                self.cancel(sent.id)
 
     def cancel(self, request_id: int) -> None:
         """Cancel a request; one that was never sent ends at once."""
@@ -246,7 +275,7 @@ class EngineClient:
             if pending is None or pending.is_cancelled:
                 return
             pending.is_cancelled = True
-            if pending.is_sent and self._worker is not None:
+            if pending is self._sent and self._worker is not None:
                 self._worker.outgoing.put({"type": "cancel", "id": request_id})
             else:
                 self._finish(pending, CompletionCancelledError("cancelled before it was sent"))
@@ -296,19 +325,24 @@ class EngineClient:
                 self._changed.wait(remaining)
             self._watchdog = None
 
-    def _send(self, pending: PendingCompletion) -> None:
-        if self._worker is not None and not pending.is_sent:
-            pending.is_sent = True
+    def _send_next(self) -> None:
+        """Give a worker that has nothing to do the next request."""
+        if self._worker is None or self.state is not EngineState.READY or self._sent is not None:
+            return
+        if (ticket := self._schedule.take()) is not None:
+            pending = self._sent = self._pending[ticket.id]
+            pending.ticket = ticket
             self._worker.outgoing.put(pending.message)
-            if self._deadline is None:
-                self._expect_sign(HANG_TIMEOUT_S)
+            self._expect_sign(HANG_TIMEOUT_S)
 
     def _requeue(self) -> None:
-        """Open requests wait for the next worker; those that were cancelled end now."""
-        for pending in list(self._pending.values()):
-            pending.is_sent = False
-            if pending.is_cancelled:
-                self._finish(pending, CompletionCancelledError("cancelled"))
+        """The request that a worker had waits for the next one; one that was cancelled ends now."""
+        pending, self._sent = self._sent, None
+        if pending is None or pending.ticket is None or pending.id not in self._pending:
+            return
+        self._schedule.put_back(pending.ticket)
+        if pending.is_cancelled:
+            self._finish(pending, CompletionCancelledError("cancelled"))
 
     def _read(self, worker: _Worker) -> None:
         """Handle what a worker says until it ends. Nonsense from it ends it."""
@@ -341,7 +375,8 @@ class EngineClient:
                 if pending is not None:
                     self._finish(pending, _to_outcome(kind, message))
             self._deadline = None
-            if any(p.is_sent for p in self._pending.values()):
+            self._send_next()
+            if self._sent is not None:
                 self._expect_sign(HANG_TIMEOUT_S)
         if kind == "draft" and pending is not None and pending.on_draft is not None:
             with suppress(Exception):  # a caller's mistake is no reason to lose the worker
@@ -350,8 +385,6 @@ class EngineClient:
     def _on_ready(self, info: ModelInfo) -> None:
         self.info, self._has_loaded, self._last_used = info, True, time.monotonic()
         self._set_state(EngineState.READY, f"{info.name} on {info.device}")
-        for waiting in list(self._pending.values()):
-            self._send(waiting)
 
     def _on_death(self, worker: _Worker) -> None:
         with self._changed:
@@ -388,6 +421,9 @@ class EngineClient:
     def _finish(self, pending: PendingCompletion, outcome: Generation | Exception) -> None:
         if self._pending.pop(pending.id, None) is None:
             return
+        self._schedule.remove(pending.id)
+        if pending is self._sent:
+            self._sent = None
         self._last_used = time.monotonic()
         if isinstance(outcome, Exception):
             pending.future.set_exception(outcome)

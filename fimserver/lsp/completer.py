@@ -19,7 +19,7 @@ from fimserver.context.gather import find_guesses, find_snippets
 from fimserver.context.offer import Answer, to_answer
 from fimserver.context.place import Place, offer_guess
 from fimserver.context.window import budget_for, build_context
-from fimserver.engine.client import EngineClient
+from fimserver.engine.client import EngineClient, Turn
 from fimserver.errors import CompletionCancelledError, EngineError
 from fimserver.lsp.acceptance import SURE_GUESS, Acceptance, Kind
 from fimserver.lsp.computation import Computation
@@ -155,7 +155,8 @@ class Completer:
                 loop.call_soon_threadsafe(lambda: computation.take(draft))
 
         try:
-            pending = self._engine.complete(context, sampling, on_draft=on_draft)
+            turn = Turn(id(self._session), request.snapshot.uri, request.invoked)
+            pending = self._engine.complete(context, sampling, on_draft=on_draft, turn=turn)
         except EngineError as error:
             raise RefusedError(NoCompletion("engine", str(error))) from error
         computation = Computation(

@@ -212,6 +212,7 @@ class FimLanguageServer(LanguageServer):
             self.engine.close(reason)
         else:
             self.engine.unlisten(self._on_engine_state)
+            self.engine.forget(id(self.session))
 
     # Idle times
 

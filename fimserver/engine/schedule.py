@@ -1,0 +1,85 @@
+"""Which of the waiting requests the worker gets next: fair between clients, quick for who asks by hand.
+
+    1. what was asked by hand, and what has waited longer than ``PATIENCE_S``, goes before what was not
+    2. of several clients the one that was served longest ago
+    3. of one client's the newest: what it asked before that is likely stale by now
+
+So a client that asks without pause holds nobody up for longer than one request and its own turn, and nobody waits for
+ever. One automatic request of a document waits at most; a newer one takes its place.
+
+Knows:  numbers and times.  Never: what is asked.
+"""
+
+import time
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+PATIENCE_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """A waiting request: whose, about which document, asked by hand or not; ``id`` grows with time."""
+
+    id: int
+    client: Hashable
+    document: str
+    invoked: bool
+    since: float
+
+
+class Schedule:
+    """Requests that wait for a worker."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._waiting: dict[int, Ticket] = {}
+        self._served: dict[Hashable, int] = {}  # by client, the number of its last turn
+        self._turns = 0
+
+    def __len__(self) -> int:
+        """How many wait."""
+        return len(self._waiting)
+
+    def add(self, number: int, client: Hashable, document: str, *, invoked: bool) -> int | None:
+        """Let a request wait; the id of an automatic one about the same document whose place it takes, if any."""
+        replaced = None
+        if not invoked and document:
+            same = (t for t in self._waiting.values() if t.client == client and t.document == document)
+            replaced = next((ticket.id for ticket in same if not ticket.invoked and ticket.id < number), None)
+            if replaced is not None:
+                del self._waiting[replaced]
+        self._waiting[number] = Ticket(number, client, document, invoked, self._clock())
+        return replaced
+
+    def put_back(self, ticket: Ticket) -> None:
+        """A request that was taken is to be asked again: it waits as long as it did."""
+        self._waiting[ticket.id] = ticket
+
+    def take(self) -> Ticket | None:
+        """The next request; ``None`` where nobody waits."""
+        if not self._waiting:
+            return None
+        now = self._clock()
+
+        def rank(ticket: Ticket) -> tuple[bool, int, int]:
+            is_urgent = ticket.invoked or now - ticket.since >= PATIENCE_S
+            return (not is_urgent, self._served.get(ticket.client, 0), -ticket.id)
+
+        ticket = min(self._waiting.values(), key=rank)
+        del self._waiting[ticket.id]
+        self._turns += 1
+        self._served[ticket.client] = self._turns
+        return ticket
+
+    def remove(self, number: int) -> bool:
+        """A request no longer waits; ``False`` where it did not."""
+        return self._waiting.pop(number, None) is not None
+
+    def forget(self, client: Hashable) -> list[int]:
+        """A client is gone; the ids of what it had waiting."""
+        self._served.pop(client, None)
+        gone = [number for number, ticket in self._waiting.items() if ticket.client == client]
+        for number in gone:
+            del self._waiting[number]
+        return gone
