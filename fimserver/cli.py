@@ -2,6 +2,7 @@
 
     lsp        serve an editor over stdio
     daemon     the process behind all editors: start, stop, status, logs
+    explain    why there was or was no ghost text; report: the same for others to read
     complete   complete at one place of one file
     eval       measure quality
     bench      measure time
@@ -27,7 +28,7 @@ from typing import Any
 import click
 
 from fimserver import __version__
-from fimserver.daemon_commands import daemon
+from fimserver.daemon_commands import daemon, explain, report
 from fimserver.errors import FimserverError, SettingsError
 from fimserver.paths import config_file
 from fimserver.settings import MODES, Settings, parse_settings, read_config_file, to_wire_name
@@ -41,7 +42,8 @@ def main() -> None:
     """Code completion on your own machine: fill the middle with a text-diffusion model."""
 
 
-main.add_command(daemon)
+for command in (daemon, explain, report):
+    main.add_command(command)
 
 
 def _engine_options(command: Any) -> Any:

@@ -1,28 +1,38 @@
-"""``fimserver daemon``: start, stop, restart, status, logs, run, install, uninstall.
+"""``fimserver daemon`` with its commands, ``fimserver explain`` and ``fimserver report``.
 
 Knows:  the launcher, what the daemon says of itself.  Never: LSP.
 """
 
 import json
+import os
 import sys
 from collections import deque
+from pathlib import Path
 from typing import Any
 
 import click
 
-from fimserver.errors import FimserverError
+from fimserver.errors import FimserverError, PathError
 from fimserver.lsp.launch import end_daemon, log_file, read_status, start
 
 
-class _Group(click.Group):
-    """Commands whose errors are a sentence, not a traceback."""
+class _Sentences:
+    """Errors of a command are a sentence, not a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            return super().invoke(ctx)  # type: ignore[misc]
         except FimserverError as error:
             click.echo(f"fimserver: {error}", err=True)
             sys.exit(1)
+
+
+class _Group(_Sentences, click.Group):
+    """A group whose errors are sentences."""
+
+
+class _Command(_Sentences, click.Command):
+    """A command whose errors are sentences."""
 
 
 @click.group(cls=_Group)
@@ -122,6 +132,58 @@ def uninstall() -> None:
     for path in paths:
         click.echo(f"removed {path}")
     click.echo(f"now run: {command}" if paths else "nothing was installed")
+
+
+@click.command(cls=_Command)
+@click.argument("file", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
+@click.option("-n", "--last", type=click.IntRange(min=1), default=20, show_default=True, help="How many requests.")
+@click.option("--replay", metavar="REQUEST", help="Ask the model again what it was asked then, and show all it did.")
+def explain(file: str | None, as_json: bool, last: int, replay: str | None) -> None:  # noqa: FBT001
+    """Why there was, or was no, ghost text: the last requests of all editors, or those about FILE.
+
+    They are held in the daemon's memory alone. FILE may be the end of a name.
+    """
+    from fimserver import explain as explaining  # noqa: PLC0415  rich
+
+    if replay is not None:
+        explaining.replay(replay)
+        return
+    records = explaining.read_records(file)[-last:]
+    if as_json:
+        click.echo(json.dumps(records, indent=2))
+    elif records:
+        explaining.print_records(records)
+    else:
+        click.echo("no request yet" + (f" about a file {file}" if file else ""))
+
+
+@click.command(cls=_Command)
+@click.option("--with-code", is_flag=True, help="Also names of files, and the code that the model was shown.")
+@click.option("--write", metavar="FILE", type=click.Path(path_type=Path), help="Write it, after you have seen it.")
+@click.option("--yes", is_flag=True, help="Do not ask before writing.")
+def report(with_code: bool, write: Path | None, yes: bool) -> None:  # noqa: FBT001
+    """What a developer needs to find a fault: versions, the daemon's state, the last requests. It is sent nowhere.
+
+    Without --with-code there are no names of files and no code in it.
+    """
+    from fimserver.explain import to_report  # noqa: PLC0415  rich
+
+    text = to_report(with_code=with_code)
+    click.echo(text)
+    if write is not None and (yes or click.confirm(f"write this to {write}?", err=True)):
+        write_private(write, text + "\n")
+        click.echo(f"wrote {write}", err=True)
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file that is not there yet, for its owner alone. Raises ``PathError``."""
+    try:
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        msg = f"{path} cannot be written ({error.strerror}); name another file"
+        raise PathError(msg) from error
 
 
 def to_lines(status_of: dict[str, Any]) -> list[str]:

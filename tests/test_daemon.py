@@ -542,3 +542,83 @@ def test_a_lock_is_no_link_and_one_process_has_it(tmp_path: Path, monkeypatch: p
     with pytest.raises(Exception, match=r"b\.lock cannot be opened"):
         Lock("b.lock").acquire()
     assert target.read_text() == "kept"
+
+
+# Why nothing?
+
+
+def run_fimserver(home: Home, *arguments: str, answer: str = "") -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "fimserver", *arguments],
+        input=answer,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **home.env, "COLUMNS": "200"},
+        check=False,
+    )
+
+
+def test_explain_tells_what_came_of_requests(home: Home, tmp_path: Path) -> None:
+    missing = run_fimserver(home, "explain")
+    assert missing.returncode == 1
+    assert "no daemon runs" in missing.stderr
+    client, other = home.editor(), home.editor()
+    assert complete(client)
+    client.open("file:///c%20d.py", "secret_name = 'in a string\n")
+    client.complete("file:///c%20d.py", 0, 16, invoked=False)
+    other.complete(URI, 0, 0)
+    records = json.loads(run_fimserver(home, "explain", "--json").stdout)
+    assert [r["outcome"] for r in records[:2]] == ["offered", "empty"]
+    first, second, third = records
+    assert first["source"] == "model"
+    assert first["facts"]["passes"] == 2
+    assert first["facts"]["hole"]
+    assert first["facts"]["invoked"]
+    assert first["timings_ms"]["total"] > 0
+    assert second["reason"]
+    assert second["detail"]
+    assert first["request"].split(".")[0] != third["request"].split(".")[0]
+    shown = run_fimserver(home, "explain").stdout
+    for word in ("a.py", "c d.py", "offered (model)", second["reason"], "2 passes"):
+        assert word in shown
+    assert "a.py" not in run_fimserver(home, "explain", "c d.py").stdout
+    assert "no request yet about a file x.py" in run_fimserver(home, "explain", "x.py").stdout
+    assert "secret_name" not in shown + json.dumps(records)
+    asked = client.request("fimserver/explain", {"textDocument": {"uri": URI}})
+    assert asked["last"]["source"] == "model"
+    assert len(asked["recent"]) == 1
+
+    replayed = run_fimserver(home, "explain", "--replay", first["request"])
+    assert replayed.returncode == 0, replayed.stderr
+    assert "x = " in replayed.stdout
+    gone = run_fimserver(home, "explain", "--replay", "9.9")
+    assert gone.returncode == 1
+    assert "was not asked for request '9.9'" in gone.stderr
+
+    report = run_fimserver(home, "report")
+    for word in ("a.py", "x = ", "secret"):
+        assert word not in report.stdout
+    assert json.loads(report.stdout)["requests"][0]["uri"] == "file 1"
+    file = tmp_path / "report.json"
+    run_fimserver(home, "report", "--write", str(file), answer="n\n")
+    assert not file.exists()
+    run_fimserver(home, "report", "--with-code", "--write", str(file), answer="y\n")
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert "x = " in file.read_text()
+    again = run_fimserver(home, "report", "--write", str(file), "--yes")
+    assert again.returncode == 1
+    assert "name another file" in again.stderr
+    for editor in (client, other):
+        editor.notify("textDocument/didClose", {"textDocument": {"uri": URI}})
+        editor.request("fimserver/status", None)
+    assert "a.py" not in run_fimserver(home, "explain", "a.py").stdout.replace("about a file a.py", "")
+
+
+def test_requests_of_our_own(home: Home) -> None:
+    client = home.editor()
+    assert client.request("fimserver/snooze", {"minutes": 3}) == {"minutes": 3}
+    status = client.request("fimserver/status", {})
+    assert status["snoozedMinutes"] == 3
+    assert status["documents"] == 1
+    assert client.request("fimserver/snooze", {"minutes": 0}) == {"minutes": 0}

@@ -72,7 +72,8 @@ class Editor:
         """Take a message of the server."""
         message = json.loads(data.split(b"\r\n\r\n", 1)[1])
         if "method" not in message:
-            explanation = self.server.session.explanations.get(_URI)
+            record = self.server.session.records.last(_URI)
+            explanation = record.to_entry() if record is not None else None
             answer = Answer(message, time.perf_counter(), explanation, len(self.engine.asked))
             self.answers[message["id"]] = answer
             self.arrived.set()

@@ -24,6 +24,7 @@ from fimserver.errors import CompletionCancelledError, EngineError
 from fimserver.lsp.acceptance import SURE_GUESS, Acceptance, Kind
 from fimserver.lsp.computation import Computation
 from fimserver.lsp.gates import Gates
+from fimserver.lsp.records import Replay
 from fimserver.lsp.requests import CHANGED, RefusedError, Request, unless_ended
 from fimserver.lsp.session import CLOSERS, Session, rest_of, rests_of, typed_since
 from fimserver.settings import to_sampling
@@ -62,13 +63,16 @@ class Completer:
         return completions[: self._session.settings.candidates if request.invoked else 1], source
 
     async def _find_answer(self, request: Request) -> tuple[list[Completion], str]:
-        snapshot = request.snapshot
+        snapshot, begin = request.snapshot, time.monotonic()
         if request.stale:
             raise RefusedError(NoCompletion("stale", "the request names a version of the text that is not here"))
         self._gates.check(request)
         place = self._session.find_place(snapshot, invoked=request.invoked)
+        request.notes.facts |= {"invoked": request.invoked}
+        request.notes.timings_ms["place"] = (time.monotonic() - begin) * 1e3
         if isinstance(place, NoCompletion):
             raise RefusedError(place)
+        request.notes.facts["hole"] = place.hole.kind
         if cached := self._session.cache.find(snapshot):
             return cached, "cache"
         guesses = self._find_guesses(snapshot, place)
@@ -91,6 +95,7 @@ class Completer:
         if joined is None:
             await self._gates.wait_until_due(request, place)
         elif (answer := await self._wait_for(request, joined)) is not None:
+            request.notes.facts["joined"] = True
             return answer
         self._gates.check(request)
         answer = await self._wait_for(request, self._begin(request, place, guesses))
@@ -165,6 +170,7 @@ class Completer:
             epoch=self._session.epoch,
             invoked=request.invoked,
             pending=pending,
+            replay=Replay(context, sampling),
             deadline=time.monotonic() + settings.max_latency_ms / 1e3 + _LATE_S,
             outcome=loop.create_future(),
             line=loop.create_future(),
@@ -192,6 +198,7 @@ class Completer:
                 generation.forward_passes,
                 generation.timings_ms["total"],
             )
+            computation.note(generation)
             if computation.outcome.done():
                 return
             try:
@@ -234,6 +241,9 @@ class Completer:
         finally:
             computation.users.discard(request)
             self._leave(computation)
+            request.notes.replay = computation.replay
+            request.notes.facts |= computation.facts
+            request.notes.timings_ms |= computation.timings_ms
         typed = self._typed_on(request)
         if outcome is None:
             return None

@@ -9,14 +9,16 @@ Knows:  requests, the engine's client, context/.  Never: settings, LSP types.
 import asyncio
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 from fimserver.context.offer import Answer, to_line
 from fimserver.context.place import Place
 from fimserver.engine.client import PendingCompletion
+from fimserver.lsp.records import Replay
 from fimserver.lsp.requests import Request
 from fimserver.lsp.session import CLOSERS
 from fimserver.text import to_newlines
-from fimserver.types import Completion, Draft, NoCompletion, Snapshot
+from fimserver.types import Completion, Draft, Generation, NoCompletion, Snapshot
 
 _FIRST_LINE = re.compile(r"\s*\S[^\n]*(?=\n)")  # the first that says something, and what stands before it
 
@@ -30,6 +32,7 @@ class Computation:
     epoch: int
     invoked: bool
     pending: PendingCompletion
+    replay: Replay
     deadline: float  # of time.monotonic: until then it may go on for nobody, once its first line was shown
     outcome: asyncio.Future[Answer | NoCompletion | None]  # None: ended before there was one
     line: asyncio.Future[str]  # the first line of the raw answer, once it is settled
@@ -39,6 +42,8 @@ class Computation:
     is_placed: bool = True  # where in ``typed`` the cursor stands is known: at its end
     is_remembered: bool = False
     users: set[Request] = field(default_factory=set)
+    facts: dict[str, Any] = field(default_factory=dict)  # of the answer, for who asks why
+    timings_ms: dict[str, float] = field(default_factory=dict)
     _fitted: tuple[Completion | None] | None = None
 
     def end(self) -> None:
@@ -50,6 +55,19 @@ class Computation:
         """What came of it, for those who wait."""
         if not self.outcome.done():
             self.outcome.set_result(outcome)
+
+    def note(self, generation: Generation) -> None:
+        """What the model's answer cost, and how sure it is."""
+        self.facts = {
+            "mode": generation.mode,
+            "tokens": generation.num_tokens,
+            "passes": generation.forward_passes,
+            "prompt_tokens": generation.prompt_tokens,
+            "cached_tokens": generation.cached_tokens,
+            "confidence": round(generation.confidence, 3),
+            "finish": generation.finish,
+        }
+        self.timings_ms = {f"model_{name}": ms for name, ms in generation.timings_ms.items()}
 
     def take(self, draft: Draft) -> None:
         """More of the answer may be certain; an answer that is not what is typed is ended."""

@@ -19,13 +19,14 @@ import sys
 import time
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fimserver import __version__
 from fimserver.build import read_build
 from fimserver.engine.client import EngineClient
+from fimserver.engine.frames import to_plain
 from fimserver.errors import DaemonError
 from fimserver.lsp.endpoint import GREETING_TIMEOUT_S, KEY, PROTOCOL, Listener, Lock, is_same_user, listen, prove
 from fimserver.lsp.features import create_server, silence_others
@@ -47,7 +48,7 @@ class Connection:
 
     server: FimLanguageServer
     writer: asyncio.StreamWriter
-    since: float = field(default_factory=time.monotonic)
+    number: int
 
     def write(self, data: bytes) -> None:
         """Pygls' writer: nobody waits; an editor that reads nothing at all is let go."""
@@ -76,6 +77,7 @@ class Daemon:
         self._begin = time.monotonic()
         self._done = asyncio.Event()
         self._reason = ""
+        self._count = 0
         self._idle_timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._askers: list[asyncio.StreamWriter] = []  # who asked for the end, and sees it when they are closed
@@ -152,6 +154,10 @@ class Daemon:
                 answer("done")
                 self._askers.append(writer)
                 self.end(command)
+            elif command == "explain":
+                answer("records", records=self.records())
+            elif command == "replay":
+                answer("replay", replay=self.replay(str(hello.get("request"))))
             else:
                 answer("status", status=self.status())
         elif tuple(hello.get("build", ())) > self.build:
@@ -170,7 +176,8 @@ class Daemon:
         self, overrides: dict[str, Any], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         server = create_server(overrides, self.engine)
-        connection = Connection(server, writer)
+        self._count += 1
+        connection = Connection(server, writer, self._count)
         server.protocol.set_writer(connection)
         self.connections.append(connection)
         if self._idle_timer is not None:
@@ -205,6 +212,30 @@ class Daemon:
     def _unload_when_idle(self) -> None:
         if not self.connections and (delay_s := self.engine.unload_if_idle()) is not None:
             asyncio.get_running_loop().call_later(delay_s, self._unload_when_idle)
+
+    def records(self) -> list[dict[str, Any]]:
+        """What came of the last requests of all editors, the oldest first; ids are of an editor and its request."""
+        found = [
+            {
+                **record.to_entry(),
+                "request": f"{c.number}.{record.id}",
+                "uri": record.uri,
+                "language": record.language_id,
+            }
+            for c in self.connections
+            for record in c.server.session.records.recent()
+        ]
+        return sorted(found, key=lambda record: record["at"])
+
+    def replay(self, name: str) -> dict[str, Any] | None:
+        """What the model was asked for one of them, and how the engine is set up; ``None`` where that is gone."""
+        number, _, request = name.partition(".")
+        for connection in self.connections:
+            replay = connection.server.session.records.replay(request) if str(connection.number) == number else None
+            if replay is not None:
+                context, sampling = to_plain(replay.context), to_plain(replay.sampling)
+                return {"context": context, "sampling": sampling, "engine": self.engine.options.arguments}
+        return None
 
     def status(self) -> dict[str, Any]:
         """What ``fimserver daemon status`` says; counts, never a name of a file."""

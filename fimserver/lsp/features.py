@@ -72,6 +72,28 @@ def _register_features(server: FimLanguageServer) -> None:
         return await server.on_inline_completion()
 
     _register_copilots(server)
+    _register_own(server)
+
+
+def _register_own(server: FimLanguageServer) -> None:
+    """Requests of our own, for editors that would rather ask than run a command: docs/protocol.md."""
+
+    def uri_of(params: Any) -> str | None:
+        uri = getattr(getattr(params, "textDocument", None), "uri", None)
+        return uri if isinstance(uri, str) else None
+
+    @server.feature("fimserver/explain")
+    def explain(params: Any) -> dict[str, Any]:
+        return server.explain(uri_of(params))
+
+    @server.feature("fimserver/snooze")
+    def snooze(params: Any) -> dict[str, Any]:
+        server.snooze(getattr(params, "minutes", None))
+        return {"minutes": server.session.snoozed_minutes()}
+
+    @server.feature("fimserver/status")
+    def status(_params: Any) -> dict[str, Any]:
+        return server.status()
 
 
 def _register_copilots(server: FimLanguageServer) -> None:

@@ -1,7 +1,7 @@
 """Find the daemon, or start one: ten editors that start at once get the same. Standard library only.
 
     open_editor   a stream for an editor's messages, from a daemon of this build or a newer one
-    read_status   what it says of itself
+    ask           one command, one answer; read_status: what it says of itself
     end_daemon    stop it, or make room for another
     start         a daemon, in a session of its own, its log in the state folder
 
@@ -72,19 +72,22 @@ def open_editor(overrides: Mapping[str, Any]) -> tuple[Stream, dict[str, Any]]:
     raise DaemonError(msg)
 
 
-def read_status() -> dict[str, Any] | None:
-    """What the daemon says of itself; ``None`` where none runs. Raises ``DaemonError`` where it does not answer."""
+def ask(command: str, **values: str) -> dict[str, Any] | None:
+    """What the daemon answers to a command; ``None`` where none runs. Raises ``DaemonError`` for no answer."""
     try:
         stream = connect()
+        try:
+            return say_hello(stream, "control", read_build(), {"command": command, **values})
+        finally:
+            stream.close()
     except (FileNotFoundError, ConnectionError):
-        return None
-    try:
-        answer = say_hello(stream, "control", read_build(), {"command": "status"})
-    except ConnectionError:
-        return None  # it is just ending
-    finally:
-        stream.close()
-    status = answer.get("status")
+        return None  # none, or one that is just ending
+
+
+def read_status() -> dict[str, Any] | None:
+    """What the daemon says of itself; ``None`` where none runs. Raises ``DaemonError`` where it does not answer."""
+    answer = ask("status")
+    status = answer.get("status") if answer is not None else None
     return status if isinstance(status, dict) else None
 
 

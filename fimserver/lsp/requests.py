@@ -21,6 +21,7 @@ from pygls.exceptions import JsonRpcInvalidParams
 
 from fimserver.errors import PositionError
 from fimserver.lsp.convert import Selection, find_selection, take_snapshot, with_selection
+from fimserver.lsp.records import Notes
 from fimserver.lsp.session import Session, typed_since
 from fimserver.text import LineIndex
 from fimserver.types import NoCompletion, Snapshot
@@ -56,6 +57,7 @@ class Request:
     received: float = field(default_factory=time.monotonic)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     why_ended: NoCompletion | None = None
+    notes: Notes = field(default_factory=Notes)  # for who asks why
     is_computed: bool = False  # the model works for it: what is typed now may be how its answer begins
 
     def end(self, why: NoCompletion) -> None:
@@ -120,7 +122,7 @@ class Requests:
         if isinstance(request, Request):
             request.end(CANCELLED)
             self.drop(request)
-            self._session.explain(request.snapshot, CANCELLED, "")
+            self._session.explain(request.snapshot, CANCELLED, notes=request.notes)
 
     def drop(self, request: Request) -> None:
         """A request was answered."""

@@ -44,6 +44,7 @@ LOAD_TIMEOUT_S = 60.0
 STATUS_NOTIFICATION = "didChangeStatus"  # Copilot's names, which clients know already
 RESTART_COMMAND = "fimserver.restart"
 _SNOOZE_MINUTES = 5.0
+_EXPLAINED = 20  # requests
 _LONGEST_SNOOZE = 24 * 60
 _PROGRESS_TOKEN = "fimserver.loading"  # noqa: S105  a progress token, not a secret
 _logger = logging.getLogger(__name__)
@@ -344,7 +345,7 @@ class FimLanguageServer(LanguageServer):
                 self._send_status(EngineState.LOADING, self.engine.detail)
         except asyncio.CancelledError:
             request.end(CANCELLED)
-            self.session.explain(request.snapshot, CANCELLED, "")
+            self.session.explain(request.snapshot, CANCELLED, notes=request.notes)
             raise
         except Exception as error:  # noqa: BLE001  the outermost handler: one request fails, the editor goes on
             frame = traceback.extract_tb(error.__traceback__)[-1]
@@ -355,7 +356,9 @@ class FimLanguageServer(LanguageServer):
             self.requests.drop(request)
         if isinstance(outcome, list):
             self._note_shown(request, outcome[0])
-        self.session.explain(request.snapshot, outcome if isinstance(outcome, NoCompletion) else outcome[0], source)
+        request.notes.timings_ms["total"] = (time.monotonic() - request.received) * 1e3
+        first = outcome if isinstance(outcome, NoCompletion) else outcome[0]
+        self.session.explain(request.snapshot, first, source, request.notes)
         self._trace(method, source or getattr(outcome, "reason", ""), (time.perf_counter() - begin) * 1e3)
         return request, outcome
 
@@ -379,11 +382,22 @@ class FimLanguageServer(LanguageServer):
         self.session.snoozed_until = time.monotonic() + 60 * (float(minutes) if good else _SNOOZE_MINUTES)  # type: ignore[arg-type]
 
     def explain(self, uri: object = None) -> dict[str, Any]:
-        """Why the last request of a document (or of any) was answered as it was; no text of it."""
-        explanations = self.session.explanations
-        last = explanations.get(uri) if isinstance(uri, str) else next(reversed(explanations.values()), None)
+        """Why the last requests of a document (or of any) were answered as they were; no text of it."""
+        wanted = uri if isinstance(uri, str) else None
+        last = self.session.records.last(wanted)
+        recent = self.session.records.recent(wanted)[-_EXPLAINED:]
         return {
-            "last": last,
+            "last": last.to_entry() if last is not None else None,
+            "recent": [record.to_entry() for record in recent],
             "engine": {"state": self.engine.state, "detail": self.engine.detail, "pid": self.engine.pid},
             "counters": dict(self.session.counters),
+        }
+
+    def status(self) -> dict[str, Any]:
+        """What a status bar shows."""
+        return {
+            "engine": {"state": self.engine.state, "detail": self.engine.detail, "pid": self.engine.pid},
+            "enabled": self.session.settings.enabled,
+            "snoozedMinutes": self.session.snoozed_minutes(),
+            "documents": len(self.session.documents),
         }

@@ -17,6 +17,7 @@ from fimserver.context.languages import find_language
 from fimserver.context.place import Place, TreeMemory, find_place
 from fimserver.context.window import path_of
 from fimserver.lsp.convert import Document
+from fimserver.lsp.records import Notes, Records
 from fimserver.settings import BY_WIRE_NAME, Settings, read_settings
 from fimserver.text import Encoding, common_prefix_length, common_suffix_length
 from fimserver.types import Completion, NoCompletion, Snapshot
@@ -147,7 +148,7 @@ class Session:
     documents: dict[str, Document] = field(default_factory=dict)
     cache: CompletionCache = field(default_factory=CompletionCache)
     counters: Counter[str] = field(default_factory=Counter)
-    explanations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    records: Records = field(default_factory=Records)
     epoch: int = 0  # counts changes of settings and engines: what was decoded under others is not remembered
     lost: set[str] = field(default_factory=set)  # documents of which an edit could not be read
     snoozed_until: float = 0.0  # of time.monotonic
@@ -212,7 +213,7 @@ class Session:
         self.documents.pop(uri, None)
         self.lost.discard(uri)
         self._trees.pop(uri, None)
-        self.explanations.pop(uri, None)
+        self.records.forget(uri)
         self.cache.forget(uri)
 
     def is_current(self, snapshot: Snapshot) -> bool:
@@ -227,17 +228,13 @@ class Session:
         writable = document is None or document.writable
         return find_place(snapshot, self.settings, memory, invoked=invoked, writable=writable)
 
-    def explain(self, snapshot: Snapshot, outcome: Completion | NoCompletion, source: str) -> None:
+    def explain(
+        self, snapshot: Snapshot, outcome: Completion | NoCompletion, source: str = "", notes: Notes | None = None
+    ) -> None:
         """Keep what came of a request, without any text: for ``fimserver.explain``."""
-        if isinstance(outcome, Completion):
-            entry = {"outcome": "offered", "source": source, "id": outcome.id}
-        else:
-            entry = {"outcome": "empty", "reason": outcome.reason, "detail": outcome.detail}
         self.counters["offered" if isinstance(outcome, Completion) else f"empty.{outcome.reason}"] += 1
-        if snapshot.uri not in self.documents:
-            return
-        self.explanations.pop(snapshot.uri, None)
-        self.explanations[snapshot.uri] = {"version": snapshot.version, **entry}
+        if snapshot.uri in self.documents:
+            self.records.add(snapshot, outcome, source, notes or Notes())
 
     def initialize(self, options: object) -> list[str]:
         """Take ``initializationOptions``, bare or under ``fimserver``; one sentence for each that is wrong."""

@@ -1,0 +1,127 @@
+"""What came of the last requests, and why: in memory only, for ``fimserver explain``.
+
+    Record    one request: no text of a document, but its name
+    Notes     what is found out about a request on its way
+    Records   the last of each document
+    Replay    what the model was asked, to ask it again; code, so it never leaves this person's processes
+
+Knows:  outcomes, timings.  Never: LSP.
+"""
+
+import time
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from fimserver.types import Completion, FimContext, NoCompletion, Sampling, Snapshot
+
+_OF_A_DOCUMENT = 20
+_DOCUMENTS = 64
+_REPLAYS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One request between its arrival and its answer."""
+
+    id: str
+    uri: str
+    language_id: str
+    version: int
+    at: float  # time.time
+    outcome: str  # offered, empty
+    source: str = ""  # of what was offered: model, first_line, guess, cache
+    reason: str = ""  # of nothing
+    detail: str = ""
+    completion: str = ""  # its id
+    facts: dict[str, Any] = field(default_factory=dict)
+    timings_ms: dict[str, float] = field(default_factory=dict)
+
+    def to_entry(self) -> dict[str, Any]:
+        """As it is told to an editor: fields that say something, the document's name left out."""
+        said = {name: getattr(self, name) for name in ("source", "reason", "detail") if getattr(self, name)}
+        completion = {"id": self.completion} if self.completion else {}
+        return {
+            "request": self.id,
+            "outcome": self.outcome,
+            **said,
+            **completion,
+            "version": self.version,
+            "at": self.at,
+            "facts": self.facts,
+            "timings_ms": self.timings_ms,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """What the model was asked."""
+
+    context: FimContext
+    sampling: Sampling
+
+
+@dataclass(slots=True)
+class Notes:
+    """What is found out about a request on its way: plain facts, milliseconds, and what the model was asked."""
+
+    facts: dict[str, Any] = field(default_factory=dict)
+    timings_ms: dict[str, float] = field(default_factory=dict)
+    replay: Replay | None = None
+
+
+class Records:
+    """The last requests of each document."""
+
+    def __init__(self) -> None:
+        self._by_uri: OrderedDict[str, deque[Record]] = OrderedDict()
+        self._replays: OrderedDict[str, Replay] = OrderedDict()
+        self._count = 0
+
+    def add(self, snapshot: Snapshot, outcome: Completion | NoCompletion, source: str, notes: Notes) -> None:
+        """Note what came of a request."""
+        self._count += 1
+        said: dict[str, str] = (
+            {"outcome": "empty", "reason": outcome.reason, "detail": outcome.detail}
+            if isinstance(outcome, NoCompletion)
+            else {"outcome": "offered", "source": source, "completion": outcome.id}
+        )
+        record = Record(
+            id=str(self._count),
+            uri=snapshot.uri,
+            language_id=snapshot.language_id,
+            version=snapshot.version,
+            at=time.time(),
+            facts=dict(notes.facts),
+            timings_ms={name: round(ms, 1) for name, ms in notes.timings_ms.items()},
+            **said,
+        )
+        self._by_uri.setdefault(snapshot.uri, deque(maxlen=_OF_A_DOCUMENT)).append(record)
+        self._by_uri.move_to_end(snapshot.uri)
+        if len(self._by_uri) > _DOCUMENTS:
+            self.forget(next(iter(self._by_uri)))
+        if notes.replay is not None:
+            self._replays[record.id] = notes.replay
+            if len(self._replays) > _REPLAYS:
+                self._replays.popitem(last=False)
+
+    def last(self, uri: str | None = None) -> Record | None:
+        """The last request of a document, or of any."""
+        if uri is None:
+            uri = next(reversed(self._by_uri), "")
+        kept = self._by_uri.get(uri)
+        return kept[-1] if kept else None
+
+    def recent(self, uri: str | None = None) -> list[Record]:
+        """Requests of a document, or of all, the oldest first."""
+        kept = [self._by_uri.get(uri, deque())] if uri is not None else list(self._by_uri.values())
+        return sorted((record for records in kept for record in records), key=lambda record: int(record.id))
+
+    def replay(self, number: str) -> Replay | None:
+        """What the model was asked for a record; ``None`` where it was not, or that was long ago."""
+        return self._replays.get(number)
+
+    def forget(self, uri: str) -> None:
+        """A document was closed."""
+        for record in self._by_uri.pop(uri, ()):
+            self._replays.pop(record.id, None)
