@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fimserver.context.gather import find_guesses
+from fimserver.context.ignored import IgnoreRules
 from fimserver.context.languages import language_of_path
 from fimserver.context.offer import to_answer
 from fimserver.context.place import find_place, offer_guess
@@ -151,7 +152,8 @@ def complete_snapshot(
     """
     result = Result(alternatives=[] if settings.candidates > 1 else None)
     begin = time.perf_counter()
-    place = find_place(snapshot, settings, invoked=True)
+    refusal = IgnoreRules().refuse(snapshot.uri, with_git=not settings.complete_ignored)
+    place = refusal or find_place(snapshot, settings, invoked=True)
     context_ms = (time.perf_counter() - begin) * 1e3
     if isinstance(place, NoCompletion):
         result.refusal = place

@@ -55,6 +55,10 @@ class Settings:
     comments: bool = _setting(default=False, doc="Complete inside comments.")
     docstrings: bool = _setting(default=False, doc="Complete inside docstrings.")
     strings: bool = _setting(default=True, doc="Complete inside other strings.")
+    complete_ignored: bool = _setting(
+        default=False,
+        doc="Complete in files that .gitignore names. Files that .fimserverignore names are never read.",
+    )
     max_lines: int = _setting(default=8, doc="Longest completion, in lines.", low=1, high=200)
     mode: str = _setting(
         default="auto",

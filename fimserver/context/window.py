@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 from fimserver.context.focus import find_scopes
 from fimserver.context.languages import Language, find_language, language_of_path
 from fimserver.context.scan import scan
+from fimserver.context.secrets import has_secret, mask
 from fimserver.text import leading_whitespace, to_newlines
 from fimserver.types import FimContext, Guess, Hole, Snapshot, Snippet
 
@@ -50,18 +51,18 @@ def build_context(
     snippets: tuple[Snippet, ...] = (),
     guesses: Sequence[Guess] = (),
 ) -> FimContext:
-    r"""What the engine is told of a snapshot; line ends become ``\n``."""
+    r"""What the engine is told of a snapshot; line ends become ``\n``, secrets crosses."""
     text, cursor = snapshot.text, snapshot.cursor
     start, language = cut_start(text, cursor, budget.prefix), find_language(snapshot.language_id)
     return FimContext(
-        prefix=to_newlines(text[start:cursor]),
-        suffix=to_newlines(text[cursor : cut_end(text, cursor, budget.suffix)]),
+        prefix=mask(to_newlines(text[start:cursor])),
+        suffix=mask(to_newlines(text[cursor : cut_end(text, cursor, budget.suffix)])),
         path=_told_path(snapshot),
         language_id=snapshot.language_id,
         hole=hole,
-        head=to_newlines(find_head(text, surely_reached(text, cursor, budget), cursor, language)),
-        snippets=snippets,
-        guesses=tuple(guesses),
+        head=mask(to_newlines(find_head(text, surely_reached(text, cursor, budget), cursor, language))),
+        snippets=tuple(Snippet(snippet.path, mask(snippet.text)) for snippet in snippets),
+        guesses=tuple(guess for guess in guesses if not has_secret(guess.text)),
     )
 
 

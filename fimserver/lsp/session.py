@@ -13,6 +13,7 @@ from itertools import islice
 from typing import Any
 
 from fimserver.context.hole import is_private
+from fimserver.context.ignored import IgnoreRules
 from fimserver.context.languages import find_language
 from fimserver.context.place import Place, TreeMemory, find_place
 from fimserver.context.window import path_of
@@ -153,6 +154,7 @@ class Session:
     lost: set[str] = field(default_factory=set)  # documents of which an edit could not be read
     snoozed_until: float = 0.0  # of time.monotonic
     _trees: dict[str, TreeMemory] = field(default_factory=dict)
+    _ignored: IgnoreRules = field(default_factory=IgnoreRules)
     _deleted: deque[Deleted] = field(default_factory=lambda: deque(maxlen=_MAX_DELETED))
 
     def open(self, document: Document) -> None:
@@ -184,11 +186,21 @@ class Session:
             text, after = text + last.text if last.start == end else last.text + text, last.after
         self._deleted.appendleft(Deleted(new.uri, start, before, text, after))
 
+    def _refuse(self, uri: str) -> NoCompletion | None:
+        """Why a document is nobody's business."""
+        return self._ignored.refuse(uri, with_git=not self.settings.complete_ignored)
+
+    def _is_hidden(self, uri: str) -> bool:
+        """Whether a document's text must not be read for others."""
+        return is_private(uri) or self._refuse(uri) is not None
+
     def other_documents(self, snapshot: Snapshot) -> list[tuple[str, str]]:
         """Path and text of other open documents in the same language, the one edited last first; no private ones."""
         language = find_language(snapshot.language_id)
         others = (document for document in reversed(self.documents.values()) if document.uri != snapshot.uri)
-        fit = (other for other in others if find_language(other.language_id) is language and not is_private(other.uri))
+        fit = (
+            other for other in others if find_language(other.language_id) is language and not self._is_hidden(other.uri)
+        )
         return [(path_of(document.uri), document.text) for document in islice(fit, _MAX_OTHERS)]
 
     def other_texts(self, snapshot: Snapshot) -> list[str]:
@@ -196,7 +208,7 @@ class Session:
         deleted = [
             f"{d.before}{d.text}{d.after}"
             for d in self._deleted
-            if len(d.text) >= _LEAST_DELETED and not is_private(d.uri)
+            if len(d.text) >= _LEAST_DELETED and not self._is_hidden(d.uri)
         ]
         return [*deleted, *(text for _, text in self.other_documents(snapshot))]
 
@@ -223,6 +235,8 @@ class Session:
 
     def find_place(self, snapshot: Snapshot, *, invoked: bool) -> Place | NoCompletion:
         """What may be filled at a snapshot's cursor; the syntax tree is made from the document's last one."""
+        if (refusal := self._refuse(snapshot.uri)) is not None:
+            return refusal
         document = self.documents.get(snapshot.uri)
         memory = self._trees.setdefault(snapshot.uri, TreeMemory())
         writable = document is None or document.writable

@@ -1,0 +1,237 @@
+"""What is never read, and what a model is never shown."""
+
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fimserver.context.ignored import IgnoreRules, path_of_file
+from fimserver.context.secrets import has_secret, mask
+from fimserver.context.window import Budget, build_context
+from fimserver.lsp.convert import Document
+from fimserver.lsp.session import Session
+from fimserver.settings import Settings
+from fimserver.text import LineIndex
+from fimserver.types import Guess, Hole, HoleKind, NoCompletion, Snapshot, Snippet
+
+HOLE = Hole(HoleKind.REST_OF_LINE, 1, 1)
+# put together here, so that no scanner takes this file for a leak
+SECRETS = [
+    "AKIA" + "IOSFODNN7EXAMPLE",
+    "ghp_" + "16C7e42F292c6912E7710c838347Ae178B4a",
+    "github_pat_" + "11ABCDEFG0" * 6,
+    "glpat-" + "x1Yz" * 5,
+    "xoxb-" + "123456789012-abcdefABCDEF",
+    "sk-proj-" + "aB3dE6" * 8,
+    "sk_live_" + "4eC39HqLyjWDarjtT1zdp7dc",
+    "AIza" + "SyA1234567890abcdefghijklmnopqrstuv",
+    "npm_" + "a1B2c3" * 6,
+    "hf_" + "aB3dE6" * 6,
+    "pypi-AgE" + "IcHlwaS5vcmcCJ" * 3,
+    "eyJ" + "hbGciOiJIUzI1NiJ9.eyJ" + "zdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmN",
+]
+
+
+@pytest.mark.parametrize("secret", SECRETS, ids=lambda s: s[:6])
+@pytest.mark.parametrize("line", ["x = '{}'", "curl -H 'Authorization: Bearer {}' https://a.b", "{}", "KEY={} # mine"])
+def test_tokens_are_crossed_out(secret: str, line: str) -> None:
+    text = f"import os\n{line.format(secret)}\nprint(1)\n"
+    masked = mask(text)
+    assert secret[8:] not in masked
+    assert len(masked) == len(text)
+    assert masked.startswith("import os\n")
+    assert masked.endswith("\nprint(1)\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "secret"),
+    [
+        ("password = 'hunter2hunter2'", "hunter2hunter2"),
+        ('"api_key": "0123456789abcdef",', "0123456789abcdef"),
+        ("DB_PASSWORD: str = 'p4ssw0rd!'", "p4ssw0rd!"),
+        ("config['secret_token'] = \"s3cr3ts3cr3t\"", "s3cr3ts3cr3t"),
+        ("const apiKey = 'k3y-0123456789'", "k3y-0123456789"),
+        ("if token == 'abc123def456':", "abc123def456"),
+        ("url = 'postgres://me:pa55word@host/db'", "pa55word"),
+        ("-----BEGIN RSA PRIVATE KEY-----\nMIIEpAIBAAKCAQ\nEA1234\n-----END RSA PRIVATE KEY-----", "MIIEpAIBAAKCAQ"),
+        ("-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNzaC1rZXk", "b3BlbnNzaC1rZXk"),
+    ],
+)
+def test_literals_are_crossed_out(text: str, secret: str) -> None:
+    masked = mask(text)
+    assert secret not in masked
+    assert [len(line) for line in masked.split("\n")] == [len(line) for line in text.split("\n")]
+    assert mask(masked) == masked
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "password = os.environ['DB_PASSWORD_2']",
+        "token = tokenizer.next_token(2)",
+        "password: str = field(default='')",
+        "key = 'refresh_token'",
+        "{'token': 'access_token'}",
+        "url = 'https://example.com:8080/path@2'",
+        "password = '${DB_PASSWORD_1}'",
+        "def mask(secret: str, length: int = 12) -> str:",
+        "sk = skip_1234567890123456",
+    ],
+)
+def test_code_is_left(text: str) -> None:
+    assert mask(text) == text
+    assert not has_secret(text)
+
+
+@given(st.text(max_size=200))
+def test_lengths_and_lines_stay(text: str) -> None:
+    masked = mask(text)
+    assert len(masked) == len(text)
+    assert [i for i, c in enumerate(masked) if c in "\r\n"] == [i for i, c in enumerate(text) if c in "\r\n"]
+
+
+def test_it_costs_little() -> None:
+    text = ("    token = self.tokens[index]  # a secret of https://example.com\n" * 700)[:40_000]
+    mask(text)
+    begin = time.perf_counter()
+    for _ in range(5):
+        mask(text)
+    assert (time.perf_counter() - begin) / 5 < 0.02  # 2 to 3 ms measured, beside other work
+
+
+def test_the_model_is_shown_no_secret() -> None:
+    secret = SECRETS[1]
+    text = f"TOKEN = '{secret}'\n" + "def f():\n    pass\n" * 50 + f"x = \ny = '{secret}'\n"
+    snapshot = Snapshot("file:///a.py", 1, "python", text, text.index("x = ") + 4)
+    context = build_context(
+        snapshot,
+        HOLE,
+        Budget(400, 200),
+        (Snippet("b.py", f"T = '{secret}'"),),
+        [Guess(f"'{secret}'", 40, 10), Guess("1", 40, 10)],
+    )
+    assert secret not in repr(context)
+    assert [guess.text for guess in context.guesses] == ["1"]
+    assert context.suffix.startswith("\ny = 'xxxx")
+
+
+# Ignored files
+
+
+def refusal(folder: Path, name: str, rules: IgnoreRules | None = None, *, with_git: bool = True) -> str | None:
+    refused = (rules or IgnoreRules()).refuse((folder / name).as_uri(), with_git=with_git)
+    return refused.detail if refused is not None else None
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    return tmp_path
+
+
+NAMES = [
+    "a.py", "build/a.py", "build/deep/a.py", "src/build/a.py", "src/a.log", "src/keep.log", "src/gen/x.py",
+    "src/gen/keep.py", "local.py", "src/local.py", "docs/a b.md", "docs/café.md", "x/y/z.tmp", "x/y/z.py",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {".gitignore": "build/\n*.log\n!keep.log\n"},
+        {".gitignore": "/local.py\n# comment\n\n*.tmp\n", "src/.gitignore": "gen/*\n!gen/keep.py\n"},
+        {".gitignore": "src/gen\n", "src/.gitignore": "!gen\n", "src/gen/.gitignore": "!keep.py\n"},
+        {".gitignore": "*.md\n", "docs/.gitignore": "!*.md\n"},
+        {".gitignore": "**/y/**\nx/**/z.py\n"},
+        {".gitignore": "*\n!*/\n!*.py\n"},
+        {".gitignore": "/build/*\n!/build/deep/\n/src/*\n!/src/build/\nx\n!x/y/\n"},
+        {".gitignore": "*\n!build/\n!src\n"},
+        {".git/info/exclude": "local.py\n"},
+    ],
+)
+def test_git_says_the_same(repository: Path, files: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(repository / "none"))
+    for name in NAMES:
+        (repository / name).parent.mkdir(parents=True, exist_ok=True)
+        (repository / name).write_text("")
+    for name, text in files.items():
+        (repository / name).write_text(text)
+    rules = IgnoreRules()
+    for name in NAMES:
+        asked = subprocess.run(["git", "-C", str(repository), "check-ignore", "-q", "--no-index", name], check=False)
+        assert (refusal(repository, name, rules) is not None) == (asked.returncode == 0), name
+        assert refusal(repository, name, rules, with_git=False) is None
+
+
+def test_without_a_repository_gitignore_says_nothing(tmp_path: Path) -> None:
+    (tmp_path / ".gitignore").write_text("*\n")
+    assert refusal(tmp_path, "a.py") is None
+
+
+def test_our_own_file_counts_everywhere_and_always(tmp_path: Path) -> None:
+    (tmp_path / ".fimserverignore").write_text("*.sql\nprivate/\n[\n")
+    for name in ("a.sql", "deep/er/b.sql", "private/x.py"):
+        detail = refusal(tmp_path, name, with_git=False)
+        assert detail is not None
+        assert str(tmp_path / ".fimserverignore") in detail
+    assert refusal(tmp_path, "a.py") is None
+
+
+def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
+    rules = IgnoreRules()
+    file = tmp_path / ".fimserverignore"
+    assert refusal(tmp_path, "a.py", rules) is None
+    file.write_text("a.py\n")
+    assert refusal(tmp_path, "a.py", rules) is not None
+    file.write_text("another.py\n")
+    assert refusal(tmp_path, "a.py", rules) is None
+    file.unlink()
+    assert refusal(tmp_path, "another.py", rules) is None
+
+
+def test_a_link_to_a_secret_is_one(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("A=1")
+    (tmp_path / "settings.txt").symlink_to(tmp_path / ".env")
+    detail = refusal(tmp_path, "settings.txt")
+    assert detail is not None
+    assert "secrets" in detail
+
+
+@pytest.mark.parametrize(
+    ("uri", "path"),
+    [
+        ("file:///a/b%20c.py", Path("/a/b c.py")),
+        ("file://localhost/a.py", Path("/a.py")),
+        ("vscode-notebook-cell:/a/n.ipynb#X1", Path("/a/n.ipynb")),
+        ("file://server/share/a.py", None),
+        ("untitled:Untitled-1", None),
+        ("vscode-remote://ssh/a.py", None),
+        ("git:/a.py?ref", None),
+        ("file:///a%00b", None),
+        ("http://[bad", None),
+        ("", None),
+    ],
+)
+def test_uris(uri: str, path: Path | None) -> None:
+    assert path_of_file(uri) == path
+    assert IgnoreRules().refuse(uri) is None
+
+
+def test_the_session_asks(repository: Path) -> None:
+    (repository / ".gitignore").write_text("generated.py\n")
+    session = Session()
+    texts = {"generated.py": "value = compute_everything(1)\n", "a.py": "x = \n"}
+    for name, text in texts.items():
+        session.open(Document((repository / name).as_uri(), "python", 1, LineIndex(text)))
+    uri = (repository / "generated.py").as_uri()
+    snapshot = Snapshot((repository / "a.py").as_uri(), 1, "python", texts["a.py"], 4)
+    assert session.other_documents(snapshot) == []
+    place = session.find_place(Snapshot(uri, 1, "python", texts["generated.py"], 8), invoked=True)
+    assert isinstance(place, NoCompletion)
+    assert place.reason == "ignored_file"
+    assert "completeIgnored" in place.detail
+    session.settings = Settings(complete_ignored=True)
+    assert len(session.other_documents(snapshot)) == 1

@@ -1,0 +1,47 @@
+"""docs/protocol.md, block by block, sent to a server."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lsp_client import LspClient
+
+import fimserver
+
+PAGE = Path(fimserver.__file__).parent / "docs" / "protocol.md"
+EXAMPLES = [
+    json.loads(block) for block in re.findall(r"```json\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+]
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[LspClient]:
+    client = LspClient()
+    client.initialize()
+    client.open("file:///a.py", "x = \n")
+    yield client
+    client.close()
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: f"{e['method']}:{e['params'].get('command', '')}")
+def test_example(client: LspClient, example: dict[str, Any]) -> None:
+    method, params = example["method"], example["params"]
+    if "answers" in example:
+        assert set(client.request(method, params)) == set(example["answers"])
+    elif method == "workspace/executeCommand":
+        client.request(method, params)
+    else:
+        name = method.removeprefix("textDocument/")
+        before = client.explain()["counters"].get(name, 0)
+        client.notify(method, params)
+        assert client.explain()["counters"][name] == before + 1
+
+
+def test_there_are_examples_of_everything() -> None:
+    assert len(EXAMPLES) >= 8
+    source = (PAGE.parent.parent / "lsp" / "features.py").read_text(encoding="utf-8")
+    for name in re.findall(r'"((?:textDocument|fimserver)/\w+)"', source):
+        assert name in TEXT, name
