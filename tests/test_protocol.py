@@ -12,9 +12,8 @@ from lsp_client import LspClient
 import fimserver
 
 PAGE = Path(fimserver.__file__).parent / "docs" / "protocol.md"
-EXAMPLES = [
-    json.loads(block) for block in re.findall(r"```json\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-]
+TEXT = PAGE.read_text(encoding="utf-8")
+EXAMPLES = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", TEXT, re.DOTALL)]
 
 
 @pytest.fixture(scope="module")
