@@ -342,6 +342,34 @@ def keystroke(limit: int | None, human: bool, speed: float, as_json: bool, **opt
 
 
 @bench.command()
+@click.option(
+    "--editors", type=click.IntRange(min=1, max=64), default=8, show_default=True, metavar="N", help="Windows."
+)
+@click.option("--edits", type=click.IntRange(min=1), default=1000, show_default=True, metavar="N", help="Of each.")
+@click.option(
+    "--faults", type=click.IntRange(min=0), default=10, show_default=True, metavar="N", help="Kills and stops."
+)
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of all that is drawn.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def soak(editors: int, edits: int, faults: int, seed: int, as_json: bool) -> None:  # noqa: FBT001
+    """Many editors at one daemon, edits without pause, kills now and then: what is lost, late or left behind.
+
+    Exit code 1 where anything was.
+    """
+    from fimserver.bench.soak import Summary  # noqa: PLC0415
+    from fimserver.bench.soak import soak as run  # noqa: PLC0415
+
+    found: list[Summary] = []
+
+    def measure() -> Summary:
+        found.append(run(editors, edits, faults, seed))
+        return found[0]
+
+    _run_measurement(measure, as_json=as_json)
+    sys.exit(0 if found and found[0].is_good else 1)
+
+
+@bench.command()
 @click.option("--limit", type=click.IntRange(min=1), default=102, show_default=True, metavar="N", help="Holes.")
 @click.option("--modes", metavar="A,B", help="Only these ways, for instance diffusion,autoregressive,generate.")
 @click.option("--plots", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="Write pictures.")

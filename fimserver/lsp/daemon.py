@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 import time
+import zlib
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
@@ -156,6 +157,8 @@ class Daemon:
                 self.end(command)
             elif command == "explain":
                 answer("records", records=self.records())
+            elif command == "texts":
+                answer("texts", texts=self.texts())
             elif command == "replay":
                 answer("replay", replay=self.replay(str(hello.get("request"))))
             else:
@@ -226,6 +229,18 @@ class Daemon:
             for record in c.server.session.records.recent()
         ]
         return sorted(found, key=lambda record: record["at"])
+
+    def texts(self) -> list[dict[str, Any]]:
+        """Checksums of all open documents: whether they are what the editors have."""
+        return [
+            {
+                "uri": document.uri,
+                "version": document.version,
+                "crc32": zlib.crc32(document.text.encode("utf-8", "surrogatepass")),
+            }
+            for connection in self.connections
+            for document in connection.server.session.documents.values()
+        ]
 
     def replay(self, name: str) -> dict[str, Any] | None:
         """What the model was asked for one of them, and how the engine is set up; ``None`` where that is gone."""

@@ -1,0 +1,421 @@
+"""``fimserver bench soak``: many editors at one daemon, all of them edited, and everything killed now and then.
+
+Each editor is a thread with a relay of its own, as an editor window is. It edits a file of 10,000 lines at random
+(insertions, deletions, whole texts; also outside ASCII), asks for completions, and cancels some; between a few edits
+it pauses for 50 ms at the mean. Now and then the worker is killed or stopped for a second, the daemon is killed, or a
+relay is. What must hold, whatever comes:
+
+    every request is answered once, and not with an error; an answer to a text that did not change stands at its cursor
+    in the end the daemon has the text that each editor has, by checksum
+    no process is left when all have gone
+    the daemon's memory does not grow (slope over the run)
+
+Fate is drawn from a seed; times are not.
+
+Knows:  LSP as an editor does, processes.  Never: the model.
+"""
+
+import contextlib
+import json
+import math
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from rich.progress import Progress
+
+from fimserver.errors import FimserverError
+from fimserver.lsp.daemon import resident_bytes
+from fimserver.lsp.launch import ask, end_daemon, read_status
+from fimserver.lsp.wire import read_body, to_frame
+from fimserver.paths import HOME_VARIABLE
+from fimserver.text import Encoding, LineIndex
+
+_NUM_LINES = 10_000
+_ANSWER_S = 60.0
+_STOP_S = 1.0
+_PAUSE_S = 0.05
+_READY_S = 120.0
+_ENDED_S = 5.0
+_LINES = (
+    "def step_{0}(items):\n",
+    "    value = compute(items, {0})\n",
+    "    return [item for item in items if item > value]\n",
+)
+_TYPED = ("x", "item", " = ", "(", ")", "\n    ", "caf\u00e9 ", "\U0001f600", "return ", "# \u65e5\u672c\n")
+_WEIGHTS = {"worker": 4, "daemon": 2, "relay": 2, "stop": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What came of it; times of requests for the server's state, which it answers without the model."""
+
+    seconds: float
+    editors: int
+    edits: int
+    requests: int
+    offered: int
+    empty: int
+    cancelled: int
+    faults: dict[str, int]
+    errors: int
+    unanswered: int
+    misplaced: int
+    different_texts: int
+    orphans: int
+    state_ms_p50: float
+    state_ms_p95: float
+    daemon_megabytes: float
+    megabytes_per_1000_edits: float
+    relay_megabytes: float
+
+    @property
+    def is_good(self) -> bool:
+        """Whether all held that must hold."""
+        return not (self.errors or self.unanswered or self.misplaced or self.different_texts or self.orphans)
+
+
+@dataclass(slots=True)
+class Counts:
+    """What one editor saw."""
+
+    edits: int = 0
+    requests: int = 0
+    offered: int = 0
+    empty: int = 0
+    cancelled: int = 0
+    errors: int = 0
+    unanswered: int = 0
+    misplaced: int = 0
+    state_ms: list[float] = field(default_factory=list)
+
+
+class Window:
+    """One editor window: a relay, and a file."""
+
+    def __init__(self, number: int, seed: int, counts: Counts) -> None:
+        self.uri = f"file:///soak/{number}.py"
+        self.counts = counts
+        self.index = LineIndex("".join(_LINES[i % 3].format(i) for i in range(_NUM_LINES)))
+        self.version = 1
+        self._random = random.Random(seed)
+        self._answers: dict[int, dict[str, Any]] = {}
+        self._arrived = threading.Condition()
+        self._next_id = 0
+        self.start()
+
+    def start(self) -> None:
+        """A relay, and all that an editor says at first."""
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "fimserver", "lsp"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        stdout = cast("BinaryIO", self.process.stdout)
+        threading.Thread(target=self._read, args=(stdout,), daemon=True).start()
+        general = {"positionEncodings": ["utf-16"]}
+        self.ask("initialize", {"processId": os.getpid(), "rootUri": None, "capabilities": {"general": general}})
+        self.tell("initialized", {})
+        item = {"uri": self.uri, "languageId": "python", "version": self.version, "text": self.index.text}
+        self.tell("textDocument/didOpen", {"textDocument": item})
+
+    def _read(self, stream: BinaryIO) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            while (body := read_body(stream)) is not None:
+                message = json.loads(body)
+                if "method" not in message:
+                    with self._arrived:
+                        self._answers[message["id"]] = {**message, "at": time.perf_counter()}
+                        self._arrived.notify_all()
+
+    def tell(self, method: str, params: Any, **more: Any) -> None:
+        """Send a message."""
+        body = json.dumps({"jsonrpc": "2.0", "method": method, "params": params, **more}).encode()
+        stdin = cast("BinaryIO", self.process.stdin)
+        stdin.write(to_frame(body))
+        stdin.flush()
+
+    def send(self, method: str, params: Any) -> int:
+        """Send a request."""
+        self._next_id += 1
+        self.tell(method, params, id=self._next_id)
+        return self._next_id
+
+    def wait(self, number: int, timeout_s: float = _ANSWER_S) -> dict[str, Any] | None:
+        """A request's answer."""
+        with self._arrived:
+            self._arrived.wait_for(lambda: number in self._answers or self.process.poll() is not None, timeout_s)
+            return self._answers.pop(number, None)
+
+    def ask(self, method: str, params: Any) -> dict[str, Any]:
+        """A request and its answer."""
+        answer = self.wait(self.send(method, params))
+        if answer is None:
+            self.counts.unanswered += 1
+            return {}
+        return answer
+
+    def replace_relay(self) -> None:
+        """The relay was killed: the editor starts its server anew."""
+        self._close()
+        self.start()
+
+    def edit(self) -> None:
+        """A random edit, here and there."""
+        draw = self._random
+        line = draw.randrange(len(self.index))
+        start, end = self.index.line_range(line)
+        start = draw.randint(start, end)
+        self.version += 1
+        document = {"uri": self.uri, "version": self.version}
+        if draw.random() < 0.005:  # noqa: PLR2004  rarely the whole text, as some editors send it
+            self.index = LineIndex(self.index.text)
+            self.tell(
+                "textDocument/didChange", {"textDocument": document, "contentChanges": [{"text": self.index.text}]}
+            )
+        else:
+            end = min(end, start + draw.choice((0, 0, 0, 1, 5)))
+            text = draw.choice(_TYPED)
+            places = [self.index.to_position(offset, Encoding.UTF16) for offset in (start, end)]
+            span = [{"line": line, "character": column} for line, column in places]
+            change = {"range": {"start": span[0], "end": span[1]}, "text": text}
+            self.index = self.index.replaced(start, end, text)
+            self.tell("textDocument/didChange", {"textDocument": document, "contentChanges": [change]})
+        self.counts.edits += 1
+
+    def request(self) -> None:
+        """A completion at a random line's end: waited for, typed on, or cancelled."""
+        draw = self._random
+        line = draw.randrange(len(self.index))
+        column = self.index.to_position(self.index.line_range(line)[1], Encoding.UTF16)[1]
+        place = {"line": line, "character": column}
+        kind = 1 if draw.random() < 0.1 else 2  # noqa: PLR2004
+        params = {"textDocument": {"uri": self.uri}, "position": place, "context": {"triggerKind": kind}}
+        number = self.send("textDocument/inlineCompletion", params)
+        self.counts.requests += 1
+        fate = draw.random()
+        if fate < 0.3:  # noqa: PLR2004
+            self.tell("$/cancelRequest", {"id": number})
+        elif fate < 0.6:  # noqa: PLR2004
+            self.edit()
+        self._judge(self.wait(number), place if fate >= 0.6 else None)  # noqa: PLR2004
+
+    def _judge(self, answer: dict[str, Any] | None, place: dict[str, int] | None) -> None:
+        if answer is None:
+            if self.process.poll() is None:  # a relay that was killed answers nothing
+                self.counts.unanswered += 1
+            return
+        if "error" in answer:
+            if answer["error"]["code"] == -32800:  # noqa: PLR2004  cancelled
+                self.counts.cancelled += 1
+            else:
+                self.counts.errors += 1
+            return
+        items = answer["result"]["items"]
+        self.counts.offered += bool(items)
+        self.counts.empty += not items
+        if place is not None:
+            self.counts.misplaced += sum(item["range"]["start"] != place for item in items)
+
+    def ping(self) -> None:
+        """How long the server takes to say its state."""
+        begin = time.perf_counter()
+        answer = self.ask("fimserver/status", {})
+        if answer:
+            self.counts.state_ms.append((answer["at"] - begin) * 1e3)
+
+    def leave(self) -> None:
+        """Close the window."""
+        self.ask("shutdown", None)
+        with contextlib.suppress(OSError):
+            self.tell("exit", None)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(10)
+        self._close()
+
+    def _close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        with contextlib.suppress(OSError):
+            cast("BinaryIO", self.process.stdin).close()
+
+
+class Soak:
+    """The run."""
+
+    def __init__(self, editors: int, edits: int, faults: int, seed: int) -> None:
+        self.edits, self.num_faults, self.seed = edits, faults, seed
+        self.faults: Counter[str] = Counter()
+        self.pids: set[int] = set()
+        self.memory: list[tuple[int, int]] = []  # edits so far, bytes of the daemon; begins anew with each daemon
+        self.counts = [Counts() for _ in range(editors)]
+        self.windows = [Window(number, seed + number, self.counts[number]) for number in range(editors)]
+        self._locks = [threading.Lock() for _ in range(editors)]
+
+    def run(self, report: Callable[[int], None]) -> Summary:
+        """All of it."""
+        _until(lambda: ((read_status() or {}).get("worker") or {}).get("state") == "ready", _READY_S)
+        begin = time.perf_counter()
+        self._look()
+        threads = [threading.Thread(target=self._work, args=(number,)) for number in range(len(self.windows))]
+        for thread in threads:
+            thread.start()
+        fate = random.Random(self.seed)
+        total = self.edits * len(self.windows)
+        due = [total * (i + 1) // (self.num_faults + 1) for i in range(self.num_faults)]
+        while any(thread.is_alive() for thread in threads):
+            done = sum(counts.edits for counts in self.counts)
+            report(done)
+            self._look(done)
+            if due and done >= due[0]:
+                due.pop(0)
+                self._harm(fate.choices(list(_WEIGHTS), list(_WEIGHTS.values()))[0], fate)
+            time.sleep(0.1)
+        different = self._count_different()
+        relays = [resident_bytes(window.process.pid) or 0 for window in self.windows]
+        for window in self.windows:
+            window.leave()
+        end_daemon("stop", force=True)
+        return self._summarize(time.perf_counter() - begin, different, max(relays))
+
+    def _work(self, number: int) -> None:
+        window, counts = self.windows[number], self.counts[number]
+        draw = random.Random(self.seed * 1000 + number)
+        while counts.edits < self.edits:
+            try:
+                with self._locks[number]:
+                    for _ in range(draw.randint(1, 12)):
+                        window.edit()
+                    fate = draw.random()
+                    if fate < 0.3:  # noqa: PLR2004
+                        window.request()
+                    elif fate < 0.5:  # noqa: PLR2004
+                        window.ping()
+                time.sleep(draw.expovariate(1 / _PAUSE_S))
+            except OSError:
+                window.replace_relay()  # it was killed under us
+
+    def _harm(self, what: str, fate: random.Random) -> None:
+        """Kill or stop one of them."""
+        self.faults[what] += 1
+        status = None
+        with contextlib.suppress(FimserverError):
+            status = read_status()
+        if what == "relay":
+            number = fate.randrange(len(self.windows))
+            self.windows[number].process.kill()
+            return
+        if status is None:
+            return
+        pid = status["pid"] if what == "daemon" else status["worker"]["pid"]
+        if pid is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            if what == "stop":
+                os.kill(pid, signal.SIGSTOP)
+                time.sleep(_STOP_S)
+                os.kill(pid, signal.SIGCONT)
+            else:
+                os.kill(pid, signal.SIGKILL)
+
+    def _look(self, done: int = 0) -> None:
+        """Note who runs, and with how much memory."""
+        with contextlib.suppress(FimserverError):
+            status = read_status()
+            if status is not None:
+                self.pids |= {status["pid"], *([status["worker"]["pid"]] if status["worker"]["pid"] else [])}
+                if self.memory and self.memory[-1][0] > done:
+                    self.memory.clear()
+                self.memory.append((done, status["resident_bytes"] or 0))
+
+    def _count_different(self) -> int:
+        """Editors whose text the daemon does not have."""
+        for window in self.windows:
+            if window.process.poll() is not None:
+                window.replace_relay()
+            window.ping()  # what was sent before is taken in now
+        texts = {text["uri"]: text for text in (ask("texts") or {}).get("texts", [])}
+        return sum(
+            texts.get(window.uri, {}).get("crc32") != zlib.crc32(window.index.text.encode("utf-8", "surrogatepass"))
+            for window in self.windows
+        )
+
+    def _summarize(self, seconds: float, different: int, relay_bytes: int) -> Summary:
+        _until(lambda: not any(map(_is_there, self.pids)), _ENDED_S)
+        total = Counter[str]()
+        for counts in self.counts:
+            total.update({name: value for name, value in asdict(counts).items() if isinstance(value, int)})
+        times = sorted(ms for counts in self.counts for ms in counts.state_ms)
+        later = self.memory[len(self.memory) // 2 :]
+        return Summary(
+            seconds=round(seconds, 1),
+            editors=len(self.windows),
+            edits=total["edits"],
+            requests=total["requests"],
+            offered=total["offered"],
+            empty=total["empty"],
+            cancelled=total["cancelled"],
+            faults=dict(self.faults),
+            errors=total["errors"],
+            unanswered=total["unanswered"],
+            misplaced=total["misplaced"],
+            different_texts=different,
+            orphans=sum(_is_there(pid) for pid in self.pids),
+            state_ms_p50=round(statistics.median(times), 2) if times else math.nan,
+            state_ms_p95=round(times[int(0.95 * (len(times) - 1))], 2) if times else math.nan,
+            daemon_megabytes=round(self.memory[-1][1] / 1e6, 1) if self.memory else math.nan,
+            megabytes_per_1000_edits=round(1000 * _slope(later) / 1e6, 3),
+            relay_megabytes=round(relay_bytes / 1e6, 1),
+        )
+
+
+def _slope(points: list[tuple[int, int]]) -> float:
+    """Bytes an edit, by least squares; 0 where nothing can be said."""
+    if len({x for x, _ in points}) < 2:  # noqa: PLR2004
+        return 0.0
+    return statistics.linear_regression([x for x, _ in points], [y for _, y in points]).slope
+
+
+def _until(condition: Callable[[], bool], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+def _is_there(pid: int) -> bool:
+    try:
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
+    except OSError:
+        return False
+
+
+def soak(editors: int, edits: int, faults: int, seed: int) -> Summary:
+    """Run it in a home of its own: a daemon that serves somebody is left alone."""
+    with tempfile.TemporaryDirectory(prefix="fimserver-soak-") as home:
+        before = os.environ.get(HOME_VARIABLE)
+        os.environ[HOME_VARIABLE] = home
+        try:
+            with Progress(transient=True) as progress:
+                task = progress.add_task("edits", total=editors * edits)
+                return Soak(editors, edits, faults, seed).run(lambda done: progress.update(task, completed=done))
+        finally:
+            with contextlib.suppress(FimserverError):
+                end_daemon("stop", force=True)
+            if before is None:
+                del os.environ[HOME_VARIABLE]
+            else:
+                os.environ[HOME_VARIABLE] = before
