@@ -60,7 +60,12 @@ _WEIGHTS = {"worker": 4, "daemon": 2, "relay": 2, "stop": 2}
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What came of it; times of requests for the server's state, which it answers without the model."""
+    """What came of it.
+
+    ``message_ms`` is how long the server works at one message, ``place_ms`` at finding out what is to be filled for a
+    request, both by its own clock; ``state_ms`` how long an editor waits
+    for an answer that needs no model, behind its last edits and beside all other processes of this run.
+    """
 
     seconds: float
     editors: int
@@ -75,6 +80,8 @@ class Summary:
     misplaced: int
     different_texts: int
     orphans: int
+    message_ms_p95: float
+    place_ms_p95: float
     state_ms_p50: float
     state_ms_p95: float
     daemon_megabytes: float
@@ -286,11 +293,14 @@ class Soak:
                 self._harm(fate.choices(list(_WEIGHTS), list(_WEIGHTS.values()))[0], fate)
             time.sleep(0.1)
         different = self._count_different()
+        message_ms = (read_status() or {}).get("message_ms", {}).get("p95") or math.nan
+        records = (ask("explain") or {}).get("records", [])
+        place_ms = _quantile([r["timings_ms"]["place"] for r in records if "place" in r["timings_ms"]], 0.95)
         relays = [resident_bytes(window.process.pid) or 0 for window in self.windows]
         for window in self.windows:
             window.leave()
         end_daemon("stop", force=True)
-        return self._summarize(time.perf_counter() - begin, different, max(relays))
+        return self._summarize(time.perf_counter() - begin, different, max(relays), (message_ms, place_ms))
 
     def _work(self, number: int) -> None:
         window, counts = self.windows[number], self.counts[number]
@@ -354,12 +364,12 @@ class Soak:
             for window in self.windows
         )
 
-    def _summarize(self, seconds: float, different: int, relay_bytes: int) -> Summary:
+    def _summarize(self, seconds: float, different: int, relay_bytes: int, own_ms: tuple[float, float]) -> Summary:
         _until(lambda: not any(map(_is_there, self.pids)), _ENDED_S)
         total = Counter[str]()
         for counts in self.counts:
             total.update({name: value for name, value in asdict(counts).items() if isinstance(value, int)})
-        times = sorted(ms for counts in self.counts for ms in counts.state_ms)
+        times = [ms for counts in self.counts for ms in counts.state_ms]
         later = self.memory[len(self.memory) // 2 :]
         return Summary(
             seconds=round(seconds, 1),
@@ -375,12 +385,18 @@ class Soak:
             misplaced=total["misplaced"],
             different_texts=different,
             orphans=sum(_is_there(pid) for pid in self.pids),
-            state_ms_p50=round(statistics.median(times), 2) if times else math.nan,
-            state_ms_p95=round(times[int(0.95 * (len(times) - 1))], 2) if times else math.nan,
+            message_ms_p95=own_ms[0],
+            place_ms_p95=own_ms[1],
+            state_ms_p50=_quantile(times, 0.5),
+            state_ms_p95=_quantile(times, 0.95),
             daemon_megabytes=round(self.memory[-1][1] / 1e6, 1) if self.memory else math.nan,
             megabytes_per_1000_edits=round(1000 * _slope(later) / 1e6, 3),
             relay_megabytes=round(relay_bytes / 1e6, 1),
         )
+
+
+def _quantile(values: list[float], share: float) -> float:
+    return round(sorted(values)[int(share * (len(values) - 1))], 2) if values else math.nan
 
 
 def _slope(points: list[tuple[int, int]]) -> float:

@@ -18,7 +18,8 @@ import socket
 import sys
 import time
 import zlib
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ LINGER_S = 300.0
 _MOST_UNSENT_BYTES = 64 * 2**20
 _LARGEST_HELLO_BYTES = 65536
 _PROOF_BYTES = 32
+_TIMES_KEPT = 2000
 _LOCK_TIMEOUT_S = 1.0  # who only looks whether the lock is held, holds it for a moment
 _LISTEN_FDS_START = 3  # systemd's
 _logger = logging.getLogger(__name__)
@@ -79,6 +81,7 @@ class Daemon:
         self._done = asyncio.Event()
         self._reason = ""
         self._count = 0
+        self._handling_ms: deque[float] = deque(maxlen=_TIMES_KEPT)  # of messages; nobody else is served meanwhile
         self._idle_timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._askers: list[asyncio.StreamWriter] = []  # who asked for the end, and sees it when they are closed
@@ -191,10 +194,12 @@ class Daemon:
         protocol = server.protocol
         try:
             while (body := await _read_body(reader)) is not None:
+                begin = time.perf_counter()
                 try:
                     protocol.handle_message(json.loads(body, object_hook=protocol.structure_message))
                 except Exception as error:  # noqa: BLE001  one message fails, the connection goes on
                     server.report_server_error(error, None)
+                self._handling_ms.append((time.perf_counter() - begin) * 1e3)
         finally:
             self.connections.remove(connection)
             self.counters.update(server.session.counters)
@@ -276,7 +281,13 @@ class Daemon:
             "queue": engine.num_pending,
             "cache": sum(session.cache.count() for session in sessions),
             "counters": dict(counters),
+            "message_ms": {"p50": _quantile(self._handling_ms, 0.5), "p95": _quantile(self._handling_ms, 0.95)},
         }
+
+
+def _quantile(values: Iterable[float], share: float) -> float | None:
+    ordered = sorted(values)
+    return round(ordered[int(share * (len(ordered) - 1))], 2) if ordered else None
 
 
 def resident_bytes(pid: int) -> int | None:
