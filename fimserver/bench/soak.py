@@ -1,9 +1,9 @@
 """``fimserver bench soak``: many editors at one daemon, all of them edited, and everything killed now and then.
 
 Each editor is a thread with a relay of its own, as an editor window is. It edits a file of 10,000 lines at random
-(insertions, deletions, whole texts; also outside ASCII), asks for completions, and cancels some; between a few edits
-it pauses for 50 ms at the mean. Now and then the worker is killed or stopped for a second, the daemon is killed, or a
-relay is. What must hold, whatever comes:
+(insertions, deletions, whole texts; also outside ASCII), mostly near the last edit, asks for completions, and cancels
+some; between a few edits it pauses for 50 ms at the mean. Now and then the worker is killed or stopped for a second, the
+daemon is killed, or a relay is. What must hold, whatever comes:
 
     every request is answered once, and not with an error; an answer to a text that did not change stands at its cursor
     in the end the daemon has the text that each editor has, by checksum
@@ -47,6 +47,7 @@ _NUM_LINES = 10_000
 _ANSWER_S = 60.0
 _STOP_S = 1.0
 _PAUSE_S = 0.05
+_JUMPS = 0.02  # share of edits that are anywhere in the file
 _READY_S = 120.0
 _ENDED_S = 5.0
 _LINES = (
@@ -117,6 +118,7 @@ class Window:
         self.counts = counts
         self.index = LineIndex("".join(_LINES[i % 3].format(i) for i in range(_NUM_LINES)))
         self.version = 1
+        self._line = 0
         self._random = random.Random(seed)
         self._answers: dict[int, dict[str, Any]] = {}
         self._arrived = threading.Condition()
@@ -180,11 +182,18 @@ class Window:
         self._close()
         self.start()
 
-    def edit(self) -> None:
-        """A random edit, here and there."""
+    def _move(self) -> int:
+        """The line to edit: near the last, now and then anywhere."""
         draw = self._random
-        line = draw.randrange(len(self.index))
-        start, end = self.index.line_range(line)
+        if draw.random() < _JUMPS:
+            self._line = draw.randrange(len(self.index))
+        self._line = max(0, min(len(self.index) - 1, self._line + draw.choice((-1, 0, 0, 0, 0, 1))))
+        return self._line
+
+    def edit(self) -> None:
+        """A random edit near the last one, rarely elsewhere."""
+        draw = self._random
+        start, end = self.index.line_range(self._move())
         start = draw.randint(start, end)
         self.version += 1
         document = {"uri": self.uri, "version": self.version}
@@ -204,9 +213,9 @@ class Window:
         self.counts.edits += 1
 
     def request(self) -> None:
-        """A completion at a random line's end: waited for, typed on, or cancelled."""
+        """A completion at the end of the line that was edited: waited for, typed on, or cancelled."""
         draw = self._random
-        line = draw.randrange(len(self.index))
+        line = min(self._line, len(self.index) - 1)
         column = self.index.to_position(self.index.line_range(line)[1], Encoding.UTF16)[1]
         place = {"line": line, "character": column}
         kind = 1 if draw.random() < 0.1 else 2  # noqa: PLR2004
