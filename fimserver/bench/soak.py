@@ -2,8 +2,8 @@
 
 Each editor is a thread with a relay of its own, as an editor window is. It edits a file of 10,000 lines at random
 (insertions, deletions, whole texts; also outside ASCII), mostly near the last edit, asks for completions, and cancels
-some; between a few edits it pauses for 50 ms at the mean. Now and then the worker is killed or stopped for a second, the
-daemon is killed, or a relay is. What must hold, whatever comes:
+some; between a few edits it pauses for 50 ms at the mean. Now and then the worker is killed or stopped for a second,
+the daemon is killed, or a relay is. What must hold, whatever comes:
 
     every request is answered once, and not with an error; an answer to a text that did not change stands at its cursor
     in the end the daemon has the text that each editor has, by checksum
