@@ -146,7 +146,7 @@ class Completer:
         reads = info is not None and info.reads_snippets
         others = self._session.other_documents(request.snapshot) if reads else []
         context = build_context(
-            place.seen,
+            self._session.with_cells_above(place.seen),
             place.hole,
             budget_for(info.max_prompt_tokens if info else 0),
             find_snippets(request.snapshot, others),

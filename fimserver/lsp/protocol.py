@@ -26,6 +26,8 @@ from fimserver.lsp.convert import Document, apply_changes, is_writable
 from fimserver.text import LineIndex
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fimserver.lsp.server import FimLanguageServer
 
 COMPLETION_METHODS = (lsp.TEXT_DOCUMENT_INLINE_COMPLETION, lsp.TEXT_DOCUMENT_COMPLETION)
@@ -79,6 +81,10 @@ class FimProtocol(LanguageServerProtocol):
         _logger.warning("a message was refused: %s", text)
         if data.get("method") == lsp.TEXT_DOCUMENT_DID_CHANGE:
             self._server.requests.lose_document(data)
+        elif data.get("method") == lsp.NOTEBOOK_DOCUMENT_DID_CHANGE:
+            with suppress(KeyError, TypeError, AttributeError):
+                for content in data["params"]["change"]["cells"]["textContent"]:
+                    self._server.requests.lose_document({"params": {"textDocument": content["document"]}})
         elif "method" in data and data.get("id") is not None:
             self._refuse(data["id"], code, text)
 
@@ -126,34 +132,71 @@ class FimProtocol(LanguageServerProtocol):
     @lsp_method(lsp.TEXT_DOCUMENT_DID_OPEN)
     def lsp_text_document__did_open(self, params: lsp.DidOpenTextDocumentParams) -> None:
         """Keep a document."""
-        item = params.text_document
+        self._open(params.text_document)
+
+    @lsp_method(lsp.TEXT_DOCUMENT_DID_CHANGE)
+    def lsp_text_document__did_change(self, params: lsp.DidChangeTextDocumentParams) -> None:
+        """Apply edits to a document that is open."""
+        self._change(params.text_document, params.content_changes)
+
+    @lsp_method(lsp.TEXT_DOCUMENT_DID_CLOSE)
+    def lsp_text_document__did_close(self, params: lsp.DidCloseTextDocumentParams) -> None:
+        """Forget a document."""
+        self._close(params.text_document.uri)
+
+    @lsp_method(lsp.NOTEBOOK_DOCUMENT_DID_OPEN)
+    def lsp_notebook_document__did_open(self, params: lsp.DidOpenNotebookDocumentParams) -> None:
+        """Keep a notebook and its cells, each a document."""
+        self._server.session.notebooks.open(params.notebook_document)
+        for item in params.cell_text_documents:
+            self._open(item)
+
+    @lsp_method(lsp.NOTEBOOK_DOCUMENT_DID_CHANGE)
+    def lsp_notebook_document__did_change(self, params: lsp.DidChangeNotebookDocumentParams) -> None:
+        """Apply what changed of a notebook's cells and in them."""
+        cells = params.change.cells
+        if cells is None:
+            return
+        if (structure := cells.structure) is not None:
+            self._server.session.notebooks.change(params.notebook_document.uri, structure.array)
+            for item in structure.did_open or ():
+                self._open(item)
+            for closed in structure.did_close or ():
+                self._close(closed.uri)
+        for content in cells.text_content or ():
+            self._change(content.document, content.changes)
+
+    @lsp_method(lsp.NOTEBOOK_DOCUMENT_DID_CLOSE)
+    def lsp_notebook_document__did_close(self, params: lsp.DidCloseNotebookDocumentParams) -> None:
+        """Forget a notebook and its cells."""
+        cells = self._server.session.notebooks.close(params.notebook_document.uri)
+        for uri in {*cells, *(document.uri for document in params.cell_text_documents)}:
+            self._close(uri)
+
+    def _open(self, item: lsp.TextDocumentItem) -> None:
         self._server.forget(item.uri)
         index = LineIndex(item.text)
         document = Document(item.uri, item.language_id, item.version, index, writable=is_writable(item.uri))
         self._server.session.open(document)
 
-    @lsp_method(lsp.TEXT_DOCUMENT_DID_CHANGE)
-    def lsp_text_document__did_change(self, params: lsp.DidChangeTextDocumentParams) -> None:
-        """Apply edits to a document that is open."""
+    def _change(
+        self, changed: lsp.VersionedTextDocumentIdentifier, changes: Sequence[lsp.TextDocumentContentChangeEvent]
+    ) -> None:
         session = self._server.session
-        uri = params.text_document.uri
-        if uri not in session.documents:
+        if changed.uri not in session.documents:
             _logger.warning("a document was changed that is not open")
             return
-        old = session.documents[uri]
-        version = params.text_document.version
-        new = apply_changes(old, params.content_changes, version=version, encoding=session.encoding)
+        old = session.documents[changed.uri]
+        new = apply_changes(old, changes, version=changed.version, encoding=session.encoding)
         session.change(new)
-        if any(isinstance(change, lsp.TextDocumentContentChangeWholeDocument) for change in params.content_changes):
-            session.lost.discard(uri)
+        if any(isinstance(change, lsp.TextDocumentContentChangeWholeDocument) for change in changes):
+            session.lost.discard(changed.uri)
         if new.text != old.text:
-            self._server.on_edit(uri, new.text)
+            self._server.on_edit(changed.uri, new.text)
 
-    @lsp_method(lsp.TEXT_DOCUMENT_DID_CLOSE)
-    def lsp_text_document__did_close(self, params: lsp.DidCloseTextDocumentParams) -> None:
-        """Forget a document."""
-        self._server.forget(params.text_document.uri)
-        self._server.session.close(params.text_document.uri)
+    def _close(self, uri: str) -> None:
+        self._server.forget(uri)
+        self._server.session.close(uri)
 
 
 def _drop_null_ranges(message: dict[str, Any]) -> None:

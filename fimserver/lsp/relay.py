@@ -83,6 +83,7 @@ class Relay:
         self._initialized: bytes | None = None
         self._encoding = Encoding.UTF16
         self._documents: dict[str, Opened] = {}
+        self._notebooks: dict[str, dict[str, Any]] = {}  # as they are opened, with the cells they have now
         self._pending: dict[int | str, Pending] = {}
         self._replayed: list[tuple[str, bytes]] = []
         self._asked: set[int | str] = set()  # requests of this daemon's to the editor
@@ -145,24 +146,68 @@ class Relay:
         elif method == "$/cancelRequest" and isinstance(params, dict):
             if (cancelled := self._pending.get(params.get("id", ""))) is not None:
                 cancelled.is_stale = True
-        elif str(method).startswith("textDocument/did"):
+        elif str(method).partition("/")[0] in {"textDocument", "notebookDocument"}:
             with suppress(KeyError, TypeError, ValueError, AttributeError):  # the daemon says what is wrong with it
-                self._note_document(str(method), params)
+                self._note_text(str(method), params)
         return True
+
+    def _note_text(self, method: str, params: Any) -> None:
+        if method.startswith("notebookDocument/"):
+            self._note_notebook(method, params)
+        else:
+            self._note_document(method, params)
 
     def _note_document(self, method: str, params: Any) -> None:
         item = params["textDocument"]
-        uri = item["uri"]
         if method == "textDocument/didOpen":
-            self._documents[uri] = Opened(str(item["languageId"]), int(item["version"]), LineIndex(str(item["text"])))
+            self._open(item)
         elif method == "textDocument/didClose":
-            self._documents.pop(uri, None)
-        elif method == "textDocument/didChange" and uri in self._documents:
-            document = self._documents[uri]
-            document.version = int(item.get("version") or document.version)
-            document.apply(params["contentChanges"], self._encoding)
-        else:
-            return
+            self._close(item["uri"])
+        elif method == "textDocument/didChange":
+            self._change(item, params["contentChanges"])
+
+    def _note_notebook(self, method: str, params: Any) -> None:
+        notebook = params["notebookDocument"]
+        if method == "notebookDocument/didOpen":
+            self._notebooks[notebook["uri"]] = {**notebook, "cells": list(notebook["cells"])}
+            for item in params["cellTextDocuments"]:
+                self._open(item)
+        elif method == "notebookDocument/didClose":
+            gone = self._notebooks.pop(notebook["uri"], {"cells": []})
+            for cell in gone["cells"]:
+                self._close(cell["document"])
+        elif method == "notebookDocument/didChange" and notebook["uri"] in self._notebooks:
+            cells = params["change"].get("cells") or {}
+            known = self._notebooks[notebook["uri"]]
+            known["version"] = notebook.get("version", known.get("version", 0))
+            if structure := cells.get("structure"):
+                array = structure["array"]
+                start, count = int(array["start"]), int(array["deleteCount"])
+                known["cells"][start : start + count] = array.get("cells") or []
+                for item in structure.get("didOpen") or []:
+                    self._open(item)
+                for item in structure.get("didClose") or []:
+                    self._close(item["uri"])
+            for content in cells.get("textContent") or []:
+                self._change(content["document"], content["changes"])
+
+    def _open(self, item: Any) -> None:
+        index = LineIndex(str(item["text"]))
+        self._documents[item["uri"]] = Opened(str(item["languageId"]), int(item["version"]), index)
+        self._make_stale(item["uri"])
+
+    def _change(self, item: Any, changes: list[Any]) -> None:
+        self._make_stale(item["uri"])
+        document = self._documents[item["uri"]]
+        document.version = int(item.get("version") or document.version)
+        document.apply(changes, self._encoding)
+
+    def _close(self, uri: str) -> None:
+        self._documents.pop(uri, None)
+        self._make_stale(uri)
+
+    def _make_stale(self, uri: str) -> None:
+        """The text that completions were asked for is no more."""
         for pending in self._pending.values():
             if pending.uri == uri and pending.method in _COMPLETIONS:
                 pending.is_stale = True
@@ -265,7 +310,9 @@ class Relay:
                 bodies.append(self._pending[self._initialize["id"]].body)
             bodies += [self._initialized] if self._initialized is not None else []
             bodies += [body for _, body in self._replayed]
-            bodies += [_did_open(uri, document) for uri, document in self._documents.items()]
+            cells = {cell["document"] for notebook in self._notebooks.values() for cell in notebook["cells"]}
+            bodies += [_did_open(uri, opened) for uri, opened in self._documents.items() if uri not in cells]
+            bodies += [self._did_open_notebook(notebook) for notebook in self._notebooks.values()]
             unanswered = []
             for message_id, pending in list(self._pending.items()):
                 if pending.is_stale:
@@ -276,6 +323,11 @@ class Relay:
             self._stream = stream
         for pending, message_id in unanswered:
             self._answer_nothing(pending, message_id)
+
+    def _did_open_notebook(self, notebook: dict[str, Any]) -> bytes:
+        uris = [cell["document"] for cell in notebook["cells"]]
+        items = [_to_item(uri, self._documents[uri]) for uri in uris if uri in self._documents]
+        return _to_notification("notebookDocument/didOpen", {"notebookDocument": notebook, "cellTextDocuments": items})
 
     def _give_up(self, reason: str) -> None:
         """No daemon can be had now: nobody waits for it, and the next message is another try."""
@@ -321,15 +373,21 @@ def _uri_of(params: Any) -> str | None:
     return uri if isinstance(uri, str) else None
 
 
-def _did_open(uri: str, document: Opened) -> bytes:
-    item = {
+def _to_item(uri: str, document: Opened) -> dict[str, Any]:
+    return {
         "uri": uri,
         "languageId": document.language_id,
         "version": document.version,
         "text": document.index.text,
     }
-    message = {"jsonrpc": "2.0", "method": "textDocument/didOpen", "params": {"textDocument": item}}
-    return json.dumps(message).encode()
+
+
+def _did_open(uri: str, document: Opened) -> bytes:
+    return _to_notification("textDocument/didOpen", {"textDocument": _to_item(uri, document)})
+
+
+def _to_notification(method: str, params: dict[str, Any]) -> bytes:
+    return json.dumps({"jsonrpc": "2.0", "method": method, "params": params}).encode()
 
 
 def main(overrides: dict[str, Any]) -> int:

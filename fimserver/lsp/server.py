@@ -67,7 +67,13 @@ class FimLanguageServer(LanguageServer):
     protocol: FimProtocol
 
     def __init__(self, overrides: dict[str, Any] | None = None, engine: EngineClient | None = None) -> None:
-        super().__init__("fimserver", __version__, protocol_cls=FimProtocol, converter_factory=_shared_converter)
+        super().__init__(
+            "fimserver",
+            __version__,
+            protocol_cls=FimProtocol,
+            converter_factory=_shared_converter,
+            notebook_document_sync=lsp.NotebookDocumentSyncOptions([lsp.NotebookDocumentFilterWithNotebook("*")]),
+        )
         self.session = Session()
         self.overrides = overrides or {}
         self.engine = engine or EngineClient()

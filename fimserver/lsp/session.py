@@ -7,7 +7,7 @@ import math
 import time
 from collections import Counter, deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from itertools import islice
 from typing import Any
@@ -18,6 +18,7 @@ from fimserver.context.languages import find_language
 from fimserver.context.place import Place, TreeMemory, find_place
 from fimserver.context.window import path_of
 from fimserver.lsp.convert import Document
+from fimserver.lsp.notebooks import Notebooks
 from fimserver.lsp.records import Notes, Records
 from fimserver.settings import BY_WIRE_NAME, Settings, read_settings
 from fimserver.text import Encoding, common_prefix_length, common_suffix_length
@@ -149,6 +150,7 @@ class Session:
     documents: dict[str, Document] = field(default_factory=dict)
     cache: CompletionCache = field(default_factory=CompletionCache)
     counters: Counter[str] = field(default_factory=Counter)
+    notebooks: Notebooks = field(default_factory=Notebooks)
     records: Records = field(default_factory=Records)
     epoch: int = 0  # counts changes of settings and engines: what was decoded under others is not remembered
     lost: set[str] = field(default_factory=set)  # documents of which an edit could not be read
@@ -202,6 +204,20 @@ class Session:
             other for other in others if find_language(other.language_id) is language and not self._is_hidden(other.uri)
         )
         return [(path_of(document.uri), document.text) for document in islice(fit, _MAX_OTHERS)]
+
+    def with_cells_above(self, snapshot: Snapshot) -> Snapshot:
+        """A notebook's cell behind the cells of its language above it, as one text; any other snapshot as it is."""
+        language = find_language(snapshot.language_id)
+
+        def read(uri: str) -> str | None:
+            document = self.documents.get(uri)
+            fits = document is not None and find_language(document.language_id) is language
+            return document.text if document is not None and fits and not self._is_hidden(uri) else None
+
+        above = self.notebooks.text_above(snapshot.uri, read)
+        if not above:
+            return snapshot
+        return replace(snapshot, text=above + snapshot.text, cursor=len(above) + snapshot.cursor)
 
     def other_texts(self, snapshot: Snapshot) -> list[str]:
         """Where else to look for guesses: what was deleted, then other documents."""
