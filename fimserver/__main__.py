@@ -27,6 +27,8 @@ def _parse(arguments: list[str]) -> dict[str, object] | None:
     rest = list(arguments)
     while rest:
         name, equals, value = rest.pop(0).partition("=")
+        if name == "--stdio":  # what some editors' clients add
+            continue
         if name not in _SETTINGS or not (equals or rest):
             return None
         value = value if equals else rest.pop(0)

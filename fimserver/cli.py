@@ -111,8 +111,9 @@ def _settings(
     is_flag=True,
     help="All in this process and its worker, shared with no other editor: for containers, and to look for faults.",
 )
+@click.option("--stdio", is_flag=True, hidden=True)  # what some editors' clients add
 @_engine_options
-def lsp(no_daemon: bool, **options: Any) -> None:  # noqa: FBT001  click hands flags over by name
+def lsp(no_daemon: bool, stdio: bool, **options: Any) -> None:  # noqa: ARG001, FBT001  click hands flags over by name
     """Serve one editor over stdio (LSP 3.18, textDocument/inlineCompletion), by the daemon that serves all."""
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="fimserver: %(levelname)s %(message)s")
     from fimserver.__main__ import serve  # noqa: PLC0415  the command's first step, which comes by here for help alone

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from lsp_client import RELAY, LspClient, has_memory
 
+from fimserver.__main__ import _parse
 from fimserver.errors import DaemonError, PathError
 from fimserver.lsp.endpoint import KEY, Lock, connect, is_same_user, say_hello, uses_tcp
 from fimserver.lsp.launch import end_daemon, read_status
@@ -237,12 +238,24 @@ def test_an_older_daemon_hands_over(home: Home, tmp_path: Path) -> None:
 
 
 def test_settings_of_the_command_line_reach_the_daemon(home: Home) -> None:
-    client = home.editor("--threads=3")
+    client = home.editor("--stdio", "--threads=3")
     complete(client)
     assert client.explain()["engine"]["state"] == "ready"
     other = home.editor()
     warned = other.wait_for_notification("window/showMessage")
     assert "the engine runs with 3" in warned["message"]
+
+
+@pytest.mark.parametrize("arguments", [["--stdio"], ["--threads", "1"], ["--device=cpu"]])
+def test_the_first_step_reads_its_options(arguments: list[str]) -> None:
+    assert _parse(arguments) is not None
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--no-daemon"], ["--threads", "x"], ["--threads"], ["--device", "gpu"], ["x"]]
+)
+def test_the_first_step_leaves_the_rest_to_the_command_line(arguments: list[str]) -> None:
+    assert _parse(arguments) is None
 
 
 def test_where_no_daemon_can_be_had_the_editor_is_served_without(home: Home) -> None:
