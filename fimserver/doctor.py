@@ -20,6 +20,7 @@ from fimserver.context.languages import LANGUAGES
 from fimserver.context.syntax import GRAMMAR_ERRORS, load_parser
 from fimserver.engine.client import EngineClient, EngineOptions
 from fimserver.errors import EngineError, FimserverError
+from fimserver.lsp.launch import read_status
 from fimserver.paths import config_file
 from fimserver.planner import DEFAULT_CONTEXT_TOKENS, Plan, Step, find_checkpoint, plan_on_card, plan_on_cpu
 from fimserver.settings import Settings, read_config_file
@@ -54,7 +55,7 @@ def run_checks(settings: Settings) -> bool:
     """Print every check; whether all are good."""
     console = Console(highlight=False, soft_wrap=True)
     good = True
-    for check in (check_python, check_packages, check_memory, check_grammar, check_config, check_model):
+    for check in (check_python, check_packages, check_memory, check_grammar, check_config, check_daemon, check_model):
         result = check(settings)
         mark = ("FAIL", "bold red") if result.remedy else ("ok  ", "green")
         console.print(Text.assemble(mark, f" {result.name:9} {result.found}"))
@@ -121,6 +122,21 @@ def check_config(_settings: Settings) -> Check:
     if problems:
         return Check("config", str(path), "; ".join(problems))
     return Check("config", f"{path} ({', '.join(values) or 'nothing set'})" if path.exists() else f"{path} (absent)")
+
+
+def check_daemon(_settings: Settings) -> Check:
+    """Whether the process that serves all editors runs, and can be reached."""
+    try:
+        status = read_status()
+    except FimserverError as error:
+        return Check("daemon", "cannot be reached", str(error))
+    if status is None:
+        return Check("daemon", "none runs; the first editor starts it")
+    worker = status["worker"]
+    found = f"pid {status['pid']} serves {status['connections']} editors; its worker is {worker['state']}"
+    if worker["state"] == "failed":
+        return Check("daemon", found, f"{worker['detail']}; then run: fimserver daemon restart")
+    return Check("daemon", found)
 
 
 def check_model(settings: Settings) -> Check:

@@ -19,10 +19,12 @@ import pytest
 from lsp_client import RELAY, LspClient, has_memory
 
 from fimserver.__main__ import _parse
+from fimserver.doctor import Check, check_daemon
 from fimserver.errors import DaemonError, PathError
 from fimserver.lsp.endpoint import KEY, Lock, connect, is_same_user, say_hello, uses_tcp
 from fimserver.lsp.launch import end_daemon, read_status
 from fimserver.paths import make_private, runtime_folder, socket_path
+from fimserver.settings import Settings
 
 URI = "file:///a.py"
 NOBODY = 65534
@@ -183,11 +185,30 @@ def test_the_commands(home: Home) -> None:
     assert client.shutdown() == 0
 
 
+def test_the_doctor_looks_at_it(home: Home) -> None:
+    assert check_daemon(Settings()) == Check("daemon", "none runs; the first editor starts it")
+    complete(home.editor())
+    check = check_daemon(Settings())
+    assert check.remedy == ""
+    assert "serves 1 editors; its worker is ready" in check.found
+
+
+def test_the_doctor_sees_a_worker_that_failed(home: Home) -> None:
+    client = home.editor(model="no-such-model")
+    (Path(home.env["PYTHONPATH"]) / "worker.py").write_text("import sys; sys.exit(3)")
+    client.request("workspace/executeCommand", {"command": "fimserver.restart", "arguments": []})
+    until(lambda: home.status()["worker"]["state"] == "failed")
+    check = check_daemon(Settings())
+    assert "ended with code 3" in check.remedy
+    assert "fimserver daemon restart" in check.remedy
+
+
 def test_a_daemon_that_does_not_answer(home: Home) -> None:
     assert home.run("start").returncode == 0
     pid = home.status()["pid"]
     os.kill(pid, signal.SIGSTOP)
     try:
+        assert "stop --force" in check_daemon(Settings()).remedy
         refused = home.run("stop")
         assert refused.returncode == 1
         assert "stop --force" in refused.stderr

@@ -62,6 +62,20 @@ def test_linear_with_any_tile_and_a_scale_for_each_row(kernels: ModuleType, tile
     check(products.linear(only, x), PLAIN.linear(only, x))
 
 
+def test_linear_at_the_widths_of_the_26b(kernels: ModuleType) -> None:
+    weights, x = quantize(random(2112, 2816) * 0.02), random(3, 2816, seed=1)
+    products = kernels.TritonProducts(dtype=torch.float32, exact=True)
+    check(products.linear(weights, x), PLAIN.linear(weights, x))
+
+
+def test_experts_at_the_widths_of_the_26b(kernels: ModuleType) -> None:
+    gate_up, down = stack(4, 2 * 704, 2816), stack(4, 2816, 704, seed=1)
+    chosen, weights = torch.tensor([[3, 1], [1, 3]]), torch.rand(2, 2)
+    arguments = (gate_up, down, random(2, 2816, seed=2) * 0.1, chosen, weights)
+    products = kernels.TritonProducts(dtype=torch.float32, exact=True)
+    check(products.experts(*arguments), PLAIN.experts(*arguments))
+
+
 def test_every_byte_and_every_scale(kernels: ModuleType) -> None:
     """All 256 bytes under all 126 scales are expanded exactly: an identity matrix reads every weight back."""
     packed = torch.arange(256, dtype=torch.uint8).repeat(126, 1)
