@@ -81,6 +81,7 @@ class Editor:
         self.stdin, self.stdout = Pipe(), io.BytesIO()
         self.daemons: list[FakeDaemon] = [FakeDaemon()]
         self.failures: list[Exception] = []
+        self.is_born_dead = 0
         self.relay = Relay(io.BufferedReader(self.stdin), self.stdout, self._connect)
         self.code: int | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -93,6 +94,9 @@ class Editor:
         if self.failures:
             raise self.failures.pop()
         self.daemons.append(FakeDaemon())
+        if self.is_born_dead:
+            self.is_born_dead -= 1
+            self.daemons[-1].is_gone = True
         return self.daemons[-1]
 
     @property
@@ -234,6 +238,31 @@ def test_a_request_whose_document_changed_is_answered_with_nothing(editor: Edito
     assert "textDocument/inlineCompletion" not in next_one.methods
 
 
+def test_a_daemon_that_dies_of_old_age_is_replaced_at_once(editor: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fimserver.lsp.relay._STABLE_S", -1.0)
+    begin = time.monotonic()
+    editor.lose_daemon()
+    assert time.monotonic() - begin < 1.0
+
+
+def test_a_daemon_that_is_gone_before_it_was_told_all(editor: Editor) -> None:
+    editor.ask(5)
+    editor.type("1", 2)
+    until(lambda: editor.daemon.methods[-1] == "textDocument/didChange")
+    editor.is_born_dead = 2
+    editor.daemon.die()
+    until(lambda: len(editor.daemons) == 4 and bool(editor.daemon.received))
+    until(lambda: editor.answers(5) == [{"items": []}])
+    assert editor.daemon.methods[-1] == "textDocument/didOpen"
+
+
+def test_nonsense_of_a_daemon_is_left(editor: Editor) -> None:
+    for body in (b"{", b"[]", b"5", b"null"):
+        editor.daemon._to_relay.put(body)
+    editor.daemon.say(method="window/showMessage", params={"type": 3, "message": "hello"})
+    until(lambda: editor.heard[-1].get("method") == "window/showMessage")
+
+
 def test_what_a_daemon_began_is_ended_with_it(editor: Editor) -> None:
     editor.daemon.say(method="window/workDoneProgress/create", id="a", params={"token": "t"})
     editor.daemon.say(method="$/progress", params={"token": "t", "value": {"kind": "begin", "title": "x"}})
@@ -294,6 +323,28 @@ def test_a_message_too_large_is_left_out_and_said(editor: Editor) -> None:
     editor.type("1", 2)
     until(lambda: editor.daemon.methods[-1] == "textDocument/didChange", 20)
     assert "too large" in editor.heard[-1]["params"]["message"]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"id": [], "result": None},
+        {"id": {}, "method": "initialize", "params": {}},
+        {"id": None, "method": "textDocument/inlineCompletion", "params": None},
+        {"method": "$/cancelRequest", "params": {"id": []}},
+        {"method": "$/cancelRequest", "params": []},
+        {"method": {}, "params": 5},
+        {"method": "textDocument/didChange", "params": {"textDocument": {"uri": []}, "contentChanges": 5}},
+        {"method": "textDocument/didOpen", "params": {"textDocument": {"uri": URI}}},
+        {"method": "notebookDocument/didOpen", "params": {"notebookDocument": {"uri": {}, "cells": 5}}},
+        {"method": "notebookDocument/didChange", "params": None},
+    ],
+)
+def test_odd_messages_end_nothing(editor: Editor, message: dict[str, Any]) -> None:
+    editor.stdin.put(to_frame(json.dumps({"jsonrpc": "2.0", **message}).encode()))
+    editor.type("1", 2)
+    until(lambda: editor.daemon.methods[-1] == "textDocument/didChange")
+    assert editor.lose_daemon().received[-1]["params"]["textDocument"]["text"] == "x = 1\n"
 
 
 @pytest.mark.parametrize("data", [b"", b"Content-Length: 10\r\n\r\n123", b"Content-Length: x\r\n\r\n", b"\r\n\r\n"])

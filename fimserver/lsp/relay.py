@@ -128,15 +128,17 @@ class Relay:
     def _note(self, message: dict[str, Any], body: bytes) -> bool:
         """Whether a message is to be passed on."""
         method, message_id = message.get("method"), message.get("id")
+        if not isinstance(message_id, int | str):
+            message_id = None  # of none that can be answered
         if method is None:  # an answer, of use to the daemon that asked alone
             if message_id in self._asked:
                 self._asked.discard(message_id)
                 return True
             return False
         params = message.get("params")
-        if message_id is not None and isinstance(message_id, int | str):
+        if message_id is not None:
             self._pending[message_id] = Pending(body, str(method), _uri_of(params))
-        if method == "initialize" and isinstance(params, dict):
+        if method == "initialize" and isinstance(params, dict) and message_id is not None:
             self._initialize = self._initialize or message
         elif method == "initialized":
             self._initialized = body
@@ -144,8 +146,8 @@ class Relay:
             self._replayed = [(m, b) for m, b in self._replayed if m != method or "Folders" in m]
             self._replayed.append((str(method), body))
         elif method == "$/cancelRequest" and isinstance(params, dict):
-            if (cancelled := self._pending.get(params.get("id", ""))) is not None:
-                cancelled.is_stale = True
+            with suppress(KeyError, TypeError):
+                self._pending[params["id"]].is_stale = True
         elif str(method).partition("/")[0] in {"textDocument", "notebookDocument"}:
             with suppress(KeyError, TypeError, ValueError, AttributeError):  # the daemon says what is wrong with it
                 self._note_text(str(method), params)
@@ -234,19 +236,25 @@ class Relay:
             if self._waits:
                 self._wake.wait()
             else:
-                time.sleep(_PAUSES_S[min(failures, len(_PAUSES_S)) - 1])
+                time.sleep(_PAUSES_S[min(failures, len(_PAUSES_S) - 1)])
             self._waits = False
             try:
                 self._replay(self._connect())
-            except (FimserverError, OSError) as error:
+            except FimserverError as error:
                 failures += 1
                 self._give_up(str(error))
+            except OSError as error:  # it is gone again already
+                failures += 1
+                if failures >= len(_PAUSES_S):
+                    self._give_up(f"the daemon ends as soon as it is spoken to ({error})")
 
     def from_daemon(self, body: bytes) -> None:
         """Note what a message means for the next daemon, and pass it on."""
         try:
             message = json.loads(body)
         except ValueError:
+            return
+        if not isinstance(message, dict):
             return
         method, message_id = message.get("method"), message.get("id")
         if KEY in message:
@@ -255,7 +263,7 @@ class Relay:
             return
         with self._lock:
             if method is None:
-                asked = self._pending.pop(message_id, None)
+                asked = self._pending.pop(message_id, None) if message_id is not None else None
                 if asked is not None and asked.method == "shutdown":
                     self._is_shut_down = True
                 if message_id == _OWN_ID or (asked is not None and asked.method == "initialize"):
@@ -313,16 +321,20 @@ class Relay:
             cells = {cell["document"] for notebook in self._notebooks.values() for cell in notebook["cells"]}
             bodies += [_did_open(uri, opened) for uri, opened in self._documents.items() if uri not in cells]
             bodies += [self._did_open_notebook(notebook) for notebook in self._notebooks.values()]
-            unanswered = []
-            for message_id, pending in list(self._pending.items()):
-                if pending.is_stale:
-                    unanswered.append((self._pending.pop(message_id), message_id))
-                elif pending.method != "initialize":
+            stale = {number: pending for number, pending in self._pending.items() if pending.is_stale}
+            for number, pending in self._pending.items():
+                if number not in stale and pending.method != "initialize":
                     bodies.append(pending.body)
-            stream.send(*bodies)
+            try:
+                stream.send(*bodies)
+            except OSError:
+                stream.close()
+                raise
+            for number in stale:
+                del self._pending[number]
             self._stream = stream
-        for pending, message_id in unanswered:
-            self._answer_nothing(pending, message_id)
+        for number, pending in stale.items():
+            self._answer_nothing(pending, number)
 
     def _did_open_notebook(self, notebook: dict[str, Any]) -> bytes:
         uris = [cell["document"] for cell in notebook["cells"]]
