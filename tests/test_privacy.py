@@ -1,5 +1,6 @@
 """What is never read, and what a model is never shown."""
 
+import os
 import subprocess
 import time
 from pathlib import Path
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fimserver.context.ignored import IgnoreRules, path_of_file
-from fimserver.context.secrets import has_secret, mask
+from fimserver.context.secrets import has_secret, mask, reveals
 from fimserver.context.window import Budget, build_context
 from fimserver.lsp.convert import Document
 from fimserver.lsp.session import Session
@@ -235,3 +236,63 @@ def test_the_session_asks(repository: Path) -> None:
     assert "completeIgnored" in place.detail
     session.settings = Settings(complete_ignored=True)
     assert len(session.other_documents(snapshot)) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "'password' => 'hunter2abc'",
+        'password = f"hunter2abcd"',
+        'passwd = """hunter2abc"""',
+        'password: Optional[str] = "hunter2abc"',
+        'db_password: str | None = "hunter2abc"',
+    ],
+)
+def test_literals_of_other_styles_are_crossed_out(text: str) -> None:
+    assert "hunter2" not in mask(text)
+
+
+@pytest.mark.parametrize("text", ["token" * 8000, "eyJaaaaaaaa-" * 8000, "password = '" * 3000, "://a:" * 8000])
+def test_no_text_takes_long(text: str) -> None:
+    begin = time.perf_counter()
+    mask(text)
+    assert time.perf_counter() - begin < 2.0
+
+
+def test_a_key_that_begins_above_the_window_and_a_token_under_the_cursor() -> None:
+    body = "\n".join(f"MIIEpAIBAAKCAQEA{i:04}abcdefghijklmnop" for i in range(40))
+    text = f"-----BEGIN RSA PRIVATE KEY-----\n{body}\n-----END RSA PRIVATE KEY-----\nx = \n"
+    snapshot = Snapshot("file:///a.py", 1, "python", text, text.index("x = ") + 4)
+    assert "MIIE" not in repr(build_context(snapshot, HOLE, Budget(300, 100)))
+    token = SECRETS[1]
+    text = f"x = {token}\n"
+    context = build_context(Snapshot("file:///a.py", 1, "python", text, 12), HOLE, Budget(300, 100))
+    assert token[:6] not in context.prefix
+    assert token[12:] not in context.suffix
+
+
+@pytest.mark.parametrize(
+    ("before", "guess"),
+    [
+        ("DB_PASSWORD = ", '"hunter2secret99"'),
+        ('DB_PASSWORD = "', 'hunter2secret99"'),
+        ('DB_PASSWORD = "', "hunter2secret99"),
+    ],
+)
+def test_a_guess_that_says_a_secret(before: str, guess: str) -> None:
+    assert reveals(before, guess)
+    assert not reveals("value = ", "compute(1)")
+
+
+def test_devices_and_endless_patterns_take_no_time(tmp_path: Path) -> None:
+    (tmp_path / ".fimserverignore").symlink_to("/dev/zero")
+    assert refusal(tmp_path, "a.py") is None
+    (tmp_path / ".fimserverignore").unlink()
+    os.mkfifo(tmp_path / ".fimserverignore")
+    assert refusal(tmp_path, "a.py") is None
+    (tmp_path / ".fimserverignore").unlink()
+    (tmp_path / ".fimserverignore").write_text("*a*a*a*a*a*a*a*a*b\n*.sql\n")
+    begin = time.perf_counter()
+    assert refusal(tmp_path, "a" * 200) is None
+    assert time.perf_counter() - begin < 1.0
+    assert refusal(tmp_path, "a.sql") is not None

@@ -12,6 +12,7 @@ Source: gitignore(5); patterns by pathspec.
 """
 
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from fimserver.types import NoCompletion
 
 OWN_FILE, GIT_FILE = ".fimserverignore", ".gitignore"
 _LARGEST_BYTES = 1_000_000
+_MOST_STARS = 3  # in one part of a path
 _FOLDER_MARK = "ps_d"  # pathspec's name for the slash that a match of a folder ends with
 _ANY_FOLDER = f"(?P<{_FOLDER_MARK}>/)"  # and what it makes of "*/", which matches the first slash
 _Identity = tuple[int, int]
@@ -101,10 +103,13 @@ class IgnoreRules:
         """The patterns of a file; what cannot be read says nothing."""
         try:
             found = file.stat()
+            if not stat.S_ISREG(found.st_mode):  # a device or a pipe would be read without end
+                raise ValueError  # noqa: TRY301  as one that cannot be read
             identity = found.st_mtime_ns, found.st_size
             known = self._read.get(file)
             if known is None or known[0] != identity:
-                data = file.read_bytes()[:_LARGEST_BYTES]
+                with file.open("rb") as stream:
+                    data = stream.read(_LARGEST_BYTES)
                 lines = data.decode("utf-8-sig", "replace").splitlines()
                 self._read[file] = known = identity, GitIgnoreSpec.from_lines(filter(_is_pattern, lines))
         except (OSError, ValueError):
@@ -146,7 +151,9 @@ def _says(spec: GitIgnoreSpec, name: str) -> bool | None:
 
 
 def _is_pattern(line: str) -> bool:
-    """Whether a line can be read as a pattern: one that cannot is left, the others count."""
+    """Whether a line can be read as a pattern, in little time: one that cannot is left, the others count."""
+    if any(part.count("*") > _MOST_STARS for part in line.split("/")):
+        return False  # each more multiplies the time by a name's length
     try:
         GitIgnoreSpec.from_lines([line])
     except ValueError:

@@ -2,6 +2,7 @@
 
     mask        a text of the same length without them
     has_secret  whether there are any
+    reveals     whether a text, put behind another, would say one
 
 Known are tokens that say what they are by their beginning, private keys, passwords in URLs, and a literal with a digit
 in it that is assigned to a name like password, secret, token or api_key. detect-secrets was tried first: its pattern
@@ -11,6 +12,7 @@ Knows:  texts.  Never: files.
 """
 
 import re
+from functools import lru_cache
 
 _FILLER = "x"
 _WORDS = ("password", "passwd", "secret", "token", "api_key", "apikey", "api-key", "access_key", "private_key")
@@ -27,8 +29,8 @@ _PATTERNS = (
     (("hf_",), re.compile(r"\b(hf_[A-Za-z0-9]{30,})")),
     (("pypi-AgE",), re.compile(r"\b(pypi-AgE[A-Za-z0-9_-]{20,})")),
     (("SG.",), re.compile(r"\b(SG\.[A-Za-z0-9_-]{16,}\.[A-Za-z0-9_-]{16,})")),
-    (("eyJ",), re.compile(r"\b(eyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,})")),
-    (("://",), re.compile(r"://[^\s/:@'\"]*:([^\s/@'\"{}$<>]{3,})@")),
+    (("eyJ",), re.compile(r"(?<![\w-])(eyJ[A-Za-z0-9_-]{8,2000}\.eyJ[A-Za-z0-9_-]{8,4000}\.[A-Za-z0-9_-]{8,2000})")),
+    (("://",), re.compile(r"://[^\s/:@'\"]{0,80}:([^\s/@'\"{}$<>]{3,200})@")),
     (
         ("-----BEGIN",),
         re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----(.*?)(?:-----END [A-Z ]*PRIVATE KEY|\Z)", re.DOTALL),
@@ -36,8 +38,9 @@ _PATTERNS = (
     (
         _WORDS,
         re.compile(
-            r"(?:password|passwd|secret|token|api[_-]?key|access_key|private_key)\w*[\"']?\]?\s*(?::\s*\w+\s*)?[:=]=?\s*"
-            r"[rbu]?[\"'](?=[^\"'\n]*\d)([^\s\"'{}$<>]{8,})[\"']",
+            r"(?:password|passwd|secret|token|api[_-]?key|access_key|private_key)\w{0,40}[\"']?\]?"
+            r"\s{0,9}(?::[^=\n\"']{1,60})?(?:=>|[:=]=?)\s{0,9}[rbuf]{0,2}(?:\"\"\"|'''|[\"'])"
+            r"(?=[^\"'\n]{0,400}\d)([^\s\"'{}$<>]{8,400})[\"']",
             re.IGNORECASE,
         ),
     ),
@@ -58,9 +61,24 @@ def mask(text: str) -> str:
     return text
 
 
+@lru_cache(maxsize=16)
+def mask_whole(text: str) -> str:
+    """The same of a whole document that is read for others, which mostly stays as it is."""
+    return mask(text)
+
+
 def has_secret(text: str) -> bool:
     """Whether ``mask`` would change a text."""
     return mask(text) != text
+
+
+def reveals(before: str, text: str) -> bool:
+    """Whether ``text`` offered behind ``before``, the cursor's line up to it, would say a secret from elsewhere.
+
+    What ends within a literal counts as if the literal ended there.
+    """
+    line = before + text
+    return any(has_secret(line + end) for end in ("", '"', "'"))
 
 
 def _cross_out(match: re.Match[str]) -> str:

@@ -28,6 +28,7 @@ _SCOPE_REACH = 1_000_000
 _IMPORT_REACH = 20_000  # characters from a file's start that are searched for imports
 _LONGEST_IMPORT = 600
 _MAX_IMPORTS = 4_000
+_SECRET_REACH = 8_000  # characters outside the window, where a key in it may begin or end
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +55,12 @@ def build_context(
     r"""What the engine is told of a snapshot; line ends become ``\n``, secrets crosses."""
     text, cursor = snapshot.text, snapshot.cursor
     start, language = cut_start(text, cursor, budget.prefix), find_language(snapshot.language_id)
+    end = cut_end(text, cursor, budget.suffix)
+    first = max(0, start - _SECRET_REACH)  # masked before it is cut: a key may begin above, a token at the cursor
+    masked = mask(text[first : end + _SECRET_REACH])
     return FimContext(
-        prefix=mask(to_newlines(text[start:cursor])),
-        suffix=mask(to_newlines(text[cursor : cut_end(text, cursor, budget.suffix)])),
+        prefix=to_newlines(masked[start - first : cursor - first]),
+        suffix=to_newlines(masked[cursor - first : end - first]),
         path=_told_path(snapshot),
         language_id=snapshot.language_id,
         hole=hole,

@@ -18,6 +18,7 @@ from typing import Any
 from fimserver.context.gather import find_guesses, find_snippets
 from fimserver.context.offer import Answer, to_answer
 from fimserver.context.place import Place, offer_guess
+from fimserver.context.secrets import mask_whole, reveals
 from fimserver.context.window import budget_for, build_context
 from fimserver.engine.client import EngineClient, Turn
 from fimserver.errors import CompletionCancelledError, EngineError
@@ -28,6 +29,7 @@ from fimserver.lsp.records import Replay
 from fimserver.lsp.requests import CHANGED, RefusedError, Request, unless_ended
 from fimserver.lsp.session import CLOSERS, Session, rest_of, rests_of, typed_since
 from fimserver.settings import to_sampling
+from fimserver.text import line_around
 from fimserver.types import Completion, Draft, Guess, NoCompletion, Snapshot
 
 _GRACE_S = 0.05  # between an editor's edit, its cancel and its next request
@@ -86,7 +88,9 @@ class Completer:
         """What followed the same text elsewhere; nothing under a seed, with which the text alone decides."""
         if self._session.settings.seed is not None:
             return []
-        return find_guesses(snapshot, place.hole, self._session.other_texts(snapshot))
+        before, _ = line_around(snapshot.text, snapshot.cursor)
+        found = find_guesses(snapshot, place.hole, self._session.other_texts(snapshot))
+        return [guess for guess in found if not reveals(before, guess.text)]
 
     async def _answer_by_model(
         self, request: Request, place: Place, guesses: list[Guess]
@@ -149,7 +153,7 @@ class Completer:
             self._session.with_cells_above(place.seen),
             place.hole,
             budget_for(info.max_prompt_tokens if info else 0),
-            find_snippets(request.snapshot, others),
+            find_snippets(request.snapshot, [(path, mask_whole(text)) for path, text in others]),
             guesses,
         )
         loop = asyncio.get_running_loop()
