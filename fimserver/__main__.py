@@ -58,7 +58,7 @@ def serve(overrides: dict[str, object], *, has_daemon: bool = True) -> int:
 
         try:
             return relay(overrides)
-        except FimserverError as error:  # nothing was read from the editor yet
+        except (FimserverError, OSError) as error:  # nothing was read from the editor yet
             sys.stderr.write(f"fimserver: {error}\nfimserver: this editor is served without a daemon\n")
     from fimserver.lsp.features import run_stdio  # noqa: PLC0415  pygls
 

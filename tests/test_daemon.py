@@ -217,6 +217,14 @@ def test_a_daemon_that_does_not_answer(home: Home) -> None:
     until(lambda: not has_memory(pid))
 
 
+def test_a_daemon_whose_socket_is_gone_can_be_ended(home: Home) -> None:
+    assert home.run("start").returncode == 0
+    pid = home.status()["pid"]
+    (runtime_folder() / "daemon.json" if uses_tcp() else socket_path()).unlink()
+    assert home.run("stop", "--force").stdout == "stopped\n"
+    until(lambda: not has_memory(pid))
+
+
 def test_it_ends_some_time_after_the_last_editor(home: Home) -> None:
     process = subprocess.Popen([*COMMAND, "run", "--linger", "0.5"], env={**os.environ, **home.env})
     until(lambda: read_status() is not None)

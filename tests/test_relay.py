@@ -14,7 +14,7 @@ from lsprotocol import types as lsp
 
 from fimserver.errors import DaemonError
 from fimserver.lsp.convert import Document, apply_changes
-from fimserver.lsp.relay import Opened, Relay
+from fimserver.lsp.relay import Opened, Relay, _did_open
 from fimserver.lsp.wire import MAX_BODY_BYTES, read_body, to_frame
 from fimserver.text import Encoding, LineIndex
 
@@ -287,6 +287,53 @@ def test_a_daemon_that_was_stopped_comes_back_with_the_next_message(editor: Edit
     assert editor.daemon.received[-1]["params"]["textDocument"]["text"] == "x = 1\n"
 
 
+def test_a_request_that_daemons_die_of_is_given_up(editor: Editor) -> None:
+    editor.ask(5)
+    editor.lose_daemon()
+    until(lambda: editor.daemon.methods[-1] == "textDocument/inlineCompletion")
+    last = editor.lose_daemon()
+    until(lambda: editor.answers(5) == [{"items": []}])
+    assert "textDocument/inlineCompletion" not in last.methods
+
+
+def test_after_a_stop_nobody_waits_and_closing_starts_nothing(editor: Editor) -> None:
+    editor.ask(5)
+    editor.daemon.say(fimserver="bye", reason="stop")
+    editor.daemon.die()
+    until(lambda: editor.answers(5) == [{"items": []}])
+    editor.say("$/cancelRequest", {"id": 5})
+    editor.say("textDocument/didClose", {"textDocument": {"uri": URI}})
+    editor.say("shutdown", number=9)
+    until(lambda: editor.answers(9) == [None])
+    editor.say("exit")
+    editor._thread.join(5)
+    assert editor.code == 0
+    assert len(editor.daemons) == 1
+
+
+def test_after_a_hand_over_the_next_one_has_time(editor: Editor) -> None:
+    editor.ask(5)
+    begin = time.monotonic()
+    editor.daemon.say(fimserver="bye", reason="hand_over")
+    next_one = editor.lose_daemon()
+    assert time.monotonic() - begin > 0.9
+    until(lambda: next_one.methods[-1] == "textDocument/inlineCompletion")
+
+
+def test_an_edit_that_cannot_be_read_is_no_text_for_a_later_daemon(editor: Editor) -> None:
+    bad = {"textDocument": {"uri": URI, "version": 2}, "contentChanges": [{"range": 5, "text": "x"}]}
+    editor.say("textDocument/didChange", bad)
+    until(lambda: editor.daemon.methods[-1] == "textDocument/didChange")
+    assert "textDocument/didOpen" not in editor.lose_daemon().methods
+
+
+def test_a_large_document_fits_a_message_again() -> None:
+    text = "\u65e5" * 1000
+    body = _did_open(URI, Opened("python", 1, LineIndex(text + "\ud800")))
+    assert len(body) < 3 * 1000 + 200
+    assert json.loads(body.decode("utf-8", "surrogatepass"))["params"]["textDocument"]["text"] == text + "\ud800"
+
+
 def test_where_no_daemon_can_be_had_nobody_waits(editor: Editor) -> None:
     editor.ask(5)
     editor.failures = [DaemonError("the disk is full")]
@@ -294,8 +341,13 @@ def test_where_no_daemon_can_be_had_nobody_waits(editor: Editor) -> None:
     until(lambda: editor.answers(5) == [{"items": []}])
     shown = [m["params"]["message"] for m in editor.heard if m.get("method") == "window/showMessage"]
     assert shown == ["fimserver gives no completions: the disk is full"]
+    editor.failures = [DaemonError("the disk is full")]
     editor.type("1", 2)
+    until(lambda: not editor.failures)
+    editor.type("1", 3)
     until(lambda: len(editor.daemons) == 2 and bool(editor.daemon.received))
+    shown = [m["params"]["message"] for m in editor.heard if m.get("method") == "window/showMessage"]
+    assert len(shown) == 1  # once, however often it was tried
 
 
 @pytest.mark.parametrize(
@@ -344,7 +396,7 @@ def test_odd_messages_end_nothing(editor: Editor, message: dict[str, Any]) -> No
     editor.stdin.put(to_frame(json.dumps({"jsonrpc": "2.0", **message}).encode()))
     editor.type("1", 2)
     until(lambda: editor.daemon.methods[-1] == "textDocument/didChange")
-    assert editor.lose_daemon().received[-1]["params"]["textDocument"]["text"] == "x = 1\n"
+    assert editor.lose_daemon().methods[-1] == "textDocument/didOpen"
 
 
 @pytest.mark.parametrize("data", [b"", b"Content-Length: 10\r\n\r\n123", b"Content-Length: x\r\n\r\n", b"\r\n\r\n"])

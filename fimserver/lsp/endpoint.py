@@ -35,6 +35,7 @@ GREETING_TIMEOUT_S = 5.0
 NO_ANSWER = "the daemon does not answer; end it with: fimserver daemon stop --force"
 _PROOF_BYTES = 32
 _BACKLOG = 64
+_LOCKED_BYTE = 4096  # on Windows, where a locked byte cannot be read: behind the process' number
 
 
 def uses_tcp() -> bool:
@@ -64,9 +65,17 @@ class Lock:
                 return False
             time.sleep(0.01)
         self._file = file
-        os.ftruncate(file, 0)
-        os.write(file, str(os.getpid()).encode())  # for who wants to know; the lock itself is the system's
+        with suppress(OSError):  # of a full disk; the lock itself is the system's
+            os.ftruncate(file, 0)
+            os.write(file, str(os.getpid()).encode())
         return True
+
+    def read_holder(self) -> int | None:
+        """The process that said last that it holds the lock."""
+        try:
+            return int(self.path.read_bytes())
+        except (OSError, ValueError):
+            return None
 
     def release(self) -> None:
         """Let go of it."""
@@ -80,7 +89,9 @@ def _try_lock(file: int) -> bool:
         if sys.platform == "win32":
             import msvcrt  # noqa: PLC0415
 
+            os.lseek(file, _LOCKED_BYTE, os.SEEK_SET)
             msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+            os.lseek(file, 0, os.SEEK_SET)
         else:
             import fcntl  # noqa: PLC0415
 
@@ -218,13 +229,17 @@ def connect() -> Stream:
         return _connect_to_port()
     path = socket_path()
     stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    stream.settimeout(GREETING_TIMEOUT_S)
     try:
         stream.connect(os.fspath(path))
         same = is_same_user(stream)
+        stream.settimeout(None)
     except OSError as error:
         stream.close()
         if isinstance(error, FileNotFoundError | ConnectionError):
             raise
+        if isinstance(error, TimeoutError | BlockingIOError):  # more wait to be greeted than there is room for
+            raise DaemonError(NO_ANSWER) from error
         msg = f"the socket {path} cannot be opened ({error.strerror}); see whose it is, and remove it"
         raise DaemonError(msg) from error
     if not same:
@@ -240,7 +255,13 @@ def _connect_to_port() -> Stream:
         port, key = int(values["port"]), bytes.fromhex(values["key"])
     except (ValueError, KeyError, TypeError) as error:
         raise ConnectionRefusedError from error  # half written, or damaged: a new daemon writes it anew
-    connected = socket.create_connection(("127.0.0.1", port), timeout=GREETING_TIMEOUT_S)
+    except PermissionError as error:
+        msg = f"{_port_file()} cannot be read; see whose it is, and remove it"
+        raise DaemonError(msg) from error
+    try:
+        connected = socket.create_connection(("127.0.0.1", port), timeout=GREETING_TIMEOUT_S)
+    except TimeoutError as error:
+        raise DaemonError(NO_ANSWER) from error
     try:
         nonce = os.urandom(_PROOF_BYTES)
         connected.sendall(nonce)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 START_TIMEOUT_S = 30.0
 END_TIMEOUT_S = 15.0
 _POLL_S = 0.02
+_MOST_HAND_OVERS = 3  # older relays may have started an older one once more
 _MAX_LOG_BYTES = 2_000_000
 _started: "subprocess.Popen[bytes] | None" = None
 
@@ -43,7 +44,7 @@ def open_editor(overrides: Mapping[str, Any]) -> tuple[Stream, dict[str, Any]]:
     """A stream for an editor, and what the daemon said of itself; starts one where none is. Raises ``DaemonError``."""
     build = read_build()
     deadline = time.monotonic() + START_TIMEOUT_S
-    was_older = False
+    hand_overs = 0
     while time.monotonic() < deadline:
         try:
             stream = connect()
@@ -63,10 +64,10 @@ def open_editor(overrides: Mapping[str, Any]) -> tuple[Stream, dict[str, Any]]:
         if answer[KEY] != "older":
             msg = f"the daemon refuses this editor: {answer.get('reason', 'it does not say why')}"
             raise DaemonError(msg)
-        if was_older:
+        if hand_overs == _MOST_HAND_OVERS:
             msg = "the system starts an older fimserver than this; run with this one: fimserver daemon install"
             raise DaemonError(msg)
-        was_older = True
+        hand_overs += 1
         end_daemon("hand_over")
     msg = f"no daemon could be reached in {START_TIMEOUT_S:.0f} s; see {log_file()}, or run: fimserver daemon restart"
     raise DaemonError(msg)
@@ -96,28 +97,30 @@ def end_daemon(command: str, *, force: bool = False) -> bool:
 
     With ``force`` one that does not answer is killed. Raises ``DaemonError`` where it goes on.
     """
+    lock, ended = Lock("daemon.lock"), None
     try:
         stream = connect()
         try:
-            say_hello(stream, "control", read_build(), {"command": command})
+            ended = say_hello(stream, "control", read_build(), {"command": command}).get("pid")
             stream.set_timeout(END_TIMEOUT_S)
             stream.read()  # nothing more comes: this is its end
         finally:
             stream.close()
-    except FileNotFoundError:
-        return False
-    except ConnectionError:
+    except (FileNotFoundError, ConnectionError):
         if not _is_held():
             return False
+        if force:
+            _kill()
     except DaemonError:
         if not force:
             raise
         _kill()
-    lock = Lock("daemon.lock")
-    if not lock.acquire(END_TIMEOUT_S):
-        msg = f"the daemon has not ended within {END_TIMEOUT_S:.0f} s; kill it with: fimserver daemon stop --force"
-        raise DaemonError(msg)
-    lock.release()
+    deadline = time.monotonic() + END_TIMEOUT_S
+    while _is_held() and (ended is None or lock.read_holder() == ended):  # another may have begun already
+        if time.monotonic() > deadline:
+            msg = f"the daemon has not ended within {END_TIMEOUT_S:.0f} s; kill it with: fimserver daemon stop --force"
+            raise DaemonError(msg)
+        time.sleep(_POLL_S)
     return True
 
 
@@ -132,9 +135,10 @@ def _is_held() -> bool:
 
 def _kill() -> None:
     """End the process that holds the daemon's lock; its number is in the file, written by the holder."""
-    if _is_held():
-        with suppress(OSError, ValueError):
-            os.kill(int(Lock("daemon.lock").path.read_bytes()), getattr(signal, "SIGKILL", signal.SIGTERM))
+    holder = Lock("daemon.lock").read_holder()
+    if holder is not None and _is_held():
+        with suppress(OSError):
+            os.kill(holder, getattr(signal, "SIGKILL", signal.SIGTERM))
 
 
 def start() -> None:

@@ -30,6 +30,9 @@ _STABLE_S = 30.0  # a daemon that served for so long did not die of how it was s
 _PARSE_ERROR, _INVALID_REQUEST, _INTERNAL_ERROR = -32700, -32600, -32603
 _COMPLETIONS: dict[str, Any] = {"textDocument/inlineCompletion": {"items": []}, "textDocument/completion": None}
 _REPLAYED = ("$/setTrace", "workspace/didChangeWorkspaceFolders", "workspace/didChangeConfiguration")
+_MOST_DEATHS = 2
+_HAND_OVER_S = 1.0  # that who asked for it has to take the place
+_WAKING = ("textDocument/didOpen", "textDocument/didChange", "textDocument/didFocus", "notebookDocument/didOpen")
 _OWN_ID = "fimserver-relay-initialize"
 _STATUS = "didChangeStatus"
 
@@ -59,12 +62,16 @@ class Opened:
 
 
 class Pending:
-    """A request of the editor's without an answer; ``is_stale`` where its document is another by now."""
+    """A request of the editor's without an answer; ``is_stale`` where its document is another by now.
 
-    __slots__ = ("body", "is_stale", "method", "uri")
+    ``num_deaths`` counts the daemons that ended while it was open: it may be what they die of.
+    """
+
+    __slots__ = ("body", "is_stale", "method", "num_deaths", "uri")
 
     def __init__(self, body: bytes, method: str, uri: str | None) -> None:
-        self.body, self.method, self.uri, self.is_stale = body, method, uri, False
+        self.body, self.method, self.uri = body, method, uri
+        self.is_stale, self.num_deaths = False, 0
 
 
 class Relay:
@@ -77,6 +84,8 @@ class Relay:
         self._wake = threading.Event()
         self._stream: Stream | None = None
         self._waits = False  # for the editor's next message, before a daemon is started again
+        self._hands_over = False
+        self._shown = ""
         self._ended = threading.Event()
         self._is_shut_down = False
         self._initialize: dict[str, Any] | None = None
@@ -123,7 +132,14 @@ class Relay:
             if self._stream is not None:
                 with suppress(OSError):  # whoever reads from it sees its end too, and everything is sent again
                     self._stream.send(body)
-            self._wake.set()
+            elif self._waits and message.get("method") == "shutdown":
+                self._is_shut_down = True
+                number = message.get("id")
+                self._pending.pop(number, None) if isinstance(number, int | str) else None
+                self._write(json.dumps({"jsonrpc": "2.0", "id": number, "result": None}).encode())
+                return
+            if message.get("id") is not None or message.get("method") in (*_WAKING, "notebookDocument/didChange"):
+                self._wake.set()
 
     def _note(self, message: dict[str, Any], body: bytes) -> bool:
         """Whether a message is to be passed on."""
@@ -149,15 +165,23 @@ class Relay:
             with suppress(KeyError, TypeError):
                 self._pending[params["id"]].is_stale = True
         elif str(method).partition("/")[0] in {"textDocument", "notebookDocument"}:
-            with suppress(KeyError, TypeError, ValueError, AttributeError):  # the daemon says what is wrong with it
-                self._note_text(str(method), params)
+            self._note_text(str(method), params)
         return True
 
     def _note_text(self, method: str, params: Any) -> None:
-        if method.startswith("notebookDocument/"):
-            self._note_notebook(method, params)
-        else:
-            self._note_document(method, params)
+        """Note an edit; of a document whose edit cannot be read, no later daemon is told a text that it has not."""
+        try:
+            if method.startswith("notebookDocument/"):
+                self._note_notebook(method, params)
+            else:
+                self._note_document(method, params)
+        except (KeyError, TypeError, ValueError, AttributeError):  # the daemon says what is wrong with it
+            with suppress(KeyError, TypeError, AttributeError):
+                if method == "notebookDocument/didChange":
+                    for cell in self._notebooks.pop(params["notebookDocument"]["uri"])["cells"]:
+                        self._close(cell["document"])
+                elif method == "textDocument/didChange":
+                    self._close(params["textDocument"]["uri"])
 
     def _note_document(self, method: str, params: Any) -> None:
         item = params["textDocument"]
@@ -171,7 +195,8 @@ class Relay:
     def _note_notebook(self, method: str, params: Any) -> None:
         notebook = params["notebookDocument"]
         if method == "notebookDocument/didOpen":
-            self._notebooks[notebook["uri"]] = {**notebook, "cells": list(notebook["cells"])}
+            own = [{**cell, "document": str(cell["document"])} for cell in notebook["cells"]]
+            self._notebooks[notebook["uri"]] = {**notebook, "cells": own}
             for item in params["cellTextDocuments"]:
                 self._open(item)
         elif method == "notebookDocument/didClose":
@@ -185,7 +210,8 @@ class Relay:
             if structure := cells.get("structure"):
                 array = structure["array"]
                 start, count = int(array["start"]), int(array["deleteCount"])
-                known["cells"][start : start + count] = array.get("cells") or []
+                added = [{**cell, "document": str(cell["document"])} for cell in array.get("cells") or []]
+                known["cells"][start : start + count] = added
                 for item in structure.get("didOpen") or []:
                     self._open(item)
                 for item in structure.get("didClose") or []:
@@ -235,14 +261,16 @@ class Relay:
                 return
             if self._waits:
                 self._wake.wait()
-            else:
-                time.sleep(_PAUSES_S[min(failures, len(_PAUSES_S) - 1)])
-            self._waits = False
+            time.sleep(_HAND_OVER_S if self._hands_over else _PAUSES_S[min(failures, len(_PAUSES_S) - 1)])
+            self._waits = self._hands_over = False
             try:
                 self._replay(self._connect())
             except FimserverError as error:
                 failures += 1
                 self._give_up(str(error))
+            except (KeyError, TypeError, ValueError, AttributeError) as error:  # of what the editor sent
+                failures += 1
+                self._give_up(f"what the editor said cannot be said again ({type(error).__name__})")
             except OSError as error:  # it is gone again already
                 failures += 1
                 if failures >= len(_PAUSES_S):
@@ -260,6 +288,7 @@ class Relay:
         if KEY in message:
             self._wake.clear()
             self._waits = message.get(KEY) == "bye" and message.get("reason") == "stop"
+            self._hands_over = message.get(KEY) == "bye" and message.get("reason") == "hand_over"
             return
         with self._lock:
             if method is None:
@@ -298,6 +327,14 @@ class Relay:
             tokens = list(self._progress)
             self._progress.clear()
             says = self._initialized is not None and not self._ended.is_set()
+            stopped = list(self._pending.items()) if self._waits else []
+            for pending in self._pending.values():
+                pending.num_deaths += not self._hands_over
+                pending.is_stale = pending.is_stale or pending.num_deaths >= _MOST_DEATHS
+            for number, _ in stopped:
+                del self._pending[number]
+        for number, pending in stopped:  # nobody is to wait for a daemon that somebody ended
+            self._answer_nothing(pending, number)
         for token in tokens:
             self._notify("$/progress", {"token": token, "value": {"kind": "end"}})
         if says:
@@ -326,13 +363,13 @@ class Relay:
                 if number not in stale and pending.method != "initialize":
                     bodies.append(pending.body)
             try:
-                stream.send(*bodies)
+                stream.send(*(body for body in bodies if len(body) <= MAX_BODY_BYTES))
             except OSError:
                 stream.close()
                 raise
             for number in stale:
                 del self._pending[number]
-            self._stream = stream
+            self._stream, self._shown = stream, ""
         for number, pending in stale.items():
             self._answer_nothing(pending, number)
 
@@ -348,9 +385,13 @@ class Relay:
             self._pending.clear()
             self._wake.clear()
             self._waits = True
-        self._show(1, f"fimserver gives no completions: {reason}")
+        if reason != self._shown:  # once, however often it is tried
+            self._shown = reason
+            self._show(1, f"fimserver gives no completions: {reason}")
+        self._notify(_STATUS, {"kind": "Error", "busy": False, "message": reason})
         for message_id, pending in unanswered:
             if pending.method == "initialize":
+                self._initialize = None  # the editor may try again
                 self._answer_error(message_id, _INTERNAL_ERROR, reason)
             else:
                 self._answer_nothing(pending, message_id)
@@ -399,7 +440,8 @@ def _did_open(uri: str, document: Opened) -> bytes:
 
 
 def _to_notification(method: str, params: dict[str, Any]) -> bytes:
-    return json.dumps({"jsonrpc": "2.0", "method": method, "params": params}).encode()
+    message = {"jsonrpc": "2.0", "method": method, "params": params}
+    return json.dumps(message, ensure_ascii=False).encode("utf-8", "surrogatepass")
 
 
 def main(overrides: dict[str, Any]) -> int:
