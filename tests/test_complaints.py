@@ -316,7 +316,10 @@ def test_private_files_sent_to_a_model(fake: FakeServer, uri: str) -> None:
     public = "file:///home/me/settings.py"
     fake.open(public, f"{PRIVATE}\n")
     fake.insert(URI, 0, 0, "\n")
-    assert "hunter2" in fake.complete(URI, place[1] + 2, place[2])[0]["insertText"], "of other files it is"
+    assert inserted(fake.complete(URI, place[1] + 2, place[2])) == ["load()"], "nor is a secret of other files"
+    fake.open("file:///home/me/usual.py", f"{begun}read_token_of(account)\n")
+    fake.insert(URI, 0, 0, "\n")
+    assert "read_token_of(account)" in fake.complete(URI, place[1] + 3, place[2])[0]["insertText"], "what is none, is"
 
 
 @pytest.mark.parametrize("name", ["größe", "变量", "\U0001d4b3x", "e\u0301te\u0301"])

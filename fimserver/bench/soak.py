@@ -45,6 +45,7 @@ from fimserver.text import Encoding, LineIndex
 
 _NUM_LINES = 10_000
 _ANSWER_S = 60.0
+_LOOK_S = 0.2
 _STOP_S = 1.0
 _PAUSE_S = 0.05
 _JUMPS = 0.02  # share of edits that are anywhere in the file
@@ -165,15 +166,17 @@ class Window:
 
     def wait(self, number: int, timeout_s: float = _ANSWER_S) -> dict[str, Any] | None:
         """A request's answer."""
+        deadline = time.monotonic() + timeout_s
         with self._arrived:
-            self._arrived.wait_for(lambda: number in self._answers or self.process.poll() is not None, timeout_s)
+            while number not in self._answers and self.process.poll() is None and time.monotonic() < deadline:
+                self._arrived.wait(_LOOK_S)  # a relay that was killed tells nobody
             return self._answers.pop(number, None)
 
     def ask(self, method: str, params: Any) -> dict[str, Any]:
         """A request and its answer."""
         answer = self.wait(self.send(method, params))
         if answer is None:
-            self.counts.unanswered += 1
+            self.counts.unanswered += self.process.poll() is None  # a relay that was killed answers nothing
             return {}
         return answer
 
