@@ -1,74 +1,126 @@
-"""Nothing leaves the machine: every connection of the main path is seen, and it works without a network."""
-
-import json
-import os
-import shutil
-import subprocess
-from pathlib import Path
+"""Our forward pass, held against transformers' own modules, on both models."""
 
 import pytest
-from lsp_client import RELAY, LspClient
+import torch
+from transformers.cache_utils import DynamicCache
 
-from fimserver.lsp.launch import end_daemon
-from fimserver.paths import socket_path
+from fimserver.engine.key_values import KeyValues
+from fimserver.engine.layers import rms
+from fimserver.engine.model import Model
+from fimserver.engine.network import Rows, canvas_rows, causal_rows
 
-URI = "file:///a.py"
-WATCH = """
-import json, os, sys
-def watch(event, arguments):
-    if event in ("socket.connect", "socket.sendto", "socket.getaddrinfo", "socket.bind"):
-        address = arguments[1] if event in ("socket.connect", "socket.sendto", "socket.bind") else arguments[0]
-        with open(os.environ["WATCHED"], "a") as file:
-            file.write(json.dumps([event, str(address)]) + "\\n")
-sys.addaudithook(watch)
-"""
+TOLERANCE = 1e-4  # float32: other shapes, other order of additions
 
 
-def use(command: list[str], env: dict[str, str]) -> None:
-    """A person's first minute: an editor opens a file, the model loads, a completion comes."""
-    client = LspClient(command=command, env=env)
-    try:
-        client.initialize()
-        client.wait_until_ready()
-        client.open(URI, "import os\n\n\ndef join(a, b):\n    return os.path.jo\n")
-        assert client.complete(URI, 4, 22)
-        assert client.explain()["last"]["outcome"] == "offered"
-        client.request("shutdown", None)
-        client.notify("exit", None)
-        assert end_daemon("stop")
-        assert client.process.wait(30) == 0  # strace ends with the last of its processes
-    finally:
-        client.close()
-        end_daemon("stop", force=True)
+def draw(n: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(8, 8192, (n,), generator=torch.Generator().manual_seed(seed))
 
 
-def test_all_connections_are_to_the_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    site, watched = tmp_path / "site", tmp_path / "watched"
-    site.mkdir()
-    (site / "sitecustomize.py").write_text(WATCH)
-    monkeypatch.setenv("FIMSERVER_HOME", str(tmp_path / "home"))
-    use(RELAY, {"PYTHONPATH": str(site), "WATCHED": str(watched)})
-    seen = [json.loads(line) for line in watched.read_text().splitlines()]
-    assert {event for event, _ in seen} == {"socket.connect", "socket.bind"}
-    assert {address for _, address in seen} == {str(socket_path())}
+@torch.inference_mode()
+def encode_theirs(model: Model, ids: torch.Tensor) -> tuple[torch.Tensor, DynamicCache]:
+    output = model.network.model.encoder(input_ids=ids[None])
+    return output.last_hidden_state[0], output.past_key_values
 
 
-def test_without_a_network_it_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    unshare = shutil.which("unshare")
-    if unshare is None or subprocess.run([unshare, "-n", "true"], capture_output=True, check=False).returncode:
-        pytest.skip("this system does not let us take the network away")
-    monkeypatch.setenv("FIMSERVER_HOME", str(tmp_path / "home"))
-    use([unshare, "-n", *RELAY], {})
+@torch.inference_mode()
+def encode_ours(model: Model, ids: torch.Tensor, cache: KeyValues) -> torch.Tensor:
+    hidden = model.look(causal_rows(ids.tolist(), cache.length, model.device), cache)
+    cache.keep(range(len(ids)))
+    return hidden
 
 
-def test_system_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    strace = shutil.which("strace")
-    trial = [strace or "strace", "-f", "-o", os.devnull, "true"]
-    if strace is None or subprocess.run(trial, capture_output=True, check=False).returncode:
-        pytest.skip("strace is not installed, or not allowed")
-    monkeypatch.setenv("FIMSERVER_HOME", str(tmp_path / "home"))
-    log = tmp_path / "calls"
-    use([strace, "-f", "-qq", "-e", "trace=connect,sendto,sendmsg", "-o", str(log), *RELAY], {})
-    called = [line for line in log.read_text().splitlines() if "sa_family=" in line]
-    assert called
-    assert [line for line in called if "AF_UNIX" not in line] == []
+@pytest.mark.parametrize("length", [1, 7, 31, 32, 33, 120])
+def test_encoder(model: Model, length: int) -> None:
+    """The random model's window is 32: shorter, as long, longer."""
+    ids = draw(length)
+    theirs, _ = encode_theirs(model, ids)
+    torch.testing.assert_close(encode_ours(model, ids, model.new_cache()), theirs, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("cuts", [(40, 41, 42), (5, 60), (31, 32, 33, 90)])
+def test_encoder_in_parts(model: Model, cuts: tuple[int, ...]) -> None:
+    ids = draw(100)
+    theirs, _ = encode_theirs(model, ids)
+    cache = model.new_cache()
+    parts = [encode_ours(model, ids[a:b], cache) for a, b in zip((0, *cuts), (*cuts, 100), strict=True)]
+    torch.testing.assert_close(torch.cat(parts), theirs, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("length", [3, 31, 40, 120])
+@pytest.mark.parametrize("canvas_length", [4, 16, 48])
+@pytest.mark.parametrize("conditioned", [False, True])
+@torch.inference_mode()
+def test_decoder(model: Model, length: int, canvas_length: int, *, conditioned: bool) -> None:
+    """A canvas shorter and longer than the window, over prompts shorter and longer than it."""
+    ids, canvas = draw(length), draw(canvas_length, seed=1)
+    logits = torch.randn(canvas_length, model.vocab_size, generator=torch.Generator().manual_seed(2)) * 4
+    _, their_cache = encode_theirs(model, ids)
+    theirs = model.network.model.decoder(
+        decoder_input_ids=canvas[None],
+        past_key_values=their_cache,
+        self_conditioning_logits=logits[None] if conditioned else None,
+    ).last_hidden_state[0]
+    cache = model.new_cache()
+    encode_ours(model, ids, cache)
+    soft = model.forward.to_soft(logits) if conditioned else None
+    ours = model.forward.forward(canvas_rows(canvas[None], cache.length), cache, soft)
+    assert cache.length == length
+    torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("length", [10, 50])
+def test_canvases_side_by_side_do_not_see_each_other(model: Model, length: int) -> None:
+    cache = model.new_cache()
+    encode_ours(model, draw(length), cache)
+    canvases = torch.stack([draw(12, seed=s) for s in range(3)])
+    together = model.decode(canvases, cache, None)
+    for canvas, logits in zip(canvases, together, strict=True):
+        alone = model.decode(canvas[None], cache, None)[0]
+        torch.testing.assert_close(logits, alone, atol=1e-3, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("length", [10, 30, 50])
+def test_branches_and_canvases_in_one_pass(model: Model, length: int) -> None:
+    """Two branches of drafts and a canvas behind one of them are what each of them is alone."""
+    ids, left, right, canvas = draw(length), draw(3, seed=1), draw(2, seed=2), draw(5, seed=3)
+    cache = model.new_cache()
+    encode_ours(model, ids, cache)
+    sees = torch.zeros(10, 10, dtype=torch.bool)
+    sees[:3, :3] = torch.ones(3, 3, dtype=torch.bool).tril()
+    sees[3:5, 3:5] = torch.ones(2, 2, dtype=torch.bool).tril()
+    sees[5:, 3:5] = sees[5:, 5:] = True
+    positions = torch.tensor([*range(length, length + 3), *range(length, length + 7)])
+    origins = torch.full((5,), length + 2)
+    hidden = model.look(
+        Rows(torch.cat((left, right, canvas)), positions, sees, int(positions.max()) + 1, 5, origins), cache
+    )
+
+    for part, branch in ((hidden[:3], left), (hidden[3:5], right)):
+        theirs, _ = encode_theirs(model, torch.cat((ids, branch)))
+        torch.testing.assert_close(part, theirs[length:], atol=TOLERANCE, rtol=TOLERANCE)
+    fresh = model.new_cache()
+    encode_ours(model, torch.cat((ids, right)), fresh)
+    alone = model.look(canvas_rows(canvas[None], fresh.length), fresh)
+    torch.testing.assert_close(hidden[5:], alone, atol=TOLERANCE, rtol=TOLERANCE)
+
+    cache.keep([3, 4])  # the right branch becomes the prompt's continuation
+    assert cache.length == length + 2
+    more = draw(4, seed=5)
+    theirs, _ = encode_theirs(model, torch.cat((ids, right, more)))
+    torch.testing.assert_close(encode_ours(model, more, cache), theirs[-4:], atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@torch.inference_mode()
+def test_self_conditioning_from_the_likeliest_tokens(model: Model) -> None:
+    logits = torch.randn(6, model.vocab_size, generator=torch.Generator().manual_seed(0)) * 6
+    whole = model.forward.to_soft(logits)
+    torch.testing.assert_close(model.forward.to_soft(logits, model.vocab_size), whole, atol=1e-4, rtol=1e-3)
+    few = model.forward.to_soft(logits, 64)
+    assert float((few - whole).norm() / whole.norm()) < 0.5
+    assert not torch.equal(few, whole)
+
+
+def test_rms_has_epsilon_under_the_root() -> None:
+    rows = torch.tensor([[3.0, 4.0], [1e-3, 0.0], [0.0, 0.0]])
+    expected = rows * torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + 1e-6)
+    torch.testing.assert_close(rms(rows, 1e-6), expected)
