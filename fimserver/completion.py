@@ -16,12 +16,11 @@ from typing import Any, BinaryIO
 from rich.console import Console
 from rich.text import Text
 
-from fimserver.context.gather import find_guesses
+from fimserver.context.gather import find_guesses, without_secrets
 from fimserver.context.ignored import IgnoreRules
 from fimserver.context.languages import language_of_path
 from fimserver.context.offer import to_answer
 from fimserver.context.place import find_place, offer_guess
-from fimserver.context.secrets import reveals
 from fimserver.context.window import budget_for, build_context
 from fimserver.engine.client import EngineClient, EngineOptions
 from fimserver.errors import EngineError, PositionError
@@ -161,9 +160,7 @@ def complete_snapshot(
         result.timings_ms = {"context": context_ms, "total": context_ms}
         return result
     hole = result.hole = place.hole
-    before, _ = line_around(snapshot.text, snapshot.cursor)
-    found = find_guesses(snapshot, hole) if guesses else []
-    result.guesses = [guess for guess in found if not reveals(before, guess.text)]
+    result.guesses = without_secrets(snapshot, find_guesses(snapshot, hole)) if guesses else []
     if guesses and not trace and (guess := offer_guess(result.guesses, place)):
         result.completion, result.source = guess, "guess"
         context_ms = (time.perf_counter() - begin) * 1e3

@@ -79,6 +79,22 @@ def _temporary_folder(suffix: str) -> Path:
     return Path(os.environ.get("TMPDIR") or "/tmp") / f"fimserver-{os.getuid()}{suffix}"  # noqa: S108  make_private
 
 
+def write_private(path: Path, text: str) -> None:
+    """Put a file with a text in the place of the last, whole or not at all, for its owner only. Raises ``OSError``."""
+    new = path.with_name(f"{path.name}.{os.getpid()}")
+    with suppress(FileNotFoundError):
+        new.unlink()
+    file = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(file, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        new.replace(path)
+    except OSError:
+        with suppress(OSError):
+            new.unlink()
+        raise
+
+
 def make_private(folder: Path) -> Path:
     """Make a folder that nobody else can enter, or see that it is one. Raises ``PathError``.
 

@@ -36,6 +36,7 @@ from typing import Any, BinaryIO, cast
 
 from rich.progress import Progress
 
+from fimserver.bench.ratios import percentile
 from fimserver.errors import FimserverError
 from fimserver.lsp.daemon import resident_bytes
 from fimserver.lsp.launch import ask, end_daemon, read_status
@@ -65,8 +66,8 @@ class Summary:
     """What came of it.
 
     ``message_ms`` is how long the server works at one message, ``place_ms`` at finding out what is to be filled for a
-    request, both by its own clock; ``state_ms`` how long an editor waits
-    for an answer that needs no model, behind its last edits and beside all other processes of this run.
+    request, both by its own clock; ``state_ms`` how long an editor waits for an answer that needs no model, behind its
+    last edits and beside all other processes of this run.
     """
 
     seconds: float
@@ -408,7 +409,7 @@ class Soak:
 
 
 def _quantile(values: list[float], share: float) -> float:
-    return round(sorted(values)[int(share * (len(values) - 1))], 2) if values else math.nan
+    return round(percentile(values, share), 2) if values else math.nan
 
 
 def _slope(points: list[tuple[int, int]]) -> float:

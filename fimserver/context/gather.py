@@ -13,9 +13,10 @@ Knows:  texts, holes.  Never: trees, tokens, LSP.
 
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from fimserver.context.secrets import reveals
 from fimserver.text import common_prefix_length, common_suffix_length, line_around, to_newlines
 from fimserver.types import Guess, Hole, HoleKind, Snapshot, Snippet
 
@@ -66,6 +67,12 @@ def find_guesses(
         if len(found) >= _MAX_GUESSES:
             break
     return sorted(found.values(), key=lambda g: g.rank)[:_MAX_GUESSES]
+
+
+def without_secrets(snapshot: Snapshot, guesses: Iterable[Guess]) -> list[Guess]:
+    """Guesses that may be offered: of a secret that stands elsewhere nothing is said."""
+    before, _ = line_around(snapshot.text, snapshot.cursor)
+    return [guess for guess in guesses if not reveals(before, guess.text)]
 
 
 def is_sure(guess: Guess) -> bool:

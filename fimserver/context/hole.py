@@ -43,6 +43,7 @@ _PRIVATE = re.compile(
     r"id_(?:rsa|dsa|ecdsa|ed25519)|[\w.-]+\.(?:pem|key|p12|pfx|kdbx|asc|gpg))$",
     re.IGNORECASE,
 )
+PRIVATE_FILE = NoCompletion("private_file", "files that hold secrets (.env, keys, credentials) are never read")
 _WORD = re.compile(r"\w")
 _COMMENT_TYPES = frozenset({"comment", "line_comment", "block_comment", "html_comment", "js_comment"})
 _STRING_TYPES = words(
@@ -65,7 +66,7 @@ def refuse_document(snapshot: Snapshot, *, invoked: bool = False, writable: bool
     """Why nothing is offered anywhere in this document; one that the person asks in is refused for less."""
     scheme = snapshot.uri.partition(":")[0]
     if is_private(snapshot.uri):
-        return NoCompletion("private_file", "files that hold secrets (.env, keys, credentials) are never read")
+        return PRIVATE_FILE
     if len(snapshot.text) > _MAX_CHARACTERS:
         size = f"{len(snapshot.text) / 1e6:.1f} million characters"
         return NoCompletion("huge_file", f"the file has {size}; completions are for files up to 8 million")

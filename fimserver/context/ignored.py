@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 
 from pathspec import GitIgnoreSpec
 
-from fimserver.context.hole import is_private
+from fimserver.context.hole import PRIVATE_FILE, is_private
 from fimserver.types import NoCompletion
 
 OWN_FILE, GIT_FILE = ".fimserverignore", ".gitignore"
@@ -47,17 +47,11 @@ class IgnoreRules:
 
     def refuse(self, uri: str, *, with_git: bool = True) -> NoCompletion | None:
         """Why a document is nobody's business; ``None`` for one that may be read, and for what is no file."""
-        path = path_of_file(uri)
-        if path is None:
-            return None
-        paths = [path]
-        try:
-            paths.append(Path(os.path.realpath(path)))
-        except (OSError, ValueError):
-            return None
-        for each in dict.fromkeys(paths):
+        if is_private(uri):
+            return PRIVATE_FILE
+        for each in _paths_of(uri):
             if is_private(each.as_uri()):
-                return NoCompletion("private_file", "files that hold secrets (.env, keys, credentials) are never read")
+                return PRIVATE_FILE
             if (by := self._ignored_by(each, OWN_FILE)) is not None:
                 return NoCompletion("ignored_file", f"{by} names this file; it is never read")
             if with_git and (by := self._ignored_by(each, GIT_FILE)) is not None:
@@ -116,6 +110,15 @@ class IgnoreRules:
             self._read.pop(file, None)
             return None
         return known[1]
+
+
+def _paths_of(uri: str) -> list[Path]:
+    """The file of a URI, as it is named and as it is behind links; none for what is no file of this machine."""
+    path = path_of_file(uri)
+    try:
+        return list(dict.fromkeys((path, Path(os.path.realpath(path))))) if path is not None else []
+    except (OSError, ValueError):
+        return []
 
 
 def path_of_file(uri: str) -> Path | None:

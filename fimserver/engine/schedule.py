@@ -37,10 +37,6 @@ class Schedule:
         self._served: dict[Hashable, int] = {}  # by client, the number of its last turn
         self._turns = 0
 
-    def __len__(self) -> int:
-        """How many wait."""
-        return len(self._waiting)
-
     def add(self, number: int, client: Hashable, document: str, *, invoked: bool) -> int | None:
         """Let a request wait; the id of an automatic one about the same document whose place it takes, if any."""
         replaced = None

@@ -12,17 +12,16 @@ Knows:  texts, the state folder.  Never: LSP types, the engine. What is kept is 
 
 import json
 import logging
-import os
 import re
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from fimserver.lsp.session import CLOSERS
+from fimserver.paths import write_private
 from fimserver.types import Completion, Snapshot
 
 NUM_BINS = 10
@@ -129,18 +128,7 @@ def _is_count(counts: list[Any]) -> bool:
 def write_bins(path: Path, bins: Bins) -> None:
     """Put a file with these counts in the place of the last, for its owner only. Raises ``OSError``."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    new = path.with_name(f"{path.name}.{os.getpid()}")
-    with suppress(FileNotFoundError):
-        new.unlink()
-    file = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with os.fdopen(file, "w", encoding="ascii") as stream:
-            json.dump(bins, stream)
-        new.replace(path)
-    except OSError:
-        with suppress(OSError):
-            new.unlink()
-        raise
+    write_private(path, json.dumps(bins))
 
 
 @dataclass(slots=True)

@@ -15,10 +15,10 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from fimserver.context.gather import find_guesses, find_snippets
+from fimserver.context.gather import find_guesses, find_snippets, without_secrets
 from fimserver.context.offer import Answer, to_answer
 from fimserver.context.place import Place, offer_guess
-from fimserver.context.secrets import mask_whole, reveals
+from fimserver.context.secrets import mask_whole
 from fimserver.context.window import budget_for, build_context
 from fimserver.engine.client import EngineClient, Turn
 from fimserver.errors import CompletionCancelledError, EngineError
@@ -29,7 +29,6 @@ from fimserver.lsp.records import Replay
 from fimserver.lsp.requests import CHANGED, RefusedError, Request, unless_ended
 from fimserver.lsp.session import CLOSERS, Session, rest_of, rests_of, typed_since
 from fimserver.settings import to_sampling
-from fimserver.text import line_around
 from fimserver.types import Completion, Draft, Guess, NoCompletion, Snapshot
 
 _GRACE_S = 0.05  # between an editor's edit, its cancel and its next request
@@ -88,9 +87,8 @@ class Completer:
         """What followed the same text elsewhere; nothing under a seed, with which the text alone decides."""
         if self._session.settings.seed is not None:
             return []
-        before, _ = line_around(snapshot.text, snapshot.cursor)
         found = find_guesses(snapshot, place.hole, self._session.other_texts(snapshot))
-        return [guess for guess in found if not reveals(before, guess.text)]
+        return without_secrets(snapshot, found)
 
     async def _answer_by_model(
         self, request: Request, place: Place, guesses: list[Guess]

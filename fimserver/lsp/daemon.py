@@ -30,7 +30,18 @@ from fimserver.build import read_build
 from fimserver.engine.client import EngineClient
 from fimserver.engine.frames import to_plain
 from fimserver.errors import DaemonError
-from fimserver.lsp.endpoint import GREETING_TIMEOUT_S, KEY, PROTOCOL, Listener, Lock, is_same_user, listen, prove
+from fimserver.lsp.endpoint import (
+    GREETING_TIMEOUT_S,
+    KEY,
+    PROOF_BYTES,
+    PROTOCOL,
+    Listener,
+    Lock,
+    is_proof,
+    is_same_user,
+    listen,
+    prove,
+)
 from fimserver.lsp.features import create_server, silence_others
 from fimserver.lsp.server import FimLanguageServer
 from fimserver.lsp.wire import MAX_BODY_BYTES, to_frame
@@ -38,7 +49,6 @@ from fimserver.lsp.wire import MAX_BODY_BYTES, to_frame
 LINGER_S = 300.0
 _MOST_UNSENT_BYTES = 64 * 2**20
 _LARGEST_HELLO_BYTES = 65536
-_PROOF_BYTES = 32
 _TIMES_KEPT = 2000
 _LOCK_TIMEOUT_S = 1.0  # who only looks whether the lock is held, holds it for a moment
 _LISTEN_FDS_START = 3  # systemd's
@@ -138,12 +148,9 @@ class Daemon:
 
     async def _prove(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Show that this is the daemon, and see that the other side has read the key. Raises ``EOFError``."""
-        import hmac  # noqa: PLC0415
-
-        nonce = os.urandom(_PROOF_BYTES)
-        writer.write(prove(self._listener.key, b"daemon", await reader.readexactly(_PROOF_BYTES)) + nonce)
-        proof = await reader.readexactly(_PROOF_BYTES)
-        if not hmac.compare_digest(proof, prove(self._listener.key, b"client", nonce)):
+        nonce = os.urandom(PROOF_BYTES)
+        writer.write(prove(self._listener.key, b"daemon", await reader.readexactly(PROOF_BYTES)) + nonce)
+        if not is_proof(await reader.readexactly(PROOF_BYTES), self._listener.key, b"client", nonce):
             _logger.warning("a process without the key was refused")
             raise EOFError
 

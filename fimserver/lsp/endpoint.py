@@ -26,14 +26,14 @@ from typing import Any, BinaryIO
 
 from fimserver.errors import DaemonError
 from fimserver.lsp.wire import read_body, to_frame
-from fimserver.paths import make_private, runtime_folder, socket_path
+from fimserver.paths import make_private, runtime_folder, socket_path, write_private
 
 PROTOCOL = 1  # of the messages below; both sides have to speak the same
 KEY = "fimserver"  # of a message that is between relay and daemon, not the editor's
 TRANSPORT_VARIABLE = "FIMSERVER_TRANSPORT"
 GREETING_TIMEOUT_S = 5.0
 NO_ANSWER = "the daemon does not answer; end it with: fimserver daemon stop --force"
-_PROOF_BYTES = 32
+PROOF_BYTES = 32
 _BACKLOG = 64
 _LOCKED_BYTE = 4096  # on Windows, where a locked byte cannot be read: behind the process' number
 
@@ -145,16 +145,10 @@ def _listen_on_port() -> Listener:
     bound = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     bound.bind(("127.0.0.1", 0))
     bound.listen(_BACKLOG)
-    key = os.urandom(_PROOF_BYTES)
+    key = os.urandom(PROOF_BYTES)
     path = _port_file()
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
-    with suppress(FileNotFoundError):
-        beside.unlink()
     try:
-        file = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(file, "w", encoding="ascii") as stream:
-            json.dump({"port": bound.getsockname()[1], "key": key.hex()}, stream)
-        beside.replace(path)
+        write_private(path, json.dumps({"port": bound.getsockname()[1], "key": key.hex()}))
     except OSError as error:
         bound.close()
         msg = f"{path} cannot be written ({error.strerror}); see that its folder can be written"
@@ -263,12 +257,12 @@ def _connect_to_port() -> Stream:
     except TimeoutError as error:
         raise DaemonError(NO_ANSWER) from error
     try:
-        nonce = os.urandom(_PROOF_BYTES)
+        nonce = os.urandom(PROOF_BYTES)
         connected.sendall(nonce)
-        answer = _receive(connected, 2 * _PROOF_BYTES)
-        if not _is_equal(answer[:_PROOF_BYTES], prove(key, b"daemon", nonce)):
+        answer = _receive(connected, 2 * PROOF_BYTES)
+        if not is_proof(answer[:PROOF_BYTES], key, b"daemon", nonce):
             raise ConnectionRefusedError
-        connected.sendall(prove(key, b"client", answer[_PROOF_BYTES:]))
+        connected.sendall(prove(key, b"client", answer[PROOF_BYTES:]))
         connected.settimeout(None)
     except OSError as error:
         connected.close()
@@ -285,10 +279,11 @@ def prove(key: bytes, role: bytes, nonce: bytes) -> bytes:
     return hmac.digest(key, role + nonce, "sha256")
 
 
-def _is_equal(one: bytes, other: bytes) -> bool:
+def is_proof(proof: bytes, key: bytes, role: bytes, nonce: bytes) -> bool:
+    """Whether the other side has the key."""
     import hmac  # noqa: PLC0415
 
-    return hmac.compare_digest(one, other)
+    return hmac.compare_digest(proof, prove(key, role, nonce))
 
 
 def _receive(connected: socket.socket, size: int) -> bytes:

@@ -40,8 +40,8 @@ def log_file() -> Path:
     return log_folder() / "daemon.log"
 
 
-def open_editor(overrides: Mapping[str, Any]) -> tuple[Stream, dict[str, Any]]:
-    """A stream for an editor, and what the daemon said of itself; starts one where none is. Raises ``DaemonError``."""
+def open_editor(overrides: Mapping[str, Any]) -> Stream:
+    """A stream for an editor; a daemon is started where none is. Raises ``DaemonError``."""
     build = read_build()
     deadline = time.monotonic() + START_TIMEOUT_S
     hand_overs = 0
@@ -49,14 +49,11 @@ def open_editor(overrides: Mapping[str, Any]) -> tuple[Stream, dict[str, Any]]:
         try:
             stream = connect()
             answer = say_hello(stream, "editor", build, {"overrides": dict(overrides)})
-        except FileNotFoundError:
-            start()
-            continue
-        except ConnectionError:
+        except (FileNotFoundError, ConnectionError):
             start()  # of a socket that nobody holds; where a daemon is just ending, it waits for that
             continue
         if answer[KEY] == "welcome":
-            return stream, answer
+            return stream
         stream.close()
         if answer[KEY] == "ending":
             time.sleep(_POLL_S)

@@ -32,7 +32,10 @@ _COMPLETIONS: dict[str, Any] = {"textDocument/inlineCompletion": {"items": []}, 
 _REPLAYED = ("$/setTrace", "workspace/didChangeWorkspaceFolders", "workspace/didChangeConfiguration")
 _MOST_DEATHS = 2
 _HAND_OVER_S = 1.0  # that who asked for it has to take the place
-_WAKING = ("textDocument/didOpen", "textDocument/didChange", "textDocument/didFocus", "notebookDocument/didOpen")
+_WAKING = (
+    *("textDocument/didOpen", "textDocument/didChange", "textDocument/didFocus"),
+    *("notebookDocument/didOpen", "notebookDocument/didChange"),
+)
 _OWN_ID = "fimserver-relay-initialize"
 _STATUS = "didChangeStatus"
 
@@ -133,12 +136,10 @@ class Relay:
                 with suppress(OSError):  # whoever reads from it sees its end too, and everything is sent again
                     self._stream.send(body)
             elif self._waits and message.get("method") == "shutdown":
-                self._is_shut_down = True
-                number = message.get("id")
-                self._pending.pop(number, None) if isinstance(number, int | str) else None
-                self._write(json.dumps({"jsonrpc": "2.0", "id": number, "result": None}).encode())
+                for number in [number for number, asked in self._pending.items() if asked.method == "shutdown"]:
+                    self._answer_nothing(self._pending.pop(number), number)
                 return
-            if message.get("id") is not None or message.get("method") in (*_WAKING, "notebookDocument/didChange"):
+            if message.get("id") is not None or message.get("method") in _WAKING:
                 self._wake.set()
 
     def _note(self, message: dict[str, Any], body: bytes) -> bool:
@@ -448,6 +449,6 @@ def main(overrides: dict[str, Any]) -> int:
     """Relay stdio to the daemon. Raises ``DaemonError`` before anything is read where none can be had."""
     from fimserver.lsp.launch import open_editor  # noqa: PLC0415  tests relay without starting anything
 
-    stream, _ = open_editor(overrides)
-    relay = Relay(sys.stdin.buffer, sys.stdout.buffer, lambda: open_editor(overrides)[0])
+    stream = open_editor(overrides)
+    relay = Relay(sys.stdin.buffer, sys.stdout.buffer, lambda: open_editor(overrides))
     return relay.run(stream)

@@ -403,14 +403,17 @@ class FimLanguageServer(LanguageServer):
         return {
             "last": last.to_entry() if last is not None else None,
             "recent": [record.to_entry() for record in recent],
-            "engine": {"state": self.engine.state, "detail": self.engine.detail, "pid": self.engine.pid},
+            "engine": self._describe_engine(),
             "counters": dict(self.session.counters),
         }
+
+    def _describe_engine(self) -> dict[str, Any]:
+        return {"state": self.engine.state, "detail": self.engine.detail, "pid": self.engine.pid}
 
     def status(self) -> dict[str, Any]:
         """What a status bar shows."""
         return {
-            "engine": {"state": self.engine.state, "detail": self.engine.detail, "pid": self.engine.pid},
+            "engine": self._describe_engine(),
             "enabled": self.session.settings.enabled,
             "snoozedMinutes": self.session.snoozed_minutes(),
             "documents": len(self.session.documents),

@@ -12,7 +12,6 @@ from enum import StrEnum
 from itertools import islice
 from typing import Any
 
-from fimserver.context.hole import is_private
 from fimserver.context.ignored import IgnoreRules
 from fimserver.context.languages import find_language
 from fimserver.context.place import Place, TreeMemory, find_place
@@ -194,7 +193,7 @@ class Session:
 
     def _is_hidden(self, uri: str) -> bool:
         """Whether a document's text must not be read for others."""
-        return is_private(uri) or self._refuse(uri) is not None
+        return self._refuse(uri) is not None
 
     def other_documents(self, snapshot: Snapshot) -> list[tuple[str, str]]:
         """Path and text of other open documents in the same language, the one edited last first; no private ones."""
