@@ -64,6 +64,16 @@ def test_one_automatic_request_of_a_document_waits() -> None:
     assert sorted(ids(schedule)) == [2, 3, 4]
 
 
+def test_what_is_put_back_gives_way_to_a_newer_one() -> None:
+    schedule = Schedule(Clock())
+    schedule.add(1, "a", "one", invoked=False)
+    taken = schedule.take()
+    assert taken is not None
+    schedule.add(2, "a", "one", invoked=False)
+    assert schedule.put_back(taken) == 1
+    assert ids(schedule) == [2]
+
+
 def test_who_has_waited_long_is_urgent() -> None:
     clock = Clock()
     schedule = Schedule(clock)

@@ -254,8 +254,7 @@ class EngineClient:
             self._next_id += 1
             self._pending[pending.id] = pending
             replaced = self._schedule.add(pending.id, turn.client, turn.document, invoked=turn.invoked)
-            if replaced is not None:
-                self._finish(self._pending[replaced], CompletionCancelledError("a newer one took its place"))
+            self._finish_replaced(replaced)
             self._send_next()
             return pending
 
@@ -335,12 +334,16 @@ class EngineClient:
             self._worker.outgoing.put(pending.message)
             self._expect_sign(HANG_TIMEOUT_S)
 
+    def _finish_replaced(self, number: int | None) -> None:
+        if number is not None:
+            self._finish(self._pending[number], CompletionCancelledError("a newer one took its place"))
+
     def _requeue(self) -> None:
         """The request that a worker had waits for the next one; one that was cancelled ends now."""
         pending, self._sent = self._sent, None
         if pending is None or pending.ticket is None or pending.id not in self._pending:
             return
-        self._schedule.put_back(pending.ticket)
+        self._finish_replaced(self._schedule.put_back(pending.ticket))
         if pending.is_cancelled:
             self._finish(pending, CompletionCancelledError("cancelled"))
 

@@ -39,18 +39,23 @@ class Schedule:
 
     def add(self, number: int, client: Hashable, document: str, *, invoked: bool) -> int | None:
         """Let a request wait; the id of an automatic one about the same document whose place it takes, if any."""
-        replaced = None
-        if not invoked and document:
-            same = (t for t in self._waiting.values() if t.client == client and t.document == document)
-            replaced = next((ticket.id for ticket in same if not ticket.invoked and ticket.id < number), None)
-            if replaced is not None:
-                del self._waiting[replaced]
-        self._waiting[number] = Ticket(number, client, document, invoked, self._clock())
-        return replaced
+        return self.put_back(Ticket(number, client, document, invoked, self._clock()))
 
-    def put_back(self, ticket: Ticket) -> None:
-        """A request that was taken is to be asked again: it waits as long as it did."""
+    def put_back(self, ticket: Ticket) -> int | None:
+        """Let a request that was taken wait again, as long as it did before.
+
+        Of two automatic ones about a document the older does not wait; its id.
+        """
         self._waiting[ticket.id] = ticket
+        if ticket.invoked or not ticket.document:
+            return None
+        about = (ticket.client, ticket.document, False)
+        same = [t.id for t in self._waiting.values() if (t.client, t.document, t.invoked) == about]
+        if len(same) == 1:
+            return None
+        older = min(same)
+        del self._waiting[older]
+        return older
 
     def take(self) -> Ticket | None:
         """The next request; ``None`` where nobody waits."""
