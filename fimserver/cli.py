@@ -22,6 +22,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -324,10 +325,23 @@ def bench() -> None:
     metavar="X",
     help="Pauses of --human are so many times shorter.",
 )
+@click.option(
+    "--debounce",
+    type=click.IntRange(0, 2000),
+    metavar="MS",
+    help="With --human: always wait so long behind a key. [default: it adapts]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @_decoding_options
 @_engine_options
-def keystroke(limit: int | None, human: bool, speed: float, as_json: bool, **options: Any) -> None:  # noqa: FBT001
+def keystroke(  # noqa: PLR0913, PLR0917  click hands each option over as an argument
+    limit: int | None,
+    human: bool,  # noqa: FBT001
+    speed: float,
+    debounce: int | None,
+    as_json: bool,  # noqa: FBT001
+    **options: Any,
+) -> None:
     """Type in a file of 10,000 lines: server time without the model, model time, tokens encoded again.
 
     With --human: how many completions come before the next key, from where, how soon, and how many begin right.
@@ -337,6 +351,7 @@ def keystroke(limit: int | None, human: bool, speed: float, as_json: bool, **opt
 
     settings = _settings(options, seed=None)  # as in an editor
     if human:
+        settings = replace(settings, debounce_ms=debounce)
         _run_measurement(lambda: replay_typing(settings, limit=limit or 300, speed=speed), as_json=as_json)
     else:
         _run_measurement(lambda: measure_typing(settings, limit=limit or 600), as_json=as_json)

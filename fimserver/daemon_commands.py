@@ -6,7 +6,10 @@ Knows:  the launcher, what the daemon says of itself.  Never: LSP.
 import json
 import os
 import sys
+import time
 from collections import deque
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,9 @@ import click
 
 from fimserver.errors import FimserverError, PathError
 from fimserver.lsp.launch import end_daemon, log_file, read_status, start
+
+
+_FOLLOW_S = 0.3
 
 
 class _Sentences:
@@ -99,17 +105,33 @@ def status(as_json: bool) -> None:  # noqa: FBT001
 @click.option(
     "-n", "--lines", type=click.IntRange(min=1), default=50, show_default=True, help="How many, from the end."
 )
-def logs(lines: int) -> None:
-    """The end of the daemon's log. It never holds code."""
+@click.option("-f", "--follow", is_flag=True, help="Go on with what is written from now on; Ctrl-C ends it.")
+@click.option("--json", "as_json", is_flag=True, help="As they are in the file: one JSON object a line.")
+def logs(lines: int, follow: bool, as_json: bool) -> None:  # noqa: FBT001
+    """The end of the daemon's log. It never holds code.
+
+    With fimserver.logLevel at info it has a line for each request, with the id that fimserver explain knows it by.
+    """
+    from fimserver.lsp.logs import to_line  # noqa: PLC0415  only this command reads one
+
     path = log_file()
     try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            last = deque(file, lines)
+        file = path.open(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         click.echo(f"there is no log yet at {path}", err=True)
         return
     click.echo(f"{path}:", err=True)
-    click.echo("".join(last), nl=False)
+    with file, suppress(KeyboardInterrupt):
+        last: Iterable[str] = deque(file, lines)
+        while True:
+            for line in last:
+                click.echo(line.rstrip("\n") if as_json else to_line(line))
+            if not follow:
+                return
+            time.sleep(_FOLLOW_S)
+            if path.stat().st_size < file.tell():  # it was put aside
+                file.seek(0)
+            last = file.readlines()
 
 
 @daemon.command()
@@ -194,6 +216,8 @@ def to_lines(status_of: dict[str, Any]) -> list[str]:
     worker_is = f"{worker['state']}: {worker['detail']}"
     if worker["pid"]:
         worker_is += f"; pid {worker['pid']}, {_to_megabytes(worker['resident_bytes'])}"
+        if worker["device_bytes"] is not None:
+            worker_is += f", {_to_megabytes(worker['device_bytes'])} of the card's"
     version, up = status_of["version"], _to_duration(status_of["uptime_s"])
     memory = _to_megabytes(status_of["resident_bytes"])
     return [

@@ -112,11 +112,19 @@ class Settings:
         low=0,
         high=60000,
     )
-    debounce_ms: int = _setting(
-        default=40, doc="Pause in typing before an automatic request is computed.", low=0, high=2000
+    debounce_ms: int | None = _setting(
+        default=None,
+        doc="Pause in typing before an automatic request is computed; null adapts it (at most 250) to how fast the "
+        "model answers and you type.",
+        low=0,
+        high=2000,
     )
     max_latency_ms: int = _setting(
-        default=1500, doc="Longest model time; then the best draft is the answer.", low=50, high=60000
+        default=1500,
+        doc="Longest model time, with the wait for other editors' requests; then the best draft is the answer. An "
+        "automatic request gets nothing after three times as long.",
+        low=50,
+        high=60000,
     )
     completion_items: str = _setting(
         default="auto",

@@ -56,6 +56,12 @@ class FakeEngine:
         with self._journal.open("a") as file:
             file.write(json.dumps({"event": event, "name": name, "value": value}) + "\n")
 
+    def device_bytes(self) -> None:
+        """There is no card."""
+
+    def forget(self) -> None:
+        """What ``Engine`` does after a request that failed."""
+
     def complete(
         self,
         context: FimContext,

@@ -377,7 +377,7 @@ def test_logs_hold_no_code(tmp_path: Path) -> None:
     assert client.shutdown() == 0
     client.close()
     log = (tmp_path / "log").read_text()
-    assert "request answered" in log
+    assert "a request was answered" in log
     assert "confidential_name" not in log
 
 

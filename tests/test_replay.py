@@ -24,7 +24,7 @@ def test_a_short_session_adds_up() -> None:
     assert values["asked"] >= values["by_model"]
     assert values["asked"] - values["wasted"] >= values["by_model"]
     assert 0 <= values["wasted_s"] <= values["asked_s"]
-    assert values["debounce_ms"] == 40
+    assert values["debounce_ms"] is None, "it adapts"
     assert 0 < values["answer_ms_p50"] <= values["answer_ms_p95"]
     assert values["by_model"] == 0 or values["model_answer_ms_p50"] > 0
     assert 0 <= values["right_so_far"] <= 1

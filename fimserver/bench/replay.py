@@ -2,7 +2,7 @@
 
 The keys of ``typist.py`` are pressed with pauses between them. After each comes the edit, the cancellation of the last
 request where that is still open, and an automatic request, in VS Code's order; settings are the server's own, its
-debounce included. What has not come by the next key is not seen.
+debounce (``None`` where it adapts) included. What has not come by the next key is not seen.
 
 The pauses are an assumption, not a recording: log-normal, with a median of 180 ms (a fast typist; transcribing, people
 take 240 ms on average, Dhakal et al., "Observations on Typing from 136 Million Keystrokes", CHI 2018), and of 700 ms
@@ -58,7 +58,7 @@ class Summary:
     mode: str
     lines: int
     speed: float
-    debounce_ms: int
+    debounce_ms: int | None
     typing_s: float
     shown: int
     by_model: int
@@ -104,7 +104,7 @@ class _Seen:
     empty: Counter[str] = field(default_factory=Counter)
     cancelled: int = 0
     used: set[int] = field(default_factory=set)
-    debounce_ms: int = 0
+    debounce_ms: int | None = None
     typing_s: float = 0.0
 
 
@@ -155,7 +155,8 @@ def replay_typing(settings: Settings, *, limit: int, speed: float) -> Summary:
 
 async def _replay(engine: TimedEngine, settings: Settings, limit: int, speed: float) -> _Seen:
     editor, seen, rng = Editor(engine), _Seen(), random.Random(_PAUSE_SEED)
-    await editor.initialize({"mode": settings.mode, "seed": settings.seed, "learnFromUse": False})
+    options = {"mode": settings.mode, "seed": settings.seed, "learnFromUse": False}
+    await editor.initialize({**options, "debounceMs": settings.debounce_ms})
     seen.debounce_ms = editor.server.session.settings.debounce_ms
     open_request: int | None = None
     begin = time.perf_counter()

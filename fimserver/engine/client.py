@@ -17,10 +17,12 @@ Threads: any may call, and none waits for the worker. Each worker has a thread t
 
 import json
 import queue
+import statistics
 import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -38,7 +40,10 @@ MAX_DEATHS = 3
 DEATH_WINDOW_S = 60.0
 HANG_TIMEOUT_S = 90.0  # without any sign while a request is computed
 LOAD_TIMEOUT_S = 600.0  # without having loaded
+LEAST_LATENCY_MS = 50  # that a request has, however long it waited
 _MAX_ATTEMPTS = 2
+_ENOUGH_ANSWERS = 3
+_ANSWERS_KEPT = 32
 _ENDINGS = ("generation", "cancelled", "error")
 
 
@@ -96,6 +101,7 @@ class PendingCompletion:
     ticket: Ticket | None = None  # with which it was sent
     is_cancelled: bool = False
     num_deaths: int = 0
+    since: float = field(default_factory=time.monotonic)
 
     def cancel(self) -> None:
         """Ask the worker to stop within one step; the future then raises ``CompletionCancelledError``."""
@@ -124,6 +130,9 @@ class EngineClient:
         self.state = EngineState.STOPPED
         self.detail = "the engine was not started"
         self.info: ModelInfo | None = None
+        self.device_bytes: int | None = None  # of the card's memory; None where there is no card
+        self.ready_since = 0.0  # time.monotonic
+        self._took_s: deque[float] = deque(maxlen=_ANSWERS_KEPT)  # the last answers, with their wait for others
         self._listeners = [on_state]
         self.is_unloaded = False
         self._last_used = time.monotonic()
@@ -148,6 +157,11 @@ class EngineClient:
     def num_pending(self) -> int:
         """Requests without an answer."""
         return len(self._pending)
+
+    def typical_s(self) -> float | None:
+        """Seconds that an answer takes, from asked to there, at the median; ``None`` while too few were seen."""
+        with self._changed:
+            return statistics.median(self._took_s) if len(self._took_s) >= _ENOUGH_ANSWERS else None
 
     def listen(self, on_state: Callable[[EngineState, str], None]) -> None:
         """Tell another of every state from now on."""
@@ -181,7 +195,7 @@ class EngineClient:
                 return max(remaining_s, limit_s)
             if remaining_s > 0:
                 return remaining_s
-            self._worker = self._deadline = self.info = None
+            self._worker = self._deadline = self.info = self.device_bytes = None
             self.is_unloaded = True
             minutes = self.options.idle_unload_minutes
             self._set_state(EngineState.STOPPED, f"the model was unloaded after {minutes:g} idle minutes")
@@ -288,8 +302,9 @@ class EngineClient:
             listener(state, detail)
 
     def _spawn(self) -> None:
-        self.info = None
+        self.info = self.device_bytes = None
         self.is_unloaded = False
+        self._took_s.clear()
         try:
             process = subprocess.Popen(  # noqa: S603  our own interpreter
                 [*self.options.command, json.dumps(self.options.arguments)],
@@ -331,8 +346,17 @@ class EngineClient:
         if (ticket := self._schedule.take()) is not None:
             pending = self._sent = self._pending[ticket.id]
             pending.ticket = ticket
-            self._worker.outgoing.put(pending.message)
+            self._worker.outgoing.put(self._within_time(pending))
             self._expect_sign(HANG_TIMEOUT_S)
+
+    def _within_time(self, pending: PendingCompletion) -> dict[str, Any]:
+        """A request's message, with less time for who has waited for others; not for what the loading took."""
+        sampling = pending.message["sampling"]
+        if sampling["max_latency_ms"] is None:
+            return pending.message
+        waited_ms = round((time.monotonic() - max(pending.since, self.ready_since)) * 1e3)
+        remaining_ms = max(min(LEAST_LATENCY_MS, sampling["max_latency_ms"]), sampling["max_latency_ms"] - waited_ms)
+        return {**pending.message, "sampling": {**sampling, "max_latency_ms": remaining_ms}}
 
     def _finish_replaced(self, number: int | None) -> None:
         if number is not None:
@@ -363,6 +387,7 @@ class EngineClient:
             if worker is not self._worker:
                 return
             pending = self._pending.get(message.get("id", -1))
+            self.device_bytes = message.get("device_bytes", self.device_bytes)
             if kind == "ready":
                 self._on_ready(from_plain(ModelInfo, message["info"]))
             elif kind == "loading":
@@ -376,6 +401,8 @@ class EngineClient:
             elif kind in _ENDINGS:
                 worker.current = None if message["id"] == worker.current else worker.current
                 if pending is not None:
+                    if kind == "generation":
+                        self._took_s.append(time.monotonic() - max(pending.since, self.ready_since))
                     self._finish(pending, _to_outcome(kind, message))
             self._deadline = None
             self._send_next()
@@ -386,7 +413,8 @@ class EngineClient:
                 pending.on_draft(from_plain(Draft, message["draft"]))
 
     def _on_ready(self, info: ModelInfo) -> None:
-        self.info, self._has_loaded, self._last_used = info, True, time.monotonic()
+        self.info, self._has_loaded = info, True
+        self._last_used = self.ready_since = time.monotonic()
         self._set_state(EngineState.READY, f"{info.name} on {info.device}")
 
     def _on_death(self, worker: _Worker) -> None:

@@ -23,6 +23,7 @@ import torch
 from fimserver.engine.answer import AnswerEnd, AnswerStart
 from fimserver.engine.autoregressive import fill_left_to_right
 from fimserver.engine.denoise import CanvasState, Denoiser, DenoisingOptions, Filled, RunnerUp, token_entropy
+from fimserver.engine.devices import memory_held
 from fimserver.engine.drafts import Lookup
 from fimserver.engine.grammar import TreeRules
 from fimserver.engine.job import LEAST_TEMPERATURE, Clock, Job, OnDraft
@@ -93,6 +94,10 @@ class Engine:
         self.prompt_cache.clear()
         self._earlier.clear()
         self._last_prefix = self._last_text = ""
+
+    def device_bytes(self) -> int | None:
+        """Memory of the card that is held; ``None`` on a processor."""
+        return memory_held(self.model.device)
 
     @property
     def info(self) -> ModelInfo:

@@ -1,9 +1,9 @@
 """The engine in a process of its own: frames in, frames out, one completion at a time, newest first.
 
     from the server   complete {id, context, sampling}   cancel {id}
-    to the server     ready {info} | failed {message}
+    to the server     ready {info, device_bytes} | failed {message}
                       started {id}        draft {id, draft}   alive {id}
-                      generation {id, generation}
+                      generation {id, generation, device_bytes}
                       cancelled {id}      error {id, message}
 
 Frames use private copies of the standard streams; file descriptor 1 then points at stderr, so a stray print
@@ -114,7 +114,7 @@ def main() -> int:
     except Exception as error:  # noqa: BLE001  the outermost handler: whatever it is, the server has to hear of it
         outbox.send("failed", message=f"the engine cannot load: {type(error).__name__}: {error}")
         return 1
-    outbox.send("ready", info=to_plain(engine.info))
+    outbox.send("ready", info=to_plain(engine.info), device_bytes=engine.device_bytes())
     while True:
         request = inbox.take_newest()
         answer(engine, request, inbox, outbox)
@@ -240,7 +240,8 @@ def answer(engine: "Engine", request: dict[str, Any], inbox: Inbox, outbox: Outb
         if "CUDA error" in str(error):
             os._exit(3)  # the CUDA context is lost for good: a new process gets a new one
     else:
-        outbox.send("generation", id=request_id, generation=to_plain(generation))
+        plain = to_plain(generation)
+        outbox.send("generation", id=request_id, generation=plain, device_bytes=engine.device_bytes())
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from fimserver.context.offer import Answer, to_answer
 from fimserver.context.place import Place, offer_guess
 from fimserver.context.secrets import mask_whole
 from fimserver.context.window import budget_for, build_context
-from fimserver.engine.client import EngineClient, Turn
+from fimserver.engine.client import EngineClient, EngineState, Turn
 from fimserver.errors import CompletionCancelledError, EngineError
 from fimserver.lsp.acceptance import SURE_GUESS, Acceptance, Kind
 from fimserver.lsp.computation import Computation
@@ -33,6 +33,7 @@ from fimserver.types import Completion, Draft, Guess, NoCompletion, Snapshot
 
 _GRACE_S = 0.05  # between an editor's edit, its cancel and its next request
 _LATE_S = 0.25  # that an answer may come after its longest time
+_GIVEN_UP = 3  # times that longest time, for who did not ask
 FIRST_LINE = "first_line"  # the source of an answer whose rest is still being computed
 _logger = logging.getLogger(__name__)
 
@@ -194,12 +195,6 @@ class Completer:
         except EngineError as error:
             outcome = NoCompletion("engine", str(error))
         else:
-            _logger.info(
-                "request answered: %s, %d passes, %s ms",
-                generation.mode,
-                generation.forward_passes,
-                generation.timings_ms["total"],
-            )
             computation.note(generation)
             if computation.outcome.done():
                 return
@@ -239,7 +234,7 @@ class Completer:
             if line is not None and (rest := rest_of(computation.snapshot, line, self._typed_on(request))) is not None:
                 computation.shown = line
                 return [rest], FIRST_LINE
-            outcome = await unless_ended(request, asyncio.shield(computation.outcome))
+            outcome = await unless_ended(request, self._within_time(request, computation))
         finally:
             computation.users.discard(request)
             self._leave(computation)
@@ -258,6 +253,19 @@ class Completer:
         rests = rests_of(computation.snapshot, outcome.completions, typed)
         return (rests, "model") if rests else None
 
+    async def _within_time(self, request: Request, computation: Computation) -> Answer | NoCompletion | None:
+        """The outcome. Raises ``RefusedError`` where a model takes far too long, or hangs, for what nobody asked."""
+        outcome = asyncio.shield(computation.outcome)
+        limit_s = _GIVEN_UP * self._session.settings.max_latency_ms / 1e3
+        while not request.invoked and not outcome.done():
+            begin = max(request.received, self._engine.ready_since)  # a worker that died meanwhile is waited for
+            remaining_s = begin + limit_s - time.monotonic()
+            if remaining_s <= 0 and self._engine.state is EngineState.READY:
+                detail = f"the model has not answered in {limit_s:g} s, {_GIVEN_UP} times fimserver.maxLatencyMs"
+                raise RefusedError(NoCompletion("late", f"{detail}; fimserver doctor says how fast it is here"))
+            await asyncio.wait({outcome}, timeout=max(remaining_s, _GRACE_S))
+        return await outcome
+
     async def _wait_for_line(self, request: Request, computation: Computation) -> Completion | None:
         """The settled first line once a request has waited long for it; ``None`` where it is to wait for all."""
         settings = self._session.settings
@@ -271,10 +279,11 @@ class Completer:
         enough: set[asyncio.Future[Any]] = {computation.outcome, ended}
         try:
             await asyncio.wait(enough, timeout=max(0.0, pause_s), return_when=asyncio.FIRST_COMPLETED)
-            await asyncio.wait({*enough, computation.line}, return_when=asyncio.FIRST_COMPLETED)
+            longest_s = settings.max_latency_ms / 1e3  # then the whole is about to come, or nothing is
+            await asyncio.wait({*enough, computation.line}, timeout=longest_s, return_when=asyncio.FIRST_COMPLETED)
         finally:
             ended.cancel()
-        waits = computation.outcome.done() or request.why_ended is not None
+        waits = computation.outcome.done() or request.why_ended is not None or not computation.line.done()
         return None if waits else computation.fit_line()
 
     def _typed_on(self, request: Request) -> Snapshot:

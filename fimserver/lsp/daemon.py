@@ -15,7 +15,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 import time
 import zlib
 from collections import Counter, deque
@@ -24,6 +23,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import structlog
 
 from fimserver import __version__
 from fimserver.build import read_build
@@ -43,6 +44,8 @@ from fimserver.lsp.endpoint import (
     prove,
 )
 from fimserver.lsp.features import create_server, silence_others
+from fimserver.lsp.launch import log_file
+from fimserver.lsp.logs import configure_logs, is_written_to, rotate
 from fimserver.lsp.server import FimLanguageServer
 from fimserver.lsp.wire import MAX_BODY_BYTES, to_frame
 
@@ -51,6 +54,7 @@ _MOST_UNSENT_BYTES = 64 * 2**20
 _LARGEST_HELLO_BYTES = 65536
 _TIMES_KEPT = 2000
 _LOCK_TIMEOUT_S = 1.0  # who only looks whether the lock is held, holds it for a moment
+_LOG_LOOK_S = 30.0
 _LISTEN_FDS_START = 3  # systemd's
 _logger = logging.getLogger(__name__)
 
@@ -104,8 +108,10 @@ class Daemon:
                 loop.add_signal_handler(number, self.end, "stop")
         server = await asyncio.start_server(self._on_connected, sock=self._listener.socket, limit=_LARGEST_HELLO_BYTES)
         self._on_left()
-        _logger.info("daemon %s listens", os.getpid())
+        rotating = asyncio.create_task(_keep_log_small())
+        _logger.info("the daemon listens", extra={"pid": os.getpid(), "version": __version__})
         await self._done.wait()
+        rotating.cancel()
         server.close()
         self._listener.close()
         self._lock.release()
@@ -141,7 +147,7 @@ class Daemon:
                 hello = await _read_hello(reader)
             await self._greet(hello, reader, writer)
         except (OSError, EOFError, TimeoutError, ValueError) as error:
-            _logger.info("a connection ended: %s", type(error).__name__)
+            _logger.info("a connection ended", extra={"why": type(error).__name__})
         finally:
             if writer not in self._askers:
                 writer.close()
@@ -190,6 +196,7 @@ class Daemon:
     ) -> None:
         server = create_server(overrides, self.engine)
         self._count += 1
+        structlog.contextvars.bind_contextvars(editor=self._count)  # of all that this connection begins
         connection = Connection(server, writer, self._count)
         server.protocol.set_writer(connection)
         self.connections.append(connection)
@@ -284,12 +291,19 @@ class Daemon:
                 "model": info.name if info else None,
                 "device": info.device if info else None,
                 "resident_bytes": resident_bytes(engine.pid) if engine.pid else None,
+                "device_bytes": engine.device_bytes,
             },
             "queue": engine.num_pending,
             "cache": sum(session.cache.count() for session in sessions),
             "counters": dict(counters),
             "message_ms": {"p50": _quantile(self._handling_ms, 0.5), "p95": _quantile(self._handling_ms, 0.95)},
         }
+
+
+async def _keep_log_small() -> None:
+    while is_written_to(log_file()):
+        rotate(log_file())
+        await asyncio.sleep(_LOG_LOOK_S)
 
 
 def _quantile(values: Iterable[float], share: float) -> float | None:
@@ -330,9 +344,7 @@ async def _read_body(reader: asyncio.StreamReader, most: int = MAX_BODY_BYTES) -
 
 def run_daemon(linger_s: float = LINGER_S) -> int:
     """Serve this user's editors until nobody is left; 0, also where another daemon does. Raises ``DaemonError``."""
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True
-    )
+    configure_logs(as_json=is_written_to(log_file()))
     silence_others()
     lock = Lock("daemon.lock")
     if not lock.acquire(_LOCK_TIMEOUT_S):

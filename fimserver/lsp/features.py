@@ -13,6 +13,7 @@ from lsprotocol import types as lsp
 from fimserver.engine.client import EngineClient
 from fimserver.lsp.completer import FIRST_LINE
 from fimserver.lsp.convert import ACCEPT_COMMAND
+from fimserver.lsp.logs import configure_logs
 from fimserver.lsp.server import RESTART_COMMAND, FimLanguageServer
 
 EXPLAIN_COMMAND = "fimserver.explain"
@@ -149,6 +150,7 @@ def silence_others() -> None:
 
 def run_stdio(overrides: dict[str, Any] | None = None) -> int:
     """Serve one editor over stdio until it leaves; 0 after an orderly ``shutdown``, else 1."""
+    configure_logs(as_json=False)
     silence_others()
     server = create_server(overrides)
     try:

@@ -59,11 +59,17 @@ class Gates:
             if self._engine.state in (EngineState.STOPPED, EngineState.LOADING):
                 raise RefusedError(NoCompletion("loading", "the model is still loading"))
             self._check_language(place)
-            if pause_ms := self._session.settings.debounce_ms:
+            pause_s = self._pause_s()
+            request.notes.timings_ms["debounce"] = pause_s * 1e3
+            if pause_s:
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(request.ended.wait(), pause_ms / 1e3)
+                    await asyncio.wait_for(request.ended.wait(), pause_s)
         if self._engine.state is not EngineState.READY:
             await unless_ended(request, self._wait_for_engine())
+
+    def _pause_s(self) -> float:
+        chosen_ms = self._session.settings.debounce_ms
+        return self._session.pace.pause_s(self._engine.typical_s()) if chosen_ms is None else chosen_ms / 1e3
 
     def _check_language(self, place: Place) -> None:
         """A model that never saw a language is asked in it by hand only."""

@@ -204,7 +204,7 @@ def _spawn() -> "subprocess.Popen[bytes]":
 def _rotate(path: Path) -> None:
     """One earlier log is kept."""
     try:
-        if path.lstat().st_size > _MAX_LOG_BYTES:
+        if path.lstat().st_size > _MAX_LOG_BYTES:  # a daemon that runs sees to it itself: logs.py
             path.replace(path.with_name(f"{path.name}.1"))
     except OSError:
         return
@@ -215,7 +215,13 @@ def _last_line() -> str:
         lines = log_file().read_text(encoding="utf-8", errors="replace").strip().splitlines()
     except OSError:
         lines = []
-    return lines[-1] if lines else "it wrote nothing"
+    last = lines[-1] if lines else "it wrote nothing"
+    if last.startswith("{"):
+        import json  # noqa: PLC0415
+
+        with suppress(ValueError):
+            return str(json.loads(last)["event"])
+    return last
 
 
 def _is_listening() -> bool:

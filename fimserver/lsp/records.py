@@ -65,6 +65,7 @@ class Replay:
 class Notes:
     """What is found out about a request on its way: plain facts, milliseconds, and what the model was asked."""
 
+    id: str = ""  # of the request, as the log has it too
     facts: dict[str, Any] = field(default_factory=dict)
     timings_ms: dict[str, float] = field(default_factory=dict)
     replay: Replay | None = None
@@ -78,16 +79,20 @@ class Records:
         self._replays: OrderedDict[str, Replay] = OrderedDict()
         self._count = 0
 
+    def new_id(self) -> str:
+        """An id for a request that has just arrived."""
+        self._count += 1
+        return str(self._count)
+
     def add(self, snapshot: Snapshot, outcome: Completion | NoCompletion, source: str, notes: Notes) -> None:
         """Note what came of a request."""
-        self._count += 1
         said: dict[str, str] = (
             {"outcome": "empty", "reason": outcome.reason, "detail": outcome.detail}
             if isinstance(outcome, NoCompletion)
             else {"outcome": "offered", "source": source, "completion": outcome.id}
         )
         record = Record(
-            id=str(self._count),
+            id=notes.id or self.new_id(),
             uri=snapshot.uri,
             language_id=snapshot.language_id,
             version=snapshot.version,

@@ -155,6 +155,7 @@ class Requests:
             stale=version is not None and version != document.version,
             epoch=self._session.epoch,
             index=document.index,
+            notes=Notes(self._session.records.new_id()),
         )
 
 

@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import structlog
 from lsprotocol import types as lsp
 from pygls.lsp.server import LanguageServer
 from pygls.protocol import default_converter
@@ -258,7 +259,7 @@ class FimLanguageServer(LanguageServer):
                 self._loop.call_soon_threadsafe(self._announce, state, detail)
 
     def _announce(self, state: EngineState, detail: str) -> None:
-        _logger.info("engine %s: %s", state, detail)
+        _logger.info("the engine is %s", state, extra={"detail": detail})
         if state is EngineState.STOPPED and not self.engine.is_unloaded:
             return
         self._watch_idle()
@@ -311,6 +312,7 @@ class FimLanguageServer(LanguageServer):
 
     def on_edit(self, uri: str, text: str) -> None:
         """A document's text changed."""
+        self.session.pace.on_edit()
         self.requests.on_edit(uri, text)
         self.completer.on_edit(uri, text)
         self.acceptance.on_edit(uri, text)
@@ -348,6 +350,7 @@ class FimLanguageServer(LanguageServer):
         message_id = self.protocol.msg_id
         request = self.requests.take(message_id)
         outcome: list[Completion] | NoCompletion
+        structlog.contextvars.bind_contextvars(request=request.notes.id)  # each request has a task of its own
         source, begin = "", time.perf_counter()
         try:
             if request.selection is None and self.session.is_current(request.snapshot):
@@ -364,7 +367,7 @@ class FimLanguageServer(LanguageServer):
         except Exception as error:  # noqa: BLE001  the outermost handler: one request fails, the editor goes on
             frame = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{Path(frame.filename).name}:{frame.lineno}"
-            _logger.error("request %s failed: %s at %s", message_id, type(error).__name__, where)  # noqa: TRY400  a traceback could quote code
+            _logger.error("a request failed: %s at %s", type(error).__name__, where)  # noqa: TRY400  a traceback could quote code
             outcome = NoCompletion("error", f"an error in fimserver: {type(error).__name__} at {where}")
         finally:
             self.requests.drop(request)
@@ -373,6 +376,9 @@ class FimLanguageServer(LanguageServer):
         request.notes.timings_ms["total"] = (time.monotonic() - request.received) * 1e3
         first = outcome if isinstance(outcome, NoCompletion) else outcome[0]
         self.session.explain(request.snapshot, first, source, request.notes)
+        timings = {f"{name}_ms": round(ms, 1) for name, ms in request.notes.timings_ms.items()}
+        came = {"source": source} if source else {"reason": getattr(first, "reason", "")}
+        _logger.info("a request was answered", extra={**came, **request.notes.facts, **timings})
         self._trace(method, source or getattr(outcome, "reason", ""), (time.perf_counter() - begin) * 1e3)
         return request, outcome
 

@@ -18,6 +18,7 @@ from fimserver.context.place import Place, TreeMemory, find_place
 from fimserver.context.window import path_of
 from fimserver.lsp.convert import Document
 from fimserver.lsp.notebooks import Notebooks
+from fimserver.lsp.pace import Pace
 from fimserver.lsp.records import Notes, Records
 from fimserver.settings import BY_WIRE_NAME, Settings, read_settings
 from fimserver.text import Encoding, common_prefix_length, common_suffix_length
@@ -151,6 +152,7 @@ class Session:
     counters: Counter[str] = field(default_factory=Counter)
     notebooks: Notebooks = field(default_factory=Notebooks)
     records: Records = field(default_factory=Records)
+    pace: Pace = field(default_factory=Pace)
     epoch: int = 0  # counts changes of settings and engines: what was decoded under others is not remembered
     lost: set[str] = field(default_factory=set)  # documents of which an edit could not be read
     snoozed_until: float = 0.0  # of time.monotonic
