@@ -3,6 +3,7 @@
     lsp        serve an editor over stdio
     daemon     the process behind all editors: start, stop, status, logs
     explain    why there was or was no ghost text; report: the same for others to read
+    stats      what was offered and taken, and how long it took
     complete   complete at one place of one file
     eval       measure quality
     bench      measure time
@@ -29,7 +30,7 @@ from typing import Any
 import click
 
 from fimserver import __version__
-from fimserver.daemon_commands import daemon, explain, report
+from fimserver.daemon_commands import daemon, explain, report, stats
 from fimserver.errors import FimserverError, SettingsError
 from fimserver.paths import config_file
 from fimserver.settings import MODES, Settings, parse_settings, read_config_file, to_wire_name
@@ -43,7 +44,7 @@ def main() -> None:
     """Code completion on your own machine: fill the middle with a text-diffusion model."""
 
 
-for command in (daemon, explain, report):
+for command in (daemon, explain, report, stats):
     main.add_command(command)
 
 
@@ -334,7 +335,7 @@ def bench() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @_decoding_options
 @_engine_options
-def keystroke(  # noqa: PLR0913, PLR0917  click hands each option over as an argument
+def keystroke(
     limit: int | None,
     human: bool,  # noqa: FBT001
     speed: float,

@@ -1,4 +1,4 @@
-"""``fimserver daemon`` with its commands, ``fimserver explain`` and ``fimserver report``.
+"""``fimserver daemon`` with its commands, ``fimserver explain``, ``fimserver report`` and ``fimserver stats``.
 
 Knows:  the launcher, what the daemon says of itself.  Never: LSP.
 """
@@ -8,16 +8,14 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import click
 
-from fimserver.errors import FimserverError, PathError
-from fimserver.lsp.launch import end_daemon, log_file, read_status, start
-
+from fimserver.errors import DaemonError, FimserverError, PathError
+from fimserver.lsp.launch import ask, end_daemon, log_file, read_status, start
 
 _FOLLOW_S = 0.3
 
@@ -122,7 +120,7 @@ def logs(lines: int, follow: bool, as_json: bool) -> None:  # noqa: FBT001
         return
     click.echo(f"{path}:", err=True)
     with file, suppress(KeyboardInterrupt):
-        last: Iterable[str] = deque(file, lines)
+        last = list(deque(file, lines))
         while True:
             for line in last:
                 click.echo(line.rstrip("\n") if as_json else to_line(line))
@@ -196,6 +194,54 @@ def report(with_code: bool, write: Path | None, yes: bool) -> None:  # noqa: FBT
     if write is not None and (yes or click.confirm(f"write this to {write}?", err=True)):
         write_private(write, text + "\n")
         click.echo(f"wrote {write}", err=True)
+
+
+@click.command(cls=_Command)
+@click.option("--days", type=click.IntRange(min=1), metavar="N", help="Only the last N days, today's included.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--html", "as_html", is_flag=True, help="Write one page with plots, and print its name.")
+@click.option("--write", metavar="FILE", type=click.Path(path_type=Path), help="Where --html writes it; - prints it.")
+@click.option("--forget", is_flag=True, help="Delete what was counted.")
+def stats(days: int | None, as_json: bool, as_html: bool, write: Path | None, forget: bool) -> None:  # noqa: FBT001
+    """How many completions you took, how long they took, why there were none. It is counted on this machine alone.
+
+    The setting learnFromUse turns the counting off.
+    """
+    from datetime import date, timedelta  # noqa: PLC0415  only this command needs what follows
+
+    from rich.console import Console  # noqa: PLC0415
+
+    from fimserver.paths import make_private, state_folder  # noqa: PLC0415
+    from fimserver.paths import write_private as replace_private  # noqa: PLC0415
+    from fimserver.statistics import FILE_NAME, read_statistics  # noqa: PLC0415
+    from fimserver.statistics_page import print_statistics, to_json_object, to_page  # noqa: PLC0415
+
+    with suppress(DaemonError):  # one that does not answer has written what it had half a minute ago
+        ask("save")
+    path = state_folder() / FILE_NAME
+    if forget:
+        path.unlink(missing_ok=True)
+        click.echo(f"forgotten: {path}")
+        return
+    found, today = read_statistics(path), date.today()  # noqa: DTZ011  a person's days are local
+    if days is not None:
+        found = found.since((today - timedelta(days - 1)).isoformat())
+    if as_html and str(write) == "-":
+        click.echo(to_page(found, today), nl=False)
+    elif as_html:
+        target = write or make_private(state_folder()) / "statistics.html"
+        try:
+            replace_private(target, to_page(found, today))
+        except OSError as error:
+            msg = f"{target} cannot be written ({error.strerror}); name another file with --write"
+            raise PathError(msg) from error
+        click.echo(target)
+    elif as_json:
+        click.echo(json.dumps(to_json_object(found), indent=2))
+    elif not found.days:
+        click.echo("nothing was counted yet; the setting learnFromUse turns the counting off and on")
+    else:
+        print_statistics(found, Console(highlight=False))
 
 
 def write_private(path: Path, text: str) -> None:

@@ -5,6 +5,7 @@ The runtime folder needs the standard library alone: the relay, which every edit
 Knows:  the environment, platformdirs.  Never: what the files hold.
 """
 
+import errno
 import os
 import stat
 import sys
@@ -93,6 +94,18 @@ def write_private(path: Path, text: str) -> None:
         with suppress(OSError):
             new.unlink()
         raise
+
+
+def read_plain(path: Path, most: int = 16 * 2**20) -> str:
+    """The text of a file of ours. Raises ``OSError``, also of what is no file: a pipe would be waited for for ever."""
+    file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    with os.fdopen(file, "rb") as stream:
+        found = os.fstat(file)
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "it is no file")
+        if found.st_size > most:
+            raise OSError(errno.EFBIG, f"it has more than {most // 2**20} MB")
+        return stream.read().decode("utf-8", "replace")
 
 
 def make_private(folder: Path) -> Path:

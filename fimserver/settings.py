@@ -97,7 +97,8 @@ class Settings:
     )
     learn_from_use: bool = _setting(
         default=True,
-        doc="Count accepted and rejected completions, on this machine only, to judge how sure is sure enough.",
+        doc="Count what is offered, accepted and rejected, on this machine only: to judge how sure is sure enough, "
+        "and for fimserver stats.",
     )
     candidates: int = _setting(
         default=2,

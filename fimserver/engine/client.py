@@ -401,8 +401,6 @@ class EngineClient:
             elif kind in _ENDINGS:
                 worker.current = None if message["id"] == worker.current else worker.current
                 if pending is not None:
-                    if kind == "generation":
-                        self._took_s.append(time.monotonic() - max(pending.since, self.ready_since))
                     self._finish(pending, _to_outcome(kind, message))
             self._deadline = None
             self._send_next()
@@ -459,6 +457,7 @@ class EngineClient:
         if isinstance(outcome, Exception):
             pending.future.set_exception(outcome)
         else:
+            self._took_s.append(time.monotonic() - max(pending.since, self.ready_since))
             pending.future.set_result(outcome)
 
 

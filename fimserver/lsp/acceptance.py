@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from fimserver.lsp.session import CLOSERS
-from fimserver.paths import write_private
+from fimserver.paths import read_plain, write_private
 from fimserver.types import Completion, Snapshot
 
 NUM_BINS = 10
@@ -105,7 +105,7 @@ class Counts:
 def read_bins(path: Path) -> Bins:
     """The counts in a file; none of one that is not there, or not in order, which is said in the log."""
     try:
-        values = json.loads(path.read_bytes())
+        values = json.loads(read_plain(path))
         bins = {kind: [[shown, accepted] for shown, accepted in values[kind]] for kind in Kind}
         is_whole = all(len(counts) == NUM_BINS and all(map(_is_count, counts)) for counts in bins.values())
     except FileNotFoundError:
@@ -138,6 +138,7 @@ class _Shown:
     snapshot: Snapshot
     completion: Completion
     typed: int = 0
+    inserted: int = 0  # characters that came at once, which nobody types
 
     def judge(self, text: str) -> bool | None:
         """Whether the completion was accepted, now that the document reads so; ``None`` while that is open."""
@@ -145,6 +146,7 @@ class _Shown:
         if length < 0:
             return False
         added, self.typed = length - self.typed, length
+        self.inserted += added if added > 1 else 0
         middle = self.completion.middle
         word = _FIRST_WORD.match(middle)
         if length == len(middle) or (added > 1 and length >= (word.end() if word else 1)):
@@ -174,6 +176,7 @@ class Acceptance:
 
     path: Path
     is_on: Callable[[], bool]
+    on_decided: Callable[[str, bool, int], None] = lambda _id, _accepted, _characters: None
     _counts: Counts | None = None
     _known: dict[str, tuple[Kind, float]] = field(default_factory=dict)  # by completion; until it is decided
     _shown: dict[str, _Shown] = field(default_factory=dict)  # by document
@@ -222,6 +225,7 @@ class Acceptance:
 
     def _decide(self, uri: str, *, accepted: bool) -> None:
         shown = self._shown.pop(uri)
+        self.on_decided(shown.completion.id, accepted, shown.inserted)
         known = self._known.pop(shown.completion.id, None)
         if known is not None and self.is_on():
             kind, confidence = known

@@ -64,6 +64,7 @@ class Computation:
             "passes": generation.forward_passes,
             "prompt_tokens": generation.prompt_tokens,
             "cached_tokens": generation.cached_tokens,
+            "characters_per_token": round(len(generation.text) / max(1, generation.num_tokens), 2),
             "confidence": round(generation.confidence, 3),
             "finish": generation.finish,
         }

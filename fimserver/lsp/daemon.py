@@ -166,19 +166,13 @@ class Daemon:
             writer.write(to_frame(json.dumps({KEY: kind, **own, **values}).encode()))
 
         command = hello.get("command")
-        if hello.get("role") == "control":
-            if command in {"stop", "restart", "hand_over"}:
-                answer("done")
-                self._askers.append(writer)
-                self.end(command)
-            elif command == "explain":
-                answer("records", records=self.records())
-            elif command == "texts":
-                answer("texts", texts=self.texts())
-            elif command == "replay":
-                answer("replay", replay=self.replay(str(hello.get("request"))))
-            else:
-                answer("status", status=self.status())
+        if hello.get("role") == "control" and command in {"stop", "restart", "hand_over"}:
+            answer("done")
+            self._askers.append(writer)
+            self.end(command)
+        elif hello.get("role") == "control":
+            kind, values = self._control(str(command), hello)
+            answer(kind, **values)
         elif tuple(hello.get("build", ())) > self.build:
             answer("older")
         elif hello.get("protocol") != PROTOCOL:
@@ -219,6 +213,20 @@ class Daemon:
             self.counters.update(server.session.counters)
             server.leave("the editor left")
             self._on_left()
+
+    def _control(self, command: str, hello: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """What is said to a command that leaves everything as it is."""
+        if command == "save":
+            for connection in self.connections:
+                connection.server.save_counts()
+            return "saved", {}
+        if command == "explain":
+            return "records", {"records": self.records()}
+        if command == "texts":
+            return "texts", {"texts": self.texts()}
+        if command == "replay":
+            return "replay", {"replay": self.replay(str(hello.get("request")))}
+        return "status", {"status": self.status()}
 
     def _on_left(self) -> None:
         """Somebody left: the next decides; behind the last the end is near."""

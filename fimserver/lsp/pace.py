@@ -3,9 +3,9 @@
     on_edit    the person typed
     pause_s    how long to wait now, for a model that takes so long
 
-The model is asked as soon as it is as likely as not that its answer comes before the next key: asked earlier, most of its
-work is for a text that is gone by then; later, the person waits for nothing. How likely that is, is counted from the
-person's last pauses between keys. So a fast model is asked at every key, and a slow one when the typing stops.
+The model is asked as soon as it is as likely as not that its answer comes before the next key: asked earlier, most of
+its work is for a text that is gone by then; later, the person waits for nothing. How likely that is, is counted from
+the person's last pauses between keys. So a fast model is asked at every key, and a slow one when the typing stops.
 
 Knows:  times.  Never: texts, requests.
 """

@@ -25,6 +25,7 @@ from pygls.lsp.server import LanguageServer
 from pygls.protocol import default_converter
 
 from fimserver import __version__
+from fimserver.context.languages import find_language
 from fimserver.engine.client import EngineClient, EngineOptions, EngineState
 from fimserver.lsp.acceptance import FILE_NAME, Acceptance
 from fimserver.lsp.completer import Completer
@@ -40,6 +41,8 @@ from fimserver.settings import (
     read_config_file,
     to_wire_value,
 )
+from fimserver.statistics import CHARACTERS_PER_TOKEN, Ledger
+from fimserver.statistics import FILE_NAME as LEDGER_NAME
 from fimserver.text import Encoding, LineIndex
 from fimserver.types import Completion, NoCompletion
 
@@ -86,7 +89,8 @@ class FimLanguageServer(LanguageServer):
         self._idle_timer: asyncio.TimerHandle | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self.requests = Requests(self.session)
-        self.acceptance = Acceptance(state_folder() / FILE_NAME, self.session.learns_from_use)
+        self.ledger = Ledger(state_folder() / LEDGER_NAME, lambda: self.session.settings.learn_from_use)
+        self.acceptance = Acceptance(state_folder() / FILE_NAME, self.session.learns_from_use, self._on_decided)
         gates = Gates(self.session, self.engine, self._wait_for_engine, self.wake_engine, self.acceptance)
         self.completer = Completer(self.session, self.engine, gates, self.acceptance)
         self._progress: asyncio.Task[None] | None = None
@@ -221,7 +225,7 @@ class FimLanguageServer(LanguageServer):
     def leave(self, reason: str) -> None:
         """The connection ends: so does its own engine, and another's goes on."""
         self._serves = False
-        self.acceptance.save()
+        self.save_counts()
         if self._idle_timer is not None:
             self._idle_timer.cancel()
         if self._owns_engine:
@@ -229,6 +233,14 @@ class FimLanguageServer(LanguageServer):
         else:
             self.engine.unlisten(self._on_engine_state)
             self.engine.forget(id(self.session))
+
+    def save_counts(self) -> None:
+        """Write what was counted: acceptance and statistics."""
+        self.acceptance.save()
+        self.ledger.save()
+
+    def _on_decided(self, completion: str, accepted: bool, characters: int) -> None:  # noqa: FBT001  a callback's
+        self.ledger.note_decision(completion, accepted=accepted, characters=characters)
 
     # Idle times
 
@@ -377,6 +389,10 @@ class FimLanguageServer(LanguageServer):
         first = outcome if isinstance(outcome, NoCompletion) else outcome[0]
         self.session.explain(request.snapshot, first, source, request.notes)
         timings = {f"{name}_ms": round(ms, 1) for name, ms in request.notes.timings_ms.items()}
+        if isinstance(first, NoCompletion):
+            self.ledger.note_empty(first.reason)
+        else:
+            self.ledger.note_answer(source, request.notes.timings_ms["total"])
         came = {"source": source} if source else {"reason": getattr(first, "reason", "")}
         _logger.info("a request was answered", extra={**came, **request.notes.facts, **timings})
         self._trace(method, source or getattr(outcome, "reason", ""), (time.perf_counter() - begin) * 1e3)
@@ -387,6 +403,10 @@ class FimLanguageServer(LanguageServer):
         document = self.session.documents.get(request.snapshot.uri)
         if document is not None and request.selection is None:
             self.acceptance.show(replace(request.snapshot, text=document.text), completion)
+            facts = request.notes.facts
+            language = find_language(request.snapshot.language_id).id
+            per_token = facts.get("characters_per_token", CHARACTERS_PER_TOKEN)
+            self.ledger.note_offer(completion.id, language, str(facts.get("hole", "")), per_token)
 
     def _trace(self, method: str, result: str, elapsed_ms: float) -> None:
         """One line for an editor that asked for a trace (``$/setTrace``); never any text of a document."""
