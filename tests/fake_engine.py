@@ -107,6 +107,7 @@ def work() -> None:
     threading.Thread(target=read_requests, args=(stream_in, inbox, outbox), daemon=True).start()
     time.sleep(configuration["load_s"])
     engine = FakeEngine(configuration["journal"], configuration["mode"])
+    engine.write("arguments", value=sys.argv[-1])
     engine.write("loaded", value=os.getpid())
     info = {
         "name": "fake",

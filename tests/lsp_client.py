@@ -48,6 +48,7 @@ class LspClient:
         self.notifications: list[dict[str, Any]] = []
         self.requests: list[dict[str, Any]] = []
         self.configuration: Any = None
+        self.replies: dict[str, Any] = {}  # to the server's other requests, by method
         self._arrived = threading.Condition()
         self._outgoing: queue.Queue[bytes] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -66,7 +67,9 @@ class LspClient:
             with self._arrived:
                 if "method" in message and "id" in message:
                     self.requests.append(message)
-                    result = [self.configuration] if message["method"] == "workspace/configuration" else None
+                    result = self.replies.get(message["method"])
+                    if message["method"] == "workspace/configuration":
+                        result = [self.configuration]
                     self.send_raw({"jsonrpc": "2.0", "id": message["id"], "result": result})
                 elif "method" in message:
                     self.notifications.append(message)
@@ -113,7 +116,14 @@ class LspClient:
             assert self._arrived.wait_for(lambda: found() is not None, timeout), f"no {method}"
             return found()
 
-    def initialize(self, *, encodings: list[str] | None = None, options: Any = None, **capabilities: Any) -> Any:
+    def initialize(
+        self,
+        *,
+        encodings: list[str] | None = None,
+        options: Any = None,
+        folders: list[str] | None = None,
+        **capabilities: Any,
+    ) -> Any:
         general = {"positionEncodings": encodings} if encodings else {}
         result = self.request(
             "initialize",
@@ -122,6 +132,7 @@ class LspClient:
                 "rootUri": None,
                 "capabilities": {"general": general, **capabilities},
                 "initializationOptions": options,
+                **({"workspaceFolders": [{"uri": uri, "name": uri} for uri in folders]} if folders else {}),
             },
         )
         self.notify("initialized", {})

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -259,11 +260,14 @@ def test_no_text_takes_long(text: str) -> None:
     assert time.perf_counter() - begin < 2.0
 
 
-def test_a_key_that_begins_above_the_window_and_a_token_under_the_cursor() -> None:
-    body = "\n".join(f"MIIEpAIBAAKCAQEA{i:04}abcdefghijklmnop" for i in range(40))
+@pytest.mark.parametrize("lines", [40, 2000])
+def test_a_key_that_begins_above_the_window_and_a_token_under_the_cursor(lines: int) -> None:
+    body = "\n".join(f"MIIEpAIBAAKCAQEA{i:04}abcdefghijklmnop" for i in range(lines))
     text = f"-----BEGIN RSA PRIVATE KEY-----\n{body}\n-----END RSA PRIVATE KEY-----\nx = \n"
     snapshot = Snapshot("file:///a.py", 1, "python", text, text.index("x = ") + 4)
     assert "MIIE" not in repr(build_context(snapshot, HOLE, Budget(300, 100)))
+    inside = replace(snapshot, cursor=snapshot.cursor - 700)
+    assert "MIIE" not in repr(build_context(inside, HOLE, Budget(300, 100)))
     token = SECRETS[1]
     text = f"x = {token}\n"
     context = build_context(Snapshot("file:///a.py", 1, "python", text, 12), HOLE, Budget(300, 100))

@@ -375,6 +375,24 @@ def test_a_message_too_large_is_left_out_and_said(editor: Editor) -> None:
     editor.type("1", 2)
     until(lambda: editor.daemon.methods[-1] == "textDocument/didChange", 20)
     assert "too large" in editor.heard[-1]["params"]["message"]
+    assert [m for m in editor.daemon.methods if m == "textDocument/didClose"], "of which document, nobody knows"
+
+
+def test_a_document_whose_edit_was_too_large_is_unknown_from_then_on(editor: Editor) -> None:
+    other = {"uri": "file:///other.py", "languageId": "python", "version": 1, "text": "x"}
+    editor.say("textDocument/didOpen", {"textDocument": other})
+    begin = json.dumps({"method": "textDocument/didChange", "params": {"textDocument": {"uri": URI, "version": 7}}})
+    size = MAX_BODY_BYTES + 1
+    editor.stdin.put(b"Content-Length: %d\r\n\r\n" % size + begin.encode())
+    size -= len(begin)
+    while size:
+        editor.stdin.put(b" " * min(size, 2**20))
+        size -= min(size, 2**20)
+    until(lambda: "too large" in str(editor.heard[-1]), 20)
+    closed = [m for m in editor.daemon.received if m.get("method") == "textDocument/didClose"]
+    assert [m["params"]["textDocument"]["uri"] for m in closed] == [URI]
+    again = [m for m in editor.lose_daemon().received if m.get("method") == "textDocument/didOpen"]
+    assert [m["params"]["textDocument"]["uri"] for m in again] == ["file:///other.py"]
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,8 @@ _IMPORT_REACH = 20_000  # characters from a file's start that are searched for i
 _LONGEST_IMPORT = 600
 _MAX_IMPORTS = 4_000
 _SECRET_REACH = 8_000  # characters outside the window, where a key in it may begin or end
+_KEY_REACH = 200_000  # as _SECRET_REACH, for a private key
+_KEY_BEGINS, _KEY_ENDS = "-----BEGIN ", "-----END "
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,7 @@ def build_context(
     text, cursor = snapshot.text, snapshot.cursor
     start, language = cut_start(text, cursor, budget.prefix), find_language(snapshot.language_id)
     end = cut_end(text, cursor, budget.suffix)
-    first = max(0, start - _SECRET_REACH)  # masked before it is cut: a key may begin above, a token at the cursor
+    first = _above_keys(text, max(0, start - _SECRET_REACH))
     masked = mask(text[first : end + _SECRET_REACH])
     return FimContext(
         prefix=to_newlines(masked[start - first : cursor - first]),
@@ -68,6 +70,12 @@ def build_context(
         snippets=tuple(Snippet(snippet.path, mask(snippet.text)) for snippet in snippets),
         guesses=tuple(guess for guess in guesses if not has_secret(guess.text)),
     )
+
+
+def _above_keys(text: str, start: int) -> int:
+    """Where to begin with crossing out: what is cut may be the middle of a key, or a token at the cursor."""
+    begin = text.rfind(_KEY_BEGINS, max(0, start - _KEY_REACH), start)
+    return begin if begin >= 0 and text.find(_KEY_ENDS, begin, start) < 0 else start
 
 
 def surely_reached(text: str, cursor: int, budget: Budget) -> int:

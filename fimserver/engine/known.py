@@ -14,7 +14,8 @@ from typing import Any
 
 from fimserver.engine.folder import read_json
 
-KNOWN_MODELS = Path(__file__).parent.parent / "models" / "known"
+SHIPPED_MODELS = Path(__file__).parent.parent / "models"
+KNOWN_MODELS = SHIPPED_MODELS / "known"
 _IDENTITY = ("hidden_size", "num_hidden_layers", "num_experts", "moe_intermediate_size", "vocab_size")
 
 

@@ -21,7 +21,7 @@ from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
 from fimserver.engine.checkpoint import Checkpoint, Format
 from fimserver.engine.folder import DAMAGED, read_json
-from fimserver.engine.known import find_known_metadata
+from fimserver.engine.known import SHIPPED_MODELS, find_known_metadata
 from fimserver.engine.nvfp4 import NVFP4Tensor
 from fimserver.engine.packed import (
     count_stack_bytes,
@@ -39,7 +39,6 @@ from fimserver.types import Mode
 
 CPU = torch.device("cpu")
 logger = logging.getLogger(__name__)
-SHIPPED_MODELS = Path(__file__).parent.parent / "models"
 METADATA_FILE = "fimserver.json"
 _SPECIAL_TOKENS = {  # that each layout needs
     "fim": ("pad", "eos", "bos", "suffix", "prefix", "middle"),

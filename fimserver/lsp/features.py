@@ -17,6 +17,7 @@ from fimserver.lsp.logs import configure_logs
 from fimserver.lsp.server import RESTART_COMMAND, FimLanguageServer
 
 EXPLAIN_COMMAND = "fimserver.explain"
+TRUST_NOTIFICATION = "fimserver/didChangeWorkspaceTrust"
 SNOOZE_COMMAND = "fimserver.snooze"
 _TRIGGERS = [".", "(", "[", "{", "=", ",", " ", ":", "<", '"', "'", "/", "@"]
 
@@ -95,6 +96,12 @@ def _register_own(server: FimLanguageServer) -> None:
     @server.feature("fimserver/status")
     def status(_params: Any) -> dict[str, Any]:
         return server.status()
+
+    @server.feature(TRUST_NOTIFICATION)
+    def did_change_trust(params: Any) -> None:
+        trusted = getattr(params, "trusted", None)
+        if isinstance(trusted, bool):
+            server.set_trust(trusted=trusted)
 
 
 def _register_copilots(server: FimLanguageServer) -> None:

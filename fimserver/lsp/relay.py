@@ -12,6 +12,7 @@ Knows:  LSP's messages as JSON.  Never: what a completion is, dataclasses (2 MB 
 """
 
 import json
+import re
 import sys
 import threading
 import time
@@ -29,7 +30,12 @@ _PAUSES_S = (0.0, 0.1, 0.5, 2.0, 5.0, 15.0)  # before another try to reach a dae
 _STABLE_S = 30.0  # a daemon that served for so long did not die of how it was started
 _PARSE_ERROR, _INVALID_REQUEST, _INTERNAL_ERROR = -32700, -32600, -32603
 _COMPLETIONS: dict[str, Any] = {"textDocument/inlineCompletion": {"items": []}, "textDocument/completion": None}
-_REPLAYED = ("$/setTrace", "workspace/didChangeWorkspaceFolders", "workspace/didChangeConfiguration")
+_REPLAYED = (
+    "$/setTrace",
+    "workspace/didChangeWorkspaceFolders",
+    "fimserver/didChangeWorkspaceTrust",
+    "workspace/didChangeConfiguration",
+)
 _MOST_DEATHS = 2
 _HAND_OVER_S = 1.0  # that who asked for it has to take the place
 _WAKING = (
@@ -38,6 +44,7 @@ _WAKING = (
 )
 _OWN_ID = "fimserver-relay-initialize"
 _STATUS = "didChangeStatus"
+_URI_IN = re.compile(rb'"uri"\s*:\s*("(?:[^"\\]|\\.)*")')
 
 
 class Opened:
@@ -241,7 +248,20 @@ class Relay:
             if pending.uri == uri and pending.method in _COMPLETIONS:
                 pending.is_stale = True
 
-    def _on_skipped(self, size: int) -> None:
+    def _on_skipped(self, size: int, begin: bytes) -> None:
+        """A message was too large: if it was about a document, that one is unknown from now on, here and there."""
+        with self._lock:
+            found = _URI_IN.search(begin)
+            try:
+                uris = [json.loads(found[1])] if found else list(self._documents)
+            except ValueError:
+                uris = list(self._documents)
+            for uri in uris:
+                self._close(uri)
+                closed = {"jsonrpc": "2.0", "method": "textDocument/didClose", "params": {"textDocument": {"uri": uri}}}
+                if self._stream is not None:
+                    with suppress(OSError):
+                        self._stream.send(json.dumps(closed).encode())
         text = f"a message of {size} bytes was left out: {MAX_BODY_BYTES} are the most; the file is too large for it"
         self._show(2, f"fimserver: {text}")
 

@@ -28,6 +28,8 @@ from fimserver import __version__
 from fimserver.context.languages import find_language
 from fimserver.engine.client import EngineClient, EngineOptions, EngineState
 from fimserver.lsp.acceptance import FILE_NAME, Acceptance
+from fimserver.lsp.agreements import ANYWHERE, Agreements, resolve
+from fimserver.lsp.agreements import FILE_NAME as AGREEMENTS_NAME
 from fimserver.lsp.completer import Completer
 from fimserver.lsp.convert import to_inline_items, to_menu_items
 from fimserver.lsp.gates import Gates
@@ -88,6 +90,9 @@ class FimLanguageServer(LanguageServer):
         self._wanted: EngineOptions | None = None  # once the settings are known
         self._idle_timer: asyncio.TimerHandle | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self.agreements = Agreements(state_folder() / AGREEMENTS_NAME)
+        self.session.may_load = lambda model: self.agreements.allows(model, self._workspaces())
+        self._asked_about: set[str] = set()
         self.requests = Requests(self.session)
         self.ledger = Ledger(state_folder() / LEDGER_NAME, lambda: self.session.settings.learn_from_use)
         self.acceptance = Acceptance(state_folder() / FILE_NAME, self.session.learns_from_use, self._on_decided)
@@ -167,6 +172,9 @@ class FimLanguageServer(LanguageServer):
         logging.getLogger("fimserver").setLevel(self.session.settings.log_level.upper())
         if not self._serves:
             return
+        if (model := self.session.refused_model) is not None and model not in self._asked_about:
+            self._asked_about.add(model)
+            self._keep(self._ask_about(model))
         before, self._wanted = self._wanted, self._engine_options()
         if not self._decides:
             for difference in self._differences():
@@ -182,6 +190,41 @@ class FimLanguageServer(LanguageServer):
         elif before != self._wanted:
             self.engine.options = self._wanted
         self._watch_idle()
+
+    def _workspaces(self) -> list[str]:
+        """URIs of the open folders."""
+        try:
+            return sorted(self.workspace.folders)
+        except RuntimeError:  # before initialize
+            return []
+
+    async def _ask_about(self, model: str) -> None:
+        """Ask whether a model folder of the editor's settings may be loaded; not before the person said so."""
+        folder = resolve(model)
+        here, everywhere = "Load it in this workspace", "Load it everywhere"
+        names = [here, everywhere, "Do not load it"] if self._workspaces() else [everywhere, "Do not load it"]
+        text = (
+            f"The settings name a model folder: {folder}. A repository can bring such a setting with it, so fimserver "
+            f"loads it only if you agree. (fimserver.model in {config_file()} needs no agreement.)"
+        )
+        actions = [lsp.MessageActionItem(title) for title in names]
+        answer: lsp.MessageActionItem | None = None
+        with suppress(Exception):  # an editor that cannot ask gets no agreement
+            params = lsp.ShowMessageRequestParams(lsp.MessageType.Warning, text, actions)
+            answer = await self.window_show_message_request_async(params)
+        if answer is None or answer.title not in {here, everywhere} or self.session.refused_model != model:
+            return
+        try:
+            self.agreements.add(model, [ANYWHERE] if answer.title == everywhere else self._workspaces())
+        except OSError as error:
+            self._warn_once(f"{state_folder() / AGREEMENTS_NAME} cannot be written ({error.strerror}); mend its folder")
+            return
+        self._take(self.session.take(Source.CHANGE, self.session.layers.get(Source.CHANGE, {})))
+
+    def set_trust(self, *, trusted: bool) -> None:
+        """The editor says whether its workspace is trusted: which settings count depends on that."""
+        self.session.is_trusted = trusted
+        self._take(self.session.take(Source.CHANGE, self.session.layers.get(Source.CHANGE, {})))
 
     @property
     def is_shared(self) -> bool:
@@ -443,4 +486,6 @@ class FimLanguageServer(LanguageServer):
             "enabled": self.session.settings.enabled,
             "snoozedMinutes": self.session.snoozed_minutes(),
             "documents": len(self.session.documents),
+            "trusted": self.session.is_trusted,
+            "refusedModel": self.session.refused_model,
         }

@@ -6,7 +6,7 @@ Knows:  documents, texts.  Never: LSP messages, the engine.
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from itertools import islice
@@ -16,11 +16,12 @@ from fimserver.context.ignored import IgnoreRules
 from fimserver.context.languages import find_language
 from fimserver.context.place import Place, TreeMemory, find_place
 from fimserver.context.window import path_of
+from fimserver.lsp.agreements import needs_agreement
 from fimserver.lsp.convert import Document
 from fimserver.lsp.notebooks import Notebooks
 from fimserver.lsp.pace import Pace
 from fimserver.lsp.records import Notes, Records
-from fimserver.settings import BY_WIRE_NAME, Settings, read_settings
+from fimserver.settings import BY_WIRE_NAME, ENGINE_SETTINGS, Settings, read_settings
 from fimserver.text import Encoding, common_prefix_length, common_suffix_length
 from fimserver.types import Completion, NoCompletion, Snapshot
 
@@ -29,6 +30,7 @@ _MAX_DELETED = 6
 _LEAST_DELETED = 8  # characters
 _AROUND = 64
 _MAX_OTHERS = 8
+TRUST_OPTION = "workspaceTrusted"  # of initializationOptions
 CLOSERS = ")]}>\"'`"
 _NO_OBJECT = 'the fimserver section of the settings is not an object; use {"maxLines": 8} and the like'
 
@@ -41,6 +43,9 @@ class Source(StrEnum):
     WORKSPACE = "workspace/configuration"
     CHANGE = "workspace/didChangeConfiguration"
     COMMAND_LINE = "command line"
+
+
+_EDITORS = (Source.INITIALIZATION, Source.WORKSPACE, Source.CHANGE)  # where a repository may have its say
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +158,9 @@ class Session:
     notebooks: Notebooks = field(default_factory=Notebooks)
     records: Records = field(default_factory=Records)
     pace: Pace = field(default_factory=Pace)
+    may_load: Callable[[str], bool] = lambda _model: False  # a folder that an editor's settings name
+    refused_model: str | None = None  # such a folder, as long as nobody agreed to it
+    is_trusted: bool = True  # the workspace, as the editor says
     epoch: int = 0  # counts changes of settings and engines: what was decoded under others is not remembered
     lost: set[str] = field(default_factory=set)  # documents of which an edit could not be read
     snoozed_until: float = 0.0  # of time.monotonic
@@ -272,7 +280,8 @@ class Session:
         section = options.get("fimserver", options) if isinstance(options, dict) else {}
         if not isinstance(section, dict):
             return [_NO_OBJECT]
-        return self.take(Source.INITIALIZATION, section)
+        self.is_trusted = section.get(TRUST_OPTION) is not False
+        return self.take(Source.INITIALIZATION, {key: section[key] for key in section if key != TRUST_OPTION})
 
     def configure(self, values: dict[str, Any], source: Source) -> list[str]:
         """Take an editor's settings, bare or under ``fimserver``, in the place of the last from there.
@@ -293,13 +302,27 @@ class Session:
         """Put the values of a source in the place of its last; one sentence for each value that is wrong anywhere."""
         self.layers[source] = values
         settings, problems = Settings(), []
+        self.refused_model = None
         for layer in Source:
-            settings, more = read_settings(self.layers.get(layer, {}), settings)
+            said = self.layers.get(layer, {})
+            if layer in _EDITORS:
+                said = self._allowed(said)
+            settings, more = read_settings(said, settings)
             problems += more
         if settings != self.settings:
             self.settings = settings
             self.begin_epoch()
         return problems
+
+    def _allowed(self, said: dict[str, Any]) -> dict[str, Any]:
+        """An editor's settings without those that a repository must not decide alone."""
+        if not self.is_trusted:
+            return {name: value for name, value in said.items() if name not in ENGINE_SETTINGS}
+        model = said.get("model")
+        if not isinstance(model, str) or not needs_agreement(model) or self.may_load(model):
+            return said
+        self.refused_model = model
+        return {name: value for name, value in said.items() if name != "model"}
 
     def begin_epoch(self) -> None:
         """Settings or engine changed: forget what was offered under the last."""
