@@ -1,9 +1,10 @@
 """``fimserver bench soak``: many editors at one daemon, all of them edited, and everything killed now and then.
 
-Each editor is a thread with a relay of its own, as an editor window is. It edits a file of 10,000 lines at random
-(insertions, deletions, whole texts; also outside ASCII), mostly near the last edit, asks for completions, and cancels
-some; between a few edits it pauses for 50 ms at the mean. Now and then the worker is killed or stopped for a second,
-the daemon is killed, or a relay is. What must hold, whatever comes:
+Each editor is a thread with a relay of its own, as an editor window is. It types functions of held-out modules into
+files of 10,000 lines (``typist.py``), mistypes and takes that back, breaks the file elsewhere and undoes it; or, torn,
+edits a file at random (insertions, deletions, whole texts; also outside ASCII), mostly near the last edit, until it is
+no code any more. It asks for completions, and cancels some; between a few edits it pauses for 50 ms at the mean. Now
+and then the worker is killed or stopped for a second, the daemon or a relay is killed. What must hold, whatever comes:
 
     every request is answered once, and not with an error; an answer to a text that did not change stands at its cursor
     in the end the daemon has the text that each editor has, by checksum
@@ -29,7 +30,7 @@ import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -37,6 +38,7 @@ from typing import Any, BinaryIO, cast
 from rich.progress import Progress
 
 from fimserver.bench.ratios import percentile
+from fimserver.bench.typist import to_keystrokes
 from fimserver.errors import FimserverError
 from fimserver.lsp.daemon import resident_bytes
 from fimserver.lsp.launch import ask, end_daemon, read_status
@@ -58,7 +60,12 @@ _LINES = (
     "    return [item for item in items if item > value]\n",
 )
 _TYPED = ("x", "item", " = ", "(", ")", "\n    ", "caf\u00e9 ", "\U0001f600", "return ", "# \u65e5\u672c\n")
+_BREAKS = ("(", '"', "'", '"""', "[", "}", "\n", "\u00e9", "\U0001f600", "def ", "# ")
+_MISTYPED, _BROKEN = 0.08, 0.03  # shares of keys
 _WEIGHTS = {"worker": 4, "daemon": 2, "relay": 2, "stop": 2}
+
+
+Edit = tuple[int | None, int | None, str]  # what is replaced, in code points (None: all of it), and by what
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +122,13 @@ class Counts:
 class Window:
     """One editor window: a relay, and a file."""
 
-    def __init__(self, number: int, seed: int, counts: Counts) -> None:
+    def __init__(self, number: int, seed: int, counts: Counts, *, torn: bool) -> None:
         self.uri = f"file:///soak/{number}.py"
         self.counts = counts
-        self.index = LineIndex("".join(_LINES[i % 3].format(i) for i in range(_NUM_LINES)))
+        self.index = LineIndex("".join(_LINES[i % 3].format(i) for i in range(_NUM_LINES)) if torn else "")
         self.version = 1
-        self._line = 0
+        self._place = (0, 0)  # where the cursor is: line, and column in code points
+        self._edits = self._tear() if torn else self._type(seed)
         self._random = random.Random(seed)
         self._answers: dict[int, dict[str, Any]] = {}
         self._arrived = threading.Condition()
@@ -186,41 +194,61 @@ class Window:
         self._close()
         self.start()
 
-    def _move(self) -> int:
-        """The line to edit: near the last, now and then anywhere."""
+    def _tear(self) -> Iterator[Edit]:
+        """Random edits near the last one, rarely elsewhere or of the whole text, as some editors send it."""
+        draw, line = self._random, 0
+        while True:
+            line = draw.randrange(len(self.index)) if draw.random() < _JUMPS else line
+            line = max(0, min(len(self.index) - 1, line + draw.choice((-1, 0, 0, 0, 0, 1))))
+            start, end = self.index.line_range(line)
+            start = draw.randint(start, end)
+            self._place = (line, end)
+            if draw.random() < 0.005:  # noqa: PLR2004
+                yield None, None, self.index.text
+            else:
+                yield start, min(end, start + draw.choice((0, 0, 0, 1, 5))), draw.choice(_TYPED)
+
+    def _type(self, seed: int) -> Iterator[Edit]:
+        """What a person does: keys one after the other, some of them wrong, and a mistake elsewhere that is undone."""
         draw = self._random
-        if draw.random() < _JUMPS:
-            self._line = draw.randrange(len(self.index))
-        self._line = max(0, min(len(self.index) - 1, self._line + draw.choice((-1, 0, 0, 0, 0, 1))))
-        return self._line
+        for key in to_keystrokes(math.inf, seed):
+            if key.opens is not None:
+                yield None, None, key.opens
+            cursor = self.index.line_range(key.line)[0] + key.column
+            self._place = (key.line, key.column)
+            if draw.random() < _MISTYPED:
+                yield cursor, cursor, draw.choice("xq;)\u00fc")
+                yield cursor, cursor + 1, ""
+            if draw.random() < _BROKEN:
+                place, wrong = draw.randrange(len(self.index.text)), draw.choice(_BREAKS)
+                yield place, place, wrong
+                yield place, place + len(wrong), ""
+                cursor = self.index.line_range(key.line)[0] + key.column
+            self._place = key.after
+            yield cursor, cursor, key.text
 
     def edit(self) -> None:
-        """A random edit near the last one, rarely elsewhere."""
-        draw = self._random
-        start, end = self.index.line_range(self._move())
-        start = draw.randint(start, end)
+        """The next edit. Raises ``OSError`` where the relay is gone; the next one is told the text as it is then."""
+        start, end, text = next(self._edits)
+        self.counts.edits += 1
         self.version += 1
-        document = {"uri": self.uri, "version": self.version}
-        if draw.random() < 0.005:  # noqa: PLR2004  rarely the whole text, as some editors send it
-            self.index = LineIndex(self.index.text)
-            self.tell(
-                "textDocument/didChange", {"textDocument": document, "contentChanges": [{"text": self.index.text}]}
-            )
+        change: dict[str, Any] = {"text": text}
+        if start is None or end is None:
+            self.index = LineIndex(text)
         else:
-            end = min(end, start + draw.choice((0, 0, 0, 1, 5)))
-            text = draw.choice(_TYPED)
             places = [self.index.to_position(offset, Encoding.UTF16) for offset in (start, end)]
             span = [{"line": line, "character": column} for line, column in places]
-            change = {"range": {"start": span[0], "end": span[1]}, "text": text}
+            change["range"] = {"start": span[0], "end": span[1]}
             self.index = self.index.replaced(start, end, text)
-            self.tell("textDocument/didChange", {"textDocument": document, "contentChanges": [change]})
-        self.counts.edits += 1
+        document = {"uri": self.uri, "version": self.version}
+        self.tell("textDocument/didChange", {"textDocument": document, "contentChanges": [change]})
 
     def request(self) -> None:
-        """A completion at the end of the line that was edited: waited for, typed on, or cancelled."""
+        """A completion where the last edit was: waited for, typed on, or cancelled."""
         draw = self._random
-        line = min(self._line, len(self.index) - 1)
-        column = self.index.to_position(self.index.line_range(line)[1], Encoding.UTF16)[1]
+        line = min(self._place[0], len(self.index) - 1)
+        first, last = self.index.line_range(line)
+        line, column = self.index.to_position(min(first + self._place[1], last), Encoding.UTF16)
         place = {"line": line, "character": column}
         kind = 1 if draw.random() < 0.1 else 2  # noqa: PLR2004
         params = {"textDocument": {"uri": self.uri}, "position": place, "context": {"triggerKind": kind}}
@@ -277,13 +305,13 @@ class Window:
 class Soak:
     """The run."""
 
-    def __init__(self, editors: int, edits: int, faults: int, seed: int) -> None:
+    def __init__(self, editors: int, edits: int, faults: int, seed: int, *, torn: bool) -> None:
         self.edits, self.num_faults, self.seed = edits, faults, seed
         self.faults: Counter[str] = Counter()
         self.pids: set[int] = set()
         self.memory: list[tuple[int, int]] = []  # edits so far, bytes of the daemon; begins anew with each daemon
         self.counts = [Counts() for _ in range(editors)]
-        self.windows = [Window(number, seed + number, self.counts[number]) for number in range(editors)]
+        self.windows = [Window(number, seed + number, self.counts[number], torn=torn) for number in range(editors)]
         self._locks = [threading.Lock() for _ in range(editors)]
 
     def run(self, report: Callable[[int], None]) -> Summary:
@@ -432,7 +460,7 @@ def _is_there(pid: int) -> bool:
         return False
 
 
-def soak(editors: int, edits: int, faults: int, seed: int) -> Summary:
+def soak(editors: int, edits: int, faults: int, seed: int, *, torn: bool = False) -> Summary:
     """Run it in a home of its own: a daemon that serves somebody is left alone."""
     with tempfile.TemporaryDirectory(prefix="fimserver-soak-") as home:
         before = os.environ.get(HOME_VARIABLE)
@@ -440,7 +468,8 @@ def soak(editors: int, edits: int, faults: int, seed: int) -> Summary:
         try:
             with Progress(transient=True) as progress:
                 task = progress.add_task("edits", total=editors * edits)
-                return Soak(editors, edits, faults, seed).run(lambda done: progress.update(task, completed=done))
+                run = Soak(editors, edits, faults, seed, torn=torn).run
+                return run(lambda done: progress.update(task, completed=done))
         finally:
             with contextlib.suppress(FimserverError):
                 end_daemon("stop", force=True)

@@ -38,9 +38,9 @@ class Key:
         return self.line, self.column + 1
 
 
-def to_keystrokes(limit: int) -> Iterator[Key]:
+def to_keystrokes(limit: float, seed: int = _DRAW_SEED) -> Iterator[Key]:
     """The same typing each time; a line's end comes with the indentation that an editor adds."""
-    rng = random.Random(_DRAW_SEED)
+    rng = random.Random(seed)
     while limit > 0:
         text, first, last = _draw_function(rng)
         lines = text.split("\n")
