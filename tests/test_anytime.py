@@ -164,3 +164,28 @@ def test_it_goes_on_no_longer_than_its_time(fake: FakeServer) -> None:
     place = show(fake, "late", rest_s=5)
     assert ask(fake, place) == [LINE]
     fake.wait_until_noted("cancelled", "late", 1)
+
+
+def test_what_comes_by_itself_does_not_wait_for_ever(start_fake: Callable[..., FakeServer]) -> None:
+    """After three times maxLatencyMs there is nothing, and a reason; who asked by hand waits on."""
+    fake = start_fake(options={"maxLatencyMs": 50})
+    fake.wait_until_ready()
+    never = show(fake, "late", drafts=[], rest_s=1.5)
+    begin = time.perf_counter()
+    assert ask(fake, never) == []
+    assert 0.15 <= time.perf_counter() - begin < 1.2
+    assert fake.last["reason"] == "late"
+    assert "maxLatencyMs" in fake.last["detail"]
+    fake.wait_until_noted("cancelled", "late")
+    by_hand = show(fake, "by hand", drafts=[], rest_s=0.5)
+    assert ask(fake, by_hand, invoked=True) == [ANSWER]
+
+
+def test_a_line_that_never_settles_is_not_waited_for_either(start_fake: Callable[..., FakeServer]) -> None:
+    fake = start_fake(options={"maxLatencyMs": 100})
+    fake.wait_until_ready()
+    place = show(fake, "open", drafts=[[LINE, 0]] * 40, step_s=0.05, rest_s=0)
+    begin = time.perf_counter()
+    assert ask(fake, place) == []
+    assert time.perf_counter() - begin < 1.5
+    assert fake.last["reason"] == "late"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fimserver.engine import client as client_module
-from fimserver.engine.client import EngineClient, EngineOptions, EngineState
+from fimserver.engine.client import LEAST_LATENCY_MS, EngineClient, EngineOptions, EngineState, Turn
 from fimserver.engine.frames import from_plain, read_frame, to_plain, write_frame
 from fimserver.engine.worker import Inbox, LoadSigns, count_physical_cores
 from fimserver.errors import CompletionCancelledError, EngineError, FrameError
@@ -502,3 +502,64 @@ def test_context_tokens_reach_the_real_worker() -> None:
         assert 50 < generation.prompt_tokens <= 100
     finally:
         client.close()
+
+
+ONE_AFTER_THE_OTHER = """
+ready()
+while r := receive():
+    if r["context"]["prefix"] == "slow": time.sleep(0.4)
+    generation(r, str(r["sampling"]["max_latency_ms"]))
+"""
+
+
+def test_who_has_waited_for_others_has_less_time_left(worker: Worker) -> None:
+    client = worker(ONE_AFTER_THE_OTHER)
+    client.wait_until_ready(10)
+    slow = replace(CONTEXT, prefix="slow")
+    asked = [
+        client.complete(context, Sampling(max_latency_ms=most), turn=Turn(number))
+        for number, (context, most) in enumerate([(slow, 1500), (CONTEXT, 1500), (CONTEXT, 100), (CONTEXT, None)])
+    ]
+    first, second, third, last = (pending.future.result(10).text for pending in asked)
+    assert int(first) > 1400
+    assert 600 < int(second) <= 1100
+    assert int(third) == LEAST_LATENCY_MS
+    assert last == "None"
+
+
+def test_what_the_loading_takes_is_no_waiting(worker: Worker) -> None:
+    client = worker("time.sleep(0.5)\n" + ONE_AFTER_THE_OTHER)
+    pending = client.complete(CONTEXT, Sampling(max_latency_ms=1500))
+    assert int(pending.future.result(10).text) > 1300
+
+
+def test_how_long_an_answer_takes_is_known_after_some(worker: Worker) -> None:
+    client = worker("ready()\nwhile r := receive():\n    time.sleep(0.05)\n    generation(r, 'x')")
+    client.wait_until_ready(10)
+    for _ in range(3):
+        assert client.typical_s() is None
+        client.complete(CONTEXT, Sampling()).future.result(10)
+    typical = client.typical_s()
+    assert typical is not None
+    assert 0.05 <= typical < 1
+    client.restart(client.options)
+    assert client.typical_s() is None, "another model may be as fast as it likes"
+
+
+def test_the_memory_of_the_card_is_what_the_worker_says_of_it(worker: Worker) -> None:
+    client = worker("""
+        import json
+        ready()
+        while r := receive():
+            send(type="generation", id=r["id"], device_bytes=12345, generation=dict(text="", mode="diffusion",
+                finish="end", num_tokens=1, denoising_steps=1, forward_passes=2, cached_tokens=0, prompt_tokens=3,
+                timings_ms={}, prompt_text=""))
+    """)
+    client.wait_until_ready(10)
+    assert client.device_bytes is None
+    client.complete(CONTEXT, Sampling()).future.result(10)
+    assert client.device_bytes == 12345
+    client.close()
+    client.start()
+    client.wait_until_ready(10)
+    assert client.device_bytes is None
