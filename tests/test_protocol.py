@@ -33,7 +33,7 @@ def test_example(client: LspClient, example: dict[str, Any]) -> None:
     elif method == "workspace/executeCommand":
         client.request(method, params)
     else:
-        name = method.removeprefix("textDocument/")
+        name = method.rpartition("/")[2]
         before = client.explain()["counters"].get(name, 0)
         client.notify(method, params)
         assert client.explain()["counters"][name] == before + 1

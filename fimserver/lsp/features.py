@@ -99,6 +99,7 @@ def _register_own(server: FimLanguageServer) -> None:
 
     @server.feature(TRUST_NOTIFICATION)
     def did_change_trust(params: Any) -> None:
+        server.session.counters["didChangeWorkspaceTrust"] += 1
         trusted = getattr(params, "trusted", None)
         if isinstance(trusted, bool):
             server.set_trust(trusted=trusted)
