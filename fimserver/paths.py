@@ -97,7 +97,12 @@ def write_private(path: Path, text: str) -> None:
 
 
 def read_plain(path: Path, most: int = 16 * 2**20) -> str:
-    """The text of a file of ours. Raises ``OSError``, also of what is no file: a pipe would be waited for for ever."""
+    """The text of a file of ours, as UTF-8 as may be. Raises ``OSError``, also of what is no file."""
+    return read_bytes(path, most).decode("utf-8", "replace")
+
+
+def read_bytes(path: Path, most: int = 16 * 2**20) -> bytes:
+    """What a file of ours holds. Raises ``OSError``, also of what is no file: a pipe would be waited for for ever."""
     file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     with os.fdopen(file, "rb") as stream:
         found = os.fstat(file)
@@ -105,7 +110,7 @@ def read_plain(path: Path, most: int = 16 * 2**20) -> str:
             raise OSError(errno.EINVAL, "it is no file")
         if found.st_size > most:
             raise OSError(errno.EFBIG, f"it has more than {most // 2**20} MB")
-        return stream.read().decode("utf-8", "replace")
+        return stream.read()
 
 
 def make_private(folder: Path) -> Path:

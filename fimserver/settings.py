@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fimserver.errors import SettingsError
+from fimserver.paths import read_bytes
 from fimserver.types import Mode, NoCompletion, Sampling
 
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
@@ -268,7 +269,7 @@ def read_config_file(path: Path) -> tuple[dict[str, Any], list[str]]:
     No file is no values; one that cannot be read counts for nothing.
     """
     try:
-        values = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+        values = tomllib.loads(read_bytes(path).decode("utf-8-sig"))
     except FileNotFoundError:
         return {}, []
     except OSError as error:

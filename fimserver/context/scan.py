@@ -70,11 +70,20 @@ class _Opened:
     quote: Quote | None = None
 
 
-def _scan(  # noqa: C901, PLR0912  one branch a kind of token
-    code: str, position: int, language: Language, first: Quote | None, outer: str = ""
+def _scan(  # noqa: C901, PLR0912, PLR0913  one branch a kind of token
+    code: str,
+    position: int,
+    language: Language,
+    first: Quote | None,
+    outer: str = "",
+    *,
+    sees_brackets: bool = True,
 ) -> tuple[OpenState, int | None]:
-    """State at the end of code that begins in the string ``first``, and where that string ends."""
-    token = _token_pattern(language)
+    """State at the end of code that begins in the string ``first``, and where that string ends.
+
+    Without ``sees_brackets`` only those count that are in code within a string: less to look at.
+    """
+    every, fewer = _token_pattern(language), _token_pattern(language, has_brackets=sees_brackets)
     stack = [_Opened(CLOSER_OF[mark], -1, mark) for mark in outer]
     documents: list[Quote] = []  # here-documents that begin on the next line
     unmatched: int | None = None
@@ -100,7 +109,7 @@ def _scan(  # noqa: C901, PLR0912  one branch a kind of token
             quote = None
         if position >= len(code):
             return state(len(code)), None
-        match = token.match(code, position)
+        match = (every if stack else fewer).match(code, position)
         assert match is not None
         position = match.end()
         kind = match.lastgroup
@@ -169,7 +178,7 @@ def _scan_on(text: str, closed: list[int], language: Language) -> int | None:
         stop = text.rfind("\n", start, start + length) + 1
         if stop <= start or start + length >= len(text):
             stop = text.find("\n", start + length) + 1 or len(text)
-        state = scan(text[start:stop], language)
+        state = _scan(text[start:stop], 0, language, None, sees_brackets=False)[0]
         if not state.quote and not state.comment:
             closed.append(stop)
             start, length = stop, _CHUNK
@@ -194,8 +203,8 @@ def _quote(language: Language, mark: str) -> Quote:
 
 
 @cache
-def _token_pattern(language: Language) -> re.Pattern[str]:
-    """One token: a comment, a quote, a bracket, or a run of anything else."""
+def _token_pattern(language: Language, *, has_brackets: bool = True) -> re.Pattern[str]:
+    """One token: a comment, a quote, a bracket (unless without), or a run of anything else."""
     parts = []
     if language.literals:
         parts.append(f"(?:{language.literals})")
@@ -211,10 +220,10 @@ def _token_pattern(language: Language) -> re.Pattern[str]:
         marks = "|".join(re.escape(quote.open) for quote in language.quotes)
         behind = r"(?<![^\s\[{(,:-])" if language.quote_after_blank else ""
         parts.append(f"{behind}(?P<quote>{marks})")
-    if language.has_brackets:
+    if language.has_brackets and has_brackets:
         parts.append(r"(?P<open>[(\[{])|(?P<close>[)\]}])")
     starts = {mark[0] for mark, _ in language.block_comments} | {mark[0] for mark in language.line_comments}
-    starts |= {quote.open[0] for quote in language.quotes} | set("()[]{}")
+    starts |= {quote.open[0] for quote in language.quotes} | set("()[]{}" if has_brackets else "")
     starts |= set(language.literal_starts) | (set("<\n") if language.documents else set())
     words = "".join(sorted(c for c in starts if c.isalnum()))
     special = re.escape("".join(sorted(starts - set(words))))

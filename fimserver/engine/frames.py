@@ -15,6 +15,7 @@ from fimserver.errors import FrameError
 _HEADER = b"Content-Length: "
 T = typing.TypeVar("T")
 _MAX_FRAME_BYTES = 64 * 1024 * 1024
+_LONGEST_HEADER = 4096
 
 
 def write_frame(stream: BinaryIO, message: Mapping[str, Any]) -> None:
@@ -26,14 +27,14 @@ def write_frame(stream: BinaryIO, message: Mapping[str, Any]) -> None:
 
 def read_frame(stream: BinaryIO) -> dict[str, Any] | None:
     """Read one message; ``None`` at the end of the stream. Raises ``FrameError``."""
-    header = stream.readline()
+    header = stream.readline(_LONGEST_HEADER)
     if not header:
         return None
     digits = header.removeprefix(_HEADER).strip()
     if not header.startswith(_HEADER) or not digits.isdigit() or int(digits) > _MAX_FRAME_BYTES:
         msg = "expected a Content-Length header"
         raise FrameError(msg)
-    stream.readline()
+    stream.readline(_LONGEST_HEADER)
     body = stream.read(int(digits))
     if len(body) < int(digits):
         return None
@@ -54,21 +55,28 @@ def to_plain(value: Any) -> dict[str, Any]:
 
 
 def from_plain(cls: type[T], values: Mapping[str, Any]) -> T:
-    """A dataclass from JSON values; the inverse of ``to_plain``."""
+    """A dataclass from JSON values; the inverse of ``to_plain``. Raises for values of other types."""
     hints = typing.get_type_hints(cls)
     return cls(**{name: _revive(hints[name], value) for name, value in values.items()})
 
 
-def _revive(hint: Any, value: Any) -> Any:
-    if value is None:
-        return None
-    origin = typing.get_origin(hint)
+def _revive(hint: Any, value: Any) -> Any:  # noqa: PLR0911  one for each kind of hint
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
-        return _revive(next(a for a in typing.get_args(hint) if a is not type(None)), value)
+        if value is None and type(None) in arguments:
+            return None
+        return _revive(next(a for a in arguments if a is not type(None)), value)
+    if hint is Any:
+        return value
+    if value is None or (origin is tuple and not isinstance(value, list | tuple)):
+        msg = f"a {type(value).__name__} in the place of a {hint}"
+        raise FrameError(msg)
     if origin is tuple:
-        return tuple(_revive(typing.get_args(hint)[0], item) for item in value)
+        return tuple(_revive(arguments[0], item) for item in value)
+    if origin is dict:
+        return {_revive(arguments[0], key): _revive(arguments[1], item) for key, item in dict(value).items()}
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return from_plain(hint, value)
-    if origin is None and isinstance(hint, type) and hint is not Any:
+    if origin is None and isinstance(hint, type):
         return hint(value)
     return value

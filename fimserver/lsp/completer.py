@@ -195,10 +195,10 @@ class Completer:
         except EngineError as error:
             outcome = NoCompletion("engine", str(error))
         else:
-            computation.note(generation)
-            if computation.outcome.done():
-                return
             try:
+                computation.note(generation)
+                if computation.outcome.done():
+                    return
                 outcome = to_answer(
                     generation,
                     computation.place,

@@ -147,7 +147,7 @@ class Daemon:
                 hello = await _read_hello(reader)
             await self._greet(hello, reader, writer)
         except (OSError, EOFError, TimeoutError, ValueError) as error:
-            _logger.info("a connection ended", extra={"why": type(error).__name__})
+            _logger.debug("a connection ended", extra={"why": type(error).__name__})
         finally:
             if writer not in self._askers:
                 writer.close()
@@ -245,17 +245,16 @@ class Daemon:
 
     def records(self) -> list[dict[str, Any]]:
         """What came of the last requests of all editors, the oldest first; ids are of an editor and its request."""
-        found = [
+        found = [(c, record) for c in self.connections for record in c.server.session.records.recent()]
+        return [
             {
                 **record.to_entry(),
-                "request": f"{c.number}.{record.id}",
+                "request": f"{connection.number}.{record.id}",
                 "uri": record.uri,
                 "language": record.language_id,
             }
-            for c in self.connections
-            for record in c.server.session.records.recent()
+            for connection, record in sorted(found, key=lambda pair: pair[1].since)
         ]
-        return sorted(found, key=lambda record: record["at"])
 
     def texts(self) -> list[dict[str, Any]]:
         """Checksums of all open documents: whether they are what the editors have."""

@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 
 from fimserver.errors import DaemonError
 from fimserver.lsp.wire import read_body, to_frame
-from fimserver.paths import make_private, runtime_folder, socket_path, write_private
+from fimserver.paths import make_private, read_bytes, runtime_folder, socket_path, write_private
 
 PROTOCOL = 1  # of the messages below; both sides have to speak the same
 KEY = "fimserver"  # of a message that is between relay and daemon, not the editor's
@@ -73,7 +73,7 @@ class Lock:
     def read_holder(self) -> int | None:
         """The process that said last that it holds the lock."""
         try:
-            return int(self.path.read_bytes())
+            return int(read_bytes(self.path, 64))
         except (OSError, ValueError):
             return None
 
@@ -245,9 +245,11 @@ def connect() -> Stream:
 
 def _connect_to_port() -> Stream:
     try:
-        values = json.loads(_port_file().read_bytes())
+        values = json.loads(read_bytes(_port_file(), 4096))
         port, key = int(values["port"]), bytes.fromhex(values["key"])
-    except (ValueError, KeyError, TypeError) as error:
+        if not 0 < port < 2**16:
+            raise ConnectionRefusedError
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ConnectionRefusedError from error  # half written, or damaged: a new daemon writes it anew
     except PermissionError as error:
         msg = f"{_port_file()} cannot be read; see whose it is, and remove it"

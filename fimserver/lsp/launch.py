@@ -10,8 +10,10 @@ An older daemon is asked to hand over: it lets go of its socket and lock, and it
 Knows:  processes, the endpoint.  Never: LSP.
 """
 
+import errno
 import os
 import signal
+import stat
 import sys
 import time
 from collections.abc import Mapping
@@ -22,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from fimserver.build import read_build
 from fimserver.errors import DaemonError
 from fimserver.lsp.endpoint import KEY, Lock, Stream, connect, say_hello
-from fimserver.paths import log_folder, make_private
+from fimserver.paths import log_folder, make_private, read_plain
 
 if TYPE_CHECKING:
     import subprocess
@@ -171,9 +173,8 @@ def _spawn() -> "subprocess.Popen[bytes]":
     path = log_file()
     make_private(path.parent)
     _rotate(path)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
     try:
-        log = os.open(path, flags, 0o600)
+        log = _open_log(path)
     except OSError as error:
         msg = f"the log {path} cannot be written ({error.strerror}); remove it, or mend its folder"
         raise DaemonError(msg) from error
@@ -201,6 +202,18 @@ def _spawn() -> "subprocess.Popen[bytes]":
     return _started
 
 
+def _open_log(path: Path) -> int:
+    """The log, to be written to at its end. Raises ``OSError``, also of a pipe, which might wait for a reader."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    log = os.open(path, flags, 0o600)
+    if not stat.S_ISREG(os.fstat(log).st_mode):
+        os.close(log)
+        raise OSError(errno.EINVAL, "it is no file")
+    if hasattr(os, "set_blocking"):
+        os.set_blocking(log, True)
+    return log
+
+
 def _rotate(path: Path) -> None:
     """One earlier log is kept."""
     try:
@@ -212,7 +225,7 @@ def _rotate(path: Path) -> None:
 
 def _last_line() -> str:
     try:
-        lines = log_file().read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        lines = read_plain(log_file()).strip().splitlines()
     except OSError:
         lines = []
     last = lines[-1] if lines else "it wrote nothing"

@@ -28,7 +28,8 @@ class Record:
     uri: str
     language_id: str
     version: int
-    at: float  # time.time
+    at: float  # time.time: for a person
+    since: float  # time.monotonic: clocks are set
     outcome: str  # offered, empty
     source: str = ""  # of what was offered: model, first_line, guess, cache
     reason: str = ""  # of nothing
@@ -97,6 +98,7 @@ class Records:
             language_id=snapshot.language_id,
             version=snapshot.version,
             at=time.time(),
+            since=time.monotonic(),
             facts=dict(notes.facts),
             timings_ms={name: round(ms, 1) for name, ms in notes.timings_ms.items()},
             **said,

@@ -426,6 +426,15 @@ class FimLanguageServer(LanguageServer):
             outcome = NoCompletion("error", f"an error in fimserver: {type(error).__name__} at {where}")
         finally:
             self.requests.drop(request)
+        try:
+            self._note_outcome(request, outcome, source)
+        except Exception as error:  # noqa: BLE001  what is counted is no reason to lose an answer
+            _logger.error("an answer could not be counted: %s", type(error).__name__)  # noqa: TRY400  a traceback could quote code
+        self._trace(method, source or getattr(outcome, "reason", ""), (time.perf_counter() - begin) * 1e3)
+        return request, outcome
+
+    def _note_outcome(self, request: Request, outcome: list[Completion] | NoCompletion, source: str) -> None:
+        """Keep what came of a request, for the log, ``explain``, statistics, and what is learned from use."""
         if isinstance(outcome, list):
             self._note_shown(request, outcome[0])
         request.notes.timings_ms["total"] = (time.monotonic() - request.received) * 1e3
@@ -438,8 +447,6 @@ class FimLanguageServer(LanguageServer):
             self.ledger.note_answer(source, request.notes.timings_ms["total"])
         came = {"source": source} if source else {"reason": getattr(first, "reason", "")}
         _logger.info("a request was answered", extra={**came, **request.notes.facts, **timings})
-        self._trace(method, source or getattr(outcome, "reason", ""), (time.perf_counter() - begin) * 1e3)
-        return request, outcome
 
     def _note_shown(self, request: Request, completion: Completion) -> None:
         """Watch what becomes of an answer; not where the text it is for is not the document's."""
