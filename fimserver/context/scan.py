@@ -16,7 +16,8 @@ from functools import cache, lru_cache
 from fimserver.context.languages import Language, Quote
 from fimserver.text import common_prefix_length
 
-_MAX_REMEMBERED = 4
+_MAX_REMEMBERED = 32  # texts of a language: one daemon serves many windows
+_MAX_CHARACTERS = 16_000_000  # of all of them
 CLOSER_OF = {"(": ")", "[": "]", "{": "}", '"': '"', "`": "`"}  # of a string, where code in it is open
 
 
@@ -167,7 +168,8 @@ def find_open_text(text: str, language: Language) -> int | None:
     if known in recent:
         recent.remove(known)
     recent.append(_Scanned(text, closed))
-    del recent[:-_MAX_REMEMBERED]
+    while len(recent) > _MAX_REMEMBERED or (len(recent) > 1 and sum(len(r.text) for r in recent) > _MAX_CHARACTERS):
+        del recent[0]
     return opened
 
 
