@@ -230,6 +230,8 @@ def _token_pattern(language: Language, *, has_brackets: bool = True) -> re.Patte
     words = "".join(sorted(c for c in starts if c.isalnum()))
     special = re.escape("".join(sorted(starts - set(words))))
     plain = rf"(?:[^{special}{words}]|(?<=\w)[{words}])+" if words else f"[^{special}]+"
+    if not starts:
+        plain = r"[\s\S]+"
     return re.compile("|".join([*parts, plain, r"[\s\S]"]))
 
 
