@@ -130,7 +130,7 @@ def to_menu_items(completion: Completion, index: LineIndex, encoding: Encoding) 
         detail="fimserver",
         documentation=text if "\n" in text.strip() or len(label) > _LONGEST_LABEL else None,
         filter_text=text,
-        sort_text="\0",
+        sort_text=" ",  # before letters and digits; a NUL ends JSON in Emacs
         preselect=True,
         insert_text_format=lsp.InsertTextFormat.PlainText,
         text_edit=lsp.TextEdit(_to_range(index, start, completion.replace_end, encoding), text),
