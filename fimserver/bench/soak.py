@@ -73,7 +73,7 @@ class Summary:
     """What came of it.
 
     ``message_ms`` is how long the server works at one message, ``place_ms`` at finding out what is to be filled for a
-    request, both by its own clock; ``state_ms`` how long an editor waits for an answer that needs no model, behind its
+    request, both by its own clock, ``place_cpu_ms`` without its waiting for a processor; ``state_ms`` how long an editor waits for an answer that needs no model, behind its
     last edits and beside all other processes of this run.
     """
 
@@ -92,6 +92,7 @@ class Summary:
     orphans: int
     message_ms_p95: float
     place_ms_p95: float
+    place_cpu_ms_p95: float
     state_ms_p50: float
     state_ms_p95: float
     daemon_megabytes: float
@@ -336,12 +337,17 @@ class Soak:
         different = self._count_different()
         message_ms = (read_status() or {}).get("message_ms", {}).get("p95") or math.nan
         records = (ask("explain") or {}).get("records", [])
-        place_ms = _quantile([r["timings_ms"]["place"] for r in records if "place" in r["timings_ms"]], 0.95)
+        place_ms, place_cpu_ms = (
+            _quantile([r["timings_ms"][name] for r in records if name in r["timings_ms"]], 0.95)
+            for name in ("place", "place_cpu")
+        )
         relays = [resident_bytes(window.process.pid) or 0 for window in self.windows]
         for window in self.windows:
             window.leave()
         end_daemon("stop", force=True)
-        return self._summarize(time.perf_counter() - begin, different, max(relays), (message_ms, place_ms))
+        return self._summarize(
+            time.perf_counter() - begin, different, max(relays), (message_ms, place_ms, place_cpu_ms)
+        )
 
     def _work(self, number: int) -> None:
         window, counts = self.windows[number], self.counts[number]
@@ -405,7 +411,7 @@ class Soak:
             for window in self.windows
         )
 
-    def _summarize(self, seconds: float, different: int, relay_bytes: int, own_ms: tuple[float, float]) -> Summary:
+    def _summarize(self, seconds: float, different: int, relay_bytes: int, own_ms: tuple[float, ...]) -> Summary:
         _until(lambda: not any(map(_is_there, self.pids)), _ENDED_S)
         total = Counter[str]()
         for counts in self.counts:
@@ -428,6 +434,7 @@ class Soak:
             orphans=sum(_is_there(pid) for pid in self.pids),
             message_ms_p95=own_ms[0],
             place_ms_p95=own_ms[1],
+            place_cpu_ms_p95=own_ms[2],
             state_ms_p50=_quantile(times, 0.5),
             state_ms_p95=_quantile(times, 0.95),
             daemon_megabytes=round(self.memory[-1][1] / 1e6, 1) if self.memory else math.nan,

@@ -65,13 +65,14 @@ class Completer:
         return completions[: self._session.settings.candidates if request.invoked else 1], source
 
     async def _find_answer(self, request: Request) -> tuple[list[Completion], str]:
-        snapshot, begin = request.snapshot, time.monotonic()
+        snapshot, begin, worked = request.snapshot, time.monotonic(), time.thread_time()
         if request.stale:
             raise RefusedError(NoCompletion("stale", "the request names a version of the text that is not here"))
         self._gates.check(request)
         place = self._session.find_place(snapshot, invoked=request.invoked)
         request.notes.facts |= {"invoked": request.invoked}
         request.notes.timings_ms["place"] = (time.monotonic() - begin) * 1e3
+        request.notes.timings_ms["place_cpu"] = (time.thread_time() - worked) * 1e3  # without waiting for a processor
         if isinstance(place, NoCompletion):
             raise RefusedError(place)
         request.notes.facts["hole"] = place.hole.kind
