@@ -73,8 +73,8 @@ class Summary:
     """What came of it.
 
     ``message_ms`` is how long the server works at one message, ``place_ms`` at finding out what is to be filled for a
-    request, both by its own clock, ``place_cpu_ms`` without its waiting for a processor; ``state_ms`` how long an editor waits for an answer that needs no model, behind its
-    last edits and beside all other processes of this run.
+    request, both by its own clock, ``place_cpu_ms`` without its waiting for a processor; ``state_ms`` how long an
+    editor waits for an answer that needs no model, behind its last edits and beside all other processes of this run.
     """
 
     seconds: float
