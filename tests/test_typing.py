@@ -225,3 +225,28 @@ def test_typing_that_is_taken_back_is_like_none(fake: FakeServer) -> None:
     fake.insert(uri, line, column, "", deleted=1)
     assert texts(fake, fake.send_completion(uri, line, column, invoked=False)) == ["first, second"]
     assert len(fake.noted("begun", "back")) == 1
+
+
+def test_going_back_and_forth_asks_the_model_once(fake: FakeServer) -> None:
+    """Accepted by word and by line, taken back, deleted, done again: what was offered once is known."""
+    whole = "total = first + second\n    return total"
+    order = {"answer": whole, "name": "back and forth"}
+    uri, line, column = fake.show("file:///home/me/back.py", "def add(first, second):\n    \u25ae\n", order=order)
+
+    def rest(at_line: int, at: int) -> list[str]:
+        return [item["insertText"] for item in fake.complete(uri, at_line, at, invoked=False)]
+
+    assert rest(line, column) == [whole]
+    fake.insert(uri, line, column, "total")
+    assert rest(line, column + 5) == [whole[5:]], "accepted by word"
+    fake.insert(uri, line, column, "", deleted=5)
+    assert rest(line, column) == [whole], "undone"
+    fake.insert(uri, line, column, "total")
+    assert rest(line, column + 5) == [whole[5:]], "done again"
+    fake.insert(uri, line, column + 5, " = first + second\n")
+    assert rest(line + 1, 0) == ["    return total"], "accepted by line"
+    fake.insert(uri, line + 1, 0, "    ret")
+    assert rest(line + 1, 7) == ["urn total"], "typed along"
+    fake.insert(uri, line + 1, 5, "", deleted=2)
+    assert rest(line + 1, 5) == ["eturn total"], "deleted back"
+    assert len(fake.noted("begun", "back and forth")) == 1

@@ -109,3 +109,15 @@ def test_what_an_import_brings_along(module: str, absent: list[str]) -> None:
 def test_no_file_is_named_for_nothing() -> None:
     for file in PACKAGE.rglob("*.py"):
         assert file.stem not in {"utils", "common", "base", "manager", "helpers", "misc"}
+
+
+def test_nothing_unpickles() -> None:
+    """A pickle file can run code: weights are safetensors, everything else JSON, TOML or text."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        found = imports(path) & {"pickle", "shelve", "marshal", "dill", "cloudpickle", "joblib"}
+        assert not found, f"{path}: {found}"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if called in {"torch.load", "numpy.load", "np.load"}:
+                allowed = {ast.unparse(keyword) for keyword in node.keywords}  # type: ignore[attr-defined]
+                assert "weights_only=True" in allowed or "allow_pickle=False" in allowed, f"{path}:{node.lineno}"
