@@ -116,8 +116,8 @@ def test_nothing_unpickles() -> None:
     for path in sorted(PACKAGE.rglob("*.py")):
         found = imports(path) & {"pickle", "shelve", "marshal", "dill", "cloudpickle", "joblib"}
         assert not found, f"{path}: {found}"
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
-            if called in {"torch.load", "numpy.load", "np.load"}:
-                allowed = {ast.unparse(keyword) for keyword in node.keywords}  # type: ignore[attr-defined]
-                assert "weights_only=True" in allowed or "allow_pickle=False" in allowed, f"{path}:{node.lineno}"
+        calls = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Call)]
+        for call in calls:
+            if ast.unparse(call.func) in {"torch.load", "numpy.load", "np.load"}:
+                allowed = {ast.unparse(keyword) for keyword in call.keywords}
+                assert allowed & {"weights_only=True", "allow_pickle=False"}, f"{path}:{call.lineno}"
