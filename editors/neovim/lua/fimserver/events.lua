@@ -1,0 +1,57 @@
+--- Which events of Neovim lead where.
+local ghost = require('fimserver.ghost')
+local keys = require('fimserver.keys')
+local place = require('fimserver.place')
+local server = require('fimserver.server')
+local typing = require('fimserver.typing')
+
+local M = {}
+
+--- Listen, in the place of what listened before.
+---@param is_builtin boolean Neovim draws the ghost text and asks.
+function M.listen(is_builtin)
+  local group = vim.api.nvim_create_augroup('fimserver', { clear = true })
+
+  ---@param events string|string[]
+  ---@param run fun(buffer: integer)
+  local function on(events, run)
+    vim.api.nvim_create_autocmd(events, {
+      group = group,
+      callback = function(event)
+        run(event.buf)
+      end,
+    })
+  end
+
+  on({ 'FileType', 'BufFilePost', 'BufWritePost' }, server.attach)
+  on('BufEnter', function(buffer)
+    server.notify(buffer, 'textDocument/didFocus', { textDocument = { uri = vim.uri_from_bufnr(buffer) } })
+  end)
+  on('InsertEnter', function(buffer)
+    if not place.refuse_buffer(buffer) then
+      server.attach(buffer)
+      keys.map(buffer)
+    end
+  end)
+  on('ColorScheme', ghost.set_highlights)
+  if is_builtin then
+    return
+  end
+  on({ 'TextChangedI', 'TextChangedP', 'CursorMovedI' }, typing.on_key)
+  on({ 'InsertEnter', 'CompleteDone' }, function(buffer)
+    vim.schedule(function() -- while the event runs insert mode has not begun, and the menu is still open
+      if place.is_typing(buffer) then
+        typing.on_key(buffer)
+      end
+    end)
+  end)
+  on({ 'InsertLeave', 'BufLeave', 'WinLeave' }, typing.clear)
+  on({ 'ModeChanged', 'CursorMoved', 'SafeState' }, function(buffer) -- <C-c> leaves insert mode without InsertLeave
+    if ghost.is_drawn(buffer) and not place.is_typing(buffer) then
+      typing.clear(buffer)
+    end
+  end)
+  on({ 'BufWipeout', 'BufUnload' }, typing.forget)
+end
+
+return M

@@ -1,0 +1,259 @@
+--- The language client: one for all buffers of this Neovim. Starts it, attaches buffers, sends settings.
+---
+---   attach      a buffer was opened: start the server, or join it
+---   client      the running client
+---   configure   settings changed while it runs
+---
+--- Knows:  vim.lsp, the names of docs/protocol.md.  Never: ghost text, keys.
+local config = require('fimserver.config')
+local message = require('fimserver.message')
+local place = require('fimserver.place')
+local program = require('fimserver.program')
+local status = require('fimserver.status')
+
+local M = {}
+
+local NAME = 'fimserver'
+local MOST_STARTS = 3 -- in a minute; a server that ends more often is left alone
+local ENGINE_STATES = { Normal = 'ready', Error = 'error' }
+
+--- The command that started the server, and where that was found.
+---@type string[]?
+M.command = nil
+M.where = ''
+
+--- Called when the server can answer (again): the model is loaded, or settings changed.
+---@type fun()
+M.on_ready = function() end
+
+local starts = {} ---@type integer[]
+local has_given_up = false
+local searched_at = -math.huge -- when no program was found, of vim.uv.now()
+local SEARCH_EVERY_MS = 5000
+local stopping = {} ---@type table<integer, boolean> clients that we end
+local current = nil ---@type vim.lsp.Client?
+
+--- The running client; nil before a file was opened, and after it ended.
+---@return vim.lsp.Client?
+function M.client()
+  if current and current:is_stopped() then
+    current = nil
+  end
+  return current
+end
+
+---@param buffer integer
+---@return vim.lsp.Client?
+function M.client_of(buffer)
+  local client = M.client()
+  return client and client.attached_buffers[buffer] and client.initialized and client or nil
+end
+
+--- Settings as they go over the wire: an empty table would be sent as a list.
+---@return table
+local function wire_settings()
+  local settings = config.options.settings
+  local section = next(settings) == nil and vim.empty_dict() or vim.deepcopy(settings)
+  if type(section.languages) == 'table' and next(section.languages) == nil then
+    section.languages = vim.empty_dict()
+  end
+  return { fimserver = section }
+end
+
+---@type table<string, lsp.Handler>
+local handlers = {
+  ['window/showMessage'] = function(_, params)
+    local levels = { vim.log.levels.ERROR, vim.log.levels.WARN, vim.log.levels.INFO, vim.log.levels.INFO }
+    local level = levels[params.type] or vim.log.levels.INFO
+    if level == vim.log.levels.INFO then
+      message.say(params.message, level)
+    else
+      message.say_once(params.message, level)
+    end
+    return vim.NIL
+  end,
+  ['window/logMessage'] = function() end, -- the daemon keeps its own log
+  ['didChangeStatus'] = function(_, params)
+    local state = params.busy and 'loading' or ENGINE_STATES[params.kind] or 'ready'
+    local was = status.get().state
+    status.set(state, tostring(params.message or ''))
+    if state == 'ready' and was ~= 'ready' and was ~= 'thinking' then
+      M.on_ready()
+    end
+  end,
+}
+
+---@return lsp.ClientCapabilities
+local function capabilities()
+  local all = vim.lsp.protocol.make_client_capabilities()
+  all.textDocument.inlineCompletion = { dynamicRegistration = false } -- which Neovim 0.11 does not say by itself
+  all.general.positionEncodings = { 'utf-16' } -- as most servers: some plugins warn where encodings are mixed
+  return all
+end
+
+---@param code integer
+---@param signal integer
+---@param id integer
+local function on_exit(code, signal, id)
+  vim.schedule(function()
+    local was_asked = stopping[id]
+    stopping[id] = nil
+    if current and current.id == id then
+      current = nil
+    end
+    if was_asked or vim.v.exiting ~= vim.NIL then
+      status.set('stopped', 'it was stopped')
+      return
+    end
+    local how = signal ~= 0 and ('signal %d'):format(signal) or ('code %d'):format(code)
+    if #starts >= MOST_STARTS and starts[#starts] - starts[#starts - MOST_STARTS + 1] < 60000 then
+      has_given_up = true
+      local text = 'the server ended %d times in a minute, the last time with %s; `%s doctor` says what is wrong, '
+      text = text:format(MOST_STARTS, how, M.command and M.command[1] or 'fimserver')
+        .. ':Fimserver restart tries again'
+      status.set('error', text)
+      message.say_once(text, vim.log.levels.ERROR)
+    else
+      status.set('stopped', ('the server ended (%s); the next key starts it'):format(how))
+    end
+  end)
+end
+
+--- Start the server, or join the one that runs, where a buffer is its business.
+---@param buffer integer
+---@return boolean attached
+function M.attach(buffer)
+  if place.refuse_buffer(buffer) then
+    return false
+  end
+  local running = M.client()
+  if running then
+    return running.attached_buffers[buffer] or vim.lsp.buf_attach_client(buffer, running.id)
+  end
+  if has_given_up or vim.uv.now() - searched_at < SEARCH_EVERY_MS then
+    return false
+  end
+  local command, where = program.find(buffer)
+  if not command then
+    searched_at = vim.uv.now()
+    status.set('error', where)
+    message.say_once(where)
+    return false
+  end
+  M.command, M.where = command, where
+  table.insert(starts, vim.uv.now())
+  status.set('loading', 'the server starts')
+  local settings = wire_settings()
+  local root = vim.fs.root(buffer, { '.git', 'pyproject.toml' }) or vim.fs.dirname(vim.api.nvim_buf_get_name(buffer))
+  local id = vim.lsp.start({
+    name = NAME,
+    cmd = command,
+    root_dir = root,
+    capabilities = capabilities(),
+    init_options = settings.fimserver,
+    settings = settings,
+    handlers = handlers,
+    on_exit = on_exit,
+  }, {
+    bufnr = buffer,
+    reuse_client = function()
+      return false
+    end,
+  })
+  current = id and vim.lsp.get_client_by_id(id) or nil
+  if current then
+    M.on_started(current)
+  else -- Neovim has said why
+    has_given_up = true
+    status.set('error', ('%s cannot be started; :Fimserver restart tries again'):format(command[1]))
+  end
+  return current ~= nil
+end
+
+--- Called with each client that was started.
+---@type fun(client: vim.lsp.Client)
+M.on_started = function() end
+
+--- Send a notification to the server of a buffer, where it has one.
+---@param buffer integer
+---@param method string
+---@param params table
+function M.notify(buffer, method, params)
+  local client = M.client_of(buffer)
+  if client then
+    client:notify(method, params) ---@diagnostic disable-line: param-type-mismatch  a method of our own
+  end
+end
+
+--- Ask the server; without one the answer is nil at once.
+---@param method string
+---@param params table
+---@param on_answer? fun(result: any)
+function M.request(method, params, on_answer)
+  local client = M.client()
+  if not client then
+    message.say('no server runs yet; open a file that it completes in')
+    return
+  end
+  client:request(method, params, function(err, result) ---@diagnostic disable-line: param-type-mismatch
+    if err then
+      message.say(err.message, vim.log.levels.ERROR)
+    elseif on_answer then
+      on_answer(result)
+    end
+  end)
+end
+
+--- Run a command of the server.
+---@param command string
+---@param arguments? any[]
+function M.execute(command, arguments)
+  M.request('workspace/executeCommand', { command = command, arguments = arguments or {} })
+end
+
+--- Change settings while the server runs; `nil` values are not named, vim.NIL takes one back.
+---@param settings table<string, any>
+function M.configure(settings)
+  for name, value in pairs(settings) do
+    local known = config.options.settings
+    if value == vim.NIL then
+      known[name] = nil
+    elseif type(value) == 'table' and type(known[name]) == 'table' then
+      known[name] = vim.tbl_extend('force', known[name], value)
+    else
+      known[name] = value
+    end
+  end
+  status.enable(config.options.settings.enabled ~= false)
+  local client = M.client()
+  if client then
+    client.settings = wire_settings()
+    client:notify('workspace/didChangeConfiguration', { settings = client.settings })
+    M.on_ready()
+  end
+end
+
+--- End the server of this Neovim; others', and the daemon, go on.
+function M.stop()
+  local client = M.client()
+  if client then
+    stopping[client.id] = true
+    client:stop()
+    current = nil
+  end
+end
+
+--- The model anew, or the server where it ended.
+function M.restart()
+  starts, has_given_up, searched_at = {}, false, -math.huge
+  message.forget()
+  if M.client() then
+    M.execute('fimserver.restart')
+    return
+  end
+  for _, buffer in ipairs(vim.api.nvim_list_bufs()) do
+    M.attach(buffer)
+  end
+end
+
+return M

@@ -1,0 +1,124 @@
+--- What fimserver is doing, for a status line; tells it by the User autocmd FimserverStatus when it changes.
+---
+---   stopped    no server yet             thinking   a completion is being computed
+---   loading    the model loads           snoozed    nothing comes by itself for a while
+---   ready      ghost text comes          off        the setting `enabled` is false
+---   error      `detail` says what is wrong and how to mend it
+local M = {}
+
+---@alias fimserver.State 'stopped'|'loading'|'ready'|'thinking'|'snoozed'|'off'|'error'
+
+---@class fimserver.Status
+---@field state fimserver.State
+---@field detail string What the server said last, or how to mend an error.
+
+local server = { state = 'stopped', detail = 'no file was opened yet' }
+local is_enabled = true
+local thoughts, is_thinking = 0, false -- thinking is told once it lasts: most answers come at once
+local LONG_MS = 150
+local snoozed_until = 0 -- of vim.uv.now()
+local told = '' -- what was told last
+local is_telling = false
+
+---@return number
+local function snooze_left_ms()
+  return math.max(0, snoozed_until - vim.uv.now())
+end
+
+--- The state as it is now.
+---@return fimserver.Status
+function M.get()
+  local state = server.state
+  if state == 'ready' or state == 'loading' then
+    if not is_enabled then
+      state = 'off'
+    elseif snooze_left_ms() > 0 then
+      state = 'snoozed'
+    elseif state == 'ready' and is_thinking then
+      state = 'thinking'
+    end
+  end
+  return { state = state, detail = server.detail }
+end
+
+--- Whole minutes until a snooze ends.
+---@return integer
+function M.snoozed_minutes()
+  return math.ceil(snooze_left_ms() / 60000)
+end
+
+--- A few words for a status line; "" before a server was started.
+---@return string
+function M.line()
+  local state = M.get().state
+  if state == 'stopped' then
+    return ''
+  end
+  local words = { ready = 'fim', thinking = 'fim …', error = 'fim: error (:Fimserver status)' }
+  if state == 'snoozed' then
+    return ('fim: snoozed %d min'):format(M.snoozed_minutes())
+  end
+  return words[state] or ('fim: ' .. state)
+end
+
+--- Tell of a change, once for however many there were in this turn of the loop.
+local function tell()
+  if is_telling then
+    return
+  end
+  is_telling = true
+  vim.schedule(function()
+    is_telling = false
+    local now = M.get()
+    local key = now.state .. now.detail
+    if key ~= told then
+      told = key
+      vim.api.nvim_exec_autocmds('User', { pattern = 'FimserverStatus', modeline = false, data = now })
+      vim.cmd.redrawstatus({ bang = true })
+    end
+  end)
+end
+
+---@param state 'stopped'|'loading'|'ready'|'error'
+---@param detail string
+function M.set(state, detail)
+  server = { state = state, detail = detail }
+  tell()
+end
+
+--- A completion is being computed, or no longer.
+---@param thinking boolean
+function M.think(thinking)
+  thoughts = thoughts + 1
+  if not thinking then
+    if is_thinking then
+      is_thinking = false
+      tell()
+    end
+    return
+  end
+  local this = thoughts
+  vim.defer_fn(function()
+    if this == thoughts and not is_thinking then
+      is_thinking = true
+      tell()
+    end
+  end, LONG_MS)
+end
+
+---@param enabled boolean
+function M.enable(enabled)
+  is_enabled = enabled
+  tell()
+end
+
+---@param minutes number 0 ends it.
+function M.snooze(minutes)
+  snoozed_until = vim.uv.now() + minutes * 60000
+  tell()
+  if minutes > 0 then
+    vim.defer_fn(tell, minutes * 60000 + 50)
+  end
+end
+
+return M

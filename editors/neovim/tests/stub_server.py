@@ -1,0 +1,133 @@
+# ruff: noqa: INP001  a script beside Lua, no package
+"""A language server on stdio that completes by rules: for tests, and to measure the editor's own share.
+
+    python stub_server.py RULES [JOURNAL]
+
+RULES is a JSON file, read anew with each request: a list of
+
+    {"after": "foo(", "texts": ["a, b)"], "replace": 1, "delay_ms": 0}
+
+Where the text before the cursor ends with ``after`` and the beginning of a text, the rest of each text that begins so
+is offered, in the place of ``replace`` characters behind the cursor. JOURNAL gets each message,
+one a line, and JOURNAL.pid the process.
+"""
+
+import json
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import Any, BinaryIO
+
+COMMAND = "stub.didAccept"
+_INVOKED = 1
+
+
+def find_items(rules: list[dict[str, Any]], before: str, position: dict[str, int], *, invoked: bool) -> list[Any]:
+    """The items for a cursor behind ``before``; several only where the person asked."""
+    for rule in rules:
+        for length in range(max(map(len, rule["texts"])), -1, -1):
+            fits = [
+                text for text in rule["texts"] if len(text) > length and before.endswith(rule["after"] + text[:length])
+            ]
+            if not fits:
+                continue
+            end = {**position, "character": position["character"] + rule.get("replace", 0)}
+            return [
+                {
+                    "insertText": text[length:],
+                    "range": {"start": position, "end": end},
+                    "command": {"title": "", "command": COMMAND, "arguments": [rule["after"] + text]},
+                }
+                for text in (fits if invoked else fits[:1])
+            ]
+    return []
+
+
+class StubServer:
+    """One connection."""
+
+    def __init__(self, rules: Path, journal: Path | None, sink: BinaryIO) -> None:
+        """``sink`` is where answers go."""
+        self._rules, self._journal, self._sink = rules, journal, sink
+        self._texts: dict[str, str] = {}
+        self._cancelled: set[int] = set()
+        self._lock = threading.Lock()
+
+    def send(self, **message: Any) -> None:
+        """Write a message."""
+        body = json.dumps({"jsonrpc": "2.0", **message}).encode()
+        with self._lock:
+            self._sink.write(b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            self._sink.flush()
+
+    def take(self, message: dict[str, Any]) -> None:
+        """Answer a message, or note it."""
+        method, params = message.get("method"), message.get("params") or {}
+        if self._journal is not None and method:
+            with self._journal.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"method": method, "params": params}) + "\n")
+        if method == "textDocument/didOpen":
+            self._texts[params["textDocument"]["uri"]] = params["textDocument"]["text"]
+        elif method == "textDocument/didChange":
+            self._texts[params["textDocument"]["uri"]] = params["contentChanges"][-1]["text"]
+        elif method == "$/cancelRequest":
+            self._cancelled.add(params["id"])
+        elif method == "initialized":
+            self.send(method="didChangeStatus", params={"kind": "Normal", "busy": False, "message": "the stub"})
+        elif method == "exit":
+            sys.exit(0)
+        if method == "textDocument/inlineCompletion":
+            self._complete(message["id"], params)
+        elif method and "id" in message:
+            self.send(id=message["id"], result=self._answer(method))
+
+    @staticmethod
+    def _answer(method: str) -> Any:
+        if method != "initialize":
+            return None
+        return {
+            "capabilities": {
+                "inlineCompletionProvider": True,
+                "textDocumentSync": {"openClose": True, "change": 1},
+                "executeCommandProvider": {"commands": [COMMAND, "fimserver.restart"]},
+            }
+        }
+
+    def _complete(self, message_id: int, params: dict[str, Any]) -> None:
+        position = params["position"]
+        lines = self._texts[params["textDocument"]["uri"]].replace("\r\n", "\n").split("\n")
+        units = lines[position["line"]].encode("utf-16-le")[: 2 * position["character"]]
+        before = "\n".join([*lines[: position["line"]], units.decode("utf-16-le")])
+        rules = json.loads(self._rules.read_text(encoding="utf-8"))
+        items = find_items(rules, before, position, invoked=params["context"]["triggerKind"] == _INVOKED)
+
+        def answer() -> None:
+            if message_id in self._cancelled:
+                self.send(id=message_id, error={"code": -32800, "message": "cancelled"})
+            else:
+                self.send(id=message_id, result={"items": items})
+
+        delay_ms = rules[0].get("delay_ms", 0) if rules else 0
+        if delay_ms:
+            threading.Timer(delay_ms / 1e3, answer).start()
+        else:
+            answer()
+
+
+def main() -> None:
+    """Serve until the editor leaves."""
+    journal = Path(sys.argv[2]) if sys.argv[2:] else None
+    if journal is not None:
+        journal.with_suffix(".pid").write_text(str(os.getpid()), encoding="utf-8")
+    server = StubServer(Path(sys.argv[1]), journal, sys.stdout.buffer)
+    source = sys.stdin.buffer
+    while header := source.readline():
+        length = int(header.split(b":")[1])
+        while source.readline().strip():
+            pass
+        server.take(json.loads(source.read(length)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+local config = require('fimserver.config')
+local program = require('fimserver.program')
+local test, same = _G.test, _G.same
+
+local root = vim.uv.fs_realpath(vim.uv.fs_mkdtemp(vim.fs.joinpath(vim.uv.os_tmpdir(), 'fimserver-XXXXXX')))
+
+--- A program that prints its arguments, at a path below the root.
+local function put_program(path)
+  path = vim.fs.joinpath(root, path)
+  vim.fn.mkdir(vim.fs.dirname(path), 'p')
+  vim.fn.writefile({ '#!/bin/sh', 'echo "$@"' }, path)
+  vim.uv.fs_chmod(path, 493)
+  return path
+end
+
+local function buffer_of(path)
+  local buffer = vim.api.nvim_create_buf(true, false)
+  vim.api.nvim_buf_set_name(buffer, vim.fs.joinpath(root, path))
+  return buffer
+end
+
+test('the nearest virtual environment, else the next one above it, else PATH, else a remedy', function()
+  vim.env.PATH = vim.fs.joinpath(root, 'bin')
+  local buffer = buffer_of('project/deep/er/a.py')
+  local command, why = program.find(buffer)
+  same(command, nil)
+  assert(why:find('install it into the .venv of your project', 1, true), why)
+  local on_path = put_program('bin/fimserver')
+  same(program.find(buffer), { on_path, 'lsp' })
+  vim.fn.mkdir(vim.fs.joinpath(root, 'project/deep/.venv/bin'), 'p') -- without a server
+  local in_venv = put_program('project/.venv/bin/fimserver')
+  same(program.find(buffer), { in_venv, 'lsp' })
+  config.set({ venv = false })
+  same(program.find(buffer), { on_path, 'lsp' })
+  config.set({ cmd = in_venv })
+  same(program.find(buffer), { in_venv, 'lsp' })
+  config.set({ cmd = { '/no/such', 'lsp' } })
+  same(select('#', program.find(buffer)), 2)
+  same((program.find(buffer)), nil)
+  config.set({})
+end)
+
+test('other arguments go to the program behind a wrapper', function()
+  local wrapper = put_program('bin/wrapper')
+  local code, output = program.run({ wrapper, 'run', 'fimserver', 'lsp', '--threads', '2' }, { '--version' }, 5000)
+  same({ code, output }, { 0, 'run fimserver --version\n' })
+  same((program.run({ '/no/such', 'lsp' }, {}, 5000)), 127)
+end)

