@@ -19,18 +19,30 @@ local function buffer_of(path)
   return buffer
 end
 
-test('the nearest virtual environment, else the next one above it, else PATH, else a remedy', function()
+test('PATH, else the nearest virtual environment that is trusted, else a remedy', function()
   vim.env.PATH = vim.fs.joinpath(root, 'bin')
   local buffer = buffer_of('project/deep/er/a.py')
   local command, why = program.find(buffer)
   same(command, nil)
-  assert(why:find('install it into the .venv of your project', 1, true), why)
-  local on_path = put_program('bin/fimserver')
-  same(program.find(buffer), { on_path, 'lsp' })
+  assert(why:find('into the .venv of your project', 1, true), why)
   vim.fn.mkdir(vim.fs.joinpath(root, 'project/deep/.venv/bin'), 'p') -- without a server
   local in_venv = put_program('project/.venv/bin/fimserver')
+  local trusted = {}
+  vim.secure.read = function(path) -- luacheck: ignore 122  it asks the person
+    table.insert(trusted, path)
+    return #trusted > 1 and 'text' or nil
+  end
+  command, why = program.find(buffer)
+  same(command, nil)
+  assert(why:find('is not trusted', 1, true), why)
+  same((program.find(buffer)), nil)
+  same(#trusted, 1) -- not asked again by itself
+  program.forget()
   same(program.find(buffer), { in_venv, 'lsp' })
   config.set({ venv = false })
+  same((program.find(buffer)), nil)
+  config.set({})
+  local on_path = put_program('bin/fimserver')
   same(program.find(buffer), { on_path, 'lsp' })
   config.set({ cmd = in_venv })
   same(program.find(buffer), { in_venv, 'lsp' })

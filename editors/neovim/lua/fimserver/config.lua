@@ -23,11 +23,12 @@ local M = {}
 ---@field settings table<string, any>
 local defaults = {
   -- The command that starts the server, for instance { '/opt/fimserver/bin/fimserver', 'lsp' }; a string is the
-  -- program alone. `false` looks for it: first in `venv`, then on PATH. Nothing is ever downloaded.
+  -- program alone. `false` looks for it: on PATH, then in `venv`. Nothing is ever downloaded.
   cmd = false,
 
   -- The folder of a virtual environment. It is looked for in the folder of the file and in those above it, and the
-  -- `fimserver` in it is started. `false` never looks, and so never runs a program that lies in a project.
+  -- `fimserver` in it is started once you said that you trust it (|:trust|): a project may not be yours. `false`
+  -- never looks.
   venv = '.venv',
 
   -- File types in which to complete: '*' or a list, for instance { 'python', 'lua' }. What the server does not

@@ -3,7 +3,7 @@ local config = require('fimserver.config')
 
 local M = {}
 
-M.remedy = 'install it into the .venv of your project, or anywhere on PATH, '
+M.remedy = 'install it anywhere on PATH, or into the .venv of your project, '
   .. "or name it: require('fimserver').setup({ cmd = { '/path/to/fimserver', 'lsp' } })"
 
 --- Where programs are in a virtual environment, on this system.
@@ -31,6 +31,24 @@ local function find_in_venv(folder)
   return nil
 end
 
+--- Whether the person trusts a program that lies in a project, as Neovim asks and remembers (|vim.secure.read()|).
+--- Not asked again in this session.
+---@type table<string, boolean>
+local answers = {}
+
+---@param path string
+local function is_trusted(path)
+  if answers[path] == nil then
+    answers[path] = vim.secure.read(path) ~= nil
+  end
+  return answers[path]
+end
+
+--- Ask about programs in projects anew.
+function M.forget()
+  answers = {}
+end
+
 --- The command that starts the server for a buffer, and where it was found; or nil and why there is none.
 ---@param buffer integer
 ---@return string[]? command
@@ -47,13 +65,17 @@ function M.find(buffer)
   end
   local name = vim.api.nvim_buf_get_name(buffer)
   local folder = name ~= '' and vim.fs.dirname(name) or vim.fn.getcwd()
-  local in_venv = find_in_venv(folder)
-  if in_venv then
-    return { in_venv, 'lsp' }, 'the virtual environment of the project'
-  end
   local on_path = vim.fn.exepath('fimserver')
   if on_path ~= '' then
     return { on_path, 'lsp' }, 'PATH'
+  end
+  local in_venv = find_in_venv(folder)
+  if in_venv and is_trusted(in_venv) then
+    return { in_venv, 'lsp' }, 'the virtual environment of the project'
+  end
+  if in_venv then
+    local remedy = ':Fimserver restart asks again, or name it: setup({ cmd = { %q, "lsp" } })'
+    return nil, ('%s is not trusted, so it does not run; '):format(in_venv) .. remedy:format(in_venv)
   end
   return nil, 'there is no program `fimserver` here; ' .. M.remedy
 end

@@ -246,6 +246,7 @@ end
 --- The model anew, or the server where it ended.
 function M.restart()
   starts, has_given_up, searched_at = {}, false, -math.huge
+  program.forget()
   message.forget()
   if M.client() then
     M.execute('fimserver.restart')
