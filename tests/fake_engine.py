@@ -132,7 +132,7 @@ def work() -> None:
 def serve() -> None:
     from fimserver.lsp.features import create_server  # the worker starts faster without
 
-    server = create_server()
+    server = create_server(json.loads(sys.argv[2]) if len(sys.argv) > 2 else None)
     server.engine.options = EngineOptions(command=WORKER)
     server.start_io()
 
@@ -148,11 +148,12 @@ class FakeServer(LspClient):
         load_s: float = 0,
         mode: str = "autoregressive",
         encodings: list[str] | None = None,
+        overrides: dict[str, Any] | None = None,
         **capabilities: Any,
     ) -> None:
         self.journal = journal
         self.versions: dict[str, int] = {}
-        super().__init__(env=configure(journal, load_s=load_s, mode=mode), command=[*WORKER, "serve"])
+        super().__init__(env=configure(journal, load_s=load_s, mode=mode), command=[*WORKER, "serve", json.dumps(overrides)])
         options = {"debounceMs": 0, **(options or {})}
         self.capabilities = self.initialize(encodings=encodings, options=options, **capabilities)["capabilities"]
 

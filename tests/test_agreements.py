@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 from fake_engine import FakeServer, read_journal
 
-from fimserver.lsp.agreements import ANYWHERE, FILE_NAME, Agreements, needs_agreement
+from fimserver.lsp.agreements import ANYWHERE, FILE_NAME, Agreements, find_known, is_elsewhere
+from fimserver.lsp.session import Session
+from fimserver.model_store import record_file
 
 HERE, THERE = "file:///home/me/here", "file:///home/me/there"
 ASK = "window/showMessageRequest"
@@ -31,63 +33,89 @@ def folder(tmp_path: Path) -> Path:
     return made
 
 
-@pytest.mark.parametrize("model", ["tiny", "no/such/model", "nvidia/diffusiongemma-26B", "", "\0", "~nobody-here/x"])
-def test_names_need_no_agreement(model: str) -> None:
-    assert not needs_agreement(model)
+@pytest.mark.parametrize("model", ["TINY", "tiny.", "./tiny", "known", "no/such/model", "/no/such", ".", "~nobody/x"])
+def test_only_shipped_and_added_models_need_no_agreement(home: Path, model: str) -> None:
+    assert find_known("tiny") == "tiny"
+    assert find_known(model) is None, "also what is not there, by now"
 
 
-def test_folders_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert needs_agreement(str(folder))
-    monkeypatch.chdir(folder.parent)
-    assert needs_agreement("a model")
-    assert needs_agreement("./a model")
-    (folder.parent / "tiny").mkdir()
-    assert needs_agreement("./tiny"), "only the bare name is the shipped one's"
-    assert needs_agreement(".")
+def test_an_added_model_needs_none(home: Path, folder: Path) -> None:
+    added = {"revision": "main", "commit": "a" * 40, "folder": str(folder)}
+    record_file().parent.mkdir(parents=True)
+    record_file().write_text(json.dumps({"models": {"owner/name": added}}))
+    assert find_known("owner/name") == str(folder), "the folder: a repository may have one of the same name"
+    assert find_known("owner/name@main") == str(folder)
+    assert find_known("owner/name@other") is None
+    record_file().write_text("{")
+    assert find_known("owner/name") is None
+
+
+@pytest.mark.parametrize("model", [r"\\evil\\share\\m", "//evil/share/m", r"\\?\\UNC\\evil\\m"])
+def test_another_machine_is_nobodys_to_name(model: str) -> None:
+    assert is_elsewhere(model)
+    assert not is_elsewhere("/home/me/model")
+    assert not is_elsewhere(r"C:\\models\\m")
 
 
 def test_agreed_is_agreed_for_that_folder_and_workspace(folder: Path, tmp_path: Path) -> None:
     agreements = Agreements(tmp_path / "state" / FILE_NAME)
-    assert not agreements.allows(str(folder), [HERE])
-    agreements.add(str(folder), [HERE])
-    assert agreements.allows(str(folder), [HERE])
-    assert agreements.allows(str(folder / "." / "x" / ".."), [HERE]), "the same folder otherwise written"
-    assert not agreements.allows(str(folder), [THERE])
-    assert not agreements.allows(str(folder), [HERE, THERE]), "in each of the open folders"
-    assert not agreements.allows(str(folder), [])
-    assert not agreements.allows(str(folder.parent), [HERE])
-    agreements.add(str(folder), [THERE])
-    assert agreements.allows(str(folder), [HERE, THERE])
-    agreements.add(str(folder), [ANYWHERE])
-    assert agreements.allows(str(folder), [])
+    name = str(folder)
+    assert agreements.find_folder(name, [HERE]) is None
+    agreements.agree(name, [HERE])
+    assert agreements.find_folder(name, [HERE]) == name
+    assert agreements.find_folder(str(folder / "." / "x" / ".."), [HERE]) == name, "the same otherwise written"
+    assert agreements.find_folder(name, [THERE]) is None
+    assert agreements.find_folder(name, [HERE, THERE]) is None, "in each of the open folders"
+    assert agreements.find_folder(name, []) is None
+    assert agreements.find_folder(str(folder.parent), [HERE]) is None
+    agreements.agree(name, [THERE])
+    assert agreements.find_folder(name, [HERE, THERE]) == name
+    agreements.agree(name, [ANYWHERE])
+    assert agreements.find_folder(name, []) == name
     assert stat.S_IMODE((tmp_path / "state" / FILE_NAME).stat().st_mode) == 0o600
 
 
-def test_another_folder_behind_the_same_link_is_not_agreed_to(folder: Path, tmp_path: Path) -> None:
+def test_a_no_is_kept_and_can_be_taken_back(folder: Path, tmp_path: Path) -> None:
+    agreements = Agreements(tmp_path / FILE_NAME)
+    agreements.agree(str(folder), [HERE, THERE])
+    agreements.refuse(str(folder), [HERE])
+    assert agreements.is_refused(str(folder), [HERE])
+    assert agreements.find_folder(str(folder), [HERE]) is None
+    assert agreements.find_folder(str(folder), [THERE]) == str(folder)
+    agreements.agree(str(folder), [HERE])
+    assert not agreements.is_refused(str(folder), [HERE])
+    assert agreements.find_folder(str(folder), [HERE]) == str(folder)
+    agreements.refuse(str(folder), [])
+    assert agreements.is_refused(str(folder), [])
+
+
+def test_a_link_that_is_moved_later_leads_nowhere_else(folder: Path, tmp_path: Path) -> None:
     link, other = tmp_path / "link", tmp_path / "other"
     other.mkdir()
     link.symlink_to(folder)
     agreements = Agreements(tmp_path / FILE_NAME)
-    agreements.add(str(link), [HERE])
-    assert agreements.allows(str(link), [HERE])
+    agreements.agree(str(link), [HERE])
     link.unlink()
     link.symlink_to(other)
-    assert not agreements.allows(str(link), [HERE])
+    assert agreements.find_folder(str(link), [HERE]) == str(folder), "what was agreed to"
+    agreements.agree(str(link), [THERE])
+    assert agreements.find_folder(str(link), [HERE]) is None, "that was another one"
+    assert agreements.find_folder(str(link), [THERE]) == str(other)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "7", '{"x": 3}', '{"x": [3]}', "[" * 100_000])
+@pytest.mark.parametrize("text", ["", "{", "[]", "7", '{"x": 3}', '{"x": [3]}', '{"x": {"folder": 1}}', "[" * 100_000])
 def test_a_damaged_file_agrees_to_nothing(folder: Path, tmp_path: Path, text: str) -> None:
     path = tmp_path / FILE_NAME
     path.write_text(text.replace("x", str(folder)))
     agreements = Agreements(path)
-    assert not agreements.allows(str(folder), [HERE])
-    agreements.add(str(folder), [HERE])
-    assert agreements.allows(str(folder), [HERE])
+    assert agreements.find_folder(str(folder), [HERE]) is None
+    agreements.agree(str(folder), [HERE])
+    assert agreements.find_folder(str(folder), [HERE]) == str(folder)
 
 
 def test_a_pipe_in_its_place_is_not_waited_for(folder: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / FILE_NAME)
-    assert not Agreements(tmp_path / FILE_NAME).allows(str(folder), [HERE])
+    assert Agreements(tmp_path / FILE_NAME).find_folder(str(folder), [HERE]) is None
 
 
 # In an editor
@@ -145,7 +173,8 @@ def test_who_agrees_has_it_and_is_not_asked_again(start_fake: Start, home: Path,
     server.set(model=str(folder))
     until(lambda: loaded(server) == ["tiny", str(folder)])
     assert model_of(server) == "None"
-    assert json.loads((home / "state" / FILE_NAME).read_text()) == {str(folder): [HERE]}
+    agreed = json.loads((home / "state" / FILE_NAME).read_text())
+    assert agreed == {str(folder): {"folder": str(folder), "agreed": [HERE], "refused": []}}
     again = start_fake(folders=[HERE], options={"model": str(folder)})
     again.wait_until_ready()
     assert asked(again) == []
@@ -180,3 +209,62 @@ def test_in_an_untrusted_workspace_the_engine_is_the_persons_alone(start_fake: S
     for nonsense in ({"trusted": "no"}, {}, None):
         server.notify("fimserver/didChangeWorkspaceTrust", nonsense)
     assert server.request("fimserver/status", {})["trusted"] is True
+
+
+def test_what_is_not_there_yet_is_not_loaded_once_it_is(start_fake: Start, home: Path, tmp_path: Path) -> None:
+    """A repository brings its settings before its files."""
+    late = tmp_path / "later"
+    server = start_fake(folders=[HERE], options={"model": str(late)})
+    server.wait_until_ready()
+    until(lambda: asked(server))
+    late.mkdir()
+    server.request("workspace/executeCommand", {"command": "fimserver.restart"})
+    until(lambda: len(loaded(server)) == 2)
+    assert loaded(server) == ["tiny", "tiny"]
+    assert model_of(server) == str(late)
+
+
+def test_a_no_is_not_asked_again_but_by_hand(start_fake: Start, home: Path, folder: Path) -> None:
+    first = start_fake(folders=[HERE])
+    first.wait_until_ready()
+    choose(first, "Do not load it")
+    first.set(model=str(folder))
+    until((home / "state" / FILE_NAME).exists)
+    again = start_fake(folders=[HERE], options={"model": str(folder)})
+    again.wait_until_ready()
+    said = until(lambda: [n for n in again.notifications if "did not want" in str(n)])
+    assert "fimserver.restart" in str(said)
+    assert asked(again) == []
+    choose(again, "Load it in this workspace")
+    again.request("workspace/executeCommand", {"command": "fimserver.restart"})
+    until(lambda: loaded(again)[-1] == str(folder))
+
+
+def test_a_setting_without_effect_is_not_asked_about(start_fake: Start, home: Path, folder: Path) -> None:
+    server = start_fake(folders=[HERE], options={"model": str(folder)}, overrides={"model": "tiny"})
+    server.wait_until_ready()
+    assert model_of(server) == "None"
+    assert asked(server) == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"workspaceTrusted": False, "fimserver": {"threads": 3}},
+        {"fimserver": {"workspaceTrusted": False, "threads": 3}},
+        {"workspaceTrusted": None, "threads": 3},
+        {"workspaceTrusted": "yes", "fimserver": None},
+    ],
+)
+def test_trust_that_is_not_said_clearly_is_none(options: dict[str, Any]) -> None:
+    session = Session()
+    session.initialize(options)
+    assert not session.is_trusted
+    assert session.settings.threads == 0
+
+
+@pytest.mark.parametrize("options", [None, {}, {"threads": 3}, {"workspaceTrusted": True}, {"fimserver": {}}])
+def test_an_editor_without_trust_is_trusted(options: dict[str, Any] | None) -> None:
+    session = Session()
+    session.initialize(options)
+    assert session.is_trusted

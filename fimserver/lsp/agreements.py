@@ -1,22 +1,30 @@
 """Which model folders an editor's settings may name: those that the person agreed to, once for each workspace.
 
-A server cannot tell a person's own settings from those that came with a repository: an editor merges them. So a folder
-that an editor's settings name is loaded only after the person said so. What needs no agreement: a shipped model, one
-that was added by name (``fimserver model add``), and what ``config.toml`` or the command line says.
+A server cannot tell a person's own settings from those that came with a repository: an editor merges them. So whatever
+an editor's settings name beside a shipped model and those that were added by name (``fimserver model add``) is loaded
+only after the person said so, whether it is there by now or not: until then nobody looks for it, since a name can reach
+another machine. What ``config.toml`` or the command line says needs no agreement.
 
-    needs_agreement   whether a value of fimserver.model is a folder that somebody has to agree to
-    Agreements        what was agreed, in a file of the person's
+    find_known      what a name needs no agreement for; ``None`` for every other
+    Agreements      what was agreed and what was refused, in a file of the person's
+
+What was agreed is the folder as it was then: a link that is moved later leads nowhere else.
 
 Knows:  names of models, folders, the state folder.  Never: LSP, weights.
 """
 
 import json
 import logging
-from collections.abc import Sequence
+import ntpath
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fimserver.engine.known import SHIPPED_MODELS
+from fimserver.errors import WeightsError
+from fimserver.model_store import find_added, is_hub_name, read_record
 from fimserver.paths import read_plain, write_private
 
 FILE_NAME = "agreements.json"
@@ -25,54 +33,94 @@ _MOST = 500
 _logger = logging.getLogger(__name__)
 
 
-def needs_agreement(model: str) -> bool:
-    """Whether a model's name is a folder that is there, and nothing the person has set up before."""
+def find_known(model: str) -> str | None:
+    """What to load for a name that needs no agreement: a shipped model's name, or the folder of an added one."""
+    if model in {path.parent.name for path in SHIPPED_MODELS.glob("*/fimserver.json")}:
+        return model
+    name, _, revision = model.partition("@")
     try:
-        is_shipped = Path(model).name == model and (SHIPPED_MODELS / model / "fimserver.json").is_file()
-        return bool(model) and not is_shipped and Path(model).expanduser().is_dir()
-    except (OSError, RuntimeError, ValueError):
-        return False  # no folder, as the engine will say
+        added = read_record().get(name)
+    except WeightsError:  # a damaged record, as who loads a model will say
+        return None
+    return added.folder if added is not None and revision in {"", added.revision, added.commit} else None
 
 
-def resolve(model: str) -> str:
-    """The folder that is meant; links are followed, so that another one in its place is not agreed to."""
-    return str(Path(model).expanduser().resolve())
+def to_key(model: str) -> str:
+    """A name as it is compared: without looking at any disk."""
+    return model if is_hub_name(model.partition("@")[0]) else os.path.normpath(os.path.expanduser(model))  # noqa: PTH111
+
+
+def is_elsewhere(model: str) -> bool:
+    """Whether a name is of another machine's folder, which no editor's settings may say."""
+    return bool(ntpath.splitdrive(model)[0].startswith(("\\\\", "//"))) or model.startswith(("\\\\", "//"))
+
+
+@dataclass(slots=True)
+class _Answer:
+    """Where a model may be loaded and where not, and the folder that was meant."""
+
+    folder: str
+    agreed: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
 
 
 class Agreements:
-    """What was agreed, by workspace."""
+    """What was agreed and what was refused, by workspace."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def allows(self, model: str, workspaces: Sequence[str]) -> bool:
-        """Whether a model's folder may be loaded in each of these workspaces (URIs)."""
-        agreed = self._read().get(resolve(model), [])
-        return ANYWHERE in agreed or (bool(workspaces) and all(workspace in agreed for workspace in workspaces))
+    def find_folder(self, model: str, workspaces: Sequence[str]) -> str | None:
+        """What to load for a model in each of these workspaces (URIs); ``None`` where nobody agreed to that."""
+        answer = self._read().get(to_key(model))
+        return answer.folder if answer is not None and _covers(answer.agreed, workspaces) else None
 
-    def add(self, model: str, workspaces: Sequence[str]) -> None:
+    def is_refused(self, model: str, workspaces: Sequence[str]) -> bool:
+        """Whether the person said no, in each of these workspaces."""
+        answer = self._read().get(to_key(model))
+        return answer is not None and _covers(answer.refused, workspaces)
+
+    def agree(self, model: str, workspaces: Sequence[str]) -> None:
         """The person agreed: in these workspaces, or ``ANYWHERE``. Raises ``OSError``."""
-        agreed = self._read()
-        folder = resolve(model)
-        known = agreed.pop(folder, [])
-        agreed[folder] = [*known, *(workspace for workspace in workspaces if workspace not in known)][-_MOST:]
-        while len(agreed) > _MOST:
-            del agreed[next(iter(agreed))]
-        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_private(self._path, json.dumps(agreed, indent=1))
+        added = find_added(model) if is_hub_name(model.partition("@")[0]) else None
+        folder = str(added or Path(model).expanduser().resolve())
+        self._change(model, folder, agreed=workspaces)
 
-    def _read(self) -> dict[str, list[str]]:
+    def refuse(self, model: str, workspaces: Sequence[str]) -> None:
+        """The person said no. Raises ``OSError``."""
+        self._change(model, "", refused=workspaces or [ANYWHERE])
+
+    def _change(self, model: str, folder: str, *, agreed: Sequence[str] = (), refused: Sequence[str] = ()) -> None:
+        answers = self._read()
+        answer = answers.pop(to_key(model), _Answer(folder))
+        if folder and folder != answer.folder:
+            answer = _Answer(folder)  # what was agreed before was another one
+        answer.agreed = [*(name for name in answer.agreed if name not in refused), *agreed][-_MOST:]
+        answer.refused = [*(name for name in answer.refused if name not in agreed), *refused][-_MOST:]
+        answers[to_key(model)] = answer
+        while len(answers) > _MOST:
+            del answers[next(iter(answers))]
+        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        values = {key: {"folder": a.folder, "agreed": a.agreed, "refused": a.refused} for key, a in answers.items()}
+        write_private(self._path, json.dumps(values, indent=1))
+
+    def _read(self) -> dict[str, _Answer]:
         try:
             values: Any = json.loads(read_plain(self._path))
+            return {
+                str(key): _Answer(str(said["folder"]), _texts(said["agreed"]), _texts(said["refused"]))
+                for key, said in values.items()
+            }
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             _logger.warning("%s cannot be read (%s); you will be asked again", self._path, type(error).__name__)
             return {}
-        if not isinstance(values, dict):
-            return {}
-        return {
-            folder: [name for name in names if isinstance(name, str)]
-            for folder, names in values.items()
-            if isinstance(names, list)
-        }
+
+
+def _texts(values: Iterable[Any]) -> list[str]:
+    return [value for value in values if isinstance(value, str)]
+
+
+def _covers(said: Sequence[str], workspaces: Sequence[str]) -> bool:
+    return ANYWHERE in said or (bool(workspaces) and all(workspace in said for workspace in workspaces))

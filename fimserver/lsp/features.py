@@ -147,6 +147,7 @@ def _register_commands(server: FimLanguageServer) -> None:
 
     @server.command(RESTART_COMMAND)
     def restart(*_arguments: Any) -> None:
+        server.ask_again()
         server.restart_engine()
 
 

@@ -28,7 +28,7 @@ from fimserver import __version__
 from fimserver.context.languages import find_language
 from fimserver.engine.client import EngineClient, EngineOptions, EngineState
 from fimserver.lsp.acceptance import FILE_NAME, Acceptance
-from fimserver.lsp.agreements import ANYWHERE, Agreements, resolve
+from fimserver.lsp.agreements import ANYWHERE, Agreements, find_known, is_elsewhere
 from fimserver.lsp.agreements import FILE_NAME as AGREEMENTS_NAME
 from fimserver.lsp.completer import Completer
 from fimserver.lsp.convert import to_inline_items, to_menu_items
@@ -91,7 +91,7 @@ class FimLanguageServer(LanguageServer):
         self._idle_timer: asyncio.TimerHandle | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self.agreements = Agreements(state_folder() / AGREEMENTS_NAME)
-        self.session.may_load = lambda model: self.agreements.allows(model, self._workspaces())
+        self.session.find_model = self._find_model
         self._asked_about: set[str] = set()
         self.requests = Requests(self.session)
         self.ledger = Ledger(state_folder() / LEDGER_NAME, lambda: self.session.settings.learn_from_use)
@@ -174,7 +174,7 @@ class FimLanguageServer(LanguageServer):
             return
         if (model := self.session.refused_model) is not None and model not in self._asked_about:
             self._asked_about.add(model)
-            self._keep(self._ask_about(model))
+            self._refuse_or_ask(model)
         before, self._wanted = self._wanted, self._engine_options()
         if not self._decides:
             for difference in self._differences():
@@ -194,32 +194,58 @@ class FimLanguageServer(LanguageServer):
     def _workspaces(self) -> list[str]:
         """URIs of the open folders."""
         try:
-            return sorted(self.workspace.folders)
+            root = self.workspace.root_uri
+            return sorted(self.workspace.folders) or ([root] if root else [])
         except RuntimeError:  # before initialize
             return []
 
+    def _find_model(self, model: str) -> str | None:
+        """What to load for a name of the editor's settings; ``None`` for what nobody agreed to."""
+        if (known := find_known(model)) is not None:
+            return known
+        return None if is_elsewhere(model) else self.agreements.find_folder(model, self._workspaces())
+
+    def _refuse_or_ask(self, model: str) -> None:
+        needs_none = f"fimserver.model in {config_file()} needs no agreement"
+        if is_elsewhere(model):
+            self._warn_once(f"fimserver.model is a folder of another machine, which editors may not name; {needs_none}")
+        elif self.agreements.is_refused(model, self._workspaces()):
+            self._warn_once(
+                f"fimserver.model is {model!r}, which you did not want here; remove the setting, or run the command "
+                f"{RESTART_COMMAND} to be asked again"
+            )
+        else:
+            self._keep(self._ask_about(model))
+
     async def _ask_about(self, model: str) -> None:
-        """Ask whether a model folder of the editor's settings may be loaded; not before the person said so."""
-        folder = resolve(model)
-        here, everywhere = "Load it in this workspace", "Load it everywhere"
-        names = [here, everywhere, "Do not load it"] if self._workspaces() else [everywhere, "Do not load it"]
+        """Ask whether a model that the editor's settings name may be loaded; not before the person said so."""
+        here, everywhere, never = "Load it in this workspace", "Load it everywhere", "Do not load it"
+        names = [here, everywhere, never] if self._workspaces() else [everywhere, never]
         text = (
-            f"The settings name a model folder: {folder}. A repository can bring such a setting with it, so fimserver "
-            f"loads it only if you agree. (fimserver.model in {config_file()} needs no agreement.)"
+            f"The settings name a model that fimserver does not know: {model}. A repository can bring such a setting "
+            f"with it, so it is loaded only if you agree. (fimserver.model in {config_file()} needs no agreement.)"
         )
         actions = [lsp.MessageActionItem(title) for title in names]
         answer: lsp.MessageActionItem | None = None
         with suppress(Exception):  # an editor that cannot ask gets no agreement
             params = lsp.ShowMessageRequestParams(lsp.MessageType.Warning, text, actions)
             answer = await self.window_show_message_request_async(params)
-        if answer is None or answer.title not in {here, everywhere} or self.session.refused_model != model:
+        if answer is None or self.session.refused_model != model:
             return
         try:
-            self.agreements.add(model, [ANYWHERE] if answer.title == everywhere else self._workspaces())
-        except OSError as error:
-            self._warn_once(f"{state_folder() / AGREEMENTS_NAME} cannot be written ({error.strerror}); mend its folder")
+            if answer.title == never:
+                self.agreements.refuse(model, self._workspaces())
+            elif answer.title in {here, everywhere}:
+                self.agreements.agree(model, [ANYWHERE] if answer.title == everywhere else self._workspaces())
+        except (OSError, RuntimeError) as error:
+            self._warn_once(f"{state_folder() / AGREEMENTS_NAME} cannot be written ({error}); mend its folder")
             return
         self._take(self.session.take(Source.CHANGE, self.session.layers.get(Source.CHANGE, {})))
+
+    def ask_again(self) -> None:
+        """Ask about the model of the editor's settings, also where the person said no before."""
+        if (model := self.session.refused_model) is not None and not is_elsewhere(model):
+            self._keep(self._ask_about(model))
 
     def set_trust(self, *, trusted: bool) -> None:
         """The editor says whether its workspace is trusted: which settings count depends on that."""

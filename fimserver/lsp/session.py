@@ -16,7 +16,6 @@ from fimserver.context.ignored import IgnoreRules
 from fimserver.context.languages import find_language
 from fimserver.context.place import Place, TreeMemory, find_place
 from fimserver.context.window import path_of
-from fimserver.lsp.agreements import needs_agreement
 from fimserver.lsp.convert import Document
 from fimserver.lsp.notebooks import Notebooks
 from fimserver.lsp.pace import Pace
@@ -158,8 +157,8 @@ class Session:
     notebooks: Notebooks = field(default_factory=Notebooks)
     records: Records = field(default_factory=Records)
     pace: Pace = field(default_factory=Pace)
-    may_load: Callable[[str], bool] = lambda _model: False  # a folder that an editor's settings name
-    refused_model: str | None = None  # such a folder, as long as nobody agreed to it
+    find_model: Callable[[str], str | None] = lambda _model: None  # what to load for a name of an editor's settings
+    refused_model: str | None = None  # the name that decides, as long as nobody agreed to it
     is_trusted: bool = True  # the workspace, as the editor says
     epoch: int = 0  # counts changes of settings and engines: what was decoded under others is not remembered
     lost: set[str] = field(default_factory=set)  # documents of which an edit could not be read
@@ -278,9 +277,10 @@ class Session:
     def initialize(self, options: object) -> list[str]:
         """Take ``initializationOptions``, bare or under ``fimserver``; one sentence for each that is wrong."""
         section = options.get("fimserver", options) if isinstance(options, dict) else {}
+        said = [part[TRUST_OPTION] for part in (options, section) if isinstance(part, dict) and TRUST_OPTION in part]
+        self.is_trusted = all(trust is True for trust in said)
         if not isinstance(section, dict):
             return [_NO_OBJECT]
-        self.is_trusted = section.get(TRUST_OPTION) is not False
         return self.take(Source.INITIALIZATION, {key: section[key] for key in section if key != TRUST_OPTION})
 
     def configure(self, values: dict[str, Any], source: Source) -> list[str]:
@@ -305,6 +305,8 @@ class Session:
         self.refused_model = None
         for layer in Source:
             said = self.layers.get(layer, {})
+            if "model" in said:
+                self.refused_model = None  # what was said before decides no more
             if layer in _EDITORS:
                 said = self._allowed(said)
             settings, more = read_settings(said, settings)
@@ -319,8 +321,10 @@ class Session:
         if not self.is_trusted:
             return {name: value for name, value in said.items() if name not in ENGINE_SETTINGS}
         model = said.get("model")
-        if not isinstance(model, str) or not needs_agreement(model) or self.may_load(model):
-            return said
+        if not isinstance(model, str) or not model:
+            return said  # which is no model, as who reads it will say
+        if (folder := self.find_model(model)) is not None:
+            return {**said, "model": folder}
         self.refused_model = model
         return {name: value for name, value in said.items() if name != "model"}
 
