@@ -1,12 +1,15 @@
 """What is never read, and what a model is never shown."""
 
+import json
 import os
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from fake_engine import MARK, FakeServer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -286,6 +289,30 @@ def test_a_key_that_begins_above_the_window_and_a_token_under_the_cursor(lines: 
 def test_a_guess_that_says_a_secret(before: str, guess: str) -> None:
     assert reveals(before, guess)
     assert not reveals("value = ", "compute(1)")
+
+
+@pytest.mark.parametrize("language", ["python", "markdown", "yaml", "plaintext"])
+@pytest.mark.parametrize("is_own", [True, False])
+def test_who_types_how_a_key_begins_is_not_told_how_one_goes_on(
+    start_fake: Callable[..., FakeServer], language: str, *, is_own: bool
+) -> None:
+    lines = [f"MIIEpAIBAAKCAQEA{i:04}abcdefghijklmnopABCDEFGHIJKLMNOPqrstuvwxyz0123" for i in range(8)]
+    key = "\n".join(["-----BEGIN RSA PRIVATE KEY-----", *lines, "-----END RSA PRIVATE KEY-----", ""])
+    server = start_fake()
+    server.wait_until_ready()
+    begin = "-----BEGIN RSA PRIVATE KEY-----\n"
+    if not is_own:
+        server.open("file:///home/me/other", key, language)
+    text = f"{key}\n{begin}{MARK}\n" if is_own else f"{begin}{MARK}\n"
+    for typed in ("", "MIIEpA", lines[0][:-8], f"{lines[0]}\n", f"{lines[0]}\n{lines[1][:30]}"):
+        uri, line, column = server.show(f"file:///home/me/{len(typed)}", text.replace(MARK, typed + MARK), language)
+        for invoked in (True, False):
+            offered = server.complete(uri, line, column, invoked=invoked)
+            assert all("MII" not in item["insertText"] for item in offered)
+            said = [text for item in offered if (text := item["insertText"]) in key and "PRIVATE" not in text]
+            assert [text for text in said if len(text) > 3] == []
+        server.shut(uri)
+    assert "MIIE" not in json.dumps([begun["others"] for begun in server.noted("begun")])
 
 
 def test_devices_and_endless_patterns_take_no_time(tmp_path: Path) -> None:

@@ -12,9 +12,11 @@ Knows:  texts.  Never: files.
 """
 
 import re
-from functools import lru_cache
+from functools import lru_cache, partial
 
 _FILLER = "x"
+HIDDEN = "\0"
+_KEY_LINE = re.compile(r"[A-Za-z0-9+/]{40,}={0,2}")  # of a private key, whose beginning is elsewhere
 _WORDS = ("password", "passwd", "secret", "token", "api_key", "apikey", "api-key", "access_key", "private_key")
 # What has to be in a text for its pattern to be tried, and the pattern; its last group is the secret.
 _PATTERNS = (
@@ -47,7 +49,7 @@ _PATTERNS = (
 )
 
 
-def mask(text: str) -> str:
+def mask(text: str, filler: str = _FILLER) -> str:
     """The text, each secret in it replaced by as many crosses; line ends within one stay."""
     lowered: str | None = None
     for hints, pattern in _PATTERNS:
@@ -57,7 +59,7 @@ def mask(text: str) -> str:
         else:
             is_worth = any(hint in text for hint in hints)
         if is_worth:
-            text = pattern.sub(_cross_out, text)
+            text = pattern.sub(partial(_cross_out, filler=filler), text)
     return text
 
 
@@ -65,6 +67,12 @@ def mask(text: str) -> str:
 def mask_whole(text: str) -> str:
     """The same of a whole document that is read for others, which mostly stays as it is."""
     return mask(text)
+
+
+@lru_cache(maxsize=32)
+def hide_whole(text: str) -> str:
+    """The same for who looks for code in it: a secret is made of characters that stand in no code (``HIDDEN``)."""
+    return mask(text, HIDDEN)
 
 
 def has_secret(text: str) -> bool:
@@ -78,11 +86,12 @@ def reveals(before: str, text: str) -> bool:
     What ends within a literal counts as if the literal ended there.
     """
     line = before + text
-    return any(has_secret(line + end) for end in ("", '"', "'"))
+    is_key = any(_KEY_LINE.fullmatch(part.strip()) for part in line.splitlines())
+    return HIDDEN in text or is_key or any(has_secret(line + end) for end in ("", '"', "'"))
 
 
-def _cross_out(match: re.Match[str]) -> str:
+def _cross_out(match: re.Match[str], filler: str) -> str:
     start, end = match.span(1)
-    secret = re.sub(r"[^\r\n]", _FILLER, match[1])
+    secret = re.sub(r"[^\r\n]", filler, match[1])
     whole = match[0]
     return whole[: start - match.start()] + secret + whole[end - match.start() :]

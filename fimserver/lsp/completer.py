@@ -18,7 +18,7 @@ from typing import Any
 from fimserver.context.gather import find_guesses, find_snippets, without_secrets
 from fimserver.context.offer import Answer, to_answer
 from fimserver.context.place import Place, offer_guess
-from fimserver.context.secrets import mask_whole
+from fimserver.context.secrets import hide_whole, mask_whole
 from fimserver.context.window import budget_for, build_context
 from fimserver.engine.client import EngineClient, EngineState, Turn
 from fimserver.errors import CompletionCancelledError, EngineError
@@ -89,7 +89,8 @@ class Completer:
         """What followed the same text elsewhere; nothing under a seed, with which the text alone decides."""
         if self._session.settings.seed is not None:
             return []
-        found = find_guesses(snapshot, place.hole, self._session.other_texts(snapshot))
+        others = [hide_whole(text) for text in self._session.other_texts(snapshot)]
+        found = find_guesses(snapshot, place.hole, others)
         return without_secrets(snapshot, found)
 
     async def _answer_by_model(
