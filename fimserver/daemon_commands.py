@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -113,23 +114,36 @@ def logs(lines: int, follow: bool, as_json: bool) -> None:  # noqa: FBT001
     from fimserver.lsp.logs import to_line  # noqa: PLC0415  only this command reads one
 
     path = log_file()
-    try:
-        file = path.open(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        click.echo(f"there is no log yet at {path}", err=True)
+    if not path.is_file():
+        click.echo(
+            f"there is no log yet at {path}; where systemd starts the daemon: journalctl --user -u fimserver", err=True
+        )
         return
     click.echo(f"{path}:", err=True)
-    with file, suppress(KeyboardInterrupt):
-        last = list(deque(file, lines))
-        while True:
-            for line in last:
-                click.echo(line.rstrip("\n") if as_json else to_line(line))
-            if not follow:
-                return
+    with suppress(KeyboardInterrupt):
+        for line in _lines_of(path, lines, follow=follow):
+            click.echo(line.rstrip("\n") if as_json else to_line(line))
+
+
+def _lines_of(path: Path, last: int, *, follow: bool) -> Iterator[str]:
+    """The last lines of a file; to ``follow`` it, also what comes, in whichever file has that name then."""
+    file = path.open(encoding="utf-8", errors="replace")
+    try:
+        yield from deque(file, last)
+        while follow:
             time.sleep(_FOLLOW_S)
-            if path.stat().st_size < file.tell():  # it was put aside
+            yield from file
+            try:
+                found = path.stat()
+            except OSError:
+                continue  # it was put aside, and nothing was written since
+            if found.st_ino != os.fstat(file.fileno()).st_ino:
+                file.close()
+                file = path.open(encoding="utf-8", errors="replace")
+            elif found.st_size < file.tell():
                 file.seek(0)
-            last = file.readlines()
+    finally:
+        file.close()
 
 
 @daemon.command()
@@ -201,7 +215,7 @@ def report(with_code: bool, write: Path | None, yes: bool) -> None:  # noqa: FBT
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--html", "as_html", is_flag=True, help="Write one page with plots, and print its name.")
 @click.option("--write", metavar="FILE", type=click.Path(path_type=Path), help="Where --html writes it; - prints it.")
-@click.option("--forget", is_flag=True, help="Delete what was counted.")
+@click.option("--forget", is_flag=True, help="Delete what was counted, and what was learned from it.")
 def stats(days: int | None, as_json: bool, as_html: bool, write: Path | None, forget: bool) -> None:  # noqa: FBT001
     """How many completions you took, how long they took, why there were none. It is counted on this machine alone.
 
@@ -213,17 +227,23 @@ def stats(days: int | None, as_json: bool, as_html: bool, write: Path | None, fo
 
     from fimserver.paths import make_private, state_folder  # noqa: PLC0415
     from fimserver.paths import write_private as replace_private  # noqa: PLC0415
-    from fimserver.statistics import FILE_NAME, read_statistics  # noqa: PLC0415
+    from fimserver.statistics import FOLDER_NAME, forget_statistics, read_statistics  # noqa: PLC0415
     from fimserver.statistics_page import print_statistics, to_json_object, to_page  # noqa: PLC0415
 
     with suppress(DaemonError):  # one that does not answer has written what it had half a minute ago
-        ask("save")
-    path = state_folder() / FILE_NAME
+        ask("forget" if forget else "save")
+    folder = state_folder() / FOLDER_NAME
     if forget:
-        path.unlink(missing_ok=True)
-        click.echo(f"forgotten: {path}")
+        try:
+            forget_statistics(folder)
+            for name in ("statistics.html", "acceptance.json"):
+                (state_folder() / name).unlink(missing_ok=True)
+        except OSError as error:
+            msg = f"{error.filename} cannot be deleted ({error.strerror})"
+            raise PathError(msg) from error
+        click.echo("forgotten: what was counted, and what was learned from it")
         return
-    found, today = read_statistics(path), date.today()  # noqa: DTZ011  a person's days are local
+    found, today = read_statistics(folder), date.today()  # noqa: DTZ011  a person's days are local
     if days is not None:
         found = found.since((today - timedelta(days - 1)).isoformat())
     if as_html and str(write) == "-":
@@ -232,8 +252,9 @@ def stats(days: int | None, as_json: bool, as_html: bool, write: Path | None, fo
         target = write or make_private(state_folder()) / "statistics.html"
         try:
             replace_private(target, to_page(found, today))
-        except OSError as error:
-            msg = f"{target} cannot be written ({error.strerror}); name another file with --write"
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or "it is no file's name"
+            msg = f"{target} cannot be written ({why}); name another file with --write"
             raise PathError(msg) from error
         click.echo(target)
     elif as_json:

@@ -1,8 +1,8 @@
 """What came of completions, counted by day, language and hole, and how long they took: numbers in a file, never text.
 
     Statistics        counts of days; ``merge`` adds others'
-    Ledger            counts what one editor sees, and adds it to the person's file now and then
-    read_statistics   the file
+    Ledger            counts what one editor sees, and adds it to the person's files now and then, in a thread
+    read_statistics   the files, one a month
 
 Times are counted in bins, each 10% wider than the last; a percentile is the middle of its bin.
 
@@ -12,9 +12,11 @@ Knows:  names of languages, holes and reasons, files.  Never: texts, LSP.
 import json
 import logging
 import math
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import astuple, dataclass, field
 from datetime import date
 from pathlib import Path
@@ -22,12 +24,14 @@ from typing import Any
 
 from fimserver.paths import read_plain, write_private
 
-FILE_NAME = "statistics.json"
+FOLDER_NAME = "statistics"
 WRITE_EVERY_S = 30.0
 CHARACTERS_PER_TOKEN = 3.0  # of what no model wrote
-MOST_DAYS = 400
+MOST_MONTHS = 13
 _VERSION = 1
 _BIN = 1.1
+_LAST_BIN = 200  # more than a day
+_MONTH = len("2026-11")
 _MOST_NAMES = 64  # languages of a day, and the like: an editor may name as many as it likes
 _OTHER = "other"
 _logger = logging.getLogger(__name__)
@@ -96,11 +100,16 @@ class Statistics:
         return self.days.setdefault(name or date.today().isoformat(), Day())  # noqa: DTZ011  a person's days are local
 
     def merge(self, other: "Statistics") -> None:
-        """Count another's too; the oldest days go."""
+        """Count another's too."""
         for name, day in other.days.items():
             self.day(name).merge(day)
-        for name in sorted(self.days)[:-MOST_DAYS]:
-            del self.days[name]
+
+    def by_month(self) -> "dict[str, Statistics]":
+        """The same, a month each."""
+        months: dict[str, Statistics] = {}
+        for name, day in self.days.items():
+            months.setdefault(name[:_MONTH], Statistics()).days[name] = day
+        return months
 
     def since(self, first: str) -> "Statistics":
         """Only the days from one on."""
@@ -116,7 +125,7 @@ class Statistics:
 
 def bin_of(ms: float) -> int:
     """The bin of a time."""
-    return max(0, math.floor(math.log(max(ms, 1.0), _BIN)))
+    return min(_LAST_BIN, max(0, math.floor(math.log(max(ms, 1.0), _BIN))))
 
 
 def middle_of(number: int) -> float:
@@ -160,7 +169,7 @@ def from_json(text: str) -> Statistics:
                 tally = Tally(_count(offered), _count(accepted), _count(rejected), _count(characters), _amount(tokens))
                 day.tallies[language, hole] = tally
         for source, bins in said["times"].items():
-            day.times[source] = Counter({int(number): _count(count) for number, count in bins.items()})
+            day.times[source] = Counter({_bin(number): _count(count) for number, count in bins.items()})
         day.empty = Counter({reason: _count(count) for reason, count in said["empty"].items()})
     return statistics
 
@@ -172,6 +181,14 @@ def _count(value: Any) -> int:
     return value
 
 
+def _bin(text: str) -> int:
+    number = int(text)
+    if not 0 <= number <= _LAST_BIN:
+        msg = "not a bin"
+        raise ValueError(msg)
+    return number
+
+
 def _amount(value: Any) -> float:
     if type(value) not in {int, float} or not 0 <= value < math.inf:
         msg = "not an amount"
@@ -179,8 +196,16 @@ def _amount(value: Any) -> float:
     return float(value)
 
 
-def read_statistics(path: Path) -> Statistics:
-    """The counts in a file; none of one that is not there or not in order, which is said in the log."""
+def read_statistics(folder: Path) -> Statistics:
+    """The counts of all months in a folder."""
+    whole = Statistics()
+    for path in sorted(folder.glob("????-??.json")):
+        whole.merge(_read_month(path))
+    return whole
+
+
+def _read_month(path: Path) -> Statistics:
+    """The counts in a file; one that is not in order is put aside, which is said in the log."""
     try:
         return from_json(read_plain(path))
     except FileNotFoundError:
@@ -188,12 +213,39 @@ def read_statistics(path: Path) -> Statistics:
     except OSError as error:
         _logger.warning("%s cannot be read (%s); it is counted anew", path, error.strerror)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        _logger.warning("%s is damaged; it is counted anew", path)
+        _logger.warning("%s is damaged, or of a newer fimserver; it is put aside and counted anew", path)
+        with suppress(OSError):
+            path.replace(path.with_suffix(".damaged"))
     return Statistics()
 
 
-@dataclass(frozen=True, slots=True)
+def forget_statistics(folder: Path) -> None:
+    """Delete all that was counted. Raises ``OSError``."""
+    with _writing:
+        for path in [*folder.glob("*.json"), *folder.glob("*.damaged")]:
+            path.unlink()
+
+
+_writing = threading.Lock()  # of this process' ledgers
+
+
+def _add(folder: Path, more: Statistics) -> None:
+    """Add counts to the files of their months; the oldest months go. Raises ``OSError``."""
+    with _writing:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for month, counts in more.by_month().items():
+            path = folder / f"{month}.json"
+            merged = _read_month(path)
+            merged.merge(counts)
+            write_private(path, to_json(merged))
+        for path in sorted(folder.glob("????-??.json"))[:-MOST_MONTHS]:
+            path.unlink()
+
+
+@dataclass(eq=False, slots=True)
 class _Offer:
+    """What was offered at once: one completion, or several of which one may be taken."""
+
     language: str
     hole: str
     characters_per_token: float
@@ -203,60 +255,80 @@ class _Offer:
 class Ledger:
     """What one editor's person is offered and takes."""
 
-    def __init__(self, path: Path, is_on: Callable[[], bool], clock: Callable[[], float] = time.monotonic) -> None:
-        self._path, self._is_on, self._clock = path, is_on, clock
+    def __init__(self, folder: Path, is_on: Callable[[], bool], clock: Callable[[], float] = time.monotonic) -> None:
+        self._folder, self._is_on, self._clock = folder, is_on, clock
         self._unsaved = Statistics()
+        self._lock = threading.Lock()  # of what is not saved yet
         self._written_at = clock()
         self._offers: dict[str, _Offer] = {}
 
     def note_answer(self, source: str, ms: float) -> None:
         """A completion was sent."""
         if self._is_on():
-            self._unsaved.day().times.setdefault(source, Counter())[bin_of(ms)] += 1
+            with self._lock:
+                self._unsaved.day().times.setdefault(source, Counter())[bin_of(ms)] += 1
             self._save_now_and_then()
 
     def note_empty(self, reason: str) -> None:
         """A request got nothing."""
         if self._is_on():
-            self._unsaved.day().empty[reason] += 1
+            with self._lock:
+                self._unsaved.day().empty[reason] += 1
             self._save_now_and_then()
 
-    def note_offer(self, completion: str, language: str, hole: str, characters_per_token: float) -> None:
-        """A completion (its id) is on the person's screen, for the first time or again."""
-        if self._is_on() and completion not in self._offers:
-            self._offers[completion] = _Offer(language, hole, characters_per_token or CHARACTERS_PER_TOKEN)
-            while len(self._offers) > _MOST_NAMES:
-                del self._offers[next(iter(self._offers))]
-            self._unsaved.day().tally(language, hole).offered += 1
+    def note_offer(self, completions: Sequence[str], language: str, hole: str, characters_per_token: float) -> None:
+        """Completions (their ids) are on the person's screen side by side, for the first time or again."""
+        if not self._is_on():
+            return
+        known = next((self._offers[name] for name in completions if name in self._offers), None)
+        offer = known or _Offer(language, hole, characters_per_token or CHARACTERS_PER_TOKEN)
+        self._offers.update(dict.fromkeys(completions, offer))
+        while len(self._offers) > _MOST_NAMES:
+            del self._offers[next(iter(self._offers))]
+        if known is None:
+            with self._lock:
+                self._unsaved.day().tally(language, hole).offered += 1
 
     def note_decision(self, completion: str, *, accepted: bool, characters: int) -> None:
         """It was accepted or rejected; of one that is accepted by and by, the first word counts as one acceptance."""
         offer = self._offers.get(completion)
         if offer is None or not self._is_on():
             return
-        tally = self._unsaved.day().tally(offer.language, offer.hole)
-        tally.characters += characters
-        tally.tokens += round(characters / offer.characters_per_token, 2)
-        if not offer.is_decided:
-            tally.accepted += accepted
-            tally.rejected += not accepted
-            self._offers[completion] = _Offer(offer.language, offer.hole, offer.characters_per_token, is_decided=True)
+        with self._lock:
+            tally = self._unsaved.day().tally(offer.language, offer.hole)
+            if accepted:
+                tally.characters += characters
+                tally.tokens += round(characters / offer.characters_per_token, 2)
+            if not offer.is_decided:
+                tally.accepted += accepted
+                tally.rejected += not accepted
+        offer.is_decided = True
 
     def _save_now_and_then(self) -> None:
         if self._clock() - self._written_at >= WRITE_EVERY_S:
-            self.save()
+            self.save_soon()
+
+    def save_soon(self) -> None:
+        """Save in a thread: reading and writing a month takes some milliseconds. A process ends after it."""
+        self._written_at = self._clock()
+        threading.Thread(target=self.save, daemon=False).start()
 
     def save(self) -> None:
-        """Add what was counted here to the file; where that cannot be written, it is kept for the next time."""
-        if not self._unsaved.days:
-            return
+        """Add what was counted here to the files; where they cannot be written, it is kept for the next time."""
         self._written_at = self._clock()
-        merged = read_statistics(self._path)
-        merged.merge(self._unsaved)
-        try:
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_private(self._path, to_json(merged))
-        except OSError as error:
-            _logger.warning("statistics cannot be written to %s: %s", self._path, error.strerror)
+        with self._lock:
+            counted, self._unsaved = self._unsaved, Statistics()
+        if not counted.days:
             return
-        self._unsaved = Statistics()
+        try:
+            _add(self._folder, counted)
+        except OSError as error:
+            _logger.warning("statistics cannot be written to %s: %s", self._folder, error.strerror)
+            with self._lock:
+                counted.merge(self._unsaved)
+                self._unsaved = counted
+
+    def forget(self) -> None:
+        """Count anew: what is not saved yet is dropped."""
+        with self._lock:
+            self._unsaved = Statistics()

@@ -153,7 +153,9 @@ class FakeServer(LspClient):
     ) -> None:
         self.journal = journal
         self.versions: dict[str, int] = {}
-        super().__init__(env=configure(journal, load_s=load_s, mode=mode), command=[*WORKER, "serve", json.dumps(overrides)])
+        super().__init__(
+            env=configure(journal, load_s=load_s, mode=mode), command=[*WORKER, "serve", json.dumps(overrides)]
+        )
         options = {"debounceMs": 0, **(options or {})}
         self.capabilities = self.initialize(encodings=encodings, options=options, **capabilities)["capabilities"]
 

@@ -324,3 +324,22 @@ def test_under_a_seed_no_guess_is_offered(fake: FakeServer) -> None:
     place = fake.show("file:///seed.py", text, order={"answer": "er)"})
     assert fake.complete(*place, invoked=False)
     assert fake.last["source"] == "guess"
+
+
+def test_what_was_taken_beside_the_first_is_an_acceptance(tmp_path: Path) -> None:
+    decided: list[tuple[str, bool, int]] = []
+    acceptance = Acceptance(tmp_path / FILE_NAME, lambda: True, lambda *said: decided.append(said))
+    snapshot = Snapshot("file:///a.py", 1, "python", "x = \n", 4)
+    first, second = Completion("first", "alpha", 4, 4), Completion("second", "beta(1)", 4, 4)
+    for completion in (first, second):
+        acceptance.know(completion, Kind.MODEL, 0.5)
+    acceptance.show(snapshot, first, second)
+    acceptance.on_edit(snapshot.uri, "x = beta(1)\n")
+    assert decided == [("second", True, 7)]
+    acceptance.show(snapshot, first, second)
+    acceptance.on_edit(snapshot.uri, "x = a\n")
+    acceptance.on_edit(snapshot.uri, "x = alpha\n")
+    assert decided[1:] == [("first", True, 4)]
+    acceptance.show(snapshot, first, second)
+    acceptance.on_edit(snapshot.uri, "x = y\n")
+    assert decided[2:] == [("first", False, 0)]

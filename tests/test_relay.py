@@ -378,21 +378,57 @@ def test_a_message_too_large_is_left_out_and_said(editor: Editor) -> None:
     assert [m for m in editor.daemon.methods if m == "textDocument/didClose"], "of which document, nobody knows"
 
 
-def test_a_document_whose_edit_was_too_large_is_unknown_from_then_on(editor: Editor) -> None:
-    other = {"uri": "file:///other.py", "languageId": "python", "version": 1, "text": "x"}
-    editor.say("textDocument/didOpen", {"textDocument": other})
-    begin = json.dumps({"method": "textDocument/didChange", "params": {"textDocument": {"uri": URI, "version": 7}}})
+OTHER = "file:///other.py"
+NOTEBOOK, CELL = "file:///a.ipynb", "vscode-notebook-cell:/a.ipynb#1"
+
+
+def put_large(editor: Editor, begin: str, end: str) -> None:
+    """A message of more than 64 MB, blanks between its beginning and its end."""
     size = MAX_BODY_BYTES + 1
     editor.stdin.put(b"Content-Length: %d\r\n\r\n" % size + begin.encode())
-    size -= len(begin)
+    size -= len(begin) + len(end)
     while size:
         editor.stdin.put(b" " * min(size, 2**20))
         size -= min(size, 2**20)
+    editor.stdin.put(end.encode())
+
+
+@pytest.mark.parametrize(
+    ("begin", "end", "lost"),
+    [
+        ('{"method": "textDocument/didChange", "params": {"textDocument": {"uri": "URI"}, "c": "', '"}}', [URI]),
+        ('{"params": {"contentChanges": [{"text": "', ('"}], "textDocument": {"version": 7, "uri": "URI"}}, '
+         '"method": "textDocument/didChange"}'), [URI]),
+        ('{"method": "textDocument/didChange", "params": {"contentChanges": "', '"}}', [CELL, OTHER, URI]),
+        ('{"method": "notebookDocument/didChange", "params": {"notebookDocument": {"uri": "NOTEBOOK"}, "c": "',
+         '"}}', [CELL]),
+        ('{"method": "workspace/didChangeWatchedFiles", "params": {"changes": [{"uri": "URI"}, "', '"]}}', []),
+    ],
+)  # fmt: skip
+def test_a_document_whose_edit_was_too_large_is_unknown_from_then_on(
+    editor: Editor, begin: str, end: str, lost: list[str]
+) -> None:
+    items = [{"uri": uri, "languageId": "python", "version": 1, "text": "x"} for uri in (OTHER, CELL)]
+    editor.say("textDocument/didOpen", {"textDocument": items[0]})
+    notebook = {"uri": NOTEBOOK, "notebookType": "jupyter", "version": 1, "cells": [{"kind": 2, "document": CELL}]}
+    editor.say("notebookDocument/didOpen", {"notebookDocument": notebook, "cellTextDocuments": items[1:]})
+    put_large(editor, *(part.replace("URI", URI).replace("NOTEBOOK", NOTEBOOK) for part in (begin, end)))
     until(lambda: "too large" in str(editor.heard[-1]), 20)
     closed = [m for m in editor.daemon.received if m.get("method") == "textDocument/didClose"]
-    assert [m["params"]["textDocument"]["uri"] for m in closed] == [URI]
-    again = [m for m in editor.lose_daemon().received if m.get("method") == "textDocument/didOpen"]
-    assert [m["params"]["textDocument"]["uri"] for m in again] == ["file:///other.py"]
+    assert sorted({m["params"]["textDocument"]["uri"] for m in closed}) == sorted(lost)
+    again = editor.lose_daemon()
+    until(lambda: len(lost) > 2 or "textDocument/didOpen" in again.methods)
+    opened = [m["params"]["textDocument"]["uri"] for m in again.received if m.get("method") == "textDocument/didOpen"]
+    assert set(opened) == {URI, OTHER} - set(lost)
+
+
+def test_a_request_that_is_too_large_is_answered(editor: Editor) -> None:
+    put_large(editor, '{"jsonrpc": "2.0", "id": 77, "method": "workspace/executeCommand", "params": "', '"}')
+    until(lambda: [m for m in editor.heard if m.get("id") == 77 and "too large" in m["error"]["message"]], 20)
+    put_large(editor, '{"params": "', '", "id": "x", "method": "workspace/executeCommand"}')
+    until(lambda: [m for m in editor.heard if m.get("id") == "x"], 20)
+    editor.type("1", 2)
+    until(lambda: editor.daemon.methods[-1] == "textDocument/didChange")
 
 
 @pytest.mark.parametrize(

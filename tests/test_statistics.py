@@ -6,6 +6,7 @@ import random
 import re
 import stat
 import statistics as exact
+import time
 from collections import Counter
 from collections.abc import Callable
 from datetime import date
@@ -18,8 +19,8 @@ from command import run
 from fake_engine import FakeServer
 
 from fimserver.statistics import (
-    FILE_NAME,
-    MOST_DAYS,
+    FOLDER_NAME,
+    MOST_MONTHS,
     Day,
     Ledger,
     Statistics,
@@ -39,23 +40,23 @@ CALL = "def call(first, second):\n    return join(▮)\n"
 
 @pytest.fixture
 def ledger(tmp_path: Path) -> Ledger:
-    return Ledger(tmp_path / FILE_NAME, lambda: True)
+    return Ledger(tmp_path / FOLDER_NAME, lambda: True)
 
 
 def counted(ledger: Ledger, tmp_path: Path) -> Day:
     ledger.save()
-    return read_statistics(tmp_path / FILE_NAME).total()
+    return read_statistics(tmp_path / FOLDER_NAME).total()
 
 
 def test_an_offer_counts_once_and_its_words_add_up(ledger: Ledger, tmp_path: Path) -> None:
     for _ in range(3):
-        ledger.note_offer("a", "python", "statement", 4.0)
-    ledger.note_decision("a", accepted=True, characters=8)
+        ledger.note_offer(["a", "beside"], "python", "statement", 4.0)
+    ledger.note_decision("beside", accepted=True, characters=8)
     ledger.note_decision("a", accepted=True, characters=4)
     ledger.note_decision("a", accepted=False, characters=0)
-    ledger.note_offer("b", "python", "argument", 4.0)
-    ledger.note_decision("b", accepted=False, characters=0)
-    ledger.note_offer("c", "go", "argument", 4.0)
+    ledger.note_offer(["b"], "python", "argument", 4.0)
+    ledger.note_decision("b", accepted=False, characters=5)
+    ledger.note_offer(["c"], "go", "argument", 4.0)
     day = counted(ledger, tmp_path)
     assert day.tallies["python", "statement"] == Tally(1, 1, 0, 12, 3.0)
     assert day.tallies["python", "argument"] == Tally(1, 0, 1, 0, 0.0)
@@ -79,35 +80,52 @@ def test_percentiles_are_within_their_bin() -> None:
 
 
 def test_two_editors_add_to_one_file(tmp_path: Path) -> None:
-    first, second = (Ledger(tmp_path / FILE_NAME, lambda: True) for _ in range(2))
+    first, second = (Ledger(tmp_path / FOLDER_NAME, lambda: True) for _ in range(2))
     for ledger in (first, second):
         ledger.note_answer("model", 100.0)
         ledger.note_empty("comment")
     first.save()
     assert counted(second, tmp_path).times["model"].total() == 2
-    assert stat.S_IMODE((tmp_path / FILE_NAME).stat().st_mode) == 0o600
+    (file,) = (tmp_path / FOLDER_NAME).iterdir()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
     first.save()
     assert counted(second, tmp_path).empty == {"comment": 2}
 
 
 def test_it_is_written_now_and_then(tmp_path: Path) -> None:
     now = 0.0
-    ledger = Ledger(tmp_path / FILE_NAME, lambda: True, lambda: now)
+    ledger = Ledger(tmp_path / FOLDER_NAME, lambda: True, lambda: now)
     ledger.note_empty("comment")
-    assert not (tmp_path / FILE_NAME).exists()
+    assert not (tmp_path / FOLDER_NAME).exists()
     now = 31.0
     ledger.note_empty("comment")
-    assert read_statistics(tmp_path / FILE_NAME).total().empty == {"comment": 2}
+    deadline = time.monotonic() + 10
+    while read_statistics(tmp_path / FOLDER_NAME).total().empty != {"comment": 2}:  # a thread writes it
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_what_cannot_be_written_is_kept(tmp_path: Path) -> None:
+    (tmp_path / FOLDER_NAME).write_text("")
+    ledger = Ledger(tmp_path / FOLDER_NAME, lambda: True)
+    ledger.note_empty("comment")
+    ledger.save()
+    (tmp_path / FOLDER_NAME).unlink()
+    ledger.note_empty("comment")
+    assert counted(ledger, tmp_path).empty == {"comment": 2}
+    ledger.note_empty("comment")
+    ledger.forget()
+    assert counted(ledger, tmp_path).empty == {"comment": 2}
 
 
 def test_nothing_is_counted_where_that_is_off(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / FILE_NAME, lambda: False)
-    ledger.note_offer("a", "python", "statement", 4.0)
+    ledger = Ledger(tmp_path / FOLDER_NAME, lambda: False)
+    ledger.note_offer(["a"], "python", "statement", 4.0)
     ledger.note_answer("model", 1.0)
     ledger.note_empty("comment")
     ledger.note_decision("a", accepted=True, characters=8)
     ledger.save()
-    assert not (tmp_path / FILE_NAME).exists()
+    assert not (tmp_path / FOLDER_NAME).exists()
 
 
 def some() -> Statistics:
@@ -130,14 +148,20 @@ def test_what_is_written_is_read() -> None:
     assert from_json(to_json(some())) == some()
 
 
-def test_old_days_go() -> None:
-    found = Statistics()
-    days = [f"{year}-{month:02}-{day:02}" for year in (2024, 2025) for month in range(1, 13) for day in range(1, 29)]
-    found.merge(Statistics({name: Day() for name in days}))
-    assert len(found.days) == MOST_DAYS
-    assert "2024-01-01" not in found.days
-    assert "2025-12-28" in found.days
+def test_old_months_go(tmp_path: Path) -> None:
+    folder = tmp_path / FOLDER_NAME
+    folder.mkdir()
+    months = [f"{year}-{month:02}" for year in (2024, 2025) for month in range(1, 13)]
+    for month in months:
+        (folder / f"{month}.json").write_text(to_json(Statistics({f"{month}-07": Day()})))
+    ledger = Ledger(folder, lambda: True)
+    ledger.note_empty("comment")
+    ledger.save()
+    found = sorted(path.stem for path in folder.iterdir())
+    assert len(found) == MOST_MONTHS
+    assert found[:-1] == months[1 - MOST_MONTHS :]
     assert min(some().since("2026-11-01").days) == "2026-11-01"
+    assert sorted(some().by_month()) == ["2026-10", "2026-11"]
 
 
 @pytest.mark.parametrize(
@@ -152,19 +176,24 @@ def test_old_days_go() -> None:
         '{"version": 1, "days": {"2026-11-01": {"tallies": {"go": {"x": [1, 2]}}, "times": {}, "empty": {}}}}',
         '{"version": 1, "days": {"2026-11-01": {"tallies": {"go": {"x": [-1, 0, 0, 0, 0]}}}}}',
         '{"version": 1, "days": {"2026-11-01": {"tallies": {}, "times": {"m": {"x": 1}}, "empty": {}}}}',
+        '{"version": 1, "days": {"2026-11-01": {"tallies": {}, "times": {"m": {"99999": 1}}, "empty": {}}}}',
         '{"version": 1, "days": {"2026-11-01": {"tallies": {}, "times": {}, "empty": {"x": "1"}}}}',
         '{"version": 1, "days": {"2026-11-01": {"tallies": {}, "times": {}, "empty": 7}}}',
     ],
 )
 def test_a_damaged_file_is_counted_anew(ledger: Ledger, tmp_path: Path, text: str) -> None:
-    (tmp_path / FILE_NAME).write_text(text)
+    month = tmp_path / FOLDER_NAME / f"{date.today():%Y-%m}.json"  # noqa: DTZ011
+    month.parent.mkdir()
+    month.write_text(text)
     ledger.note_empty("comment")
     assert counted(ledger, tmp_path).empty == {"comment": 1}
+    assert month.with_suffix(".damaged").read_text() == text, "it may be a newer version's"
 
 
 def test_a_pipe_in_its_place_is_not_waited_for(ledger: Ledger, tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / FILE_NAME)
-    assert read_statistics(tmp_path / FILE_NAME).days == {}
+    (tmp_path / FOLDER_NAME).mkdir()
+    os.mkfifo(tmp_path / FOLDER_NAME / f"{date.today():%Y-%m}.json")  # noqa: DTZ011
+    assert read_statistics(tmp_path / FOLDER_NAME).days == {}
     ledger.note_empty("comment")
     assert counted(ledger, tmp_path).empty == {"comment": 1}, "a file took its place"
 
@@ -184,7 +213,8 @@ def test_what_an_editor_sees_is_counted(
     server.insert(uri, line, column, "x")
     server.complete(uri, 0, 4, invoked=False)
     server.shutdown()
-    day = read_statistics(tmp_path / "state" / FILE_NAME).total()
+    folder = tmp_path / "state" / FOLDER_NAME
+    day = read_statistics(folder).total()
     (key,) = day.tallies
     assert key[0] == "python"
     assert day.tallies[key].offered == 1
@@ -193,7 +223,7 @@ def test_what_an_editor_sees_is_counted(
     assert day.times["model"].total() == 1
     assert day.times["cache"].total() == 1
     assert day.empty.total() == 1
-    assert "second" not in (tmp_path / "state" / FILE_NAME).read_text()
+    assert all("second" not in path.read_text() for path in folder.iterdir())
 
 
 class Page(HTMLParser):
@@ -245,8 +275,9 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert "nothing was counted" in stats().stdout
     state = tmp_path / "state"
-    state.mkdir(exist_ok=True)
-    (state / FILE_NAME).write_text(to_json(some()))
+    for month, counts in some().by_month().items():
+        (state / FOLDER_NAME).mkdir(exist_ok=True, parents=True)
+        (state / FOLDER_NAME / f"{month}.json").write_text(to_json(counts))
     values: dict[str, Any] = json.loads(stats("--json").stdout)
     assert values == json.loads(json.dumps(to_json_object(some())))
     assert values["total"]["offered"] == sum(values["by_language"][name]["offered"] for name in values["by_language"])
@@ -262,5 +293,9 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused = stats("--html", "--write", str(tmp_path / "no" / "such.html"))
     assert refused.returncode == 1
     assert "--write" in refused.stderr
+    nameless = stats("--html", "--write", "/")
+    assert nameless.returncode == 1
+    (state / "acceptance.json").write_text("{}")
     assert "forgotten" in stats("--forget").stdout
     assert "nothing was counted" in stats().stdout
+    assert not [path for path in state.rglob("*") if path.is_file() and "log" not in path.name]

@@ -133,16 +133,27 @@ def write_bins(path: Path, bins: Bins) -> None:
 
 @dataclass(slots=True)
 class _Shown:
-    """A completion on the person's screen, the text it was offered for, and how much of it is there by now."""
+    """A completion on the person's screen, the text it was offered for, and how much of it is there by now.
+
+    ``others`` were offered beside it: the person may go to one of them and take that.
+    """
 
     snapshot: Snapshot
     completion: Completion
+    others: tuple[Completion, ...] = ()
     typed: int = 0
     inserted: int = 0  # characters that came at once, which nobody types
 
     def judge(self, text: str) -> bool | None:
-        """Whether the completion was accepted, now that the document reads so; ``None`` while that is open."""
-        length = max((self._length_in(inserted) for inserted in self._inserted(text)), default=-1)
+        """Whether one was accepted, now that the document reads so; ``None`` while that is open.
+
+        What begins like another of them is that one from now on.
+        """
+        length = self._length(text)
+        for other in self.others:
+            beside = _Shown(self.snapshot, other)
+            if (found := beside._length(text)) > max(length, 0) or (length < 0 <= found):
+                length, self.completion = found, other
         if length < 0:
             return False
         added, self.typed = length - self.typed, length
@@ -152,6 +163,9 @@ class _Shown:
         if length == len(middle) or (added > 1 and length >= (word.end() if word else 1)):
             return True
         return None
+
+    def _length(self, text: str) -> int:
+        return max((self._length_in(inserted) for inserted in self._inserted(text)), default=-1)
 
     def _inserted(self, text: str) -> list[str]:
         """What stands where it was offered, with what it would replace behind it or in its place."""
@@ -191,8 +205,8 @@ class Acceptance:
         while len(self._known) > _MAX_KNOWN:
             del self._known[next(iter(self._known))]
 
-    def show(self, snapshot: Snapshot, completion: Completion) -> None:
-        """A completion was offered; with another id at the same place it takes the last one's place."""
+    def show(self, snapshot: Snapshot, completion: Completion, *others: Completion) -> None:
+        """A completion was offered, and others beside it; with another id at a place it takes the last one's place."""
         last = self._shown.get(snapshot.uri)
         if (
             last is not None
@@ -201,7 +215,7 @@ class Acceptance:
         ):
             return
         if self.is_on():
-            self._shown[snapshot.uri] = _Shown(snapshot, completion)
+            self._shown[snapshot.uri] = _Shown(snapshot, completion, others)
 
     def look(self, snapshot: Snapshot) -> None:
         """The person is at a place now: what is shown at another one was left."""
@@ -217,6 +231,10 @@ class Acceptance:
     def forget(self, uri: str) -> None:
         """A document was closed: what is shown there stays open."""
         self._shown.pop(uri, None)
+
+    def forget_counts(self) -> None:
+        """Count anew, from what is in the file."""
+        self._counts = None
 
     def save(self) -> None:
         """Write what is not written yet."""

@@ -218,8 +218,13 @@ class Daemon:
         """What is said to a command that leaves everything as it is."""
         if command == "save":
             for connection in self.connections:
-                connection.server.save_counts()
+                connection.server.acceptance.save()
+                connection.server.ledger.save()
             return "saved", {}
+        if command == "forget":
+            for connection in self.connections:
+                connection.server.forget_counts()
+            return "forgotten", {}
         if command == "explain":
             return "records", {"records": self.records()}
         if command == "texts":

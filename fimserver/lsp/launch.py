@@ -232,7 +232,7 @@ def _last_line() -> str:
     if last.startswith("{"):
         import json  # noqa: PLC0415
 
-        with suppress(ValueError):
+        with suppress(ValueError, KeyError, TypeError):
             return str(json.loads(last)["event"])
     return last
 

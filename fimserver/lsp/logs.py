@@ -84,8 +84,11 @@ def is_written_to(path: Path) -> bool:
 def rotate(path: Path, most: int = MAX_LOG_BYTES) -> bool:
     """Copy a log that has become large to ``NAME.1`` and empty it; whether that was done.
 
-    Copied, since the worker writes to the same file: all append, so what comes next is at its new end.
+    Copied, since the worker writes to the same file: all append, so what comes next is at its new end. Not on Windows,
+    where a child does not append but goes on where it was; there the next daemon puts it aside.
     """
+    if sys.platform == "win32":
+        return False
     try:
         if path.lstat().st_size <= most:
             return False

@@ -44,7 +44,19 @@ _WAKING = (
 )
 _OWN_ID = "fimserver-relay-initialize"
 _STATUS = "didChangeStatus"
-_URI_IN = re.compile(rb'"uri"\s*:\s*("(?:[^"\\]|\\.)*")')
+_NEAR_END = 4096  # bytes
+_TEXT = rb'("(?:[^"\\]|\\.)*")'
+_DOCUMENT_IN = re.compile(rb'"(?:textDocument|notebookDocument)"\s*:\s*\{[^{}]*?"uri"\s*:\s*' + _TEXT)
+_METHOD_IN = re.compile(rb'"method"\s*:\s*' + _TEXT)
+_ID_IN = re.compile(rb'"id"\s*:\s*(\d+|"(?:[^"\\]|\\.)*")\s*[,}]')
+
+
+def _find(pattern: "re.Pattern[bytes]", text: bytes) -> Any:
+    """What a pattern's last match says, as JSON; ``None`` of none."""
+    matches = pattern.findall(text)
+    with suppress(ValueError):
+        return json.loads(matches[-1]) if matches else None
+    return None
 
 
 class Opened:
@@ -248,22 +260,33 @@ class Relay:
             if pending.uri == uri and pending.method in _COMPLETIONS:
                 pending.is_stale = True
 
-    def _on_skipped(self, size: int, begin: bytes) -> None:
-        """A message was too large: if it was about a document, that one is unknown from now on, here and there."""
-        with self._lock:
-            found = _URI_IN.search(begin)
-            try:
-                uris = [json.loads(found[1])] if found else list(self._documents)
-            except ValueError:
-                uris = list(self._documents)
-            for uri in uris:
-                self._close(uri)
-                closed = {"jsonrpc": "2.0", "method": "textDocument/didClose", "params": {"textDocument": {"uri": uri}}}
-                if self._stream is not None:
-                    with suppress(OSError):
-                        self._stream.send(json.dumps(closed).encode())
+    def _on_skipped(self, size: int, begin: bytes, end: bytes) -> None:
+        """A message was too large: if it was about a document, that one is unknown from now on, here and there.
+
+        What it was about is looked for where an editor writes that: before the parameters or at the end, and in the
+        parameters' document. Where it cannot be found, every document is unknown until it is opened again.
+        """
         text = f"a message of {size} bytes was left out: {MAX_BODY_BYTES} are the most; the file is too large for it"
+        outside = b"\n".join((begin.partition(b'"params"')[0], end[-_NEAR_END:]))
+        method, number = _find(_METHOD_IN, outside), _find(_ID_IN, outside)
+        with self._lock:
+            if isinstance(number, int | str) and isinstance(method, str):
+                self._answer_error(number, _INVALID_REQUEST, text)
+            elif method is None or str(method).partition("/")[0] in {"textDocument", "notebookDocument"}:
+                uri = _find(_DOCUMENT_IN, begin[:_NEAR_END]) or _find(_DOCUMENT_IN, end[-_NEAR_END:])
+                for known in [uri] if isinstance(uri, str) else [*self._notebooks, *self._documents]:
+                    self._lose(known)
         self._show(2, f"fimserver: {text}")
+
+    def _lose(self, uri: str) -> None:
+        """A document or a notebook's cells are not what the editor has; with the lock held."""
+        cells = [str(cell["document"]) for cell in self._notebooks.pop(uri, {"cells": []})["cells"]]
+        for lost in cells or [uri]:
+            self._close(lost)
+            closed = {"jsonrpc": "2.0", "method": "textDocument/didClose", "params": {"textDocument": {"uri": lost}}}
+            if self._stream is not None:
+                with suppress(OSError):
+                    self._stream.send(json.dumps(closed).encode())
 
     # From the daemon
 

@@ -43,8 +43,7 @@ from fimserver.settings import (
     read_config_file,
     to_wire_value,
 )
-from fimserver.statistics import CHARACTERS_PER_TOKEN, Ledger
-from fimserver.statistics import FILE_NAME as LEDGER_NAME
+from fimserver.statistics import CHARACTERS_PER_TOKEN, FOLDER_NAME, Ledger
 from fimserver.text import Encoding, LineIndex
 from fimserver.types import Completion, NoCompletion
 
@@ -56,6 +55,7 @@ _EXPLAINED = 20  # requests
 _LONGEST_SNOOZE = 24 * 60
 _PROGRESS_TOKEN = "fimserver.loading"  # noqa: S105  a progress token, not a secret
 _logger = logging.getLogger(__name__)
+_log_levels: dict[int, int] = {}  # of the connections of this process, which has one log: the most talkative counts
 
 
 @cache
@@ -94,7 +94,7 @@ class FimLanguageServer(LanguageServer):
         self.session.find_model = self._find_model
         self._asked_about: set[str] = set()
         self.requests = Requests(self.session)
-        self.ledger = Ledger(state_folder() / LEDGER_NAME, lambda: self.session.settings.learn_from_use)
+        self.ledger = Ledger(state_folder() / FOLDER_NAME, self.session.learns_from_use)
         self.acceptance = Acceptance(state_folder() / FILE_NAME, self.session.learns_from_use, self._on_decided)
         gates = Gates(self.session, self.engine, self._wait_for_engine, self.wake_engine, self.acceptance)
         self.completer = Completer(self.session, self.engine, gates, self.acceptance)
@@ -169,7 +169,8 @@ class FimLanguageServer(LanguageServer):
         """Put the session's settings to work; what was wrong with them is said once."""
         for problem in problems:
             self._warn_once(problem)
-        logging.getLogger("fimserver").setLevel(self.session.settings.log_level.upper())
+        _log_levels[id(self)] = logging.getLevelNamesMapping()[self.session.settings.log_level.upper()]
+        logging.getLogger("fimserver").setLevel(min(_log_levels.values()))
         if not self._serves:
             return
         if (model := self.session.refused_model) is not None and model not in self._asked_about:
@@ -293,6 +294,7 @@ class FimLanguageServer(LanguageServer):
 
     def leave(self, reason: str) -> None:
         """The connection ends: so does its own engine, and another's goes on."""
+        _log_levels.pop(id(self), None)
         self._serves = False
         self.save_counts()
         if self._idle_timer is not None:
@@ -306,7 +308,12 @@ class FimLanguageServer(LanguageServer):
     def save_counts(self) -> None:
         """Write what was counted: acceptance and statistics."""
         self.acceptance.save()
-        self.ledger.save()
+        self.ledger.save_soon()
+
+    def forget_counts(self) -> None:
+        """Count anew."""
+        self.acceptance.forget_counts()
+        self.ledger.forget()
 
     def _on_decided(self, completion: str, accepted: bool, characters: int) -> None:  # noqa: FBT001  a callback's
         self.ledger.note_decision(completion, accepted=accepted, characters=characters)
@@ -340,7 +347,8 @@ class FimLanguageServer(LanguageServer):
                 self._loop.call_soon_threadsafe(self._announce, state, detail)
 
     def _announce(self, state: EngineState, detail: str) -> None:
-        _logger.info("the engine is %s", state, extra={"detail": detail})
+        if self._decides:
+            _logger.info("the engine is %s", state, extra={"detail": detail})
         if state is EngineState.STOPPED and not self.engine.is_unloaded:
             return
         self._watch_idle()
@@ -462,7 +470,7 @@ class FimLanguageServer(LanguageServer):
     def _note_outcome(self, request: Request, outcome: list[Completion] | NoCompletion, source: str) -> None:
         """Keep what came of a request, for the log, ``explain``, statistics, and what is learned from use."""
         if isinstance(outcome, list):
-            self._note_shown(request, outcome[0])
+            self._note_shown(request, outcome)
         request.notes.timings_ms["total"] = (time.monotonic() - request.received) * 1e3
         first = outcome if isinstance(outcome, NoCompletion) else outcome[0]
         self.session.explain(request.snapshot, first, source, request.notes)
@@ -474,15 +482,16 @@ class FimLanguageServer(LanguageServer):
         came = {"source": source} if source else {"reason": getattr(first, "reason", "")}
         _logger.info("a request was answered", extra={**came, **request.notes.facts, **timings})
 
-    def _note_shown(self, request: Request, completion: Completion) -> None:
+    def _note_shown(self, request: Request, completions: list[Completion]) -> None:
         """Watch what becomes of an answer; not where the text it is for is not the document's."""
         document = self.session.documents.get(request.snapshot.uri)
         if document is not None and request.selection is None:
-            self.acceptance.show(replace(request.snapshot, text=document.text), completion)
+            self.acceptance.show(replace(request.snapshot, text=document.text), *completions)
             facts = request.notes.facts
             language = find_language(request.snapshot.language_id).id
             per_token = facts.get("characters_per_token", CHARACTERS_PER_TOKEN)
-            self.ledger.note_offer(completion.id, language, str(facts.get("hole", "")), per_token)
+            names = [completion.id for completion in completions]
+            self.ledger.note_offer(names, language, str(facts.get("hole", "")), per_token)
 
     def _trace(self, method: str, result: str, elapsed_ms: float) -> None:
         """One line for an editor that asked for a trace (``$/setTrace``); never any text of a document."""

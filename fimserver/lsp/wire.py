@@ -20,11 +20,13 @@ def to_frame(body: bytes) -> bytes:
     return b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
 
 
-def read_body(stream: BinaryIO, on_skipped: Callable[[int, bytes], None] = lambda _size, _begin: None) -> bytes | None:
+def read_body(
+    stream: BinaryIO, on_skipped: Callable[[int, bytes, bytes], None] = lambda _size, _begin, _end: None
+) -> bytes | None:
     """The next body; ``None`` where the stream ends, also in the middle of one.
 
     Lines before a header that are none are skipped. A body of more than 64 MB is read past, and ``on_skipped`` told
-    its size and how it begins: the stream goes on behind it.
+    its size, how it begins and how it ends: the stream goes on behind it.
     """
     while True:
         length = _read_length(stream)
@@ -33,14 +35,14 @@ def read_body(stream: BinaryIO, on_skipped: Callable[[int, bytes], None] = lambd
         if length <= MAX_BODY_BYTES:
             body = stream.read(length)
             return body if len(body) == length else None
-        remaining, begin = length, b""
+        remaining, begin, end = length, b"", b""
         while remaining:
             chunk = stream.read(min(_CHUNK, remaining))
             if not chunk:
                 return None
-            begin = begin or chunk
+            begin, end = begin or chunk, (end + chunk)[-_CHUNK:]
             remaining -= len(chunk)
-        on_skipped(length, begin)
+        on_skipped(length, begin, end)
 
 
 def _read_length(stream: BinaryIO) -> int | None:
