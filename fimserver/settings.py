@@ -162,7 +162,8 @@ class Settings:
     )
     log_level: str = _setting(
         default="warning",
-        doc="What is written to the log, by the daemon for all editors: the most talkative of them counts. Code never is.",
+        doc="What is written to the log, by the daemon for all editors: the most talkative of them counts. Code never "
+        "is.",
         choices=("error", "warning", "info", "debug"),
     )
 

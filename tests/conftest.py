@@ -26,9 +26,10 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
 )
 
 from fimserver.engine.engine import Engine
+from fimserver.engine.known import SHIPPED_MODELS
 from fimserver.engine.model import Model
 from fimserver.engine.vocabulary import Vocabulary
-from fimserver.engine.weights import SHIPPED_MODELS, read_metadata
+from fimserver.engine.weights import read_metadata
 
 if TYPE_CHECKING:
     from fake_engine import FakeServer

@@ -18,10 +18,11 @@ from fimserver.bench.profile import Span, list_parts, own_times, profile_request
 from fimserver.bench.ratios import bootstrap_median, choose_ours, paired_ratios, pareto_front, percentile
 from fimserver.bench.ways import EagerWay, EngineWay, GenerateWay, check_generation_config, settled_at
 from fimserver.engine.engine import Engine
+from fimserver.engine.known import SHIPPED_MODELS
 from fimserver.engine.kv_cache import CHUNK_TOKENS
 from fimserver.engine.prompt import build_prompt
 from fimserver.engine.vocabulary import Vocabulary
-from fimserver.engine.weights import SHIPPED_MODELS, load_weights
+from fimserver.engine.weights import load_weights
 from fimserver.errors import FimserverError
 from fimserver.settings import Settings
 from fimserver.types import Mode, Sampling

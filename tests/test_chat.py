@@ -17,10 +17,10 @@ from fimserver.engine import known
 from fimserver.engine.answer import AnswerEnd
 from fimserver.engine.chat import Fence, open_fence, tag_of
 from fimserver.engine.engine import Engine
-from fimserver.engine.known import KNOWN_MODELS, find_known_metadata
+from fimserver.engine.known import KNOWN_MODELS, SHIPPED_MODELS, find_known_metadata
 from fimserver.engine.prompt import Prompt, build_prompt
 from fimserver.engine.vocabulary import Vocabulary
-from fimserver.engine.weights import SHIPPED_MODELS, ModelMetadata, limit_context, read_metadata
+from fimserver.engine.weights import ModelMetadata, limit_context, read_metadata
 from fimserver.errors import WeightsError
 from fimserver.types import FimContext, Hole, HoleKind, Mode, Sampling, Snippet
 

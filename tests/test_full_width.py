@@ -11,11 +11,11 @@ from checkpoints import MODELOPT_CONFIG, Tensors, matrices_of, write_checkpoint
 from transformers import DiffusionGemmaConfig
 
 from fimserver.engine.engine import Engine
-from fimserver.engine.known import KNOWN_MODELS
+from fimserver.engine.known import KNOWN_MODELS, SHIPPED_MODELS
 from fimserver.engine.model import Model
 from fimserver.engine.packed import PackedExperts
 from fimserver.engine.vocabulary import Vocabulary
-from fimserver.engine.weights import SHIPPED_MODELS, expected_shapes, load_weights, read_metadata
+from fimserver.engine.weights import expected_shapes, load_weights, read_metadata
 from fimserver.types import FimContext, Hole, HoleKind, Mode, Sampling
 
 VOCABULARY = 8192  # the shipped tokenizer's; all else is the real size

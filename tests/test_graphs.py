@@ -128,7 +128,7 @@ def test_what_the_host_must_know_is_not_recorded(tiny_model: Model, random_model
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("prompt", [40, 200])
 def test_recorded_on_a_card(tiny_model: Model, prompt: int) -> None:
-    from fimserver.engine.weights import SHIPPED_MODELS
+    from fimserver.engine.known import SHIPPED_MODELS
 
     model = Model.load(SHIPPED_MODELS / tiny_model.metadata.name, torch.device("cuda"))
     cache = model.new_cache()

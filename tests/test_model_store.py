@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 
 import fimserver
 from fimserver import model_store
-from fimserver.engine.known import KNOWN_MODELS
-from fimserver.engine.weights import SHIPPED_MODELS, find_model, read_metadata
+from fimserver.engine.known import KNOWN_MODELS, SHIPPED_MODELS
+from fimserver.engine.weights import find_model, read_metadata
 from fimserver.errors import WeightsError
 from fimserver.model_store import add_model, find_added, find_offer, find_removal, list_models, read_record
 

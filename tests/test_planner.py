@@ -19,9 +19,9 @@ from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 from fimserver import planner
 from fimserver.cards import CARDS, find_card
 from fimserver.engine import key_values
+from fimserver.engine.known import SHIPPED_MODELS
 from fimserver.engine.kv_cache import MAX_BYTES
 from fimserver.engine.model import Model
-from fimserver.engine.weights import SHIPPED_MODELS
 from fimserver.errors import FimserverError, WeightsError
 from fimserver.planner import (
     Checkpoint,

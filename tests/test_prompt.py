@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from fimserver.context.window import path_of
+from fimserver.engine.known import SHIPPED_MODELS
 from fimserver.engine.prompt import build_prompt, describe_file, encode_snippets
 from fimserver.engine.vocabulary import Vocabulary
-from fimserver.engine.weights import SHIPPED_MODELS, ModelMetadata, limit_context, read_metadata
+from fimserver.engine.weights import ModelMetadata, limit_context, read_metadata
 from fimserver.errors import WeightsError
 from fimserver.types import FimContext, Hole, HoleKind, Snippet
 

@@ -19,9 +19,10 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
 from fimserver.context.gather import find_snippets
 from fimserver.context.window import budget_for, build_context
 from fimserver.engine.denoise import accept_tokens
+from fimserver.engine.known import SHIPPED_MODELS
 from fimserver.engine.prompt import build_prompt
 from fimserver.engine.vocabulary import Vocabulary
-from fimserver.engine.weights import SHIPPED_MODELS, ModelMetadata, read_metadata
+from fimserver.engine.weights import ModelMetadata, read_metadata
 from fimserver.errors import FimserverError
 from fimserver.training import rows as rows_module
 from fimserver.training.checkpoint import metadata_of
@@ -205,7 +206,8 @@ for name in ("tree_sitter", "pygls", "lsprotocol", "platformdirs", "click", "ric
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_rows import DOCUMENTS, EVEN, SHAPE
 from fimserver.engine.vocabulary import Vocabulary
-from fimserver.engine.weights import SHIPPED_MODELS, read_metadata
+from fimserver.engine.known import SHIPPED_MODELS
+from fimserver.engine.weights import read_metadata
 from fimserver.training.checkpoint import metadata_of
 from fimserver.training.recipe import Recipe
 from fimserver.training.rows import RowMaker, RowMix

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from fimserver.engine.engine import Engine
+from fimserver.engine.known import SHIPPED_MODELS
 from fimserver.engine.model import Model
 from fimserver.engine.vocabulary import Vocabulary
-from fimserver.engine.weights import SHIPPED_MODELS, load_weights, read_metadata
+from fimserver.engine.weights import load_weights, read_metadata
 from fimserver.errors import FimserverError
 from fimserver.training import trainer as trainer_module
 from fimserver.training.checkpoint import CHECKPOINT_FILE, MODEL_FOLDER, metadata_of, read_checkpoint
