@@ -556,10 +556,10 @@ def test_the_memory_of_the_card_is_what_the_worker_says_of_it(worker: Worker) ->
                 timings_ms={}, prompt_text=""))
     """)
     client.wait_until_ready(10)
-    assert client.device_bytes is None
+    before = client.device_bytes
     client.complete(CONTEXT, Sampling()).future.result(10)
-    assert client.device_bytes == 12345
+    held = client.device_bytes
     client.close()
     client.start()
     client.wait_until_ready(10)
-    assert client.device_bytes is None
+    assert (before, held, client.device_bytes) == (None, 12345, None)
