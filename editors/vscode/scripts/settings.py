@@ -1,0 +1,105 @@
+# ruff: noqa: INP001  a script beside TypeScript, no package
+"""The settings of package.json, written from the server's own table.
+
+    python scripts/settings.py            write them
+    python scripts/settings.py --check    1 where they differ
+
+Run by a Python that has fimserver. Only the extension's own settings and the order of groups stand here.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fimserver.settings import BY_WIRE_NAME, ENGINE_SETTINGS, to_wire_value
+
+if TYPE_CHECKING:
+    from dataclasses import Field
+
+MANIFEST = Path(__file__).parent.parent / "package.json"
+OWN: dict[str, dict[str, Any]] = {
+    "serverPath": {
+        "type": "string",
+        "default": "",
+        "scope": "machine-overridable",
+        "markdownDescription": "The server's program, as a full path. `~` and `${workspaceFolder}` may begin it. "
+        "Empty: it is looked for "
+        "in the workspace's `.venv` and `venv`, on PATH, and where the extension installed it. Not "
+        "taken from a workspace that you do not trust.",
+    },
+    "trace.server": {
+        "type": "string",
+        "default": "off",
+        "enum": ["off", "messages", "verbose"],
+        "scope": "window",
+        "markdownDescription": "What is written to the log of what editor and server say to each other. `verbose` has "
+        "your code in it. It takes the log's level *Trace* too.",
+    },
+}
+_DEVICES = "auto|cpu|mps|cuda(:\\d+)?"
+
+
+def _type_of(setting: "Field[Any]") -> dict[str, Any]:
+    """The JSON schema of a setting's values."""
+    m = setting.metadata
+    if m["choices"]:
+        return {"type": "string", "enum": list(m["choices"])}
+    if m["pattern"]:
+        return {"type": "string", "pattern": f"^({_DEVICES})$", "patternErrorMessage": "auto, cpu, cuda, cuda:N or mps"}
+    if m["low"] is not None:
+        number = "number" if "float" in str(setting.type) else "integer"
+        high = min(m["high"], 2**53 - 1)  # the largest whole number that an editor can hold
+        kind = [number, "null"] if "None" in str(setting.type) else number
+        return {"type": kind, "minimum": m["low"], "maximum": high}
+    if isinstance(setting.default, tuple):
+        return {"type": "object", "additionalProperties": {"type": "boolean"}}
+    return {"type": "boolean" if setting.type is bool else "string"}
+
+
+def to_properties() -> dict[str, dict[str, Any]]:
+    """``contributes.configuration.properties``."""
+    properties = {
+        f"fimserver.{name}": {
+            **_type_of(setting),
+            "default": to_wire_value(setting.default) if setting.default != () else {},
+            "scope": "machine-overridable" if name in ENGINE_SETTINGS else "window",
+            "markdownDescription": setting.metadata["doc"].replace("*", "\\*"),
+            "order": order,
+        }
+        for order, (name, setting) in enumerate(BY_WIRE_NAME.items(), start=len(OWN))
+    }
+    own = {f"fimserver.{name}": {**schema, "order": order} for order, (name, schema) in enumerate(OWN.items())}
+    return own | properties
+
+
+def to_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
+    """package.json with the settings as they are in the server."""
+    contributes = manifest["contributes"]
+    configuration = {**contributes["configuration"], "properties": to_properties()}
+    restricted = [f"fimserver.{name}" for name in ("serverPath", *ENGINE_SETTINGS)]
+    untrusted = {**manifest["capabilities"]["untrustedWorkspaces"], "restrictedConfigurations": restricted}
+    return {
+        **manifest,
+        "capabilities": {**manifest["capabilities"], "untrustedWorkspaces": untrusted},
+        "contributes": {**contributes, "configuration": configuration},
+    }
+
+
+def main() -> int:
+    """Write package.json, or say whether it would change."""
+    parser = argparse.ArgumentParser(description="The settings of package.json, from the server's own table.")
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 where they differ")
+    text = MANIFEST.read_text(encoding="utf-8")
+    wanted = json.dumps(to_manifest(json.loads(text)), indent=2, ensure_ascii=False) + "\n"
+    if parser.parse_args().check:
+        if text != wanted:
+            sys.stderr.write("package.json is not as the server's settings are: run scripts/settings.py\n")
+        return int(text != wanted)
+    MANIFEST.write_text(wanted, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

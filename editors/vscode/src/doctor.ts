@@ -1,0 +1,45 @@
+// `fimserver doctor` in a terminal that stays open.
+
+import { type ChildProcess, spawn } from "node:child_process";
+import * as vscode from "vscode";
+
+class DoctorTerminal implements vscode.Pseudoterminal {
+  private readonly written = new vscode.EventEmitter<string>();
+  private readonly closed = new vscode.EventEmitter<number>();
+  private child: ChildProcess | undefined;
+  readonly onDidWrite = this.written.event;
+  readonly onDidClose = this.closed.event;
+
+  constructor(private readonly program: string) {}
+
+  open(size: vscode.TerminalDimensions | undefined): void {
+    const env = { ...process.env, FORCE_COLOR: "1", COLUMNS: String(size?.columns ?? 80) };
+    const write = (text: string): void => this.written.fire(text.replace(/\r?\n/g, "\r\n"));
+    write(`${this.program} doctor\n\n`);
+    const child = spawn(this.program, ["doctor"], { env, stdio: ["ignore", "pipe", "pipe"], windowsHide: true });
+    child.stdout.setEncoding("utf8").on("data", write);
+    child.stderr.setEncoding("utf8").on("data", write);
+    child.on("error", (error) => write(`${error.message}\n`));
+    child.on("close", () => write("\nPress any key to close this.\n"));
+    child.on("close", () => {
+      this.child = undefined;
+    });
+    this.child = child;
+  }
+
+  handleInput(): void {
+    if (this.child === undefined) {
+      this.closed.fire(0);
+    }
+  }
+
+  close(): void {
+    this.child?.kill();
+  }
+}
+
+/** Run it where the person sees it. */
+export function runDoctor(program: string): void {
+  const iconPath = new vscode.ThemeIcon("checklist");
+  vscode.window.createTerminal({ name: "fimserver doctor", pty: new DoctorTerminal(program), iconPath }).show();
+}

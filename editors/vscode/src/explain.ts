@@ -1,0 +1,50 @@
+// Why there was or was no completion, in a sentence, and what would change that.
+
+export interface Explained {
+  readonly last: {
+    readonly outcome: string;
+    readonly source?: string;
+    readonly reason?: string;
+    readonly detail?: string;
+    readonly timings_ms?: { readonly total?: number };
+  } | null;
+  readonly engine: { readonly state: string; readonly detail: string };
+}
+
+const SOURCES: Readonly<Record<string, string>> = {
+  model: "the model wrote it",
+  first_line: "its first line is there, the rest comes when it is asked for",
+  guess: "the same stands elsewhere in your files",
+  cache: "it goes on from what was offered before",
+};
+
+export type Remedy = "endSnooze" | "turnOn" | "restart" | "settings";
+
+export interface Sentence {
+  readonly text: string;
+  readonly remedy?: Remedy;
+}
+
+const REMEDIES: Readonly<Record<string, Remedy>> = {
+  snoozed: "endSnooze",
+  disabled: "turnOn",
+  engine: "restart",
+  language_off: "settings",
+  low_confidence: "settings",
+};
+
+/** What the server's answer to `fimserver/explain` says to a person. */
+export function toSentence({ last, engine }: Explained): Sentence {
+  if (last === null) {
+    return { text: `Nothing was asked in this file yet. The model: ${engine.detail} (${engine.state}).` };
+  }
+  if (last.outcome === "offered") {
+    const total = last.timings_ms?.total;
+    const time = total === undefined ? "" : ` after ${Math.round(total)} ms`;
+    const source = SOURCES[last.source ?? ""];
+    return { text: `The last request was answered with a completion${time}${source ? `: ${source}` : ""}.` };
+  }
+  const remedy = REMEDIES[last.reason ?? ""];
+  const text = `Nothing was offered: ${last.detail ?? last.reason ?? "no reason was given"}.`;
+  return remedy === undefined ? { text } : { text, remedy };
+}

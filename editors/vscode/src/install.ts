@@ -1,0 +1,173 @@
+// Installs the server into a folder of the extension's own: what is run, and running it. Only after a person asked.
+
+import { type ChildProcess, spawn } from "node:child_process";
+import { join } from "node:path";
+import { onPath, programIn } from "./program";
+
+export type Tool = "uv" | "pipx" | "python";
+export type Build = "cpu" | "cuda";
+
+export interface Choice {
+  readonly tool: Tool;
+  readonly program: string;
+  readonly build: Build;
+  /** A requirement, or the path of a wheel or checkout. */
+  readonly source: string;
+}
+
+export interface Step {
+  readonly title: string;
+  readonly command: string;
+  readonly args: readonly string[];
+  readonly env?: Readonly<Record<string, string>>;
+}
+
+const TORCH = "torch";
+const CPU_INDEX = "https://download.pytorch.org/whl/cpu";
+const CUDA_INDEX = "https://download.pytorch.org/whl/cu128"; // Windows: the Python index has no build for cards there
+const OLDEST = "3.11";
+
+/** What is downloaded, in words: torch is most of it. */
+export function downloadSize(build: Build): string {
+  return build === "cpu" ? "about 0.3 GB" : "about 3 GB";
+}
+
+/** Builds that differ on this platform. */
+export function buildsFor(platform: NodeJS.Platform): Build[] {
+  return platform === "darwin" ? ["cpu"] : ["cpu", "cuda"];
+}
+
+function torchIndex(build: Build, platform: NodeJS.Platform): string | undefined {
+  if (platform === "darwin") {
+    return undefined; // one build for all
+  }
+  if (build === "cpu") {
+    return CPU_INDEX;
+  }
+  return platform === "win32" ? CUDA_INDEX : undefined;
+}
+
+/** What is run, in order, to have the server in `folder`. */
+export function toSteps(choice: Choice, folder: string, platform: NodeJS.Platform): Step[] {
+  const index = torchIndex(choice.build, platform);
+  const python = programIn(folder, platform, "python");
+  const fetchTorch = "downloading the runtime (torch)";
+  const fetchServer = "installing the server";
+  const make = "making an environment";
+  if (choice.tool === "pipx") {
+    const pip = index === undefined ? [] : [`--pip-args=--extra-index-url ${index}`];
+    const programs = join(programIn(folder, platform), "..");
+    return [
+      {
+        title: fetchServer,
+        command: choice.program,
+        args: ["install", ...pip, choice.source],
+        env: { PIPX_HOME: join(folder, "pipx"), PIPX_BIN_DIR: programs },
+      },
+    ];
+  }
+  const from = index === undefined ? [] : ["--index-url", index];
+  const isUv = choice.tool === "uv";
+  const pip = isUv
+    ? { command: choice.program, args: ["pip", "install", "--python", python] }
+    : { command: python, args: ["-m", "pip", "install", "--disable-pip-version-check", "--no-input"] };
+  return [
+    {
+      title: make,
+      command: choice.program,
+      args: isUv ? ["venv", "--python", `>=${OLDEST}`, folder] : ["-m", "venv", folder],
+    },
+    { title: fetchTorch, command: pip.command, args: [...pip.args, ...from, TORCH] },
+    { title: fetchServer, command: pip.command, args: [...pip.args, choice.source] },
+  ];
+}
+
+/** Tools of this machine that can install, the best first. */
+export async function findTools(path: string, platform: NodeJS.Platform): Promise<{ tool: Tool; program: string }[]> {
+  const found: { tool: Tool; program: string }[] = [];
+  for (const tool of ["uv", "pipx"] as const) {
+    const program = onPath(tool, path, platform);
+    if (program !== undefined) {
+      found.push({ tool, program });
+    }
+  }
+  for (const name of ["python3", "python"]) {
+    const program = onPath(name, path, platform);
+    if (program !== undefined && (await isNewEnough(program))) {
+      return [...found, { tool: "python", program }];
+    }
+  }
+  return found;
+}
+
+async function isNewEnough(python: string): Promise<boolean> {
+  const [major, minor] = OLDEST.split(".");
+  const code = `import ensurepip, sys, venv; sys.exit(sys.version_info < (${major}, ${minor}))`;
+  try {
+    await run({ title: "", command: python, args: ["-c", code] }, () => {}, new AbortController().signal);
+    return true;
+  } catch {
+    return false;
+  }
+}
+
+export class CancelledError extends Error {}
+
+/** Run one step; each line that it prints goes to `onLine`. Throws where it fails, `CancelledError` when aborted. */
+export function run(step: Step, onLine: (line: string) => void, signal: AbortSignal): Promise<void> {
+  return new Promise((resolve, reject) => {
+    if (signal.aborted) {
+      reject(new CancelledError());
+      return;
+    }
+    const isWindows = process.platform === "win32";
+    const child = spawn(step.command, [...step.args], {
+      env: { ...process.env, ...step.env },
+      stdio: ["ignore", "pipe", "pipe"],
+      detached: !isWindows, // a group of its own, so that what it started ends with it
+      windowsHide: true,
+    });
+    let last = "";
+    const read = (chunk: Buffer): void => {
+      for (const line of chunk.toString().split(/[\r\n]+/)) {
+        if (line.trim()) {
+          last = line.trim();
+          onLine(last);
+        }
+      }
+    };
+    child.stdout.on("data", read);
+    child.stderr.on("data", read);
+    const abort = (): void => end(child, isWindows);
+    signal.addEventListener("abort", abort, { once: true });
+    child.on("error", (error) => {
+      signal.removeEventListener("abort", abort);
+      reject(error);
+    });
+    child.on("close", (code) => {
+      signal.removeEventListener("abort", abort);
+      if (signal.aborted) {
+        reject(new CancelledError());
+      } else if (code === 0) {
+        resolve();
+      } else {
+        reject(new Error(last || `${step.command} ended with code ${code}`));
+      }
+    });
+  });
+}
+
+function end(child: ChildProcess, isWindows: boolean): void {
+  if (child.pid === undefined) {
+    return;
+  }
+  if (isWindows) {
+    spawn("taskkill", ["/pid", String(child.pid), "/t", "/f"], { windowsHide: true });
+    return;
+  }
+  try {
+    process.kill(-child.pid, "SIGTERM");
+  } catch {
+    // it has ended already
+  }
+}

@@ -1,0 +1,116 @@
+// Asks how to install the server, shows how far it is, and lets the person stop it.
+
+import { rm } from "node:fs/promises";
+import * as vscode from "vscode";
+import { type Build, buildsFor, CancelledError, type Choice, downloadSize, findTools, run, toSteps } from "./install";
+import type { Messages } from "./messages";
+
+const BUILDS: Readonly<Record<Build, { label: string; detail: string }>> = {
+  cpu: { label: "For the processor", detail: "Works on any machine. The shipped model is made for it." },
+  cuda: { label: "For an NVIDIA card (CUDA)", detail: "For large models. Needs a driver that is installed already." },
+};
+
+export class Installer {
+  private busy = false;
+
+  constructor(
+    private readonly folder: string,
+    private readonly requirement: string,
+    private readonly log: vscode.LogOutputChannel,
+    private readonly messages: Messages,
+  ) {}
+
+  /** Ask, and install; whether the server is there now. */
+  async install(): Promise<boolean> {
+    if (this.busy) {
+      return false;
+    }
+    this.busy = true;
+    try {
+      const choice = await this.ask();
+      return choice !== undefined && (await this.carryOut(choice));
+    } finally {
+      this.busy = false;
+    }
+  }
+
+  private async ask(): Promise<Choice | undefined> {
+    const tools = await findTools(process.env["PATH"] ?? "", process.platform);
+    if (tools.length === 0) {
+      this.messages.error(
+        "Installing the server takes uv, pipx, or Python 3.11 or newer with venv. None is on PATH; install one of them first.",
+        ["log"],
+      );
+      return undefined;
+    }
+    const builds = buildsFor(process.platform).map((build) => ({
+      ...BUILDS[build],
+      description: `downloads ${downloadSize(build)}`,
+      build,
+    }));
+    const build = await vscode.window.showQuickPick(builds, {
+      title: "Install fimserver's server (1 of 3)",
+      placeHolder: "What is it to compute on? Nothing is downloaded before the last step.",
+    });
+    if (build === undefined) {
+      return undefined;
+    }
+    const programs = tools.map((found) => ({ label: found.tool, description: found.program, found }));
+    const tool = await vscode.window.showQuickPick(programs, {
+      title: "Install fimserver's server (2 of 3)",
+      placeHolder: "With which tool?",
+    });
+    if (tool === undefined) {
+      return undefined;
+    }
+    const start = `$(cloud-download) Download and install`;
+    const local = "$(folder-opened) Install from a wheel file";
+    const last = await vscode.window.showQuickPick(
+      [
+        { label: start, description: `${this.requirement}, ${downloadSize(build.build)}`, detail: this.folder },
+        { label: local, description: "its packages are still downloaded", detail: this.folder },
+      ],
+      { title: "Install fimserver's server (3 of 3)", placeHolder: "Begin?" },
+    );
+    if (last === undefined) {
+      return undefined;
+    }
+    const chosen = { tool: tool.found.tool, program: tool.found.program, build: build.build };
+    if (last.label === start) {
+      return { ...chosen, source: this.requirement };
+    }
+    const files = await vscode.window.showOpenDialog({ filters: { Wheels: ["whl"] }, title: "fimserver's wheel" });
+    const file = files?.[0];
+    return file && { ...chosen, source: file.fsPath };
+  }
+
+  private async carryOut(choice: Choice): Promise<boolean> {
+    const options = { location: vscode.ProgressLocation.Notification, title: "fimserver", cancellable: true };
+    try {
+      await vscode.window.withProgress(options, async (progress, token) => {
+        const abort = new AbortController();
+        token.onCancellationRequested(() => abort.abort());
+        await rm(this.folder, { recursive: true, force: true });
+        const steps = toSteps(choice, this.folder, process.platform);
+        for (const [number, step] of steps.entries()) {
+          const title = `${step.title} (${number + 1} of ${steps.length})`;
+          progress.report({ message: title });
+          this.log.info(`${step.command} ${step.args.join(" ")}`);
+          const onLine = (line: string): void => {
+            this.log.info(line);
+            progress.report({ message: `${title}: ${line.slice(0, 80)}` });
+          };
+          await run(step, onLine, abort.signal);
+        }
+      });
+      return true;
+    } catch (error) {
+      await rm(this.folder, { recursive: true, force: true });
+      if (!(error instanceof CancelledError)) {
+        const why = error instanceof Error ? error.message : String(error);
+        this.messages.error(`The server could not be installed: ${why}`, ["install", "log"]);
+      }
+      return false;
+    }
+  }
+}

@@ -1,0 +1,66 @@
+// Messages with a button that mends what they say; each is shown once until it was mended.
+
+import * as vscode from "vscode";
+
+export type Mend = "restart" | "log" | "install" | "locate" | "doctor" | "settings";
+
+const TITLES: Readonly<Record<Mend, string>> = {
+  restart: "Restart",
+  log: "Open Log",
+  install: "Install...",
+  locate: "Say Where It Is...",
+  doctor: "Doctor",
+  settings: "Settings",
+};
+const COMMANDS: Readonly<Record<Mend, string>> = {
+  restart: "fimserver.restartServer",
+  log: "fimserver.log",
+  install: "fimserver.install",
+  locate: "fimserver.locate",
+  doctor: "fimserver.doctor",
+  settings: "fimserver.settings",
+};
+
+export class Messages {
+  private readonly shown = new Set<string>();
+
+  constructor(private readonly log: vscode.LogOutputChannel) {}
+
+  error(text: string, mends: readonly Mend[]): void {
+    this.log.error(text);
+    this.show(text, mends, vscode.window.showErrorMessage);
+  }
+
+  warn(text: string, mends: readonly Mend[]): void {
+    this.log.warn(text);
+    this.show(text, mends, vscode.window.showWarningMessage);
+  }
+
+  inform(text: string): void {
+    this.show(text, [], vscode.window.showInformationMessage);
+  }
+
+  /** What was said may be said again: the person has acted. */
+  forget(): void {
+    this.shown.clear();
+  }
+
+  private show(
+    text: string,
+    mends: readonly Mend[],
+    how: (text: string, ...items: string[]) => Thenable<string | undefined>,
+  ): void {
+    if (this.shown.has(text)) {
+      return;
+    }
+    this.shown.add(text);
+    const said = text.startsWith("fimserver") ? text : `fimserver: ${text}`;
+    void how(said, ...mends.map((mend) => TITLES[mend])).then((title) => {
+      const mend = mends.find((one) => TITLES[one] === title);
+      if (mend !== undefined) {
+        this.shown.delete(text);
+        void vscode.commands.executeCommand(COMMANDS[mend]);
+      }
+    });
+  }
+}

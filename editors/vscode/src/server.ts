@@ -1,0 +1,339 @@
+// The server's life in this window: found, started, watched, started again; and what is known of it.
+
+import { homedir } from "node:os";
+import * as vscode from "vscode";
+import {
+  CloseAction,
+  DidChangeConfigurationNotification,
+  ErrorAction,
+  LanguageClient,
+  type LanguageClientOptions,
+  MessageType,
+  RevealOutputChannelOn,
+  ShowMessageNotification,
+} from "vscode-languageclient/node";
+import { Backoff } from "./backoff";
+import { chosenSettings } from "./chosen";
+import type { Explained } from "./explain";
+import type { Messages } from "./messages";
+import { findProgram, MissingProgramError, type Program } from "./program";
+import { INITIAL, type Phase, type View } from "./view";
+
+/** Documents that are completed: files, new ones, and cells of notebooks. */
+export const DOCUMENTS = [{ scheme: "file" }, { scheme: "untitled" }, { scheme: "vscode-notebook-cell" }];
+const THINKING_AFTER_MS = 300;
+const ANSWER_WITHIN_MS = 2_000;
+const SETTLED_MS = 150;
+const SNOOZE_LOOK_MS = 20_000;
+const PHASES: Readonly<Record<string, Phase>> = {
+  ready: "ready",
+  stopped: "ready",
+  loading: "loading",
+  failed: "failed",
+};
+
+interface EngineStatus {
+  readonly engine: { readonly state: string; readonly detail: string };
+  readonly enabled: boolean;
+  readonly snoozedMinutes: number;
+  readonly trusted: boolean;
+  readonly refusedModel: string | null;
+}
+
+/** What the server sends as its state changes, under Copilot's name. */
+interface DidChangeStatus {
+  readonly kind: string;
+  readonly busy: boolean;
+  readonly message: string;
+}
+
+export class Server implements vscode.Disposable {
+  view: View = INITIAL;
+  program: Program | undefined;
+  private client: LanguageClient | undefined;
+  private readonly backoff = new Backoff();
+  private readonly changed = new vscode.EventEmitter<View>();
+  private readonly subscriptions: vscode.Disposable[] = [this.changed];
+  private restartTimer: NodeJS.Timeout | undefined;
+  private refreshTimer: NodeJS.Timeout | undefined;
+  private snoozeTimer: NodeJS.Timeout | undefined;
+  private snoozedUntil = 0;
+  private open = 0;
+  readonly onDidChange = this.changed.event;
+
+  constructor(
+    private readonly own: string,
+    private readonly settings: readonly string[],
+    private readonly log: vscode.LogOutputChannel,
+    private readonly messages: Messages,
+  ) {
+    this.subscriptions.push(
+      vscode.workspace.onDidChangeConfiguration((event) => this.onConfiguration(event)),
+      vscode.workspace.onDidGrantWorkspaceTrust(() => this.onTrust()),
+    );
+  }
+
+  /** Find the server and start it; a person's wish, so earlier deaths do not count. */
+  async restart(): Promise<void> {
+    this.backoff.reset();
+    this.messages.forget();
+    await this.stop();
+    await this.start();
+  }
+
+  async start(): Promise<void> {
+    clearTimeout(this.restartTimer);
+    try {
+      this.program = this.find();
+    } catch (error) {
+      if (!(error instanceof MissingProgramError)) {
+        throw error;
+      }
+      this.fail(error.message, ["settings", "log"]);
+      return;
+    }
+    if (this.program === undefined) {
+      this.change({ phase: "missing" });
+      return;
+    }
+    this.log.info(`starting ${this.program.path} (found by: ${this.program.origin})`);
+    this.change({ ...INITIAL, phase: "starting", mode: this.mode() });
+    const client = this.connect(this.program);
+    this.client = client;
+    try {
+      await client.start();
+    } catch (error) {
+      this.onEnded(client, error instanceof Error ? error.message : String(error));
+      return;
+    }
+    this.backoff.onStarted();
+    const left = this.snoozedUntil - Date.now();
+    if (left > 0) {
+      await this.ask("fimserver/snooze", { minutes: left / 60_000 });
+    }
+    await this.refresh();
+  }
+
+  async stop(): Promise<void> {
+    clearTimeout(this.restartTimer);
+    const client = this.client;
+    this.client = undefined;
+    if (client?.needsStop()) {
+      try {
+        await client.stop();
+      } catch (error) {
+        this.log.warn(`the server did not end in time: ${error instanceof Error ? error.message : error}`);
+      }
+    }
+  }
+
+  /** No automatic completions for so many minutes; 0 ends it. */
+  async snooze(minutes: number): Promise<void> {
+    await this.ask("fimserver/snooze", { minutes });
+    this.snoozedUntil = Date.now() + minutes * 60_000;
+    await this.refresh();
+  }
+
+  /** Why the last request of a document was answered as it was; `undefined` where the server does not answer. */
+  explain(document: vscode.TextDocument | undefined): Promise<Explained | undefined> {
+    return this.ask<Explained>(
+      "fimserver/explain",
+      document === undefined ? {} : { textDocument: { uri: document.uri.toString() } },
+    );
+  }
+
+  /** Ask the server how it is. */
+  async refresh(): Promise<void> {
+    const status = await this.ask<EngineStatus>("fimserver/status", {});
+    if (!status?.engine) {
+      return;
+    }
+    const { engine, enabled, snoozedMinutes, trusted, refusedModel } = status;
+    const phase = PHASES[engine.state] ?? "ready";
+    const seen = { enabled, snoozedMinutes, trusted, refusedModel, mode: this.mode(), detail: engine.detail };
+    this.change({ ...seen, phase, ...(engine.state === "ready" ? { engine: engine.detail } : {}) });
+    clearTimeout(this.snoozeTimer);
+    if (snoozedMinutes > 0) {
+      this.snoozeTimer = setTimeout(() => void this.refresh(), SNOOZE_LOOK_MS);
+    }
+  }
+
+  private refreshSoon(): void {
+    clearTimeout(this.refreshTimer);
+    this.refreshTimer = setTimeout(() => void this.refresh(), SETTLED_MS);
+  }
+
+  dispose(): void {
+    clearTimeout(this.refreshTimer);
+    clearTimeout(this.snoozeTimer);
+    for (const subscription of this.subscriptions) {
+      subscription.dispose();
+    }
+    void this.stop();
+  }
+
+  private find(): Program | undefined {
+    const folders = (vscode.workspace.workspaceFolders ?? []).filter((folder) => folder.uri.scheme === "file");
+    return findProgram({
+      setting: vscode.workspace.getConfiguration("fimserver").get("serverPath", "").trim(),
+      folders: folders.map((folder) => folder.uri.fsPath),
+      trusted: vscode.workspace.isTrusted,
+      path: process.env["PATH"] ?? "",
+      own: this.own,
+      platform: process.platform,
+    });
+  }
+
+  private connect(program: Program): LanguageClient {
+    // Not in the open folder: what it holds is not the server's to find.
+    const executable = { command: program.path, args: ["lsp"], options: { cwd: homedir() } };
+    const client: LanguageClient = new LanguageClient(
+      "fimserver",
+      "fimserver",
+      executable,
+      this.options(() => client),
+    );
+    client.onNotification("didChangeStatus", (status: DidChangeStatus) => this.onStatus(status));
+    client.onNotification(ShowMessageNotification.type, ({ type, message }) => {
+      if (type === MessageType.Error) {
+        this.messages.error(message, ["restart", "doctor", "log"]);
+      } else if (type === MessageType.Warning) {
+        this.messages.warn(message, ["settings", "log"]);
+      } else {
+        this.messages.inform(message);
+      }
+    });
+    return client;
+  }
+
+  private options(client: () => LanguageClient): LanguageClientOptions {
+    return {
+      documentSelector: DOCUMENTS,
+      outputChannel: this.log,
+      revealOutputChannelOn: RevealOutputChannelOn.Never,
+      initializationOptions: () => ({ workspaceTrusted: vscode.workspace.isTrusted }),
+      initializationFailedHandler: () => false, // start() fails with the same error and is handled there
+      errorHandler: {
+        error: () => ({ action: ErrorAction.Continue, handled: true }),
+        closed: () => {
+          this.onEnded(client(), "the server ended");
+          return { action: CloseAction.DoNotRestart, handled: true, message: "The server's connection was closed." };
+        },
+      },
+      middleware: {
+        provideInlineCompletionItems: async (document, position, context, token, next) => {
+          const editor = vscode.window.activeTextEditor;
+          if (editor?.document === document && editor.selections.length > 1) {
+            return null; // a text for one cursor is wrong at the others
+          }
+          const done = this.think();
+          try {
+            return await next(document, position, context, token);
+          } finally {
+            done();
+          }
+        },
+        workspace: {
+          configuration: (params, token, next) => {
+            if (!params.items.every((item) => item.section === "fimserver")) {
+              return next(params, token);
+            }
+            this.refreshSoon(); // once the server has taken them
+            const configuration = vscode.workspace.getConfiguration("fimserver");
+            return params.items.map(() => chosenSettings(configuration, this.settings));
+          },
+        },
+      },
+    };
+  }
+
+  /** A request is open; the function that is given back ends that. */
+  private think(): () => void {
+    this.open += 1;
+    const timer = setTimeout(() => this.change({ thinking: true }), THINKING_AFTER_MS);
+    return () => {
+      clearTimeout(timer);
+      this.open -= 1;
+      if (this.open === 0 && this.view.thinking) {
+        this.change({ thinking: false });
+      }
+    };
+  }
+
+  private onStatus({ kind, busy, message }: DidChangeStatus): void {
+    if (kind === "Error") {
+      this.change({ phase: "failed", detail: message });
+    } else if (busy) {
+      this.change({ phase: "loading", detail: message });
+    } else {
+      this.change({ phase: "ready", detail: message });
+      void this.refresh();
+    }
+  }
+
+  private onEnded(client: LanguageClient, why: string): void {
+    if (this.client !== client) {
+      return; // stopped on purpose, or noticed before
+    }
+    this.client = undefined;
+    const pause = this.backoff.onEnded();
+    if (pause === undefined) {
+      this.fail(`The server ended several times (${why}).`, ["restart", "doctor", "log"]);
+      return;
+    }
+    this.log.warn(`${why}; it is started again in ${pause / 1_000} s`);
+    this.change({ phase: "starting", thinking: false });
+    this.restartTimer = setTimeout(() => void this.start(), pause);
+  }
+
+  private fail(detail: string, mends: Parameters<Messages["error"]>[1]): void {
+    this.change({ phase: "failed", detail });
+    this.messages.error(detail, mends);
+  }
+
+  private onConfiguration(event: vscode.ConfigurationChangeEvent): void {
+    if (event.affectsConfiguration("fimserver.serverPath")) {
+      void this.restart();
+    } else if (event.affectsConfiguration("fimserver") && this.client?.isRunning()) {
+      // Null: the server asks for what it wants to know.
+      void this.client.sendNotification(DidChangeConfigurationNotification.type, { settings: null });
+    }
+  }
+
+  private onTrust(): void {
+    if (this.client?.isRunning()) {
+      void this.client
+        .sendNotification("fimserver/didChangeWorkspaceTrust", { trusted: true })
+        .then(() => this.refresh());
+    } else if (this.view.phase === "missing") {
+      void this.start(); // the workspace's own environment may be used now
+    }
+  }
+
+  private mode(): string {
+    return vscode.workspace.getConfiguration("fimserver").get("mode", "auto");
+  }
+
+  private async ask<T>(method: string, params: object): Promise<T | undefined> {
+    const client = this.client;
+    if (!client?.isRunning()) {
+      return undefined;
+    }
+    const token = new vscode.CancellationTokenSource();
+    const timer = setTimeout(() => token.cancel(), ANSWER_WITHIN_MS);
+    try {
+      return await client.sendRequest<T>(method, params, token.token);
+    } catch (error) {
+      this.log.debug(`${method}: ${error instanceof Error ? error.message : error}`);
+      return undefined;
+    } finally {
+      clearTimeout(timer);
+      token.dispose();
+    }
+  }
+
+  private change(what: Partial<View>): void {
+    this.view = { ...this.view, ...what };
+    this.changed.fire(this.view);
+  }
+}

@@ -1,0 +1,185 @@
+// What the person sees of the server's state: the status item's text, and the menu behind it.
+
+export type Phase = "missing" | "starting" | "loading" | "ready" | "failed" | "stopped";
+
+/** All that is known of the server. */
+export interface View {
+  readonly phase: Phase;
+  /** Where it failed: what, and what to do. Else what the engine says of itself. */
+  readonly detail: string;
+  /** "tiny on cpu", once it was loaded. */
+  readonly engine: string;
+  readonly enabled: boolean;
+  readonly snoozedMinutes: number;
+  readonly thinking: boolean;
+  readonly trusted: boolean;
+  readonly refusedModel: string | null;
+  readonly mode: string;
+}
+
+export const INITIAL: View = {
+  phase: "starting",
+  detail: "",
+  engine: "",
+  enabled: true,
+  snoozedMinutes: 0,
+  thinking: false,
+  trusted: true,
+  refusedModel: null,
+  mode: "auto",
+};
+
+/** The language of the editor that has the focus. */
+export interface Language {
+  readonly id: string;
+  readonly enabled: boolean;
+}
+
+export interface Status {
+  readonly text: string;
+  readonly headline: string;
+  readonly lines: readonly string[];
+  readonly severity: "none" | "warning" | "error";
+}
+
+const NAME = "fimserver";
+
+function minutes(number: number): string {
+  return number === 1 ? "1 minute" : `${number} minutes`;
+}
+
+function engineLine(view: View): string[] {
+  const [model, device] = view.engine.split(" on ", 2);
+  return model && device ? [`Model: ${model}, on ${device}`] : [];
+}
+
+/** The status item. */
+export function toStatus(view: View, language: Language | undefined): Status {
+  const lines = engineLine(view);
+  const restricted = view.trusted ? [] : ["The workspace is not trusted: model and device are the defaults."];
+  const refused =
+    view.refusedModel === null ? [] : [`The model ${view.refusedModel} is not loaded: nobody agreed to it.`];
+  const base = { lines: [...lines, ...restricted, ...refused], severity: "none" as const };
+  switch (view.phase) {
+    case "missing":
+      return {
+        text: `$(cloud-download) ${NAME}`,
+        headline: "The server is not installed",
+        lines: ["Click to install it, or to say where it is."],
+        severity: "warning",
+      };
+    case "failed":
+      return { text: `$(error) ${NAME}`, headline: "No completions", lines: [view.detail], severity: "error" };
+    case "stopped":
+      return { text: `$(circle-slash) ${NAME}`, headline: "The server is stopped", lines: [], severity: "none" };
+    case "starting":
+      return { ...base, text: `$(loading~spin) ${NAME}`, headline: "The server is starting" };
+    case "loading":
+      return { ...base, text: `$(loading~spin) ${NAME}`, headline: "The model is loading" };
+    default:
+  }
+  if (!view.enabled) {
+    return { ...base, text: `$(circle-slash) ${NAME}`, headline: "Off" };
+  }
+  if (view.snoozedMinutes > 0) {
+    const left = minutes(view.snoozedMinutes);
+    return { ...base, text: `$(bell-slash) ${NAME} ${view.snoozedMinutes} min`, headline: `Snoozed for ${left}` };
+  }
+  if (language !== undefined && !language.enabled) {
+    return { ...base, text: `$(circle-slash) ${NAME}`, headline: `Off for ${language.id}` };
+  }
+  if (view.thinking) {
+    return { ...base, text: `$(sync~spin) ${NAME}`, headline: "Thinking" };
+  }
+  return { ...base, text: `$(sparkle) ${NAME}`, headline: "Ready" };
+}
+
+export type Action =
+  | { readonly kind: "snooze"; readonly minutes: number }
+  | { readonly kind: "language"; readonly id: string; readonly on: boolean }
+  | { readonly kind: "enabled"; readonly on: boolean }
+  | { readonly kind: "mode"; readonly mode: "fast" | "quality" }
+  | { readonly kind: "explain" | "stats" | "restart" | "log" | "doctor" | "settings" | "install" | "locate" };
+
+export interface MenuItem {
+  readonly label: string;
+  readonly description?: string;
+  readonly action?: Action; // none: a heading
+}
+
+const SNOOZES = [5, 15, 30, 60];
+
+function ofServing(view: View, language: Language | undefined, hasWorkspace: boolean): MenuItem[] {
+  const items: MenuItem[] = [];
+  if (view.enabled && view.snoozedMinutes > 0) {
+    items.push({
+      label: "$(bell) End the snooze",
+      description: `${minutes(view.snoozedMinutes)} left`,
+      action: { kind: "snooze", minutes: 0 },
+    });
+  } else if (view.enabled) {
+    for (const number of SNOOZES) {
+      items.push({ label: `$(bell-slash) Snooze ${number} minutes`, action: { kind: "snooze", minutes: number } });
+    }
+  }
+  const where = hasWorkspace ? "in this workspace" : "everywhere";
+  items.push(
+    view.enabled
+      ? { label: `$(circle-slash) Turn off ${where}`, action: { kind: "enabled", on: false } }
+      : { label: `$(check) Turn on ${where}`, action: { kind: "enabled", on: true } },
+  );
+  if (language !== undefined) {
+    items.push(
+      language.enabled
+        ? {
+            label: `$(circle-slash) Turn off for ${language.id}`,
+            action: { kind: "language", id: language.id, on: false },
+          }
+        : { label: `$(check) Turn on for ${language.id}`, action: { kind: "language", id: language.id, on: true } },
+    );
+  }
+  items.push({ label: "mode" });
+  items.push({
+    label: "$(rocket) Fast",
+    description: view.mode === "quality" ? "" : "as the model does best; in use",
+    action: { kind: "mode", mode: "fast" },
+  });
+  items.push({
+    label: "$(target) Quality",
+    description: view.mode === "quality" ? "every token verified; in use" : "every token verified",
+    action: { kind: "mode", mode: "quality" },
+  });
+  items.push({ label: "insight" });
+  items.push({ label: "$(question) Why was there no completion?", action: { kind: "explain" } });
+  items.push({ label: "$(graph) Statistics", description: "counted on this machine alone", action: { kind: "stats" } });
+  return items;
+}
+
+/** The menu behind the status item. */
+export function toMenu(view: View, language: Language | undefined, hasWorkspace: boolean): MenuItem[] {
+  if (view.phase === "missing") {
+    return [
+      {
+        label: "$(cloud-download) Install the server",
+        description: "says first what it downloads",
+        action: { kind: "install" },
+      },
+      {
+        label: "$(folder-opened) Say where it is",
+        description: "fimserver.serverPath",
+        action: { kind: "locate" },
+      },
+      { label: "$(refresh) Look for it again", action: { kind: "restart" } },
+      { label: "$(output) Open the log", action: { kind: "log" } },
+    ];
+  }
+  const serves = view.phase === "ready" || view.phase === "loading";
+  return [
+    ...(serves ? ofServing(view, language, hasWorkspace) : []),
+    { label: "when something is wrong" },
+    { label: "$(refresh) Restart the server", action: { kind: "restart" } },
+    { label: "$(output) Open the log", action: { kind: "log" } },
+    { label: "$(checklist) Doctor", description: "checks the installation", action: { kind: "doctor" } },
+    { label: "$(gear) Settings", action: { kind: "settings" } },
+  ];
+}

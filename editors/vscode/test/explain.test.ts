@@ -1,0 +1,23 @@
+import { expect, test } from "vitest";
+import { toSentence } from "../src/explain";
+
+const engine = { state: "ready", detail: "tiny on cpu" };
+
+test("a silence has its reason, and what would change it", () => {
+  const last = { outcome: "empty", reason: "snoozed", detail: "completions are snoozed for 5 minutes" };
+  expect(toSentence({ last, engine })).toEqual({
+    text: "Nothing was offered: completions are snoozed for 5 minutes.",
+    remedy: "endSnooze",
+  });
+});
+
+test("an answer says where it is from", () => {
+  const last = { outcome: "offered", source: "model", timings_ms: { total: 123.4 } };
+  expect(toSentence({ last, engine }).text).toBe(
+    "The last request was answered with a completion after 123 ms: the model wrote it.",
+  );
+});
+
+test("no request yet", () => {
+  expect(toSentence({ last: null, engine }).text).toContain("tiny on cpu");
+});

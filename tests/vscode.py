@@ -1,0 +1,665 @@
+"""A real VS Code workbench without a screen: code-server in a headless Chromium, with the packaged extension in it.
+
+    find_vscode()     Node 24, code-server and playwright-core from npm, Chromium from the system
+    package()         the extension, as it would be installed
+    Workbench         one code-server with the extension, a folder, and windows on it
+    Window            one page: keys, what is on the screen, pictures
+
+What is downloaded is kept in ~/.cache/fimserver/editors/vscode (or $FIMSERVER_EDITORS/vscode). Where something cannot
+be had, ``UnavailableError`` says what.
+
+    python tests/vscode.py latency          key to ghost text on the screen, beside a server that answers at once
+    python tests/vscode.py open FOLDER      a workbench with the extension, to look at with a browser
+"""
+
+import itertools
+import json
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+ROOT = Path(__file__).parent.parent
+EXTENSION = ROOT / "editors" / "vscode"
+FIMSERVER = Path(sys.executable).parent / "fimserver"
+STUB_SERVER = ROOT / "editors" / "neovim" / "tests" / "stub_server.py"
+SAMPLE = ROOT / "fimserver" / "samples" / "inventory.py"
+CACHE = Path(os.environ.get("FIMSERVER_EDITORS", Path.home() / ".cache" / "fimserver" / "editors")) / "vscode"
+SLOW_S = 30.0  # for what takes a second on a machine that others use too
+_NODE = "node@24"
+_CODE_SERVER = "code-server@4.139.1"
+_PLAYWRIGHT = "playwright-core@1.65.1"
+_NATIVE = [f"@vscode/{name}" for name in ("spdlog", "native-watchdog", "sqlite3", "deviceid")]
+_QUIET = {  # without these a chat panel takes the keyboard, and pages of news come up
+    "workbench.startupEditor": "none",
+    "workbench.secondarySideBar.defaultVisibility": "hidden",
+    "chat.disableAIFeatures": True,
+    "extensions.autoUpdate": False,
+    "extensions.autoCheckUpdates": False,
+    "telemetry.telemetryLevel": "off",
+    "security.workspace.trust.startupPrompt": "never",
+    "workbench.tips.enabled": False,
+    "editor.minimap.enabled": False,
+    "files.autoSave": "off",
+    "git.enabled": False,
+    "terminal.integrated.gpuAcceleration": "off",  # so that its text can be read
+}
+LIGHT, DARK, CONTRAST = "Default Light Modern", "Default Dark Modern", "Default High Contrast"
+
+
+class UnavailableError(Exception):
+    """An editor or a tool that cannot be had here, and why."""
+
+
+def run(*command: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None, timeout: float = 900) -> str:
+    """What a command prints; ``UnavailableError`` with its last line where it fails or is not there."""
+    name = Path(command[0]).name
+    try:
+        done = subprocess.run(
+            [str(part) for part in command],
+            cwd=cwd,
+            env={**os.environ, **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        message = f"{name} cannot be run: {error}"
+        raise UnavailableError(message) from error
+    if done.returncode:
+        last = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["no message"]
+        message = f"{name} {command[1] if command[1:] else ''} failed: {last[0]}"
+        raise UnavailableError(message)
+    return done.stdout
+
+
+@dataclass(frozen=True)
+class VSCode:
+    """Programs that are ready to run."""
+
+    node: Path
+    code_server: Path
+    playwright: Path
+    chromium: Path
+
+
+def find_vscode() -> VSCode:
+    """All that the workbench needs, fetched where it is not yet in the cache. Raises ``UnavailableError``."""
+    if shutil.which("npm") is None:
+        message = "npm is not installed"
+        raise UnavailableError(message)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with FileLock(CACHE / "lock"):
+        node = _install("node24", _NODE) / "node" / "bin" / "node"
+        env = {"PATH": f"{node.parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+        code_server = _install("server", _CODE_SERVER, env=env, finish=_finish_code_server) / "code-server"
+        playwright = _install("driver", _PLAYWRIGHT, env=env) / "playwright-core"
+        chromium = _find_chromium()
+    return VSCode(node, code_server / "out" / "node" / "entry.js", playwright, chromium)
+
+
+def _install(
+    name: str,
+    package: str,
+    *,
+    env: dict[str, str] | None = None,
+    finish: Callable[[Path, dict[str, str]], None] | None = None,
+) -> Path:
+    """A package in a folder of its own; the folder's ``node_modules``."""
+    folder = CACHE / name
+    modules = folder / "node_modules"
+    done = folder / "done"
+    if not done.exists() or done.read_text(encoding="utf-8") != package:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        (folder / "package.json").write_text('{"private": true}', encoding="utf-8")
+        run("npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", package, cwd=folder, env=env)
+        if finish is not None:
+            finish(modules, env or {})
+        done.write_text(package, encoding="utf-8")
+    return modules
+
+
+def _finish_code_server(modules: Path, env: dict[str, str]) -> None:
+    """Its VS Code has packages of its own, some of which are compiled."""
+    if shutil.which("g++") is None or shutil.which("make") is None:
+        message = "g++ and make are needed to set up code-server"
+        raise UnavailableError(message)
+    vscode = modules / "code-server" / "lib" / "vscode"
+    run("npm", "install", "--omit=dev", "--ignore-scripts", "--no-audit", "--no-fund", cwd=vscode, env=env)
+    run("npm", "rebuild", *_NATIVE, cwd=vscode, env=env)
+
+
+def _find_chromium() -> Path:
+    names = ("chromium", "chromium-browser", "google-chrome")
+    if (found := next(filter(None, map(shutil.which, names)), None)) is not None:
+        return Path(found)
+    if sys.platform != "linux" or os.geteuid() != 0 or shutil.which("apt-get") is None:
+        message = "Chromium is not installed"
+        raise UnavailableError(message)
+    run("apt-get", "install", "-y", "--no-install-recommends", "chromium")
+    return Path("/usr/bin/chromium")
+
+
+def prepare() -> None:
+    """The extension's own packages. Raises ``UnavailableError``."""
+    lock = EXTENSION / "package-lock.json"
+    stamp = EXTENSION / "node_modules" / ".stamp"
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with FileLock(CACHE / "lock"):
+        if not stamp.exists() or stamp.read_bytes() != lock.read_bytes():
+            run("npm", "ci", "--no-audit", "--no-fund", cwd=EXTENSION)
+            stamp.write_bytes(lock.read_bytes())
+
+
+def package(folder: Path) -> Path:
+    """The extension as one file, made anew. Raises ``UnavailableError``."""
+    prepare()
+    vsix = folder / "fimserver.vsix"
+    try:
+        run("npx", "--no-install", "vsce", "package", "-o", vsix, cwd=EXTENSION)
+    except UnavailableError as error:  # all that it needs is here
+        raise AssertionError(str(error)) from error
+    return vsix
+
+
+def names_in(vsix: Path) -> list[str]:
+    """Files of a packaged extension."""
+    with zipfile.ZipFile(vsix) as archive:
+        return archive.namelist()
+
+
+def wait_until(is_so: Callable[[], Any], what: str, timeout: float = SLOW_S) -> Any:
+    """The first true value of ``is_so``, looked at again and again; fails with ``what``."""
+    end = time.monotonic() + timeout
+    while not (value := is_so()):
+        if time.monotonic() > end:
+            message = f"not within {timeout:.0f} s: {what}"
+            raise AssertionError(message)
+        time.sleep(0.05)
+    return value
+
+
+class Browser:
+    """A headless Chromium behind ``driver.mjs``."""
+
+    def __init__(self, vscode: VSCode) -> None:
+        command = [vscode.node, EXTENSION / "test" / "driver.mjs", vscode.playwright, vscode.chromium]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._ids = itertools.count(1)
+
+    def do(self, action: str, **parameters: Any) -> Any:
+        """Have one thing done; raises ``AssertionError`` with what the browser says."""
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        stdin.write(json.dumps({"id": next(self._ids), "do": action, **parameters}) + "\n")
+        stdin.flush()
+        line = stdout.readline()
+        assert line, "the browser has ended"
+        answer = json.loads(line)
+        if "error" in answer:
+            message = f"{action}: {answer['error']}"
+            raise AssertionError(message)
+        return answer["value"]
+
+    def close(self) -> None:
+        """End it."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+
+
+_GHOST = """(() => {
+  const parts = [...document.querySelectorAll('.monaco-editor')].flatMap(editor =>
+    [...editor.querySelectorAll('.view-lines [class*="ghost-text"], .view-zones [class*="ghost-text"], ' +
+      '.suggest-preview-text')]);
+  return parts.map(part => part.textContent).join('\\n').replace(/\\u00a0/g, ' ').replace(/\\u200b/g, '');
+})()"""
+_LINES = """(() => {
+  const lines = [...document.querySelectorAll('.editor-instance .monaco-editor .view-lines .view-line')];
+  lines.sort((one, other) => parseFloat(one.style.top) - parseFloat(other.style.top));
+  return lines.map(line => line.textContent.replace(/\\u00a0/g, ' ').replace(/\\u200b/g, ''));
+})()"""
+_IS_STILL = """document.getAnimations().every(animation =>
+  animation.playState !== 'running' || animation.effect?.getComputedTiming().endTime === Infinity)"""
+_TEXTS = "[...document.querySelectorAll({selector})].map(node => node.textContent.replace(/\\u00a0/g, ' '))"
+_PICK = ".quick-input-widget:not([style*='display: none'])"
+_CHOSEN = _PICK + " .quick-input-list .monaco-list-row.focused"
+_STATUS = ".statusbar-item[id*='fimserver.status']"
+
+
+class Window:
+    """One page with a workbench."""
+
+    def __init__(self, browser: Browser, url: str, width: int = 1000, height: int = 640) -> None:
+        self._browser = browser
+        self._page = browser.do("open", url=url, width=width, height=height)
+        wait_until(lambda: self.has(".monaco-workbench .statusbar"), "the workbench is there", 90)
+
+    def evaluate(self, code: str) -> Any:
+        """The value of a JavaScript expression in the page."""
+        return self._browser.do("evaluate", page=self._page, code=code)
+
+    def press(self, *keys: str) -> None:
+        """Press keys, by their names: Tab, Control+s."""
+        for key in keys:
+            self._browser.do("press", page=self._page, key=key)
+
+    def type(self, text: str, delay_ms: int = 0) -> None:
+        """Type a text."""
+        self._browser.do("type", page=self._page, text=text, delay=delay_ms)
+
+    def click(self, selector: str, count: int = 1) -> None:
+        """Click on the first of what a selector finds."""
+        self._browser.do("click", page=self._page, selector=selector, count=count)
+
+    def hover(self, selector: str) -> None:
+        """Put the mouse there."""
+        self._browser.do("hover", page=self._page, selector=selector)
+
+    def has(self, selector: str) -> bool:
+        """Whether anything fits the selector."""
+        return bool(self.evaluate(f"document.querySelector({json.dumps(selector)}) !== null"))
+
+    def texts(self, selector: str) -> list[str]:
+        """Texts of all that a selector finds."""
+        found: list[str] = self.evaluate(_TEXTS.replace("{selector}", json.dumps(selector)))
+        return found
+
+    def screenshot(self, path: Path, clip: dict[str, int] | None = None) -> None:
+        """A picture of the page, or of a part of it."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        wait_until(lambda: self.evaluate(_IS_STILL), "nothing fades in or out")
+        self._browser.do("screenshot", page=self._page, path=str(path), clip=clip)
+
+    def ghost(self) -> str:
+        """The ghost text on the screen; empty without one."""
+        return str(self.evaluate(_GHOST))
+
+    def lines(self) -> list[str]:
+        """Lines of the editor that has them on the screen, ghost text and all."""
+        found: list[str] = self.evaluate(_LINES)
+        return found
+
+    def wait_for_ghost(self, timeout: float = SLOW_S) -> str:
+        """The ghost text, once there is one."""
+        try:
+            return str(wait_until(self.ghost, "ghost text", timeout))
+        except AssertionError:
+            message = f"no ghost text within {timeout:.0f} s; status {self.status()!r}; lines {self.lines()}"
+            raise AssertionError(message) from None
+
+    def type_until_ghost(self, key: str) -> str:
+        """Type a character, and again where nothing came: what others use of the machine can make an answer late."""
+        for _ in range(3):
+            self.type(key)
+            with suppress(AssertionError):
+                return self.wait_for_ghost(6)
+            self.press("Backspace")
+        self.type(key)
+        return self.wait_for_ghost()
+
+    def open(self, file: Path, *, focus: bool = True) -> None:
+        """Open a file by its path; the cursor is in it then."""
+        self.press("Escape", "Control+p")
+        wait_until(lambda: self.has(_PICK + " input"), "quick open is there")
+        self.type(str(file))
+        wait_until(lambda: any(file.name in text for text in self.texts(_CHOSEN)), f"{file} is found")
+        self.press("Enter")
+        tab = f".tabs-container .tab.active[data-resource-name='{file.name}']"
+        wait_until(lambda: self.has(tab), f"{file.name} is open")
+        if focus:
+            line = ".editor-container .monaco-editor.focused .view-line"
+            wait_until(lambda: self.has(line), f"{file.name} has the focus")
+
+    def go(self, line: int, column: int | None = None) -> None:
+        """Put the cursor into a line counted from 1, at its end or a column."""
+        self.press("Escape", "Control+g")
+        wait_until(lambda: self.has(_PICK + " input"), "go to line is there")
+        self.type(str(line) if column is None else f"{line}:{column}")
+        self.press("Enter")
+        wait_until(lambda: self.has(".editor-container .monaco-editor.focused"), "the editor has the focus")
+        wait_until(lambda: any(f"Ln {line}," in text for text in self.texts(".statusbar-item")), f"line {line}")
+        if column is None:
+            self.press("End")
+
+    def command(self, title: str) -> None:
+        """Run a command of the palette."""
+        self.press("F1")
+        wait_until(lambda: self.has(_PICK + " input"), "the palette is there")
+        self.type(title)
+        wait_until(lambda: any(title.lower() in text.lower() for text in self.texts(_CHOSEN)), f"{title} is found")
+        self.press("Enter")
+
+    def save(self, file: Path) -> bytes:
+        """Save what is edited, and what is then on the disk."""
+        self.press("Control+s")
+        wait_until(lambda: not self.has(".tabs-container .tab.active.dirty"), "the file is saved")
+        return file.read_bytes()
+
+    def status(self) -> str:
+        """What the status item says to a screen reader: name, state, model and device."""
+        code = f"document.querySelector({json.dumps(_STATUS + ' a')})?.getAttribute('aria-label') ?? ''"
+        return str(self.evaluate(code))
+
+    def wait_for_status(self, *words: str, timeout: float = SLOW_S) -> str:
+        """The status item, once it says one of these."""
+        found = wait_until(
+            lambda: text if any(word in (text := self.status()) for word in words) else "",
+            f"the status says {words}, not {self.status()!r}",
+            timeout,
+        )
+        return str(found)
+
+    def menu(self) -> list[str]:
+        """Open the menu behind the status item; what it offers."""
+        self.click(_STATUS + " a")
+        title = _PICK + " .quick-input-title"
+        wait_until(lambda: any("fimserver" in text for text in self.texts(title)), "the menu is there")
+        rows = json.dumps(".quick-input-list .monaco-list-row")
+        found: list[str] = self.evaluate(f"[...document.querySelectorAll({rows})].map(row => row.ariaLabel)")
+        return found
+
+    def choose(self, label: str) -> None:
+        """Choose from an open menu."""
+        self.type(label)
+        wait_until(lambda: any(label in text for text in self.texts(_CHOSEN)), f"{label} is found")
+        self.press("Enter")
+
+    def notifications(self) -> list[str]:
+        """Messages that are on the screen."""
+        return self.texts(".notification-toast .notification-list-item-message")
+
+    def dismiss(self) -> None:
+        """Take all messages off the screen."""
+        self.press("Escape")
+        self.command("Notifications: Clear All Notifications")
+        wait_until(lambda: not self.notifications(), "no message is on the screen")
+
+    def rows(self) -> list[str]:
+        """What a list to choose from offers."""
+        return self.texts(_PICK + " .quick-input-list .monaco-list-row")
+
+    def background(self) -> str:
+        """The editor's colour behind the code."""
+        return str(self.evaluate("getComputedStyle(document.querySelector('.monaco-workbench')).backgroundColor"))
+
+    def close_editors(self) -> None:
+        """Save what is open and close it."""
+        self.press("Escape")
+        self.command("File: Save All")
+        wait_until(lambda: not self.has(".tab.dirty"), "all is saved")
+        self.command("View: Close All Editors")
+        wait_until(lambda: not self.has(".tabs-container .tab"), "all is closed")
+
+    def close(self) -> None:
+        """Close the page."""
+        self._browser.do("close", page=self._page)
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+class Workbench:
+    """One code-server with the extension; ``close`` ends it and all of its windows."""
+
+    def __init__(
+        self,
+        vscode: VSCode,
+        vsix: Path,
+        folder: Path,
+        *,
+        env: dict[str, str],
+        settings: dict[str, Any] | None = None,
+        trusted: bool = True,
+    ) -> None:
+        """``folder`` is opened; ``settings`` are the person's, over quiet ones."""
+        self.folder = folder
+        self.data = Path(tempfile.mkdtemp(prefix="code-"))
+        self._settings = {**_QUIET, "fimserver.serverPath": str(FIMSERVER), **(settings or {})}
+        self._write_settings()
+        places: list[str | Path] = ["--user-data-dir", self.data, "--extensions-dir", self.data / "extensions"]
+        self._command: list[str | Path] = [vscode.node, vscode.code_server, *places]
+        # Started as if from a command line, its extensions get the environment as it is here, not a login shell's.
+        variables = {**os.environ, **env, "VSCODE_CLI": "1", "XDG_CONFIG_HOME": str(self.data / "config")}
+        for name in ("VSCODE_IPC_HOOK_CLI", "PASSWORD"):
+            variables.pop(name, None)
+        run(*self._command, "--install-extension", vsix, env=variables)
+        port = _free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        options = [
+            "--auth",
+            "none",
+            "--bind-addr",
+            f"127.0.0.1:{port}",
+            "--disable-telemetry",
+            "--disable-update-check",
+        ]
+        trust = ["--disable-workspace-trust"] if trusted else []
+        with (self.data / "server.log").open("wb") as log:
+            self._process = subprocess.Popen(
+                [*self._command, *options, *trust], env=variables, stdout=log, stderr=log, start_new_session=True
+            )
+        self._browser: Browser | None = None
+        try:
+            wait_until(self._answers, "code-server answers", 90)
+            self._browser = Browser(vscode)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def pid(self) -> int:
+        """Its process, which all others are below."""
+        return self._process.pid
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/healthz", timeout=5) as answer:  # noqa: S310  our own
+                return bool(answer.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def window(self, width: int = 1000, height: int = 640) -> Window:
+        """Another window on the folder."""
+        assert self._browser is not None
+        return Window(self._browser, f"{self.url}/?folder={self.folder}", width, height)
+
+    def set(self, **settings: Any) -> None:
+        """Change the person's settings, in their file; names without ``fimserver.``, ``None`` takes one out."""
+        for name, value in settings.items():
+            self.set_any(f"fimserver.{name}", value)
+
+    def set_any(self, name: str, value: Any) -> None:
+        """Change one of the person's settings by its whole name."""
+        self._settings[name] = value
+        if value is None:
+            del self._settings[name]
+        self._write_settings()
+
+    def _write_settings(self) -> None:
+        for name in ("User", "Machine"):  # what belongs to a machine is read from the second alone
+            file = self.data / name / "settings.json"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(self._settings, indent=2), encoding="utf-8")
+
+    def settings(self) -> dict[str, Any]:
+        """The person's settings as the file has them now."""
+        found: dict[str, Any] = json.loads((self.data / "User" / "settings.json").read_text(encoding="utf-8"))
+        return found
+
+    def logs(self) -> str:
+        """The extension's own log, of all windows."""
+        return "".join(file.read_text(encoding="utf-8") for file in sorted(self.data.rglob("*fimserver*.log")))
+
+    def host_errors(self) -> list[str]:
+        """Lines of the extension hosts' logs that blame this extension."""
+        logs = (file.read_text(encoding="utf-8") for file in self.data.rglob("remoteexthost.log"))
+        lines = (line for log in logs for line in log.splitlines())
+        return [line for line in lines if "[error]" in line and "fimserver" in line]
+
+    def close(self) -> None:
+        """End it."""
+        if self._browser is not None:
+            self._browser.close()
+        try:
+            os.killpg(self._process.pid, 15)
+            self._process.wait(20)
+        except ProcessLookupError:
+            self._process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, 9)
+            self._process.wait()
+        shutil.rmtree(self.data, ignore_errors=True)
+
+
+class Stub:
+    """A language server that completes by rules, as a program that is started as ``fimserver`` is."""
+
+    def __init__(self, folder: Path, *rules: dict[str, Any]) -> None:
+        """``rules`` as in ``stub_server.py``; "after", "texts" and what else they have."""
+        self.journal = folder / "journal"
+        self.journal.touch()
+        (folder / "rules.json").write_text(json.dumps(rules), encoding="utf-8")
+        self.program = folder / "stub"
+        command = shlex.join(map(str, (sys.executable, STUB_SERVER, folder / "rules.json", self.journal)))
+        self.program.write_text(f"#!/bin/sh\nexec {command}\n", encoding="utf-8")
+        self.program.chmod(0o755)
+
+    def received(self, method: str) -> list[Any]:
+        """The parameters of each message of a kind."""
+        messages = map(json.loads, self.journal.read_text(encoding="utf-8").split("\n")[:-1])
+        return [message["params"] for message in messages if message["method"] == method]
+
+
+def call_fimserver(env: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the server's own program in an environment."""
+    command = [str(FIMSERVER), *arguments]
+    return subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=60, check=False)
+
+
+@contextmanager
+def fimserver_home() -> Iterator[dict[str, str]]:
+    """An environment with a daemon of its own, which ends with it."""
+    home = tempfile.mkdtemp(prefix="fim-")  # short: a socket's path may have some 100 characters only
+    env = {"FIMSERVER_HOME": home}
+    try:
+        yield env
+    finally:
+        call_fimserver(env, "daemon", "stop", "--force")
+        shutil.rmtree(home, ignore_errors=True)
+
+
+_LINES_TO_TYPE = [
+    "self.items.app",
+    "for item in self.it",
+    "return self.nam",
+    "if item.price > quan",
+    "total += item.pri",
+    "self.quantity = quan",
+    "class Item",
+    "print(self.ite",
+]
+_WATCH = """(() => {
+  const ghost = () => %s;
+  window.fimWatch = { began: 0, took: null };
+  const look = () => {
+    const watch = window.fimWatch;
+    if (watch.began && watch.took === null && ghost()) watch.took = performance.now() - watch.began;
+  };
+  new MutationObserver(() => requestAnimationFrame(look))
+    .observe(document.body, { subtree: true, childList: true, characterData: true });
+  document.addEventListener('keydown', () => { window.fimWatch = { began: performance.now(), took: null }; }, true);
+})()"""
+
+
+def measure(window: Window, file: Path, num_pauses: int) -> list[float]:
+    """Milliseconds from the last key of a line to the frame that has ghost text, where some came."""
+    taken: list[float] = []
+    window.open(file)
+    window.evaluate(_WATCH % _GHOST)
+    for i in range(num_pauses):
+        text = _LINES_TO_TYPE[i % len(_LINES_TO_TYPE)]
+        window.go(19)
+        window.press("End", "Enter")
+        window.type(text[:-1])
+        time.sleep(0.7)  # what comes for the text before the last key is not what is measured
+        window.press("Escape")
+        window.type(text[-1])
+        with suppress(AssertionError):
+            taken.append(float(wait_until(lambda: window.evaluate("window.fimWatch.took"), "ghost text", 3)))
+        window.press("Escape", "Control+Shift+K")
+    return sorted(taken)
+
+
+def report_latency(num_pauses: int = 40) -> None:
+    """Print key to ghost text, for the shipped model and for a stub."""
+    vscode = find_vscode()
+    with fimserver_home() as env, tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        file = folder / "inventory.py"
+        shutil.copy(SAMPLE, file)
+        stub = Stub(folder, {"after": "", "texts": ["stub_value"]})
+        workbench = Workbench(vscode, package(folder), folder, env=env)
+        try:
+            window = workbench.window()
+            for name, program in (("tiny", FIMSERVER), ("stub", stub.program)):
+                workbench.set(serverPath=str(program))
+                window.wait_for_status("tiny" if name == "tiny" else "Ready", timeout=120)
+                if name == "stub":
+                    wait_until(lambda: stub.received("initialized"), "the stub has started")
+                taken = measure(window, file, num_pauses)
+                p50, p95 = taken[len(taken) // 2], taken[int(len(taken) * 0.95)]
+                print(f"VS Code, {name}: {len(taken)} of {num_pauses} shown, p50 {p50:.0f} ms, p95 {p95:.0f} ms")
+        finally:
+            workbench.close()
+
+
+def open_workbench(folder: Path) -> None:
+    """Serve a workbench until a key is pressed."""
+    with tempfile.TemporaryDirectory() as place:
+        workbench = Workbench(find_vscode(), package(Path(place)), folder.resolve(), env={})
+        try:
+            input(f"{workbench.url}/?folder={folder.resolve()} (Enter ends it) ")
+        finally:
+            workbench.close()
+
+
+def main() -> None:
+    """Run a sub-command."""
+    match sys.argv[1:]:
+        case ["latency"]:
+            report_latency()
+        case ["open", folder]:
+            open_workbench(Path(folder))
+        case _:
+            print(__doc__)
+
+
+if __name__ == "__main__":
+    main()
