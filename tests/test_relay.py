@@ -211,6 +211,34 @@ def test_the_next_daemon_is_told_all(editor: Editor) -> None:
     assert len([m for m in editor.heard if "result" in m]) == 1  # the editor asked once
 
 
+@pytest.mark.parametrize(
+    ("method", "params", "low", "high"),
+    [
+        ("fimserver/snooze", {"minutes": 30}, 29, 30),
+        ("fimserver/snooze", {}, 4, 5),
+        ("workspace/executeCommand", {"command": "fimserver.snooze", "arguments": [10]}, 9, 10),
+        ("workspace/executeCommand", {"command": "fimserver.snooze"}, 4, 5),
+    ],
+)
+def test_the_next_daemon_keeps_still_too(
+    editor: Editor, method: str, params: dict[str, Any], low: float, high: float
+) -> None:
+    editor.say(method, params, number=7)
+    until(lambda: editor.daemon.methods[-1] == method)
+    editor.daemon.say(id=7, result=None)
+    until(lambda: bool(editor.answers(7)))
+    again = editor.lose_daemon()
+    (snooze,) = (m for m in again.received if m["method"] == "fimserver/snooze")
+    assert low < snooze["params"]["minutes"] <= high
+    again.say(id=snooze["id"], result={"minutes": 1})
+    editor.say("fimserver/snooze", {"minutes": 0}, number=8)
+    until(lambda: again.methods[-1] == "fimserver/snooze" and again.received[-1]["id"] == 8)
+    again.say(id=8, result={"minutes": 0})
+    until(lambda: bool(editor.answers(8)))
+    assert "fimserver/snooze" not in editor.lose_daemon().methods
+    assert not [m for m in editor.heard if str(m.get("id")).startswith("fimserver-relay")]
+
+
 def test_a_closed_document_is_not_replayed(editor: Editor) -> None:
     editor.say("textDocument/didClose", {"textDocument": {"uri": URI}})
     until(lambda: editor.daemon.methods[-1] == "textDocument/didClose")

@@ -43,6 +43,8 @@ _WAKING = (
     *("notebookDocument/didOpen", "notebookDocument/didChange"),
 )
 _OWN_ID = "fimserver-relay-initialize"
+_OWN_SNOOZE_ID = "fimserver-relay-snooze"
+_SNOOZE_MINUTES = 5.0  # the server's own, unless told
 _STATUS = "didChangeStatus"
 _NEAR_END = 4096  # bytes
 _TEXT = rb'("(?:[^"\\]|\\.)*")'
@@ -117,6 +119,7 @@ class Relay:
         self._notebooks: dict[str, dict[str, Any]] = {}  # as they are opened, with the cells they have now
         self._pending: dict[int | str, Pending] = {}
         self._replayed: list[tuple[str, bytes]] = []
+        self._snoozed_until = 0.0  # of time.monotonic
         self._asked: set[int | str] = set()  # requests of this daemon's to the editor
         self._progress: set[int | str] = set()
 
@@ -172,6 +175,7 @@ class Relay:
                 return True
             return False
         params = message.get("params")
+        self._note_snooze(str(method), params)
         if message_id is not None:
             self._pending[message_id] = Pending(body, str(method), _uri_of(params))
         if method == "initialize" and isinstance(params, dict) and message_id is not None:
@@ -187,6 +191,21 @@ class Relay:
         elif str(method).partition("/")[0] in {"textDocument", "notebookDocument"}:
             self._note_text(str(method), params)
         return True
+
+    def _note_snooze(self, method: str, params: Any) -> None:
+        """The next daemon keeps still as long as this one would have."""
+        minutes = None
+        if method == "fimserver/snooze" and isinstance(params, dict):
+            minutes = params.get("minutes")
+        elif method == "workspace/executeCommand" and isinstance(params, dict):
+            if params.get("command") != "fimserver.snooze":
+                return
+            given = params.get("arguments")
+            minutes = given[0] if isinstance(given, list) and given else None
+        else:
+            return
+        good = isinstance(minutes, int | float) and not isinstance(minutes, bool)
+        self._snoozed_until = time.monotonic() + 60 * (float(minutes) if good else _SNOOZE_MINUTES)  # type: ignore[arg-type]
 
     def _note_text(self, method: str, params: Any) -> None:
         """Note an edit; of a document whose edit cannot be read, no later daemon is told a text that it has not."""
@@ -399,6 +418,9 @@ class Relay:
                 bodies.append(self._pending[self._initialize["id"]].body)
             bodies += [self._initialized] if self._initialized is not None else []
             bodies += [body for _, body in self._replayed]
+            if (remaining_s := self._snoozed_until - time.monotonic()) > 0:
+                snooze = {"id": _OWN_SNOOZE_ID, "method": "fimserver/snooze", "params": {"minutes": remaining_s / 60}}
+                bodies.append(json.dumps({"jsonrpc": "2.0", **snooze}).encode())
             cells = {cell["document"] for notebook in self._notebooks.values() for cell in notebook["cells"]}
             bodies += [_did_open(uri, opened) for uri, opened in self._documents.items() if uri not in cells]
             bodies += [self._did_open_notebook(notebook) for notebook in self._notebooks.values()]

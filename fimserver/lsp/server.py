@@ -132,7 +132,7 @@ class FimLanguageServer(LanguageServer):
         self._serves = True
         self.engine.listen(self._on_engine_state)
         if self.engine.state is EngineState.STOPPED:
-            if self._decides:
+            if self._decides or not self.engine.is_unloaded:  # who is there first, where who decides is not ready yet
                 self.engine.options = self._wanted = self._engine_options()
             self.engine.start()
         else:
@@ -178,7 +178,7 @@ class FimLanguageServer(LanguageServer):
             self._refuse_or_ask(model)
         before, self._wanted = self._wanted, self._engine_options()
         if not self._decides:
-            for difference in self._differences():
+            for difference in self._differences() if self.session.is_trusted else ():
                 self._warn_once(difference)
         elif self._adopts:
             self._adopts = False
@@ -519,7 +519,9 @@ class FimLanguageServer(LanguageServer):
         }
 
     def _describe_engine(self) -> dict[str, Any]:
-        return {"state": self.engine.state, "detail": self.engine.detail, "pid": self.engine.pid}
+        info = self.engine.info
+        named = {"model": info.name if info else None, "device": info.device if info else None}
+        return {"state": self.engine.state, "detail": self.engine.detail, "pid": self.engine.pid, **named}
 
     def status(self) -> dict[str, Any]:
         """What a status bar shows."""
