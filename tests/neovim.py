@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import debian
 from filelock import FileLock
 
 ROOT = Path(__file__).parent.parent
@@ -78,8 +79,7 @@ def find_neovim(version: str) -> Neovim:
     if sys.platform != "linux":
         message = "the test's Neovims are Linux programs"
         raise UnavailableError(message)
-    if shutil.which("tmux") is None:
-        message = "tmux is not installed (apt-get install tmux)"
+    if shutil.which("tmux") is None and (message := debian.install("tmux")):
         raise UnavailableError(message)
     CACHE.mkdir(parents=True, exist_ok=True)
     with FileLock(CACHE / "lock"):

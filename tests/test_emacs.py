@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import debian
 import pytest
 from filelock import FileLock
 
@@ -71,12 +72,9 @@ def find_emacs() -> str:
             any(Path("/usr/share/emacs/site-lisp/elpa").glob(f"{name}-*")) for name in ("lsp-mode", "eglot")
         )
         if not there:
-            if shutil.which("apt-get") is None or os.getuid() != 0:
-                pytest.skip("Emacs with lsp-mode and eglot is not here, and cannot be installed without root")
-            for command in (["update"], ["install", "-y", "--no-install-recommends", *PACKAGES]):
-                done = subprocess.run(["apt-get", "-q", *command], capture_output=True, text=True, check=False)
-                if done.returncode and command[0] == "install":
-                    pytest.skip(f"Debian's packages {', '.join(PACKAGES)} cannot be had: {done.stderr[-200:]}")
+            why = debian.install(*PACKAGES)
+            if why:
+                pytest.skip(why)
     return str(shutil.which("emacs"))
 
 

@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import debian
 from filelock import FileLock
 
 ROOT = Path(__file__).parent.parent
@@ -137,8 +138,8 @@ def _install(
 
 def _finish_code_server(modules: Path, env: dict[str, str]) -> None:
     """Its VS Code has packages of its own, some of which are compiled."""
-    if shutil.which("g++") is None or shutil.which("make") is None:
-        message = "g++ and make are needed to set up code-server"
+    lacks = shutil.which("g++") is None or shutil.which("make") is None
+    if lacks and (message := debian.install("g++", "make", "python3")):
         raise UnavailableError(message)
     vscode = modules / "code-server" / "lib" / "vscode"
     run("npm", "install", "--omit=dev", "--ignore-scripts", "--no-audit", "--no-fund", cwd=vscode, env=env)
@@ -149,10 +150,8 @@ def _find_chromium() -> Path:
     names = ("chromium", "chromium-browser", "google-chrome")
     if (found := next(filter(None, map(shutil.which, names)), None)) is not None:
         return Path(found)
-    if sys.platform != "linux" or os.geteuid() != 0 or shutil.which("apt-get") is None:
-        message = "Chromium is not installed"
+    if message := debian.install("chromium"):
         raise UnavailableError(message)
-    run("apt-get", "install", "-y", "--no-install-recommends", "chromium")
     return Path("/usr/bin/chromium")
 
 
