@@ -15,6 +15,7 @@ be had, ``UnavailableError`` says what.
 import itertools
 import json
 import os
+import platform
 import shlex
 import shutil
 import socket
@@ -41,7 +42,7 @@ STUB_SERVER = ROOT / "editors" / "neovim" / "tests" / "stub_server.py"
 SAMPLE = ROOT / "fimserver" / "samples" / "inventory.py"
 CACHE = Path(os.environ.get("FIMSERVER_EDITORS", Path.home() / ".cache" / "fimserver" / "editors")) / "vscode"
 SLOW_S = 30.0  # for what takes a second on a machine that others use too
-_NODE = "node@24"
+_NODE = "24"
 _CODE_SERVER = "code-server@4.139.1"
 _PLAYWRIGHT = "playwright-core@1.65.1"
 _NATIVE = [f"@vscode/{name}" for name in ("spdlog", "native-watchdog", "sqlite3", "deviceid")]
@@ -106,7 +107,9 @@ def find_vscode() -> VSCode:
         raise UnavailableError(message)
     CACHE.mkdir(parents=True, exist_ok=True)
     with FileLock(CACHE / "lock"):
-        node = _install("node24", _NODE) / "node" / "bin" / "node"
+        machine = {"x86_64": "x64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
+        package = f"node-{sys.platform}-{machine}"  # what the package "node" would fetch by a script
+        node = _install("node24", f"{package}@{_NODE}") / package / "bin" / "node"
         env = {"PATH": f"{node.parent}{os.pathsep}{os.environ.get('PATH', '')}"}
         code_server = _install("server", _CODE_SERVER, env=env, finish=_finish_code_server) / "code-server"
         playwright = _install("driver", _PLAYWRIGHT, env=env) / "playwright-core"
