@@ -325,9 +325,10 @@ def test_comments_and_docstrings_are_off_strings_on(ready: LspClient) -> None:
 
 
 def test_bad_model_is_explained_and_mended_by_a_setting(fresh: LspClient) -> None:
+    fresh.replies["window/showMessageRequest"] = {"title": "Load it everywhere"}  # which a person is asked first
     fresh.initialize(options={"model": "/no/such/model"})
-    error = fresh.wait_for_notification("window/showMessage")
-    assert "/no/such/model" in error["message"]
+    error = fresh.wait_for_notification("window/showMessage", lambda params: "/no/such/model" in params["message"])
+    assert "folder" in error["message"]
     fresh.open(URI, TEXT)
     assert fresh.complete(URI, LINE, COLUMN) == []
     assert fresh.explain()["last"]["reason"] == "engine"
