@@ -613,10 +613,14 @@ def test_an_ended_request_does_not_wait_for_the_engine(fresh: LspClient) -> None
     assert fresh.wait(loading, 5)["result"] == {"items": []}
     assert fresh.answers[loading]["at"] - begin < 1
     fresh.wait_until_ready()
-    subprocess.run(["kill", "-STOP", str(fresh.explain()["engine"]["pid"])], check=True)
-    stuck = fresh.send_completion(URI, LINE, COLUMN)
-    fresh.change(URI, 3, {"text": TEXT})
-    assert fresh.wait(stuck, 5)["result"] == {"items": []}
+    pid = str(fresh.explain()["engine"]["pid"])
+    subprocess.run(["kill", "-STOP", pid], check=True)
+    try:
+        stuck = fresh.send_completion(URI, LINE, COLUMN)
+        fresh.change(URI, 3, {"text": TEXT})
+        assert fresh.wait(stuck, 5)["result"] == {"items": []}
+    finally:
+        subprocess.run(["kill", "-KILL", pid], check=True)  # a stopped one does not see that its server is gone
 
 
 def test_settings_that_change_under_a_request_count(fresh: LspClient) -> None:
