@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from fimserver.engine.folder import read_json
+from fimserver.engine.known import KNOWN_MODELS, SHIPPED_MODELS, shipped_names
 from fimserver.errors import WeightsError
 from fimserver.paths import data_folder
 
@@ -34,7 +35,6 @@ Report = Callable[[str, int, int], None]  # what is fetched, bytes done, all byt
 _NAME = re.compile(r"^[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*$", re.ASCII)
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
 _MAIN = "main"
-_MODELS = Path(__file__).parent / "models"
 _WEIGHTS_END = ".safetensors"
 _NEEDED = ("config.json", "tokenizer.json")
 _INDEX = "model.safetensors.index.json"
@@ -145,6 +145,13 @@ def is_hub_name(text: str) -> bool:
     return bool(_NAME.match(text)) and "--" not in text and ".." not in text
 
 
+def find_recorded(text: str) -> AddedModel | None:
+    """What was added as ``owner/name[@revision]``; ``None`` of what was not. Raises ``WeightsError``."""
+    name, _, revision = text.partition("@")
+    added = read_record().get(name)
+    return added if added is not None and revision in {"", added.revision, added.commit} else None
+
+
 def find_added(text: str) -> Path | None:
     """Folder of ``owner/name[@revision]`` by the record, else by the Hugging Face cache; ``None`` where neither has it.
 
@@ -153,8 +160,8 @@ def find_added(text: str) -> Path | None:
     name, _, revision = text.partition("@")
     if not is_hub_name(name):
         return None
-    added = read_record().get(name)
-    if added and revision in {"", added.revision, added.commit} and (Path(added.folder) / "config.json").is_file():
+    added = find_recorded(text)
+    if added is not None and (Path(added.folder) / "config.json").is_file():
         return Path(added.folder)
     return _find_cached(name, revision or _MAIN)
 
@@ -421,8 +428,8 @@ def _first_line(error: BaseException) -> str:
 def list_models() -> list[ListedModel]:
     """Shipped, then added, then known ones that were not added."""
     shipped = [
-        ListedModel(path.parent.name, "shipped", _folder_bytes(path.parent), str(path.parent))
-        for path in sorted(_MODELS.glob("*/fimserver.json"))
+        ListedModel(name, "shipped", _folder_bytes(SHIPPED_MODELS / name), str(SHIPPED_MODELS / name))
+        for name in shipped_names()
     ]
     record = read_record()
     added = [
@@ -431,7 +438,7 @@ def list_models() -> list[ListedModel]:
     ]
     known = [
         ListedModel(fact["name"], "known", fact["file_bytes"], None)
-        for path in sorted((_MODELS / "known").glob("*/facts.json"))
+        for path in sorted(KNOWN_MODELS.glob("*/facts.json"))
         for fact in read_json(path)["checkpoints"]
         if is_hub_name(fact["name"]) and fact["name"] not in record
     ]

@@ -50,7 +50,7 @@ def test_an_added_model_needs_none(home: Path, folder: Path) -> None:
     assert find_known("owner/name") is None
 
 
-@pytest.mark.parametrize("model", [r"\\evil\\share\\m", "//evil/share/m", r"\\?\\UNC\\evil\\m"])
+@pytest.mark.parametrize("model", [r"\\evil\\share\\m", "//evil/share/m", r"\/evil\share\m", r"\\?\\UNC\\evil\\m"])
 def test_another_machine_is_nobodys_to_name(model: str) -> None:
     assert is_elsewhere(model)
     assert not is_elsewhere("/home/me/model")

@@ -63,16 +63,16 @@ def mask(text: str, filler: str = _FILLER) -> str:
     return text
 
 
-@lru_cache(maxsize=16)
-def mask_whole(text: str) -> str:
-    """The same of a whole document that is read for others, which mostly stays as it is."""
-    return mask(text)
-
-
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=48)
 def hide_whole(text: str) -> str:
-    """The same for who looks for code in it: a secret is made of characters that stand in no code (``HIDDEN``)."""
+    """A whole document for who looks for code in it: secrets are of characters that stand in no code (``HIDDEN``)."""
     return mask(text, HIDDEN)
+
+
+def mask_whole(text: str) -> str:
+    """``mask`` of a whole document that is read for others, which mostly stays as it is: it is looked through once."""
+    hidden = hide_whole(text)
+    return text if hidden == text else hidden.replace(HIDDEN, _FILLER)
 
 
 def has_secret(text: str) -> bool:

@@ -19,6 +19,11 @@ KNOWN_MODELS = SHIPPED_MODELS / "known"
 _IDENTITY = ("hidden_size", "num_hidden_layers", "num_experts", "moe_intermediate_size", "vocab_size")
 
 
+def shipped_names() -> list[str]:
+    """Names of the models that come with the package, sorted."""
+    return sorted(path.parent.name for path in SHIPPED_MODELS.glob("*/fimserver.json"))
+
+
 def find_known_metadata(config: Mapping[str, Any]) -> Path | None:
     """The ``fimserver.json`` of the known model that a ``config.json`` describes. Raises ``WeightsError``."""
     identity = _identity_of(config)

@@ -21,7 +21,7 @@ from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
 from fimserver.engine.checkpoint import Checkpoint, Format
 from fimserver.engine.folder import DAMAGED, read_json
-from fimserver.engine.known import SHIPPED_MODELS, find_known_metadata
+from fimserver.engine.known import SHIPPED_MODELS, find_known_metadata, shipped_names
 from fimserver.engine.nvfp4 import NVFP4Tensor
 from fimserver.engine.packed import (
     count_stack_bytes,
@@ -97,7 +97,7 @@ class ModelMetadata:
 
 def find_model(name: str) -> Path:
     """Folder of a shipped model's name, of a path, or of a hub's name that was added. Raises ``WeightsError``."""
-    shipped = sorted(p.parent.name for p in SHIPPED_MODELS.glob(f"*/{METADATA_FILE}"))
+    shipped = shipped_names()
     if name in shipped:
         return SHIPPED_MODELS / name
     folder = Path(name).expanduser()

@@ -149,11 +149,9 @@ class _Shown:
 
         What begins like another of them is that one from now on.
         """
-        length = self._length(text)
-        for other in self.others:
-            beside = _Shown(self.snapshot, other)
-            if (found := beside._length(text)) > max(length, 0) or (length < 0 <= found):
-                length, self.completion = found, other
+        lengths = {c: self._length_of(c, text) for c in (self.completion, *self.others)}
+        self.completion = max(lengths, key=lengths.__getitem__)  # of two that are as long the one it was
+        length = lengths[self.completion]
         if length < 0:
             return False
         added, self.typed = length - self.typed, length
@@ -164,24 +162,26 @@ class _Shown:
             return True
         return None
 
-    def _length(self, text: str) -> int:
-        return max((self._length_in(inserted) for inserted in self._inserted(text)), default=-1)
+    def _length_of(self, completion: Completion, text: str) -> int:
+        """How much of a completion stands there; -1 for other text."""
+        found = self._inserted(completion, text)
+        return max((_length_in(inserted, completion.middle) for inserted in found), default=-1)
 
-    def _inserted(self, text: str) -> list[str]:
+    def _inserted(self, completion: Completion, text: str) -> list[str]:
         """What stands where it was offered, with what it would replace behind it or in its place."""
-        old, start, end = self.snapshot.text, self.completion.replace_start, self.completion.replace_end
+        old, start, end = self.snapshot.text, completion.replace_start, completion.replace_end
         tails = (old[start:], old[end:])
         fits = (tail for tail in tails if len(text) >= start + len(tail) and text.endswith(tail))
         return [text[start : len(text) - len(tail)] for tail in fits if text.startswith(old[:start])]
 
-    def _length_in(self, inserted: str) -> int:
-        """How much of the completion was inserted, closers of the editor's behind it left aside; -1 for other text."""
-        middle = self.completion.middle
-        if inserted.startswith(middle):
-            return len(middle)
-        bare = inserted.rstrip(CLOSERS)
-        cuts = range(len(inserted), len(bare) - 1, -1)
-        return next((cut for cut in cuts if middle.startswith(inserted[:cut])), -1)
+
+def _length_in(inserted: str, middle: str) -> int:
+    """How much of a completion was inserted, closers of the editor's behind it left aside; -1 for other text."""
+    if inserted.startswith(middle):
+        return len(middle)
+    bare = inserted.rstrip(CLOSERS)
+    cuts = range(len(inserted), len(bare) - 1, -1)
+    return next((cut for cut in cuts if middle.startswith(inserted[:cut])), -1)
 
 
 @dataclass

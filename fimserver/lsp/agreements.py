@@ -15,16 +15,15 @@ Knows:  names of models, folders, the state folder.  Never: LSP, weights.
 
 import json
 import logging
-import ntpath
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fimserver.engine.known import SHIPPED_MODELS
+from fimserver.engine.known import shipped_names
 from fimserver.errors import WeightsError
-from fimserver.model_store import find_added, is_hub_name, read_record
+from fimserver.model_store import find_added, find_recorded, is_hub_name
 from fimserver.paths import read_plain, write_private
 
 FILE_NAME = "agreements.json"
@@ -35,14 +34,13 @@ _logger = logging.getLogger(__name__)
 
 def find_known(model: str) -> str | None:
     """What to load for a name that needs no agreement: a shipped model's name, or the folder of an added one."""
-    if model in {path.parent.name for path in SHIPPED_MODELS.glob("*/fimserver.json")}:
+    if model in shipped_names():
         return model
-    name, _, revision = model.partition("@")
     try:
-        added = read_record().get(name)
+        added = find_recorded(model)
     except WeightsError:  # a damaged record, as who loads a model will say
         return None
-    return added.folder if added is not None and revision in {"", added.revision, added.commit} else None
+    return added.folder if added is not None else None
 
 
 def to_key(model: str) -> str:
@@ -52,7 +50,7 @@ def to_key(model: str) -> str:
 
 def is_elsewhere(model: str) -> bool:
     """Whether a name is of another machine's folder, which no editor's settings may say."""
-    return bool(ntpath.splitdrive(model)[0].startswith(("\\\\", "//"))) or model.startswith(("\\\\", "//"))
+    return model.replace("\\", "/").startswith("//")
 
 
 @dataclass(slots=True)

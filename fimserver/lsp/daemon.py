@@ -218,8 +218,7 @@ class Daemon:
         """What is said to a command that leaves everything as it is."""
         if command == "save":
             for connection in self.connections:
-                connection.server.acceptance.save()
-                connection.server.ledger.save()
+                connection.server.save_counts()
             return "saved", {}
         if command == "forget":
             for connection in self.connections:

@@ -33,7 +33,7 @@ START_TIMEOUT_S = 30.0
 END_TIMEOUT_S = 15.0
 _POLL_S = 0.02
 _MOST_HAND_OVERS = 3  # older relays may have started an older one once more
-_MAX_LOG_BYTES = 2_000_000
+MAX_LOG_BYTES = 2_000_000
 _started: "subprocess.Popen[bytes] | None" = None
 
 
@@ -217,7 +217,7 @@ def _open_log(path: Path) -> int:
 def _rotate(path: Path) -> None:
     """One earlier log is kept."""
     try:
-        if path.lstat().st_size > _MAX_LOG_BYTES:  # a daemon that runs sees to it itself: logs.py
+        if path.lstat().st_size > MAX_LOG_BYTES:  # a daemon that runs sees to it itself: logs.py
             path.replace(path.with_name(f"{path.name}.1"))
     except OSError:
         return

@@ -20,7 +20,8 @@ from typing import Any
 
 import structlog
 
-MAX_LOG_BYTES = 2_000_000
+from fimserver.lsp.launch import MAX_LOG_BYTES
+
 _IDS = ("editor", "request")
 _FRAME = ("timestamp", "level", "event")
 

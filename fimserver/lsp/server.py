@@ -58,6 +58,11 @@ _logger = logging.getLogger(__name__)
 _log_levels: dict[int, int] = {}  # of the connections of this process, which has one log: the most talkative counts
 
 
+def _set_log_level() -> None:
+    if _log_levels:
+        logging.getLogger("fimserver").setLevel(min(_log_levels.values()))
+
+
 @cache
 def _shared_converter() -> Any:
     """One for all connections: it holds nothing of theirs, and making it and what it makes of types takes 40 ms."""
@@ -170,7 +175,7 @@ class FimLanguageServer(LanguageServer):
         for problem in problems:
             self._warn_once(problem)
         _log_levels[id(self)] = logging.getLevelNamesMapping()[self.session.settings.log_level.upper()]
-        logging.getLogger("fimserver").setLevel(min(_log_levels.values()))
+        _set_log_level()
         if not self._serves:
             return
         if (model := self.session.refused_model) is not None and model not in self._asked_about:
@@ -241,7 +246,7 @@ class FimLanguageServer(LanguageServer):
         except (OSError, RuntimeError) as error:
             self._warn_once(f"{state_folder() / AGREEMENTS_NAME} cannot be written ({error}); mend its folder")
             return
-        self._take(self.session.take(Source.CHANGE, self.session.layers.get(Source.CHANGE, {})))
+        self._take(self.session.take_again())
 
     def ask_again(self) -> None:
         """Ask about the model of the editor's settings, also where the person said no before."""
@@ -251,7 +256,7 @@ class FimLanguageServer(LanguageServer):
     def set_trust(self, *, trusted: bool) -> None:
         """The editor says whether its workspace is trusted: which settings count depends on that."""
         self.session.is_trusted = trusted
-        self._take(self.session.take(Source.CHANGE, self.session.layers.get(Source.CHANGE, {})))
+        self._take(self.session.take_again())
 
     @property
     def is_shared(self) -> bool:
@@ -294,9 +299,11 @@ class FimLanguageServer(LanguageServer):
 
     def leave(self, reason: str) -> None:
         """The connection ends: so does its own engine, and another's goes on."""
-        _log_levels.pop(id(self), None)
+        if _log_levels.pop(id(self), None) is not None:
+            _set_log_level()
         self._serves = False
-        self.save_counts()
+        self.acceptance.save()
+        self.ledger.save_soon()
         if self._idle_timer is not None:
             self._idle_timer.cancel()
         if self._owns_engine:
@@ -308,7 +315,7 @@ class FimLanguageServer(LanguageServer):
     def save_counts(self) -> None:
         """Write what was counted: acceptance and statistics."""
         self.acceptance.save()
-        self.ledger.save_soon()
+        self.ledger.save()
 
     def forget_counts(self) -> None:
         """Count anew."""

@@ -301,6 +301,10 @@ class Session:
     def take(self, source: Source, values: dict[str, Any]) -> list[str]:
         """Put the values of a source in the place of its last; one sentence for each value that is wrong anywhere."""
         self.layers[source] = values
+        return self.take_again()
+
+    def take_again(self) -> list[str]:
+        """Read all sources anew: what they may say can have changed; one sentence for each value that is wrong."""
         settings, problems = Settings(), []
         self.refused_model = None
         for layer in Source:
