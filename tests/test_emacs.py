@@ -1,6 +1,5 @@
 """Emacs with both of its language clients, set up with the lines of docs/editors.md: the menu's item is put in."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -10,7 +9,6 @@ from pathlib import Path
 
 import debian
 import pytest
-from filelock import FileLock
 
 import fimserver
 
@@ -67,14 +65,10 @@ COMPLETE = """
 
 def find_emacs() -> str:
     """Emacs with both clients, from Debian where it is not there yet."""
-    with FileLock(Path("/tmp") / f"fimserver-emacs-{os.getuid()}.lock"):  # noqa: S108  of tests, for its owner
-        there = shutil.which("emacs") and all(
-            any(Path("/usr/share/emacs/site-lisp/elpa").glob(f"{name}-*")) for name in ("lsp-mode", "eglot")
-        )
-        if not there:
-            why = debian.install(*PACKAGES)
-            if why:
-                pytest.skip(why)
+    packages = Path("/usr/share/emacs/site-lisp/elpa")
+    there = shutil.which("emacs") and all(any(packages.glob(f"{name}-*")) for name in ("lsp-mode", "eglot"))
+    if not there and (why := debian.install(*PACKAGES)):
+        pytest.skip(why)
     return str(shutil.which("emacs"))
 
 

@@ -15,22 +15,12 @@ from typing import Any
 
 import debian
 import pytest
-from neovim import (
-    FIMSERVER,
-    PLUGIN,
-    ROOT,
-    VERSIONS,
-    Neovim,
-    Stub,
-    Terminal,
-    UnavailableError,
-    find_neovim,
-    find_stylua,
-    wait_until,
-)
-from neovim import fimserver_home as own_home
+from neovim import PLUGIN, VERSIONS, Neovim, Terminal, find_neovim, find_stylua, stub_options
+from real_editors import FIMSERVER, Stub, UnavailableError, wait_until
+from real_editors import SAMPLE as SAMPLE_FILE
+from real_editors import fimserver_home as own_home
 
-SAMPLE = (ROOT / "fimserver" / "samples" / "inventory.py").read_text(encoding="utf-8")
+SAMPLE = SAMPLE_FILE.read_text(encoding="utf-8")
 LINE = 16  # of the sample: ``self.items.ap``
 BEGUN = "        self.items.app"
 Start = Callable[..., Terminal]
@@ -345,7 +335,7 @@ def stub(tmp_path: Path) -> Stub:
 def open_stub(start: Start, stub: Stub, path: Path, text: str, *, more: str = "", **arguments: Any) -> Terminal:
     """A Neovim with ``text`` in a file, completed by the stub."""
     path.write_text(text, encoding="utf-8")
-    terminal = start(path, options=stub.options(more), **arguments)
+    terminal = start(path, options=stub_options(stub, more), **arguments)
     wait_until(lambda: stub.received("textDocument/didOpen"), "the file is open")
     return terminal
 

@@ -17,22 +17,12 @@ from typing import Any
 
 import pytest
 import vscode as editor
-from vscode import (
-    CONTRAST,
-    DARK,
-    EXTENSION,
-    FIMSERVER,
-    LIGHT,
-    Stub,
-    UnavailableError,
-    VSCode,
-    Window,
-    Workbench,
-    wait_until,
-)
-from vscode import fimserver_home as own_home
+from real_editors import FIMSERVER, Stub, UnavailableError, call_fimserver, run, wait_until
+from real_editors import SAMPLE as SAMPLE_FILE
+from real_editors import fimserver_home as own_home
+from vscode import CONTRAST, DARK, EXTENSION, LIGHT, VSCode, Window, Workbench, stub_program
 
-SAMPLE = editor.SAMPLE.read_text(encoding="utf-8")
+SAMPLE = SAMPLE_FILE.read_text(encoding="utf-8")
 LINE = 16  # of the sample: ``self.items.ap``
 BEGUN = "        self.items.app"
 LIMIT_BYTES = 500_000
@@ -114,6 +104,13 @@ def write(workbench: Workbench, name: str, text: str = SAMPLE) -> Path:
     return file
 
 
+def take(window: Window, file: Path) -> str:
+    """Tab, and the line as it is on the disk then."""
+    window.press("Tab")
+    wait_until(lambda: not window.ghost(), "the ghost text is text")
+    return line_of(window.save(file))
+
+
 def begin(window: Window, file: Path) -> str:
     """Open a copy of the sample and type its line on; the ghost text that comes."""
     window.open(file)
@@ -137,9 +134,7 @@ def line_of(data: bytes, number: int = LINE) -> str:
 def test_tab_takes_the_ghost_text(window: Window, workbench: Workbench) -> None:
     file = write(workbench, "tab.py")
     ghost = begin(window, file)
-    window.press("Tab")
-    wait_until(lambda: not window.ghost(), "the ghost text is text")
-    assert line_of(window.save(file)) == BEGUN + ghost.split("\n")[0]
+    assert take(window, file) == BEGUN + ghost.split("\n")[0]
 
 
 @editors
@@ -150,9 +145,7 @@ def test_a_word_of_it(window: Window, workbench: Workbench) -> None:
     wait_until(lambda: window.ghost() != ghost, "a word was taken")
     rest = window.ghost()
     assert ghost.endswith(rest)
-    window.press("Tab")
-    wait_until(lambda: not window.ghost(), "the rest is text")
-    assert line_of(window.save(file)) == BEGUN + ghost
+    assert take(window, file) == BEGUN + ghost
 
 
 @editors
@@ -163,9 +156,7 @@ def test_typing_along_keeps_it(window: Window, workbench: Workbench) -> None:
         window.type(ghost[i - 1])
         rest = ghost[i:]
         wait_until(partial(shows, window, rest), f"the rest after {ghost[:i]!r}")
-    window.press("Tab")
-    wait_until(lambda: not window.ghost(), "the rest is text")
-    assert line_of(window.save(file)) == BEGUN + ghost
+    assert take(window, file) == BEGUN + ghost
 
 
 @editors
@@ -202,9 +193,7 @@ def test_a_closed_bracket_is_not_doubled(window: Window, workbench: Workbench) -
     window.go(LINE)
     window.type("pend(")
     window.wait_for_ghost()
-    window.press("Tab")
-    wait_until(lambda: not window.ghost(), "the ghost text is text")
-    taken = line_of(window.save(file))
+    taken = take(window, file)
     assert taken.startswith("        self.items.append(")
     assert taken.count("(") == taken.count(")"), taken
 
@@ -225,9 +214,7 @@ def test_an_emoji_before_the_cursor(window: Window, workbench: Workbench) -> Non
     begun = '        "\N{GRINNING FACE}\N{FAMILY}"; self.items.ap'
     file = write(workbench, "emoji.py", SAMPLE.replace("        self.items.ap", begun))
     ghost = begin(window, file)
-    window.press("Tab")
-    wait_until(lambda: not window.ghost(), "the ghost text is text")
-    assert line_of(window.save(file)) == begun + "p" + ghost
+    assert take(window, file) == begun + "p" + ghost
 
 
 @editors
@@ -239,7 +226,7 @@ def test_snooze_by_the_menu(window: Window, workbench: Workbench, home: dict[str
     window.wait_for_status("Snoozed for 5 minutes")
     window.go(LINE)
     window.type("p")
-    wait_until(lambda: "snoozed" in editor.call_fimserver(home, "explain", "--json").stdout, "the request is answered")
+    wait_until(lambda: "snoozed" in call_fimserver(home, "explain", "--json").stdout, "the request is answered")
     window.command("fimserver: Why Was There No Completion?")
     said = wait_until(window.notifications, "why")
     assert "snoozed" in said[0]
@@ -326,9 +313,7 @@ def test_killed_and_there_again(window: Window, workbench: Workbench, home: dict
     window.wait_for_status("Ready", timeout=90)
     window.press("Escape")
     window.type_until_ghost("n")
-    window.press("Tab")
-    wait_until(lambda: not window.ghost(), "the ghost text is text")
-    assert line_of(window.save(file)).startswith(BEGUN + "en")
+    assert take(window, file).startswith(BEGUN + "en")
 
 
 @editors
@@ -403,9 +388,7 @@ def test_several_candidates(window: Window, workbench: Workbench, tmp_path: Path
         wait_until(lambda: window.ghost() == "end(two)", "the next one")
         window.press("Alt+[")
         wait_until(lambda: window.ghost() == "end(one)", "the one before")
-        window.press("Tab")
-        wait_until(lambda: not window.ghost(), "the ghost text is text")
-        assert line_of(window.save(file)) == BEGUN + "end(one)"
+        assert take(window, file) == BEGUN + "end(one)"
         executed = wait_until(lambda: stub.received("workspace/executeCommand"), "the server was told")
         assert executed[-1]["arguments"] == ["self.items.append(one)"]
 
@@ -468,7 +451,7 @@ class stubbed:  # noqa: N801  used as a function is
         self.window, self.workbench, self.stub = window, workbench, stub
 
     def __enter__(self) -> None:
-        self.workbench.set(serverPath=str(self.stub.program))
+        self.workbench.set(serverPath=str(stub_program(self.stub)))
         wait_until(lambda: self.stub.received("initialized"), "the stub has started")
         self.window.wait_for_status("Ready")
 
@@ -478,7 +461,7 @@ class stubbed:  # noqa: N801  used as a function is
 
 
 def daemon_status(home: dict[str, str]) -> dict[str, Any]:
-    printed = editor.call_fimserver(home, "daemon", "status", "--json").stdout
+    printed = call_fimserver(home, "daemon", "status", "--json").stdout
     found: dict[str, Any] = json.loads(printed) if printed.startswith("{") else {}
     return found
 
@@ -628,4 +611,4 @@ def test_the_settings_are_the_servers(vsix: Path) -> None:
 @editors
 def test_the_extensions_own_checks(vsix: Path) -> None:
     for script in ("check", "test"):
-        editor.run("npm", "run", script, cwd=EXTENSION)
+        run("npm", "run", script, cwd=EXTENSION)

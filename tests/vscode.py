@@ -26,22 +26,31 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import debian
+import real_editors
 from filelock import FileLock
+from real_editors import (
+    FIMSERVER,
+    LINES,
+    ROOT,
+    SAMPLE,
+    SLOW_S,
+    Stub,
+    UnavailableError,
+    fimserver_home,
+    print_latency,
+    run,
+    wait_until,
+)
 
-ROOT = Path(__file__).parent.parent
 EXTENSION = ROOT / "editors" / "vscode"
-FIMSERVER = Path(sys.executable).parent / "fimserver"
-STUB_SERVER = ROOT / "editors" / "neovim" / "tests" / "stub_server.py"
-SAMPLE = ROOT / "fimserver" / "samples" / "inventory.py"
-CACHE = Path(os.environ.get("FIMSERVER_EDITORS", Path.home() / ".cache" / "fimserver" / "editors")) / "vscode"
-SLOW_S = 30.0  # for what takes a second on a machine that others use too
+CACHE = real_editors.CACHE / "vscode"
 _NODE = "24"
 _CODE_SERVER = "code-server@4.139.1"
 _PLAYWRIGHT = "playwright-core@1.65.1"
@@ -61,33 +70,6 @@ _QUIET = {  # without these a chat panel takes the keyboard, and pages of news c
     "terminal.integrated.gpuAcceleration": "off",  # so that its text can be read
 }
 LIGHT, DARK, CONTRAST = "Default Light Modern", "Default Dark Modern", "Default High Contrast"
-
-
-class UnavailableError(Exception):
-    """An editor or a tool that cannot be had here, and why."""
-
-
-def run(*command: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None, timeout: float = 900) -> str:
-    """What a command prints; ``UnavailableError`` with its last line where it fails or is not there."""
-    name = Path(command[0]).name
-    try:
-        done = subprocess.run(
-            [str(part) for part in command],
-            cwd=cwd,
-            env={**os.environ, **(env or {})},
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        message = f"{name} cannot be run: {error}"
-        raise UnavailableError(message) from error
-    if done.returncode:
-        last = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["no message"]
-        message = f"{name} {command[1] if command[1:] else ''} failed: {last[0]}"
-        raise UnavailableError(message)
-    return done.stdout
 
 
 @dataclass(frozen=True)
@@ -184,17 +166,6 @@ def names_in(vsix: Path) -> list[str]:
     """Files of a packaged extension."""
     with zipfile.ZipFile(vsix) as archive:
         return archive.namelist()
-
-
-def wait_until(is_so: Callable[[], Any], what: str, timeout: float = SLOW_S) -> Any:
-    """The first true value of ``is_so``, looked at again and again; fails with ``what``."""
-    end = time.monotonic() + timeout
-    while not (value := is_so()):
-        if time.monotonic() > end:
-            message = f"not within {timeout:.0f} s: {what}"
-            raise AssertionError(message)
-        time.sleep(0.05)
-    return value
 
 
 class Browser:
@@ -540,53 +511,14 @@ class Workbench:
         shutil.rmtree(self.data, ignore_errors=True)
 
 
-class Stub:
-    """A language server that completes by rules, as a program that is started as ``fimserver`` is."""
-
-    def __init__(self, folder: Path, *rules: dict[str, Any]) -> None:
-        """``rules`` as in ``stub_server.py``; "after", "texts" and what else they have."""
-        self.journal = folder / "journal"
-        self.journal.touch()
-        (folder / "rules.json").write_text(json.dumps(rules), encoding="utf-8")
-        self.program = folder / "stub"
-        command = shlex.join(map(str, (sys.executable, STUB_SERVER, folder / "rules.json", self.journal)))
-        self.program.write_text(f"#!/bin/sh\nexec {command}\n", encoding="utf-8")
-        self.program.chmod(0o755)
-
-    def received(self, method: str) -> list[Any]:
-        """The parameters of each message of a kind."""
-        messages = map(json.loads, self.journal.read_text(encoding="utf-8").split("\n")[:-1])
-        return [message["params"] for message in messages if message["method"] == method]
+def stub_program(stub: Stub) -> Path:
+    """A program that starts it as ``fimserver`` is started."""
+    program = stub.rules.with_name("stub")
+    program.write_text(f"#!/bin/sh\nexec {shlex.join(stub.command)}\n", encoding="utf-8")
+    program.chmod(0o755)
+    return program
 
 
-def call_fimserver(env: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the server's own program in an environment."""
-    command = [str(FIMSERVER), *arguments]
-    return subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=60, check=False)
-
-
-@contextmanager
-def fimserver_home() -> Iterator[dict[str, str]]:
-    """An environment with a daemon of its own, which ends with it."""
-    home = tempfile.mkdtemp(prefix="fim-")  # short: a socket's path may have some 100 characters only
-    env = {"FIMSERVER_HOME": home}
-    try:
-        yield env
-    finally:
-        call_fimserver(env, "daemon", "stop", "--force")
-        shutil.rmtree(home, ignore_errors=True)
-
-
-_LINES_TO_TYPE = [
-    "self.items.app",
-    "for item in self.it",
-    "return self.nam",
-    "if item.price > quan",
-    "total += item.pri",
-    "self.quantity = quan",
-    "class Item",
-    "print(self.ite",
-]
 _WATCH = """(() => {
   const ghost = () => %s;
   window.fimWatch = { began: 0, took: null };
@@ -605,8 +537,7 @@ def measure(window: Window, file: Path, num_pauses: int) -> list[float]:
     taken: list[float] = []
     window.open(file)
     window.evaluate(_WATCH % _GHOST)
-    for i in range(num_pauses):
-        text = _LINES_TO_TYPE[i % len(_LINES_TO_TYPE)]
+    for text in LINES[:num_pauses]:
         window.go(19)
         window.press("End", "Enter")
         window.type(text[:-1])
@@ -630,14 +561,13 @@ def report_latency(num_pauses: int = 40) -> None:
         workbench = Workbench(vscode, package(folder), folder, env=env)
         try:
             window = workbench.window()
-            for name, program in (("tiny", FIMSERVER), ("stub", stub.program)):
+            for name, program in (("tiny", FIMSERVER), ("stub", stub_program(stub))):
                 workbench.set(serverPath=str(program))
                 window.wait_for_status("tiny" if name == "tiny" else "Ready", timeout=120)
                 if name == "stub":
                     wait_until(lambda: stub.received("initialized"), "the stub has started")
                 taken = measure(window, file, num_pauses)
-                p50, p95 = taken[len(taken) // 2], taken[int(len(taken) * 0.95)]
-                print(f"VS Code, {name}: {len(taken)} of {num_pauses} shown, p50 {p50:.0f} ms, p95 {p95:.0f} ms")
+                print_latency(f"VS Code, {name}", taken, num_pauses)
         finally:
             workbench.close()
 
