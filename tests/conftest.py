@@ -33,8 +33,9 @@ from fimserver.engine.weights import read_metadata
 
 if TYPE_CHECKING:
     from fake_engine import FakeServer
+    from vscode import VSCode
 
-pytest.register_assert_rewrite("cases", "fake_engine", "lsp_client")
+pytest.register_assert_rewrite("cases", "fake_engine", "lsp_client", "neovim", "real_editors", "vscode")
 
 TINY = SHIPPED_MODELS / "tiny"
 torch.set_num_threads(1)  # workers side by side share the cores
@@ -191,6 +192,46 @@ def start_fake(tmp_path: Path) -> "Iterator[Callable[..., FakeServer]]":
     yield start
     for server in started:
         server.close()
+
+
+@pytest.fixture(scope="module")
+def editors_home() -> Iterator[dict[str, str]]:
+    """The environment of a daemon of the tests' own, which ends with them."""
+    from real_editors import fimserver_home as own_home
+
+    with own_home() as env:
+        yield env
+
+
+@pytest.fixture(scope="session")
+def vscode() -> "VSCode":
+    """The programs of a VS Code."""
+    from real_editors import UnavailableError
+    from vscode import find_vscode
+
+    try:
+        return find_vscode()
+    except UnavailableError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def vsix(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The extension, packaged."""
+    from real_editors import UnavailableError
+    from vscode import package
+
+    try:
+        return package(tmp_path_factory.mktemp("vsix"))
+    except UnavailableError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where screenshots are kept."""
+    chosen = os.environ.get("FIMSERVER_ARTEFACTS")
+    return Path(chosen) / "vscode" if chosen else tmp_path_factory.mktemp("pictures")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -32,7 +32,7 @@ from real_editors import (
     FIMSERVER,
     LINES,
     ROOT,
-    SAMPLE,
+    SAMPLE_FILE,
     SLOW_S,
     Stub,
     UnavailableError,
@@ -321,7 +321,7 @@ def report_latency(num_pauses: int = 40) -> None:
         for name in ("stub", "tiny"):
             with fimserver_home() as env, tempfile.TemporaryDirectory() as folder:
                 file = Path(folder) / "inventory.py"
-                shutil.copy(SAMPLE, file)
+                shutil.copy(SAMPLE_FILE, file)
                 stub = Stub(Path(folder), {"after": "", "texts": ["stub_value"]})
                 options = stub_options(stub) if name == "stub" else "{}"
                 terminal = Terminal(find_neovim(version), file, options=options, env=env)
@@ -329,9 +329,10 @@ def report_latency(num_pauses: int = 40) -> None:
                     if name == "tiny":
                         terminal.wait_until_ready()
                     taken = measure(terminal, num_pauses)
+                    home = env if name == "tiny" else None
+                    print_latency(f"Neovim {version}, {name}", taken, num_pauses, home)
                 finally:
                     terminal.close()
-            print_latency(f"Neovim {version}, {name}", taken, num_pauses)
 
 
 def main() -> None:

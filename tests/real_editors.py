@@ -18,11 +18,15 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 FIMSERVER = Path(sys.executable).parent / "fimserver"
-SAMPLE = ROOT / "fimserver" / "samples" / "inventory.py"
+SAMPLE_FILE = ROOT / "fimserver" / "samples" / "inventory.py"
+SAMPLE = SAMPLE_FILE.read_text(encoding="utf-8")
+LINE = 16  # of the sample: ``self.items.ap``
+BEGUN = "        self.items.app"
 CACHE = Path(os.environ.get("FIMSERVER_EDITORS", Path.home() / ".cache" / "fimserver" / "editors"))
+_PARTS = {"total": "in all", "debounce": "pause behind a key", "place": "finding the place", "model_total": "model"}
 SLOW_S = 30.0  # for what takes a second on a machine that others use too
 _LOOK_S = 0.02
-_STUB_SERVER = ROOT / "editors" / "neovim" / "tests" / "stub_server.py"
+_STUB_SERVER = Path(__file__).with_name("stub_server.py")
 _NOUNS = ["order", "client", "parcel", "ticket", "sensor"]
 _STEMS = [
     "self.{0}s.app",
@@ -117,7 +121,16 @@ class Stub:
         return [message["params"] for message in messages if message["method"] == method]
 
 
-def print_latency(what: str, taken: Sequence[float], num_pauses: int) -> None:
-    """One line of what was measured, in ms, of so many pauses; ``taken`` is sorted."""
+def print_latency(what: str, taken: Sequence[float], num_pauses: int, env: dict[str, str] | None = None) -> None:
+    """One line of what was measured, in ms, of so many pauses; ``taken`` is sorted.
+
+    With the environment of a running daemon, a line of its own share: medians over the last answers that it offered.
+    """
     p50, p95 = taken[len(taken) // 2], taken[int(len(taken) * 0.95)]
     print(f"{what}: {len(taken)} of {num_pauses} shown, p50 {p50:.0f} ms, p95 {p95:.0f} ms")
+    if env is not None:
+        records = json.loads(call_fimserver(env, "explain", "--json", "--last", "1000").stdout)
+        offered = [record["timings_ms"] for record in records if record["outcome"] == "offered"]
+        parts = {name: sorted(each[name] for each in offered if name in each) for name in _PARTS}
+        medians = [f"{_PARTS[name]} {values[len(values) // 2]:.0f} ms" for name, values in parts.items() if values]
+        print(f"  the server, {len(offered)} answers: {', '.join(medians)}")

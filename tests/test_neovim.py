@@ -16,23 +16,11 @@ from typing import Any
 import debian
 import pytest
 from neovim import PLUGIN, VERSIONS, Neovim, Terminal, find_neovim, find_stylua, stub_options
-from real_editors import FIMSERVER, Stub, UnavailableError, wait_until
-from real_editors import SAMPLE as SAMPLE_FILE
-from real_editors import fimserver_home as own_home
+from real_editors import BEGUN, FIMSERVER, LINE, SAMPLE, Stub, UnavailableError, wait_until
 
-SAMPLE = SAMPLE_FILE.read_text(encoding="utf-8")
-LINE = 16  # of the sample: ``self.items.ap``
-BEGUN = "        self.items.app"
 Start = Callable[..., Terminal]
 
 editors = pytest.mark.editors
-
-
-@pytest.fixture(scope="module")
-def home() -> Iterator[dict[str, str]]:
-    """A daemon of the tests' own, which ends with them."""
-    with own_home() as env:
-        yield env
 
 
 @pytest.fixture(params=VERSIONS)
@@ -55,12 +43,12 @@ def file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def start(neovim: Neovim, home: dict[str, str]) -> Iterator[Start]:
+def start(neovim: Neovim, editors_home: dict[str, str]) -> Iterator[Start]:
     """Starts Neovims; behind the test none of them may have complained."""
     terminals: list[Terminal] = []
 
     def start_one(file: Path, **arguments: Any) -> Terminal:
-        terminals.append(Terminal(neovim, file, env=home, **arguments))
+        terminals.append(Terminal(neovim, file, env=editors_home, **arguments))
         return terminals[-1]
 
     yield start_one
@@ -232,10 +220,10 @@ def test_snooze_and_off(editor: Terminal) -> None:
 
 
 @editors
-def test_daemon_and_worker_die_while_ghost_text_is_shown(editor: Terminal, home: dict[str, str]) -> None:
+def test_daemon_and_worker_die_while_ghost_text_is_shown(editor: Terminal, editors_home: dict[str, str]) -> None:
     begin(editor)
     for process in ("daemon", "worker"):
-        status = daemon_status(home)
+        status = daemon_status(editors_home)
         pid = status["pid"] if process == "daemon" else status["worker"]["pid"]
         os.kill(pid, signal.SIGKILL)
         editor.command("undo")
@@ -253,7 +241,7 @@ def daemon_status(home: dict[str, str]) -> dict[str, Any]:
 
 
 @editors
-def test_two_neovims_share_one_worker(start: Start, editor: Terminal, file: Path, home: dict[str, str]) -> None:
+def test_two_neovims_share_one_worker(start: Start, editor: Terminal, file: Path, editors_home: dict[str, str]) -> None:
     other_file = file.with_name("other.py")
     shutil.copy(file, other_file)
     other = start(other_file)
@@ -261,7 +249,7 @@ def test_two_neovims_share_one_worker(start: Start, editor: Terminal, file: Path
     pids = set()
     for terminal in (editor, other):
         begin(terminal)
-        pids.add(daemon_status(home)["worker"]["pid"])
+        pids.add(daemon_status(editors_home)["worker"]["pid"])
     assert len(pids) == 1
 
 

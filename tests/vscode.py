@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import socket
@@ -26,9 +27,10 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +39,11 @@ import real_editors
 from filelock import FileLock
 from real_editors import (
     FIMSERVER,
+    LINE,
     LINES,
     ROOT,
     SAMPLE,
+    SAMPLE_FILE,
     SLOW_S,
     Stub,
     UnavailableError,
@@ -55,6 +59,7 @@ _NODE = "24"
 _CODE_SERVER = "code-server@4.139.1"
 _PLAYWRIGHT = "playwright-core@1.65.1"
 _NATIVE = [f"@vscode/{name}" for name in ("spdlog", "native-watchdog", "sqlite3", "deviceid")]
+THEMES = {"light": "Default Light Modern", "dark": "Default Dark Modern", "contrast": "Default High Contrast"}
 _QUIET = {  # without these a chat panel takes the keyboard, and pages of news come up
     "workbench.startupEditor": "none",
     "workbench.secondarySideBar.defaultVisibility": "hidden",
@@ -64,12 +69,12 @@ _QUIET = {  # without these a chat panel takes the keyboard, and pages of news c
     "telemetry.telemetryLevel": "off",
     "security.workspace.trust.startupPrompt": "never",
     "workbench.tips.enabled": False,
+    "workbench.colorTheme": THEMES["light"],
     "editor.minimap.enabled": False,
     "files.autoSave": "off",
     "git.enabled": False,
     "terminal.integrated.gpuAcceleration": "off",  # so that its text can be read
 }
-LIGHT, DARK, CONTRAST = "Default Light Modern", "Default Dark Modern", "Default High Contrast"
 
 
 @dataclass(frozen=True)
@@ -154,9 +159,14 @@ def prepare() -> None:
 def package(folder: Path) -> Path:
     """The extension as one file, made anew. Raises ``UnavailableError``."""
     prepare()
-    vsix = folder / "fimserver.vsix"
+    return pack(EXTENSION, folder / "fimserver.vsix")
+
+
+def pack(source: Path, vsix: Path) -> Path:
+    """Any extension as one file; the packages of ours are there already."""
     try:
-        run("npx", "--no-install", "vsce", "package", "-o", vsix, cwd=EXTENSION)
+        options = [] if source == EXTENSION else ["--allow-missing-repository", "--skip-license"]
+        run(EXTENSION / "node_modules" / ".bin" / "vsce", "package", *options, "-o", vsix, cwd=source)
     except UnavailableError as error:  # all that it needs is here
         raise AssertionError(str(error)) from error
     return vsix
@@ -208,7 +218,10 @@ _GHOST = """(() => {
   const parts = [...document.querySelectorAll('.monaco-editor')].flatMap(editor =>
     [...editor.querySelectorAll('.view-lines [class*="ghost-text"], .view-zones [class*="ghost-text"], ' +
       '.suggest-preview-text')]);
-  return parts.map(part => part.textContent).join('\\n').replace(/\\u00a0/g, ' ').replace(/\\u200b/g, '');
+  const lineOf = part => part.closest('.view-line') ?? part;
+  const texts = parts.map((part, i) =>
+    (i === 0 || lineOf(part) === lineOf(parts[i - 1]) ? '' : '\\n') + part.textContent);
+  return texts.join('').replace(/\\u00a0/g, ' ').replace(/\\u200b/g, '');
 })()"""
 _LINES = """(() => {
   const lines = [...document.querySelectorAll('.editor-instance .monaco-editor .view-lines .view-line')];
@@ -294,6 +307,12 @@ class Window:
         self.type(key)
         return self.wait_for_ghost()
 
+    def begin(self, file: Path) -> str:
+        """Open a copy of the sample and type its line on; the ghost text that comes."""
+        self.open(file)
+        self.go(LINE)
+        return self.type_until_ghost("p")
+
     def open(self, file: Path, *, focus: bool = True) -> None:
         """Open a file by its path; the cursor is in it then."""
         self.press("Escape", "Control+p")
@@ -320,11 +339,17 @@ class Window:
 
     def command(self, title: str) -> None:
         """Run a command of the palette."""
-        self.press("F1")
-        wait_until(lambda: self.has(_PICK + " input"), "the palette is there")
-        self.type(title)
-        wait_until(lambda: any(title.lower() in text.lower() for text in self.texts(_CHOSEN)), f"{title} is found")
-        self.press("Enter")
+        for _ in range(3):
+            self.press("F1")
+            wait_until(lambda: self.has(_PICK + " input"), "the palette is there")
+            self.type(title)
+            with suppress(AssertionError):  # in a window that has just come up a key may be lost
+                wait_until(lambda: any(title.lower() in text.lower() for text in self.texts(_CHOSEN)), title, 10)
+                self.press("Enter")
+                return
+            self.press("Escape")
+        message = f"the command {title} is not found"
+        raise AssertionError(message)
 
     def save(self, file: Path) -> bytes:
         """Save what is edited, and what is then on the disk."""
@@ -376,7 +401,7 @@ class Window:
         return self.texts(_PICK + " .quick-input-list .monaco-list-row")
 
     def background(self) -> str:
-        """The editor's colour behind the code."""
+        """The window's colour."""
         return str(self.evaluate("getComputedStyle(document.querySelector('.monaco-workbench')).backgroundColor"))
 
     def close_editors(self) -> None:
@@ -390,6 +415,10 @@ class Window:
     def close(self) -> None:
         """Close the page."""
         self._browser.do("close", page=self._page)
+
+
+def _differs(look: Callable[[], str], before: str) -> bool:
+    return look() != before
 
 
 def _free_port() -> int:
@@ -410,8 +439,9 @@ class Workbench:
         env: dict[str, str],
         settings: dict[str, Any] | None = None,
         trusted: bool = True,
+        beside: Path | None = None,
     ) -> None:
-        """``folder`` is opened; ``settings`` are the person's, over quiet ones."""
+        """``folder`` is opened; ``settings`` are the person's, over quiet ones; ``beside``: another extension."""
         self.folder = folder
         self.data = Path(tempfile.mkdtemp(prefix="code-"))
         self._settings = {**_QUIET, "fimserver.serverPath": str(FIMSERVER), **(settings or {})}
@@ -422,7 +452,8 @@ class Workbench:
         variables = {**os.environ, **env, "VSCODE_CLI": "1", "XDG_CONFIG_HOME": str(self.data / "config")}
         for name in ("VSCODE_IPC_HOOK_CLI", "PASSWORD"):
             variables.pop(name, None)
-        run(*self._command, "--install-extension", vsix, env=variables)
+        for extension in filter(None, (vsix, beside)):
+            run(*self._command, "--install-extension", extension, env=variables)
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
         options = [
@@ -458,10 +489,46 @@ class Workbench:
         except (urllib.error.URLError, OSError):
             return False
 
-    def window(self, width: int = 1000, height: int = 640) -> Window:
-        """Another window on the folder."""
+    def window(self, width: int = 1000, height: int = 640, *, workspace: Path | None = None) -> Window:
+        """Another window on the folder, or on the folders of a workspace file."""
         assert self._browser is not None
-        return Window(self._browser, f"{self.url}/?folder={self.folder}", width, height)
+        query = f"folder={self.folder}" if workspace is None else f"workspace={workspace}"
+        return Window(self._browser, f"{self.url}/?{query}", width, height)
+
+    def write(self, name: str, text: str = SAMPLE) -> Path:
+        """A file in the folder."""
+        file = self.folder / name
+        file.write_bytes(text.encode())
+        return file
+
+    def in_themes(self, window: Window, picture: Callable[[str], None]) -> None:
+        """Show a window in each theme, light at first and in the end; ``picture`` gets the theme's short name."""
+        picture("light")
+        for name in ("dark", "contrast", "light"):
+            before = window.background()
+            self.set_any("workbench.colorTheme", THEMES[name])
+            wait_until(partial(_differs, window.background, before), f"the theme is {THEMES[name]}")
+            if name != "light":
+                picture(name)
+
+    @contextmanager
+    def stubbed(self, window: Window, stub: Stub) -> Iterator[None]:
+        """The stub server in the place of the model, for a while."""
+        self.set(serverPath=str(stub_program(stub)))
+        wait_until(lambda: stub.received("initialized"), "the stub has started")
+        window.wait_for_status("Ready", "loading")
+        try:
+            yield
+        finally:
+            self.set(serverPath=str(FIMSERVER))
+            window.wait_for_status("tiny")
+
+    def assert_calm(self, window: Window) -> None:
+        """Nothing was complained about."""
+        assert window.notifications() == []
+        assert self.host_errors() == []
+        errors = [line for line in self.logs().splitlines() if "[error]" in line]
+        assert [line for line in errors if not re.search("SIGKILL|connection was closed", line)] == []
 
     def set(self, **settings: Any) -> None:
         """Change the person's settings, in their file; names without ``fimserver.``, ``None`` takes one out."""
@@ -556,7 +623,7 @@ def report_latency(num_pauses: int = 40) -> None:
     with fimserver_home() as env, tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         file = folder / "inventory.py"
-        shutil.copy(SAMPLE, file)
+        shutil.copy(SAMPLE_FILE, file)
         stub = Stub(folder, {"after": "", "texts": ["stub_value"]})
         workbench = Workbench(vscode, package(folder), folder, env=env)
         try:
@@ -567,7 +634,7 @@ def report_latency(num_pauses: int = 40) -> None:
                 if name == "stub":
                     wait_until(lambda: stub.received("initialized"), "the stub has started")
                 taken = measure(window, file, num_pauses)
-                print_latency(f"VS Code, {name}", taken, num_pauses)
+                print_latency(f"VS Code, {name}", taken, num_pauses, env if name == "tiny" else None)
         finally:
             workbench.close()
 

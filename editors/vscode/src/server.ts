@@ -11,11 +11,13 @@ import {
   MessageType,
   RevealOutputChannelOn,
   ShowMessageNotification,
+  State,
 } from "vscode-languageclient/node";
 import { Backoff } from "./backoff";
 import { chosenSettings } from "./chosen";
 import type { Explained } from "./explain";
 import type { Messages } from "./messages";
+import { Missed } from "./missed";
 import { findProgram, MissingProgramError, type Program } from "./program";
 import { INITIAL, type Phase, type View } from "./view";
 
@@ -23,6 +25,7 @@ import { INITIAL, type Phase, type View } from "./view";
 export const DOCUMENTS = [{ scheme: "file" }, { scheme: "untitled" }, { scheme: "vscode-notebook-cell" }];
 const THINKING_AFTER_MS = 300;
 const ANSWER_WITHIN_MS = 2_000;
+const START_WITHIN_MS = 10_000;
 const SETTLED_MS = 150;
 const SNOOZE_LOOK_MS = 20_000;
 const PHASES: Readonly<Record<string, Phase>> = {
@@ -52,6 +55,7 @@ export class Server implements vscode.Disposable {
   program: Program | undefined;
   private client: LanguageClient | undefined;
   private readonly backoff = new Backoff();
+  private readonly missed = new Missed();
   private readonly changed = new vscode.EventEmitter<View>();
   private readonly subscriptions: vscode.Disposable[] = [this.changed];
   private restartTimer: NodeJS.Timeout | undefined;
@@ -59,6 +63,8 @@ export class Server implements vscode.Disposable {
   private snoozeTimer: NodeJS.Timeout | undefined;
   private snoozedUntil = 0;
   private open = 0;
+  private wishes = 0;
+  private stopping: Promise<void> = Promise.resolve();
   readonly onDidChange = this.changed.event;
 
   constructor(
@@ -77,8 +83,12 @@ export class Server implements vscode.Disposable {
   async restart(): Promise<void> {
     this.backoff.reset();
     this.messages.forget();
+    this.wishes += 1;
+    const wish = this.wishes;
     await this.stop();
-    await this.start();
+    if (wish === this.wishes) {
+      await this.start(); // else a later wish does
+    }
   }
 
   async start(): Promise<void> {
@@ -114,16 +124,26 @@ export class Server implements vscode.Disposable {
     await this.refresh();
   }
 
-  async stop(): Promise<void> {
+  /** Done once every server that was told to end has: until then the editor keeps what is registered for it. */
+  stop(): Promise<void> {
     clearTimeout(this.restartTimer);
     const client = this.client;
     this.client = undefined;
     if (client?.needsStop()) {
-      try {
-        await client.stop();
-      } catch (error) {
-        this.log.warn(`the server did not end in time: ${error instanceof Error ? error.message : error}`);
+      this.stopping = Promise.all([this.stopping, this.end(client)]).then(() => undefined);
+    }
+    return this.stopping;
+  }
+
+  private async end(client: LanguageClient): Promise<void> {
+    try {
+      if (client.state === State.Starting) {
+        // It cannot be stopped before it has started.
+        await Promise.race([client.start(), new Promise((done) => setTimeout(done, START_WITHIN_MS))]);
       }
+      await client.stop();
+    } catch (error) {
+      this.log.warn(`the server did not end in time: ${error instanceof Error ? error.message : error}`);
     }
   }
 
@@ -142,11 +162,11 @@ export class Server implements vscode.Disposable {
     );
   }
 
-  /** Ask the server how it is. */
-  async refresh(): Promise<void> {
+  /** Ask the server how it is; whether it answered. */
+  async refresh(): Promise<boolean> {
     const status = await this.ask<EngineStatus>("fimserver/status", {});
     if (!status?.engine) {
-      return;
+      return false;
     }
     const { engine, enabled, snoozedMinutes, trusted, refusedModel } = status;
     const phase = PHASES[engine.state] ?? "ready";
@@ -156,6 +176,7 @@ export class Server implements vscode.Disposable {
     if (snoozedMinutes > 0) {
       this.snoozeTimer = setTimeout(() => void this.refresh(), SNOOZE_LOOK_MS);
     }
+    return true;
   }
 
   private refreshSoon(): void {
@@ -227,8 +248,13 @@ export class Server implements vscode.Disposable {
             return null; // a text for one cursor is wrong at the others
           }
           const done = this.think();
+          const { version } = document;
           try {
-            return await next(document, position, context, token);
+            const found = await next(document, position, this.missed.toContext(context), token);
+            if (this.view.phase === "loading") {
+              this.missed.note({ document, version, position }, found);
+            }
+            return found;
           } finally {
             done();
           }
@@ -266,8 +292,18 @@ export class Server implements vscode.Disposable {
     } else if (busy) {
       this.change({ phase: "loading", detail: message });
     } else {
+      void this.onReady(message);
+    }
+  }
+
+  /** Not shown as ready before it is known with which model. */
+  private async onReady(message: string): Promise<void> {
+    const answered = await this.refresh();
+    if (!answered && this.client?.isRunning()) {
       this.change({ phase: "ready", detail: message });
-      void this.refresh();
+    }
+    if (this.view.phase === "ready") {
+      await this.missed.askAgain();
     }
   }
 
@@ -300,13 +336,25 @@ export class Server implements vscode.Disposable {
     }
   }
 
+  /** The workspace's own environment may be used now. */
   private onTrust(): void {
-    if (this.client?.isRunning()) {
+    if (this.client?.isRunning() && !this.isAnotherFound()) {
       void this.client
         .sendNotification("fimserver/didChangeWorkspaceTrust", { trusted: true })
         .then(() => this.refresh());
-    } else if (this.view.phase === "missing") {
-      void this.start(); // the workspace's own environment may be used now
+    } else {
+      void this.restart();
+    }
+  }
+
+  private isAnotherFound(): boolean {
+    try {
+      return this.find()?.path !== this.program?.path;
+    } catch (error) {
+      if (error instanceof MissingProgramError) {
+        return true; // starting says so
+      }
+      throw error;
     }
   }
 

@@ -1,4 +1,3 @@
-# ruff: noqa: INP001  a script beside Lua, no package
 """A language server on stdio that completes by rules: for tests, and to measure the editor's own share.
 
     python stub_server.py RULES [JOURNAL]
@@ -8,8 +7,9 @@ RULES is a JSON file, read anew with each request: a list of
     {"after": "foo(", "texts": ["a, b)"], "replace": 1, "delay_ms": 0}
 
 Where the text before the cursor ends with ``after`` and the beginning of a text, the rest of each text that begins so
-is offered, in the place of ``replace`` characters behind the cursor. JOURNAL gets each message,
-one a line, and JOURNAL.pid the process.
+is offered, in the place of ``replace`` characters behind the cursor. With ``loading_ms`` in the first rule the server
+says so long that its model is loading, and offers nothing meanwhile. JOURNAL gets each message, one a line, and
+JOURNAL.pid the process.
 """
 
 import json
@@ -18,6 +18,8 @@ import sys
 import threading
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from fimserver.text import Encoding, LineIndex
 
 COMMAND = "stub.didAccept"
 _INVOKED = 1
@@ -44,14 +46,19 @@ def find_items(rules: list[dict[str, Any]], before: str, position: dict[str, int
     return []
 
 
+def _to_offset(index: LineIndex, position: dict[str, int]) -> int:
+    return index.to_offset(position["line"], position["character"], Encoding.UTF16)
+
+
 class StubServer:
     """One connection."""
 
     def __init__(self, rules: Path, journal: Path | None, sink: BinaryIO) -> None:
         """``sink`` is where answers go."""
         self._rules, self._journal, self._sink = rules, journal, sink
-        self._texts: dict[str, str] = {}
+        self._texts: dict[str, LineIndex] = {}
         self._cancelled: set[int] = set()
+        self._loads = False
         self._lock = threading.Lock()
 
     def send(self, **message: Any) -> None:
@@ -68,13 +75,13 @@ class StubServer:
             with self._journal.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"method": method, "params": params}) + "\n")
         if method == "textDocument/didOpen":
-            self._texts[params["textDocument"]["uri"]] = params["textDocument"]["text"]
+            self._texts[params["textDocument"]["uri"]] = LineIndex(params["textDocument"]["text"])
         elif method == "textDocument/didChange":
-            self._texts[params["textDocument"]["uri"]] = params["contentChanges"][-1]["text"]
+            self._change(**params)
         elif method == "$/cancelRequest":
             self._cancelled.add(params["id"])
         elif method == "initialized":
-            self.send(method="didChangeStatus", params={"kind": "Normal", "busy": False, "message": "the stub"})
+            self._load()
         elif method == "exit":
             sys.exit(0)
         if method == "textDocument/inlineCompletion":
@@ -89,18 +96,37 @@ class StubServer:
         return {
             "capabilities": {
                 "inlineCompletionProvider": True,
-                "textDocumentSync": {"openClose": True, "change": 1},
+                "textDocumentSync": {"openClose": True, "change": 2},
+                "workspace": {"workspaceFolders": {"supported": True, "changeNotifications": True}},
                 "executeCommandProvider": {"commands": [COMMAND, "fimserver.restart"]},
             }
         }
 
+    def _change(self, textDocument: dict[str, Any], contentChanges: list[dict[str, Any]]) -> None:  # noqa: N803
+        index = self._texts[textDocument["uri"]]
+        for change in contentChanges:
+            start, end = (_to_offset(index, change["range"][name]) for name in ("start", "end"))
+            index = index.replaced(start, end, change["text"])
+        self._texts[textDocument["uri"]] = index
+
+    def _load(self) -> None:
+        rules = json.loads(self._rules.read_text(encoding="utf-8"))
+        loading_ms = rules[0].get("loading_ms", 0) if rules else 0
+        if loading_ms:
+            threading.Timer(loading_ms / 1e3, self._say_loading, [False]).start()
+        self._say_loading(bool(loading_ms))
+
+    def _say_loading(self, loads: bool) -> None:
+        self._loads = loads
+        self.send(method="didChangeStatus", params={"kind": "Normal", "busy": loads, "message": "the stub"})
+
     def _complete(self, message_id: int, params: dict[str, Any]) -> None:
         position = params["position"]
-        lines = self._texts[params["textDocument"]["uri"]].replace("\r\n", "\n").split("\n")
-        units = lines[position["line"]].encode("utf-16-le")[: 2 * position["character"]]
-        before = "\n".join([*lines[: position["line"]], units.decode("utf-16-le")])
+        index = self._texts[params["textDocument"]["uri"]]
+        before = index.text[: _to_offset(index, position)]
         rules = json.loads(self._rules.read_text(encoding="utf-8"))
-        items = find_items(rules, before, position, invoked=params["context"]["triggerKind"] == _INVOKED)
+        invoked = params["context"]["triggerKind"] == _INVOKED
+        items = [] if self._loads else find_items(rules, before, position, invoked=invoked)
 
         def answer() -> None:
             if message_id in self._cancelled:

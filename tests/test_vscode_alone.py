@@ -1,0 +1,307 @@
+"""The VS Code extension in workbenches that are set up for one thing: trust, installing, several folders, a Vim."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import vscode as editor
+from real_editors import BEGUN, FIMSERVER, LINE, SAMPLE, Stub, wait_until
+from vscode import VSCode, Window, Workbench, stub_program
+
+editors = pytest.mark.editors
+
+
+@editors
+def test_a_workspace_that_is_not_trusted(
+    vscode: VSCode, vsix: Path, editors_home: dict[str, str], tmp_path: Path, pictures: Path
+) -> None:
+    folder = tmp_path / "theirs"
+    (folder / ".vscode").mkdir(parents=True)
+    evil, traces = tmp_path / "evil.sh", tmp_path / "traces"
+    evil.write_text(f"#!/bin/sh\ntouch {traces}\n", encoding="utf-8")
+    evil.chmod(0o755)
+    for name in (".venv", "venv"):
+        (folder / name / "bin").mkdir(parents=True)
+        (folder / name / "bin" / "fimserver").symlink_to(evil)
+    settings = {"fimserver.serverPath": str(evil), "fimserver.model": "/theirs", "fimserver.device": "cuda:7"}
+    (folder / ".vscode" / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
+    (folder / "inventory.py").write_text(SAMPLE, encoding="utf-8")
+    workbench = Workbench(vscode, vsix, folder, env=editors_home, trusted=False)
+    try:
+        window = workbench.window()
+        status = window.wait_for_status("Ready", timeout=120)
+        assert "tiny, on cpu" in status
+        assert "not trusted" in status
+        assert window.begin(folder / "inventory.py")
+        window.screenshot(pictures / "untrusted.png")
+        assert not traces.exists()
+        workbench.assert_calm(window)
+    finally:
+        workbench.close()
+
+
+def write_program(file: Path, journal: Path) -> None:
+    """A ``fimserver`` that notes that it was run."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f'#!/bin/sh\necho "$0" >> {journal}\nexec {FIMSERVER} "$@"\n', encoding="utf-8")
+    file.chmod(0o755)
+
+
+@editors
+@pytest.mark.parametrize("has_own", [False, True], ids=["by_path", "with_an_environment"])
+def test_trust_is_given_while_it_runs(
+    has_own: bool, vscode: VSCode, vsix: Path, editors_home: dict[str, str], tmp_path: Path
+) -> None:
+    folder, journal = tmp_path / "project", tmp_path / "journal"
+    on_path, in_folder = tmp_path / "bin" / "fimserver", folder / ".venv" / "bin" / "fimserver"
+    write_program(on_path, journal)
+    folder.mkdir()
+    if has_own:
+        write_program(in_folder, journal)
+    (folder / "inventory.py").write_text(SAMPLE, encoding="utf-8")
+    env = {**editors_home, "PATH": f"{on_path.parent}:/usr/bin:/bin"}
+    workbench = Workbench(vscode, vsix, folder, env=env, settings={"fimserver.serverPath": ""}, trusted=False)
+    try:
+        window = workbench.window()
+        assert "not trusted" in window.wait_for_status("Ready", timeout=120)
+        assert set(journal.read_text(encoding="utf-8").split()) == {str(on_path)}
+        window.command("Workspaces: Manage Workspace Trust")
+        window.click(".workspace-trust-editor .monaco-button >> text=Trust")
+        if has_own:
+            wait_until(lambda: str(in_folder) in journal.read_text(encoding="utf-8"), "the workspace's program runs")
+        status = wait_until(
+            lambda: "Ready" in (text := window.status()) and "not trusted" not in text and text, "trust"
+        )
+        assert "tiny, on cpu" in status
+        window.begin(folder / "inventory.py")
+        workbench.assert_calm(window)
+    finally:
+        workbench.close()
+
+
+@editors
+def test_several_folders(
+    vscode: VSCode, vsix: Path, editors_home: dict[str, str], tmp_path: Path, pictures: Path
+) -> None:
+    folders = [tmp_path / name for name in ("first", "second", "third")]
+    for folder in folders:
+        folder.mkdir()
+        (folder / f"{folder.name}.py").write_text(SAMPLE, encoding="utf-8")
+    workspace = tmp_path / "both.code-workspace"
+
+    def write_workspace(*names: str) -> None:
+        workspace.write_text(json.dumps({"folders": [{"path": name} for name in names]}), encoding="utf-8")
+
+    write_workspace("first", "second")
+    stub = Stub(tmp_path, {"after": "self.items.app", "texts": ["end(one)"]})
+    settings = {"fimserver.serverPath": str(stub_program(stub))}
+    workbench = Workbench(vscode, vsix, folders[0], env=editors_home, settings=settings)
+    try:
+        window = workbench.window(workspace=workspace)
+        window.wait_for_status("Ready", timeout=120)
+        told = stub.received("initialize")[0]["workspaceFolders"]
+        assert [folder["name"] for folder in told] == ["first", "second"]
+        write_workspace("first", "second", "third")
+        added = wait_until(lambda: stub.received("workspace/didChangeWorkspaceFolders"), "the server was told")
+        assert [folder["name"] for folder in added[0]["event"]["added"]] == ["third"]
+        workbench.set(serverPath=str(FIMSERVER))
+        window.wait_for_status("tiny", timeout=120)
+        for folder in folders:
+            assert window.begin(folder / f"{folder.name}.py")
+        window.screenshot(pictures / "folders.png")
+        workbench.assert_calm(window)
+    finally:
+        workbench.close()
+
+
+VIM = {
+    "name": "modes",
+    "publisher": "tests",
+    "version": "0.0.1",
+    "engines": {"vscode": "^1.96.0"},
+    "activationEvents": ["*"],
+    "main": "./extension.js",
+    "contributes": {
+        "keybindings": [
+            {"key": "escape", "command": "modes.normal", "when": "editorTextFocus"},
+            {"key": "tab", "command": "modes.tab", "when": "editorFocus && modes.mode != 'insert'"},
+        ]
+    },
+}
+VIM_CODE = """
+// Stands in for the Vim extension (VSCodeVim): it takes "type" and Escape the same way, and Tab outside of inserting.
+const { commands, window } = require("vscode");
+const shown = window.createStatusBarItem("modes.mode");
+let mode;
+async function enter(name) {
+  mode = name;
+  await commands.executeCommand("setContext", "modes.mode", name);
+  shown.text = `-- ${name.toUpperCase()} --`;
+}
+exports.activate = () => {
+  shown.show();
+  enter("normal");
+  commands.registerCommand("type", (typed) => {
+    if (mode === "insert") return commands.executeCommand("default:type", typed);
+    if (typed.text === "A") {
+      enter("insert"); // at once: the next key may be under way
+      return commands.executeCommand("cursorEnd");
+    }
+  });
+  commands.registerCommand("modes.normal", () => {
+    const was = mode;
+    enter("normal");
+    return was === "insert" ? commands.executeCommand("cursorLeft") : undefined;
+  });
+  commands.registerCommand("modes.tab", () => undefined);
+};
+"""
+
+
+@editors
+def test_beside_an_extension_with_modes(
+    vscode: VSCode, vsix: Path, editors_home: dict[str, str], tmp_path: Path, pictures: Path
+) -> None:
+    source, folder = tmp_path / "modes", tmp_path / "project"
+    source.mkdir()
+    folder.mkdir()
+    (source / "package.json").write_text(json.dumps(VIM), encoding="utf-8")
+    (source / "extension.js").write_text(VIM_CODE, encoding="utf-8")
+    modes = editor.pack(source, tmp_path / "modes.vsix")
+    file = folder / "inventory.py"
+    file.write_text(SAMPLE, encoding="utf-8")
+    workbench = Workbench(vscode, vsix, folder, env=editors_home, beside=modes)
+    try:
+        window = workbench.window()
+        window.wait_for_status("Ready", timeout=120)
+        window.open(file)
+        window.go(LINE)
+        window.type("pppp")  # keys of a mode that inserts nothing
+        window.type("A")
+        ghost = window.type_until_ghost("p")
+        window.press("Tab")
+        wait_until(lambda: not window.ghost(), "the ghost text is text")
+        window.type("  # ")
+        window.press("Escape")
+        wait_until(lambda: any("NORMAL" in text for text in window.texts(".statusbar-item")), "the mode")
+        window.press("Tab")
+        window.type("Aso")
+        assert window.save(file).decode().splitlines()[LINE - 1] == f"{BEGUN}{ghost}  # so"
+        window.press("Escape")
+        window.go(LINE + 1)
+        window.type("A")
+        window.type(")\nself.items.ap")
+        window.type_until_ghost("p")
+        window.press("Escape")  # leaves the mode, and takes the ghost text away with it
+        wait_until(lambda: not window.ghost(), "the ghost text is gone")
+        window.screenshot(pictures / "modes.png")
+        assert workbench.host_errors() == []
+    finally:
+        workbench.close()
+
+
+@editors
+def test_looks_of_first_steps_and_of_errors(
+    vscode: VSCode, vsix: Path, editors_home: dict[str, str], tmp_path: Path, pictures: Path
+) -> None:
+    missing = tmp_path / "no" / "fimserver"
+    workbench = Workbench(vscode, vsix, tmp_path, env=editors_home, settings={"fimserver.serverPath": str(missing)})
+    try:
+        window = workbench.window(width=1300, height=760)
+        window.wait_for_status("No completions", timeout=120)
+        said = wait_until(window.notifications, "what is wrong")
+        assert len(said) == 1
+        assert str(missing) in said[0]
+        workbench.in_themes(window, lambda theme: window.screenshot(pictures / f"error_{theme}.png"))
+        window.menu()
+        window.screenshot(pictures / "error_menu.png")
+        window.press("Escape")
+        window.dismiss()
+        window.command("Welcome: Open Walkthrough")
+        window.choose("Code completion on your own machine")
+        for number, step in enumerate(("Have the server", "Type, and press Tab", "The menu in the status bar"), 1):
+            window.click(f".getting-started-step >> text={step}")
+            workbench.in_themes(window, partial(picture_step, window, pictures, number))
+        workbench.set(serverPath=str(FIMSERVER))
+        window.wait_for_status("Ready", timeout=120)
+        assert window.notifications() == []
+    finally:
+        workbench.close()
+
+
+def picture_step(window: Window, pictures: Path, number: int, theme: str) -> None:
+    window.screenshot(pictures / f"walkthrough{number}_{theme}.png")
+
+
+FAKE_UV = """#!/bin/sh
+echo "$@" >> {journal}
+case "$1" in
+  venv) mkdir -p "$4/bin" ;;
+  pip)
+    case "$*" in
+      *torch) echo "Downloading torch"; exec sleep {pause} ;;
+      *) cp {server} "$(dirname "$4")/fimserver" ;;
+    esac ;;
+esac
+"""
+
+
+@editors
+def test_the_server_is_installed_when_asked(
+    vscode: VSCode, vsix: Path, editors_home: dict[str, str], tmp_path: Path, pictures: Path
+) -> None:
+    folder, tools, journal = tmp_path / "project", tmp_path / "tools", tmp_path / "journal"
+    folder.mkdir()
+    tools.mkdir()
+    (folder / "inventory.py").write_text(SAMPLE, encoding="utf-8")
+    uv, server = tools / "uv", tmp_path / "server"
+    server.write_text(f'#!/bin/sh\nexec {FIMSERVER} "$@"\n', encoding="utf-8")
+    server.chmod(0o755)
+
+    def write_uv(pause: int) -> None:
+        uv.write_text(FAKE_UV.format(journal=journal, pause=pause, server=server), encoding="utf-8")
+        uv.chmod(0o755)
+
+    write_uv(600)
+    path = f"{tools}:/usr/bin:/bin"
+    workbench = Workbench(
+        vscode, vsix, folder, env={**editors_home, "PATH": path}, settings={"fimserver.serverPath": ""}
+    )
+    try:
+        window = workbench.window()
+        window.wait_for_status("not installed", timeout=120)
+        said = wait_until(window.notifications, "the offer")
+        assert len(said) == 1
+        window.screenshot(pictures / "missing.png")
+        assert not journal.exists()
+
+        def install() -> None:
+            wait_until(lambda: any("0.3 GB" in text for text in window.rows()), "the builds")
+            window.screenshot(pictures / "install.png")
+            window.press("Enter")
+            wait_until(lambda: any("uv" in text for text in window.rows()), "the tools")
+            window.press("Enter")
+            wait_until(lambda: any("Download and install" in text for text in window.rows()), "the last step")
+            window.press("Enter")
+
+        window.click(".notification-toast .monaco-button >> text=Install...")
+        install()
+        wait_until(lambda: any("torch" in text for text in window.notifications()), "how far it is")
+        window.screenshot(pictures / "installing.png")
+        window.click(".notification-toast .monaco-button >> text=Cancel")
+        wait_until(lambda: not window.notifications(), "it was stopped")
+        assert "not installed" in window.status()
+        place = "globalStorage/fimserver.fimserver/server"
+        wait_until(lambda: not list(workbench.data.rglob(place)), "what was begun is gone")
+
+        write_uv(0)
+        window.menu()
+        window.choose("Install the server")
+        install()
+        window.wait_for_status("Ready", timeout=60)
+        window.begin(folder / "inventory.py")
+        assert "fimserver==0.1.0" in journal.read_text(encoding="utf-8")
+        assert workbench.host_errors() == []
+    finally:
+        workbench.close()
