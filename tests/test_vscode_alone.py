@@ -1,6 +1,7 @@
 """The VS Code extension in workbenches that are set up for one thing: trust, installing, several folders, a Vim."""
 
 import json
+import time
 from functools import partial
 from pathlib import Path
 
@@ -208,7 +209,7 @@ def test_looks_of_first_steps_and_of_errors(
     missing = tmp_path / "no" / "fimserver"
     workbench = Workbench(vscode, vsix, tmp_path, env=editors_home, settings={"fimserver.serverPath": str(missing)})
     try:
-        window = workbench.window(width=1300, height=760)
+        window = workbench.window(width=1500, height=800)  # wide enough for the steps' pictures
         window.wait_for_status("No completions", timeout=120)
         said = wait_until(window.notifications, "what is wrong")
         assert len(said) == 1
@@ -222,6 +223,7 @@ def test_looks_of_first_steps_and_of_errors(
         window.choose("Code completion on your own machine")
         for number, step in enumerate(("Have the server", "Type, and press Tab", "The menu in the status bar"), 1):
             window.click(f".getting-started-step >> text={step}")
+            time.sleep(2)  # for what stands beside it, in a frame
             workbench.in_themes(window, partial(picture_step, window, pictures, number))
         workbench.set(serverPath=str(FIMSERVER))
         window.wait_for_status("Ready", timeout=120)
