@@ -725,7 +725,8 @@ def quantize_model(source: str, target: Path, dialect: str, as_json: bool, **opt
     A run that was stopped goes on when the same command is given again.
     """
     from fimserver.engine.nvfp4 import Dialect  # noqa: PLC0415
-    from fimserver.engine.quantizer import QuantizerOptions, quantize_folder  # noqa: PLC0415
+    from fimserver.engine.quantizer import quantize_folder  # noqa: PLC0415
+    from fimserver.engine.quantizer_plan import QuantizerOptions  # noqa: PLC0415
 
     chosen = QuantizerOptions(dialect=Dialect(dialect), **options)
     _run_measurement(

@@ -21,8 +21,9 @@ from fimserver.context.syntax import GRAMMAR_ERRORS, load_parser
 from fimserver.engine.client import EngineClient, EngineOptions
 from fimserver.errors import EngineError, FimserverError
 from fimserver.lsp.launch import read_status
+from fimserver.model_facts import find_checkpoint
 from fimserver.paths import config_file
-from fimserver.planner import DEFAULT_CONTEXT_TOKENS, Plan, Step, find_checkpoint, plan_on_card, plan_on_cpu
+from fimserver.planner import DEFAULT_CONTEXT_TOKENS, Plan, Step, plan_on_card, plan_on_cpu
 from fimserver.settings import Settings, read_config_file
 from fimserver.types import FimContext, Hole, HoleKind, Sampling
 
@@ -133,7 +134,9 @@ def check_daemon(_settings: Settings) -> Check:
     if status is None:
         return Check("daemon", "none runs; the first editor starts it")
     worker = status["worker"]
-    found = f"pid {status['pid']} serves {status['connections']} editors; its worker is {worker['state']}"
+    count = status["connections"]
+    editors = "1 editor" if count == 1 else f"{count} editors"
+    found = f"pid {status['pid']} serves {editors}; its worker is {worker['state']}"
     if worker["state"] == "failed":
         return Check("daemon", found, f"{worker['detail']}; then run: fimserver daemon restart")
     return Check("daemon", found)

@@ -22,7 +22,8 @@ from fimserver.engine.products import PLAIN, Products
 from fimserver.engine.vocabulary import Vocabulary
 from fimserver.engine.weights import CPU, load_weights, read_metadata
 from fimserver.errors import WeightsError
-from fimserver.planner import HostPlan, Role, find_checkpoint, plan_on_card, read_folder
+from fimserver.model_facts import Role, find_checkpoint, read_folder
+from fimserver.planner import HostPlan, plan_on_card
 from fimserver.types import FimContext, Hole, HoleKind, Mode, Sampling
 
 EXPERTS, CHOSEN, HIDDEN, INNER = 8, 2, 32, 16

@@ -290,6 +290,8 @@ def test_the_help_page_is_what_the_source_says(neovim: Neovim, tmp_path: Path) -
     shutil.copytree(PLUGIN / "doc", tmp_path / "doc")
     done = neovim.run("--headless", "--clean", "-c", f"helptags {tmp_path}/doc", "-c", "qall!")
     assert not done.stderr.strip()
+    tags = (PLUGIN / "doc" / "tags").read_text(encoding="utf-8")
+    assert (tmp_path / "doc" / "tags").read_text(encoding="utf-8") == tags, "run :helptags editors/neovim/doc"
 
 
 @editors
@@ -604,6 +606,24 @@ def test_where_nothing_is_completed(start: Start, stub: Stub, tmp_path: Path) ->
     wait_until(lambda: line_of(terminal, 1) == "x", "replaced")
     assert terminal.ghost() is None
     assert len(stub.received("textDocument/inlineCompletion")) == asked
+
+
+@editors
+def test_windows_of_commands(start: Start, file: Path) -> None:
+    terminal = start(file)
+    terminal.wait_until_ready()
+    terminal.command("Fimserver stats")
+    terminal.command("Fimserver log")
+    terminal.command("Fimserver status")
+    assert terminal.lua("#vim.api.nvim_list_wins()") == 2
+    assert re.search(r"buffer +attached", terminal.screen()), "of the file, not of the window"
+    terminal.command("Fimserver explain")
+    wait_until(lambda: "no request yet" in terminal.messages(), "the server has said it of the file")
+    terminal.send("q")
+    wait_until(lambda: terminal.lua("#vim.api.nvim_list_wins()") == 1, "the window is closed")
+    terminal.command("enew")
+    terminal.command("Fimserver explain")
+    assert "nothing is completed in this buffer: it has no name yet; save it once" in terminal.messages()
 
 
 @editors

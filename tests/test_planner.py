@@ -16,26 +16,15 @@ from command import run
 from safetensors.torch import save_file
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
-from fimserver import planner
+from fimserver import model_facts
 from fimserver.cards import CARDS, find_card
 from fimserver.engine import key_values
 from fimserver.engine.known import SHIPPED_MODELS
 from fimserver.engine.kv_cache import MAX_BYTES
 from fimserver.engine.model import Model
 from fimserver.errors import FimserverError, WeightsError
-from fimserver.planner import (
-    Checkpoint,
-    Format,
-    Role,
-    find_checkpoint,
-    parse_config,
-    plan_on_card,
-    plan_on_cpu,
-    read_folder,
-    step_bytes,
-    to_parts,
-    weight_lines_on_cpu,
-)
+from fimserver.model_facts import Checkpoint, Format, Role, find_checkpoint, parse_config, read_folder, to_parts
+from fimserver.planner import plan_on_card, plan_on_cpu, step_bytes, weight_lines_on_cpu
 
 NVFP4 = "nvidia/diffusiongemma-26B-A4B-it-NVFP4"
 KNOWN = SHIPPED_MODELS / "known" / "diffusiongemma-26b-a4b-it"
@@ -201,7 +190,7 @@ def test_bf16_needs_four_bits_or_a_large_card() -> None:
 
 def test_earlier_prompts_are_those_of_the_engine(large: Checkpoint) -> None:
     assert sum_of(plan_on_card(large, CARDS[0]), "KV caches of earlier prompts") == MAX_BYTES
-    assert planner.MARGIN_TOKENS == key_values.MARGIN_TOKENS
+    assert model_facts.MARGIN_TOKENS == key_values.MARGIN_TOKENS
 
 
 def test_a_wrong_card_names_the_nearest() -> None:

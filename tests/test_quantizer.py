@@ -25,16 +25,13 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from fimserver.cli import main
+from fimserver.engine.calibration import measure_inputs
 from fimserver.engine.engine import Engine
 from fimserver.engine.model import Model
 from fimserver.engine.nvfp4 import Dialect, dequantize, find_global_scale, from_parts, quantize, to_parts
 from fimserver.engine.quantization import read_quantization
-from fimserver.engine.quantizer import (
-    QuantizerOptions,
-    _is_vision,
-    measure_inputs,
-    quantize_folder,
-)
+from fimserver.engine.quantizer import quantize_folder
+from fimserver.engine.quantizer_plan import QuantizerOptions, _is_vision
 from fimserver.engine.weights import load_weights
 from fimserver.errors import FimserverError, WeightsError
 from fimserver.types import FimContext, Hole, HoleKind, Mode, Sampling
@@ -374,7 +371,8 @@ def test_the_command_shows_a_table_and_says_what_is_wrong(tmp_path: Path, source
 PEAK = """
 import sys, torch
 from pathlib import Path
-from fimserver.engine.quantizer import QuantizerOptions, quantize_folder
+from fimserver.engine.quantizer import quantize_folder
+from fimserver.engine.quantizer_plan import QuantizerOptions
 torch.set_num_threads(1)
 def resident(key): return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(key)) * 1024
 before = resident("VmRSS")

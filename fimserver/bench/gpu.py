@@ -40,7 +40,8 @@ from fimserver.engine.model import Model
 from fimserver.engine.nvfp4 import NVFP4Tensor
 from fimserver.engine.weights import ModelMetadata, create_model, expected_shapes, read_metadata
 from fimserver.errors import FimserverError
-from fimserver.planner import Checkpoint, Role, find_checkpoint, parse_config, step_bytes, to_parts
+from fimserver.model_facts import Checkpoint, Role, find_checkpoint, parse_config, to_parts
+from fimserver.planner import step_bytes
 
 SYNTHETIC = {"26b": "diffusiongemma-26b-a4b-it"}
 STAGES = ("kernels", "load", "steps", "encode", "requests", "profile")

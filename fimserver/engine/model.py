@@ -27,7 +27,8 @@ from fimserver.engine.packed import count_parameters, find_packed_experts, is_pa
 from fimserver.engine.products import PLAIN
 from fimserver.engine.weights import ModelMetadata, limit_context, load_weights, read_metadata
 from fimserver.errors import EngineError, WeightsError
-from fimserver.planner import Format, Role, plan_on_card, read_folder
+from fimserver.model_facts import Format, Role, read_folder
+from fimserver.planner import plan_on_card
 
 _logger = logging.getLogger(__name__)
 _RECORDED_LENGTHS = 16  # of canvases, a multiple of it

@@ -34,7 +34,7 @@ test('PATH, else the nearest virtual environment that is trusted, else a remedy'
   end
   command, why = program.find(buffer)
   same(command, nil)
-  assert(why:find('is not trusted', 1, true), why)
+  assert(why:find('is not trusted yet', 1, true), why)
   same((program.find(buffer)), nil)
   same(#trusted, 1) -- not asked again by itself
   program.forget()

@@ -12,12 +12,35 @@ local M = {}
 local MODES = { 'auto', 'fast', 'quality', 'diffusion', 'verified', 'autoregressive' }
 local SNOOZE_MINUTES = 5
 local ERROR = vim.log.levels.ERROR
+local FILETYPE = 'fimserver' -- of what is shown in a window
 
 ---@class fimserver.Command
 ---@field takes string Its argument, as in a help page.
 ---@field says string
 ---@field run fun(argument: string?)
 ---@field values? fun(): string[] What completion offers for the argument.
+
+--- The window that an earlier command has opened in this tab.
+---@return integer?
+local function own_window()
+  for _, window in ipairs(vim.api.nvim_tabpage_list_wins(0)) do
+    if vim.bo[vim.api.nvim_win_get_buf(window)].filetype == FILETYPE then
+      return window
+    end
+  end
+  return nil
+end
+
+--- The buffer that is meant: the current one, or the one beside a window of ours.
+---@return integer
+local function meant_buffer()
+  local buffer = vim.api.nvim_get_current_buf()
+  if vim.bo[buffer].filetype ~= FILETYPE then
+    return buffer
+  end
+  local before = vim.fn.win_getid(vim.fn.winnr('#'))
+  return before ~= 0 and vim.api.nvim_win_get_buf(before) or buffer
+end
 
 --- Show text in a window of its own; `q` closes it.
 ---@param name string
@@ -28,8 +51,13 @@ local function show_window(name, text)
   vim.api.nvim_buf_set_lines(buffer, 0, -1, false, lines)
   vim.bo[buffer].modifiable = false
   vim.bo[buffer].bufhidden = 'wipe'
-  vim.bo[buffer].filetype = 'fimserver'
-  vim.cmd('botright split')
+  vim.bo[buffer].filetype = FILETYPE
+  local window = own_window()
+  if window then
+    vim.api.nvim_set_current_win(window)
+  else
+    vim.cmd('botright split')
+  end
   vim.api.nvim_win_set_buf(0, buffer)
   vim.wo.number, vim.wo.relativenumber, vim.wo.signcolumn = false, false, 'no'
   vim.wo.wrap, vim.wo.linebreak = true, true
@@ -64,11 +92,12 @@ end
 
 local function show_status()
   local now = status.get()
-  local buffer = vim.api.nvim_get_current_buf()
+  local buffer = meant_buffer()
   local refused = place.refuse_buffer(buffer)
+  local runs = server.command and ('%s, from %s'):format(table.concat(server.command, ' '), server.where)
   local lines = {
     ('state     %s%s'):format(now.state, now.detail ~= '' and (' (' .. now.detail .. ')') or ''),
-    ('server    %s, from %s'):format(table.concat(server.command or { 'none' }, ' '), server.where),
+    'server    ' .. (runs or 'none was started'),
     ('buffer    %s'):format(
       refused and ('not completed: ' .. refused) or (server.client_of(buffer) and 'attached' or 'not attached yet')
     ),
@@ -159,7 +188,13 @@ M.commands = {
     takes = '',
     says = 'Why there was, or was no, ghost text',
     run = function()
-      server.execute('fimserver.explain', { vim.uri_from_bufnr(0) })
+      local buffer = meant_buffer()
+      local refused = place.refuse_buffer(buffer)
+      if refused then
+        message.say('nothing is completed in this buffer: ' .. refused)
+      else
+        server.execute('fimserver.explain', { vim.uri_from_bufnr(buffer) })
+      end
     end,
   },
   mode = {

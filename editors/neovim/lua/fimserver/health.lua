@@ -31,7 +31,7 @@ local function check_server()
     command, where = server.command, server.where
   end
   if not command then
-    health.error('No server: ' .. where, { program.remedy })
+    health.error('No server: ' .. where) -- which says what to do
     return nil
   end
   local code, output = program.run(command, { '--version' }, 10000)
@@ -102,8 +102,8 @@ function M.check()
   local command = check_server()
   if command then
     check_daemon(command)
+    check_client()
   end
-  check_client()
   health.start('fimserver: keys')
   check_keys()
 end

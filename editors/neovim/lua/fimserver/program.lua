@@ -3,7 +3,7 @@ local config = require('fimserver.config')
 
 local M = {}
 
-M.remedy = 'install it anywhere on PATH, or into the .venv of your project, '
+M.remedy = 'put it on PATH, or into the .venv of your project, '
   .. "or name it: require('fimserver').setup({ cmd = { '/path/to/fimserver', 'lsp' } })"
 
 --- Where programs are in a virtual environment, on this system.
@@ -74,8 +74,9 @@ function M.find(buffer)
     return { in_venv, 'lsp' }, 'the virtual environment of the project'
   end
   if in_venv then
-    local remedy = ':Fimserver restart asks again, or name it: setup({ cmd = { %q, "lsp" } })'
-    return nil, ('%s is not trusted, so it does not run; '):format(in_venv) .. remedy:format(in_venv)
+    local text = "the project's own program is not trusted yet; :Fimserver restart asks again, and starts it once it "
+      .. 'is; or name it: setup({ cmd = { %q, "lsp" } })'
+    return nil, text:format(in_venv)
   end
   return nil, 'there is no program `fimserver` here; ' .. M.remedy
 end
