@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -606,6 +607,30 @@ def test_where_nothing_is_completed(start: Start, stub: Stub, tmp_path: Path) ->
     wait_until(lambda: line_of(terminal, 1) == "x", "replaced")
     assert terminal.ghost() is None
     assert len(stub.received("textDocument/inlineCompletion")) == asked
+
+
+@editors
+def test_the_projects_own_program_runs_once_it_was_looked_at(start: Start, tmp_path: Path) -> None:
+    own = tmp_path / ".venv" / "bin" / "fimserver"
+    own.parent.mkdir(parents=True)
+    own.write_text(f'#!/bin/sh\n# the program\ntouch {tmp_path}/ran\nexec {FIMSERVER} "$@"\n', encoding="utf-8")
+    own.chmod(0o755)
+    file = tmp_path / "inventory.py"
+    file.write_text(SAMPLE, encoding="utf-8")
+    setup = "require('fimserver').setup({}) if true then return end"  # without a name for the program
+    terminal = start(file, before=f"vim.env.PATH = '/usr/bin:/bin' {setup}")
+    terminal.wait_for("(v)iew")
+    terminal.send("v")
+    terminal.wait_for("# the program")
+    assert not (tmp_path / "ran").exists()
+    terminal.command("trust")
+    terminal.command("close")
+    wait_until(lambda: terminal.lua("#vim.api.nvim_list_wins()") == 1, "the program is closed")
+    time.sleep(5)  # so often it is looked for
+    terminal.go(LINE)
+    terminal.type("p")
+    wait_until((tmp_path / "ran").exists, "it runs")
+    terminal.wait_for("self.items.append")
 
 
 @editors

@@ -23,7 +23,11 @@ function M.listen(is_builtin)
     })
   end
 
-  on({ 'FileType', 'BufFilePost', 'BufWritePost' }, server.attach)
+  on({ 'FileType', 'BufFilePost', 'BufWritePost' }, function(buffer)
+    vim.schedule(function() -- once the file is in its window: Neovim may ask for trust, and show a program beside it
+      server.attach(buffer)
+    end)
+  end)
   on('BufEnter', function(buffer)
     server.notify(buffer, 'textDocument/didFocus', { textDocument = { uri = vim.uri_from_bufnr(buffer) } })
   end)

@@ -37,11 +37,25 @@ end
 local answers = {}
 
 ---@param path string
+---@return boolean trusted
+---@return boolean asked Now, so the person knows.
 local function is_trusted(path)
-  if answers[path] == nil then
-    answers[path] = vim.secure.read(path) ~= nil
+  if answers[path] ~= nil then
+    return answers[path], false
   end
-  return answers[path]
+  local trusted = vim.secure.read(path) ~= nil
+  answers[path] = trusted
+  local viewed = not trusted and vim.fn.bufnr(vim.fn.fnameescape(path)) or -1
+  if viewed > 0 then -- they look at it, and may say :trust; looked for again once it is closed
+    vim.api.nvim_create_autocmd('BufWinLeave', {
+      buffer = viewed,
+      once = true,
+      callback = function()
+        answers[path] = nil
+      end,
+    })
+  end
+  return trusted, not trusted
 end
 
 --- Ask about programs in projects anew.
@@ -53,6 +67,7 @@ end
 ---@param buffer integer
 ---@return string[]? command
 ---@return string where_or_why
+---@return boolean? is_known Whether the person knows why, having just been asked.
 function M.find(buffer)
   local cmd = config.options.cmd
   if cmd then
@@ -70,13 +85,14 @@ function M.find(buffer)
     return { on_path, 'lsp' }, 'PATH'
   end
   local in_venv = find_in_venv(folder)
-  if in_venv and is_trusted(in_venv) then
-    return { in_venv, 'lsp' }, 'the virtual environment of the project'
-  end
   if in_venv then
+    local trusted, asked = is_trusted(in_venv)
+    if trusted then
+      return { in_venv, 'lsp' }, 'the virtual environment of the project'
+    end
     local text = "the project's own program is not trusted yet; :Fimserver restart asks again, and starts it once it "
       .. 'is; or name it: setup({ cmd = { %q, "lsp" } })'
-    return nil, text:format(in_venv)
+    return nil, text:format(in_venv), asked
   end
   return nil, 'there is no program `fimserver` here; ' .. M.remedy
 end

@@ -133,11 +133,13 @@ function M.attach(buffer)
   if has_given_up or vim.uv.now() - searched_at < SEARCH_EVERY_MS then
     return false
   end
-  local command, where = program.find(buffer)
+  local command, where, is_known = program.find(buffer)
   if not command then
     searched_at = vim.uv.now()
     status.set('error', where)
-    message.say_once(where)
+    if not is_known then
+      message.say_once(where)
+    end
     return false
   end
   M.command, M.where = command, where
