@@ -386,6 +386,26 @@ class Window:
         wait_until(lambda: any(label in text for text in self.texts(_CHOSEN)), f"{label} is found")
         self.press("Enter")
 
+    def choose_path(self, path: Path, button: str) -> None:
+        """Give a path to a dialog for files, and press its button."""
+        typed = f"{path}/" if path.is_dir() else str(path)
+        shown = f"document.querySelector({json.dumps(_PICK + ' input')}).value"
+        wait_until(lambda: self.has(_PICK + " .quick-input-action .monaco-button"), "the dialog is there")
+        for _ in range(3):  # while it lists a folder it takes keys for something else
+            wait_until(self.rows, "the folder is listed")
+            self.press("Control+a")
+            self.type(typed)
+            with suppress(AssertionError):
+                wait_until(lambda: self.evaluate(shown) == typed, "the path is typed", 3)
+                break
+        for _ in range(10):
+            self.click(f"{_PICK} .quick-input-action .monaco-button >> text={button}")
+            with suppress(AssertionError):
+                wait_until(lambda: not self.has(_PICK), "the dialog is gone", 3)
+                return
+        message = f"the dialog does not take {typed}"
+        raise AssertionError(message)
+
     def notifications(self) -> list[str]:
         """Messages that are on the screen."""
         return self.texts(".notification-toast .notification-list-item-message")

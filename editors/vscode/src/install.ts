@@ -22,6 +22,12 @@ export interface Step {
   readonly env?: Readonly<Record<string, string>>;
 }
 
+/**
+ * Whether PyPI has `fimserver` and the name is ours. Until then nothing is fetched by that name: whoever takes it first
+ * would run their code on the machines of all who click. Turned on with the first release.
+ */
+export const IS_PUBLISHED: boolean = false;
+
 const TORCH = "torch";
 const CPU_INDEX = "https://download.pytorch.org/whl/cpu";
 const CUDA_INDEX = "https://download.pytorch.org/whl/cu128"; // Windows: the Python index has no build for cards there

@@ -2,7 +2,17 @@
 
 import { rm } from "node:fs/promises";
 import * as vscode from "vscode";
-import { type Build, buildsFor, CancelledError, type Choice, downloadSize, findTools, run, toSteps } from "./install";
+import {
+  type Build,
+  buildsFor,
+  CancelledError,
+  type Choice,
+  downloadSize,
+  findTools,
+  IS_PUBLISHED,
+  run,
+  toSteps,
+} from "./install";
 import type { Messages } from "./messages";
 
 const BUILDS: Readonly<Record<Build, { label: string; detail: string }>> = {
@@ -63,25 +73,35 @@ export class Installer {
     if (tool === undefined) {
       return undefined;
     }
-    const start = `$(cloud-download) Download and install`;
-    const local = "$(folder-opened) Install from a wheel file";
-    const last = await vscode.window.showQuickPick(
-      [
-        { label: start, description: `${this.requirement}, ${downloadSize(build.build)}`, detail: this.folder },
-        { label: local, description: "its packages are still downloaded", detail: this.folder },
-      ],
-      { title: "Install fimserver's server (3 of 3)", placeHolder: "Begin?" },
-    );
-    if (last === undefined) {
+    const source = await this.askSource(downloadSize(build.build));
+    if (source === undefined) {
       return undefined;
     }
-    const chosen = { tool: tool.found.tool, program: tool.found.program, build: build.build };
-    if (last.label === start) {
-      return { ...chosen, source: this.requirement };
+    return { tool: tool.found.tool, program: tool.found.program, build: build.build, source };
+  }
+
+  private async askSource(size: string): Promise<string | undefined> {
+    const detail = `Into ${this.folder}`;
+    const published = { label: "$(cloud-download) Download and install", description: `${this.requirement}, ${size}` };
+    const checkout = { label: "$(folder-opened) Install from a checkout...", description: `downloads ${size}` };
+    const wheel = { label: "$(package) Install from a wheel file...", description: `downloads ${size}` };
+    const items = [...(IS_PUBLISHED ? [published] : []), checkout, wheel].map((item) => ({ ...item, detail }));
+    const picked = await vscode.window.showQuickPick(items, {
+      title: "Install fimserver's server (3 of 3)",
+      placeHolder: "From where? This begins the download.",
+    });
+    if (picked === undefined || picked.label === published.label) {
+      return picked && this.requirement;
     }
-    const files = await vscode.window.showOpenDialog({ filters: { Wheels: ["whl"] }, title: "fimserver's wheel" });
-    const file = files?.[0];
-    return file && { ...chosen, source: file.fsPath };
+    const isFolder = picked.label === checkout.label;
+    const found = await vscode.window.showOpenDialog({
+      canSelectFiles: !isFolder,
+      canSelectFolders: isFolder,
+      ...(isFolder ? {} : { filters: { Wheels: ["whl"] } }),
+      title: isFolder ? "The folder of fimserver's checkout" : "fimserver's wheel",
+      openLabel: "Install",
+    });
+    return found?.[0]?.fsPath;
   }
 
   private async carryOut(choice: Choice): Promise<boolean> {
