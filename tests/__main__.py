@@ -11,7 +11,7 @@ CHECKS = [
     [PYTHON, "-m", "ruff", "check", "."],
     [PYTHON, "-m", "ruff", "format", "--check", "."],
     [PYTHON, "-m", "mypy"],
-    [PYTHON, "-m", "pytest", "-n", str(os.cpu_count() or 1), "-m", "not editors", *sys.argv[1:]],
+    [PYTHON, "-m", "pytest", "-n", str(os.cpu_count() or 1), "--dist", "worksteal", "-m", "not editors", *sys.argv[1:]],
     [PYTHON, "-m", "pytest", "-m", "editors", *sys.argv[1:]],  # they type and wait: one after the other
 ]
 

@@ -201,7 +201,7 @@ class FakeServer(LspClient):
         """What the worker noted: ``loaded``, ``begun``, ``drafted``, ``cancelled``, ``answered``."""
         return read_journal(self.journal, event, name)
 
-    def wait_until_noted(self, event: str, name: str | None = None, timeout_s: float = 10) -> None:
+    def wait_until_noted(self, event: str, name: str | None = None, timeout_s: float = 30) -> None:
         deadline = time.monotonic() + timeout_s
         while not self.noted(event, name):
             assert time.monotonic() < deadline, f"never {event}: {name}"

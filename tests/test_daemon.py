@@ -190,7 +190,7 @@ def test_the_doctor_looks_at_it(home: Home) -> None:
     complete(home.editor())
     check = check_daemon(Settings())
     assert check.remedy == ""
-    assert "serves 1 editors; its worker is ready" in check.found
+    assert "serves 1 editor; its worker is ready" in check.found
 
 
 def test_the_doctor_sees_a_worker_that_failed(home: Home) -> None:
