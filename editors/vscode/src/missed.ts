@@ -30,8 +30,11 @@ export class Missed {
     }
     if (editor.selection.isEmpty && editor.selection.active.isEqual(what.position)) {
       this.asks = true;
-      await vscode.commands.executeCommand("editor.action.inlineSuggest.trigger");
-      this.asks = false;
+      try {
+        await vscode.commands.executeCommand("editor.action.inlineSuggest.trigger");
+      } finally {
+        this.asks = false;
+      }
     }
   }
 
