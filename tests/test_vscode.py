@@ -83,6 +83,14 @@ def test_tab_takes_the_ghost_text(window: Window, workbench: Workbench) -> None:
 
 
 @editors
+def test_it_runs_beside_the_code(window: Window, workbench: Workbench) -> None:
+    """As over SSH, in WSL and in a container: the page is one machine, and the extension runs on the other."""
+    logs = "".join(file.read_text(encoding="utf-8") for file in workbench.data.rglob("remoteexthost.log"))
+    assert re.search(r"_doActivateExtension fimserver\.fimserver", logs)
+    assert relays_of(workbench)
+
+
+@editors
 def test_a_word_of_it(window: Window, workbench: Workbench) -> None:
     file = workbench.write("word.py")
     ghost = window.begin(file)
