@@ -32,7 +32,6 @@ from real_editors import (
     LINES,
     ROOT,
     SAMPLE_FILE,
-    SLOW_S,
     Stub,
     UnavailableError,
     fimserver_home,
@@ -40,6 +39,7 @@ from real_editors import (
     run,
     wait_until,
 )
+from tmux import Tmux, find_tmux
 
 PLUGIN = ROOT / "editors" / "neovim"
 VERSIONS = ("0.11", "0.12")
@@ -65,8 +65,7 @@ def find_neovim(version: str) -> Neovim:
     if sys.platform != "linux":
         message = "the test's Neovims are Linux programs"
         raise UnavailableError(message)
-    if shutil.which("tmux") is None and (message := debian.install("tmux")):
-        raise UnavailableError(message)
+    find_tmux()
     CACHE.mkdir(parents=True, exist_ok=True)
     with FileLock(CACHE / "lock"):
         neovim = _from_pypi() if version == "0.11" else _from_debian()
@@ -103,8 +102,8 @@ def find_stylua() -> Path:
     return folder
 
 
-class Terminal:
-    """A Neovim in a terminal of 100 columns; ``close`` ends both."""
+class Terminal(Tmux):
+    """A Neovim in a terminal; ``close`` ends both."""
 
     def __init__(
         self,
@@ -120,7 +119,6 @@ class Terminal:
         """``options`` is the table given to setup(), ``before`` and ``after`` are Lua around it."""
         self.neovim = neovim
         self.folder = Path(tempfile.mkdtemp(prefix="nvim-"))
-        self._tmux = ["tmux", "-S", str(self.folder / "tmux"), "-f", "/dev/null"]
         self._socket = self.folder / "socket"
         init = self.folder / "init.lua"
         lines = [
@@ -134,53 +132,14 @@ class Terminal:
         ]
         init.write_text("\n".join(lines), encoding="utf-8")
         home = {f"XDG_{name}_HOME": str(self.folder / name.lower()) for name in ("STATE", "DATA", "CONFIG", "CACHE")}
-        variables = {**neovim.env, **home, **(env or {}), "TERM": "xterm-256color", "LC_ALL": "C.UTF-8"}
-        assigned = [f"{name}={value}" for name, value in variables.items()]
         command = [neovim.program, "-u", init, "-i", "NONE", "--listen", self._socket, file]
-        width, height = size
-        self._call("new-session", "-d", "-x", width, "-y", height, "env", *assigned, *command)
-        self._call("set-option", "-g", "escape-time", 0)
+        super().__init__(self.folder / "tmux", *command, env={**neovim.env, **home, **(env or {})}, size=size)
         try:
             wait_until(self._socket.exists, "Neovim has started")
             wait_until(lambda: self.lua("vim.v.vim_did_enter") == 1, "Neovim has read its init.lua")
         except BaseException:
             self.close()
             raise
-
-    def _call(self, *arguments: object) -> str:
-        command = [*self._tmux, *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SLOW_S, check=False)
-        assert not done.returncode, done.stderr
-        return done.stdout
-
-    def send(self, *keys: str) -> None:
-        """Press keys, by tmux's names: Escape, Tab, M-Right, C-n."""
-        self._call("send-keys", *keys)
-
-    def type(self, text: str) -> None:
-        """Type a text as it stands."""
-        self._call("send-keys", "-l", "--", text)
-
-    def screen(self, *, colors: bool = False) -> str:
-        """What is on the screen; with ``colors`` as escape sequences."""
-        return self._call("capture-pane", "-p", *(["-e"] if colors else []))
-
-    def watch(self, file: Path) -> None:
-        """Write all that Neovim sends to the terminal into a file too."""
-        file.touch()
-        self._call("pipe-pane", f"cat >> {file}")
-
-    def wait_for(self, text: str, timeout: float = SLOW_S) -> str:
-        """The screen, once ``text`` is on it."""
-        try:
-            return str(wait_until(lambda: s if text in (s := self.screen()) else "", text, timeout))
-        except AssertionError:
-            message = f"not on the screen within {timeout:.0f} s: {text!r}\n{self.screen()}"
-            raise AssertionError(message) from None
-
-    def wait_without(self, text: str, timeout: float = SLOW_S) -> str:
-        """The screen, once ``text`` is no longer on it."""
-        return str(wait_until(lambda: s if text not in (s := self.screen()) else "", f"no {text!r}", timeout))
 
     def lua(self, expression: str) -> Any:
         """The value of a Lua expression in the editor."""
@@ -238,8 +197,7 @@ class Terminal:
         """End Neovim and its terminal."""
         with _ignored():
             self.lua("vim.cmd('qall!')")
-        with _ignored():
-            self._call("kill-server")
+        super().close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
