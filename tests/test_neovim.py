@@ -625,12 +625,32 @@ def test_the_projects_own_program_runs_once_it_was_looked_at(start: Start, tmp_p
     assert not (tmp_path / "ran").exists()
     terminal.command("trust")
     terminal.command("close")
-    wait_until(lambda: terminal.lua("#vim.api.nvim_list_wins()") == 1, "the program is closed")
-    time.sleep(5)  # so often it is looked for
+    wait_until((tmp_path / "ran").exists, "it runs")
     terminal.go(LINE)
     terminal.type("p")
-    wait_until((tmp_path / "ran").exists, "it runs")
     terminal.wait_for("self.items.append")
+
+
+@editors
+def test_a_program_that_was_only_looked_at_is_not_asked_about_again(start: Start, tmp_path: Path) -> None:
+    own = tmp_path / ".venv" / "bin" / "fimserver"
+    own.parent.mkdir(parents=True)
+    own.write_text(f"#!/bin/sh\n# the program\ntouch {tmp_path}/ran\n", encoding="utf-8")
+    own.chmod(0o755)
+    file = tmp_path / "inventory.py"
+    file.write_text(SAMPLE, encoding="utf-8")
+    setup = "require('fimserver').setup({}) if true then return end"
+    terminal = start(file, before=f"vim.env.PATH = '/usr/bin:/bin' {setup}")
+    terminal.wait_for("(v)iew")
+    terminal.send("v")
+    terminal.wait_for("# the program")
+    terminal.command("close")
+    time.sleep(5.5)  # so often it is looked for
+    terminal.go(1, "O")
+    terminal.type("aiad")
+    terminal.wait_for("aiad")
+    assert "(v)iew" not in terminal.screen()
+    assert not (tmp_path / "ran").exists()
 
 
 @editors

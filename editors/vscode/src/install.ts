@@ -1,6 +1,7 @@
 // Installs the server into a folder of the extension's own: what is run, and running it. Only after a person asked.
 
 import { type ChildProcess, spawn } from "node:child_process";
+import { readFile } from "node:fs/promises";
 import { join } from "node:path";
 import { onPath, programIn } from "./program";
 
@@ -41,6 +42,15 @@ export function downloadSize(build: Build): string {
 /** Builds that differ on this platform. */
 export function buildsFor(platform: NodeJS.Platform): Build[] {
   return platform === "darwin" ? ["cpu"] : ["cpu", "cuda"];
+}
+
+/** Whether a folder is one that the server can be installed from. */
+export async function isCheckout(folder: string): Promise<boolean> {
+  try {
+    return /^name = "fimserver"$/m.test(await readFile(join(folder, "pyproject.toml"), "utf8"));
+  } catch {
+    return false;
+  }
 }
 
 function torchIndex(build: Build, platform: NodeJS.Platform): string | undefined {

@@ -1,6 +1,6 @@
 // Asks how to install the server, shows how far it is, and lets the person stop it.
 
-import { rm } from "node:fs/promises";
+import { access, rm } from "node:fs/promises";
 import * as vscode from "vscode";
 import {
   type Build,
@@ -10,10 +10,12 @@ import {
   downloadSize,
   findTools,
   IS_PUBLISHED,
+  isCheckout,
   run,
   toSteps,
 } from "./install";
 import type { Messages } from "./messages";
+import { programIn } from "./program";
 
 const BUILDS: Readonly<Record<Build, { label: string; detail: string }>> = {
   cpu: { label: "For the processor", detail: "Works on any machine. The shipped model is made for it." },
@@ -101,7 +103,12 @@ export class Installer {
       title: isFolder ? "The folder of fimserver's checkout" : "fimserver's wheel",
       openLabel: "Install",
     });
-    return found?.[0]?.fsPath;
+    const path = found?.[0]?.fsPath;
+    if (path !== undefined && isFolder && !(await isCheckout(path))) {
+      this.messages.error(`${path} is no checkout of fimserver: its pyproject.toml does not name it.`, ["install"]);
+      return undefined;
+    }
+    return path;
   }
 
   private async carryOut(choice: Choice): Promise<boolean> {
@@ -122,6 +129,7 @@ export class Installer {
           };
           await run(step, onLine, abort.signal);
         }
+        await access(programIn(this.folder, process.platform));
       });
       return true;
     } catch (error) {

@@ -38,8 +38,15 @@ export class Missed {
     }
   }
 
-  /** The editor can ask again only as if a key had been pressed for it; nobody did. */
+  /** The editor can ask again only as if a key had been pressed for it; nobody did. Who asks by hand is answered so. */
   toContext(context: vscode.InlineCompletionContext): vscode.InlineCompletionContext {
-    return this.asks ? { ...context, triggerKind: vscode.InlineCompletionTriggerKind.Automatic } : context;
+    if (this.asks) {
+      this.asks = false;
+      return { ...context, triggerKind: vscode.InlineCompletionTriggerKind.Automatic };
+    }
+    if (context.triggerKind === vscode.InlineCompletionTriggerKind.Invoke) {
+      this.what = undefined;
+    }
+    return context;
   }
 }

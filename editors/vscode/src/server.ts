@@ -63,7 +63,8 @@ export class Server implements vscode.Disposable {
   private snoozeTimer: NodeJS.Timeout | undefined;
   private snoozedUntil = 0;
   private open = 0;
-  private wishes = 0;
+  private wishes = 0; // starts, stops: only what was wished for last is done
+  private told = 0; // states that the server has sent
   private stopping: Promise<void> = Promise.resolve();
   readonly onDidChange = this.changed.event;
 
@@ -83,9 +84,9 @@ export class Server implements vscode.Disposable {
   async restart(): Promise<void> {
     this.backoff.reset();
     this.messages.forget();
-    this.wishes += 1;
+    const stopped = this.stop();
     const wish = this.wishes;
-    await this.stop();
+    await stopped;
     if (wish === this.wishes) {
       await this.start(); // else a later wish does
     }
@@ -126,6 +127,7 @@ export class Server implements vscode.Disposable {
 
   /** Done once every server that was told to end has: until then the editor keeps what is registered for it. */
   stop(): Promise<void> {
+    this.wishes += 1;
     clearTimeout(this.restartTimer);
     const client = this.client;
     this.client = undefined;
@@ -164,8 +166,9 @@ export class Server implements vscode.Disposable {
 
   /** Ask the server how it is; whether it answered. */
   async refresh(): Promise<boolean> {
+    const { client } = this;
     const status = await this.ask<EngineStatus>("fimserver/status", {});
-    if (!status?.engine) {
+    if (!status?.engine || this.client !== client) {
       return false;
     }
     const { engine, enabled, snoozedMinutes, trusted, refusedModel } = status;
@@ -251,7 +254,7 @@ export class Server implements vscode.Disposable {
           const { version } = document;
           try {
             const found = await next(document, position, this.missed.toContext(context), token);
-            if (this.view.phase === "loading") {
+            if (this.view.phase === "loading" && context.triggerKind === vscode.InlineCompletionTriggerKind.Automatic) {
               this.missed.note({ document, version, position }, found);
             }
             return found;
@@ -287,6 +290,7 @@ export class Server implements vscode.Disposable {
   }
 
   private onStatus({ kind, busy, message }: DidChangeStatus): void {
+    this.told += 1;
     if (kind === "Error") {
       this.change({ phase: "failed", detail: message });
     } else if (busy) {
@@ -298,8 +302,12 @@ export class Server implements vscode.Disposable {
 
   /** Not shown as ready before it is known with which model. */
   private async onReady(message: string): Promise<void> {
+    const { client, told } = this;
     const answered = await this.refresh();
-    if (!answered && this.client?.isRunning()) {
+    if (this.client !== client || this.told !== told) {
+      return; // there is newer news
+    }
+    if (!answered && client?.isRunning()) {
       this.change({ phase: "ready", detail: message });
     }
     if (this.view.phase === "ready") {

@@ -1,6 +1,6 @@
 import { readFileSync } from "node:fs";
 import { expect, test } from "vitest";
-import { buildsFor, CancelledError, run, toSteps } from "../src/install";
+import { buildsFor, CancelledError, isCheckout, run, toSteps } from "../src/install";
 
 const choice = { tool: "python", program: "/usr/bin/python3", build: "cpu", source: "fimserver==1" } as const;
 const lines = (steps: ReturnType<typeof toSteps>): string[] =>
@@ -70,3 +70,8 @@ function isAlive(pid: number): boolean {
     return false;
   }
 }
+
+test("a checkout names itself", async () => {
+  expect(await isCheckout("../..")).toBe(true);
+  expect(await isCheckout(".")).toBe(false);
+});

@@ -102,6 +102,8 @@ function M.check()
   local command = check_server()
   if command then
     check_daemon(command)
+  end
+  if command or server.command then
     check_client()
   end
   health.start('fimserver: keys')

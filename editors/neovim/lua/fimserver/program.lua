@@ -36,6 +36,29 @@ end
 ---@type table<string, boolean>
 local answers = {}
 
+--- What Neovim has noted of a program: its file has a hash and a path in each line, or a `!` for what was denied.
+---@param path string
+---@return 'allowed'|'denied'|nil
+local function trust_of(path)
+  local file = io.open(vim.fs.joinpath(vim.fn.stdpath('state'), 'trust'))
+  if not file then
+    return nil
+  end
+  local found = nil
+  for line in file:lines() do
+    local hash, name = line:match('^(%S+) (.+)$')
+    if name == path then
+      found = hash == '!' and 'denied' or 'allowed'
+    end
+  end
+  file:close()
+  return found
+end
+
+--- Called when a program that was looked at is trusted.
+---@type fun()
+M.on_trusted = function() end
+
 ---@param path string
 ---@return boolean trusted
 ---@return boolean asked Now, so the person knows.
@@ -43,19 +66,24 @@ local function is_trusted(path)
   if answers[path] ~= nil then
     return answers[path], false
   end
+  local real = vim.uv.fs_realpath(path) or path
+  local asked = trust_of(real) ~= 'denied' -- which is not asked about again
   local trusted = vim.secure.read(path) ~= nil
   answers[path] = trusted
-  local viewed = not trusted and vim.fn.bufnr(vim.fn.fnameescape(path)) or -1
-  if viewed > 0 then -- they look at it, and may say :trust; looked for again once it is closed
+  local viewed = not trusted and vim.fn.bufnr(vim.fn.fnameescape(real)) or -1
+  if viewed > 0 then -- they look at it, and may say :trust
     vim.api.nvim_create_autocmd('BufWinLeave', {
       buffer = viewed,
       once = true,
       callback = function()
-        answers[path] = nil
+        if trust_of(real) == 'allowed' then -- else it would be asked again in the middle of typing
+          answers[path] = nil
+          vim.schedule(M.on_trusted)
+        end
       end,
     })
   end
-  return trusted, not trusted
+  return trusted, asked and not trusted
 end
 
 --- Ask about programs in projects anew.

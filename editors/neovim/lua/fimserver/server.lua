@@ -172,6 +172,13 @@ function M.attach(buffer)
   return current ~= nil
 end
 
+program.on_trusted = function()
+  searched_at = -math.huge
+  for _, buffer in ipairs(vim.api.nvim_list_bufs()) do
+    M.attach(buffer)
+  end
+end
+
 --- Called with each client that was started.
 ---@type fun(client: vim.lsp.Client)
 M.on_started = function() end
