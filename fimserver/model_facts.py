@@ -13,14 +13,14 @@ import json
 import math
 import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from fimserver.engine.folder import DAMAGED, read_json, weight_files
-from fimserver.engine.known import KNOWN_MODELS, SHIPPED_MODELS
+from fimserver.engine.known import SHIPPED_MODELS, read_known, shipped_names
 from fimserver.errors import WeightsError
 from fimserver.model_store import find_added, is_hub_name
 
@@ -171,7 +171,7 @@ def find_checkpoint(name: str) -> Checkpoint:
             return read_folder(folder)
     if is_hub_name(name) and (added := find_added(name)) is not None:
         return read_folder(added)
-    known = list(_known_checkpoints())
+    known = list(read_known())
     for folder, facts in known:
         if name.lower() == folder.name:
             return _to_checkpoint(folder, facts[0])
@@ -179,8 +179,7 @@ def find_checkpoint(name: str) -> Checkpoint:
             if name.lower() in {fact["name"].lower(), fact["name"].lower().rpartition("/")[2]}:
                 return _to_checkpoint(folder, fact)
     names = [fact["name"] for _, facts in known for fact in facts]
-    shipped = sorted(path.parent.name for path in SHIPPED_MODELS.glob("*/config.json"))
-    msg = f"model {name!r} is neither a folder with a config.json nor one of: {', '.join([*shipped, *names])}"
+    msg = f"model {name!r} is neither a folder with a config.json nor one of: {', '.join([*shipped_names(), *names])}"
     raise WeightsError(msg)
 
 
@@ -326,11 +325,6 @@ def _count_by_role(shape: Shape) -> dict[Role, int]:
     for matrix in _matrices(shape):
         counts[matrix.role] += matrix.count * matrix.rows * matrix.columns
     return counts
-
-
-def _known_checkpoints() -> Iterator[tuple[Path, Sequence[dict[str, Any]]]]:
-    for path in sorted(KNOWN_MODELS.glob("*/facts.json")):
-        yield path.parent, read_json(path)["checkpoints"]
 
 
 def _to_checkpoint(folder: Path, fact: Mapping[str, Any]) -> Checkpoint:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from fimserver.engine.folder import read_json
-from fimserver.engine.known import KNOWN_MODELS, SHIPPED_MODELS, shipped_names
+from fimserver.engine.known import SHIPPED_MODELS, read_known, shipped_names
 from fimserver.errors import WeightsError
 from fimserver.paths import data_folder
 
@@ -438,8 +438,8 @@ def list_models() -> list[ListedModel]:
     ]
     known = [
         ListedModel(fact["name"], "known", fact["file_bytes"], None)
-        for path in sorted(KNOWN_MODELS.glob("*/facts.json"))
-        for fact in read_json(path)["checkpoints"]
+        for _, facts in read_known()
+        for fact in facts
         if is_hub_name(fact["name"]) and fact["name"] not in record
     ]
     return [*shipped, *added, *known]

@@ -206,25 +206,21 @@ def editors_home() -> Iterator[dict[str, str]]:
 @pytest.fixture(scope="session")
 def vscode() -> "VSCode":
     """The programs of a VS Code."""
-    from real_editors import UnavailableError
+    from real_editors import skipped_where_unavailable
     from vscode import find_vscode
 
-    try:
+    with skipped_where_unavailable():
         return find_vscode()
-    except UnavailableError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")
 def vsix(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The extension, packaged."""
-    from real_editors import UnavailableError
+    from real_editors import skipped_where_unavailable
     from vscode import package
 
-    try:
+    with skipped_where_unavailable():
         return package(tmp_path_factory.mktemp("vsix"))
-    except UnavailableError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

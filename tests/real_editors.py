@@ -85,6 +85,42 @@ def call_fimserver(env: dict[str, str], *arguments: str) -> subprocess.Completed
     return subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=60, check=False)
 
 
+def daemon_status(env: dict[str, str]) -> dict[str, Any]:
+    """What the daemon of an environment says of itself; nothing while there is none."""
+    printed = call_fimserver(env, "daemon", "status", "--json").stdout
+    found: dict[str, Any] = json.loads(printed) if printed.startswith("{") else {}
+    return found
+
+
+def write_script(file: Path, *lines: str) -> Path:
+    """A program of a shell's lines."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join(["#!/bin/sh", *lines, ""]), encoding="utf-8")
+    file.chmod(0o755)
+    return file
+
+
+def install_from_pypi(folder: Path, requirement: str) -> Path:
+    """The programs of a package in a virtual environment of its own, made where it is not there yet."""
+    if not (folder / "done").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        run(sys.executable, "-m", "venv", folder)
+        run(folder / "bin" / "pip", "install", "-q", requirement)
+        (folder / "done").touch()
+    return folder / "bin"
+
+
+@contextmanager
+def skipped_where_unavailable() -> Iterator[None]:
+    """The test is skipped where an editor or a tool cannot be had, and says why."""
+    import pytest
+
+    try:
+        yield
+    except UnavailableError as error:
+        pytest.skip(str(error))
+
+
 @contextmanager
 def fimserver_home() -> Iterator[dict[str, str]]:
     """An environment with a daemon of its own, which ends with it."""

@@ -1,6 +1,5 @@
 """Helix in a terminal, set up with the lines of docs/editors.md: the menu's item is put in."""
 
-import json
 import re
 import sys
 from collections.abc import Iterator
@@ -9,7 +8,7 @@ from pathlib import Path
 import debian
 import pytest
 from filelock import FileLock
-from real_editors import BEGUN, CACHE, FIMSERVER, LINE, SAMPLE, UnavailableError, call_fimserver, wait_until
+from real_editors import BEGUN, CACHE, FIMSERVER, LINE, SAMPLE, daemon_status, skipped_where_unavailable, wait_until
 from tmux import Tmux, find_tmux
 
 import fimserver
@@ -25,12 +24,9 @@ def helix() -> Path:
     if sys.platform != "linux":
         pytest.skip("the test's Helix is a Linux program")
     CACHE.mkdir(parents=True, exist_ok=True)
-    try:
+    with skipped_where_unavailable(), FileLock(CACHE / "lock"):
         find_tmux()
-        with FileLock(CACHE / "lock"):
-            return debian.unpack("hx", "hx", CACHE / "helix") / "usr" / "bin" / "hx"
-    except UnavailableError as error:
-        pytest.skip(str(error))
+        return debian.unpack("hx", "hx", CACHE / "helix") / "usr" / "bin" / "hx"
 
 
 @pytest.fixture
@@ -49,8 +45,7 @@ def terminal(helix: Path, editors_home: dict[str, str], tmp_path: Path) -> Itera
 
 
 def is_ready(home: dict[str, str]) -> bool:
-    printed = call_fimserver(home, "daemon", "status", "--json").stdout
-    return printed.startswith("{") and (json.loads(printed).get("worker") or {}).get("state") == "ready"
+    return (daemon_status(home).get("worker") or {}).get("state") == "ready"
 
 
 def test_an_item_of_the_menu(terminal: Tmux, editors_home: dict[str, str], tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 With the shipped model where a test can take any text, by a stub server where it needs a certain one.
 """
 
-import json
 import os
 import re
 import shutil
@@ -17,7 +16,17 @@ from typing import Any
 import debian
 import pytest
 from neovim import PLUGIN, VERSIONS, Neovim, Terminal, find_neovim, find_stylua, stub_options
-from real_editors import BEGUN, FIMSERVER, LINE, SAMPLE, Stub, UnavailableError, wait_until
+from real_editors import (
+    BEGUN,
+    FIMSERVER,
+    LINE,
+    SAMPLE,
+    Stub,
+    daemon_status,
+    skipped_where_unavailable,
+    wait_until,
+    write_script,
+)
 
 Start = Callable[..., Terminal]
 
@@ -30,10 +39,8 @@ def neovim(request: pytest.FixtureRequest) -> Neovim:
 
 
 def _find(version: str) -> Neovim:
-    try:
+    with skipped_where_unavailable():
         return find_neovim(version)
-    except UnavailableError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture
@@ -234,13 +241,6 @@ def test_daemon_and_worker_die_while_ghost_text_is_shown(editor: Terminal, edito
         editor.command("undo")
 
 
-def daemon_status(home: dict[str, str]) -> dict[str, Any]:
-    command = [str(FIMSERVER), "daemon", "status", "--json"]
-    done = subprocess.run(command, env={**os.environ, **home}, capture_output=True, text=True, check=False)
-    status: dict[str, Any] = json.loads(done.stdout)
-    return status
-
-
 @editors
 def test_two_neovims_share_one_worker(start: Start, editor: Terminal, file: Path, editors_home: dict[str, str]) -> None:
     other_file = file.with_name("other.py")
@@ -305,10 +305,8 @@ def test_luacheck_has_nothing_to_say() -> None:
 
 @editors
 def test_lua_is_formatted() -> None:
-    try:
+    with skipped_where_unavailable():
         folder = find_stylua()
-    except UnavailableError as error:
-        pytest.skip(str(error))
     files = sorted(PLUGIN.rglob("*.lua"))
     command = map(str, ["node", PLUGIN / "tests" / "format.mjs", "--check", folder, *files])
     done = subprocess.run([*command], capture_output=True, text=True, check=False)
@@ -609,20 +607,23 @@ def test_where_nothing_is_completed(start: Start, stub: Stub, tmp_path: Path) ->
     assert len(stub.received("textDocument/inlineCompletion")) == asked
 
 
-@editors
-def test_the_projects_own_program_runs_once_it_was_looked_at(start: Start, tmp_path: Path) -> None:
-    own = tmp_path / ".venv" / "bin" / "fimserver"
-    own.parent.mkdir(parents=True)
-    own.write_text(f'#!/bin/sh\n# the program\ntouch {tmp_path}/ran\nexec {FIMSERVER} "$@"\n', encoding="utf-8")
-    own.chmod(0o755)
-    file = tmp_path / "inventory.py"
+def look_at_own_program(start: Start, folder: Path, *lines: str) -> Terminal:
+    """Open a file of a project that has a program of its own, and answer that one wants to look at that."""
+    file = folder / "inventory.py"
     file.write_text(SAMPLE, encoding="utf-8")
+    write_script(folder / ".venv" / "bin" / "fimserver", "# the program", f"touch {folder}/ran", *lines)
     setup = "require('fimserver').setup({}) if true then return end"  # without a name for the program
     terminal = start(file, before=f"vim.env.PATH = '/usr/bin:/bin' {setup}")
     terminal.wait_for("(v)iew")
     terminal.send("v")
     terminal.wait_for("# the program")
-    assert not (tmp_path / "ran").exists()
+    assert not (folder / "ran").exists()
+    return terminal
+
+
+@editors
+def test_the_projects_own_program_runs_once_it_was_looked_at(start: Start, tmp_path: Path) -> None:
+    terminal = look_at_own_program(start, tmp_path, f'exec {FIMSERVER} "$@"')
     terminal.command("trust")
     terminal.command("close")
     wait_until((tmp_path / "ran").exists, "it runs")
@@ -633,17 +634,7 @@ def test_the_projects_own_program_runs_once_it_was_looked_at(start: Start, tmp_p
 
 @editors
 def test_a_program_that_was_only_looked_at_is_not_asked_about_again(start: Start, tmp_path: Path) -> None:
-    own = tmp_path / ".venv" / "bin" / "fimserver"
-    own.parent.mkdir(parents=True)
-    own.write_text(f"#!/bin/sh\n# the program\ntouch {tmp_path}/ran\n", encoding="utf-8")
-    own.chmod(0o755)
-    file = tmp_path / "inventory.py"
-    file.write_text(SAMPLE, encoding="utf-8")
-    setup = "require('fimserver').setup({}) if true then return end"
-    terminal = start(file, before=f"vim.env.PATH = '/usr/bin:/bin' {setup}")
-    terminal.wait_for("(v)iew")
-    terminal.send("v")
-    terminal.wait_for("# the program")
+    terminal = look_at_own_program(start, tmp_path)
     terminal.command("close")
     time.sleep(5.5)  # so often it is looked for
     terminal.go(1, "O")

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import vscode as editor
-from real_editors import BEGUN, LINE, SAMPLE, Stub, call_fimserver, run, wait_until
+from real_editors import BEGUN, LINE, SAMPLE, Stub, call_fimserver, daemon_status, run, wait_until
 from vscode import EXTENSION, VSCode, Window, Workbench
 
 LIMIT_BYTES = 500_000
@@ -443,12 +443,6 @@ def test_an_untitled_document(window: Window) -> None:
         assert window.type_until_ghost("o").startswith("ad")
     finally:
         window.command("View: Revert and Close Editor")
-
-
-def daemon_status(home: dict[str, str]) -> dict[str, Any]:
-    printed = call_fimserver(home, "daemon", "status", "--json").stdout
-    found: dict[str, Any] = json.loads(printed) if printed.startswith("{") else {}
-    return found
 
 
 def relays_of(workbench: Workbench) -> list[int]:

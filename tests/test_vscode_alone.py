@@ -2,12 +2,13 @@
 
 import json
 import time
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
 import pytest
 import vscode as editor
-from real_editors import BEGUN, FIMSERVER, LINE, ROOT, SAMPLE, Stub, wait_until
+from real_editors import BEGUN, FIMSERVER, LINE, ROOT, SAMPLE, Stub, wait_until, write_script
 from vscode import VSCode, Window, Workbench, stub_program
 
 editors = pytest.mark.editors
@@ -19,17 +20,15 @@ def test_a_workspace_that_is_not_trusted(
 ) -> None:
     folder = tmp_path / "theirs"
     (folder / ".vscode").mkdir(parents=True)
-    evil, traces = tmp_path / "evil.sh", tmp_path / "traces"
-    evil.write_text(f"#!/bin/sh\ntouch {traces}\n", encoding="utf-8")
-    evil.chmod(0o755)
+    traces = tmp_path / "traces"
+    evil = write_script(tmp_path / "evil.sh", f"touch {traces}")
     for name in (".venv", "venv"):
         (folder / name / "bin").mkdir(parents=True)
         (folder / name / "bin" / "fimserver").symlink_to(evil)
     settings = {"fimserver.serverPath": str(evil), "fimserver.model": "/theirs", "fimserver.device": "cuda:7"}
     (folder / ".vscode" / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
     (folder / "inventory.py").write_text(SAMPLE, encoding="utf-8")
-    workbench = Workbench(vscode, vsix, folder, env=editors_home, trusted=False)
-    try:
+    with closing(Workbench(vscode, vsix, folder, env=editors_home, trusted=False)) as workbench:
         window = workbench.window()
         status = window.wait_for_status("Ready", timeout=120)
         assert "tiny, on cpu" in status
@@ -38,15 +37,6 @@ def test_a_workspace_that_is_not_trusted(
         window.screenshot(pictures / "untrusted.png")
         assert not traces.exists()
         workbench.assert_calm(window)
-    finally:
-        workbench.close()
-
-
-def write_program(file: Path, journal: Path) -> None:
-    """A ``fimserver`` that notes that it was run."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(f'#!/bin/sh\necho "$0" >> {journal}\nexec {FIMSERVER} "$@"\n', encoding="utf-8")
-    file.chmod(0o755)
 
 
 @editors
@@ -56,14 +46,14 @@ def test_trust_is_given_while_it_runs(
 ) -> None:
     folder, journal = tmp_path / "project", tmp_path / "journal"
     on_path, in_folder = tmp_path / "bin" / "fimserver", folder / ".venv" / "bin" / "fimserver"
-    write_program(on_path, journal)
     folder.mkdir()
-    if has_own:
-        write_program(in_folder, journal)
+    for program in [on_path, in_folder] if has_own else [on_path]:
+        write_script(program, f'echo "$0" >> {journal}', f'exec {FIMSERVER} "$@"')
     (folder / "inventory.py").write_text(SAMPLE, encoding="utf-8")
     env = {**editors_home, "PATH": f"{on_path.parent}:/usr/bin:/bin"}
-    workbench = Workbench(vscode, vsix, folder, env=env, settings={"fimserver.serverPath": ""}, trusted=False)
-    try:
+    with closing(
+        Workbench(vscode, vsix, folder, env=env, settings={"fimserver.serverPath": ""}, trusted=False)
+    ) as workbench:
         window = workbench.window()
         assert "not trusted" in window.wait_for_status("Ready", timeout=120)
         assert set(journal.read_text(encoding="utf-8").split()) == {str(on_path)}
@@ -77,8 +67,6 @@ def test_trust_is_given_while_it_runs(
         assert "tiny, on cpu" in status
         window.begin(folder / "inventory.py")
         workbench.assert_calm(window)
-    finally:
-        workbench.close()
 
 
 @editors
@@ -97,8 +85,7 @@ def test_several_folders(
     write_workspace("first", "second")
     stub = Stub(tmp_path, {"after": "self.items.app", "texts": ["end(one)"]})
     settings = {"fimserver.serverPath": str(stub_program(stub))}
-    workbench = Workbench(vscode, vsix, folders[0], env=editors_home, settings=settings)
-    try:
+    with closing(Workbench(vscode, vsix, folders[0], env=editors_home, settings=settings)) as workbench:
         window = workbench.window(workspace=workspace)
         window.wait_for_status("Ready", timeout=120)
         told = stub.received("initialize")[0]["workspaceFolders"]
@@ -112,8 +99,6 @@ def test_several_folders(
             assert window.begin(folder / f"{folder.name}.py")
         window.screenshot(pictures / "folders.png")
         workbench.assert_calm(window)
-    finally:
-        workbench.close()
 
 
 VIM = {
@@ -172,8 +157,7 @@ def test_beside_an_extension_with_modes(
     modes = editor.pack(source, tmp_path / "modes.vsix")
     file = folder / "inventory.py"
     file.write_text(SAMPLE, encoding="utf-8")
-    workbench = Workbench(vscode, vsix, folder, env=editors_home, beside=modes)
-    try:
+    with closing(Workbench(vscode, vsix, folder, env=editors_home, beside=modes)) as workbench:
         window = workbench.window()
         window.wait_for_status("Ready", timeout=120)
         window.open(file)
@@ -198,8 +182,6 @@ def test_beside_an_extension_with_modes(
         wait_until(lambda: not window.ghost(), "the ghost text is gone")
         window.screenshot(pictures / "modes.png")
         assert workbench.host_errors() == []
-    finally:
-        workbench.close()
 
 
 @editors
@@ -207,8 +189,9 @@ def test_looks_of_first_steps_and_of_errors(
     vscode: VSCode, vsix: Path, editors_home: dict[str, str], tmp_path: Path, pictures: Path
 ) -> None:
     missing = tmp_path / "no" / "fimserver"
-    workbench = Workbench(vscode, vsix, tmp_path, env=editors_home, settings={"fimserver.serverPath": str(missing)})
-    try:
+    with closing(
+        Workbench(vscode, vsix, tmp_path, env=editors_home, settings={"fimserver.serverPath": str(missing)})
+    ) as workbench:
         window = workbench.window(width=1500, height=800)  # wide enough for the steps' pictures
         window.wait_for_status("No completions", timeout=120)
         said = wait_until(window.notifications, "what is wrong")
@@ -228,15 +211,13 @@ def test_looks_of_first_steps_and_of_errors(
         workbench.set(serverPath=str(FIMSERVER))
         window.wait_for_status("Ready", timeout=120)
         assert window.notifications() == []
-    finally:
-        workbench.close()
 
 
 def picture_step(window: Window, pictures: Path, number: int, theme: str) -> None:
     window.screenshot(pictures / f"walkthrough{number}_{theme}.png")
 
 
-FAKE_UV = """#!/bin/sh
+FAKE_UV = """\
 echo "$@" >> {journal}
 case "$1" in
   venv) mkdir -p "$4/bin" ;;
@@ -255,22 +236,16 @@ def test_the_server_is_installed_when_asked(
 ) -> None:
     folder, tools, journal = tmp_path / "project", tmp_path / "tools", tmp_path / "journal"
     folder.mkdir()
-    tools.mkdir()
     (folder / "inventory.py").write_text(SAMPLE, encoding="utf-8")
-    uv, server = tools / "uv", tmp_path / "server"
-    server.write_text(f'#!/bin/sh\nexec {FIMSERVER} "$@"\n', encoding="utf-8")
-    server.chmod(0o755)
+    server = write_script(tmp_path / "server", f'exec {FIMSERVER} "$@"')
 
     def write_uv(pause: int) -> None:
-        uv.write_text(FAKE_UV.format(journal=journal, pause=pause, server=server), encoding="utf-8")
-        uv.chmod(0o755)
+        write_script(tools / "uv", FAKE_UV.format(journal=journal, pause=pause, server=server))
 
     write_uv(600)
-    path = f"{tools}:/usr/bin:/bin"
-    workbench = Workbench(
-        vscode, vsix, folder, env={**editors_home, "PATH": path}, settings={"fimserver.serverPath": ""}
-    )
-    try:
+    env = {**editors_home, "PATH": f"{tools}:/usr/bin:/bin"}
+    settings = {"fimserver.serverPath": ""}
+    with closing(Workbench(vscode, vsix, folder, env=env, settings=settings)) as workbench:
         window = workbench.window()
         window.wait_for_status("not installed", timeout=120)
         said = wait_until(window.notifications, "the offer")
@@ -307,5 +282,3 @@ def test_the_server_is_installed_when_asked(
         window.begin(folder / "inventory.py")
         assert journal.read_text(encoding="utf-8").splitlines()[-1].endswith(f" {ROOT}")
         assert workbench.host_errors() == []
-    finally:
-        workbench.close()

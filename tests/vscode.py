@@ -51,6 +51,7 @@ from real_editors import (
     print_latency,
     run,
     wait_until,
+    write_script,
 )
 
 EXTENSION = ROOT / "editors" / "vscode"
@@ -600,10 +601,7 @@ class Workbench:
 
 def stub_program(stub: Stub) -> Path:
     """A program that starts it as ``fimserver`` is started."""
-    program = stub.rules.with_name("stub")
-    program.write_text(f"#!/bin/sh\nexec {shlex.join(stub.command)}\n", encoding="utf-8")
-    program.chmod(0o755)
-    return program
+    return write_script(stub.rules.with_name("stub"), f"exec {shlex.join(stub.command)}")
 
 
 _WATCH = """(() => {

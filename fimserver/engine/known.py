@@ -8,7 +8,7 @@ Source:  ids of the 26B's tokens as its tokenizer has them, 0 to 106 special; en
          of its ``generation_config.json``. Its budgets are ours: a quarter of a prompt for the suffix.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,12 @@ _IDENTITY = ("hidden_size", "num_hidden_layers", "num_experts", "moe_intermediat
 def shipped_names() -> list[str]:
     """Names of the models that come with the package, sorted."""
     return sorted(path.parent.name for path in SHIPPED_MODELS.glob("*/fimserver.json"))
+
+
+def read_known() -> Iterator[tuple[Path, list[dict[str, Any]]]]:
+    """Folders of published models, with what is known of each of their checkpoints. Raises ``WeightsError``."""
+    for path in sorted(KNOWN_MODELS.glob("*/facts.json")):
+        yield path.parent, read_json(path)["checkpoints"]
 
 
 def find_known_metadata(config: Mapping[str, Any]) -> Path | None:

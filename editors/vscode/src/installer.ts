@@ -92,8 +92,11 @@ export class Installer {
       title: "Install fimserver's server (3 of 3)",
       placeHolder: "From where? This begins the download.",
     });
-    if (picked === undefined || picked.label === published.label) {
-      return picked && this.requirement;
+    if (picked === undefined) {
+      return undefined;
+    }
+    if (picked.label === published.label) {
+      return this.requirement;
     }
     const isFolder = picked.label === checkout.label;
     const found = await vscode.window.showOpenDialog({

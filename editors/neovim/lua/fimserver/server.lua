@@ -172,11 +172,15 @@ function M.attach(buffer)
   return current ~= nil
 end
 
-program.on_trusted = function()
-  searched_at = -math.huge
+local function attach_all()
   for _, buffer in ipairs(vim.api.nvim_list_bufs()) do
     M.attach(buffer)
   end
+end
+
+program.on_trusted = function()
+  searched_at = -math.huge
+  attach_all()
 end
 
 --- Called with each client that was started.
@@ -259,10 +263,8 @@ function M.restart()
   message.forget()
   if M.client() then
     M.execute('fimserver.restart')
-    return
-  end
-  for _, buffer in ipairs(vim.api.nvim_list_bufs()) do
-    M.attach(buffer)
+  else
+    attach_all()
   end
 end
 
