@@ -118,8 +118,8 @@ function M.find(buffer)
     if trusted then
       return { in_venv, 'lsp' }, 'the virtual environment of the project'
     end
-    local text = "the project's own program is not trusted yet; :Fimserver restart asks again, and starts it once it "
-      .. 'is; or name it: setup({ cmd = { %q, "lsp" } })'
+    local text = "the project's own program is not trusted yet; open it, say :trust, then :Fimserver restart; "
+      .. 'or name it: setup({ cmd = { %q, "lsp" } })'
     return nil, text:format(in_venv), asked
   end
   return nil, 'there is no program `fimserver` here; ' .. M.remedy
