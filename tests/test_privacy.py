@@ -13,7 +13,9 @@ from fake_engine import MARK, FakeServer
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fimserver.context.hole import is_private
 from fimserver.context.ignored import IgnoreRules, path_of_file
+from fimserver.context.languages import words
 from fimserver.context.secrets import has_secret, mask, reveals
 from fimserver.context.window import Budget, build_context
 from fimserver.lsp.convert import Document
@@ -37,6 +39,12 @@ SECRETS = [
     "hf_" + "aB3dE6" * 6,
     "pypi-AgE" + "IcHlwaS5vcmcCJ" * 3,
     "eyJ" + "hbGciOiJIUzI1NiJ9.eyJ" + "zdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmN",
+    "ya29." + "a0AfB_byC3" * 4,
+    "dop_v1_" + "0a1b2c3d" * 8,
+    "hvs." + "CAESIJ1k2l" * 4,
+    "dckr_pat_" + "aB3dE6-_" * 4,
+    "shpat_" + "0a1b2c3d" * 4,
+    "AGE-SECRET-KEY-1" + "QPZRY9X8GF2TVDW0" * 3,
 ]
 
 
@@ -61,6 +69,23 @@ def test_tokens_are_crossed_out(secret: str, line: str) -> None:
         ("const apiKey = 'k3y-0123456789'", "k3y-0123456789"),
         ("if token == 'abc123def456':", "abc123def456"),
         ("url = 'postgres://me:pa55word@host/db'", "pa55word"),
+        ("DefaultEndpointsProtocol=https;AccountKey=Zm9vYmFyYmF6cXV4MTIz==;", "Zm9vYmFyYmF6cXV4MTIz=="),
+        ("headers = {'Authorization': 'Bearer abc123def456ghi'}", "abc123def456ghi"),
+        ("Authorization: Basic dXNlcjpwYXNzMTIz", "dXNlcjpwYXNzMTIz"),
+        ("const password = `hunter2hunter2`", "hunter2hunter2"),
+        ('password = "pa$$w0rd{123"', "pa$$w0rd{123"),
+        ("passphrase = 'correcthorsebattery'", "correcthorsebattery"),
+        ("DB_PWD = 'hunter2hunter2'", "hunter2hunter2"),
+        ("auth_key: 'k3y-0123456789'", "k3y-0123456789"),
+        ("password: hunter2abc99", "hunter2abc99"),
+        ("  - db-password: hunter2abc99  # mine", "hunter2abc99"),
+        ("db.password=abc12345xyz\nother=1", "abc12345xyz"),
+        ("export GITHUB_TOKEN=abc12345xyz", "abc12345xyz"),
+        ("ENV API_KEY=abc12345xyz", "abc12345xyz"),
+        (
+            "aws_secret_access_key = wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY",
+            "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY",
+        ),
         ("-----BEGIN RSA PRIVATE KEY-----\nMIIEpAIBAAKCAQ\nEA1234\n-----END RSA PRIVATE KEY-----", "MIIEpAIBAAKCAQ"),
         ("-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNzaC1rZXk", "b3BlbnNzaC1rZXk"),
     ],
@@ -82,6 +107,18 @@ def test_literals_are_crossed_out(text: str, secret: str) -> None:
         "{'token': 'access_token'}",
         "url = 'https://example.com:8080/path@2'",
         "password = '${DB_PASSWORD_1}'",
+        "password = f'{prefix2}-password'",
+        "password = '$DB_PASSWORD_1'",
+        "password = '<your-password-2>'",
+        "form = {'password': 'userPassword', 'type_password': 'enterPassword'}",
+        "password: changeMePlease",
+        "export TOKEN=$(make_token2 --new)",
+        "    token=config.token_v2\n",
+        "    token: Token2\n",
+        "token = settings.ACCESS_TOKEN_V2\n",
+        "secret = next(iter(secrets2))\n",
+        "author = 'somebody12'",
+        "# a bearer of good news",
         "def mask(secret: str, length: int = 12) -> str:",
         "sk = skip_1234567890123456",
     ],
@@ -89,6 +126,29 @@ def test_literals_are_crossed_out(text: str, secret: str) -> None:
 def test_code_is_left(text: str) -> None:
     assert mask(text) == text
     assert not has_secret(text)
+
+
+PRIVATE = words(
+    ".env .env.local .env-prod .env_prod .env~ .envrc prod.env .netrc _netrc .npmrc .pypirc .pgpass .htpasswd .my.cnf "
+    ".git-credentials credentials credentials.json secrets.yaml app-secret.properties .aws/credentials .aws/config "
+    ".kube/config .docker/config.json .cargo/credentials.toml service-account.json my_service_account-1.json "
+    "client_secret_1.json terraform.tfstate terraform.tfstate.backup id_rsa id_ecdsa_sk id_rsa.bak id_ed25519-old "
+    ".ssh/id_work .ssh/config .gnupg/trustdb a.pem a.key a.jks a.keystore a.keytab a.ppk a.p12 a.kdbx a.ovpn"
+)
+PUBLIC = words(
+    "env.py environment.ts secrets.py credentials.rs secret_santa.py token.go config.json kube/config.py keys.py "
+    "id_rsa_reader.py docker/config.json ssh/client.c account.json .gitignore .editorconfig tfstate.go README.md"
+)
+
+
+@pytest.mark.parametrize("name", sorted(PRIVATE))
+def test_files_of_secrets_are_private(name: str) -> None:
+    assert is_private(f"file:///home/me/project/{name}")
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_files_of_code_are_not(name: str) -> None:
+    assert not is_private(f"file:///home/me/project/{name}")
 
 
 @given(st.text(max_size=200))
@@ -256,7 +316,7 @@ def test_literals_of_other_styles_are_crossed_out(text: str) -> None:
     assert "hunter2" not in mask(text)
 
 
-@pytest.mark.parametrize("text", ["token" * 8000, "eyJaaaaaaaa-" * 8000, "password = '" * 3000, "://a:" * 8000])
+@pytest.mark.parametrize("text", ["token" * 8000, "eyJaaaaaaaa-" * 8000, "password = '" * 3000, "://a:" * 8000, "token=\n" * 8000])
 def test_no_text_takes_long(text: str) -> None:
     begin = time.perf_counter()
     mask(text)

@@ -39,8 +39,14 @@ _GENERATED = re.compile(
 )
 _VIEW_SCHEMES = {"git", "gitlens", "gitfs", "output", "debug", "vscode-scm", "fugitive", "diffview", "man", "help"}
 _PRIVATE = re.compile(
-    r"/(?:\.env(?:\.[\w.-]+)?|[\w.-]+\.env|\.netrc|\.pgpass|\.npmrc|\.pypirc|\.htpasswd|credentials|"
-    r"id_(?:rsa|dsa|ecdsa|ed25519)|[\w.-]+\.(?:pem|key|p12|pfx|kdbx|asc|gpg))$",
+    r"/(?:"
+    r"\.env[^/]*|[\w.-]+\.env|[._]netrc|\.pgpass|\.npmrc|\.pypirc|\.htpasswd|\.git-credentials|\.my\.cnf|\.s3cfg|\.boto"
+    r"|\.dockercfg|\.dockerconfigjson|\.vault-token|\.(?:kube|aws)/config|\.docker/config\.json"
+    r"|[\w.-]*(?:credentials?|secrets?)(?:\.(?:json|toml|ya?ml|xml|ini|cfg|conf|properties|csv|txt|enc|db))?"
+    r"|[\w.-]*(?:service[._-]?account|client[._-]?secret)[\w.-]*\.json"
+    r"|\.(?:ssh|gnupg)/.+|id_(?:rsa|dsa|ecdsa|ed25519)(?:_sk)?(?:[.-][\w.-]*)?"
+    r"|[\w.-]+\.(?:pem|key|p8|p12|pfx|pkcs12|jks|keystore|keytab|ppk|kdbx?|asc|gpg|ovpn|tfstate(?:\.backup)?)"
+    r")$",
     re.IGNORECASE,
 )
 PRIVATE_FILE = NoCompletion("private_file", "files that hold secrets (.env, keys, credentials) are never read")

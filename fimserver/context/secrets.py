@@ -4,20 +4,32 @@
     has_secret  whether there are any
     reveals     whether a text, put behind another, would say one
 
-Known are tokens that say what they are by their beginning, private keys, passwords in URLs, and a literal with a digit
-in it that is assigned to a name like password, secret, token or api_key. detect-secrets was tried first: its pattern
-for GitHub covers the token's prefix alone, it takes 0.13 ms a line, and it brings an HTTP library into this process.
+Known are tokens that say what they are by their beginning, private keys, passwords in URLs and in headers, and what is
+assigned to a name like password, secret, token or api_key: a literal with a digit in it (behind password, passwd, pwd
+and passphrase one without, too), and, as settings files and shells have it (``NAME=value``, ``name: value`` to the
+line's end), a value with a digit and without quotes. What is filled in from elsewhere (``${NAME}``, ``{name}``) is not.
+detect-secrets was tried first: its pattern for GitHub covers the token's prefix alone, it takes 0.13 ms a line, and it
+brings an HTTP library into this process.
 
 Knows:  texts.  Never: files.
 """
 
 import re
+from collections.abc import Iterator
 from functools import lru_cache, partial
 
 _FILLER = "x"
 HIDDEN = "\0"
+_CHARACTER = re.compile(r"[^\r\n]")
+_LINE_END = re.compile(r"[\r\n]|\Z")
+_MOST_BEFORE = 200  # characters of a line before a name that is given a value without quotes
 _KEY_LINE = re.compile(r"[A-Za-z0-9+/]{40,}={0,2}")  # of a private key, whose beginning is elsewhere
-_WORDS = ("password", "passwd", "secret", "token", "api_key", "apikey", "api-key", "access_key", "private_key")
+_PASSWORDS = ("password", "passwd", "passphrase", "pwd")
+_NAMES = (
+    *_PASSWORDS,
+    *("secret", "token", "credential"),
+    *(f"{of}{joint}key" for of in ("api", "access", "account", "private", "auth") for joint in ("_", "-", "")),
+)
 # What has to be in a text for its pattern to be tried, and the pattern; its last group is the secret.
 _PATTERNS = (
     (("AKIA", "ASIA"), re.compile(r"\b((?:AKIA|ASIA)[0-9A-Z]{16})\b")),
@@ -37,30 +49,84 @@ _PATTERNS = (
         ("-----BEGIN",),
         re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----(.*?)(?:-----END [A-Z ]*PRIVATE KEY|\Z)", re.DOTALL),
     ),
+    (("ya29.",), re.compile(r"\b(ya29\.[A-Za-z0-9_-]{20,})")),
+    (("dop_v1_", "doo_v1_", "dor_v1_"), re.compile(r"\b(do[opr]_v1_[0-9a-f]{32,})")),
+    (("hvs.",), re.compile(r"\b(hvs\.[A-Za-z0-9_-]{24,})")),
+    (("dckr_pat_",), re.compile(r"\b(dckr_pat_[A-Za-z0-9_-]{20,})")),
+    (("shp",), re.compile(r"\b(shp(?:at|ca|pa|ss)_[0-9a-fA-F]{32})")),
+    (("AGE-SECRET-KEY-",), re.compile(r"\b(AGE-SECRET-KEY-1[0-9A-Z]{40,})")),
+    (("AccountKey=", "SharedAccessKey="), re.compile(r"(?:AccountKey|SharedAccessKey)=([A-Za-z0-9+/]{16,}={0,2})")),
     (
-        _WORDS,
-        re.compile(
-            r"(?:password|passwd|secret|token|api[_-]?key|access_key|private_key)\w{0,40}[\"']?\]?"
-            r"\s{0,9}(?::[^=\n\"']{1,60})?(?:=>|[:=]=?)\s{0,9}[rbuf]{0,2}(?:\"\"\"|'''|[\"'])"
-            r"(?=[^\"'\n]{0,400}\d)([^\s\"'{}$<>]{8,400})[\"']",
-            re.IGNORECASE,
-        ),
+        ("earer ", "asic ", "BEARER ", "BASIC "),
+        re.compile(r"\b(?i:bearer|basic) +(?=[^\s\"']{0,400}(?:\d|[a-z][A-Z]))([A-Za-z0-9._~+/-]{12,}={0,2})"),
     ),
+)
+# How a value is given to a name, from the name's end on.
+_ASSIGNED = r"[\"']?\]?\s{0,9}(?::[^=\n\"']{1,60})?(?:=>|[:=]=?)\s{0,9}[rbuf]{0,2}(?:\"\"\"|'''|[\"'`])"
+_FILLED_IN = r"(?![^\"'`\n]{0,400}(?:\$[({]|\{[^}\"'`\n]{0,80}\}|%\())(?!/|\$\w{1,80}[\"'`])"
+_QUOTED = r"([^\s\"'`<>]{8,400})[\"'`]"
+_SPEAKS = r"(?![^\"'`\n]{0,400}(?i:pass|pwd|secret|token|key|your|example|change|enter))"  # of itself: no secret
+_LITERAL = re.compile(rf"\w{{0,40}}{_ASSIGNED}(?=[^\"'`\n]{{0,400}}\d){_FILLED_IN}{_QUOTED}", re.IGNORECASE)
+_PASSWORD = re.compile(f"{_ASSIGNED}{_SPEAKS}{_FILLED_IN}{_QUOTED}", re.IGNORECASE)
+# And without quotes, from the line's beginning on: in shells and Dockerfiles, in YAML, where a word with a digit behind
+# it is code, and in INI files, where it has to be long and of letters of both cases.
+_UNQUOTED = (
+    r"(?=[^\s#]{0,400}\d)(?![\w.]{1,80}\.[A-Za-z_]\w{0,80}[ \t]*$)([^\s\"'`,;()\[\]{}<>$]{8,400})[ \t]*(?:#.*)?$"
+)
+_LINES = tuple(
+    re.compile(rf"[ \t]*{begin}{_UNQUOTED}")
+    for begin in (
+        r"(?:(?i:export|set|ENV|ARG|-e|--env)[ \t]+)?[\w.-]{1,120}=",
+        r"(?:- )?[\w.-]{1,120}:[ \t]+(?![A-Za-z_]{1,80}\d?[ \t]*$)",
+        r"[\w.-]{1,120}[ \t]+=[ \t]+(?=\S{16})(?=\S{0,400}[A-Z])(?=\S{0,400}[a-z])(?!\w{1,80}[ \t]*$)",
+    )
 )
 
 
 def mask(text: str, filler: str = _FILLER) -> str:
     """The text, each secret in it replaced by as many crosses; line ends within one stay."""
-    lowered: str | None = None
     for hints, pattern in _PATTERNS:
-        if hints is _WORDS:
-            lowered = text.lower() if lowered is None else lowered
-            is_worth = any(hint in lowered for hint in hints)
-        else:
-            is_worth = any(hint in text for hint in hints)
-        if is_worth:
+        if any(hint in text for hint in hints):
             text = pattern.sub(partial(_cross_out, filler=filler), text)
-    return text
+    parts, done = [], 0
+    for start, end in _find_assigned(text):
+        parts += [text[done:start], _CHARACTER.sub(filler, text[start:end])]
+        done = end
+    return "".join([*parts, text[done:]])
+
+
+def _find_assigned(text: str) -> Iterator[tuple[int, int]]:
+    """Where values stand that are secrets by the name they are given to, in order."""
+    lowered = text.lower()
+    if len(lowered) != len(text):  # of a few letters the small form is two
+        lowered = "".join(c if len(c.lower()) > 1 else c.lower() for c in text)
+    names = sorted({(at, name) for name in _NAMES for at in _find_all(lowered, name)})
+    done = line_end = 0
+    for at, name in names:
+        if at < done:
+            continue
+        match = _LITERAL.match(text, at + len(name))
+        if match is None and name in _PASSWORDS:
+            match = _PASSWORD.match(text, at + len(name))
+        if match is None and at >= line_end:
+            near = max(0, at - _MOST_BEFORE)
+            begin = max(text.rfind("\n", near, at), text.rfind("\r", near, at)) + 1
+            ending = _LINE_END.search(text, at)
+            line_end = ending.start() if ending else len(text)
+            if begin or not near:
+                match = next(filter(None, (pattern.match(text, begin, line_end) for pattern in _LINES)), None)
+            if match is not None and at >= match.start(1):
+                match = None  # the name is in the value
+        if match is not None:
+            done = match.end()
+            yield match.span(1)
+
+
+def _find_all(text: str, word: str) -> Iterator[int]:
+    at = text.find(word)
+    while at >= 0:
+        yield at
+        at = text.find(word, at + 1)
 
 
 @lru_cache(maxsize=48)
@@ -91,7 +157,5 @@ def reveals(before: str, text: str) -> bool:
 
 
 def _cross_out(match: re.Match[str], filler: str) -> str:
-    start, end = match.span(1)
-    secret = re.sub(r"[^\r\n]", filler, match[1])
-    whole = match[0]
-    return whole[: start - match.start()] + secret + whole[end - match.start() :]
+    start, end = match.start(1) - match.start(), match.end(1) - match.start()
+    return match[0][:start] + _CHARACTER.sub(filler, match[1]) + match[0][end:]
