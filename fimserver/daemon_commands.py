@@ -112,12 +112,13 @@ def logs(lines: int, follow: bool, as_json: bool) -> None:  # noqa: FBT001
     With fimserver.logLevel at info it has a line for each request, with the id that fimserver explain knows it by.
     """
     from fimserver.lsp.logs import to_line  # noqa: PLC0415  only this command reads one
+    from fimserver.lsp.units import is_installed  # noqa: PLC0415
 
     path = log_file()
+    if sys.platform == "linux" and is_installed():
+        click.echo("systemd starts the daemon, so its log is there: journalctl --user -u fimserver", err=True)
     if not path.is_file():
-        click.echo(
-            f"there is no log yet at {path}; where systemd starts the daemon: journalctl --user -u fimserver", err=True
-        )
+        click.echo(f"there is no log yet at {path}", err=True)
         return
     click.echo(f"{path}:", err=True)
     with suppress(KeyboardInterrupt):

@@ -9,6 +9,7 @@ Knows:  the daemon's answers, the terminal.  Never: LSP.
 
 import json
 import platform
+import re
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -29,6 +30,7 @@ from fimserver.types import Draft, FimContext, Sampling
 
 LOAD_TIMEOUT_S = 300.0
 NO_DAEMON = "no daemon runs, so there are no requests to explain; an editor starts it"
+_PATH = re.compile(r"(?<![\w.])(?:[A-Za-z]:)?[~.]{0,2}[\\/](?:[^\n\"';]*[\\/])?[^\s\"';:,)]*")
 _Records = list[dict[str, Any]]
 
 
@@ -95,7 +97,13 @@ def replay(request: str) -> Result:
 
 def to_report(*, with_code: bool) -> str:
     """What a developer needs to help, as JSON. Raises ``DaemonError`` where no daemon runs."""
-    records = read_records()
+    records, status = read_records(), read_status() or {}
+    if not with_code:
+        for record in records:
+            if "detail" in record:
+                record["detail"] = _without_names(record["detail"])
+        if worker := status.get("worker"):
+            worker["detail"], worker["model"] = _without_names(worker["detail"]), _without_names(worker["model"] or "")
     for number, uri in enumerate(dict.fromkeys(record["uri"] for record in records)):
         for record in records:
             if record["uri"] == uri and not with_code:
@@ -104,7 +112,7 @@ def to_report(*, with_code: bool) -> str:
         "fimserver": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "status": read_status(),
+        "status": status or None,
         "requests": records,
     }
     if with_code:
@@ -113,6 +121,11 @@ def to_report(*, with_code: bool) -> str:
         }
         report["asked"] = {request: replay for request, replay in asked.items() if replay is not None}
     return json.dumps(report, indent=2, ensure_ascii=False)
+
+
+def _without_names(text: str) -> str:
+    """A sentence without the paths in it; what stands between two of them goes too."""
+    return _PATH.sub("<path>", text)
 
 
 def _name_of(uri: str) -> str:

@@ -33,6 +33,17 @@ def count_units(text: str, encoding: Encoding) -> int:
     return len(text.encode("utf-16-le", "surrogatepass")) // 2
 
 
+def _find_starts(text: str) -> list[int]:
+    """Offsets at which lines begin; half the time of a pattern where each line ends with a newline."""
+    if text.count("\r") != text.count("\r\n"):
+        return [0, *(m.end() for m in _LINE_END.finditer(text))]
+    starts, start = [0], text.find("\n") + 1
+    while start:
+        starts.append(start)
+        start = text.find("\n", start) + 1
+    return starts
+
+
 class LineIndex:
     """Where each line of one text begins; immutable like the text it belongs to.
 
@@ -44,7 +55,7 @@ class LineIndex:
 
     def __init__(self, text: str) -> None:
         self.text = text
-        self._starts = [0, *(m.end() for m in _LINE_END.finditer(text))]
+        self._starts = _find_starts(text)
         self._moved_from, self._moved = len(self._starts), 0
 
     @classmethod

@@ -139,6 +139,35 @@ def test_a_newer_one_takes_its_place_and_a_closed_document_says_nothing(acceptan
     assert counted(acceptance) == OPEN
 
 
+def test_what_the_editor_did_not_show_counts_for_nothing(acceptance: Acceptance) -> None:
+    for name, told in (("1", "1"), ("2", None), ("3", "3")):
+        offer(acceptance, INNER, name)
+        if told:
+            acceptance.on_told_shown(told)
+        acceptance.on_edit(URI, BEFORE + "x" + AFTER)
+    assert counted(acceptance) == [2, 0]
+    offer(acceptance, INNER, "4")
+    acceptance.on_edit(URI, BEFORE + INNER + AFTER)
+    assert counted(acceptance) == [3, 1], "what was taken was seen"
+
+
+@pytest.mark.parametrize("edit_first", [True, False])
+def test_what_the_editor_says_was_accepted_counts_once(tmp_path: Path, edit_first: bool) -> None:
+    decided: list[tuple[str, bool, int]] = []
+    acceptance = Acceptance(tmp_path / FILE_NAME, lambda: True, lambda *said: decided.append(said))
+    word = INNER[:5]
+    for name, length, text in (("1", 5, word), ("2", None, INNER)):
+        offer(acceptance, INNER, name)
+        if edit_first:
+            acceptance.on_edit(URI, BEFORE + text + AFTER)
+        acceptance.on_told_accepted(name, length)
+        if not edit_first:
+            acceptance.on_edit(URI, BEFORE + text + AFTER)
+    acceptance.on_told_accepted("unknown")
+    assert decided == [("1", True, 5), ("2", True, len(INNER))]
+    assert counted(acceptance) == [2, 2]
+
+
 def test_guesses_are_counted_apart(acceptance: Acceptance) -> None:
     completion = Completion("g", INNER, len(BEFORE), len(BEFORE))
     acceptance.know(completion, Kind.GUESS, 0.5)

@@ -10,6 +10,7 @@ import pytest
 from lsp_client import LspClient
 
 import fimserver
+from fimserver.lsp.features import ACCEPT_COMMAND, EXPLAIN_COMMAND, RESTART_COMMAND, SNOOZE_COMMAND, TRUST_NOTIFICATION
 
 PAGE = Path(fimserver.__file__).parent / "docs" / "protocol.md"
 TEXT = PAGE.read_text(encoding="utf-8")
@@ -28,7 +29,11 @@ def client() -> Iterator[LspClient]:
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: f"{e['method']}:{e['params'].get('command', '')}")
 def test_example(client: LspClient, example: dict[str, Any]) -> None:
     method, params = example["method"], example["params"]
-    if "answers" in example:
+    if method == "didChangeStatus":
+        said = client.wait_for_notification(method)
+        assert set(said) == set(params)
+        assert said["kind"] in {"Normal", "Error"}
+    elif "answers" in example:
         assert set(client.request(method, params)) == set(example["answers"])
     elif method == "workspace/executeCommand":
         client.request(method, params)
@@ -40,7 +45,9 @@ def test_example(client: LspClient, example: dict[str, Any]) -> None:
 
 
 def test_there_are_examples_of_everything() -> None:
-    assert len(EXAMPLES) >= 8
+    shown = {example["params"].get("command", example["method"]) for example in EXAMPLES}
+    assert "didChangeStatus" in shown
     source = (PAGE.parent.parent / "lsp" / "features.py").read_text(encoding="utf-8")
-    for name in re.findall(r'"((?:textDocument|fimserver)/\w+)"', source):
-        assert name in TEXT, name
+    names = {*re.findall(r'"((?:textDocument|fimserver)/\w+)"', source), TRUST_NOTIFICATION}
+    assert len(names) >= 7
+    assert names | {ACCEPT_COMMAND, EXPLAIN_COMMAND, SNOOZE_COMMAND, RESTART_COMMAND} <= shown

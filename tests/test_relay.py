@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from lsprotocol import types as lsp
 
 from fimserver.errors import DaemonError
+from fimserver.lsp import relay
 from fimserver.lsp.convert import Document, apply_changes
+from fimserver.lsp.endpoint import NO_ANSWER
 from fimserver.lsp.relay import Opened, Relay, _did_open
 from fimserver.lsp.wire import MAX_BODY_BYTES, read_body, to_frame
 from fimserver.text import Encoding, LineIndex
@@ -479,6 +481,73 @@ def test_odd_messages_end_nothing(editor: Editor, message: dict[str, Any]) -> No
     editor.type("1", 2)
     until(lambda: editor.daemon.methods[-1] == "textDocument/didChange")
     assert editor.lose_daemon().methods[-1] == "textDocument/didOpen"
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_SILENCE_S", "_PING_S", "_LOOK_S"):
+        monkeypatch.setattr(relay, name, 0.1)
+
+
+def messages(editor: Editor) -> list[str]:
+    return [m["params"]["message"] for m in editor.heard if m.get("method") == "window/showMessage"]
+
+
+def test_the_person_is_told_once_of_a_daemon_that_hangs(hasty: None, editor: Editor) -> None:
+    editor.ask(2)
+    until(lambda: bool(messages(editor)))
+    assert messages(editor) == [f"fimserver gives no completions: {NO_ANSWER}"]
+    assert editor.daemon.received[-1]["method"] == "fimserver/status"
+    editor.ask(3)
+    time.sleep(0.5)
+    assert len(messages(editor)) == 1
+    editor.daemon.say(id=2, result={"items": []})
+    until(lambda: "answers again" in str(editor.heard[-1]))
+    assert editor.answers(2) == [{"items": []}]
+    editor.daemon.say(id=3, result={"items": []})
+    until(lambda: bool(editor.answers(3)))
+    editor.ask(4)
+    until(lambda: len(messages(editor)) == 2)
+    editor.lose_daemon()
+    assert editor.daemon.methods[-1] == "textDocument/inlineCompletion"
+
+
+def test_a_daemon_that_takes_its_time_is_none_that_hangs(hasty: None, editor: Editor) -> None:
+    editor.ask(2)
+    for number in range(3):
+        until(lambda: editor.daemon.methods[-1] == "fimserver/status")
+        editor.daemon.say(id="fimserver-relay-ping", result={})
+        editor.ask(3 + number)
+    editor.daemon.say(id=2, result={"items": []})
+    until(lambda: bool(editor.answers(2)))
+    assert messages(editor) == []
+    assert not [m for m in editor.heard if m.get("id") == "fimserver-relay-ping"]
+
+
+HEADERS = [
+    *(b"Content-Length: x\r\n", b"Content-Length: -5\r\n\r\n", b"Content-Length:\r\n\r\n", b"Content-Length: 1e3\n"),
+    *("Content-Length: \u0663\r\n\r\n".encode(), b"Content-Type: a:b\r\n", b": :\r\n", b"\r\n", b"\n", b"\0\xff:\r\n"),
+]
+
+
+@given(st.lists(st.sampled_from(HEADERS), max_size=6), st.lists(st.binary(max_size=30), min_size=1, max_size=3))
+def test_behind_damaged_headers_frames_are_found(headers: list[bytes], bodies: list[bytes]) -> None:
+    stream = io.BytesIO(b"".join(headers) + b"".join(map(to_frame, bodies)))
+    assert [read_body(stream) for _ in bodies] == bodies
+
+
+@given(st.binary(max_size=200) | st.lists(st.sampled_from([*HEADERS, to_frame(b"{}"), b"{"]), max_size=8).map(b"".join))
+def test_no_stream_of_bytes_is_an_error(data: bytes) -> None:
+    stream = io.BytesIO(data)
+    while (body := read_body(stream)) is not None:
+        assert body in data
+
+
+@given(st.binary(min_size=1, max_size=30), st.data())
+def test_a_frame_that_is_cut_is_none(body: bytes, data: st.DataObject) -> None:
+    frame = to_frame(body)
+    cut = data.draw(st.integers(0, len(frame) - 1))
+    assert read_body(io.BytesIO(frame[:cut])) is None
 
 
 @pytest.mark.parametrize("data", [b"", b"Content-Length: 10\r\n\r\n123", b"Content-Length: x\r\n\r\n", b"\r\n\r\n"])

@@ -215,6 +215,7 @@ def test_an_idle_engine_is_unloaded_and_comes_back(fake: EngineOptions) -> None:
             await until(lambda: is_in(engine, EngineState.READY))
             await idle()
             one.notify("textDocument/didFocus", {"textDocument": {"uri": URI}})
+            assert engine._schedule._clients[id(one.server.session)].focused == URI
             await until(lambda: is_in(engine, EngineState.READY))
             await idle()
             one.server.session.cache.clear()

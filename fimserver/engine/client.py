@@ -97,11 +97,11 @@ class PendingCompletion:
     message: dict[str, Any]
     client: "EngineClient"
     on_draft: Callable[[Draft], None] | None
+    since: float  # of the client's clock
     future: "Future[Generation]" = field(default_factory=Future)
     ticket: Ticket | None = None  # with which it was sent
     is_cancelled: bool = False
     num_deaths: int = 0
-    since: float = field(default_factory=time.monotonic)
 
     def cancel(self) -> None:
         """Ask the worker to stop within one step; the future then raises ``CompletionCancelledError``."""
@@ -125,21 +125,23 @@ class EngineClient:
         options: EngineOptions | None = None,
         *,
         on_state: Callable[[EngineState, str], None] = lambda _state, _detail: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._clock = clock
         self.options = options or EngineOptions()
         self.state = EngineState.STOPPED
         self.detail = "the engine was not started"
         self.info: ModelInfo | None = None
         self.device_bytes: int | None = None  # of the card's memory; None where there is no card
-        self.ready_since = 0.0  # time.monotonic
+        self.ready_since = 0.0  # of its clock, as all times here
         self._took_s: deque[float] = deque(maxlen=_ANSWERS_KEPT)  # the last answers, with their wait for others
         self._listeners = [on_state]
         self.is_unloaded = False
-        self._last_used = time.monotonic()
+        self._last_used = self._clock()
         self._changed = threading.Condition(threading.RLock())
         self._worker: _Worker | None = None
         self._pending: dict[int, PendingCompletion] = {}
-        self._schedule = Schedule()
+        self._schedule = Schedule(clock)
         self._sent: PendingCompletion | None = None  # the worker has one at a time: which is next, is decided here
         self._next_id = 1
         self._deaths: list[float] = []
@@ -176,7 +178,7 @@ class EngineClient:
     def touch(self) -> None:
         """Somebody works: a worker that was unloaded is started again."""
         with self._changed:
-            self._last_used = time.monotonic()
+            self._last_used = self._clock()
             if self.is_unloaded:
                 self._spawn()
 
@@ -190,7 +192,7 @@ class EngineClient:
             worker = self._worker
             if worker is None or self.state is not EngineState.READY or not limit_s:
                 return None
-            remaining_s = self._last_used + limit_s - time.monotonic()
+            remaining_s = self._last_used + limit_s - self._clock()
             if self._pending:
                 return max(remaining_s, limit_s)
             if remaining_s > 0:
@@ -263,7 +265,7 @@ class EngineClient:
                 "sampling": to_plain(sampling),
                 "drafts": on_draft is not None,
             }
-            pending = PendingCompletion(self._next_id, message, self, on_draft)
+            pending = PendingCompletion(self._next_id, message, self, on_draft, self._clock())
             pending.future.set_running_or_notify_cancel()  # only the worker's answer ends it
             self._next_id += 1
             self._pending[pending.id] = pending
@@ -271,6 +273,11 @@ class EngineClient:
             self._finish_replaced(replaced)
             self._send_next()
             return pending
+
+    def focus(self, client: Hashable, document: str | None) -> None:
+        """A client says which document has the focus: automatic requests about it go before its others."""
+        with self._changed:
+            self._schedule.focus(client, document)
 
     def forget(self, client: Hashable) -> None:
         """A client is gone, and so is all that it asked."""
@@ -322,7 +329,7 @@ class EngineClient:
         threading.Thread(target=_write, args=(worker,), daemon=True).start()
 
     def _expect_sign(self, within_s: float) -> None:
-        self._deadline = time.monotonic() + within_s
+        self._deadline = self._clock() + within_s
         if self._watchdog is None:
             self._watchdog = threading.Thread(target=self._watch, daemon=True)
             self._watchdog.start()
@@ -332,7 +339,7 @@ class EngineClient:
         """End a worker that is past its deadline; the reader sees its end and starts another."""
         with self._changed:
             while self._worker is not None:
-                remaining = None if self._deadline is None else self._deadline - time.monotonic()
+                remaining = None if self._deadline is None else self._deadline - self._clock()
                 if remaining is not None and remaining <= 0:
                     self._deadline = remaining = None
                     self._worker.process.kill()
@@ -354,7 +361,7 @@ class EngineClient:
         sampling = pending.message["sampling"]
         if sampling["max_latency_ms"] is None:
             return pending.message
-        waited_ms = round((time.monotonic() - max(pending.since, self.ready_since)) * 1e3)
+        waited_ms = round((self._clock() - max(pending.since, self.ready_since)) * 1e3)
         remaining_ms = max(min(LEAST_LATENCY_MS, sampling["max_latency_ms"]), sampling["max_latency_ms"] - waited_ms)
         return {**pending.message, "sampling": {**sampling, "max_latency_ms": remaining_ms}}
 
@@ -412,7 +419,7 @@ class EngineClient:
 
     def _on_ready(self, info: ModelInfo) -> None:
         self.info, self._has_loaded = info, True
-        self._last_used = self.ready_since = time.monotonic()
+        self._last_used = self.ready_since = self._clock()
         self._set_state(EngineState.READY, f"{info.name} on {info.device}")
 
     def _on_death(self, worker: _Worker) -> None:
@@ -420,7 +427,7 @@ class EngineClient:
             if worker is not self._worker:
                 return
             self._worker = None
-            now = time.monotonic()
+            now = self._clock()
             self._deaths = [t for t in self._deaths if now - t < DEATH_WINDOW_S] + [now]
             code = worker.process.returncode
             if self.state is EngineState.LOADING and not self._has_loaded:
@@ -453,11 +460,11 @@ class EngineClient:
         self._schedule.remove(pending.id)
         if pending is self._sent:
             self._sent = None
-        self._last_used = time.monotonic()
+        self._last_used = self._clock()
         if isinstance(outcome, Exception):
             pending.future.set_exception(outcome)
         else:
-            self._took_s.append(time.monotonic() - max(pending.since, self.ready_since))
+            self._took_s.append(self._clock() - max(pending.since, self.ready_since))
             pending.future.set_result(outcome)
 
 

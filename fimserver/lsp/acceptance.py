@@ -3,9 +3,10 @@
     Counts       completions shown and accepted, by kind of source and by ten bins of confidence; a small file
     Acceptance   one connection's: sees what is offered and what becomes of the text there
 
-An editor need not say what was accepted, so it is read from its edits. Accepted: one edit put the completion, or at
+An editor need not say what was accepted, so it is read from its edits too. Accepted: one edit put the completion, or at
 least its first word, where it was offered, or the person typed it out. Rejected: the text there became another, or
-the person went elsewhere in the document. What is still open counts for nothing.
+the person went elsewhere in the document. What is still open counts for nothing, and where an editor says what it
+showed, what it did not show counts for nothing either.
 
 Knows:  texts, the state folder.  Never: LSP types, the engine. What is kept is numbers, never text.
 """
@@ -194,6 +195,7 @@ class Acceptance:
     _counts: Counts | None = None
     _known: dict[str, tuple[Kind, float]] = field(default_factory=dict)  # by completion; until it is decided
     _shown: dict[str, _Shown] = field(default_factory=dict)  # by document
+    _told: dict[str, None] | None = None  # completions of which the editor said that they are shown, if it ever did
 
     def adjusted(self, confidence: float) -> float | None:
         """A confidence of the model after what the person accepted and rejected; ``None`` where that is off."""
@@ -228,6 +230,20 @@ class Acceptance:
         if (last := self._shown.get(uri)) is not None and (accepted := last.judge(text)) is not None:
             self._decide(uri, accepted=accepted)
 
+    def on_told_shown(self, completion: str) -> None:
+        """The editor says that it shows a completion."""
+        self._told = {**(self._told or {}), completion: None}
+        while len(self._told) > _MAX_KNOWN:
+            del self._told[next(iter(self._told))]
+
+    def on_told_accepted(self, completion: str, length: int | None = None) -> None:
+        """The editor says that a completion was accepted, or its first ``length`` characters; so may an edit have."""
+        for uri, shown in list(self._shown.items()):
+            if offered := next((c for c in (shown.completion, *shown.others) if c.id == completion), None):
+                shown.completion, whole = offered, len(offered.middle)
+                shown.inserted = max(shown.inserted, min(whole, whole if length is None else length) - shown.typed)
+                self._decide(uri, accepted=True)
+
     def forget(self, uri: str) -> None:
         """A document was closed: what is shown there stays open."""
         self._shown.pop(uri, None)
@@ -243,6 +259,9 @@ class Acceptance:
 
     def _decide(self, uri: str, *, accepted: bool) -> None:
         shown = self._shown.pop(uri)
+        if not accepted and self._told is not None and shown.completion.id not in self._told:
+            self._known.pop(shown.completion.id, None)
+            return  # nobody saw it
         self.on_decided(shown.completion.id, accepted, shown.inserted)
         known = self._known.pop(shown.completion.id, None)
         if known is not None and self.is_on():

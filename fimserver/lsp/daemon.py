@@ -146,7 +146,7 @@ class Daemon:
                     await self._prove(reader, writer)
                 hello = await _read_hello(reader)
             await self._greet(hello, reader, writer)
-        except (OSError, EOFError, TimeoutError, ValueError) as error:
+        except (OSError, EOFError, TimeoutError, ValueError, RecursionError) as error:
             _logger.debug("a connection ended", extra={"why": type(error).__name__})
         finally:
             if writer not in self._askers:
@@ -173,7 +173,7 @@ class Daemon:
         elif hello.get("role") == "control":
             kind, values = self._control(str(command), hello)
             answer(kind, **values)
-        elif tuple(hello.get("build", ())) > self.build:
+        elif _to_build(hello.get("build")) > self.build:
             answer("older")
         elif hello.get("protocol") != PROTOCOL:
             answer("refused", reason=f"it speaks protocol {PROTOCOL}; install the same fimserver everywhere")
@@ -329,6 +329,11 @@ def resident_bytes(pid: int) -> int | None:
     except (OSError, ValueError, IndexError):
         return None
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _to_build(value: Any) -> tuple[int, ...]:
+    """A build as the other side says it; older than any where it says nonsense."""
+    return tuple(value) if isinstance(value, list) and all(type(part) is int for part in value) else ()
 
 
 async def _read_hello(reader: asyncio.StreamReader) -> dict[str, Any]:

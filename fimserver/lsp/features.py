@@ -77,16 +77,25 @@ def _register_features(server: FimLanguageServer) -> None:
     _register_own(server)
 
 
+def _find_uri(params: Any) -> str | None:
+    """The document that parameters without a type name."""
+    uri = getattr(getattr(params, "textDocument", None), "uri", None)
+    return uri if isinstance(uri, str) else None
+
+
+def _find_completion(params: Any) -> str | None:
+    """The completion of an item that parameters without a type hold: the argument of the item's command."""
+    arguments = getattr(getattr(getattr(params, "item", None), "command", None), "arguments", None)
+    found = arguments[0] if isinstance(arguments, list | tuple) and arguments else None
+    return found if isinstance(found, str) else None
+
+
 def _register_own(server: FimLanguageServer) -> None:
     """Requests of our own, for editors that would rather ask than run a command: docs/protocol.md."""
 
-    def uri_of(params: Any) -> str | None:
-        uri = getattr(getattr(params, "textDocument", None), "uri", None)
-        return uri if isinstance(uri, str) else None
-
     @server.feature("fimserver/explain")
     def explain(params: Any) -> dict[str, Any]:
-        return server.explain(uri_of(params))
+        return server.explain(_find_uri(params))
 
     @server.feature("fimserver/snooze")
     def snooze(params: Any) -> dict[str, Any]:
@@ -108,17 +117,23 @@ def _register_own(server: FimLanguageServer) -> None:
 def _register_copilots(server: FimLanguageServer) -> None:
     """Notifications that clients of Copilot's server send already, under their names."""
 
-    def count(name: str) -> None:
-        @server.feature(name)
-        def counted(_params: Any) -> None:
-            server.session.counters[name.removeprefix("textDocument/")] += 1
+    @server.feature("textDocument/didShowCompletion")
+    def did_show(params: Any) -> None:
+        server.session.counters["didShowCompletion"] += 1
+        if (completion := _find_completion(params)) is not None:
+            server.acceptance.on_told_shown(completion)
 
-    for name in ("textDocument/didShowCompletion", "textDocument/didPartiallyAcceptCompletion"):
-        count(name)
+    @server.feature("textDocument/didPartiallyAcceptCompletion")
+    def did_accept_partially(params: Any) -> None:
+        server.session.counters["didPartiallyAcceptCompletion"] += 1
+        if (completion := _find_completion(params)) is not None:
+            length = getattr(params, "acceptedLength", None)
+            server.acceptance.on_told_accepted(completion, length if isinstance(length, int) else None)
 
     @server.feature("textDocument/didFocus")
-    def did_focus(_params: Any) -> None:
+    def did_focus(params: Any) -> None:
         server.session.counters["didFocus"] += 1
+        server.engine.focus(id(server.session), _find_uri(params))
         server.wake_engine()
 
 
@@ -132,8 +147,10 @@ def _register_menu(server: FimLanguageServer) -> None:
 
 def _register_commands(server: FimLanguageServer) -> None:
     @server.command(ACCEPT_COMMAND)
-    def accept(*_arguments: Any) -> None:
+    def accept(*arguments: Any) -> None:
         server.session.counters["accepted"] += 1
+        if arguments and isinstance(arguments[0], str):
+            server.acceptance.on_told_accepted(arguments[0])
 
     @server.command(EXPLAIN_COMMAND)
     def explain(*arguments: Any) -> dict[str, Any]:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 START_TIMEOUT_S = 30.0
 END_TIMEOUT_S = 15.0
 _POLL_S = 0.02
+_PROBE_S = 0.3  # for which nobody holds the lock who only looks
 _MOST_HAND_OVERS = 3  # older relays may have started an older one once more
 MAX_LOG_BYTES = 2_000_000
 _started: "subprocess.Popen[bytes] | None" = None
@@ -123,10 +124,10 @@ def end_daemon(command: str, *, force: bool = False) -> bool:
     return True
 
 
-def _is_held() -> bool:
+def _is_held(timeout_s: float = 0.0) -> bool:
     """Whether a daemon's process is there, listening or not."""
     lock = Lock("daemon.lock")
-    if not lock.acquire():
+    if not lock.acquire(timeout_s, is_probe=True):
         return True
     lock.release()
     return False
@@ -135,7 +136,7 @@ def _is_held() -> bool:
 def _kill() -> None:
     """End the process that holds the daemon's lock; its number is in the file, written by the holder."""
     holder = Lock("daemon.lock").read_holder()
-    if holder is not None and _is_held():
+    if holder is not None and _is_held(_PROBE_S):
         with suppress(OSError):
             os.kill(holder, getattr(signal, "SIGKILL", signal.SIGTERM))
 
@@ -150,7 +151,7 @@ def start() -> None:
         if _is_listening():
             return
         running = Lock("daemon.lock")
-        if not running.acquire(START_TIMEOUT_S):  # one that no longer listens is ending
+        if not running.acquire(START_TIMEOUT_S, is_probe=True):  # one that no longer listens is ending
             msg = f"a daemon that does not answer holds {running.path}; end it with: fimserver daemon stop --force"
             raise DaemonError(msg)
         running.release()

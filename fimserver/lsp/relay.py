@@ -3,10 +3,11 @@
     editor --stdin--> from_editor --socket--> daemon
     editor <--stdout-- from_daemon <--socket-- daemon
 
-One of these runs in every editor window, so it is small and starts at once: standard library alone, two threads. It
+One of these runs in every editor window, so it is small and starts at once: standard library alone, three threads. It
 keeps the text of each open document. Where the daemon ends, by whatever cause, another is started and told all: the
 editor's ``initialize``, its settings, its documents as they are now, and the requests that are still unanswered. A
-completion whose document has changed meanwhile is answered with nothing instead, so that no answer is stale.
+completion whose document has changed meanwhile is answered with nothing instead, so that no answer is stale. The person
+is told of a daemon that hangs.
 
 Knows:  LSP's messages as JSON.  Never: what a completion is, dataclasses (2 MB and some milliseconds).
 """
@@ -21,7 +22,7 @@ from contextlib import suppress
 from typing import Any, BinaryIO
 
 from fimserver.errors import FimserverError
-from fimserver.lsp.endpoint import KEY, Stream
+from fimserver.lsp.endpoint import KEY, NO_ANSWER, Stream
 from fimserver.lsp.wire import MAX_BODY_BYTES, read_body, to_frame
 from fimserver.text import Encoding, LineIndex
 
@@ -44,6 +45,10 @@ _WAKING = (
 )
 _OWN_ID = "fimserver-relay-initialize"
 _OWN_SNOOZE_ID = "fimserver-relay-snooze"
+_PING = b'{"jsonrpc": "2.0", "id": "fimserver-relay-ping", "method": "fimserver/status", "params": {}}'
+_SILENCE_S = 10.0  # behind a request, before the daemon is asked whether it is there
+_PING_S = 5.0  # that it has to say so
+_LOOK_S = 0.5
 _SNOOZE_MINUTES = 5.0  # the server's own, unless told
 _STATUS = "didChangeStatus"
 _NEAR_END = 4096  # bytes
@@ -110,6 +115,9 @@ class Relay:
         self._waits = False  # for the editor's next message, before a daemon is started again
         self._hands_over = False
         self._shown = ""
+        self._unheard_since: float | None = None  # of time.monotonic: a request, and nothing from the daemon since
+        self._num_heard = 0  # messages from daemons
+        self._has_asked = threading.Event()
         self._ended = threading.Event()
         self._is_shut_down = False
         self._initialize: dict[str, Any] | None = None
@@ -127,6 +135,7 @@ class Relay:
         """Relay until the editor leaves: 0 after an orderly ``shutdown``, else 1."""
         self._stream = stream
         threading.Thread(target=self._serve, daemon=True).start()
+        threading.Thread(target=self._watch, daemon=True).start()
         with suppress(OSError):
             while not self._ended.is_set() and (body := read_body(self._editor, self._on_skipped)) is not None:
                 self.from_editor(body)
@@ -155,6 +164,9 @@ class Relay:
             if not self._note(message, body):
                 return
             if self._stream is not None:
+                if message.get("id") is not None and self._unheard_since is None:
+                    self._unheard_since = time.monotonic()
+                    self._has_asked.set()
                 with suppress(OSError):  # whoever reads from it sees its end too, and everything is sent again
                     self._stream.send(body)
             elif self._waits and message.get("method") == "shutdown":
@@ -163,6 +175,38 @@ class Relay:
                 return
             if message.get("id") is not None or message.get("method") in _WAKING:
                 self._wake.set()
+
+    def _watch(self) -> None:
+        """Tell the person of a daemon that does not answer, once for each that hangs."""
+        while not self._ended.is_set():
+            self._has_asked.wait()
+            self._has_asked.clear()
+            while (since := self._unheard_since) is not None and not self._ended.is_set():
+                if (remaining_s := since + _SILENCE_S - time.monotonic()) > 0:
+                    time.sleep(remaining_s)
+                elif self._is_silent():
+                    self._show(1, f"fimserver gives no completions: {NO_ANSWER}")
+                    self._notify(_STATUS, {"kind": "Error", "busy": False, "message": NO_ANSWER})
+                    heard, stream = self._num_heard, self._stream
+                    while (heard, stream) == (self._num_heard, self._stream) and not self._ended.is_set():
+                        time.sleep(_LOOK_S)
+                    if self._stream is stream:  # of a new one the person is told elsewhere
+                        self._notify(_STATUS, {"kind": "Normal", "busy": False, "message": "fimserver answers again"})
+
+    def _is_silent(self) -> bool:
+        """Whether a daemon that is there says nothing, though it is asked whether it is there."""
+        heard = self._num_heard
+        if self._lock.acquire(timeout=_PING_S):  # who sends to one that does not read holds it
+            try:
+                if self._stream is None:
+                    self._unheard_since = None
+                    return False
+                with suppress(OSError):
+                    self._stream.send(_PING)
+            finally:
+                self._lock.release()
+        time.sleep(_PING_S)
+        return self._num_heard == heard and self._stream is not None
 
     def _note(self, message: dict[str, Any], body: bytes) -> bool:
         """Whether a message is to be passed on."""
@@ -347,6 +391,8 @@ class Relay:
             return
         if not isinstance(message, dict):
             return
+        self._num_heard += 1
+        self._unheard_since = None
         method, message_id = message.get("method"), message.get("id")
         if KEY in message:
             self._wake.clear()
@@ -355,18 +401,25 @@ class Relay:
             return
         with self._lock:
             if method is None:
-                asked = self._pending.pop(message_id, None) if message_id is not None else None
-                if asked is not None and asked.method == "shutdown":
-                    self._is_shut_down = True
-                if message_id == _OWN_ID or (asked is not None and asked.method == "initialize"):
-                    self._take_encoding(message)
-                if asked is None:  # our own, or one that was answered already
+                if not self._note_answer(message):
                     return
             elif message_id is not None:
                 self._asked.add(message_id)
             elif method == "$/progress":
                 self._note_progress(message.get("params"))
         self._write(body)
+
+    def _note_answer(self, message: dict[str, Any]) -> bool:
+        """Whether the editor waits for it: not for what the relay asked, nor for what was answered already."""
+        message_id = message.get("id")
+        asked = self._pending.pop(message_id, None) if message_id is not None else None
+        if asked is not None and asked.method == "shutdown":
+            self._is_shut_down = True
+        if message_id == _OWN_ID or (asked is not None and asked.method == "initialize"):
+            self._take_encoding(message)
+        if self._pending:
+            self._unheard_since = time.monotonic()
+        return asked is not None
 
     def _take_encoding(self, message: Mapping[str, Any]) -> None:
         with suppress(KeyError, TypeError, ValueError, AttributeError):
@@ -385,7 +438,7 @@ class Relay:
     def _on_lost(self) -> None:
         """The daemon is gone: what it began in the editor is ended."""
         with self._lock:
-            self._stream = None
+            self._stream, self._unheard_since = None, None
             self._asked.clear()
             tokens = list(self._progress)
             self._progress.clear()

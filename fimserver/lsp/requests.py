@@ -54,7 +54,7 @@ class Request:
     stale: bool
     epoch: int  # of the settings it came under
     index: LineIndex  # of the document
-    received: float = field(default_factory=time.monotonic)
+    received: float  # of time.monotonic
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     why_ended: NoCompletion | None = None
     notes: Notes = field(default_factory=Notes)  # for who asks why
@@ -110,6 +110,12 @@ class Requests:
         for request in self._active.get(uri, ()):
             request.end(CHANGED)
 
+    def end_all(self) -> None:
+        """The editor is gone: nobody waits for an answer."""
+        for requests in self._active.values():
+            for request in requests:
+                request.end(CANCELLED)
+
     def on_edit(self, uri: str, text: str) -> None:
         """A document's text changed: requests end, but for those whose answer the person may be typing."""
         for request in self._active.get(uri, ()):
@@ -155,6 +161,7 @@ class Requests:
             stale=version is not None and version != document.version,
             epoch=self._session.epoch,
             index=document.index,
+            received=time.monotonic(),
             notes=Notes(self._session.records.new_id()),
         )
 

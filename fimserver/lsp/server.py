@@ -302,6 +302,7 @@ class FimLanguageServer(LanguageServer):
         if _log_levels.pop(id(self), None) is not None:
             _set_log_level()
         self._serves = False
+        self.requests.end_all()
         self.acceptance.save()
         self.ledger.save_soon()
         if self._idle_timer is not None:

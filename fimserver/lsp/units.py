@@ -11,6 +11,7 @@ Knows:  folders of the system.  Never: LSP.
 import os
 import plistlib
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from fimserver.errors import DaemonError
@@ -19,6 +20,8 @@ from fimserver.lsp.launch import log_file
 from fimserver.paths import HOME_VARIABLE, socket_path
 
 LABEL = "org.fimserver.daemon"
+# Which folders are used; XDG_RUNTIME_DIR is the session's own, there too.
+_FOLDER_VARIABLES = ("XDG_CONFIG_HOME", "XDG_STATE_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME", "TMPDIR", "HF_HOME")
 _SOCKET = """[Unit]
 Description=fimserver, code completion: where editors connect
 
@@ -63,15 +66,25 @@ def remove_units() -> tuple[list[Path], str]:
     paths = [path for path in _units() if path.exists()]
     for path in paths:
         path.unlink()
+        with suppress(OSError):  # by which systemd starts it with the session
+            (path.parent / "sockets.target.wants" / path.name).unlink()
     if sys.platform == "darwin":
         return paths, f"launchctl bootout gui/{os.getuid()}/{LABEL}"
     return paths, "systemctl --user stop fimserver.socket fimserver.service; systemctl --user daemon-reload"
+
+
+def is_installed() -> bool:
+    """Whether the system starts the daemon by units of ours."""
+    with suppress(DaemonError):
+        return all(path.exists() for path in _units())
+    return False
 
 
 def _units() -> dict[Path, bytes]:
     command = [sys.executable, "-P", "-m", "fimserver", "daemon", "run"]
     home = os.environ.get(HOME_VARIABLE)
     environment = {HOME_VARIABLE: str(Path(home).expanduser().absolute())} if home else {}
+    environment |= {name: os.environ[name] for name in _FOLDER_VARIABLES if os.environ.get(name)}
     if sys.platform == "darwin":
         values = {
             "Label": LABEL,
