@@ -362,25 +362,51 @@ def keystroke(
 @click.option(
     "--editors", type=click.IntRange(min=1, max=64), default=8, show_default=True, metavar="N", help="Windows."
 )
-@click.option("--edits", type=click.IntRange(min=1), default=1000, show_default=True, metavar="N", help="Of each.")
-@click.option(
-    "--faults", type=click.IntRange(min=0), default=10, show_default=True, metavar="N", help="Kills and stops."
-)
+@click.option("--edits", type=click.IntRange(min=1), metavar="N", help="Of each.  [default: 1000]")
+@click.option("--faults", type=click.IntRange(min=0), metavar="N", help="Kills and stops.  [default: 10]")
+@click.option("--nightly", is_flag=True, help="20,000 edits and 60 faults, which say more of memory.")
+@click.option("--each", type=click.IntRange(min=1), metavar="N", help="Instead: try each fault N times.")
+@click.option("--only", metavar="TEXT", help="With --each: those whose name has it.")
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of all that is drawn.")
 @click.option("--torn", is_flag=True, help="Edit at random, until the files are no code any more.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def soak(editors: int, edits: int, faults: int, seed: int, torn: bool, as_json: bool) -> None:  # noqa: FBT001, PLR0913, PLR0917
+def soak(  # noqa: PLR0913
+    *,
+    editors: int,
+    edits: int | None,
+    faults: int | None,
+    nightly: bool,
+    each: int | None,
+    only: str | None,
+    seed: int,
+    torn: bool,
+    as_json: bool,
+) -> None:
     """Many editors at one daemon, edits without pause, kills now and then: what is lost, late or left behind.
 
-    A night's run: --edits 100000 --faults 500. Exit code 1 where anything was.
+    Exit code 1 where anything was, or where the daemon's memory grows.
     """
-    from fimserver.bench.soak import Summary  # noqa: PLC0415
-    from fimserver.bench.soak import soak as run  # noqa: PLC0415
+    from fimserver.bench import soak as bench_soak  # noqa: PLC0415
+    from fimserver.bench.trials import Trials, print_trials, try_each  # noqa: PLC0415
 
-    found: list[Summary] = []
+    if only is not None and each is None:
+        msg = "--only goes with --each"
+        raise click.UsageError(msg)
+    if each is not None:
+        tried: list[Trials] = []
 
-    def measure() -> Summary:
-        found.append(run(editors, edits, faults, seed, torn=torn))
+        def measure_each() -> Trials:
+            tried.append(try_each(each, only or ""))
+            return tried[0]
+
+        _run_measurement(measure_each, as_json=as_json, show=print_trials)
+        sys.exit(0 if tried and tried[0].is_good else 1)
+    found: list[bench_soak.Summary] = []
+
+    def measure() -> bench_soak.Summary:
+        defaults = (bench_soak.NIGHTLY_EDITS, bench_soak.NIGHTLY_FAULTS) if nightly else (1000, 10)
+        length = (edits or defaults[0], defaults[1] if faults is None else faults)
+        found.append(bench_soak.soak(editors, *length, seed, torn=torn))
         return found[0]
 
     _run_measurement(measure, as_json=as_json)
@@ -411,7 +437,11 @@ def decode(limit: int, modes: str | None, plots: Path | None, as_json: bool, **o
 @click.option("--synthetic", default="26b", show_default=True, metavar="NAME", help="Which model, of random weights.")
 @click.option("--context", default=8192, show_default=True, type=click.IntRange(min=64), metavar="TOKENS")
 @click.option("--stages", metavar="A,B", help="Only these of kernels, load, steps, encode, requests, profile.")
-@click.option("--generate/--no-generate", default=False, help="Also transformers' generate in bf16, which takes 52 GB.")
+@click.option(
+    "--generate/--no-generate",
+    default=None,
+    help="Transformers' generate in bf16, which takes 52 GB. [default: where there is room]",
+)
 @click.option("--simulate", is_flag=True, help="Every stage on this machine at a reduced size: nothing is measured.")
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="Write gpu.json, gpu.md."
@@ -421,7 +451,7 @@ def gpu(  # noqa: PLR0913, PLR0917  one parameter an option
     synthetic: str,
     context: int,
     stages: str | None,
-    generate: bool,  # noqa: FBT001
+    generate: bool | None,  # noqa: FBT001
     simulate: bool,  # noqa: FBT001
     out: Path | None,
     as_json: bool,  # noqa: FBT001

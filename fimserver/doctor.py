@@ -164,6 +164,7 @@ def check_model(settings: Settings) -> Check:
         f"{info.name}, {info.num_parameters / 1e6:.1f} M parameters, {info.dtype} on {info.device}, "
         f"{info.num_threads} threads, mode {info.preferred_mode}{wide}, loaded in {info.load_ms:.0f} ms, "
         f"probe answered in {generation.timings_ms['total']:.0f} ms ({generation.mode})"
+        f"{'; weights in 4 bits by ' + info.kernels if info.kernels else ''}"
     )
     return Check("model", found)
 
@@ -213,7 +214,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         console.print("Misses are counted as if every expert were equally likely, which is the worst case:")
         console.print("the hottest ones stay on the card, and real routers prefer some. Nothing overlaps.")
     for remedy in plan.remedies:
-        then = "fits" if remedy.fits else "does not fit either"
+        then = ("fits" if remedy.is_there else "would fit") if remedy.fits else "does not fit either"
         longest = f", up to {remedy.largest_context_tokens} tokens" if remedy.fits else ""
         console.print(f"{remedy.change + ':':42} {remedy.total_bytes / 1e9:.2f} GB, {then}{longest}")
     for note in plan.notes:

@@ -5,15 +5,18 @@
     parse_config      a config.json -> Shape
     to_parts          Shape, formats -> the parts that such a model has
 
+Formats are those that the engine holds on a card, not those of the file: only projections stay in 4 bits, experts when
+all of their layer are; float8 and what is left is expanded to bf16, routers to float32.
+
 Knows:  config.json, the headers of safetensors files.  Never: torch, tensors, the network.
-Equal:  parameters to transformers' class (tests/test_planner.py).
+Equal:  parameters to transformers' class, bytes to loaded models (tests/test_planner.py).
 """
 
 import json
 import math
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -33,6 +36,7 @@ _LARGEST_HEADER_BYTES = 100_000_000
 class Format(StrEnum):
     """How numbers are held on a card."""
 
+    F32 = "float32"
     BF16 = "bf16"
     FP8 = "fp8"
     NVFP4 = "nvfp4"
@@ -56,6 +60,7 @@ class Role(StrEnum):
 
 
 _NEVER_FP8 = (Role.ROUTER, Role.NORMS)
+_IN_4_BITS = (Role.EXPERTS, Role.ATTENTION, Role.DENSE, Role.SELF_CONDITIONING)  # what may stay so
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +94,12 @@ class Shape:
     is_tied: bool
     has_bias: bool
 
+    @property
+    def stacks(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """The experts of a layer as two tensors: gate and up, down."""
+        gate_up = (self.num_experts, 2 * self.expert_size, self.hidden_size)
+        return gate_up, (self.num_experts, self.hidden_size, self.expert_size)
+
     def distinct_experts(self, canvas_tokens: int) -> float:
         """How many experts of a layer a canvas is expected to reach when all are equally likely."""
         return self.num_experts * (1 - (1 - self.top_experts / self.num_experts) ** canvas_tokens)
@@ -111,10 +122,13 @@ class Part:
     format: Format
     num_parameters: int
     num_rows: int
+    stored: str = ""  # another format, that a file has
 
     @property
     def num_bytes(self) -> int:
         """Memory on a card."""
+        if self.format is Format.F32:
+            return 4 * self.num_parameters
         if self.format is Format.BF16:
             return 2 * self.num_parameters
         if self.format is Format.FP8:
@@ -143,7 +157,7 @@ class Checkpoint:
     def with_rest_in_fp8(self) -> "Checkpoint":
         """The same with every large bf16 part in 8 bits."""
         parts = tuple(
-            replace(part, format=Format.FP8)
+            replace(part, format=Format.FP8, stored="")
             if part.format is Format.BF16 and part.role not in _NEVER_FP8 and part.role is not Role.EXPERTS
             else part
             for part in self.parts
@@ -152,8 +166,20 @@ class Checkpoint:
 
     def with_experts_in_nvfp4(self) -> "Checkpoint":
         """The same with experts in 4 bits."""
-        parts = (replace(p, format=Format.NVFP4) if p.role is Role.EXPERTS else p for p in self.parts)
-        return replace(self, parts=tuple(parts))
+        return self._in_nvfp4(Role.EXPERTS)
+
+    def with_projections_in_nvfp4(self) -> "Checkpoint":
+        """The same with all in 4 bits that can be."""
+        return self._in_nvfp4(*_IN_4_BITS)
+
+    def _in_nvfp4(self, *roles: Role) -> "Checkpoint":
+        changed = (replace(p, format=Format.NVFP4, stored="") if p.role in roles else p for p in self.parts)
+        return replace(self, parts=tuple(changed))
+
+    @property
+    def host_bytes(self) -> int:
+        """Pinned memory of all experts: torch rounds each tensor there up to a power of two."""
+        return len(self.shape.layers) * sum(pinned_stack_bytes(stack) for stack in self.shape.stacks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +188,12 @@ class _Matrix:
     count: int
     rows: int
     columns: int
+
+
+def pinned_stack_bytes(shape: Sequence[int]) -> int:
+    """Pinned memory of experts in 4 bits: their numbers, their scales, four bytes a row, each a power of two."""
+    numbers = math.prod(shape)
+    return sum(1 << (size - 1).bit_length() for size in (numbers // 2, numbers // BLOCK, 4 * math.prod(shape[:-1])))
 
 
 def find_checkpoint(name: str) -> Checkpoint:
@@ -187,24 +219,16 @@ def read_folder(folder: Path) -> Checkpoint:
     """The model of a folder by its config and the headers of its files. Raises ``WeightsError``."""
     shape = parse_config(read_json(folder / "config.json"), str(folder / "config.json"))
     files = weight_files(folder)
-    counted: dict[tuple[Role, Format], list[int]] = {}
-    seen = set()
+    tensors: dict[str, tuple[Role, Format, tuple[int, ...]]] = {}
     for path in files:
         for name, dtype, sizes in read_header(path):
             role = _find_role(name, is_tied=shape.is_tied)
-            if role is None or (key := _to_shared_name(name)) in seen:
-                continue
-            seen.add(key)
-            form = _find_format(name, dtype)
-            numbers = math.prod(sizes) * (2 if form is Format.NVFP4 else 1)
-            total = counted.setdefault((role, form), [0, 0])
-            total[0] += numbers
-            total[1] += math.prod(sizes[:-1])
-    parts = tuple(Part(role, form, *counted[role, form]) for role, form in sorted(counted))
+            if role is not None:
+                tensors.setdefault(_to_shared_name(name), (role, _find_format(name, dtype), sizes))
     checkpoint = Checkpoint(
         name=folder.name,
         shape=shape,
-        parts=parts,
+        parts=_count_held(tensors, shape),
         provenance="config.json and the headers of its files",
         file_bytes=sum(path.stat().st_size for path in files),
     )
@@ -213,6 +237,39 @@ def read_folder(folder: Path) -> Checkpoint:
             msg = f"{folder}: {role.label} has {found} weights, config.json asks for {expected}; copy the folder again"
             raise WeightsError(msg)
     return checkpoint
+
+
+def _count_held(tensors: Mapping[str, tuple[Role, Format, tuple[int, ...]]], shape: Shape) -> tuple[Part, ...]:
+    """Weights by what they are held in, and where a file has them in another format by that."""
+    expanded = {
+        _to_layer_name(name)
+        for name, (role, form, _) in tensors.items()
+        if role is Role.EXPERTS and form is not Format.NVFP4
+    }
+    counted: dict[tuple[Role, Format, str], list[int]] = {}
+    for name, (role, form, sizes) in tensors.items():
+        stays = form is Format.NVFP4 and role in _IN_4_BITS
+        if stays and not (role is Role.EXPERTS and _to_layer_name(name) in expanded):
+            held = Format.NVFP4
+        else:
+            held = _held_floats(role, shape)
+        stored = form.value if form in {Format.FP8, Format.NVFP4} and form is not held else ""
+        total = counted.setdefault((role, held, stored), [0, 0])
+        total[0] += math.prod(sizes) * (2 if form is Format.NVFP4 else 1)
+        total[1] += math.prod(sizes[:-1])
+    return tuple(
+        Part(role, form, numbers, rows, stored) for (role, form, stored), (numbers, rows) in sorted(counted.items())
+    )
+
+
+def _held_floats(role: Role, shape: Shape) -> Format:
+    """What floats are held in: a router decides in float32; that of a single expert decides nothing."""
+    return Format.F32 if role is Role.ROUTER and shape.num_experts > 1 else Format.BF16
+
+
+def _to_layer_name(name: str) -> str:
+    """The layer that experts are of."""
+    return name.partition(".experts.")[0]
 
 
 def parse_config(values: Mapping[str, Any], source: str) -> Shape:
@@ -317,7 +374,7 @@ def to_parts(shape: Shape, formats: Mapping[Role, Format]) -> tuple[Part, ...]:
     """The weights of a config; bf16 where nothing else is said."""
     counts = _count_by_role(shape)
     rows = {role: sum(m.count * m.rows for m in _matrices(shape) if m.role is role) for role in Role}
-    return tuple(Part(role, formats.get(role, Format.BF16), counts[role], rows[role]) for role in Role)
+    return tuple(Part(role, formats.get(role, _held_floats(role, shape)), counts[role], rows[role]) for role in Role)
 
 
 def _count_by_role(shape: Shape) -> dict[Role, int]:
@@ -343,9 +400,9 @@ def _to_checkpoint(folder: Path, fact: Mapping[str, Any]) -> Checkpoint:
 _ROLES_OF_NAMES = (
     (re.compile(r"vision"), None),  # never loaded
     (re.compile(r"layer_scalar$"), None),  # a number
+    (re.compile(r"(weight|input|output|[kqv])(_global)?_scale(_2|_inv)?$"), None),  # quantized weights have them anyway
     (re.compile(r"\brouter\.proj\b"), Role.ROUTER),
     (re.compile(r"\brouter\."), Role.NORMS),
-    (re.compile(r"(_scale|_scale_2|_scale_inv)$"), None),  # of quantized weights, which have them anyway
     (re.compile(r"norm(_\d)?\.weight$"), Role.NORMS),
     (re.compile(r"\bexperts\."), Role.EXPERTS),
     (re.compile(r"\bself_attn\."), Role.ATTENTION),
@@ -374,9 +431,9 @@ def _to_shared_name(name: str) -> str:
 def _find_format(name: str, dtype: str) -> Format:
     if dtype in {"BF16", "F16", "F32"}:
         return Format.BF16
-    if dtype in {"F8_E4M3", "F8_E5M2"}:
+    if dtype == "F8_E4M3":
         return Format.FP8
     if dtype == "U8":
         return Format.NVFP4
-    msg = f"tensor {name} is {dtype}; a plan knows BF16, F16, F32, F8_E4M3, F8_E5M2 and U8 (two 4-bit numbers)"
+    msg = f"tensor {name} is {dtype}; floats, float8 e4m3 and NVFP4 can be loaded"
     raise WeightsError(msg)

@@ -6,6 +6,9 @@
 A step reads every weight it needs once, so its time is at least these bytes over the card's bandwidth: the ceiling.
 C canvas tokens that take k of E experts each reach E * (1 - (1 - k/E)^C) of them, were the router to choose evenly.
 
+A long prompt is read in chunks, each with a mask over all of it, and its keys move when their buffer grows. A recorded
+pass has a mask of its own; counted are as many as a cache keeps, of the longest canvases.
+
 Knows:  what model_facts.py reads, arithmetic.  Never: torch, tensors, the network.
 Units:  GB are 1e9 bytes, GiB 2^30; a context and a canvas are counted in tokens.
 Equal:  memory on a CPU to what the engine holds (tests/test_planner.py).
@@ -25,7 +28,13 @@ PCIE_SHARE = 0.8  # of the bus' nominal rate, what copies of pinned memory reach
 _EARLIER_PROMPTS_BYTES = 512 * 2**20  # engine/kv_cache.py: MAX_BYTES
 _CONTEXT_BYTES = 800_000_000  # of a driver, its kernels and a workspace
 _PROCESS_BYTES = 600_000_000  # of Python, torch and transformers without a model
+_CHUNK_TOKENS = 512  # engine/kv_cache.py
+_GROWTH_TOKENS = 4096  # engine/key_values.py: what buffers may have beyond what is in them
+_RECORDED_PASSES, _RECORDED_MULTIPLE = 12, 16  # engine/graphs.py, engine/model.py
+_TABLED_TOKENS = 16384  # engine/network.py: rotations of so many positions
 _LOGITS_COPIES = 3  # float32, alive at once: a head's, capped or drawn from, and one in the making (engine/denoise.py)
+_ALL_IN_4_BITS = "experts, attention, dense part in NVFP4"
+_FP8_REST = "fp8 for the bf16 rest (not in the engine)"
 _SHOWN_IN_BILLIONS = 10_000_000  # parameters, from here on
 
 
@@ -67,12 +76,13 @@ class HostPlan:
 
 @dataclass(frozen=True, slots=True)
 class Remedy:
-    """A change, and what the plan is then."""
+    """A change, and what the plan is then; ``is_there`` says whether the engine can do it."""
 
     change: str
     total_bytes: int
     fits: bool
     largest_context_tokens: int
+    is_there: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,12 +176,27 @@ def weight_lines_on_cpu(checkpoint: Checkpoint) -> tuple[Line, ...]:
     roles = [Role.ATTENTION, Role.DENSE, Role.SELF_CONDITIONING]
     if shape.num_experts == 1:
         roles.append(Role.EXPERTS)
+    else:
+        roles.append(Role.ROUTER)
     copied = checkpoint.parameters_of(*roles) + shape.vocab_size * shape.hidden_size
     copied += sum(layer.head_size * (shape.num_heads + layer.num_kv_heads) for layer in shape.layers)
     return (
         Line("weights", 4 * checkpoint.parameters_of(*Role), "float32"),
-        Line("transposed copies", 4 * copied, "of all but the router, norms, and several experts"),
+        Line("transposed copies", 4 * copied, "of all but norms and several experts"),
     )
+
+
+def weight_lines_on_card(checkpoint: Checkpoint) -> Iterator[Line]:
+    """Weights as engine/network.py holds them, each once: it takes them out of the modules that were loaded."""
+    for role in Role:
+        for part in checkpoint.parts:
+            if part.role is role and role is not Role.NORMS:
+                stored = f", {part.stored} in the file, expanded" if part.stored else ""
+                yield Line(f"{role.label}, {part.format}", part.num_bytes, _billions(part.num_parameters) + stored)
+    shape = checkpoint.shape
+    heads = sum(layer.head_size * (shape.num_heads + layer.num_kv_heads) for layer in shape.layers)
+    norms = checkpoint.parameters_of(Role.NORMS)
+    yield Line("norms", 2 * norms + 4 * (norms + heads), "bf16, and copies in float32")
 
 
 def step_bytes(checkpoint: Checkpoint, canvas_tokens: int, context_tokens: int) -> int:
@@ -191,8 +216,9 @@ def step_bytes(checkpoint: Checkpoint, canvas_tokens: int, context_tokens: int) 
 def _card_lines(checkpoint: Checkpoint, context_tokens: int) -> tuple[Line, ...]:
     shape = checkpoint.shape
     return (
-        *_weight_lines(checkpoint),
+        *weight_lines_on_card(checkpoint),
         *_running_lines(shape, context_tokens, width=2),
+        Line("masks of recorded passes", 2 * _recorded_rows(shape) * _seen_tokens(shape, context_tokens), "at most"),
         Line("driver and workspace", _CONTEXT_BYTES),
     )
 
@@ -205,17 +231,6 @@ def _cpu_lines(checkpoint: Checkpoint, context_tokens: int) -> tuple[Line, ...]:
     )
 
 
-def _weight_lines(checkpoint: Checkpoint) -> Iterator[Line]:
-    for role in Role:
-        for part in checkpoint.parts:
-            if part.role is role and role is not Role.NORMS:
-                yield Line(f"{role.label}, {part.format}", part.num_bytes, _billions(part.num_parameters))
-    shape = checkpoint.shape
-    heads = sum(layer.head_size * (shape.num_heads + layer.num_kv_heads) for layer in shape.layers)
-    norms = checkpoint.parameters_of(Role.NORMS)
-    yield Line("norms", 2 * norms + 4 * (norms + heads), "bf16, and copies in float32")
-
-
 def _running_lines(shape: Shape, context_tokens: int, *, width: int) -> Iterator[Line]:
     """What requests need; ``width`` bytes a number of the cache."""
     sliding, full = shape.cache_bytes(context_tokens, width=width)
@@ -224,8 +239,37 @@ def _running_lines(shape: Shape, context_tokens: int, *, width: int) -> Iterator
     yield Line("KV cache, sliding layers", sliding, f"{count} layers keep {kept} tokens")
     yield Line("KV cache, full layers", full, f"{len(shape.layers) - count} layers keep {context_tokens} tokens")
     yield Line("KV caches of earlier prompts", _EARLIER_PROMPTS_BYTES, "up to 7 more")
+    tabled = min(_TABLED_TOKENS, 2 * max(512, context_tokens + shape.canvas_tokens))
+    sizes = {layer.is_sliding: layer.head_size for layer in shape.layers}
+    yield Line("rotations", 8 * tabled * sum(sizes.values()), f"cosines and sines of {tabled} positions")
+    yield Line("prompt in chunks", _prompt_bytes(shape, context_tokens, width=width), "masks, or a buffer that grows")
     logits = shape.canvas_tokens * shape.vocab_size * (4 * _LOGITS_COPIES + width)
     yield Line("canvas and logits", logits, f"{_LOGITS_COPIES} float32 copies and the last step's")
+
+
+def _prompt_bytes(shape: Shape, context_tokens: int, *, width: int) -> int:
+    """Work memory of a prompt: room ahead in buffers, and a layer's keys once more as they grow, or a chunk's masks."""
+    full = [layer.cache_bytes(1, width=width) for layer in shape.layers if not layer.is_sliding]
+    ahead = min(_GROWTH_TOKENS, max(256, context_tokens // 2)) * sum(full)
+    once_more = (context_tokens + shape.canvas_tokens) * max(full, default=0) // 2
+    chunk = min(_CHUNK_TOKENS, context_tokens)
+    near = min(context_tokens, shape.window_tokens + chunk)
+    return ahead + max(once_more, chunk * (width * (context_tokens + near) + 2 * near))
+
+
+def _recorded_rows(shape: Shape) -> int:
+    """Rows of all masks that a cache's recordings have at most: the longest canvas without a condition, others with.
+
+    And of one copy, which kernels need of a mask whose rows do not begin where they can read.
+    """
+    lengths = range(shape.canvas_tokens, 0, -_RECORDED_MULTIPLE)
+    return 2 * shape.canvas_tokens + sum(lengths[: _RECORDED_PASSES - 1])
+
+
+def _seen_tokens(shape: Shape, context_tokens: int) -> int:
+    """Places in the buffers of a full layer and of a sliding one: a mask is as wide as both."""
+    near = min(context_tokens, shape.window_tokens + MARGIN_TOKENS) + shape.canvas_tokens
+    return near + context_tokens + shape.canvas_tokens + min(_GROWTH_TOKENS, max(256, context_tokens // 2))
 
 
 def _steps(checkpoint: Checkpoint, card: Card, context_tokens: int, missing_share: float = 0.0) -> tuple[Step, ...]:
@@ -242,30 +286,38 @@ def _steps(checkpoint: Checkpoint, card: Card, context_tokens: int, missing_shar
 
 
 def _remedies(checkpoint: Checkpoint, card: Card, context_tokens: int) -> Iterator[Remedy]:
-    variants = []
+    variants: list[tuple[str, Checkpoint]] = []
     has_bf16_experts = any(p.role is Role.EXPERTS and p.format is Format.BF16 for p in checkpoint.parts)
     if has_bf16_experts and checkpoint.shape.hidden_size % BLOCK == checkpoint.shape.expert_size % BLOCK == 0:
-        checkpoint_in_4_bits = checkpoint.with_experts_in_nvfp4()
-        variants.append(("experts in NVFP4", checkpoint_in_4_bits))
-        variants.append(("experts in NVFP4, fp8 for the bf16 rest", checkpoint_in_4_bits.with_rest_in_fp8()))
-    elif checkpoint.with_rest_in_fp8() != checkpoint:
-        variants.append(("fp8 for the bf16 rest", checkpoint.with_rest_in_fp8()))
+        variants.append(("experts in NVFP4", checkpoint.with_experts_in_nvfp4()))
+    if _has_whole_blocks(checkpoint.shape) and checkpoint.with_projections_in_nvfp4() != checkpoint:
+        variants.append((_ALL_IN_4_BITS, checkpoint.with_projections_in_nvfp4()))
+    in_fp8 = (variants[0][1] if has_bf16_experts and variants else checkpoint).with_rest_in_fp8()
     if largest := _largest_context(checkpoint, _card_lines, card.usable_bytes):
         yield Remedy(f"a context of {largest} tokens", _sum(_card_lines(checkpoint, largest)), True, largest)  # noqa: FBT003
     for change, variant in variants:
         total = _sum(_card_lines(variant, context_tokens))
         largest = _largest_context(variant, _card_lines, card.usable_bytes)
         yield Remedy(change, total, total <= card.usable_bytes, largest)
+    if in_fp8 != checkpoint:
+        total = _sum(_card_lines(in_fp8, context_tokens))
+        largest = _largest_context(in_fp8, _card_lines, card.usable_bytes)
+        yield Remedy(_FP8_REST, total, total <= card.usable_bytes, largest, is_there=False)
 
 
 def _host_plans(checkpoint: Checkpoint, card: Card, context_tokens: int) -> Iterator[HostPlan]:
-    """With the bf16 rest as it is, and in fp8; none for one expert, shared memory, or a rest that does not fit."""
+    """With the rest as it is, and in 4 bits; none for one expert, shared memory, or a rest that does not fit."""
     if checkpoint.shape.num_experts == 1 or not card.pcie_gb_per_s:
         return
-    rest = checkpoint.with_rest_in_fp8()
-    variants = [("experts in host memory", checkpoint)]
-    if rest != checkpoint:
-        variants.append(("experts in host memory, fp8 for the bf16 rest", rest))
+    where = "experts in host memory"
+    if any(part.format is not Format.NVFP4 for part in checkpoint.parts if part.role is Role.EXPERTS):
+        if not _has_whole_blocks(checkpoint.shape):
+            return
+        checkpoint, where = checkpoint.with_experts_in_nvfp4(), "experts in NVFP4 in host memory"  # only these can be
+    rest = checkpoint.with_projections_in_nvfp4()
+    variants = [(where, checkpoint)]
+    if _has_whole_blocks(checkpoint.shape) and rest != checkpoint:
+        variants.append((f"{where}, attention and dense part in NVFP4 too", rest))
     for change, variant in variants:
         shape = variant.shape
         experts = variant.bytes_of(Role.EXPERTS)
@@ -277,7 +329,14 @@ def _host_plans(checkpoint: Checkpoint, card: Card, context_tokens: int) -> Iter
         if free < shape.num_experts * one:
             continue
         steps = _steps(variant, card, context_tokens, 1 - kept / shape.num_experts)
-        yield HostPlan(change, kept, shape.num_experts, experts, card.pcie_gb_per_s * PCIE_SHARE, steps)
+        yield HostPlan(change, kept, shape.num_experts, variant.host_bytes, card.pcie_gb_per_s * PCIE_SHARE, steps)
+
+
+def _has_whole_blocks(shape: Shape) -> bool:
+    """Whether every row of a projection is whole blocks, as NVFP4 asks for."""
+    widths = (shape.hidden_size, shape.expert_size, shape.dense_size)
+    heads = (shape.num_heads * layer.head_size for layer in shape.layers)
+    return not any(width % BLOCK for width in (*widths, *heads))
 
 
 def _card_notes(card: Card) -> tuple[str, ...]:
@@ -285,8 +344,8 @@ def _card_notes(card: Card) -> tuple[str, ...]:
         "The vision part is left out: the server never loads it.",
         "Steps are ceilings: weights, keys and values over the card's bandwidth, no logits, no activations.",
         "The embedding is read twice a step; conditioning on the likeliest tokens alone saves one of these.",
-        "Not counted: several candidates side by side, work memory of very long prompts, recorded passes.",
-        "A rest in fp8 is arithmetic: the engine holds it in bf16 so far.",
+        "Not counted: several candidates side by side, recorded passes but for their masks.",
+        "Weights in fp8 are expanded to bf16 when they are loaded.",
     ]
     if not card.pcie_gb_per_s:
         notes.append("The system and every other program share this memory.")

@@ -152,6 +152,13 @@ class Settings:
         high=262144,
         engine=True,
     )
+    fp4_activations: bool = _setting(
+        default=False,
+        doc="An experiment, for cards that multiply 4 bits (RTX 50xx) and models in NVFP4, where flashinfer is "
+        "installed: activations are rounded to 4 bits too, which makes answers worse, if a trial at start finds it "
+        "faster.",
+        engine=True,
+    )
     idle_unload_minutes: float = _setting(
         default=30.0,
         doc="The model's memory is given back after so long without a request or an edit; the next one loads it "

@@ -231,6 +231,7 @@ class ModelInfo:
     num_threads: int
     reads_snippets: bool = False
     languages: tuple[str, ...] = ()  # that the model was trained on; none named means any
+    kernels: str = ""  # that multiply by weights in 4 bits, and what was found of others
     row_cost: float | None = None  # of one more row in a pass, in passes over one row; None where it was not probed
 
 

@@ -27,6 +27,7 @@ from checkpoints import (
     write_checkpoint,
 )
 
+from fimserver.engine import checkpoint
 from fimserver.engine.engine import Engine
 from fimserver.engine.model import Model
 from fimserver.engine.network import Network, causal_rows
@@ -190,15 +191,32 @@ EXPERT = "model.decoder.layers.2.experts.5"
 
 def test_float8_in_blocks_of_128_whose_last_is_shorter() -> None:
     """192 rows of two scales are 128 and 64, not 96 and 96; 704 columns are five and a half blocks."""
-    from fimserver.engine.checkpoint import _expand_fp8
-
     weights = torch.ones(192, 704).to(torch.float8_e4m3fn)
     scales = torch.arange(1, 13, dtype=torch.float32).view(2, 6)
-    found = _expand_fp8("m", {"weight": weights, "weight_scale_inv": scales}, (192, 704))
+    found = checkpoint._expand_fp8("m", {"weight": weights, "weight_scale_inv": scales}, torch.empty(192, 704))
     assert found[127, 0] == 1
     assert found[128, 0] == 7
     assert found[0, 639] == 5
     assert found[191, 640:].tolist() == [12.0] * 64
+
+
+@pytest.mark.parametrize("shape", [(), (3, 1, 1), (3, 2, 6), (3, 192, 1), (192,)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_float8_slice_by_slice(shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stack in slices of a few rows, which begin and end within blocks, is what it is at once."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(3, 192, 704, generator=generator).to(torch.float8_e4m3fn)
+    scale = torch.rand(shape, generator=generator) + 0.5
+    full = scale[:, None] if shape == (192,) else scale
+    if shape == (3, 2, 6):
+        full = scale.repeat_interleave(128, 1)[:, :192].repeat_interleave(128, 2)[:, :, :704]
+    monkeypatch.setattr(checkpoint, "_FP8_SLICE", 704 * 50)
+    parts = {"weight": weights, "weight_scale": scale}
+    found = checkpoint._expand_fp8("m", parts, torch.empty(weights.shape, dtype=dtype))
+    assert torch.equal(found, (weights.float() * full).to(dtype))
+    weights.view(torch.uint8)[2, 191, 703] = 0x7F
+    with pytest.raises(WeightsError, match=r"m\.weight has NaN"):
+        checkpoint._expand_fp8("m", parts, torch.empty(weights.shape))
 
 
 def test_a_router_in_4_bits_is_expanded(tmp_path: Path, random_folder: Path, state: Tensors) -> None:
@@ -225,10 +243,6 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     "NaN among scales": (
         lambda t: t[f"{EXPERT}.up_proj.weight_scale"].view(torch.uint8)[3].fill_(0x7F),
         r"experts\.5\.up_proj: its weight_scale has values .* not finite",
-    ),
-    "zero scale of activations": (
-        lambda t: t[f"{EXPERT}.up_proj.input_scale"].zero_(),
-        r"up_proj\.input_scale has values",
     ),
     "one expert too many": (
         lambda t: t.update({f"{EXPERT[:-1]}8.up_proj.weight": t[f"{EXPERT}.up_proj.weight"].clone()}),
@@ -276,6 +290,30 @@ def test_damage_is_named_and_nothing_is_made_up(
     folder = write_checkpoint(tmp_path / "m", random_folder, tensors)
     with pytest.raises(WeightsError, match=says):
         load_weights(folder, dtype=torch.float32, keeps_nvfp4=keeps_nvfp4)
+
+
+@pytest.mark.parametrize("value", [0.0, math.nan])
+def test_scales_of_activations_are_not_read(tmp_path: Path, random_folder: Path, state: Tensors, value: float) -> None:
+    """Experts that no calibration text reached have none of worth, and none is used."""
+    tensors = {n: t.clone() for n, t in quantized(state, Dialect.MODELOPT).items()}
+    tensors[f"{EXPERT}.up_proj.input_scale"].fill_(value)
+    check_equals(write_checkpoint(tmp_path / "m", random_folder, tensors), expanded(state, EXPERTS_ONLY))
+
+
+def test_a_configuration_that_contradicts_the_file_is_not_believed(
+    tmp_path: Path, random_folder: Path, state: Tensors, caplog: pytest.LogCaptureFixture
+) -> None:
+    tensors = quantized(state, Dialect.MODELOPT)
+    names = ("self_attn*", "mlp*")
+    agreeing = [f"{path}layers.*.{n}" for path in (ENCODER, DECODER) for n in names] + ["re:.*self_conditioning.*"]
+    own = {"quantization": {"quant_algo": "NVFP4", "group_size": 16, "exclude_modules": agreeing}}
+    load_weights(write_checkpoint(tmp_path / "a", random_folder, tensors, own_file=own), dtype=torch.float32)
+    assert "config says otherwise" not in caplog.text
+    own["quantization"]["exclude_modules"] = [*agreeing, f"{EXPERT}.*"]
+    folder = write_checkpoint(tmp_path / "b", random_folder, tensors, own_file=own)
+    check_equals(folder, expanded(state, EXPERTS_ONLY))
+    assert "config says otherwise of 3 matrices than the file" in caplog.text
+    assert f"{EXPERT}.gate_proj is NVFP4 there" in caplog.text or f"{EXPERT}.down_proj is NVFP4 there" in caplog.text
 
 
 OTHERS = {"a.b": {"quant_algo": "SQ"}}
@@ -408,25 +446,48 @@ print(before, resident("VmHWM"), resident("VmRSS"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_peak_memory_is_what_stays_and_a_shard(tmp_path: Path, random_folder: Path) -> None:
-    """Half a gigabyte in eight files: at its peak loading holds what stays, a shard, and what may be mapped."""
-    folder, shard_bytes = write_large(tmp_path / "large", random_folder, num_shards=8)
+@pytest.mark.parametrize("written", ["NVFP4", "float8"])
+def test_peak_memory_is_what_stays_and_a_shard(tmp_path: Path, random_folder: Path, written: str) -> None:
+    """Half a gigabyte in eight files: at its peak loading holds what stays, a shard, and what may be mapped.
+
+    Experts are apart in 4 bits; in float8, of which half as many make as much, they are stacks.
+    """
+    write = write_large if written == "NVFP4" else write_large_float8
+    folder, shard_bytes = write(tmp_path / "large", random_folder, 8)
     printed = subprocess.run([sys.executable, "-c", PEAK, str(folder)], capture_output=True, text=True, check=True)
     before, peak, after = map(int, printed.stdout.split())
     assert after - before > 0.4e9, "most of it is resident"
     assert peak - after < shard_bytes + 0.35e9
 
 
-def write_large(folder: Path, source: Path, num_shards: int) -> tuple[Path, int]:
-    """A checkpoint of half a gigabyte, of random bytes in 4 bits; and its largest shard's size."""
+def empty_large(folder: Path, source: Path, num_experts: int) -> Any:
+    """A network without weights, its config beside the folder."""
     from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
     values = json.loads((source / "config.json").read_text())
-    values["text_config"] |= {"hidden_size": 1024, "num_experts": 64, "moe_intermediate_size": 1024, "vocab_size": 8192}
+    sizes = {"hidden_size": 1024, "num_experts": num_experts, "moe_intermediate_size": 1024, "vocab_size": 8192}
+    values["text_config"] |= sizes
     (folder.parent / "source").mkdir()
     (folder.parent / "source" / "config.json").write_text(json.dumps(values))
     with torch.device("meta"):
-        network = DiffusionGemmaForBlockDiffusion(DiffusionGemmaConfig.from_dict(values))
+        return DiffusionGemmaForBlockDiffusion(DiffusionGemmaConfig.from_dict(values))
+
+
+def write_large_float8(folder: Path, source: Path, num_shards: int) -> tuple[Path, int]:
+    """A checkpoint of half a gigabyte, of stacks in float8; and its largest shard's size."""
+    tensors: Tensors = {}
+    for name, empty in state_of(empty_large(folder, source, 32)).items():
+        tensors[name] = torch.full(empty.shape, 0.05, dtype=torch.bfloat16)
+        if ".experts." in name:
+            tensors[name] = torch.ones(empty.shape, dtype=torch.float8_e4m3fn)
+            tensors[f"{name}_weight_scale"] = torch.full((*empty.shape[:2], 1), 0.05)
+    write_checkpoint(folder, folder.parent / "source", tensors, num_shards=num_shards)
+    return folder, max(p.stat().st_size for p in folder.glob("*.safetensors"))
+
+
+def write_large(folder: Path, source: Path, num_shards: int) -> tuple[Path, int]:
+    """A checkpoint of half a gigabyte, of random bytes in 4 bits; and its largest shard's size."""
+    network = empty_large(folder, source, 64)
     generator = torch.Generator().manual_seed(0)
     tensors: Tensors = {}
     for name, empty in state_of(network).items():

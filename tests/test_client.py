@@ -156,6 +156,23 @@ def test_death_while_loading_is_a_failure_with_its_code(worker: Worker) -> None:
         client.wait_until_ready(10)
 
 
+def test_a_worker_that_is_killed_while_it_loads_is_started_once_more(worker: Worker) -> None:
+    client = worker("""
+        if n == 1: os.kill(os.getpid(), 9)
+        ready()
+        generation(receive(), f'start {n}')
+        receive()
+        """)
+    client.wait_until_ready(10)
+    assert client.complete(CONTEXT, Sampling()).future.result(10).text == "start 2"
+
+
+def test_one_that_is_killed_again_is_given_up_with_a_word_on_memory(worker: Worker) -> None:
+    client = worker("os.kill(os.getpid(), 9)")
+    with pytest.raises(EngineError, match="code -9 while loading; it was killed, mostly for want of memory"):
+        client.wait_until_ready(10)
+
+
 def test_a_failed_load_says_why_and_ends_requests(worker: Worker) -> None:
     client = worker("time.sleep(0.2)\nsend(type='failed', message='tensor x is missing')\nsys.exit(1)")
     pending = client.complete(CONTEXT, Sampling())

@@ -665,18 +665,6 @@ def test_explain_tells_what_came_of_requests(home: Home, tmp_path: Path) -> None
     assert gone.returncode == 1
     assert "was not asked for request '9.9'" in gone.stderr
 
-    client.open((tmp_path / "shown_to_none" / ".env").as_uri(), "x = \n")
-    client.complete((tmp_path / "shown_to_none" / ".env").as_uri(), 0, 4)
-    (tmp_path / "hidden").mkdir()
-    (tmp_path / "hidden" / ".fimserverignore").write_text("b.py\n")
-    client.open((tmp_path / "hidden" / "b.py").as_uri(), "x = \n")
-    client.complete((tmp_path / "hidden" / "b.py").as_uri(), 0, 4)
-    assert "hidden" in run_fimserver(home, "explain", "b.py").stdout
-    report = run_fimserver(home, "report")
-    assert "<path> names this file" in report.stdout
-    for word in ("hidden", "shown_to_none", str(tmp_path), "a.py", "b.py", "x = ", "secret_name"):
-        assert word not in report.stdout
-    assert json.loads(report.stdout)["requests"][0]["uri"] == "file 1"
     file = tmp_path / "report.json"
     run_fimserver(home, "report", "--write", str(file), answer="n\n")
     assert not file.exists()
@@ -690,6 +678,23 @@ def test_explain_tells_what_came_of_requests(home: Home, tmp_path: Path) -> None
         editor.notify("textDocument/didClose", {"textDocument": {"uri": URI}})
         editor.request("fimserver/status", None)
     assert "a.py" not in run_fimserver(home, "explain", "a.py").stdout.replace("about a file a.py", "")
+
+
+def test_a_report_has_no_names_unless_it_is_asked_for(home: Home, tmp_path: Path) -> None:
+    client = home.editor()
+    assert complete(client)
+    client.open((tmp_path / "shown_to_none" / ".env").as_uri(), "x = \n")
+    client.complete((tmp_path / "shown_to_none" / ".env").as_uri(), 0, 4)
+    (tmp_path / "hidden").mkdir()
+    (tmp_path / "hidden" / ".fimserverignore").write_text("b.py\n")
+    client.open((tmp_path / "hidden" / "b.py").as_uri(), "x = \n")
+    client.complete((tmp_path / "hidden" / "b.py").as_uri(), 0, 4)
+    assert "hidden" in run_fimserver(home, "explain", "b.py").stdout
+    report = run_fimserver(home, "report")
+    assert "<path> names this file" in report.stdout
+    for word in ("hidden", "shown_to_none", str(tmp_path), "a.py", "b.py", "x = ", "secret_name"):
+        assert word not in report.stdout
+    assert json.loads(report.stdout)["requests"][0]["uri"] == "file 1"
 
 
 def test_requests_of_our_own(home: Home) -> None:

@@ -5,14 +5,17 @@ it gives may then be looked at freely; ``item``, ``tolist``, ``bool``, ``nonzero
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from checkpoints import EXPERTS_ONLY, repack
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fimserver.engine.answer import AnswerEnd, AnswerStart
+from fimserver.engine.backends import Choice
 from fimserver.engine.denoise import (
     CanvasState,
     Denoiser,
@@ -22,11 +25,19 @@ from fimserver.engine.denoise import (
 )
 from fimserver.engine.kv_cache import PromptCache
 from fimserver.engine.model import Model
+from fimserver.engine.nvfp4 import NVFP4Tensor
+from fimserver.engine.products import PlainProducts, gate_by_gelu
 from fimserver.engine.vocabulary import Vocabulary
 
 READS = {
     "item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "nonzero", "equal", "unique",
     "masked_select", "bincount", "is_nonzero", "allclose", "argwhere", "multinomial",
+}  # fmt: skip
+
+
+FOLLOWS = {
+    "nonzero", "nonzero_numpy", "argwhere", "masked_select", "unique_dim", "_unique", "_unique2", "unique_consecutive",
+    "bincount", "repeat_interleave", "equal", "allclose",
 }  # fmt: skip
 
 
@@ -37,6 +48,10 @@ class Reads(TorchFunctionMode):
         self.count = 0
         self.names: list[str] = []
         self._fetched: list[torch.Tensor] = []
+
+    def has_fetched(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is one that was fetched, or a view of it."""
+        return any(tensor.untyped_storage().data_ptr() == t.untyped_storage().data_ptr() for t in self._fetched)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -67,6 +82,47 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Waits(TorchDispatchMode):
+    """Counts operations that wait for a card whatever they are called: numbers, shapes that follow from values."""
+
+    def __init__(self, reads: Reads) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+        self._reads = reads
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        by_mask = name in {"index", "index_put", "index_put_", "_index_put_impl_"} and any(
+            t is not None and t.dtype in {torch.bool, torch.uint8} for t in args[1]
+        )
+        follows = name in FOLLOWS or (name == "where" and len(args) == 1)
+        reads = name in {"item", "_local_scalar_dense", "is_nonzero"} and not self._reads.has_fetched(args[0])
+        if by_mask or follows or reads:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+class DenseProducts(PlainProducts):
+    """Every token through every expert: nothing is looked at, and no kernel is needed."""
+
+    name, reads_choices = "dense", False
+
+    def experts(
+        self,
+        gate_up: NVFP4Tensor,
+        down: NVFP4Tensor,
+        x: torch.Tensor,
+        chosen: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> torch.Tensor:
+        inner = gate_by_gelu(*torch.einsum("th,enh->ten", x, gate_up.dequantize()).chunk(2, dim=-1))
+        found = torch.einsum("ten,ehn->teh", inner, down.dequantize())
+        shares = torch.zeros(found.shape[:2]).scatter(1, chosen, weights.float())
+        return (found * shares[..., None]).sum(1)
+
+
 def options_of(model: Model, **changes: Any) -> DenoisingOptions:
     values = {
         "max_denoising_steps": 12, "entropy_bound": 0.1, "confidence_threshold": 0.0, "stability_threshold": 1,
@@ -78,10 +134,6 @@ def options_of(model: Model, **changes: Any) -> DenoisingOptions:
 @pytest.fixture(scope="module")
 def packed_model(random_model: Model) -> Model:
     """The random model with its experts in 4 bits, multiplied as a card would: without a look at what was chosen."""
-    from checkpoints import EXPERTS_ONLY, repack
-
-    from fimserver.engine.backends import Choice
-
     pytest.importorskip("triton")
     from fimserver.engine.nvfp4_kernels import TritonProducts
 
@@ -90,7 +142,9 @@ def packed_model(random_model: Model) -> Model:
     return Model(network, random_model.metadata, choice, record=lambda run: run)
 
 
-def count_reads(model: Model, vocabulary: Vocabulary, healed: str, steps: int, **changes: Any) -> Reads:
+def count_reads(
+    model: Model, vocabulary: Vocabulary, healed: str, steps: int, *, watch: Any = None, **changes: Any
+) -> Reads:
     cache = PromptCache(model)
     cache.encode([2, *range(100, 140)])
     end = AnswerEnd(vocabulary, max_lines=4)
@@ -104,7 +158,7 @@ def count_reads(model: Model, vocabulary: Vocabulary, healed: str, steps: int, *
     )
     start = AnswerStart(end, healed, min_tokens=1, vocab_size=model.vocab_size)
     reads = Reads()
-    with reads, torch.inference_mode():
+    with reads, watch(reads) if watch else nullcontext(), torch.inference_mode():
         filled = denoiser.fill(cache.cache, start)
     assert filled.passes == steps
     return reads
@@ -129,6 +183,30 @@ def test_a_step_through_experts_in_4_bits_is_read_back_once(packed_model: Model,
         packed_model.forward.to_soft(packed_model.decode(torch.arange(8)[None], cache.cache, None)[0], 64)
     names = [n for n in reads.names if n != "__index__"]  # Triton's interpreter asks for numbers of its own
     assert not [n for n in names if n in {"item", "tolist", "nonzero", "equal", "unique"}]
+
+
+@pytest.mark.parametrize("healed", ["", " self"])
+def test_nothing_of_a_step_waits(random_model: Model, vocabulary: Vocabulary, healed: str) -> None:
+    """Steps through several experts in 4 bits, by what torch runs in the end, whoever asked for it."""
+    network = repack(random_model.network, EXPERTS_ONLY)
+    model = Model(network, random_model.metadata, Choice(DenseProducts()), record=lambda run: run)
+    assert model.forward.is_fixed
+    few, many = (count_waits(model, vocabulary, healed, steps) for steps in (4, 9))
+    assert few == many, "what waits is not of a step"
+    assert len(few) <= 1
+    plain = Model(network, random_model.metadata, Choice(PlainProducts()), record=lambda run: run)
+    assert len(count_waits(plain, vocabulary, healed, 4)) > 4, "the count can fail: these read what was chosen"
+
+
+def count_waits(model: Model, vocabulary: Vocabulary, healed: str, steps: int) -> list[str]:
+    waits: list[Waits] = []
+
+    def watch(reads: Reads) -> Waits:
+        waits.append(Waits(reads))
+        return waits[0]
+
+    count_reads(model, vocabulary, healed, steps, watch=watch)
+    return waits[0].names
 
 
 def test_experts_in_floats_would_be_seen(random_model: Model) -> None:

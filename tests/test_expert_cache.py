@@ -18,7 +18,7 @@ from fimserver.engine.expert_cache import ExpertCache, Traffic, add_up
 from fimserver.engine.model import Model, find_experts_on_device
 from fimserver.engine.nvfp4 import Dialect, NVFP4Tensor, quantize
 from fimserver.engine.packed import find_packed_experts
-from fimserver.engine.products import PLAIN, Products
+from fimserver.engine.products import PLAIN, AsStored, Products
 from fimserver.engine.vocabulary import Vocabulary
 from fimserver.engine.weights import CPU, load_weights, read_metadata
 from fimserver.errors import WeightsError
@@ -163,7 +163,7 @@ def test_what_was_hot_long_ago_cools() -> None:
     assert cache._heat(0)[0] == 4, "halved four times"
 
 
-class Nothing:
+class Nothing(AsStored):
     """Products of which only the traffic is of interest."""
 
     name, dtype, reads_choices = "nothing", torch.float32, False
@@ -350,7 +350,7 @@ def test_loading_for_a_card_that_is_too_small(folder: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (free, 2 * free))
     monkeypatch.setattr(module, "load_weights", load_here)
-    monkeypatch.setattr(module, "choose_products", lambda _device, _dtype: Choice(PLAIN))
+    monkeypatch.setattr(module, "choose_products", lambda _device, _dtype, _work, **_options: Choice(PLAIN))
     loaded = Model.load(folder, torch.device("cuda"))
     assert [cache.num_slots for cache in loaded._expert_caches] == [4] * 4
     whole = load(folder, None)

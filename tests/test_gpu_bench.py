@@ -1,20 +1,36 @@
 """Every stage of the measurement of a card runs here, at a reduced size; and a card that is not there is said so."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from fimserver.bench.gpu import STAGES, Bench, measure_card, read_known, to_markdown, to_planned
+from fimserver.engine.graphs import FixedPasses
 from fimserver.engine.weights import expected_shapes
 from fimserver.errors import FimserverError
 
 
-def test_every_stage_runs_simulated(tmp_path: Path) -> None:
+def test_every_stage_runs_simulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the way that a card takes: backends tried, passes fixed."""
     seen: list[str] = []
-    found = measure_card("26b", simulate=True, out=tmp_path, with_generate=True, report=seen.append)
+    passes: list[FixedPasses] = []
+
+    def run(self: FixedPasses, *arguments: Any, run: Any = FixedPasses.run) -> torch.Tensor:
+        passes.append(self)
+        found: torch.Tensor = run(self, *arguments)
+        return found
+
+    monkeypatch.setattr(FixedPasses, "run", run)
+    found = measure_card("26b", simulate=True, out=tmp_path, report=seen.append)
     assert not found.failures
+    assert passes[0].num_recorded > 0
+    assert found.backend["chosen"] == "plain torch, simulated"
+    assert found.backend["plain torch, simulated"].endswith("us")
+    assert found.planned_bytes > found.planned_weight_bytes > 0
     assert seen == [*STAGES, "generate"]
     assert [s.canvas_tokens for s in found.steps] == [16, 32, 64]
     assert all(s.ms > 0 and s.free_ms > 0 and s.floor_ms > 0 for s in found.steps)
@@ -28,6 +44,14 @@ def test_every_stage_runs_simulated(tmp_path: Path) -> None:
     text = (tmp_path / "gpu.md").read_text()
     assert text == "\n".join(to_markdown(found)) + "\n"
     assert "SIMULATED" in text.splitlines()[0]
+
+
+def test_peaks_are_written_beside_the_plan() -> None:
+    report = measure_card("26b", simulate=True, stages=("kernels",))
+    measured = replace(report, peak_bytes={"load": 10**9}, reserved_bytes={"load": 2 * 10**9}, planned_bytes=3 * 10**9)
+    assert "GB at most, by stage: {'load': '1.00'}; taken from the driver: 2.00; the plan" in "\n".join(
+        to_markdown(measured)
+    )
 
 
 def test_a_stage_that_fails_leaves_the_others_their_chance(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import gc
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from fimserver.engine.graphs import FixedPasses
 from fimserver.engine.key_values import KeyValues
 from fimserver.engine.model import Model
 from fimserver.engine.network import canvas_rows
+from fimserver.engine.quantizer import quantize_folder
 
 TOLERANCE = 1e-4
 
@@ -122,6 +124,54 @@ def test_what_the_host_must_know_is_not_recorded(tiny_model: Model, random_model
     """Experts in floats are gone through one by one, by the choices that were made."""
     assert tiny_model.forward.is_fixed
     assert not random_model.forward.is_fixed
+
+
+@pytest.fixture
+def card_model(random_model: Model, random_folder: Path, tmp_path: Path) -> Model:
+    """The random model, its experts in 4 bits by kernels, on a card."""
+    folder = tmp_path / "packed"
+    quantize_folder(str(random_folder), folder)
+    model = Model.load(folder, torch.device("cuda"))
+    assert model.forward.is_fixed
+    assert model.kernels
+    return model
+
+
+def check_on_card(model: Model, passes: FixedPasses, cache: KeyValues, canvas: torch.Tensor) -> None:
+    """Recorded and free passes, without a condition and with one."""
+    with torch.inference_mode():
+        soft = None
+        for _ in range(3):
+            free = model.forward.forward(canvas_rows(canvas, cache.length), cache, soft).clone()
+            found = passes.run(canvas, cache, soft)
+            torch.testing.assert_close(found, free, atol=0.05 * float(free.abs().max()), rtol=0)
+            soft = model.forward.to_soft(model.to_logits(free), 64)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_experts_in_4_bits_recorded_on_a_card(card_model: Model) -> None:
+    """Typed on and deleted behind a recording, buffers that slide, and buffers made anew."""
+    rng, passes = random.Random(1), FixedPasses(card_model.forward)
+    cache = card_model.forward.new_cache(margin_tokens=64)
+    card_model.encode(ids(60), cache)
+    cache.reserve(200)
+    for step in range(8):
+        assert cache.trim(cache.length - rng.randrange(0, 4))
+        card_model.encode(ids(rng.randrange(1, 9), seed=step), cache)
+        check_on_card(card_model, passes, cache, torch.tensor([ids(12, seed=step)], device="cuda"))
+    recorded = passes.num_recorded
+    assert recorded == 2
+    cache.reserve(3000)
+    card_model.encode(ids(1500), cache)
+    check_on_card(card_model, passes, cache, torch.tensor([ids(12)], device="cuda"))
+    assert passes.num_recorded == 2 * recorded
+    del cache
+    gc.collect()
+    assert passes.num_held == 0
+    fresh = card_model.new_cache()
+    card_model.encode(ids(40), fresh)
+    check_on_card(card_model, passes, fresh, torch.tensor([ids(12)], device="cuda"))
 
 
 @pytest.mark.gpu

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torch.profiler import profile
 from transformers.cache_utils import DynamicCache
 
+from fimserver.engine import layers
 from fimserver.engine.key_values import KeyValues
-from fimserver.engine.layers import rms
+from fimserver.engine.layers import attend, attend_grouped, rms
 from fimserver.engine.model import Model
 from fimserver.engine.network import Rows, canvas_rows, causal_rows
 
@@ -118,6 +120,39 @@ def test_self_conditioning_from_the_likeliest_tokens(model: Model) -> None:
     few = model.forward.to_soft(logits, 64)
     assert float((few - whole).norm() / whole.norm()) < 0.5
     assert not torch.equal(few, whole)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 33])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kv_heads", [1, 2, 8])
+def test_heads_share_keys_and_mask(monkeypatch: pytest.MonkeyPatch, rows: int, kv_heads: int, *, masked: bool) -> None:
+    """As on a card, with a mask for each head and with one for all, and by torch's own grouping."""
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randn(8, rows, 64, generator=generator)
+    keys, values = (torch.randn(kv_heads, 60 + rows, 64, generator=generator)[:, 11:] for _ in range(2))
+    seen = torch.rand(rows, 49 + rows, generator=generator) > 0.3
+    seen[:, 0] = True
+    mask = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf) if masked else None
+    expected = attend(queries, keys, values, mask)
+    for largest in (2**25, 0):
+        monkeypatch.setattr(layers, "_LARGEST_REPEATED", largest)
+        found = attend_grouped(queries, keys, values, mask)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_memory_of_a_chunk_over_a_long_prompt(random_model: Model) -> None:
+    """Masks are the largest tensors, one of all keys and one of the window, and hold each key once for all heads."""
+    network, chunk, cached = random_model.forward, 64, 32_768
+    cache = random_model.new_cache()
+    cache.pretend(cached, torch.Generator().manual_seed(0))
+    cache.reserve(chunk)
+    with profile(profile_memory=True) as measured:
+        sights = network._sights(causal_rows(list(range(chunk)), cached, random_model.device), cache)
+    taken = sum(max(0, event.self_cpu_memory_usage) for event in measured.events())
+    masks = sum(s.mask.untyped_storage().nbytes() for s in sights.values() if s.mask is not None)
+    assert masks == pytest.approx(4 * chunk * (cached + chunk + 31 + chunk), rel=0.01)
+    assert taken < 1.1 * masks
 
 
 def test_rms_has_epsilon_under_the_root() -> None:

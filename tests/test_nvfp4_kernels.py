@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from fimserver.engine.backends import Backend, Choice, Trial, choose_products
+from fimserver.engine.backends import Backend, Choice, Trial, Work, choose_products, find_products
 from fimserver.engine.model import Model
 from fimserver.engine.nvfp4 import NVFP4Tensor, quantize
-from fimserver.engine.products import PLAIN, PlainProducts, Products
+from fimserver.engine.products import PLAIN, PlainProducts, Products, RoundedProducts
+from fimserver.errors import WeightsError
 
 CPU = torch.device("cpu")
 
@@ -32,11 +33,15 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def uniform(*shape: int) -> torch.Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
 def stack(experts: int, rows: int, columns: int, seed: int = 0) -> NVFP4Tensor:
     """Weights of very different sizes by expert and by row, so that a scale of another row shows."""
-    weights = random(experts, rows, columns, seed=seed) * torch.rand(experts, rows, 1).exp()
+    weights = random(experts, rows, columns, seed=seed) * uniform(experts, rows, 1).exp()
     whole = quantize(weights * torch.logspace(-2, 0, experts)[:, None, None]).with_row_scales()
-    whole.global_scale.mul_(1 + torch.rand(experts, rows))
+    whole.global_scale.mul_(1 + uniform(experts, rows))
     return whole
 
 
@@ -70,7 +75,7 @@ def test_linear_at_the_widths_of_the_26b(kernels: ModuleType) -> None:
 
 def test_experts_at_the_widths_of_the_26b(kernels: ModuleType) -> None:
     gate_up, down = stack(4, 2 * 704, 2816), stack(4, 2816, 704, seed=1)
-    chosen, weights = torch.tensor([[3, 1], [1, 3]]), torch.rand(2, 2)
+    chosen, weights = torch.tensor([[3, 1], [1, 3]]), torch.tensor([[0.7, 0.3], [0.2, 0.8]])
     arguments = (gate_up, down, random(2, 2816, seed=2) * 0.1, chosen, weights)
     products = kernels.TritonProducts(dtype=torch.float32, exact=True)
     check(products.experts(*arguments), PLAIN.experts(*arguments))
@@ -104,7 +109,7 @@ def test_experts(
 ) -> None:
     torch.manual_seed(0)
     gate_up, down = stack(experts, 2 * inner, hidden), stack(experts, hidden, inner, seed=1)
-    chosen, weights = choices(kind, tokens, experts, per_token), torch.rand(tokens, per_token)
+    chosen, weights = choices(kind, tokens, experts, per_token), uniform(tokens, per_token)
     x = random(tokens, hidden, seed=2)
     products = kernels.TritonProducts(dtype=torch.float32, exact=True)
     arguments = (gate_up, down, x, chosen, weights)
@@ -252,38 +257,127 @@ class Slow(PlainProducts):
         return super().linear(weights, x)
 
 
-def fail(_dtype: torch.dtype) -> Products:
+class Stale(PlainProducts):
+    """A backend that recorded what was chosen when it was recorded."""
+
+    name = "Stale"
+    reads_choices = False
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__(dtype)
+        self._seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def experts(self, gate_up: Any, down: Any, x: Any, chosen: Any, weights: Any) -> torch.Tensor:
+        _, kept = self._seen.setdefault(id(chosen), (chosen, chosen.clone()))
+        return super().experts(gate_up, down, x, kept, weights)
+
+
+def fail(_dtype: torch.dtype, _rest: Products) -> Products:
     msg = "no compiler"
     raise RuntimeError(msg)
 
 
-def choose(monkeypatch: pytest.MonkeyPatch, *backends: Backend) -> Choice:
+def miss(_dtype: torch.dtype, _rest: Products) -> Products:
+    msg = "No module named 'humming'"
+    raise ModuleNotFoundError(msg)
+
+
+def of(kind: type[PlainProducts]) -> Any:
+    return lambda dtype, _rest: kind(dtype)
+
+
+WORK = Work(projections=((64, 128),), experts=(6, 64, 128), num_chosen=2)
+
+
+def choose(monkeypatch: pytest.MonkeyPatch, *backends: Backend, rounds: bool = False) -> Choice:
     """The choice for a device that says it is none of a processor, whose tensors live on one."""
 
     class Card:
         type = "card"
 
-    monkeypatch.setattr(Trial, "__init__", lambda self, device, dtype, make=Trial.__init__: make(self, CPU, dtype))
-    return choose_products(Card(), torch.float32, backends)  # type: ignore[arg-type]
+    def make(self: Trial, _device: Any, dtype: torch.dtype, work: Work, make: Any = Trial.__init__) -> None:
+        make(self, CPU, dtype, work)
+
+    monkeypatch.setattr(Trial, "__init__", make)
+    return choose_products(Card(), torch.float32, WORK, backends, fp4_activations=rounds)  # type: ignore[arg-type]
 
 
 def test_a_wrong_kernel_is_left_out_with_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    chosen = choose(monkeypatch, Backend("Wrong", Wrong), Backend("Broken", fail))
+    chosen = choose(monkeypatch, Backend("Wrong", of(Wrong)), Backend("Broken", fail), Backend("Stale", of(Stale)))
     assert chosen.products.name == "plain torch"
-    assert chosen.tried["Wrong"] == "experts differed from plain torch by 10.0% on this card"
-    assert "Wrong is not used for weights in 4 bits: experts differed" in caplog.text
+    assert chosen.tried["Wrong"] == "experts of 1 tokens differed from plain torch by 10.0% on this card"
+    assert chosen.tried["Stale"].startswith("experts of 1 tokens, recorded differed from plain torch by")
+    assert "Wrong is not used for weights in 4 bits: experts of 1 tokens differed" in caplog.text
     assert "Broken cannot be used for weights in 4 bits: RuntimeError: no compiler" in caplog.text
     assert "which is slow" in caplog.text
 
 
 def test_of_those_that_are_right_the_fastest_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    fast = Backend("Fast", PlainProducts)
-    chosen = choose(monkeypatch, Backend("Slow", Slow), fast, Backend("Wrong", Wrong))
+    fast = Backend("Fast", of(PlainProducts))
+    chosen = choose(monkeypatch, Backend("Slow", of(Slow)), fast, Backend("Wrong", of(Wrong)))
     assert type(chosen.products) is PlainProducts
     assert list(chosen.tried) == ["Slow", "Fast", "Wrong"]
     assert chosen.tried["Fast"].endswith("us")
+
+
+def test_others_are_tried_where_they_are_installed_and_lean_on_the_fastest_of_ours(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rests: list[Products] = []
+
+    def make(dtype: torch.dtype, rest: Products) -> Products:
+        rests.append(rest)
+        return PlainProducts(dtype)
+
+    ours = (Backend("Slow", of(Slow)), Backend("Fast", of(PlainProducts)))
+    others = (Backend("Theirs", make, takes_any_shape=False), Backend("Humming", miss, takes_any_shape=False))
+    chosen = choose(monkeypatch, *ours, *others)
+    assert type(rests[0]) is PlainProducts
+    assert chosen.tried["Humming"] == "not installed"
+    assert not caplog.text, "which is no reason to warn"
+    assert chosen.tried["Theirs"].endswith("us")
+
+
+def test_what_rounds_activations_is_tried_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounding = Backend("Rounds", of(RoundedProducts), takes_any_shape=False, rounds_activations=True)
+    unasked = Backend("Rounds too", of(RoundedProducts), takes_any_shape=False)
+    chosen = choose(monkeypatch, rounding, unasked)
+    assert "Rounds" not in chosen.tried
+    assert chosen.tried["Rounds too"].startswith("a projection of 1 tokens differed from plain torch by")
+    chosen = choose(monkeypatch, rounding, rounds=True)
+    assert type(chosen.products) is RoundedProducts
+
+
+def test_a_model_says_what_it_multiplies(random_model: Model) -> None:
+    from checkpoints import EVERYTHING, EXPERTS_ONLY, repack
+
+    text = random_model.text_config
+    experts = (text.num_experts, text.moe_intermediate_size, text.hidden_size)
+    found = find_products(repack(random_model.network, EXPERTS_ONLY))
+    assert found == Work((), experts, text.top_k_experts)
+    packed = Model(repack(random_model.network, EVERYTHING), random_model.metadata)
+    found = find_products(packed.network)
+    used: set[tuple[int, ...]] = set()
+
+    class Noting(PlainProducts):
+        def prepare_linear(self, weights: NVFP4Tensor) -> Any:
+            used.add(weights.shape)
+            return super().prepare_linear(weights)
+
+    Model(packed.network, random_model.metadata, Choice(Noting()))
+    assert set(found.projections) == used
+    assert len(found.projections) == len(used) > 3
+
+
+def test_experts_of_another_activation_are_refused(random_model: Model) -> None:
+    from checkpoints import EXPERTS_ONLY, repack
+
+    network = repack(random_model.network, EXPERTS_ONLY)
+    network.config.text_config.hidden_activation = "silu"
+    with pytest.raises(WeightsError, match="this model has silu; use a checkpoint of it in bf16"):
+        Model(network, random_model.metadata)
 
 
 def test_a_processor_has_the_plain_way(caplog: pytest.LogCaptureFixture) -> None:
@@ -294,7 +388,7 @@ def test_a_processor_has_the_plain_way(caplog: pytest.LogCaptureFixture) -> None
 def test_a_trial_finds_kernels_right(kernels: ModuleType) -> None:
     trial = Trial(CPU, torch.float32)
     assert not trial.find_fault(kernels.TritonProducts(dtype=torch.float32, exact=True))
-    assert trial.find_fault(Wrong()).startswith("experts differed")
+    assert trial.find_fault(Wrong()).startswith("experts of 1 tokens differed")
 
 
 @pytest.mark.gpu

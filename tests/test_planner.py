@@ -1,30 +1,37 @@
 """Plans against the class itself, against loaded models, against the table in the notes on the 26B."""
 
 import json
+import math
 import re
 import shutil
 import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import pytest
 import torch
+from checkpoints import EVERYTHING, EXPERTS_ONLY, Tensors, quantized, state_of, write_checkpoint
 from command import run
 from safetensors.torch import save_file
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
-from fimserver import model_facts
+from fimserver import model_facts, planner
 from fimserver.cards import CARDS, find_card
-from fimserver.engine import key_values
+from fimserver.engine import graphs, key_values, kv_cache, model, network
 from fimserver.engine.known import SHIPPED_MODELS
 from fimserver.engine.kv_cache import MAX_BYTES
 from fimserver.engine.model import Model
+from fimserver.engine.nvfp4 import Dialect
+from fimserver.engine.packed import PackedExperts, PackedLinear
+from fimserver.engine.weights import load_weights, read_metadata
 from fimserver.errors import FimserverError, WeightsError
 from fimserver.model_facts import Checkpoint, Format, Role, find_checkpoint, parse_config, read_folder, to_parts
-from fimserver.planner import plan_on_card, plan_on_cpu, step_bytes, weight_lines_on_cpu
+from fimserver.planner import plan_on_card, plan_on_cpu, step_bytes, weight_lines_on_card, weight_lines_on_cpu
 
 NVFP4 = "nvidia/diffusiongemma-26B-A4B-it-NVFP4"
 KNOWN = SHIPPED_MODELS / "known" / "diffusiongemma-26b-a4b-it"
@@ -108,8 +115,8 @@ def test_steps_of_the_large_model(
 ) -> None:
     reached = large.shape.distinct_experts(canvas)
     rows = sum(part.num_rows for part in large.parts if part.role is Role.EXPERTS)
-    # The notes count one scale a matrix, the engine holds one a row
-    read = step_bytes(large, canvas, 0) - 4 * rows * reached / 128
+    # The notes count one scale a matrix, the engine holds one a row; and routers in bf16, which are float32
+    read = step_bytes(large, canvas, 0) - 4 * rows * reached / 128 - large.bytes_of(Role.ROUTER) / 2
     assert round(reached) == experts
     assert read / GB == pytest.approx(gigabytes, abs=0.055)
     for name, expected in ms.items():
@@ -120,7 +127,8 @@ def test_steps_of_the_large_model(
 def test_fp8_for_the_rest(large: Checkpoint) -> None:
     # 15.3 GB a step with one read of the embedding
     changed = large.with_rest_in_fp8()
-    assert (step_bytes(changed, 256, 0) - changed.bytes_of(Role.EMBEDDING)) / GB == pytest.approx(15.3, abs=0.06)
+    read = step_bytes(changed, 256, 0) - changed.bytes_of(Role.EMBEDDING) - changed.bytes_of(Role.ROUTER) / 2
+    assert read / GB == pytest.approx(15.3, abs=0.06)
 
 
 def test_cache_of_the_large_model(large: Checkpoint) -> None:
@@ -150,9 +158,11 @@ def test_16_gb_need_host_memory(large: Checkpoint, card: str) -> None:
     plan = plan_on_card(large, find_card(card), 8192)
     assert not plan.fits
     assert plan.largest_context_tokens == 0
-    host, with_fp8 = plan.host_plans
-    assert 0 < host.experts_on_card < with_fp8.experts_on_card < 128
-    assert host.host_bytes == large.bytes_of(Role.EXPERTS)
+    host, in_4_bits = plan.host_plans
+    assert 0 < host.experts_on_card < in_4_bits.experts_on_card < 128
+    stacks = [(128, 1408, 2816 // 2), (128, 2816, 704 // 2)]
+    pinned = [2 ** math.ceil(math.log2(math.prod(s) / part)) for s in stacks for part in (1, 8, s[2] / 4)]
+    assert host.host_bytes == 30 * sum(pinned) == pytest.approx(13.68 * GB, abs=0.005 * GB)
     for step, whole in zip(host.steps, plan.steps, strict=True):
         missed = 30 * step.distinct_experts * (128 - host.experts_on_card) / 128
         assert step.bus_bytes == pytest.approx(missed * large.bytes_of(Role.EXPERTS) / 30 / 128, rel=1e-6)
@@ -191,6 +201,24 @@ def test_bf16_needs_four_bits_or_a_large_card() -> None:
 def test_earlier_prompts_are_those_of_the_engine(large: Checkpoint) -> None:
     assert sum_of(plan_on_card(large, CARDS[0]), "KV caches of earlier prompts") == MAX_BYTES
     assert model_facts.MARGIN_TOKENS == key_values.MARGIN_TOKENS
+    assert planner._CHUNK_TOKENS == kv_cache.CHUNK_TOKENS
+    assert planner._GROWTH_TOKENS == key_values._MOST_GROWTH_TOKENS
+    assert (planner._RECORDED_PASSES, planner._RECORDED_MULTIPLE) == (graphs._MOST_PASSES, model._RECORDED_LENGTHS)
+    assert planner._TABLED_TOKENS == network._MOST_TABLED
+
+
+def test_the_longest_context_has_room_for_its_masks(large: Checkpoint) -> None:
+    """A chunk of 512 tokens sees a quarter of a million in bf16: a mask of 268 MB, once for all heads."""
+    plan = plan_on_card(large, find_card("RTX 5090"), 262_144)
+    assert sum_of(plan, "prompt in chunks") > 512 * 262_144 * 2
+    assert sum_of(plan, "masks of recorded passes") > 12 * 96 * 262_144 * 2
+
+
+def test_float8_is_no_remedy_that_is_there(large: Checkpoint) -> None:
+    remedies = {r.change: r for r in plan_on_card(large, find_card("RTX 4080")).remedies}
+    assert [change for change, remedy in remedies.items() if not remedy.is_there] == [planner._FP8_REST]
+    in_4_bits = remedies[planner._ALL_IN_4_BITS].total_bytes
+    assert in_4_bits == plan_on_card(large.with_projections_in_nvfp4(), find_card("RTX 4080")).total_bytes
 
 
 def test_a_wrong_card_names_the_nearest() -> None:
@@ -209,8 +237,9 @@ def test_a_folder_says_its_real_formats(tmp_path: Path) -> None:
     folder = quantized_folder(tmp_path)
     checkpoint = read_folder(folder)
     formats = {(part.role, part.format) for part in checkpoint.parts}
-    assert {(Role.EXPERTS, Format.NVFP4), (Role.DENSE, Format.FP8), (Role.ATTENTION, Format.BF16)} <= formats
-    same = to_parts(checkpoint.shape, {Role.EXPERTS: Format.NVFP4, Role.DENSE: Format.FP8})
+    assert {(Role.EXPERTS, Format.NVFP4), (Role.DENSE, Format.BF16), (Role.ATTENTION, Format.BF16)} <= formats
+    assert [part.stored for part in checkpoint.parts if part.role is Role.DENSE] == ["fp8"]
+    same = to_parts(checkpoint.shape, {Role.EXPERTS: Format.NVFP4})
     assert {p.role: p.num_bytes for p in checkpoint.parts} == {p.role: p.num_bytes for p in same}
 
 
@@ -277,9 +306,19 @@ def reachable_bytes(model: Model) -> int:
             stack.extend(thing.values())
         elif isinstance(thing, list | tuple | set):
             stack.extend(thing)
+        elif (callable(thing) and not hasattr(thing, "__dict__")) or isinstance(thing, partial | FunctionType):
+            stack.extend(held_by_calls(thing))
         elif isinstance(thing, torch.nn.Module) or type(thing).__module__.startswith("fimserver."):
             stack.extend(slots_of(thing))
     return sum(storages.values())
+
+
+def held_by_calls(thing: Any) -> list[Any]:
+    """What partials, bound methods and closures lead to."""
+    if isinstance(thing, partial):
+        return [thing.func, *thing.args, *thing.keywords.values()]
+    cells = getattr(thing, "__closure__", None) or ()
+    return [getattr(thing, "__self__", None), *(cell.cell_contents for cell in cells)]
 
 
 def slots_of(thing: Any) -> Iterator[Any]:
@@ -292,6 +331,78 @@ def test_memory_on_a_cpu_is_what_the_engine_holds(random_folder: Path) -> None:
     for folder in (SHIPPED_MODELS / "tiny", random_folder):
         planned = sum(line.num_bytes for line in weight_lines_on_cpu(read_folder(folder)))
         assert planned == pytest.approx(reachable_bytes(Model.load(folder, torch.device("cpu"))), rel=0.03)
+
+
+def in_float8(state: Tensors, *chosen: str) -> Tensors:
+    """A state with some matrices in 8 bits, a scale for each of their rows."""
+    written = dict(state)
+    for name in [n for n in state if any(part in n for part in chosen) and n.endswith("_proj.weight")]:
+        written[name] = state[name].float().clamp(-400, 400).to(torch.float8_e4m3fn)
+        written[f"{name}_scale"] = torch.ones(len(state[name]))
+    return written
+
+
+CHECKPOINTS = {
+    "floats": lambda s: s,
+    "experts in 4 bits": lambda s: quantized(s, Dialect.MODELOPT, chosen=EXPERTS_ONLY),
+    "everything in 4 bits": lambda s: quantized(s, Dialect.COMPRESSED_TENSORS, chosen=EVERYTHING),
+    "the rest in 8 bits": lambda s: quantized(
+        in_float8(s, ".self_attn.", ".mlp.", ".self_conditioning."), Dialect.MODELOPT, chosen=EXPERTS_ONLY
+    ),
+    "router and embedding in 4 bits": lambda s: quantized(
+        s, Dialect.MODELOPT, chosen=(*EXPERTS_ONLY, ".router.proj", ".embed_tokens")
+    ),
+    "one stack of each layer in 4 bits": lambda s: quantized(s, Dialect.MODELOPT, chosen=(".down_proj",)),
+    "experts of one layer in 4 bits": lambda s: quantized(s, Dialect.MODELOPT, chosen=("layers.1.experts.",)),
+}
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_planned_bytes_are_those_that_are_loaded(
+    tmp_path: Path, random_folder: Path, random_model: Model, kind: str
+) -> None:
+    """As on a card: bf16, and in 4 bits what stays so; role by role, and all that the network holds in the end."""
+    state = CHECKPOINTS[kind](state_of(random_model.network))  # type: ignore[no-untyped-call]
+    checkpoint = read_folder(write_checkpoint(tmp_path / "m", random_folder, state))
+    loaded = load_weights(tmp_path / "m", dtype=torch.bfloat16, keeps_nvfp4=True)
+    for role, found in loaded_bytes(loaded).items():
+        assert found == checkpoint.bytes_of(role) // (2 if role is Role.ROUTER else 1), role
+    served = Model(loaded, read_metadata(tmp_path / "m"), consumes=True)
+    planned = sum(line.num_bytes for line in weight_lines_on_card(checkpoint))
+    planned += checkpoint.bytes_of(Role.EMBEDDING)  # a CPU has the head's matrix transposed, for itself
+    assert planned == pytest.approx(reachable_bytes(served), rel=0.01)
+
+
+def loaded_bytes(loaded: Any) -> dict[Role, int]:
+    """Bytes of a model's modules by what they are for."""
+    found = dict.fromkeys(Role, 0)
+    for name, parameter in loaded.model.decoder.named_parameters():
+        if role := model_facts._find_role(name, is_tied=True):
+            found[role] += parameter.nbytes
+    for name, module in loaded.model.decoder.named_modules():
+        if isinstance(module, PackedLinear | PackedExperts):
+            role = model_facts._find_role(f"{name}.", is_tied=True)
+            stacks = module.stacks() if isinstance(module, PackedExperts) else (module.weights,)
+            assert role is not None
+            found[role] += sum(stack.num_bytes for stack in stacks)
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["F8_E5M2", "I32"])
+def test_what_the_loader_refuses_has_no_plan(tmp_path: Path, random_folder: Path, state_dtype: Any, dtype: str) -> None:
+    """Nor has it another message."""
+    folder = write_checkpoint(tmp_path / "m", random_folder, state_dtype)
+    for read in (read_folder, partial(load_weights, dtype=torch.float32)):
+        with pytest.raises(WeightsError, match=rf"o_proj\.weight is {dtype}; floats, float8 e4m3 and NVFP4 can be"):
+            read(folder)
+
+
+@pytest.fixture
+def state_dtype(random_model: Model, request: pytest.FixtureRequest) -> Tensors:
+    dtype = {"F8_E5M2": torch.float8_e5m2, "I32": torch.int32}[request.getfixturevalue("dtype")]
+    state = state_of(random_model.network)
+    name = "model.decoder.layers.0.self_attn.o_proj.weight"
+    return {**state, name: state[name].to(dtype)}
 
 
 LOAD_AND_MEASURE = """

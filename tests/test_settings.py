@@ -94,13 +94,13 @@ def test_one_bad_value_leaves_the_others() -> None:
 
 
 def test_engine_settings_are_what_an_engine_is_started_with() -> None:
-    assert ENGINE_SETTINGS == ("model", "device", "threads", "contextTokens", "idleUnloadMinutes")
-    settings = parse_settings(
-        {"model": "m", "device": "cpu", "threads": 3, "contextTokens": 64, "idleUnloadMinutes": 0.5}
-    )
+    assert ENGINE_SETTINGS == ("model", "device", "threads", "contextTokens", "fp4Activations", "idleUnloadMinutes")
+    values = {"model": "m", "device": "cpu", "threads": 3, "contextTokens": 64, "fp4Activations": True}
+    settings = parse_settings({**values, "idleUnloadMinutes": 0.5})
     options = EngineOptions().under(settings)
-    assert options == EngineOptions("m", "cpu", 3, 64, 0.5)
-    assert options.arguments == {"model": "m", "device": "cpu", "threads": 3, "context_tokens": 64}
+    assert options == EngineOptions("m", "cpu", 3, 64, fp4_activations=True, idle_unload_minutes=0.5)
+    told = {"model": "m", "device": "cpu", "threads": 3, "context_tokens": 64, "fp4_activations": True}
+    assert options.arguments == told
 
 
 @pytest.mark.parametrize(

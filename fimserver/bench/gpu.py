@@ -1,15 +1,16 @@
 """All that there is to measure on a card, in one command, with what each number was made on.
 
-    kernels     each backend against plain torch, and pytest -m gpu where the tests are at hand
+    kernels     each backend against plain torch at the model's shapes, and pytest -m gpu where the tests are at hand
     load        a model of the 26B's size with random weights: memory held, and what the planner says
     steps       a denoising step for each size of canvas, beside the floor: bytes it reads over the measured bandwidth
     encode      prompts, in milliseconds for 1,000 tokens
     requests    a prompt's end to a result: nothing cached, and all but the last tokens
-    generate    the same model in bf16 through transformers' own ``generate``, once (asked for: 52 GB)
     profile     the kernels that the slowest step spends its time in
+    generate    the same model in bf16 through transformers' own ``generate``, once, where the card has room (52 GB)
 
-``--simulate`` runs every stage on this machine at a reduced size, so that nothing is run for the first time on the day.
-Weights are random: times are those of real ones, answers are not.
+Of each stage the most memory that it took is noted, beside the plan's. ``--simulate`` runs every stage on this machine
+at a reduced size, so that nothing is run for the first time on the day. Weights are random: times are those of real
+ones, answers are not. Training on a card is another command: ``fimserver train --device cuda``.
 
 Knows:  models, time.  Never: LSP, texts.
 Units:  milliseconds; GB are 1e9 bytes.
@@ -30,7 +31,8 @@ import torch
 from transformers import DiffusionGemmaConfig
 
 from fimserver.bench.machine import machine_facts
-from fimserver.engine.backends import Choice, choose_products
+from fimserver.cards import Card
+from fimserver.engine.backends import Choice, Trial, Work, choose_products
 from fimserver.engine.denoise import DenoisingOptions, denoising_step, initialize_canvases, read_out
 from fimserver.engine.devices import wait_for
 from fimserver.engine.graphs import capture
@@ -38,13 +40,16 @@ from fimserver.engine.known import KNOWN_MODELS
 from fimserver.engine.kv_cache import PromptCache
 from fimserver.engine.model import Model
 from fimserver.engine.nvfp4 import NVFP4Tensor
+from fimserver.engine.products import PlainProducts
 from fimserver.engine.weights import ModelMetadata, create_model, expected_shapes, read_metadata
 from fimserver.errors import FimserverError
-from fimserver.model_facts import Checkpoint, Role, find_checkpoint, parse_config, to_parts
-from fimserver.planner import step_bytes
+from fimserver.model_facts import Checkpoint, Format, Role, find_checkpoint, parse_config, to_parts
+from fimserver.planner import plan_on_card, step_bytes
 
 SYNTHETIC = {"26b": "diffusiongemma-26b-a4b-it"}
 STAGES = ("kernels", "load", "steps", "encode", "requests", "profile")
+_NO_CARD = Card("this card", 0, 1, 0, "")  # a plan's memory does not depend on the card
+_BESIDE_BYTES = 2 * 10**9  # a canvas, a prompt, the driver, beside weights in bf16
 _CANVASES = (16, 32, 64, 128, 256)
 _STEPS_A_REQUEST = 8
 _TYPED_TOKENS = 4
@@ -99,13 +104,23 @@ class Report:
     requests_ms: dict[str, float] = field(default_factory=dict)
     generate: dict[str, float] = field(default_factory=dict)
     profile: tuple[tuple[str, float], ...] = ()
+    peak_bytes: dict[str, int] = field(default_factory=dict)  # that torch had allocated at most, by stage
+    reserved_bytes: dict[str, int] = field(default_factory=dict)  # and had taken from the driver
+    planned_bytes: int = 0  # of all, by the planner
     failures: dict[str, str] = field(default_factory=dict)
+
+
+class HastyProducts(PlainProducts):
+    """Plain products that say that nobody looks at choices: so a simulation takes the way that a card takes."""
+
+    name = "plain torch, simulated"
+    reads_choices = False
 
 
 class Bench:
     """One run: a device, a model of random weights, and what was found so far."""
 
-    def __init__(self, name: str, *, simulate: bool, context_tokens: int, with_generate: bool) -> None:
+    def __init__(self, name: str, *, simulate: bool, context_tokens: int, with_generate: bool | None = None) -> None:
         self.device = torch.device("cpu" if simulate else "cuda")
         if not simulate and not torch.cuda.is_available():
             msg = "torch sees no CUDA device; install CUDA torch, or try every stage here with --simulate"
@@ -120,17 +135,40 @@ class Bench:
             machine_facts(str(self.dtype).removeprefix("torch."), device_name(self.device)), simulate, name
         )
         self.model: Model | None = None
+        self.choice: Choice | None = None
         self.canvases = tuple(c for c in _CANVASES if c <= 64) if simulate else _CANVASES  # noqa: PLR2004
 
     def run(self, stages: tuple[str, ...], report: Callable[[str], None] = lambda _stage: None) -> Report:
         """Every stage in turn; one that fails leaves the others their chance."""
-        for stage in (*stages, *(("generate",) if self.with_generate else ())):
+        self._note(planned_bytes=plan_on_card(self.checkpoint, _NO_CARD, self.context_tokens).total_bytes)
+        is_wanted = self.with_generate
+        if is_wanted is None:
+            is_wanted = set(stages) == set(STAGES) and self._has_room()
+        for stage in (*stages, *(("generate",) if is_wanted else ())):
             report(stage)
+            self._forget_peak()
             try:
                 getattr(self, f"measure_{stage}")()
             except Exception as error:  # noqa: BLE001  hours on a card are rare: whatever can be measured is
                 self._note(failures={**self.report.failures, stage: f"{type(error).__name__}: {error}"})
+            self._note_peak(stage)
         return self.report
+
+    def _has_room(self) -> bool:
+        """Whether the model fits in bf16: on a card that is free of this one, by the plan, or simulated."""
+        in_bf16 = (replace(part, format=Format.BF16) for part in self.checkpoint.parts)
+        needed = sum(part.num_bytes for part in in_bf16) + _BESIDE_BYTES
+        return self.simulate or torch.cuda.mem_get_info()[0] >= needed
+
+    def _forget_peak(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+    def _note_peak(self, stage: str) -> None:
+        if self.device.type == "cuda":
+            peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+            self._note(peak_bytes={**self.report.peak_bytes, stage: peak})
+            self._note(reserved_bytes={**self.report.reserved_bytes, stage: reserved})
 
     def _note(self, **values: Any) -> None:
         self.report = replace(self.report, **values)
@@ -143,7 +181,7 @@ class Bench:
 
     def measure_kernels(self) -> None:
         """Backends on this device, and the tests that need it."""
-        choice = choose_products(self.device, self.dtype)
+        choice = self._choose()
         self._note(backend={"chosen": choice.products.name, **choice.tried})
         tests = Path(__file__).parents[2] / "tests"
         if self.simulate or not tests.is_dir():
@@ -155,7 +193,7 @@ class Bench:
 
     def measure_load(self) -> None:
         """Random weights straight to the device, in 4 bits where the checkpoint has them."""
-        choice = Choice(choose_products(self.device, self.dtype).products)
+        choice = Choice(self._choose().products)
         begin, before = time.perf_counter(), self._allocated()
         network = create_model(self.config, random_weights(self.config, self.device, self.dtype), self.device)
         record = capture if self.device.type == "cuda" else (lambda run: run)
@@ -168,6 +206,20 @@ class Bench:
             weight_bytes=held,
             planned_weight_bytes=sum(part.num_bytes for part in self.checkpoint.parts),
         )
+
+    def _choose(self) -> Choice:
+        """What multiplies by weights in 4 bits; simulated by the same trial, of plain torch."""
+        if self.choice is None:
+            text = self.config.get_text_config()
+            experts = (text.num_experts, text.moe_intermediate_size, text.hidden_size)
+            work = Work(experts=experts, num_chosen=text.top_k_experts)
+            if self.simulate:
+                products, trial = HastyProducts(self.dtype), Trial(self.device, self.dtype, work)
+                fault = trial.find_fault(products)
+                self.choice = Choice(products, {products.name: fault or f"{trial.measure(products) * 1e6:.0f} us"})
+            else:
+                self.choice = choose_products(self.device, self.dtype, work)
+        return self.choice
 
     def measure_steps(self) -> None:
         """A step for each canvas over a prompt of noise: recorded as one call, and called kernel by kernel."""
@@ -305,11 +357,14 @@ def measure_card(  # noqa: PLR0913  options of one command
     simulate: bool = False,
     stages: tuple[str, ...] = STAGES,
     context_tokens: int = 8192,
-    with_generate: bool = False,
+    with_generate: bool | None = None,
     out: Path | None = None,
     report: Callable[[str], None] = lambda _stage: None,
 ) -> Report:
-    """Run the stages, and write ``gpu.json`` and ``gpu.md`` into a folder. Raises ``FimserverError``."""
+    """Run the stages, and write ``gpu.json`` and ``gpu.md`` into a folder. Raises ``FimserverError``.
+
+    ``with_generate`` is for transformers' own loop; ``None`` runs it behind all stages where there is room.
+    """
     if unknown := set(stages) - {*STAGES}:
         msg = f"there is no stage {min(unknown)!r}; there are: {', '.join(STAGES)}"
         raise FimserverError(msg)
@@ -402,6 +457,14 @@ def to_markdown(report: Report) -> list[str]:
     lines += ["", f"Kernels: {report.backend}. Tests on the card: {report.tests}", ""]
     held, planned = report.weight_bytes / 1e9, report.planned_weight_bytes / 1e9
     lines.append(f"Weights: {held:.2f} GB held, {planned:.2f} GB planned, loaded in {report.load_s:.1f} s.")
+    if report.peak_bytes:
+        took = {f"{stage}": f"{peak / 1e9:.2f}" for stage, peak in report.peak_bytes.items()}
+        most = max(report.reserved_bytes.values()) / 1e9
+        lines += [
+            "",
+            f"GB at most, by stage: {took}; taken from the driver: {most:.2f}; the plan of all without generate: ",
+        ]
+        lines[-1] += f"{report.planned_bytes / 1e9:.2f}."
     bandwidth = f"{report.bandwidth_gb_per_s:.0f} GB/s"
     lines += ["", f"Steps over {report.context_tokens} tokens, bandwidth measured {bandwidth}:", ""]
     lines += [

@@ -1,38 +1,70 @@
 """Which kernels multiply by weights in 4 bits on this machine: those that are right here, and of them the fastest.
 
-    choose_products   a device -> Products, each backend tried on the card itself before it is trusted
-    find_fault        what a backend gets wrong, by comparing with plain torch
+    choose_products   a device, and what a model multiplies -> Products; each is tried on the card before it is trusted
+    find_products     what a model multiplies
+    Trial             what a backend gets wrong, by comparing with plain torch, and how long it takes
 
 A processor has the plain way alone, which expands. Wrong results of kernels on new cards are on record, and a wrong
-kernel says nothing: so each is compared at start, and one that differs is left out with a warning.
+kernel says nothing: so each is compared at start, and one that differs is left out with a warning. Compared is at the
+model's own shapes, since kernels are compiled for each, for one token and for many, and as recorded on the card.
 
-Knows:  names of backends, times.  Never: models, their weights.
+Backends that come with fimserver take any shape. Others, taken where they are installed, have an order of their own for
+weights that stay, and leave the rest to the best of these. One that rounds activations to 4 bits is tried where the
+person asked for it (``fp4Activations``), and compared with plain torch that rounds them too.
+
+Knows:  names of backends, times.  Never: what a model says.
 """
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 
 from fimserver.engine.devices import wait_for
-from fimserver.engine.nvfp4 import NVFP4Tensor, quantize
-from fimserver.engine.products import PLAIN, PlainProducts, Products
+from fimserver.engine.graphs import capture
+from fimserver.engine.layers import find_packed_projections
+from fimserver.engine.nvfp4 import BLOCK, NVFP4Tensor, concatenate
+from fimserver.engine.packed import find_packed_experts
+from fimserver.engine.products import PLAIN, PlainProducts, Products, RoundedProducts
 
 _logger = logging.getLogger(__name__)
 _TOLERANCE = 0.02  # of the largest number in a result: what sums of bf16 may differ by
-_TOKENS, _ROWS, _COLUMNS = 19, 272, 192  # of a trial: no multiple of a tile, so that edges are tried too
-_EXPERTS, _INNER, _CHOSEN = 8, 144, 3
+_ROUNDED_TOLERANCE = 0.05  # a tie may go either way, and a number between two products with it
+_TOKENS = (1, 19, 64, 300)  # of a trial: one, no multiple of a tile, a canvas, a piece of a prompt
+_TIMED_TOKENS = 64
 _ROUNDS = 5
+_Run = Callable[[], torch.Tensor]
+_Record = Callable[[_Run], _Run]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The products of a model: projections (N, K), and experts (E, I, H) of which a token chooses some."""
+
+    projections: tuple[tuple[int, int], ...] = ()
+    experts: tuple[int, int, int] | None = None
+    num_chosen: int = 0
+
+
+# No multiple of a tile, so that edges are tried too.
+EDGES = Work(projections=((272, 192),), experts=(8, 144, 192), num_chosen=3)
 
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """A way to multiply; ``make`` raises what it likes where it cannot be had."""
+    """A way to multiply; ``make`` raises what it likes where it cannot be had.
+
+    ``make`` gets the dtype of activations, and for what a backend does not take itself the best that takes any shape.
+    """
 
     name: str
-    make: Callable[[torch.dtype], Products]
+    make: Callable[[torch.dtype, Products], Products]
+    takes_any_shape: bool = True
+    rounds_activations: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,92 +75,207 @@ class Choice:
     tried: dict[str, str] = field(default_factory=dict)
 
 
-def _make_triton(dtype: torch.dtype) -> Products:
+def _make_triton(dtype: torch.dtype, _rest: Products) -> Products:
     from fimserver.engine.nvfp4_kernels import TritonProducts  # noqa: PLC0415  only CUDA's torch brings Triton
 
     return TritonProducts(dtype=dtype)
 
 
-BACKENDS = (Backend("Triton", _make_triton),)
+def _make_humming(dtype: torch.dtype, rest: Products) -> Products:
+    from fimserver.engine.humming_kernels import HummingProducts  # noqa: PLC0415  optional
+
+    return HummingProducts(rest, dtype)
 
 
-def choose_products(device: torch.device, dtype: torch.dtype, backends: Sequence[Backend] = BACKENDS) -> Choice:
+def _make_flashinfer(dtype: torch.dtype, rest: Products, *, rounds: bool = False) -> Products:
+    from fimserver.engine.flashinfer_kernels import FlashinferProducts  # noqa: PLC0415  optional
+
+    return FlashinferProducts(rest, dtype, rounds=rounds)
+
+
+BACKENDS = (
+    Backend("Triton", _make_triton),
+    Backend("Humming", _make_humming, takes_any_shape=False),
+    Backend("flashinfer", _make_flashinfer, takes_any_shape=False),
+    Backend(
+        "flashinfer, activations in 4 bits",
+        partial(_make_flashinfer, rounds=True),
+        takes_any_shape=False,
+        rounds_activations=True,
+    ),
+)
+
+
+def choose_products(
+    device: torch.device,
+    dtype: torch.dtype,
+    work: Work = EDGES,
+    backends: Sequence[Backend] = BACKENDS,
+    *,
+    fp4_activations: bool = False,
+) -> Choice:
     """The fastest backend that is right on a device; plain torch, with a warning, where none is."""
     if device.type == "cpu":
         return Choice(PLAIN)
     tried: dict[str, str] = {}
-    times: dict[float, Products] = {}
-    trial = Trial(device, dtype)
+    plain: Products = PlainProducts(dtype)
+    times: list[tuple[float, Products]] = []
+    any_shape: list[tuple[float, Products]] = []
+    edges, own = Trial(device, dtype, EDGES), Trial(device, dtype, work)
     for backend in backends:
-        try:
-            products = backend.make(dtype)
-            if fault := trial.find_fault(products):
-                tried[backend.name] = fault
-                _logger.warning("%s is not used for weights in 4 bits: %s", backend.name, fault)
-                continue
-            seconds = trial.measure(products)
-        except Exception as error:  # noqa: BLE001  others' packages, drivers and compilers fail in their own ways
-            tried[backend.name] = f"{type(error).__name__}: {error}"
-            _logger.warning("%s cannot be used for weights in 4 bits: %s", backend.name, tried[backend.name])
+        if backend.rounds_activations and not fp4_activations:
             continue
-        times[seconds] = products
+        try:
+            products = backend.make(dtype, _fastest(any_shape, plain))
+            trials = (edges, own) if backend.takes_any_shape else (own,)
+            fault = next(filter(None, (trial.find_fault(products, backend) for trial in trials)), "")
+            seconds = 0.0 if fault else own.measure(products)
+        except Exception as error:  # noqa: BLE001  others' packages, drivers and compilers fail in their own ways
+            is_missing = isinstance(error, ImportError) and not backend.takes_any_shape
+            tried[backend.name] = "not installed" if is_missing else f"{type(error).__name__}: {error}"
+            level = logging.INFO if is_missing else logging.WARNING
+            _logger.log(level, "%s cannot be used for weights in 4 bits: %s", backend.name, tried[backend.name])
+            continue
+        if fault:
+            tried[backend.name] = fault
+            _logger.warning("%s is not used for weights in 4 bits: %s", backend.name, fault)
+            continue
+        times.append((seconds, products))
+        any_shape += times[-1:] if backend.takes_any_shape else []
         tried[backend.name] = f"{seconds * 1e6:.0f} us"
     if not times:
         _logger.warning("weights in 4 bits are expanded for every product, which is slow; see fimserver doctor")
-        return Choice(PlainProducts(dtype), tried)
-    return Choice(times[min(times)], tried)
+    return Choice(_fastest(times, plain), tried)
+
+
+def _fastest(times: Sequence[tuple[float, Products]], otherwise: Products) -> Products:
+    return min(times, key=lambda pair: pair[0])[1] if times else otherwise
+
+
+def find_products(model: Any) -> Work:
+    """The products by weights in 4 bits of transformers' model, but for those of experts in main memory."""
+    config = model.config.text_config
+    stays = [m for m in find_packed_experts(model) if m.cache is None]
+    experts = None
+    if stays:
+        num_experts, hidden, inner = stays[0].stacks()[1].shape
+        experts = (num_experts, inner, hidden)
+    return Work(tuple(find_packed_projections(model)), experts, config.top_k_experts)
+
+
+def _run_once(run: _Run) -> _Run:
+    """In the place of a recording, which runs first too."""
+    run()
+    return run
 
 
 class Trial:
-    """Weights and tokens of a comparison, and plain torch's results in float32."""
+    """Weights and tokens of a comparison, all made on the device: codes and scales of any kind, the same each time."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        generator = torch.Generator().manual_seed(0)
+    def __init__(self, device: torch.device, dtype: torch.dtype, work: Work = EDGES) -> None:
+        self.device, self._dtype = device, dtype
+        self._generator = torch.Generator(device).manual_seed(0)
+        self._record: _Record = capture if device.type == "cuda" else _run_once
+        self._projections = [self._to_weights(*shape) for shape in work.projections]
+        self._stacks: tuple[NVFP4Tensor, NVFP4Tensor] | None = None
+        if work.experts is not None:
+            num_experts, inner, hidden = work.experts
+            self._stacks = (
+                concatenate([self._to_weights(num_experts, inner, hidden) for _ in range(2)]),
+                self._to_weights(num_experts, hidden, inner),
+            )
+        self._num_chosen = work.num_chosen
 
-        def random(*shape: int) -> torch.Tensor:
-            return torch.randn(*shape, generator=generator)
-
-        self.device = device
-        self.x = random(_TOKENS, _COLUMNS).to(device, dtype)
-        self.weights = quantize(random(_ROWS, _COLUMNS) * 0.05).to(device)
-        self.gate_up = _to_stack(random(_EXPERTS, 2 * _INNER, _COLUMNS) * 0.1, device)
-        self.down = _to_stack(random(_EXPERTS, _COLUMNS, _INNER) * 0.1, device)
-        spread = random(_TOKENS, _EXPERTS)
-        spread[:, 5] = -9  # nobody's expert
-        spread[:, 2] = 9  # and everybody's
-        weights, chosen = torch.softmax(spread, dim=-1).topk(_CHOSEN, dim=-1)
-        self.chosen, self.chosen_weights = chosen.to(device), weights.to(device)
-
-    def find_fault(self, products: Products) -> str:
+    def find_fault(self, products: Products, backend: Backend | None = None) -> str:
         """How a backend's results differ from plain torch's; nothing when they are the same but for rounding."""
-        exact = self.x.float()
-        pairs = (
-            ("a projection", products.linear(self.weights, self.x), PLAIN.linear(self.weights, exact)),
-            ("experts", self._run_experts(products, self.x), self._run_experts(PLAIN, exact)),
-        )
-        for what, found, expected in pairs:
-            if found.shape != expected.shape:
-                return f"{what} came out with shape {tuple(found.shape)}, not {tuple(expected.shape)}"
-            difference = (found.float() - expected).abs().max() / expected.abs().max()
-            if not float(difference) <= _TOLERANCE:  # NaN is none
-                return f"{what} differed from plain torch by {float(difference):.1%} on this card"
+        rounds = backend is not None and backend.rounds_activations
+        plain: Products = RoundedProducts() if rounds else PLAIN
+        tolerance = _ROUNDED_TOLERANCE if rounds else _TOLERANCE
+        for what, run, inputs, expect in self._runs(products, plain):
+            for kind, found in (("", run(*inputs)), (", recorded", self._replay(products, run, inputs))):
+                expected = expect(*inputs)
+                if found.shape != expected.shape:
+                    return f"{what}{kind} came out with shape {tuple(found.shape)}, not {tuple(expected.shape)}"
+                difference = (found.float() - expected).abs().max() / expected.abs().max()
+                if not float(difference) <= tolerance:  # NaN is none
+                    return f"{what}{kind} differed from plain torch by {float(difference):.1%} on this card"
         return ""
 
     def measure(self, products: Products) -> float:
-        """Seconds of a projection and experts, the best of some rounds."""
-        best = float("inf")
-        for _ in range(_ROUNDS):
-            wait_for(self.device)
-            begin = time.perf_counter()
-            products.linear(self.weights, self.x)
-            self._run_experts(products, self.x)
-            wait_for(self.device)
-            best = min(best, time.perf_counter() - begin)
-        return best
+        """Seconds of all these products for a canvas, recorded where that can be; of each the best of some rounds."""
+        total = 0.0
+        for _, run, inputs, _ in self._runs(products, PLAIN, (_TIMED_TOKENS,)):
+            call = partial(run, *inputs)
+            recorded = call if products.reads_choices else self._record(call)
+            best = float("inf")
+            for _ in range(_ROUNDS):
+                wait_for(self.device)
+                begin = time.perf_counter()
+                recorded()
+                wait_for(self.device)
+                best = min(best, time.perf_counter() - begin)
+            total += best
+        return total
 
-    def _run_experts(self, products: Products, x: torch.Tensor) -> torch.Tensor:
-        return products.experts(self.gate_up, self.down, x, self.chosen, self.chosen_weights)
+    def _replay(
+        self, products: Products, run: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """What a recording gives that was made of other numbers, and other choices, in the same tensors."""
+        if products.reads_choices:
+            return run(*inputs)
+        held = [t.roll(1, 0).flip(-1) for t in inputs]
+        again = self._record(partial(run, *held))
+        for tensor, wanted in zip(held, inputs, strict=True):
+            tensor.copy_(wanted)
+        return again()
 
+    def _runs(
+        self, products: Products, plain: Products, tokens: Sequence[int] = _TOKENS
+    ) -> Iterator[tuple[str, Callable[..., torch.Tensor], tuple[torch.Tensor, ...], Callable[..., torch.Tensor]]]:
+        """Each product: its name, how it is run, with what, and what should come of that, in float32."""
+        for weights in self._projections:
+            linear = products.prepare_linear(weights)
+            for count in tokens:
+                x = self._random(count, weights.shape[-1])
 
-def _to_stack(weights: torch.Tensor, device: torch.device) -> NVFP4Tensor:
-    return quantize(weights).with_row_scales().to(device)
+                def expect(x: torch.Tensor, weights: NVFP4Tensor = weights) -> torch.Tensor:
+                    return plain.linear(weights, x.float())
+
+                yield f"a projection of {count} tokens", linear, (x,), expect
+        if self._stacks is None:
+            return
+        gate_up, down = self._stacks
+        experts = products.prepare_experts(gate_up, down)
+        for count in tokens:
+            chosen, shares = self._choose(count, len(down.packed))
+
+            def expect_experts(x: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+                return plain.experts(gate_up, down, x.float(), chosen, shares)
+
+            yield (
+                f"experts of {count} tokens",
+                experts,
+                (self._random(count, down.shape[-2]), chosen, shares),
+                expect_experts,
+            )
+
+    def _random(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=self._generator, device=self.device).to(self._dtype)
+
+    def _choose(self, tokens: int, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Choices and their shares: one expert is nobody's, one everybody's."""
+        spread = torch.randn(tokens, num_experts, generator=self._generator, device=self.device)
+        spread[:, num_experts // 2] = -9
+        spread[:, num_experts // 4] = 9
+        shares, chosen = torch.softmax(spread / 4, dim=-1).topk(self._num_chosen, dim=-1)
+        return chosen, shares
+
+    def _to_weights(self, *shape: int) -> NVFP4Tensor:
+        """Any codes, scales from 1/8 to 2, a global scale for each matrix."""
+        *stack, rows, columns = shape
+        packed = torch.empty(*stack, rows, columns // 2, dtype=torch.uint8, device=self.device)
+        packed.random_(0, 256, generator=self._generator)
+        scales = torch.empty(*stack, rows, columns // BLOCK, dtype=torch.uint8, device=self.device)
+        scales.random_(0x20, 0x40, generator=self._generator)
+        step = torch.rand(*stack, 1, generator=self._generator, device=self.device) + 0.5
+        return NVFP4Tensor(packed, scales.view(torch.float8_e4m3fn), step / (4 * columns**0.5)).with_row_scales()

@@ -7,11 +7,11 @@ What a tensor is, the file says: its dtype and the scales beside it. So any mix 
 
     floats            bf16, fp16, fp32
     NVFP4             ModelOpt's names or compressed-tensors'; kept as it is, or expanded
-    float8 e4m3       one scale for a matrix, a row or a square of it; expanded
+    float8 e4m3       one scale for a matrix, a row or a square of it; expanded on the device, slice by slice
 
 and all names that are in use: under the encoder's path or the decoder's, one tensor for all experts of a layer or one
-for each, gate and up apart or as one. Scales of activations and of a KV cache are held to be sound and not used:
-activations stay in bf16 here.
+for each, gate and up apart or as one. Scales of activations and of a KV cache are not read, activations stay in bf16
+here: a file that has zeros there, of experts that no calibration text reached, is as good as any.
 
 Knows:   files, tensors.  Never: modules, kernels.
 Raises:  ``WeightsError`` that names the tensor and the remedy: missing, unused, misshapen, not finite, a scale of zero.
@@ -33,7 +33,8 @@ from fimserver.engine.tensor_files import Stored, TensorFiles, read_headers
 from fimserver.errors import WeightsError
 
 _FP8_BLOCK = 128
-_ENCODER, _DECODER = "model.encoder.language_model.", "model.decoder."
+_FP8_SLICE = 2**22  # numbers that are float32 at a time while they are expanded
+ENCODER, DECODER = "model.encoder.language_model.", "model.decoder."
 _VISION = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
 _HEAD, _EMBEDDING = "lm_head.weight", "model.decoder.embed_tokens.weight"
 _WEIGHT_PARTS = ("weight", "weight_packed", "weight_scale", "weight_scale_2", "weight_scale_inv", "weight_global_scale")
@@ -41,6 +42,7 @@ _UNUSED_PARTS = ("input_scale", "input_global_scale", "k_scale", "v_scale", "q_s
 _PART = re.compile(rf"^(.+)\.({'|'.join((*_WEIGHT_PARTS, *_UNUSED_PARTS))})$")
 _STACKED_PART = re.compile(rf"^(.+\.experts\.(?:gate_up_proj|down_proj))[._]({'|'.join(_WEIGHT_PARTS[1:])})$")
 _EXPERT = re.compile(r"^(.+\.experts)\.(\d+)\.(gate_proj|up_proj|gate_up_proj|down_proj)$")
+_PROJECTION = re.compile(r"\.experts\.|\.(?:self_attn|mlp|self_conditioning)\..+_proj\.weight$")
 _EXPERT_TARGETS = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
 
 
@@ -102,7 +104,7 @@ class Checkpoint:
     def open(cls, folder: Path, expected: Mapping[str, tuple[int, ...]]) -> "Checkpoint":
         """The checkpoint of a folder; ``expected`` are the model's weights, tied ones once. Raises ``WeightsError``."""
         stored = read_headers(weight_files(folder))
-        pieces, unused = _to_pieces(stored, expected)
+        pieces = _to_pieces(stored, expected)
         targets = {}
         for name, shape in expected.items():
             if name not in pieces:
@@ -112,9 +114,7 @@ class Checkpoint:
                 msg = f"{folder}: tensor {missing[0]} is missing ({len(missing)} in all); {DAMAGED}"
                 raise WeightsError(msg)
             targets[name] = _to_target(name, shape, pieces[name], stored)
-        checkpoint = cls(stored, targets)
-        checkpoint._check_unused(unused)
-        return checkpoint
+        return cls(stored, targets)
 
     @property
     def has_vision(self) -> bool:
@@ -141,11 +141,22 @@ class Checkpoint:
         done, total = 0, sum(self.stored[n].num_bytes for t in self.targets.values() for n in self._names(t))
         order = sorted(self.targets.values(), key=lambda t: str(self.stored[t.pieces[0].main or ""].path))
         for target in order:
-            is_projection = ".router." not in target.name and "embed_tokens" not in target.name
-            keeps = keeps_nvfp4 and is_projection and target.is_nvfp4 and self._twin_of(target).is_nvfp4
+            keeps = keeps_nvfp4 and self.can_stay_nvfp4(target)
             yield target.name, self._assemble(target, device, dtype, keeps_nvfp4=keeps)
             done += sum(self.stored[n].num_bytes for n in self._names(target))
             report(done, total)
+
+    def can_stay_nvfp4(self, target: Target) -> bool:
+        """Whether a weight need not be expanded: projections wholly in 4 bits, experts with their other stack."""
+        is_projection = not any(name in target.name for name in (".router.", "embed_tokens", "lm_head"))
+        return is_projection and target.is_nvfp4 and self._twin_of(target).is_nvfp4
+
+    def formats(self) -> Iterator[tuple[str, Format]]:
+        """Every stored matrix of the text's projections by its module's name, with what it is written in."""
+        for target in self.targets.values():
+            if _PROJECTION.search(target.name):
+                for piece in target.pieces:
+                    yield piece.module, _FORMATS[self.stored[piece.main or ""].dtype]
 
     def _twin_of(self, target: Target) -> Target:
         """The other stack of a layer's experts, which are packed together or not at all; itself for other weights."""
@@ -219,7 +230,7 @@ class Checkpoint:
             return self._read_nvfp4(piece).to(device).dequantize(dtype or torch.bfloat16)
         if kind is Format.FP8:
             parts = {part: self._tensor(n) for part, n in piece.parts.items()}
-            return _expand_fp8(piece.module, parts, shape).to(device, dtype or torch.bfloat16)
+            return _expand_fp8(piece.module, parts, torch.empty(shape, dtype=dtype or torch.bfloat16, device=device))
         tensor = self._tensor(name)
         placed = tensor.to(device, dtype, copy=True)
         if not bool(torch.isfinite(placed).all()):
@@ -236,28 +247,15 @@ class Checkpoint:
             self._files.let_go(path)
         return tensor
 
-    def _check_unused(self, names: list[str]) -> None:
-        """Scales that are not used have to be sound all the same: they say whether a file is."""
-        for name in names:
-            self._unread[self.stored[name].path] += 1
-            scale = self._tensor(name).float()
-            if not bool((torch.isfinite(scale) & (scale > 0)).all()):
-                msg = f"{name} has values that are zero, negative or not finite; {DAMAGED}"
-                raise WeightsError(msg)
 
-
-def _to_pieces(
-    stored: Mapping[str, Stored], expected: Mapping[str, tuple[int, ...]]
-) -> tuple[dict[str, list[Piece]], list[str]]:
-    """Pieces by the weight that they belong to, and the names of scales that are not used."""
+def _to_pieces(stored: Mapping[str, Stored], expected: Mapping[str, tuple[int, ...]]) -> dict[str, list[Piece]]:
+    """Pieces by the weight that they belong to, without scales that are not used."""
     found: dict[str, dict[str, Piece]] = defaultdict(dict)
-    unused = []
     for name in stored:
         module, part = _split(name)
         if part in _UNUSED_PARTS:
             if _place(module, "weight", expected)[0] is None and ".self_attn" not in module and "vision" not in module:
                 raise _foreign(stored[name].path, name)
-            unused.append(name)
             continue
         if name.startswith(_VISION) and name not in expected:
             continue  # of a picture's part that the configuration does not tell of
@@ -266,7 +264,7 @@ def _to_pieces(
             raise _foreign(stored[name].path, name)
         piece = found[target].setdefault(piece.module, piece)
         piece.parts[part] = name
-    return {target: list(pieces.values()) for target, pieces in found.items()}, unused
+    return {target: list(pieces.values()) for target, pieces in found.items()}
 
 
 def _foreign(path: Path, name: str) -> WeightsError:
@@ -282,7 +280,7 @@ def _split(name: str) -> tuple[str, str]:
 
 def _place(module: str, part: str, expected: Mapping[str, tuple[int, ...]]) -> tuple[str | None, Piece]:
     """Which weight a module is, or a piece of."""
-    for path in (module, module.replace(_ENCODER, _DECODER, 1)):
+    for path in (module, module.replace(ENCODER, DECODER, 1)):
         if match := _EXPERT.match(path):
             layer, expert, projection = match[1], int(match[2]), match[3]
             target = f"{layer}.{_EXPERT_TARGETS.get(projection, projection)}"
@@ -393,29 +391,49 @@ def _rows_of(whole: torch.Tensor, rows: str) -> torch.Tensor:
     return whole[:half] if rows == "gate" else whole[half:]
 
 
-def _expand_fp8(module: str, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
-    """Weights (..., N, K) float32 of float8; the scale is for all, for rows, or for equal rectangles."""
-    scale = parts.get("weight_scale", parts.get("weight_scale_inv"))
+def _expand_fp8(module: str, parts: Mapping[str, torch.Tensor], whole: torch.Tensor) -> torch.Tensor:
+    """``whole`` (..., N, K), filled on its device with the weights of float8; bytes go there, slice by slice.
+
+    The scale is for all, for rows, or for equal rectangles.
+    """
+    scale, shape = parts.get("weight_scale", parts.get("weight_scale_inv")), tuple(whole.shape)
     assert scale is not None  # or the headers would have been refused
-    step, weights = scale.float(), parts["weight"].float()
-    if not bool(torch.isfinite(weights).all()):
-        msg = f"{module}.weight has NaN; {DAMAGED}"
-        raise WeightsError(msg)
+    step = scale.float()
     if not bool((torch.isfinite(step) & (step > 0)).all()):
         msg = f"{module}: its weight_scale has values that are zero, negative or not finite; {DAMAGED}"
         raise WeightsError(msg)
     if step.numel() == 1:
-        return weights * step.reshape(())
-    if step.dim() == 1 and len(step) == shape[-2]:
-        return weights * step[:, None]
-    if step.dim() == len(shape):
-        blocks = [_fp8_block(size, count) for size, count in zip(shape, step.shape, strict=True)]
-        if all(blocks):
-            for axis, (size, block) in enumerate(zip(shape, blocks, strict=True)):
-                step = step.repeat_interleave(block, dim=axis).narrow(axis, 0, size)
-            return weights * step
-    msg = f"{module}.weight_scale has shape {tuple(scale.shape)}, which does not fit weights of {shape}"
-    raise WeightsError(msg)
+        step = step.reshape((1,) * len(shape))
+    elif step.dim() == 1 and len(step) == shape[-2]:
+        step = step[:, None].expand(*(1 for _ in shape[:-2]), -1, 1)
+    blocks = [_fp8_block(size, count) for size, count in zip(shape, step.shape, strict=False)]
+    if step.dim() != len(shape) or not all(blocks):
+        msg = f"{module}.weight_scale has shape {tuple(scale.shape)}, which does not fit weights of {shape}"
+        raise WeightsError(msg)
+    step = step.to(whole.device)
+    is_sound = torch.ones((), dtype=torch.bool, device=whole.device)
+    for place in _slices(shape):
+        numbers = parts["weight"][place].to(whole.device).float()
+        is_sound &= torch.isfinite(numbers).all()
+        own = step
+        for axis, block in enumerate(blocks):
+            first = place[axis].start if axis < len(place) else 0
+            at = torch.arange(first, first + numbers.shape[axis], device=whole.device) // block
+            own = own.index_select(axis, at) if own.shape[axis] > 1 else own
+        whole[place] = numbers * own
+    if not bool(is_sound):
+        msg = f"{module}.weight has NaN; {DAMAGED}"
+        raise WeightsError(msg)
+    return whole
+
+
+def _slices(shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
+    """Parts of a matrix or a stack of them that are small enough to be float32: some rows of one matrix each."""
+    rows = max(1, _FP8_SLICE // shape[-1])
+    for matrix in range(shape[0]) if len(shape) > 2 else (None,):  # noqa: PLR2004  a stack
+        for first in range(0, shape[-2], rows):
+            part = slice(first, min(first + rows, shape[-2]))
+            yield (part,) if matrix is None else (slice(matrix, matrix + 1), part)
 
 
 def _fp8_block(size: int, count: int) -> int:

@@ -41,6 +41,7 @@ DEATH_WINDOW_S = 60.0
 HANG_TIMEOUT_S = 90.0  # without any sign while a request is computed
 LOAD_TIMEOUT_S = 600.0  # without having loaded
 LEAST_LATENCY_MS = 50  # that a request has, however long it waited
+_KILLED = -9
 _MAX_ATTEMPTS = 2
 _ENOUGH_ANSWERS = 3
 _ANSWERS_KEPT = 32
@@ -64,6 +65,7 @@ class EngineOptions:
     device: str = "auto"
     threads: int = 0
     context_tokens: int | None = None
+    fp4_activations: bool = False
     idle_unload_minutes: float = 0.0
     command: tuple[str, ...] = (sys.executable, "-P", "-m", "fimserver.engine.worker")
 
@@ -430,8 +432,10 @@ class EngineClient:
             now = self._clock()
             self._deaths = [t for t in self._deaths if now - t < DEATH_WINDOW_S] + [now]
             code = worker.process.returncode
-            if self.state is EngineState.LOADING and not self._has_loaded:
-                self._set_state(EngineState.FAILED, f"the engine ended with code {code} while loading")
+            was_killed = code is not None and code < 0 and len(self._deaths) == 1  # by whom, nobody says
+            if self.state is EngineState.LOADING and not self._has_loaded and not was_killed:
+                why = "; it was killed, mostly for want of memory: see fimserver doctor" if code == _KILLED else ""
+                self._set_state(EngineState.FAILED, f"the engine ended with code {code} while loading{why}")
             elif self.state is not EngineState.FAILED and len(self._deaths) >= MAX_DEATHS:
                 self._set_state(
                     EngineState.FAILED,

@@ -161,7 +161,7 @@ def sample_canvas(probabilities: torch.Tensor, generator: torch.Generator) -> to
     """One candidate per position, (K, C), from probabilities (K, C, V)."""
     # As torch.multinomial draws one of each row, but for its checks, which a card would have to be waited for.
     races = torch.empty_like(probabilities).exponential_(generator=generator)
-    return (probabilities / races).argmax(-1)
+    return torch.div(probabilities, races, out=races).argmax(-1)
 
 
 def token_entropy(probabilities: torch.Tensor) -> torch.Tensor:

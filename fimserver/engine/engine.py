@@ -73,14 +73,16 @@ class Engine:
         device: str,
         context_tokens: int | None = None,
         report: Callable[[int, int], None] = lambda _done, _total: None,
+        *,
+        fp4_activations: bool = False,
     ) -> "Engine":
         """Engine of a shipped model's name, an added model's or a folder. Raises ``WeightsError``, ``EngineError``.
 
-        ``report`` gets bytes of weights read, and all there are.
+        ``report`` gets bytes of weights read, and all there are; ``fp4_activations`` as for ``Model.load``.
         """
         begin = time.perf_counter()
         folder = find_model(name)
-        model = Model.load(folder, find_device(device), report, context_tokens)
+        model = Model.load(folder, find_device(device), report, context_tokens, fp4_activations=fp4_activations)
         vocabulary = Vocabulary.load(folder / "tokenizer.json", model.metadata.special_ids)
         return cls(model, vocabulary, load_ms=(time.perf_counter() - begin) * 1e3)
 
@@ -117,6 +119,7 @@ class Engine:
             reads_snippets=metadata.reads_snippets,
             languages=metadata.languages,
             row_cost=self._row_cost,
+            kernels=self.model.kernels,
         )
 
     def options(self, sampling: Sampling) -> DenoisingOptions:

@@ -10,7 +10,7 @@ Knows:   tensors, weights.  Never: rows' meaning, prompts.
 Shapes:  N rows, P cached tokens, H hidden size, D head size; the residual stream is float32.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -24,9 +24,10 @@ from torch.profiler import record_function
 from fimserver.engine.key_values import KeyValues
 from fimserver.engine.nvfp4 import concatenate
 from fimserver.engine.packed import PackedExperts, PackedLinear, is_packed
-from fimserver.engine.products import Products, run_experts
+from fimserver.engine.products import Experts, Products, Projection, run_experts
 
 _NOTHING = nullcontext()
+_LARGEST_REPEATED = 2**25  # numbers of a mask; 64 MB in bf16
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +67,23 @@ def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask
 def attend_grouped(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """The same with every head of a group as further rows of one."""
+    """The same with every head of a group as further rows of one, so that keys are read once for all of them.
+
+    For that a mask is repeated. One that is too large is not, as a chunk of a long prompt has it: then a group is a
+    batch that shares keys and mask, which reads them for each head, beside products that take longer.
+    """
     heads, rows, size = queries.shape
-    grouped = queries.reshape(len(keys), -1, size)
-    repeated = None if mask is None else mask.repeat(heads // len(keys), 1)
-    found = functional.scaled_dot_product_attention(
-        grouped[None], keys[None], values[None], attn_mask=repeated, scale=1.0
-    )
+    group = heads // len(keys)
+    if mask is None or group * mask.numel() <= _LARGEST_REPEATED:
+        grouped = queries.reshape(1, len(keys), -1, size)
+        repeated = None if mask is None else mask.repeat(group, 1)
+        found = functional.scaled_dot_product_attention(
+            grouped, keys[None], values[None], attn_mask=repeated, scale=1.0
+        )
+        return found.reshape(heads, rows, size)
+    grouped = queries.reshape(len(keys), group, rows, size)
+    shared, values = (t[:, None].expand(-1, group, -1, -1) for t in (keys, values))
+    found = functional.scaled_dot_product_attention(grouped, shared, values, attn_mask=mask, scale=1.0)
     return found.reshape(heads, rows, size)
 
 
@@ -191,17 +202,19 @@ class _RoutedExperts:
         self._num_chosen: int = router.config.top_k_experts
         self._before_experts = module.pre_feedforward_layernorm_2.weight.float()
         self._dtype = self._into.dtype
-        self._experts: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+        self._experts: Experts
         experts = module.experts
         is_kept = isinstance(experts, PackedExperts) and experts.cache is None
         self.reads_choices = products.reads_choices if is_kept else True
         if isinstance(experts, PackedExperts) and experts.cache is not None:
             self._experts = partial(experts.cache.run, products)
         elif isinstance(experts, PackedExperts):
-            self._experts = partial(products.experts, *experts.stacks())
+            self._experts = products.prepare_experts(*experts.stacks())
         else:
             gate_up, down = experts.gate_up_proj.detach(), experts.down_proj.detach()
-            self._experts = partial(run_experts, lambda expert: (gate_up[expert], down[expert]), self._act)
+            self._experts = partial(
+                run_experts, lambda expert: (gate_up[expert], down[expert]), lambda gate, up: self._act(gate) * up
+            )
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         plain = rms(x, self._eps)
@@ -232,12 +245,11 @@ class _PackedProjection:
         self._norm = None if norm is None else norm.float()
         floats = [m.weight.dtype for m in modules if not isinstance(m, PackedLinear)]
         self.dtype = floats[0] if floats else products.dtype
-        self._parts: list[Callable[[torch.Tensor], torch.Tensor]] = []
+        self._parts: list[Projection] = []
         for packed, run in groupby(modules, key=lambda m: isinstance(m, PackedLinear)):
             members = list(run)
             if packed:
-                weights = concatenate([m.weights for m in members])
-                self._parts.append(partial(products.linear, weights))
+                self._parts.append(products.prepare_linear(concatenate([m.weights for m in members])))
             else:
                 self._parts.append(Linear(torch.cat([m.weight for m in members])))
 
@@ -246,6 +258,24 @@ class _PackedProjection:
             x = (x.float() * self._norm).to(self.dtype)
         results = [part(x) for part in self._parts]
         return results[0] if len(results) == 1 else torch.cat(results, dim=-1)
+
+
+def find_packed_projections(model: Any) -> Iterator[tuple[int, int]]:
+    """Shapes (N, K) of the projections in 4 bits of transformers' model, joined as ``Network`` does; each once."""
+    decoder = model.model.decoder
+    owners = [decoder.self_conditioning, *(layer.mlp for layer in decoder.layers)]
+    groups = [group for owner in owners for group in ((owner.gate_proj, owner.up_proj), (owner.down_proj,))]
+    for layer in decoder.layers:
+        own = layer.self_attn
+        groups += [tuple(p for p in (own.q_proj, own.k_proj, own.v_proj) if p is not None), (own.o_proj,)]
+    seen = set()
+    for group in groups:
+        for packed, run in groupby(group, key=lambda m: isinstance(m, PackedLinear)):
+            members = list(run)
+            shape = (sum(_rows_of(m) for m in members), members[0].weights.shape[1]) if packed else None
+            if shape is not None and shape not in seen:
+                seen.add(shape)
+                yield shape
 
 
 def _rows_of(module: Any) -> int:

@@ -17,7 +17,7 @@ import torch
 from transformers import DiffusionGemmaForBlockDiffusion
 
 from fimserver.cards import Card
-from fimserver.engine.backends import Choice, choose_products
+from fimserver.engine.backends import Choice, choose_products, find_products
 from fimserver.engine.expert_cache import Traffic, add_up
 from fimserver.engine.graphs import FixedPasses, capture
 from fimserver.engine.key_values import KeyValues
@@ -67,11 +67,14 @@ class Model:
         device: torch.device,
         report: Callable[[int, int], None] = lambda _done, _total: None,
         context_tokens: int | None = None,
+        *,
+        fp4_activations: bool = False,
     ) -> "Model":
         """Model of a folder on ``device``: fp32 on CPU and MPS; on CUDA bf16, and what is in 4 bits stays so.
 
         Where a card cannot hold all experts, they are in main memory and as many of each layer on it as fit.
-        ``report`` gets bytes read, and all there are; ``context_tokens`` limits prompts. Raises ``WeightsError``.
+        ``report`` gets bytes read, and all there are; ``context_tokens`` limits prompts. ``fp4_activations`` tries
+        kernels that round activations to 4 bits. Raises ``WeightsError``.
         """
         metadata = limit_context(read_metadata(folder), context_tokens)
         if device.type != "cuda":
@@ -88,8 +91,16 @@ class Model:
             experts_on_device=on_device,
             report=report,
         )
-        choice = choose_products(device, torch.bfloat16) if is_packed(network) else None
+        choice = None
+        if is_packed(network):
+            choice = choose_products(device, torch.bfloat16, find_products(network), fp4_activations=fp4_activations)
         return cls(network, metadata, choice, consumes=True, record=capture)
+
+    @property
+    def kernels(self) -> str:
+        """What multiplies by weights in 4 bits, and what was found of every way to; nothing without a choice."""
+        tried = ", ".join(f"{name}: {found}" for name, found in self.choice.tried.items())
+        return f"{self.choice.products.name} ({tried})" if tried else ""
 
     @property
     def cut_multiple(self) -> int:

@@ -21,8 +21,12 @@ from transformers import DiffusionGemmaForBlockDiffusion
 
 from fimserver.engine.key_values import MARGIN_TOKENS, CacheShape, KeyValues
 from fimserver.engine.layers import Layer, Linear, Sight, let_go, measured, project, rms
+from fimserver.engine.packed import find_packed_experts
 from fimserver.engine.products import PLAIN, Products
+from fimserver.errors import WeightsError
 
+_MASK_ALIGNMENT = 8  # numbers
+_ACTIVATION = "gelu_pytorch_tanh"  # of the kernels in nvfp4_kernels.py and others
 _MOST_TABLED = 16384  # positions; those of a quarter of a million would take 1.6 GB
 
 
@@ -69,10 +73,19 @@ class Network:
     def __init__(
         self, reference: DiffusionGemmaForBlockDiffusion, products: Products = PLAIN, *, consumes: bool = False
     ) -> None:
-        """``products`` multiply by what is in 4 bits; ``consumes`` lets the reference's layers go as they are read."""
+        """``products`` multiply by what is in 4 bits; ``consumes`` lets the reference's layers go as they are read.
+
+        Raises ``WeightsError`` for experts in 4 bits with another activation than the class's.
+        """
         decoder = reference.model.decoder
         encoder = reference.model.encoder.language_model
         config = reference.config.text_config
+        if config.hidden_activation != _ACTIVATION and find_packed_experts(reference):
+            msg = (
+                f"experts in 4 bits are computed with {_ACTIVATION}, this model has {config.hidden_activation}; use a "
+            )
+            msg += "checkpoint of it in bf16"
+            raise WeightsError(msg)
         self.device: torch.device = reference.device
         self.dtype: torch.dtype = reference.dtype
         self._rotary = decoder.rotary_emb
@@ -95,6 +108,10 @@ class Network:
             if consumes:
                 let_go(layer)
                 let_go(causal)
+        if consumes:
+            let_go(conditioning)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()  # what the layers' own copies took is kept by torch, for nobody else
 
     def new_cache(self, margin_tokens: int = MARGIN_TOKENS) -> KeyValues:
         """An empty cache."""
@@ -181,11 +198,15 @@ class Network:
         """What canvas rows see of a layer's whole buffers, additive (N, P): nothing where they hold no keys."""
         n, cached = len(rows.token_ids), cache.length
         base = cache.base if kind == "sliding_attention" else 0
-        among = torch.ones(n, n, dtype=torch.bool, device=self.device) if rows.sees is None else rows.sees
-        seen = torch.cat((among.new_ones(n, cached - base), among), dim=1)
+        held = cached - base + n
+        mask = self._new_mask(n, num_places)
+        mask[:, held:] = -torch.inf
+        if rows.sees is not None:
+            mask[:, held - n : held].masked_fill_(~rows.sees, -torch.inf)
         if kind == "sliding_attention":
-            seen &= self._near(rows, torch.arange(base, cached, device=self.device))
-        return self._to_mask(functional.pad(seen, (0, num_places - seen.shape[1])))
+            near = self._near(rows, torch.arange(base, cached, device=self.device))
+            mask[:, :held].masked_fill_(~near, -torch.inf)
+        return mask
 
     def rotate(self, rows: Rows) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Cosines and signed sines (N, 1, D) for each kind of layer."""
@@ -211,14 +232,13 @@ class Network:
     def _sights(self, rows: Rows, cache: KeyValues) -> dict[str, Sight]:
         """For each kind of layer what its rows see, from the first key on that anyone does."""
         n, cached = len(rows.token_ids), cache.length
-        among = torch.ones(n, n, dtype=torch.bool, device=self.device) if rows.sees is None else rows.sees
-        seen = torch.cat((among.new_ones(n, cached), among), dim=1)
-        whole = Sight(cached, 0, cached + n, None if rows.sees is None else self._to_mask(seen))
+        whole = Sight(cached, 0, cached + n, self._mask_rows(rows, 0, cached))
         if cached + n < self._window:
             return {"full_attention": whole, "sliding_attention": whole}  # nothing was let go yet
-        near = self._near(rows, torch.arange(cached, device=self.device))
         first = max(0, cached - self._window + 1)  # no row begins before the cache ends
-        mask = self._to_mask((seen & near)[:, first:])
+        near = self._near(rows, torch.arange(first, cached, device=self.device))
+        mask = self._mask_rows(rows, first, cached)
+        mask = (self._new_mask(*near.shape) if mask is None else mask).masked_fill_(~near, -torch.inf)
         base = cache.base
         return {
             "full_attention": whole,
@@ -236,5 +256,16 @@ class Network:
             near[-rows.num_canvas :, -rows.num_canvas :] = True  # a canvas sees all of itself, however long
         return near
 
-    def _to_mask(self, seen: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(seen.shape, dtype=self.dtype, device=self.device).masked_fill(~seen, -torch.inf)
+    def _mask_rows(self, rows: Rows, first: int, cached: int) -> torch.Tensor | None:
+        """What rows see of the cached keys from ``first`` on, all, and of their own; ``None`` for all of those too."""
+        if rows.sees is None:
+            return None
+        n = len(rows.token_ids)
+        mask = self._new_mask(n, cached - first + n)
+        mask[:, cached - first :].masked_fill_(~rows.sees, -torch.inf)
+        return mask
+
+    def _new_mask(self, num_rows: int, num_keys: int) -> torch.Tensor:
+        """A mask that hides nothing; its rows begin where kernels can read, which would copy it whole otherwise."""
+        width = -(-num_keys // _MASK_ALIGNMENT) * _MASK_ALIGNMENT
+        return torch.zeros(num_rows, width, dtype=self.dtype, device=self.device)[:, :num_keys]

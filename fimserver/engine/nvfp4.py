@@ -3,6 +3,7 @@
     quantize          weights -> NVFP4Tensor: nearest codes, or scales searched for the least squared error
     dequantize        NVFP4Tensor -> weights
     encode, decode    e2m1 codes of numbers and back; pack, unpack two of them to a byte
+    concatenate       matrices of the same K as one; split_by_scale: and back into parts of one global scale
     to_parts          NVFP4Tensor -> the tensors of a checkpoint, by ModelOpt's or compressed-tensors' names
     from_parts        and back
 
@@ -18,6 +19,7 @@ Source:  NVIDIA's description of NVFP4; ModelOpt's and compressed-tensors' check
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from itertools import pairwise
 
 import torch
 
@@ -79,6 +81,20 @@ def concatenate(tensors: Sequence[NVFP4Tensor]) -> NVFP4Tensor:
         torch.cat([t.scales.view(torch.uint8) for t in rows], dim=-2).view(torch.float8_e4m3fn),
         torch.cat([t.global_scale for t in rows], dim=-1),
     )
+
+
+def split_by_scale(tensor: NVFP4Tensor) -> list[NVFP4Tensor]:
+    """Rows (..., N, K) in runs that have one global scale each (..., 1), in the order of the rows.
+
+    Stacks are cut where any of their matrices' scale changes, so gate and up of experts are two runs, or one.
+    """
+    scale = tensor.with_row_scales().global_scale
+    changes = (scale[..., 1:] != scale[..., :-1]).reshape(-1, scale.shape[-1] - 1).any(0)
+    cuts = [0, *(int(i) + 1 for i in changes.nonzero()), scale.shape[-1]]
+    return [
+        NVFP4Tensor(tensor.packed[..., a:b, :], tensor.scales[..., a:b, :], scale[..., a : a + 1])
+        for a, b in pairwise(cuts)
+    ]
 
 
 def quantize(

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from fimserver.engine.nvfp4 import NVFP4Tensor
+from fimserver.engine.products import AsStored
 
 ROWS = 16  # of a tile: what a tensor core takes at least
 _CODE_SCALE = tl.constexpr(float(2**22))  # what both shifts have made too small
@@ -231,7 +232,7 @@ def group_tokens(chosen: torch.Tensor, num_experts: int, rows: int = ROWS) -> Gr
     return Groups(placed, experts, num_slots)
 
 
-class TritonProducts:
+class TritonProducts(AsStored):
     """Kernels on one card; ``exact`` makes products in float32, for tests."""
 
     name = "Triton"

@@ -132,7 +132,10 @@ def count_stack_bytes(shape: Sequence[int]) -> int:
 
 
 def place_weight(name: str, weight: torch.Tensor | NVFP4Tensor, device: torch.device) -> torch.Tensor | NVFP4Tensor:
-    """A weight on the device; packed experts in main memory, pinned where a card is to copy from it."""
+    """A weight on the device; packed experts in main memory, pinned where a card is to copy from it.
+
+    Pinned memory comes in powers of two; ``model_facts.pinned_stack_bytes`` counts it so.
+    """
     if not (is_stack(name) and isinstance(weight, NVFP4Tensor)):
         return weight.to(device)
     whole = weight.with_row_scales()

@@ -11,6 +11,7 @@ Raises ``WeightsError`` that names the file or tensor and the remedy.
 
 import logging
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
-from fimserver.engine.checkpoint import Checkpoint, Format
+from fimserver.engine.checkpoint import DECODER, ENCODER, Checkpoint, Format
 from fimserver.engine.folder import DAMAGED, read_json
 from fimserver.engine.known import SHIPPED_MODELS, find_known_metadata, shipped_names
 from fimserver.engine.nvfp4 import NVFP4Tensor
@@ -31,9 +32,10 @@ from fimserver.engine.packed import (
     put_weight,
     tie_weight,
 )
-from fimserver.engine.quantization import read_quantization
+from fimserver.engine.quantization import Quantization, read_quantization
 from fimserver.engine.ranking import ANSWER_FEATURES, GUESS_FEATURES
 from fimserver.errors import WeightsError
+from fimserver.model_facts import pinned_stack_bytes
 from fimserver.model_store import find_added, is_hub_name
 from fimserver.types import Mode
 
@@ -214,12 +216,13 @@ def load_weights(  # noqa: PLR0913  what a load can differ in
     if not (keeps_vision and checkpoint.has_vision):
         model.model.encoder.vision_tower = model.model.encoder.embed_vision = None
         checkpoint.leave_out_vision()
+    _compare_formats(read_quantization(folder), checkpoint)
     _check_room(checkpoint, dtype, device, keeps_nvfp4=keeps_nvfp4)
     if experts_on_device is None:
         weights = checkpoint.read(device=device, dtype=dtype, keeps_nvfp4=keeps_nvfp4, report=report)
         _fill(model, weights, device, folder)
     else:
-        _check_host_experts(folder, checkpoint, experts_on_device, keeps_nvfp4=keeps_nvfp4)
+        _check_host_experts(folder, checkpoint, experts_on_device, keeps_nvfp4=keeps_nvfp4, device=device)
         weights = checkpoint.read(device=CPU, dtype=dtype, keeps_nvfp4=True, report=report)
         _fill(model, ((name, place_weight(name, weight, device)) for name, weight in weights), device, folder)
         for experts in find_packed_experts(model):
@@ -285,6 +288,31 @@ def _make_constants(module: Any, device: torch.device, owner: Any = None) -> Non
         _make_constants(part, device, owner)
 
 
+def _compare_formats(said: Quantization | None, checkpoint: Checkpoint) -> None:
+    """Warn of matrices whose format is not what the configuration says; loaded is what the file holds."""
+    if said is None:
+        return
+    patterns = [re.compile(pattern[3:]) for pattern in said.excluded if pattern.startswith("re:")]
+    wrong = []
+    for module, found in checkpoint.formats():
+        # compressed-tensors names its targets by class, which leaves open what is in floats.
+        if found is Format.FLOAT and said.method != "modelopt":
+            continue
+        paths = {module, module.replace(ENCODER, DECODER, 1), module.replace(DECODER, ENCODER, 1)}
+        asked = {None if any(p.match(path) for p in patterns) else said.format_of(path) for path in paths}
+        if len(asked) > 1:  # one path alone is named: as having a format, or as being left out
+            asked -= {None} if said.layers else {*asked} - {None}
+        if (None if found is Format.FLOAT else found.value) not in asked:
+            wrong.append((module, found.value))
+    if wrong:
+        logger.warning(
+            "the folder's quantization config says otherwise of %d matrices than the file, which is believed: "
+            "%s is %s there, for one",
+            len(wrong),
+            *wrong[0],
+        )
+
+
 def _check_room(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, *, keeps_nvfp4: bool) -> None:
     """Refuse what cannot fit before the machine begins to swap; say what expanding takes."""
     if keeps_nvfp4 or device.type != "cpu":
@@ -306,7 +334,9 @@ def _check_room(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
         raise WeightsError(msg)
 
 
-def _check_host_experts(folder: Path, checkpoint: Checkpoint, experts_on_device: int, *, keeps_nvfp4: bool) -> None:
+def _check_host_experts(
+    folder: Path, checkpoint: Checkpoint, experts_on_device: int, *, keeps_nvfp4: bool, device: torch.device
+) -> None:
     """Refuse what cannot stay in main memory, or does not fit into it."""
     if experts_on_device < 1:
         msg = f"experts_on_device is {experts_on_device}; at least 1 of each layer has to be there to be computed with"
@@ -315,7 +345,8 @@ def _check_host_experts(folder: Path, checkpoint: Checkpoint, experts_on_device:
     if not keeps_nvfp4 or not stacks or not all(target.is_nvfp4 for target in stacks):
         msg = f"{folder}: only experts in 4 bits that stay so can be in main memory; see fimserver quantize"
         raise WeightsError(msg)
-    needed = sum(count_stack_bytes(target.shape) for target in stacks)
+    count = pinned_stack_bytes if device.type == "cuda" else count_stack_bytes
+    needed = sum(count(target.shape) for target in stacks)
     free = available_bytes()
     if free is not None and needed > free:
         msg = (

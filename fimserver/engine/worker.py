@@ -162,16 +162,19 @@ class LoadSigns:
             self._outbox.send("loading", share=done / total)
 
 
-def load_engine(
+def load_engine(  # noqa: PLR0913  the options of an engine
     model: str,
     device: str,
     threads: int,
     context_tokens: int | None = None,
     report: Callable[[int, int], None] = lambda _done, _total: None,
+    *,
+    fp4_activations: bool = False,
 ) -> "Engine":
     """Import torch, load the model and run it once, so that the first request is as fast as the next.
 
-    ``report`` gets bytes read, and all there are. Raises ``FimserverError``; an import that fails is one too.
+    ``report`` gets bytes read, and all there are; ``fp4_activations`` as for ``Model.load``. Raises
+    ``FimserverError``; an import that fails is one too.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is fetched, whatever a library would like
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -184,7 +187,7 @@ def load_engine(
         msg = f"a package is missing ({error}); install again with: pip install fimserver"
         raise FimserverError(msg) from error
     torch.set_num_threads(threads or max(1, count_physical_cores() - 1))
-    engine = Engine.load(model, device, context_tokens, report)
+    engine = Engine.load(model, device, context_tokens, report, fp4_activations=fp4_activations)
     hole = Hole(HoleKind.REST_OF_LINE, max_lines=1, estimated_tokens=1)
     engine.complete(FimContext("def probe(value):\n    return ", "\n", "probe.py", "python", hole), Sampling(seed=0))
     engine.forget()

@@ -1,0 +1,342 @@
+"""``fimserver bench soak --each N``: each fault that can be made from outside, so many times, with the real model.
+
+Two editors: one with a function of a few lines, another with a file of 10,000 that it types into meanwhile. The first
+has a request open where the fault is in the middle of one; both ask by hand right behind the fault. What is counted:
+
+    lost        requests without an answer, or with an error
+    different   documents that the daemon has otherwise than the editor, afterwards
+    seconds     from the fault (of one that lasts: from its end) until the first editor's next request has an item
+
+Where the relay is killed, what it was asked goes with it: the editor starts another and asks anew. Three deaths of a
+worker in a minute are the daemon's reason to start no other, and a relay waits longer behind a daemon that lived for
+seconds: tries are one fault each, so behind two of the worker comes a new daemon, behind one of the daemon new relays.
+
+Knows:  editors, processes, signals of Linux.  Never: the model.
+"""
+
+import contextlib
+import os
+import resource
+import signal
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from fimserver.bench.soak import count_different, is_there, own_home, until
+from fimserver.bench.windows import Counts, Window
+from fimserver.errors import FimserverError
+from fimserver.lsp.launch import end_daemon, read_status
+from fimserver.lsp.wire import to_frame
+
+_READY_S = 120.0
+_RECOVERED_S = 180.0
+_STOPPED_S = 1.0
+_SLOWED_S = 3.0
+_HUNG_S = 150.0  # the watchdog takes 90
+_DEATHS = 2  # of a worker, with which a daemon starts another
+_INVOKED = 1
+_FRAME_BYTES = 100 * 2**20
+_NAMES = ("area", "volume", "price", "weight", "length", "speed", "score", "depth", "width", "angle")
+_FUNCTION = 'def {0}_{1}(first_{0}, second_{1}):\n    """The sum of both, {1} times."""\n    return '
+_NONSENSE = (
+    b"Content-Length: none\r\n\r\n",
+    to_frame(b"\xff\xfe{"),
+    to_frame(b"{"),
+    to_frame(b"[1, 2]"),
+    to_frame(b'{"jsonrpc": "2.0", "method": "no/such"}'),
+    to_frame(b'{"jsonrpc": "2.0", "method": "textDocument/didChange", "params": {"textDocument": 7}}'),
+)
+_STAGES = {"before a request": None, "in its middle": 0.5, "just before its answer": 0.9}  # share of an answer's time
+
+
+@dataclass(slots=True)
+class Tried:
+    """A fault, and what came of it."""
+
+    case: str
+    tries: int = 0
+    requests: int = 0
+    lost: int = 0
+    doubled: int = 0
+    different: int = 0
+    seconds: list[float] = field(default_factory=list)
+    is_forgiven: bool = False  # what a relay was asked goes with it
+
+    @property
+    def is_good(self) -> bool:
+        """Whether nothing was lost that had to be kept."""
+        return not (self.different or self.doubled or (self.lost and not self.is_forgiven))
+
+
+@dataclass(frozen=True, slots=True)
+class Trials:
+    """All of them."""
+
+    answer_s: float  # without a fault, at the median
+    cases: list[Tried]
+
+    @property
+    def is_good(self) -> bool:
+        """Whether all held that must hold."""
+        return all(case.is_good for case in self.cases)
+
+
+def print_trials(trials: Trials) -> None:
+    """Every fault a row."""
+    table = Table(box=SIMPLE, title=f"without a fault an answer takes {trials.answer_s:.2f} s at the median")
+    table.add_column("fault")
+    for name in ("tries", "requests", "lost", "doubled", "other texts", "s median", "longest"):
+        table.add_column(name, justify="right")
+    for case in trials.cases:
+        counts = [case.tries, case.requests, case.lost, case.doubled, case.different]
+        times = [statistics.median(case.seconds), max(case.seconds)]
+        table.add_row(case.case, *map(str, counts), *(f"{seconds:.2f}" for seconds in times))
+    Console(width=120, highlight=False).print(table)
+
+
+class _Stage:
+    """The two editors, and the daemon of the day."""
+
+    def __init__(self) -> None:
+        self.counts = [Counts(), Counts()]
+        self.windows: list[Window] = []
+        self.answer_s = 0.2
+        self._number = 0
+
+    def renew(self) -> None:
+        """A new daemon, and new editors."""
+        self.leave()
+        self.windows = [Window(number, number, self.counts[number], torn=False) for number in range(2)]
+        until(lambda: ((read_status() or {}).get("worker") or {}).get("state") == "ready", _READY_S)
+        self.type()
+        for window in self.windows:
+            self.ask(window)
+
+    def replace_relays(self) -> None:
+        """New editors, as it were, at the same daemon."""
+        for window in self.windows:
+            window.replace_relay()
+
+    def leave(self) -> None:
+        """Nobody is there any more."""
+        for window in self.windows:
+            window.leave()
+        with contextlib.suppress(FimserverError):
+            end_daemon("stop", force=True)
+
+    def type(self) -> None:
+        """The first begins another function, the second goes on."""
+        self._number += 1
+        name = _NAMES[self._number % len(_NAMES)]
+        self.windows[0].change(None, None, _FUNCTION.format(name, self._number))
+        for _ in range(3):
+            self.windows[1].edit()
+
+    def ask(self, window: Window) -> int:
+        """Ask by hand: at the end of the function, or of the second's first line."""
+        cursor = len(window.index.text) if window is self.windows[0] else window.index.line_range(0)[1]
+        return window.send_completion(cursor, _INVOKED)
+
+    def pid_of(self, victim: str) -> int:
+        """Its process. Raises ``FimserverError`` where there is none."""
+        if victim == "relay":
+            return self.windows[0].process.pid
+        status = read_status()
+        pid = (status["pid"] if victim == "daemon" else status["worker"]["pid"]) if status is not None else None
+        if not pid:
+            msg = f"no {victim} runs, though two editors do; see: fimserver daemon logs"
+            raise FimserverError(msg)
+        return int(pid)
+
+    def measure(self, tries: int) -> None:
+        """How long an answer takes where nothing happens. Raises ``FimserverError`` where none comes."""
+        times: list[float] = []
+        for _ in range(tries):
+            self.type()
+            begin = time.perf_counter()
+            answer = self.windows[0].wait(self.ask(self.windows[0])) or {}
+            if answer.get("result", {}).get("items"):
+                times.append(time.perf_counter() - begin)
+        if len(times) <= tries // 2:
+            msg = (
+                f"{tries - len(times)} of {tries} requests got nothing, where nothing was wrong; see: fimserver doctor"
+            )
+            raise FimserverError(msg)
+        self.answer_s = statistics.median(times)
+
+    def try_once(self, tried: Tried, harm: Callable[["_Stage"], float], share: float | None) -> None:
+        """One try: ``harm`` gives the time of ``time.perf_counter`` from which is counted."""
+        first, second = self.windows
+        doubled = sum(counts.doubled for counts in self.counts)
+        self.type()
+        open_number = self.ask(first) if share is not None else None
+        if share is not None:
+            time.sleep(share * self.answer_s)
+        begin = harm(self)
+        is_gone = first.process.poll() is not None
+        if is_gone:
+            first.replace_relay()
+        second.edit()
+        other_number = self.ask(second)
+        answers = [] if open_number is None else [first.wait(open_number, 0.0 if is_gone else _RECOVERED_S)]
+        deadline = time.monotonic() + _RECOVERED_S
+        while time.monotonic() < deadline:
+            self.type()  # what was answered already would need no model
+            answers.append(first.wait(self.ask(first), _RECOVERED_S))
+            if (answers[-1] or {}).get("result", {}).get("items"):
+                break
+        tried.seconds.append(round(time.perf_counter() - begin, 2))
+        answers.append(second.wait(other_number))
+        tried.lost += sum(answer is None or "error" in answer for answer in answers)
+        tried.requests += len(answers)
+        tried.tries += 1
+        tried.different += count_different(self.windows)
+        tried.doubled += sum(counts.doubled for counts in self.counts) - doubled
+
+
+def _kill(victim: str) -> Callable[[_Stage], float]:
+    def harm(stage: _Stage) -> float:
+        os.kill(stage.pid_of(victim), signal.SIGKILL)
+        begin = time.perf_counter()
+        if victim == "relay":
+            stage.windows[0].process.wait()
+        return begin
+
+    return harm
+
+
+def _stop(victim: str) -> Callable[[_Stage], float]:
+    def harm(stage: _Stage) -> float:
+        pid = stage.pid_of(victim)
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(_STOPPED_S)
+        os.kill(pid, signal.SIGCONT)
+        return time.perf_counter()
+
+    return harm
+
+
+def _hang(stage: _Stage) -> float:
+    """The worker stands still until the watchdog ends it."""
+    pid = stage.pid_of("worker")
+    os.kill(pid, signal.SIGSTOP)
+    begin = time.perf_counter()
+    until(lambda: not is_there(pid), _HUNG_S)
+    return begin
+
+
+def _slow(stage: _Stage) -> float:
+    """The worker has one millisecond of a hundred, for a few seconds."""
+    pid, ended = stage.pid_of("worker"), threading.Event()
+
+    def run() -> None:
+        while not ended.is_set():
+            os.kill(pid, signal.SIGSTOP)
+            ended.wait(0.099)
+            os.kill(pid, signal.SIGCONT)
+            ended.wait(0.001)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    time.sleep(_SLOWED_S)
+    ended.set()
+    thread.join()
+    return time.perf_counter()
+
+
+def _exhaust(stage: _Stage) -> float:
+    """The worker gets no more memory until it was asked once."""
+    pid = stage.pid_of("worker")
+    size = int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+    unlimited = resource.RLIM_INFINITY
+    resource.prlimit(pid, resource.RLIMIT_AS, (size, unlimited))
+    stage.windows[0].change(0, 0, "".join(f"def step_{i}(items):\n    return items[{i}]\n" for i in range(200)))
+    stage.windows[0].wait(stage.ask(stage.windows[0]))
+    with contextlib.suppress(ProcessLookupError):
+        resource.prlimit(pid, resource.RLIMIT_AS, (unlimited, unlimited))
+    return time.perf_counter()
+
+
+def _send_much(stage: _Stage) -> float:
+    """A text of 100 MB, which is left out; the editor closes it, and opens the file as it was."""
+    window, begin = stage.windows[0], time.perf_counter()
+    document = {"uri": window.uri, "version": window.version + 1}
+    text = "x" * _FRAME_BYTES
+    window.tell("textDocument/didChange", {"textDocument": document, "contentChanges": [{"text": text}]})
+    window.version += 1
+    window.tell("textDocument/didClose", {"textDocument": {"uri": window.uri}})
+    window.open()
+    return begin
+
+
+def _send_nonsense(stage: _Stage) -> float:
+    """Damaged headers, invalid UTF-8 and JSON, unknown methods, parameters of another type."""
+    for data in _NONSENSE:
+        stage.windows[0].write(data)
+    return time.perf_counter()
+
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    name: str
+    harm: Callable[[_Stage], float]
+    share: float | None = 0.5
+    per_daemon: int = sys.maxsize  # tries
+    renews_relays: bool = False
+    is_forgiven: bool = False
+
+
+def _to_cases() -> list[_Case]:
+    victims = ("worker", "daemon", "relay")
+    return [
+        *(
+            _Case(f"{victim} killed {stage}", _kill(victim), share, per_daemon, renews_relays, victim == "relay")
+            for victim, per_daemon, renews_relays in (
+                ("worker", _DEATHS, False),
+                ("daemon", sys.maxsize, True),
+                ("relay", sys.maxsize, False),
+            )
+            for stage, share in _STAGES.items()
+        ),
+        *(_Case(f"{victim} stopped for {_STOPPED_S:g} s, continued", _stop(victim)) for victim in victims),
+        _Case("worker slower by 100 times", _slow),
+        _Case("worker out of memory", _exhaust, None, per_daemon=_DEATHS),
+        _Case("frame of 100 MB", _send_much, None),
+        _Case("nonsense from the editor", _send_nonsense),
+        _Case("worker hangs", _hang, per_daemon=_DEATHS),
+    ]
+
+
+def try_each(tries: int, only: str = "") -> Trials:
+    """Each fault whose name has ``only``, in a home of its own. Raises ``FimserverError`` elsewhere than on Linux."""
+    if sys.platform != "linux":
+        msg = "faults are made by signals and limits of Linux; run the soak without --each here"
+        raise FimserverError(msg)
+    cases = [case for case in _to_cases() if only in case.name]
+    found: list[Tried] = []
+    with own_home(), Progress(transient=True) as progress:
+        task = progress.add_task("faults", total=tries * len(cases))
+        stage = _Stage()
+        stage.renew()
+        stage.measure(2 * tries)
+        for case in cases:
+            tried = Tried(case.name, is_forgiven=case.is_forgiven)
+            found.append(tried)
+            for i in range(tries):
+                if i % case.per_daemon == 0:
+                    stage.renew()
+                elif case.renews_relays:
+                    stage.replace_relays()
+                stage.try_once(tried, case.harm, case.share)
+                progress.advance(task)
+        stage.leave()
+    return Trials(round(stage.answer_s, 3), found)
