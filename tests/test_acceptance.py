@@ -201,6 +201,18 @@ def test_the_file_holds_counts_and_is_the_owners(acceptance: Acceptance) -> None
         assert stat.S_IMODE(acceptance.path.stat().st_mode) == 0o600
 
 
+def test_a_link_in_its_place_is_not_written_through(acceptance: Acceptance, tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("kept")
+    acceptance.path.parent.mkdir()
+    acceptance.path.symlink_to(precious)
+    offer(acceptance, INNER)
+    acceptance.on_edit(URI, BEFORE + INNER + AFTER)
+    assert counted(acceptance) == ACCEPTED
+    assert precious.read_text() == "kept"
+    assert not acceptance.path.is_symlink()
+
+
 def test_it_is_written_at_most_every_half_minute(tmp_path: Path) -> None:
     clock = Clock()
     counts = Counts(tmp_path / FILE_NAME, clock)

@@ -1,9 +1,12 @@
 """Lines, positions and edits in every encoding."""
 
 import random
+import re
 import time
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fimserver.errors import PositionError
 from fimserver.text import Encoding, LineIndex, count_units, line_ending, replace, to_newlines
@@ -15,6 +18,11 @@ def test_lines_end_at_newlines_only() -> None:
     assert LineIndex(TEXT).starts == [0, 6, 10, 12]
     assert [LineIndex(TEXT).line_range(i) for i in range(4)] == [(0, 4), (6, 9), (10, 11), (12, 12)]
     assert LineIndex("").starts == [0]
+
+
+@given(st.text(st.sampled_from("a\r\n\x0c\u2028"), max_size=12))
+def test_lines_begin_behind_their_ends(text: str) -> None:
+    assert LineIndex(text).starts == [0, *(match.end() for match in re.finditer(r"\r\n|\n|\r", text))]
 
 
 @pytest.mark.parametrize(("encoding", "column"), [(Encoding.UTF8, 7), (Encoding.UTF16, 4), (Encoding.UTF32, 3)])
