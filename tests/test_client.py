@@ -167,6 +167,14 @@ def test_a_worker_that_is_killed_while_it_loads_is_started_once_more(worker: Wor
     assert client.complete(CONTEXT, Sampling()).future.result(10).text == "start 2"
 
 
+def test_one_that_is_killed_long_after_is_given_up_too(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where deaths are forgotten before the next load has ended."""
+    monkeypatch.setattr(client_module, "DEATH_WINDOW_S", 0.0)
+    client = worker("time.sleep(0.1)\nos.kill(os.getpid(), 9)")
+    with pytest.raises(EngineError, match="code -9 while loading"):
+        client.wait_until_ready(10)
+
+
 def test_one_that_is_killed_again_is_given_up_with_a_word_on_memory(worker: Worker) -> None:
     client = worker("os.kill(os.getpid(), 9)")
     with pytest.raises(EngineError, match="code -9 while loading; it was killed, mostly for want of memory"):

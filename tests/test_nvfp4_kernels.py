@@ -14,8 +14,9 @@ import torch
 from fimserver.engine.backends import Backend, Choice, Trial, Work, choose_products, find_products
 from fimserver.engine.model import Model
 from fimserver.engine.nvfp4 import NVFP4Tensor, quantize
+from fimserver.engine.packed import find_packed_experts
 from fimserver.engine.products import PLAIN, PlainProducts, Products, RoundedProducts
-from fimserver.errors import WeightsError
+from fimserver.errors import EngineError, WeightsError
 
 CPU = torch.device("cpu")
 
@@ -289,17 +290,17 @@ def of(kind: type[PlainProducts]) -> Any:
 WORK = Work(projections=((64, 128),), experts=(6, 64, 128), num_chosen=2)
 
 
-def choose(monkeypatch: pytest.MonkeyPatch, *backends: Backend, rounds: bool = False) -> Choice:
+def choose(monkeypatch: pytest.MonkeyPatch, *backends: Backend, rounds: bool = False, work: Work = WORK) -> Choice:
     """The choice for a device that says it is none of a processor, whose tensors live on one."""
 
     class Card:
         type = "card"
 
-    def make(self: Trial, _device: Any, dtype: torch.dtype, work: Work, make: Any = Trial.__init__) -> None:
-        make(self, CPU, dtype, work)
+    def make(self: Trial, _device: Any, dtype: torch.dtype, *arguments: Any, make: Any = Trial.__init__) -> None:
+        make(self, CPU, dtype, *arguments)
 
     monkeypatch.setattr(Trial, "__init__", make)
-    return choose_products(Card(), torch.float32, WORK, backends, fp4_activations=rounds)  # type: ignore[arg-type]
+    return choose_products(Card(), torch.float32, work, backends, fp4_activations=rounds)  # type: ignore[arg-type]
 
 
 def test_a_wrong_kernel_is_left_out_with_a_warning(
@@ -369,6 +370,39 @@ def test_a_model_says_what_it_multiplies(random_model: Model) -> None:
     Model(packed.network, random_model.metadata, Choice(Noting()))
     assert set(found.projections) == used
     assert len(found.projections) == len(used) > 3
+
+
+def test_experts_in_main_memory_are_tried_by_what_reads_them_as_they_are(
+    random_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from checkpoints import EXPERTS_ONLY, repack
+
+    network = repack(random_model.network, EXPERTS_ONLY)
+    for experts in find_packed_experts(network):
+        experts.stay_on_host(3, CPU)
+    text = random_model.text_config
+    work = find_products(network)
+    assert work == Work((), (3, text.moe_intermediate_size, text.hidden_size), text.top_k_experts, stay=False)
+    ours, theirs = Backend("Ours", of(PlainProducts)), Backend("Theirs", fail, "theirs", takes_any_shape=False)
+    chosen = choose(monkeypatch, ours, theirs, work=work)
+    assert chosen.tried["Theirs"] == "nothing to do in this model"
+    assert chosen.tried["Ours"].endswith("us")
+
+
+def test_kernels_that_break_the_card_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def break_it(_dtype: torch.dtype, _rest: Products) -> Products:
+        msg = "CUDA error: an illegal memory access was encountered"
+        raise RuntimeError(msg)
+
+    with pytest.raises(EngineError, match=r"Theirs's kernels broke the card's context .*; pip uninstall theirs"):
+        choose(monkeypatch, Backend("Theirs", break_it, "theirs", takes_any_shape=False))
+
+
+def test_signs_are_given_while_kernels_are_tried() -> None:
+    signs: list[int] = []
+    trial = Trial(CPU, torch.float32, WORK, lambda: signs.append(1))
+    trial.find_fault(PlainProducts())
+    assert len(signs) == 8, "of two products at four counts of tokens"
 
 
 def test_experts_of_another_activation_are_refused(random_model: Model) -> None:

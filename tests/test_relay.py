@@ -524,6 +524,47 @@ def test_a_daemon_that_takes_its_time_is_none_that_hangs(hasty: None, editor: Ed
     assert not [m for m in editor.heard if m.get("id") == "fimserver-relay-ping"]
 
 
+def test_a_daemon_that_hangs_behind_a_word_of_its_own_is_told_too(hasty: None, editor: Editor) -> None:
+    editor.ask(2)
+    editor.daemon.say(method="window/logMessage", params={"type": 4, "message": "alive"})
+    until(lambda: editor.heard[-1].get("method") == "window/logMessage")
+    until(lambda: bool(messages(editor)))
+    for number in (3, 4):
+        editor.daemon.say(id=number - 1, result={"items": []})
+        until(lambda number=number: bool(editor.answers(number - 1)))
+        editor.ask(number)
+        until(lambda number=number: len(messages(editor)) == number - 1)
+
+
+def test_the_daemons_own_word_comes_back_when_it_answers_again(hasty: None, editor: Editor) -> None:
+    own = {"kind": "Error", "busy": False, "message": "no model"}
+    editor.daemon.say(method="didChangeStatus", params=own)
+    editor.ask(2)
+    until(lambda: bool(messages(editor)))
+    editor.daemon.say(id=2, result={"items": []})
+    until(lambda: editor.heard[-1].get("params") == own)
+
+
+def test_who_leaves_while_a_daemon_reads_nothing_is_let_go(editor: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sending to it waits for ever, with the lock held."""
+    closed = threading.Event()
+    sending = threading.Event()
+
+    def send(*_bodies: bytes) -> None:
+        sending.set()
+        closed.wait(10)
+        raise BrokenPipeError
+
+    daemon = editor.daemon
+    monkeypatch.setattr(daemon, "send", send)
+    monkeypatch.setattr(daemon, "close", closed.set)
+    threading.Thread(target=editor.relay.from_editor, args=(b'{"id": 9, "method": "x"}',), daemon=True).start()
+    assert sending.wait(5)
+    assert editor.leave() == 1
+    assert closed.is_set()
+    daemon.die()
+
+
 HEADERS = [
     *(b"Content-Length: x\r\n", b"Content-Length: -5\r\n\r\n", b"Content-Length:\r\n\r\n", b"Content-Length: 1e3\n"),
     *("Content-Length: \u0663\r\n\r\n".encode(), b"Content-Type: a:b\r\n", b": :\r\n", b"\r\n", b"\n", b"\0\xff:\r\n"),

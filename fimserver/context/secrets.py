@@ -57,8 +57,12 @@ _PATTERNS = (
     (("AGE-SECRET-KEY-",), re.compile(r"\b(AGE-SECRET-KEY-1[0-9A-Z]{40,})")),
     (("AccountKey=", "SharedAccessKey="), re.compile(r"(?:AccountKey|SharedAccessKey)=([A-Za-z0-9+/]{16,}={0,2})")),
     (
-        ("earer ", "asic ", "BEARER ", "BASIC "),
-        re.compile(r"\b(?i:bearer|basic) +(?=[^\s\"']{0,400}(?:\d|[a-z][A-Z]))([A-Za-z0-9._~+/-]{12,}={0,2})"),
+        ("earer ", "BEARER "),
+        re.compile(r"\b(?i:bearer) +(?=[^\s\"']{0,400}\d)([A-Za-z0-9._~+/-]{12,}={0,2})"),
+    ),
+    (
+        ("uthorization", "AUTHORIZATION"),
+        re.compile(r"(?i:authorization)\W{1,20}(?i:basic) +([A-Za-z0-9+/]{8,400}={0,2})"),
     ),
 )
 # How a value is given to a name, from the name's end on.
@@ -70,8 +74,19 @@ _LITERAL = re.compile(rf"\w{{0,40}}{_ASSIGNED}(?=[^\"'`\n]{{0,400}}\d){_FILLED_I
 _PASSWORD = re.compile(f"{_ASSIGNED}{_SPEAKS}{_FILLED_IN}{_QUOTED}", re.IGNORECASE)
 # And without quotes, from the line's beginning on: in shells and Dockerfiles, in YAML, where a word with a digit behind
 # it is code, and in INI files, where it has to be long and of letters of both cases.
-_UNQUOTED = (
-    r"(?=[^\s#]{0,400}\d)(?![\w.]{1,80}\.[A-Za-z_]\w{0,80}[ \t]*$)([^\s\"'`,;()\[\]{}<>$]{8,400})[ \t]*(?:#.*)?$"
+_NOT_ONE = (
+    r"(?![\d_.]+[ \t]*$|\S*(?:://|\*)|[/~]|\.{1,2}/|self\.|\w*[._]\w*\+"  # numbers, addresses, paths, sums
+    r"|[\w.]{1,80}\.[A-Za-z_]\w{0,80}[ \t]*$"  # what is of something
+    r"|(?:[A-Z][a-z]+)+\d*(?:[A-Z][a-z]+)*[ \t]*$"  # types
+    r"|[a-z]+(?:-[a-z]+)*-v?\d[\d.]*[ \t]*$"  # names of versions
+    r")"
+)
+_UNQUOTED = rf"(?=[^\s#]{{0,400}}\d){_NOT_ONE}([^\s\"'`,;()\[\]{{}}<>$]{{8,400}})[ \t]*(?:#.*)?$"
+# What a name goes on with that is of something else: how many tokens, where they come from, how long they live.
+_OF_ANOTHER = re.compile(
+    r"[\w.-]{0,30}?(?:name|ur[il]|path|file|dir|limit|timeout|count|type|length|size|ttl|version|expir\w{0,6}|prefix)s?\b"
+    r"|s\b|iz",
+    re.IGNORECASE,
 )
 _LINES = tuple(
     re.compile(rf"[ \t]*{begin}{_UNQUOTED}")
@@ -108,7 +123,7 @@ def _find_assigned(text: str) -> Iterator[tuple[int, int]]:
         match = _LITERAL.match(text, at + len(name))
         if match is None and name in _PASSWORDS:
             match = _PASSWORD.match(text, at + len(name))
-        if match is None and at >= line_end:
+        if match is None and at >= line_end and not _OF_ANOTHER.match(text, at + len(name)):
             near = max(0, at - _MOST_BEFORE)
             begin = max(text.rfind("\n", near, at), text.rfind("\r", near, at)) + 1
             ending = _LINE_END.search(text, at)

@@ -18,7 +18,8 @@ Knows:  names of backends, times.  Never: what a model says.
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -30,6 +31,7 @@ from fimserver.engine.layers import find_packed_projections
 from fimserver.engine.nvfp4 import BLOCK, NVFP4Tensor, concatenate
 from fimserver.engine.packed import find_packed_experts
 from fimserver.engine.products import PLAIN, PlainProducts, Products, RoundedProducts
+from fimserver.errors import EngineError
 
 _logger = logging.getLogger(__name__)
 _TOLERANCE = 0.02  # of the largest number in a result: what sums of bf16 may differ by
@@ -43,11 +45,19 @@ _Record = Callable[[_Run], _Run]
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """The products of a model: projections (N, K), and experts (E, I, H) of which a token chooses some."""
+    """The products of a model: projections (N, K), and experts (E, I, H) of which a token chooses some.
+
+    Experts that do not ``stay`` are in the places of an ``ExpertCache``, and are multiplied as they are stored.
+    """
 
     projections: tuple[tuple[int, int], ...] = ()
     experts: tuple[int, int, int] | None = None
     num_chosen: int = 0
+    stay: bool = True
+
+    def for_others(self) -> "Work":
+        """What a backend with an order of its own has to do with."""
+        return self if self.stay else replace(self, experts=None)
 
 
 # No multiple of a tile, so that edges are tried too.
@@ -63,6 +73,7 @@ class Backend:
 
     name: str
     make: Callable[[torch.dtype, Products], Products]
+    package: str = ""  # of others
     takes_any_shape: bool = True
     rounds_activations: bool = False
 
@@ -95,42 +106,60 @@ def _make_flashinfer(dtype: torch.dtype, rest: Products, *, rounds: bool = False
 
 BACKENDS = (
     Backend("Triton", _make_triton),
-    Backend("Humming", _make_humming, takes_any_shape=False),
-    Backend("flashinfer", _make_flashinfer, takes_any_shape=False),
+    Backend("Humming", _make_humming, "humming-kernels", takes_any_shape=False),
+    Backend("flashinfer", _make_flashinfer, "flashinfer-python", takes_any_shape=False),
     Backend(
         "flashinfer, activations in 4 bits",
         partial(_make_flashinfer, rounds=True),
+        "flashinfer-python",
         takes_any_shape=False,
         rounds_activations=True,
     ),
 )
 
 
-def choose_products(
+def choose_products(  # noqa: PLR0913  two of which have no default
     device: torch.device,
     dtype: torch.dtype,
     work: Work = EDGES,
     backends: Sequence[Backend] = BACKENDS,
     *,
     fp4_activations: bool = False,
+    sign: Callable[[], None] = lambda: None,
 ) -> Choice:
-    """The fastest backend that is right on a device; plain torch, with a warning, where none is."""
+    """The fastest backend that is right on a device; plain torch, with a warning, where none is.
+
+    ``sign`` is called now and then: compiling kernels takes minutes the first time. Raises ``EngineError`` where
+    another package's kernels leave the card unusable for this process.
+    """
     if device.type == "cpu":
         return Choice(PLAIN)
     tried: dict[str, str] = {}
     plain: Products = PlainProducts(dtype)
     times: list[tuple[float, Products]] = []
     any_shape: list[tuple[float, Products]] = []
-    edges, own = Trial(device, dtype, EDGES), Trial(device, dtype, work)
+    try:
+        edges, own = Trial(device, dtype, EDGES, sign), Trial(device, dtype, work, sign)
+        others = own if work.stay else Trial(device, dtype, work.for_others(), sign)
+    except torch.OutOfMemoryError:
+        _logger.warning("the card has no room to compare kernels, so weights in 4 bits are expanded, which is slow")
+        return Choice(plain)
     for backend in backends:
         if backend.rounds_activations and not fp4_activations:
             continue
+        trials = (edges, own) if backend.takes_any_shape else (others,)
+        if trials[-1].is_empty:
+            tried[backend.name] = "nothing to do in this model"
+            continue
         try:
-            products = backend.make(dtype, _fastest(any_shape, plain))
-            trials = (edges, own) if backend.takes_any_shape else (own,)
-            fault = next(filter(None, (trial.find_fault(products, backend) for trial in trials)), "")
-            seconds = 0.0 if fault else own.measure(products)
-        except Exception as error:  # noqa: BLE001  others' packages, drivers and compilers fail in their own ways
+            with _kept_stream(device):
+                products = backend.make(dtype, _fastest(any_shape, plain))
+                fault = next(filter(None, (trial.find_fault(products, backend) for trial in trials)), "")
+                seconds = 0.0 if fault else trials[-1].measure(products)
+        except Exception as error:  # others' packages, drivers and compilers fail in their own ways
+            if backend.package and "CUDA error" in str(error):
+                msg = f"{backend.name}'s kernels broke the card's context ({error}); pip uninstall {backend.package}"
+                raise EngineError(msg) from error
             is_missing = isinstance(error, ImportError) and not backend.takes_any_shape
             tried[backend.name] = "not installed" if is_missing else f"{type(error).__name__}: {error}"
             level = logging.INFO if is_missing else logging.WARNING
@@ -148,19 +177,28 @@ def choose_products(
     return Choice(_fastest(times, plain), tried)
 
 
+def _kept_stream(device: torch.device) -> AbstractContextManager[Any]:
+    """A recording that fails leaves its own stream in the place of the current one: that is put back behind it."""
+    if device.type != "cuda":
+        return nullcontext()
+    stream: AbstractContextManager[Any] = torch.cuda.stream(torch.cuda.current_stream(device))
+    return stream
+
+
 def _fastest(times: Sequence[tuple[float, Products]], otherwise: Products) -> Products:
     return min(times, key=lambda pair: pair[0])[1] if times else otherwise
 
 
 def find_products(model: Any) -> Work:
-    """The products by weights in 4 bits of transformers' model, but for those of experts in main memory."""
+    """The products by weights in 4 bits of transformers' model."""
     config = model.config.text_config
-    stays = [m for m in find_packed_experts(model) if m.cache is None]
-    experts = None
-    if stays:
-        num_experts, hidden, inner = stays[0].stacks()[1].shape
-        experts = (num_experts, inner, hidden)
-    return Work(tuple(find_packed_projections(model)), experts, config.top_k_experts)
+    projections, packed = tuple(find_packed_projections(model)), find_packed_experts(model)
+    if not packed:
+        return Work(projections)
+    cache = packed[0].cache
+    num_experts, hidden, inner = (packed[0].stacks() if cache is None else cache.slots)[1].shape
+    chosen = min(config.top_k_experts, num_experts)
+    return Work(projections, (num_experts, inner, hidden), chosen, stay=cache is None)
 
 
 def _run_once(run: _Run) -> _Run:
@@ -172,10 +210,17 @@ def _run_once(run: _Run) -> _Run:
 class Trial:
     """Weights and tokens of a comparison, all made on the device: codes and scales of any kind, the same each time."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, work: Work = EDGES) -> None:
-        self.device, self._dtype = device, dtype
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        work: Work = EDGES,
+        sign: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.device, self._dtype, self._sign = device, dtype, sign
+        self.is_empty = not work.projections and work.experts is None
         self._generator = torch.Generator(device).manual_seed(0)
-        self._record: _Record = capture if device.type == "cuda" else _run_once
+        self._record: _Record = partial(capture, shares=False) if device.type == "cuda" else _run_once
         self._projections = [self._to_weights(*shape) for shape in work.projections]
         self._stacks: tuple[NVFP4Tensor, NVFP4Tensor] | None = None
         if work.experts is not None:
@@ -192,6 +237,7 @@ class Trial:
         plain: Products = RoundedProducts() if rounds else PLAIN
         tolerance = _ROUNDED_TOLERANCE if rounds else _TOLERANCE
         for what, run, inputs, expect in self._runs(products, plain):
+            self._sign()
             for kind, found in (("", run(*inputs)), (", recorded", self._replay(products, run, inputs))):
                 expected = expect(*inputs)
                 if found.shape != expected.shape:
@@ -205,6 +251,7 @@ class Trial:
         """Seconds of all these products for a canvas, recorded where that can be; of each the best of some rounds."""
         total = 0.0
         for _, run, inputs, _ in self._runs(products, PLAIN, (_TIMED_TOKENS,)):
+            self._sign()
             call = partial(run, *inputs)
             recorded = call if products.reads_choices else self._record(call)
             best = float("inf")
@@ -227,7 +274,7 @@ class Trial:
         again = self._record(partial(run, *held))
         for tensor, wanted in zip(held, inputs, strict=True):
             tensor.copy_(wanted)
-        return again()
+        return again().clone()  # its memory goes with the recording
 
     def _runs(
         self, products: Products, plain: Products, tokens: Sequence[int] = _TOKENS

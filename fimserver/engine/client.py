@@ -112,11 +112,15 @@ class PendingCompletion:
 
 @dataclass(eq=False)
 class _Worker:
-    """One process and what is still to be written to it; ``current`` is the request that it computes."""
+    """One process and what is still to be written to it; ``current`` is the request that it computes.
+
+    ``is_hung`` says that it is ended from here, for want of a sign.
+    """
 
     process: "subprocess.Popen[bytes]"
     outgoing: "queue.SimpleQueue[dict[str, Any] | None]" = field(default_factory=queue.SimpleQueue)
     current: int | None = None
+    is_hung: bool = False
 
 
 class EngineClient:
@@ -147,6 +151,7 @@ class EngineClient:
         self._sent: PendingCompletion | None = None  # the worker has one at a time: which is next, is decided here
         self._next_id = 1
         self._deaths: list[float] = []
+        self._was_killed = False  # while it loaded with these options; once that is no verdict on them either
         self._has_loaded = False  # with these options: then a death while loading is no verdict on them
         self._deadline: float | None = None  # when the watchdog ends the worker
         self._watchdog: threading.Thread | None = None
@@ -218,7 +223,7 @@ class EngineClient:
             old, self._worker = self._worker, None
             self.options = options
             self._deaths.clear()
-            self._has_loaded = False
+            self._has_loaded = self._was_killed = False
             self._requeue()
             self._spawn()
         if old is not None:
@@ -344,6 +349,7 @@ class EngineClient:
                 remaining = None if self._deadline is None else self._deadline - self._clock()
                 if remaining is not None and remaining <= 0:
                     self._deadline = remaining = None
+                    self._worker.is_hung = True
                     self._worker.process.kill()
                 self._changed.wait(remaining)
             self._watchdog = None
@@ -432,8 +438,10 @@ class EngineClient:
             now = self._clock()
             self._deaths = [t for t in self._deaths if now - t < DEATH_WINDOW_S] + [now]
             code = worker.process.returncode
-            was_killed = code is not None and code < 0 and len(self._deaths) == 1  # by whom, nobody says
-            if self.state is EngineState.LOADING and not self._has_loaded and not was_killed:
+            is_first_load = self.state is EngineState.LOADING and not self._has_loaded
+            if is_first_load and not worker.is_hung and not self._was_killed and code is not None and code < 0:
+                self._was_killed = True  # by whom, nobody says
+            elif is_first_load:
                 why = "; it was killed, mostly for want of memory: see fimserver doctor" if code == _KILLED else ""
                 self._set_state(EngineState.FAILED, f"the engine ended with code {code} while loading{why}")
             elif self.state is not EngineState.FAILED and len(self._deaths) >= MAX_DEATHS:

@@ -31,13 +31,19 @@ _Run = Callable[[], torch.Tensor]
 
 
 @lru_cache(maxsize=1)
-def _pool() -> Any:
-    """Memory that all recordings work in: one runs at a time, and what it gives is used before the next."""
-    return torch.cuda.graph_pool_handle()
+def _anchor() -> Any:
+    """A recording that is kept: the memory of a pool that nobody holds any more cannot be recorded in again."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        torch.zeros(1, device="cuda")
+    return graph
 
 
-def capture(run: _Run) -> _Run:
-    """A pass recorded on the card; running the result runs it there in one call, on the same tensors."""
+def capture(run: _Run, *, shares: bool = True) -> _Run:
+    """A pass recorded on the card; running the result runs it there in one call, on the same tensors.
+
+    All that ``shares`` work in the same memory: one runs at a time, and what it gives is used before the next.
+    """
     stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -45,7 +51,7 @@ def capture(run: _Run) -> _Run:
             run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=_pool()):
+    with torch.cuda.graph(graph, pool=_anchor().pool() if shares else None):
         found = run()
 
     def replay() -> torch.Tensor:

@@ -27,6 +27,7 @@ from fimserver.engine.packed import PackedExperts, PackedLinear, is_packed
 from fimserver.engine.products import Experts, Products, Projection, run_experts
 
 _NOTHING = nullcontext()
+MASK_ALIGNMENT = 8  # numbers
 _LARGEST_REPEATED = 2**25  # numbers of a mask; 64 MB in bf16
 
 
@@ -76,7 +77,7 @@ def attend_grouped(
     group = heads // len(keys)
     if mask is None or group * mask.numel() <= _LARGEST_REPEATED:
         grouped = queries.reshape(1, len(keys), -1, size)
-        repeated = None if mask is None else mask.repeat(group, 1)
+        repeated = None if mask is None else _repeat(mask, group)
         found = functional.scaled_dot_product_attention(
             grouped, keys[None], values[None], attn_mask=repeated, scale=1.0
         )
@@ -85,6 +86,13 @@ def attend_grouped(
     shared, values = (t[:, None].expand(-1, group, -1, -1) for t in (keys, values))
     found = functional.scaled_dot_product_attention(grouped, shared, values, attn_mask=mask, scale=1.0)
     return found.reshape(heads, rows, size)
+
+
+def _repeat(mask: torch.Tensor, times: int) -> torch.Tensor:
+    """A mask (N, P) below itself, (times N, P), whose rows begin where kernels can read (``network.py``)."""
+    rows, keys = mask.shape
+    padded = mask.new_empty(times, rows, -(-keys // MASK_ALIGNMENT) * MASK_ALIGNMENT)[..., :keys]
+    return padded.copy_(mask).flatten(0, 1)
 
 
 class Layer:

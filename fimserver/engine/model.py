@@ -93,7 +93,13 @@ class Model:
         )
         choice = None
         if is_packed(network):
-            choice = choose_products(device, torch.bfloat16, find_products(network), fp4_activations=fp4_activations)
+            choice = choose_products(
+                device,
+                torch.bfloat16,
+                find_products(network),
+                fp4_activations=fp4_activations,
+                sign=lambda: report(999, 1000),
+            )
         return cls(network, metadata, choice, consumes=True, record=capture)
 
     @property

@@ -20,12 +20,11 @@ from torch.nn import functional
 from transformers import DiffusionGemmaForBlockDiffusion
 
 from fimserver.engine.key_values import MARGIN_TOKENS, CacheShape, KeyValues
-from fimserver.engine.layers import Layer, Linear, Sight, let_go, measured, project, rms
+from fimserver.engine.layers import MASK_ALIGNMENT, Layer, Linear, Sight, let_go, measured, project, rms
 from fimserver.engine.packed import find_packed_experts
 from fimserver.engine.products import PLAIN, Products
 from fimserver.errors import WeightsError
 
-_MASK_ALIGNMENT = 8  # numbers
 _ACTIVATION = "gelu_pytorch_tanh"  # of the kernels in nvfp4_kernels.py and others
 _MOST_TABLED = 16384  # positions; those of a quarter of a million would take 1.6 GB
 
@@ -267,5 +266,5 @@ class Network:
 
     def _new_mask(self, num_rows: int, num_keys: int) -> torch.Tensor:
         """A mask that hides nothing; its rows begin where kernels can read, which would copy it whole otherwise."""
-        width = -(-num_keys // _MASK_ALIGNMENT) * _MASK_ALIGNMENT
+        width = -(-num_keys // MASK_ALIGNMENT) * MASK_ALIGNMENT
         return torch.zeros(num_rows, width, dtype=self.dtype, device=self.device)[:, :num_keys]

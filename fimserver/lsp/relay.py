@@ -117,6 +117,7 @@ class Relay:
         self._shown = ""
         self._unheard_since: float | None = None  # of time.monotonic: a request, and nothing from the daemon since
         self._num_heard = 0  # messages from daemons
+        self._status: bytes | None = None  # the daemon's last word on its state
         self._has_asked = threading.Event()
         self._ended = threading.Event()
         self._is_shut_down = False
@@ -139,8 +140,10 @@ class Relay:
         with suppress(OSError):
             while not self._ended.is_set() and (body := read_body(self._editor, self._on_skipped)) is not None:
                 self.from_editor(body)
+        self._ended.set()
+        if (stream := self._stream) is not None:
+            stream.close()  # whoever sends to a daemon that does not read holds the lock, and is freed by this
         with self._lock:
-            self._ended.set()
             if self._stream is not None:
                 self._stream.close()
         return 0 if self._is_shut_down else 1
@@ -190,7 +193,9 @@ class Relay:
                     heard, stream = self._num_heard, self._stream
                     while (heard, stream) == (self._num_heard, self._stream) and not self._ended.is_set():
                         time.sleep(_LOOK_S)
-                    if self._stream is stream:  # of a new one the person is told elsewhere
+                    if self._stream is stream and self._status is not None:
+                        self._write(self._status)
+                    elif self._stream is stream:  # of a new one the person is told elsewhere
                         self._notify(_STATUS, {"kind": "Normal", "busy": False, "message": "fimserver answers again"})
 
     def _is_silent(self) -> bool:
@@ -392,7 +397,6 @@ class Relay:
         if not isinstance(message, dict):
             return
         self._num_heard += 1
-        self._unheard_since = None
         method, message_id = message.get("method"), message.get("id")
         if KEY in message:
             self._wake.clear()
@@ -400,10 +404,15 @@ class Relay:
             self._hands_over = message.get(KEY) == "bye" and message.get("reason") == "hand_over"
             return
         with self._lock:
-            if method is None:
-                if not self._note_answer(message):
-                    return
-            elif message_id is not None:
+            is_wanted = method is not None or self._note_answer(message)
+            self._unheard_since = time.monotonic() if self._pending else None
+            if self._pending:
+                self._has_asked.set()
+            if method == _STATUS:
+                self._status = body
+            if not is_wanted:
+                return
+            if method is not None and message_id is not None:
                 self._asked.add(message_id)
             elif method == "$/progress":
                 self._note_progress(message.get("params"))
@@ -417,8 +426,6 @@ class Relay:
             self._is_shut_down = True
         if message_id == _OWN_ID or (asked is not None and asked.method == "initialize"):
             self._take_encoding(message)
-        if self._pending:
-            self._unheard_since = time.monotonic()
         return asked is not None
 
     def _take_encoding(self, message: Mapping[str, Any]) -> None:
@@ -438,7 +445,7 @@ class Relay:
     def _on_lost(self) -> None:
         """The daemon is gone: what it began in the editor is ended."""
         with self._lock:
-            self._stream, self._unheard_since = None, None
+            self._stream = self._unheard_since = self._status = None
             self._asked.clear()
             tokens = list(self._progress)
             self._progress.clear()
