@@ -67,8 +67,8 @@ needs_humming = pytest.mark.skipif(
 def humming(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Its layers on a processor: weights are converted by its own code and not repacked, products are plain."""
     monkeypatch.setenv("HUMMING_DISABLE_PARALLEL_BUILD", "1")
-    from humming import layer, transform  # type: ignore[import-not-found,unused-ignore]
-    from humming.config import ComputeConfig  # type: ignore[import-not-found,unused-ignore]
+    from humming import layer, transform
+    from humming.config import ComputeConfig
 
     def run(config: Any, inputs: torch.Tensor, **given: Any) -> torch.Tensor:
         assert inputs.is_contiguous()
@@ -246,7 +246,7 @@ def flashinfer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     if request.param == "installed":
         if importlib.util.find_spec("flashinfer") is None:
             pytest.skip("flashinfer-python is not installed, whose dependencies take 2 GB")
-        import flashinfer.fused_moe as moe  # type: ignore[import-not-found,unused-ignore]
+        import flashinfer.fused_moe as moe
 
         monkeypatch.setattr(moe, "MoELayer", Layer)
         return moe

@@ -28,7 +28,7 @@ class FlashinferProducts:
 
     def __init__(self, rest: Products, dtype: torch.dtype = torch.bfloat16, *, rounds: bool = False) -> None:
         """Raises ``ImportError`` where flashinfer is not installed, ``TypeError`` for activations that are not bf16."""
-        import flashinfer.fused_moe as moe  # type: ignore[import-not-found,unused-ignore]  # noqa: PLC0415  optional
+        import flashinfer.fused_moe as moe  # noqa: PLC0415  optional
 
         if dtype is not torch.bfloat16:
             msg = f"flashinfer's experts take bfloat16, not {dtype}"

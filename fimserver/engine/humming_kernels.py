@@ -32,7 +32,7 @@ class HummingProducts:
 
     def __init__(self, rest: Products, dtype: torch.dtype = torch.bfloat16) -> None:
         """Raises ``ImportError`` where Humming is not installed."""
-        from humming.layer import HummingLayer  # type: ignore[import-not-found,unused-ignore]  # noqa: PLC0415  optional
+        from humming.layer import HummingLayer  # noqa: PLC0415  optional
 
         self.dtype, self._layer = dtype, HummingLayer
         self.linear, self.experts = rest.linear, rest.experts
