@@ -50,6 +50,9 @@ CARDS = (
 )
 
 
+NO_CARD = Card("this card", 0, 1, 0, "")  # for what does not depend on the card: a plan's memory
+
+
 def find_card(name: str) -> Card:
     """The card of a name, written in any case and spacing. Raises ``FimserverError`` that names the nearest ones."""
     by_key = {_to_key(card.name): card for card in CARDS}

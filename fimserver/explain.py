@@ -99,11 +99,10 @@ def to_report(*, with_code: bool) -> str:
     """What a developer needs to help, as JSON. Raises ``DaemonError`` where no daemon runs."""
     records, status = read_records(), read_status() or {}
     if not with_code:
-        for record in records:
-            if "detail" in record:
-                record["detail"] = _without_names(record["detail"])
-        if worker := status.get("worker"):
-            worker["detail"], worker["model"] = _without_names(worker["detail"]), _without_names(worker["model"] or "")
+        for said in (*records, status.get("worker") or {}):
+            for name in ("detail", "model"):
+                if said.get(name):
+                    said[name] = _without_names(said[name])
     for number, uri in enumerate(dict.fromkeys(record["uri"] for record in records)):
         for record in records:
             if record["uri"] == uri and not with_code:

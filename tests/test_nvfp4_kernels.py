@@ -333,7 +333,7 @@ def test_others_are_tried_where_they_are_installed_and_lean_on_the_fastest_of_ou
         return PlainProducts(dtype)
 
     ours = (Backend("Slow", of(Slow)), Backend("Fast", of(PlainProducts)))
-    others = (Backend("Theirs", make, takes_any_shape=False), Backend("Humming", miss, takes_any_shape=False))
+    others = (Backend("Theirs", make, "theirs"), Backend("Humming", miss, "humming-kernels"))
     chosen = choose(monkeypatch, *ours, *others)
     assert type(rests[0]) is PlainProducts
     assert chosen.tried["Humming"] == "not installed"
@@ -342,8 +342,8 @@ def test_others_are_tried_where_they_are_installed_and_lean_on_the_fastest_of_ou
 
 
 def test_what_rounds_activations_is_tried_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    rounding = Backend("Rounds", of(RoundedProducts), takes_any_shape=False, rounds_activations=True)
-    unasked = Backend("Rounds too", of(RoundedProducts), takes_any_shape=False)
+    rounding = Backend("Rounds", of(RoundedProducts), "theirs", rounds_activations=True)
+    unasked = Backend("Rounds too", of(RoundedProducts), "theirs")
     chosen = choose(monkeypatch, rounding, unasked)
     assert "Rounds" not in chosen.tried
     assert chosen.tried["Rounds too"].startswith("a projection of 1 tokens differed from plain torch by")
@@ -383,7 +383,7 @@ def test_experts_in_main_memory_are_tried_by_what_reads_them_as_they_are(
     text = random_model.text_config
     work = find_products(network)
     assert work == Work((), (3, text.moe_intermediate_size, text.hidden_size), text.top_k_experts, stay=False)
-    ours, theirs = Backend("Ours", of(PlainProducts)), Backend("Theirs", fail, "theirs", takes_any_shape=False)
+    ours, theirs = Backend("Ours", of(PlainProducts)), Backend("Theirs", fail, "theirs")
     chosen = choose(monkeypatch, ours, theirs, work=work)
     assert chosen.tried["Theirs"] == "nothing to do in this model"
     assert chosen.tried["Ours"].endswith("us")
@@ -395,7 +395,7 @@ def test_kernels_that_break_the_card_are_named(monkeypatch: pytest.MonkeyPatch) 
         raise RuntimeError(msg)
 
     with pytest.raises(EngineError, match=r"Theirs's kernels broke the card's context .*; pip uninstall theirs"):
-        choose(monkeypatch, Backend("Theirs", break_it, "theirs", takes_any_shape=False))
+        choose(monkeypatch, Backend("Theirs", break_it, "theirs"))
 
 
 def test_signs_are_given_while_kernels_are_tried() -> None:

@@ -31,7 +31,7 @@ import torch
 from transformers import DiffusionGemmaConfig
 
 from fimserver.bench.machine import machine_facts
-from fimserver.cards import Card
+from fimserver.cards import NO_CARD
 from fimserver.engine.backends import Choice, Trial, Work, choose_products
 from fimserver.engine.denoise import DenoisingOptions, denoising_step, initialize_canvases, read_out
 from fimserver.engine.devices import wait_for
@@ -39,7 +39,7 @@ from fimserver.engine.graphs import capture
 from fimserver.engine.known import KNOWN_MODELS
 from fimserver.engine.kv_cache import PromptCache
 from fimserver.engine.model import Model
-from fimserver.engine.nvfp4 import NVFP4Tensor
+from fimserver.engine.nvfp4 import NVFP4Tensor, draw_codes
 from fimserver.engine.products import PlainProducts
 from fimserver.engine.weights import ModelMetadata, create_model, expected_shapes, read_metadata
 from fimserver.errors import FimserverError
@@ -48,7 +48,7 @@ from fimserver.planner import plan_on_card, step_bytes
 
 SYNTHETIC = {"26b": "diffusiongemma-26b-a4b-it"}
 STAGES = ("kernels", "load", "steps", "encode", "requests", "profile")
-_NO_CARD = Card("this card", 0, 1, 0, "")  # a plan's memory does not depend on the card
+_LEAST_SCALE = 0x30  # a half, as a byte of e4m3
 _BESIDE_BYTES = 2 * 10**9  # a canvas, a prompt, the driver, beside weights in bf16
 _CANVASES = (16, 32, 64, 128, 256)
 _STEPS_A_REQUEST = 8
@@ -140,7 +140,7 @@ class Bench:
 
     def run(self, stages: tuple[str, ...], report: Callable[[str], None] = lambda _stage: None) -> Report:
         """Every stage in turn; one that fails leaves the others their chance."""
-        self._note(planned_bytes=plan_on_card(self.checkpoint, _NO_CARD, self.context_tokens).total_bytes)
+        self._note(planned_bytes=plan_on_card(self.checkpoint, NO_CARD, self.context_tokens).total_bytes)
         is_wanted = self.with_generate
         if is_wanted is None:
             is_wanted = set(stages) == set(STAGES) and self._has_room()
@@ -410,22 +410,17 @@ def random_weights(
         if "vision" in name:
             continue
         if packed and ".experts." in name:
-            yield name, random_nvfp4(shape, generator, device)
+            yield name, random_nvfp4(shape, generator)
         elif name.endswith(("layer_scalar", "norm.weight", "scale")) or "layernorm" in name:
             yield name, torch.ones(shape, device=device, dtype=dtype)
         else:
             yield name, torch.empty(shape, device=device, dtype=dtype).normal_(0, 0.02, generator=generator)
 
 
-def random_nvfp4(shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> NVFP4Tensor:
+def random_nvfp4(shape: tuple[int, ...], generator: torch.Generator) -> NVFP4Tensor:
     """A stack of matrices of random codes and scales, about as large as weights are."""
-    experts, rows, columns = shape
-    packed = torch.empty(experts, rows, columns // 2, dtype=torch.uint8, device=device)
-    packed.random_(0, 256, generator=generator)
-    scales = torch.empty(experts, rows, columns // 16, dtype=torch.uint8, device=device)
-    scales.random_(48, 64, generator=generator)  # e4m3 from a half to below two
-    scale = torch.full((experts, rows), 0.007, device=device)
-    return NVFP4Tensor(packed, scales.view(torch.float8_e4m3fn), scale)
+    packed, scales = draw_codes(shape, generator, _LEAST_SCALE)
+    return NVFP4Tensor(packed, scales, torch.full(shape[:-1], 0.007, device=generator.device))
 
 
 def options_of(metadata: ModelMetadata, canvas_tokens: int) -> DenoisingOptions:

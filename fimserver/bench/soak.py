@@ -129,7 +129,7 @@ class Soak:
 
     def run(self, report: Callable[[int], None]) -> Summary:
         """All of it."""
-        until(lambda: ((read_status() or {}).get("worker") or {}).get("state") == "ready", _READY_S)
+        wait_until_ready()
         begin = time.perf_counter()
         self._look()
         threads = [threading.Thread(target=self._work, args=(number,)) for number in range(len(self.windows))]
@@ -193,13 +193,9 @@ class Soak:
     def _find(self, victim: str, fate: random.Random) -> int | None:
         if victim == "relay":
             return fate.choice(self.windows).process.pid
-        status = None
         with contextlib.suppress(FimserverError):
-            status = read_status()
-        if status is None:
-            return None
-        pid: int | None = status["pid"] if victim == "daemon" else status["worker"]["pid"]
-        return pid
+            return read_pid(victim)
+        return None
 
     def _look(self, done: int = 0) -> None:
         """Note who runs, and with how much memory; a daemon that has given its worker up is restarted."""
@@ -277,6 +273,20 @@ def count_different(windows: list[Window]) -> int:
         texts.get(window.uri, {}).get("crc32") != zlib.crc32(window.index.text.encode("utf-8", "surrogatepass"))
         for window in windows
     )
+
+
+def wait_until_ready() -> None:
+    """Wait until the model is loaded."""
+    until(lambda: ((read_status() or {}).get("worker") or {}).get("state") == "ready", _READY_S)
+
+
+def read_pid(victim: str) -> int | None:
+    """The process of the daemon or of its worker; ``None`` where there is none. Raises ``DaemonError``."""
+    status = read_status()
+    if status is None:
+        return None
+    pid: int | None = status["pid"] if victim == "daemon" else status["worker"]["pid"]
+    return pid
 
 
 def until(condition: Callable[[], bool], timeout_s: float) -> None:

@@ -31,13 +31,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from fimserver.bench.soak import count_different, is_there, own_home, until
+from fimserver.bench.soak import count_different, is_there, own_home, read_pid, until, wait_until_ready
 from fimserver.bench.windows import Counts, Window
 from fimserver.errors import FimserverError
-from fimserver.lsp.launch import end_daemon, read_status
+from fimserver.lsp.launch import end_daemon
 from fimserver.lsp.wire import to_frame
 
-_READY_S = 120.0
 _RECOVERED_S = 180.0
 _STOPPED_S = 1.0
 _SLOWED_S = 3.0
@@ -116,7 +115,7 @@ class _Stage:
         """A new daemon, and new editors."""
         self.leave()
         self.windows = [Window(number, number, self.counts[number], torn=False) for number in range(2)]
-        until(lambda: ((read_status() or {}).get("worker") or {}).get("state") == "ready", _READY_S)
+        wait_until_ready()
         self.type()
         for window in self.windows:
             self.ask(window)
@@ -150,12 +149,11 @@ class _Stage:
         """Its process. Raises ``FimserverError`` where there is none."""
         if victim == "relay":
             return self.windows[0].process.pid
-        status = read_status()
-        pid = (status["pid"] if victim == "daemon" else status["worker"]["pid"]) if status is not None else None
+        pid = read_pid(victim)
         if not pid:
             msg = f"no {victim} runs, though two editors do; see: fimserver daemon logs"
             raise FimserverError(msg)
-        return int(pid)
+        return pid
 
     def measure(self, tries: int) -> None:
         """How long an answer takes where nothing happens. Raises ``FimserverError`` where none comes."""

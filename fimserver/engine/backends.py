@@ -28,7 +28,7 @@ import torch
 from fimserver.engine.devices import wait_for
 from fimserver.engine.graphs import capture
 from fimserver.engine.layers import find_packed_projections
-from fimserver.engine.nvfp4 import BLOCK, NVFP4Tensor, concatenate
+from fimserver.engine.nvfp4 import NVFP4Tensor, concatenate, draw_codes
 from fimserver.engine.packed import find_packed_experts
 from fimserver.engine.products import PLAIN, PlainProducts, Products, RoundedProducts
 from fimserver.errors import EngineError
@@ -39,6 +39,7 @@ _ROUNDED_TOLERANCE = 0.05  # a tie may go either way, and a number between two p
 _TOKENS = (1, 19, 64, 300)  # of a trial: one, no multiple of a tile, a canvas, a piece of a prompt
 _TIMED_TOKENS = 64
 _ROUNDS = 5
+_LEAST_SCALE = 0x20  # an eighth, as a byte of e4m3
 _Run = Callable[[], torch.Tensor]
 _Record = Callable[[_Run], _Run]
 
@@ -69,13 +70,18 @@ class Backend:
     """A way to multiply; ``make`` raises what it likes where it cannot be had.
 
     ``make`` gets the dtype of activations, and for what a backend does not take itself the best that takes any shape.
+    ``package`` is another project's, which is installed apart.
     """
 
     name: str
     make: Callable[[torch.dtype, Products], Products]
-    package: str = ""  # of others
-    takes_any_shape: bool = True
+    package: str = ""
     rounds_activations: bool = False
+
+    @property
+    def takes_any_shape(self) -> bool:
+        """Whether it reads all weights as they are stored: ours do."""
+        return not self.package
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,13 +112,12 @@ def _make_flashinfer(dtype: torch.dtype, rest: Products, *, rounds: bool = False
 
 BACKENDS = (
     Backend("Triton", _make_triton),
-    Backend("Humming", _make_humming, "humming-kernels", takes_any_shape=False),
-    Backend("flashinfer", _make_flashinfer, "flashinfer-python", takes_any_shape=False),
+    Backend("Humming", _make_humming, "humming-kernels"),
+    Backend("flashinfer", _make_flashinfer, "flashinfer-python"),
     Backend(
         "flashinfer, activations in 4 bits",
         partial(_make_flashinfer, rounds=True),
         "flashinfer-python",
-        takes_any_shape=False,
         rounds_activations=True,
     ),
 )
@@ -238,8 +243,11 @@ class Trial:
         tolerance = _ROUNDED_TOLERANCE if rounds else _TOLERANCE
         for what, run, inputs, expect in self._runs(products, plain):
             self._sign()
-            for kind, found in (("", run(*inputs)), (", recorded", self._replay(products, run, inputs))):
-                expected = expect(*inputs)
+            expected, ways = expect(*inputs), {"": partial(run, *inputs)}
+            if not products.reads_choices:
+                ways[", recorded"] = partial(self._replay, run, inputs)
+            for kind, way in ways.items():
+                found = way()
                 if found.shape != expected.shape:
                     return f"{what}{kind} came out with shape {tuple(found.shape)}, not {tuple(expected.shape)}"
                 difference = (found.float() - expected).abs().max() / expected.abs().max()
@@ -264,12 +272,8 @@ class Trial:
             total += best
         return total
 
-    def _replay(
-        self, products: Products, run: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor]
-    ) -> torch.Tensor:
+    def _replay(self, run: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         """What a recording gives that was made of other numbers, and other choices, in the same tensors."""
-        if products.reads_choices:
-            return run(*inputs)
         held = [t.roll(1, 0).flip(-1) for t in inputs]
         again = self._record(partial(run, *held))
         for tensor, wanted in zip(held, inputs, strict=True):
@@ -319,10 +323,6 @@ class Trial:
 
     def _to_weights(self, *shape: int) -> NVFP4Tensor:
         """Any codes, scales from 1/8 to 2, a global scale for each matrix."""
-        *stack, rows, columns = shape
-        packed = torch.empty(*stack, rows, columns // 2, dtype=torch.uint8, device=self.device)
-        packed.random_(0, 256, generator=self._generator)
-        scales = torch.empty(*stack, rows, columns // BLOCK, dtype=torch.uint8, device=self.device)
-        scales.random_(0x20, 0x40, generator=self._generator)
-        step = torch.rand(*stack, 1, generator=self._generator, device=self.device) + 0.5
-        return NVFP4Tensor(packed, scales.view(torch.float8_e4m3fn), step / (4 * columns**0.5)).with_row_scales()
+        packed, scales = draw_codes(shape, self._generator, _LEAST_SCALE)
+        step = torch.rand(*shape[:-2], 1, generator=self._generator, device=self.device) + 0.5
+        return NVFP4Tensor(packed, scales, step / (4 * shape[-1] ** 0.5)).with_row_scales()

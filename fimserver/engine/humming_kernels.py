@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional
 
 from fimserver.engine.nvfp4 import NVFP4Tensor, split_by_scale
-from fimserver.engine.products import Experts, Products, Projection, gate_by_gelu
+from fimserver.engine.products import Experts, Products, Projection, gate_by_gelu, sort_choices
 
 _MOST_PARTS = 4  # of one matrix, each with a call of its own
 _GROUPED = {"gemm_type": "grouped_contiguous"}
@@ -96,10 +96,7 @@ class _SortedExperts:
     def __call__(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Tokens (T, H), each once for an expert that it chose, in the order of the experts: (T, H) float32."""
         tokens, per_token = chosen.shape
-        slots = chosen.flatten()
-        order = torch.argsort(slots, stable=True)
-        counts = torch.zeros(self._num_experts, dtype=torch.int64, device=x.device)
-        counts.scatter_add_(0, slots, torch.ones_like(slots))
+        order, counts = sort_choices(chosen.flatten(), self._num_experts)
         routing = {"expert_layout": functional.pad(counts.cumsum(0), (1, 0)), "compute_config": _GROUPED}
         gate, up = self._gate_up(x[order // per_token], **routing).float().chunk(2, dim=-1)
         found = self._down(gate_by_gelu(gate, up).to(x.dtype), **routing).float()

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import DiffusionGemmaForBlockDiffusion
 
-from fimserver.cards import Card
+from fimserver.cards import NO_CARD
 from fimserver.engine.backends import Choice, choose_products, find_products
 from fimserver.engine.expert_cache import Traffic, add_up
 from fimserver.engine.graphs import FixedPasses, capture
@@ -32,7 +32,6 @@ from fimserver.planner import plan_on_card
 
 _logger = logging.getLogger(__name__)
 _RECORDED_LENGTHS = 16  # of canvases, a multiple of it
-_NO_CARD = Card("this card", 0, 1, 0, "")  # a plan's memory does not depend on the card
 
 
 class Model:
@@ -185,7 +184,7 @@ def find_experts_on_device(folder: Path, context_tokens: int, free_bytes: int) -
     except WeightsError:
         return None
     shape, experts = checkpoint.shape, checkpoint.bytes_of(Role.EXPERTS)
-    plan = plan_on_card(checkpoint, _NO_CARD, min(context_tokens, shape.longest_context_tokens))
+    plan = plan_on_card(checkpoint, NO_CARD, min(context_tokens, shape.longest_context_tokens))
     is_in_4_bits = all(part.format is Format.NVFP4 for part in checkpoint.parts if part.role is Role.EXPERTS)
     if plan.total_bytes <= free_bytes or not is_in_4_bits:
         return None

@@ -3,6 +3,7 @@
     quantize          weights -> NVFP4Tensor: nearest codes, or scales searched for the least squared error
     dequantize        NVFP4Tensor -> weights
     encode, decode    e2m1 codes of numbers and back; pack, unpack two of them to a byte
+    draw_codes        random ones, where only time or rounding is of interest
     concatenate       matrices of the same K as one; split_by_scale: and back into parts of one global scale
     to_parts          NVFP4Tensor -> the tensors of a checkpoint, by ModelOpt's or compressed-tensors' names
     from_parts        and back
@@ -33,6 +34,7 @@ _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _TOP_SCALE_IN_SEARCH = 256.0  # room for a searched scale to be larger than the nearest
 _SEARCHED = range(-4, 10)  # distances, in e4m3 codes, from the scale that takes the largest weight to 6
 _SIGN, _NAN_CODE = 8, 0x7F
+_TWO = 0x40  # as a byte of e4m3
 
 
 class Dialect(StrEnum):
@@ -126,6 +128,16 @@ def quantize(
     step = scales.float() * global_scale[..., None]
     codes = encode(blocks / step[..., None]).flatten(-2)
     return NVFP4Tensor(pack(codes), scales, global_scale)
+
+
+def draw_codes(shape: Sequence[int], generator: torch.Generator, least_scale: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes of random weights (..., N, K) and scales from one, by its byte, to below 2, on the generator's device."""
+    *rows, columns = shape
+    packed = torch.empty(*rows, columns // 2, dtype=torch.uint8, device=generator.device)
+    packed.random_(0, 256, generator=generator)
+    scales = torch.empty(*rows, columns // BLOCK, dtype=torch.uint8, device=generator.device)
+    scales.random_(least_scale, _TWO, generator=generator)
+    return packed, scales.view(torch.float8_e4m3fn)
 
 
 def find_global_scale(highest: torch.Tensor, *, searched: bool = False) -> torch.Tensor:

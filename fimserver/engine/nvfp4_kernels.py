@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from fimserver.engine.nvfp4 import NVFP4Tensor
-from fimserver.engine.products import AsStored
+from fimserver.engine.products import AsStored, sort_choices
 
 ROWS = 16  # of a tile: what a tensor core takes at least
 _CODE_SCALE = tl.constexpr(float(2**22))  # what both shifts have made too small
@@ -217,11 +217,9 @@ def group_tokens(chosen: torch.Tensor, num_experts: int, rows: int = ROWS) -> Gr
     slots = chosen.flatten()
     num_slots, device = len(slots), chosen.device
     num_tiles = count_tiles(num_slots, num_experts, rows)
-    counts = torch.zeros(num_experts, dtype=torch.int64, device=device)
-    counts.scatter_add_(0, slots, torch.ones_like(slots))
+    by_expert, counts = sort_choices(slots, num_experts)
     tiles = (counts + rows - 1) // rows
     ends = tiles.cumsum(0)
-    by_expert = torch.argsort(slots, stable=True)
     sorted_experts = slots[by_expert]
     rank = torch.arange(num_slots, device=device) - (counts.cumsum(0) - counts)[sorted_experts]
     placed = torch.full((num_tiles * rows,), num_slots, dtype=torch.int32, device=device)

@@ -78,7 +78,7 @@ class PlainProducts(AsStored):
 
     def linear(self, weights: NVFP4Tensor, x: torch.Tensor) -> torch.Tensor:
         """See ``Products``."""
-        return functional.linear(x, weights.dequantize(x.dtype))
+        return functional.linear(self._take(x), weights.dequantize(x.dtype))
 
     def experts(
         self,
@@ -91,11 +91,15 @@ class PlainProducts(AsStored):
         """See ``Products``."""
         return run_experts(
             lambda expert: (expert_of(gate_up, expert, x.dtype), expert_of(down, expert, x.dtype)),
-            gate_by_gelu,
-            x,
+            lambda gate, up: self._take(gate_by_gelu(gate, up)),
+            self._take(x),
             chosen,
             weights,
         )
+
+    def _take(self, x: torch.Tensor) -> torch.Tensor:
+        """Activations as they are multiplied."""
+        return x
 
 
 class RoundedProducts(PlainProducts):
@@ -106,26 +110,8 @@ class RoundedProducts(PlainProducts):
 
     name = "plain torch, activations in 4 bits"
 
-    def linear(self, weights: NVFP4Tensor, x: torch.Tensor) -> torch.Tensor:
-        """See ``Products``."""
-        return super().linear(weights, round_activations(x))
-
-    def experts(
-        self,
-        gate_up: NVFP4Tensor,
-        down: NVFP4Tensor,
-        x: torch.Tensor,
-        chosen: torch.Tensor,
-        weights: torch.Tensor,
-    ) -> torch.Tensor:
-        """See ``Products``."""
-        return run_experts(
-            lambda expert: (expert_of(gate_up, expert, x.dtype), expert_of(down, expert, x.dtype)),
-            lambda gate, up: round_activations(gate_by_gelu(gate, up)),
-            round_activations(x),
-            chosen,
-            weights,
-        )
+    def _take(self, x: torch.Tensor) -> torch.Tensor:
+        return round_activations(x)
 
 
 def gate_by_gelu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -158,6 +144,13 @@ def run_experts(
         out = functional.linear(join(gate, up), down)
         result.index_add_(0, token, out.float() * weights[token, place, None].float())
     return result
+
+
+def sort_choices(slots: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choices (T k,) in the order of their experts, and how many each expert has (E,); nothing is read back."""
+    counts = torch.zeros(num_experts, dtype=torch.int64, device=slots.device)
+    counts.scatter_add_(0, slots, torch.ones_like(slots))
+    return torch.argsort(slots, stable=True), counts
 
 
 def expert_of(stack: NVFP4Tensor, expert: int, dtype: torch.dtype) -> torch.Tensor:

@@ -10,6 +10,7 @@ Raises:  ``WeightsError`` for a method, a number format or a block size that can
 Source:  ModelOpt's and compressed-tensors' written checkpoints.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -119,5 +120,7 @@ def _check_block(where: Path | str, size: Any) -> None:
 
 
 def _matches(module: str, pattern: str) -> bool:
-    """Whether an exclude pattern names a module: exactly, as a folder above it, or by wildcards."""
+    """Whether an exclude pattern names a module: exactly, as a folder above it, by wildcards, or by ``re:``."""
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], module) is not None
     return module == pattern or module.startswith(f"{pattern}.") or fnmatchcase(module, pattern)

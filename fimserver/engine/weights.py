@@ -11,7 +11,6 @@ Raises ``WeightsError`` that names the file or tensor and the remedy.
 
 import logging
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
@@ -292,14 +291,13 @@ def _compare_formats(said: Quantization | None, checkpoint: Checkpoint) -> None:
     """Warn of matrices whose format is not what the configuration says; loaded is what the file holds."""
     if said is None:
         return
-    patterns = [re.compile(pattern[3:]) for pattern in said.excluded if pattern.startswith("re:")]
     wrong = []
     for module, found in checkpoint.formats():
         # compressed-tensors names its targets by class, which leaves open what is in floats.
         if found is Format.FLOAT and said.method != "modelopt":
             continue
         paths = {module, module.replace(ENCODER, DECODER, 1), module.replace(DECODER, ENCODER, 1)}
-        asked = {None if any(p.match(path) for p in patterns) else said.format_of(path) for path in paths}
+        asked = {said.format_of(path) for path in paths}
         if len(asked) > 1:  # one path alone is named: as having a format, or as being left out
             asked -= {None} if said.layers else {*asked} - {None}
         if (None if found is Format.FLOAT else found.value) not in asked:
