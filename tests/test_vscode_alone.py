@@ -145,6 +145,12 @@ exports.activate = () => {
 """
 
 
+def leave_inserting(window: Window) -> None:
+    """Press Escape, and wait for the mode: its step to the left would move the cursor of whatever comes next."""
+    window.press("Escape")
+    wait_until(lambda: any("NORMAL" in text for text in window.texts(".statusbar-item")), "the mode")
+
+
 @editors
 def test_beside_an_extension_with_modes(
     vscode: VSCode, vsix: Path, editors_home: dict[str, str], tmp_path: Path, pictures: Path
@@ -168,12 +174,11 @@ def test_beside_an_extension_with_modes(
         window.press("Tab")
         wait_until(lambda: not window.ghost(), "the ghost text is text")
         window.type("  # ")
-        window.press("Escape")
-        wait_until(lambda: any("NORMAL" in text for text in window.texts(".statusbar-item")), "the mode")
+        leave_inserting(window)
         window.press("Tab")
         window.type("Aso")
         assert window.save(file).decode().splitlines()[LINE - 1] == f"{BEGUN}{ghost}  # so"
-        window.press("Escape")
+        leave_inserting(window)
         window.go(LINE + 1)
         window.type("A")
         window.type(")\nself.items.ap")

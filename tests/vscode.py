@@ -233,6 +233,7 @@ _IS_STILL = """document.getAnimations().every(animation =>
   animation.playState !== 'running' || animation.effect?.getComputedTiming().endTime === Infinity)"""
 _TEXTS = "[...document.querySelectorAll({selector})].map(node => node.textContent.replace(/\\u00a0/g, ' '))"
 _PICK = ".quick-input-widget:not([style*='display: none'])"
+_TYPED = _PICK + " input:focus"  # before it has the focus, keys go to the editor behind it
 _CHOSEN = _PICK + " .quick-input-list .monaco-list-row.focused"
 _STATUS = ".statusbar-item[id*='fimserver.status']"
 
@@ -317,7 +318,7 @@ class Window:
     def open(self, file: Path, *, focus: bool = True) -> None:
         """Open a file by its path; the cursor is in it then."""
         self.press("Escape", "Control+p")
-        wait_until(lambda: self.has(_PICK + " input"), "quick open is there")
+        wait_until(lambda: self.has(_TYPED), "quick open is there")
         self.type(str(file))
         wait_until(lambda: any(file.name in text for text in self.texts(_CHOSEN)), f"{file} is found")
         self.press("Enter")
@@ -330,7 +331,7 @@ class Window:
     def go(self, line: int, column: int | None = None) -> None:
         """Put the cursor into a line counted from 1, at its end or a column."""
         self.press("Escape", "Control+g")
-        wait_until(lambda: self.has(_PICK + " input"), "go to line is there")
+        wait_until(lambda: self.has(_TYPED), "go to line is there")
         self.type(str(line) if column is None else f"{line}:{column}")
         self.press("Enter")
         wait_until(lambda: self.has(".editor-container .monaco-editor.focused"), "the editor has the focus")
@@ -342,7 +343,7 @@ class Window:
         """Run a command of the palette."""
         for _ in range(3):
             self.press("F1")
-            wait_until(lambda: self.has(_PICK + " input"), "the palette is there")
+            wait_until(lambda: self.has(_TYPED), "the palette is there")
             self.type(title)
             with suppress(AssertionError):  # in a window that has just come up a key may be lost
                 wait_until(lambda: any(title.lower() in text.lower() for text in self.texts(_CHOSEN)), title, 10)
