@@ -369,6 +369,7 @@ def keystroke(
 @click.option("--only", metavar="TEXT", help="With --each: those whose name has it.")
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of all that is drawn.")
 @click.option("--torn", is_flag=True, help="Edit at random, until the files are no code any more.")
+@click.option("--human", is_flag=True, help="Type with a person's pauses, and ask at each key.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def soak(  # noqa: PLR0913
     *,
@@ -380,17 +381,22 @@ def soak(  # noqa: PLR0913
     only: str | None,
     seed: int,
     torn: bool,
+    human: bool,
     as_json: bool,
 ) -> None:
-    """Many editors at one daemon, edits without pause, kills now and then: what is lost, late or left behind.
+    """Many editors at one daemon, edits with hardly a pause, kills now and then: what is lost, late or left behind.
 
     Exit code 1 where anything was, or where the daemon's memory grows.
     """
     from fimserver.bench import soak as bench_soak  # noqa: PLC0415
     from fimserver.bench.trials import Trials, print_trials, try_each  # noqa: PLC0415
+    from fimserver.bench.windows import Manner  # noqa: PLC0415
 
     if only is not None and each is None:
         msg = "--only goes with --each"
+        raise click.UsageError(msg)
+    if human and (torn or each is not None):
+        msg = "--human goes neither with --torn nor with --each"
         raise click.UsageError(msg)
     if each is not None:
         tried: list[Trials] = []
@@ -401,12 +407,13 @@ def soak(  # noqa: PLR0913
 
         _run_measurement(measure_each, as_json=as_json, show=print_trials)
         sys.exit(0 if tried and tried[0].is_good else 1)
+    manner = Manner.TORN if torn else Manner.HUMAN if human else Manner.FAST
     found: list[bench_soak.Summary] = []
 
     def measure() -> bench_soak.Summary:
         defaults = (bench_soak.NIGHTLY_EDITS, bench_soak.NIGHTLY_FAULTS) if nightly else (1000, 10)
         length = (edits or defaults[0], defaults[1] if faults is None else faults)
-        found.append(bench_soak.soak(editors, *length, seed, torn=torn))
+        found.append(bench_soak.soak(editors, *length, seed, manner))
         return found[0]
 
     _run_measurement(measure, as_json=as_json)

@@ -14,7 +14,6 @@ Units:  GB are 1e9 bytes, GiB 2^30; a context and a canvas are counted in tokens
 Equal:  memory on a CPU to what the engine holds (tests/test_planner.py).
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -170,6 +169,16 @@ def plan_on_cpu(checkpoint: Checkpoint, memory_bytes: int, context_tokens: int =
     )
 
 
+def count_experts_on_card(checkpoint: Checkpoint, context_tokens: int, memory_bytes: int) -> int:
+    """Experts of each layer that a card has room for beside all else; less than 1 where not one fits.
+
+    Those that a pass misses are fetched into places of these (engine/expert_cache.py), so they need no room of theirs.
+    """
+    experts = checkpoint.bytes_of(Role.EXPERTS)
+    rest = _sum(_card_lines(checkpoint, context_tokens)) - experts
+    return (memory_bytes - rest) // (experts // checkpoint.shape.num_experts)
+
+
 def weight_lines_on_cpu(checkpoint: Checkpoint) -> tuple[Line, ...]:
     """Float32 weights of transformers' modules, and the copies that engine/network.py keeps beside them."""
     shape = checkpoint.shape
@@ -320,13 +329,8 @@ def _host_plans(checkpoint: Checkpoint, card: Card, context_tokens: int) -> Iter
         variants.append((f"{where}, attention and dense part in NVFP4 too", rest))
     for change, variant in variants:
         shape = variant.shape
-        experts = variant.bytes_of(Role.EXPERTS)
-        one = math.ceil(experts / len(shape.layers) / shape.num_experts)
-        free = card.usable_bytes - (_sum(_card_lines(variant, context_tokens)) - experts)
-        # Those that a layer misses stand in a buffer that layers share: n * layers + (experts - n) of them fit.
-        room = (free // one - shape.num_experts) // max(1, len(shape.layers) - 1)
-        kept = min(shape.num_experts - 1, room)
-        if free < shape.num_experts * one:
+        kept = min(shape.num_experts - 1, count_experts_on_card(variant, context_tokens, card.usable_bytes))
+        if kept < 1:
             continue
         steps = _steps(variant, card, context_tokens, 1 - kept / shape.num_experts)
         yield HostPlan(change, kept, shape.num_experts, variant.host_bytes, card.pcie_gb_per_s * PCIE_SHARE, steps)

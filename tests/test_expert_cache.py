@@ -192,7 +192,7 @@ def simulate(num_slots: int, tokens: int, likelihood: torch.Tensor, passes: int 
 
 @pytest.fixture(scope="module")
 def host_plan() -> HostPlan:
-    """The 26B on a card of 16 GB, its bf16 rest in 8 bits."""
+    """The 26B on a card of 16 GB, its projections in 4 bits too."""
     return plan_on_card(find_checkpoint("nvidia/diffusiongemma-26B-A4B-it-NVFP4"), find_card("RTX 5080")).host_plans[-1]
 
 
@@ -330,6 +330,7 @@ def test_a_card_gets_as_many_as_fit(folder: Path, random_folder: Path) -> None:
     assert find_experts_on_device(folder, 256, total) is None
     assert find_experts_on_device(folder, 256, total - 1) == 7
     assert find_experts_on_device(folder, 256, rest + 3 * experts // 8) == 3
+    assert find_experts_on_device(folder, 256, rest + 4 * experts // 8 - 1) == 3
     with pytest.raises(WeightsError, match=r"needs 1\.\d GB of a card even with experts in main memory"):
         find_experts_on_device(folder, 256, rest)
     assert find_experts_on_device(random_folder, 256, 0) is None, "its experts are not in 4 bits"

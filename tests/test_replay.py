@@ -8,8 +8,8 @@ import statistics
 import pytest
 from command import run
 
-from fimserver.bench.replay import begins_right, draw_pause
-from fimserver.bench.typist import Key, to_keystrokes
+from fimserver.bench.replay import begins_right
+from fimserver.bench.typist import Key, draw_pause, to_keystrokes
 
 
 def test_a_short_session_adds_up() -> None:

@@ -38,6 +38,17 @@ def test_the_daemons_memory_does_not_grow() -> None:
     assert 5 < summary["relay_megabytes"] <= 25
 
 
+def test_people_who_type_are_answered_between_their_keys() -> None:
+    result = run("bench", "soak", *["--editors", "2", "--edits", "60", "--faults", "0", "--human", "--json"])
+    assert result.returncode == 0, result.stdout + result.stderr
+    summary = json.loads(result.stdout)
+    assert summary["seconds"] > 60 * 0.18, "as long as the keys take"
+    assert summary["requests"] == summary["edits"] >= 120
+    assert summary["offered"] > 0
+    for name in CLEAN:
+        assert summary[name] == 0, name
+
+
 def test_a_fault_is_tried_and_timed() -> None:
     result = run("bench", "soak", *["--each", "1", "--only", "relay killed in its middle", "--json"])
     assert result.returncode == 0, result.stdout + result.stderr
@@ -51,6 +62,11 @@ def test_a_fault_is_tried_and_timed() -> None:
 
 def test_only_goes_with_each() -> None:
     assert "--only goes with --each" in run("bench", "soak", "--only", "relay").stderr
+
+
+@pytest.mark.parametrize("other", [["--torn"], ["--each", "1"]])
+def test_people_neither_tear_files_nor_try_faults(other: list[str]) -> None:
+    assert "--human goes neither with" in run("bench", "soak", "--human", *other).stderr
 
 
 @pytest.mark.parametrize(

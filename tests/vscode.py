@@ -384,6 +384,7 @@ class Window:
 
     def choose(self, label: str) -> None:
         """Choose from an open menu."""
+        wait_until(lambda: self.has(_TYPED), "the menu is there")
         self.type(label)
         wait_until(lambda: any(label in text for text in self.texts(_CHOSEN)), f"{label} is found")
         self.press("Enter")

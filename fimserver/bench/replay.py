@@ -4,15 +4,12 @@ The keys of ``typist.py`` are pressed with pauses between them. After each comes
 request where that is still open, and an automatic request, in VS Code's order; settings are the server's own, its
 debounce (``None`` where it adapts) included. What has not come by the next key is not seen.
 
-The pauses are an assumption, not a recording: log-normal, with a median of 180 ms (a fast typist; transcribing, people
-take 240 ms on average, Dhakal et al., "Observations on Typing from 136 Million Keystrokes", CHI 2018), and of 700 ms
-after every tenth word and 1,200 ms after every other line, for thinking. No ghost text is ever accepted.
+Pauses are the typist's. No ghost text is ever accepted.
 
 Knows:  keys, an editor, the engine's client.  Never: tensors.
 """
 
 import asyncio
-import math
 import random
 import re
 import statistics
@@ -27,17 +24,14 @@ from rich.progress import track
 
 from fimserver.bench.editor import Answer, Editor, TimedEngine
 from fimserver.bench.infilling import LOAD_TIMEOUT_S
-from fimserver.bench.typist import NUM_LINES, Key, to_keystrokes
+from fimserver.bench.typist import NUM_LINES, Key, draw_pause, to_keystrokes
 from fimserver.engine.client import EngineOptions, EngineState
 from fimserver.errors import EngineError, FimserverError
 from fimserver.lsp.completer import FIRST_LINE
 from fimserver.settings import Settings
 
 _PAUSE_SEED = 7
-_KEY_S, _WORD_S, _LINE_S, _LOOK_S = 0.18, 0.7, 1.2, 1.0  # medians; the last before the first key in a file
-_SPREAD = 0.45  # standard deviation of the logarithm
-_LONGEST_S = 4.0
-_WORD_SHARE, _LINE_SHARE = 0.1, 0.5
+_LOOK_S = 1.0  # before the first key in a file
 _BY_MODEL = ("model", FIRST_LINE)
 _FIRST_WORD = re.compile(r"\s*(?:\w+|[^\w\s]|$)")
 
@@ -201,16 +195,6 @@ def _note(seen: _Seen, engine: TimedEngine, press: _Press, answer: Answer) -> No
         seen.shown.append(_Shown(source, (answer.at - press.at) * 1e3, is_right))
     else:
         seen.empty[explanation.get("reason", "unknown")] += 1
-
-
-def draw_pause(key: Key, rng: random.Random) -> float:
-    """Seconds between a key and the next."""
-    median = _KEY_S
-    if key.text[0] == "\n":
-        median = _LINE_S if rng.random() < _LINE_SHARE else _KEY_S
-    elif key.text.isalnum() and not key.rest[:1].isalnum():
-        median = _WORD_S if rng.random() < _WORD_SHARE else _KEY_S
-    return min(_LONGEST_S, rng.lognormvariate(math.log(median), _SPREAD))
 
 
 def begins_right(ghost: str, typed: str) -> bool:

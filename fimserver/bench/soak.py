@@ -3,7 +3,8 @@
 Each editor (``windows.py``) types functions of held-out modules into files of 10,000 lines (``typist.py``), mistypes
 and takes that back, breaks the file elsewhere and undoes it; or, torn, edits a file at random (insertions, deletions,
 whole texts; also outside ASCII), mostly near the last edit, until it is no code any more. It asks for completions,
-types on behind some and cancels some; between a few edits it pauses for 50 ms at the mean. Now and then the worker, the
+types on behind some and cancels some; between a few edits it pauses for 50 ms at the mean. Or, human, it pauses
+behind each key as a person does, and asks at each. Now and then the worker, the
 daemon or a relay is killed, or stopped for a second. What must hold, whatever comes:
 
     every request is answered once, and not with an error
@@ -37,7 +38,7 @@ from pathlib import Path
 from rich.progress import Progress
 
 from fimserver.bench.ratios import percentile
-from fimserver.bench.windows import Counts, Window
+from fimserver.bench.windows import Counts, Manner, Window
 from fimserver.errors import FimserverError
 from fimserver.lsp.daemon import resident_bytes
 from fimserver.lsp.launch import ask, end_daemon, read_status
@@ -116,16 +117,16 @@ class Summary:
 class Soak:
     """The run."""
 
-    def __init__(self, editors: int, edits: int, faults: int, seed: int, *, torn: bool) -> None:
+    def __init__(self, editors: int, edits: int, faults: int, seed: int, manner: Manner) -> None:
         self.edits, self.num_faults, self.seed = edits, faults, seed
+        self.human = manner is Manner.HUMAN
         self.faults: Counter[str] = Counter()
         self.pids: set[int] = set()
         self.memory: dict[int, list[tuple[int, int]]] = {}  # of each daemon: edits so far, bytes
         self.relay_bytes = 0
         self.restarts = 0
         self.counts = [Counts() for _ in range(editors)]
-        self.windows = [Window(number, seed + number, self.counts[number], torn=torn) for number in range(editors)]
-        self._locks = [threading.Lock() for _ in range(editors)]
+        self.windows = [Window(number, seed + number, self.counts[number], manner) for number in range(editors)]
 
     def run(self, report: Callable[[int], None]) -> Summary:
         """All of it."""
@@ -163,15 +164,15 @@ class Soak:
         draw = random.Random(self.seed * 1000 + number)
         while counts.edits < self.edits:
             try:
-                with self._locks[number]:
-                    for _ in range(draw.randint(1, 12)):
-                        window.edit()
-                    fate = draw.random()
-                    if fate < 0.3:  # noqa: PLR2004
-                        window.request()
-                    elif fate < 0.5:  # noqa: PLR2004
-                        window.ping()
-                time.sleep(draw.expovariate(1 / _PAUSE_S))
+                for _ in range(draw.randint(1, 12)):
+                    window.press() if self.human else window.edit()
+                fate = draw.random()
+                if fate < 0.3 and not self.human:  # noqa: PLR2004
+                    window.request()
+                elif fate < 0.5:  # noqa: PLR2004
+                    window.ping()
+                if not self.human:
+                    time.sleep(draw.expovariate(1 / _PAUSE_S))
             except OSError:
                 window.replace_relay()  # it was killed under us
 
@@ -331,9 +332,9 @@ def own_home() -> Iterator[Path]:
                     os.environ[name] = value
 
 
-def soak(editors: int, edits: int, faults: int, seed: int, *, torn: bool = False) -> Summary:
+def soak(editors: int, edits: int, faults: int, seed: int, manner: Manner = Manner.FAST) -> Summary:
     """Run it in a home of its own."""
     with own_home(), Progress(transient=True) as progress:
         task = progress.add_task("edits", total=editors * edits)
-        run = Soak(editors, edits, faults, seed, torn=torn).run
+        run = Soak(editors, edits, faults, seed, manner).run
         return run(lambda done: progress.update(task, completed=done))

@@ -114,7 +114,7 @@ class _Stage:
     def renew(self) -> None:
         """A new daemon, and new editors."""
         self.leave()
-        self.windows = [Window(number, number, self.counts[number], torn=False) for number in range(2)]
+        self.windows = [Window(number, number, self.counts[number]) for number in range(2)]
         wait_until_ready()
         self.type()
         for window in self.windows:

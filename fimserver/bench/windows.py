@@ -1,6 +1,7 @@
 """Editors of a bench: each a thread with a relay of its own, as an editor window is, and a file of 10,000 lines.
 
-    Window   types or tears, asks, judges each answer by the text that it has then
+    Manner   how a file is edited
+    Window   types or tears, asks, judges each answer by the text that it has then; or types as a person does
     fits     whether an item belongs to a text
 
 Knows:  LSP as an editor does, processes.  Never: the model.
@@ -17,9 +18,10 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, BinaryIO, cast
 
-from fimserver.bench.typist import to_keystrokes
+from fimserver.bench.typist import draw_pause, to_keystrokes
 from fimserver.errors import PositionError
 from fimserver.lsp.wire import read_body, to_frame
 from fimserver.text import Encoding, LineIndex
@@ -39,6 +41,14 @@ _TYPED = ("x", "item", " = ", "(", ")", "\n    ", "caf\u00e9 ", "\U0001f600", "r
 _BREAKS = ("(", '"', "'", '"""', "[", "}", "\n", "\u00e9", "\U0001f600", "def ", "# ")
 _MISTYPED, _BROKEN = 0.08, 0.03  # shares of keys
 _CANCELLED = -32800
+
+
+class Manner(Enum):
+    """How files are edited."""
+
+    FAST = "keys with hardly a pause"
+    HUMAN = "keys with a person's pauses, each of which asks"
+    TORN = "at random"
 
 
 Edit = tuple[int | None, int | None, str]  # what is replaced, in code points (None: all of it), and by what
@@ -85,12 +95,14 @@ def fits(item: dict[str, Any], asked: LineIndex, cursor: int, now: LineIndex) ->
 class Window:
     """One editor window: a relay, and a file."""
 
-    def __init__(self, number: int, seed: int, counts: Counts, *, torn: bool) -> None:
+    def __init__(self, number: int, seed: int, counts: Counts, manner: Manner = Manner.FAST) -> None:
         self.uri = f"file:///soak/{number}.py"
         self.counts = counts
+        torn = manner is Manner.TORN
         self.index = LineIndex("".join(_LINES[i % 3].format(i) for i in range(_NUM_LINES)) if torn else "")
         self.version = 1
         self._place = (0, 0)  # where the cursor is: line, and column in code points
+        self._pause_s = 0.0  # until a person would press the next key
         self._edits = self._tear() if torn else self._type(seed)
         self._random = random.Random(seed)
         self.pids: set[int] = set()  # of all its relays
@@ -153,7 +165,7 @@ class Window:
         deadline = time.monotonic() + timeout_s
         with self._arrived:
             while number not in self._answers and self.process.poll() is None and time.monotonic() < deadline:
-                self._arrived.wait(_LOOK_S)  # a relay that was killed tells nobody
+                self._arrived.wait(min(_LOOK_S, timeout_s))  # a relay that was killed tells nobody
             return self._answers.pop(number, None)
 
     def ask(self, method: str, params: Any) -> dict[str, Any]:
@@ -191,6 +203,7 @@ class Window:
                 yield None, None, key.opens
             cursor = self.index.line_range(key.line)[0] + key.column
             self._place = (key.line, key.column)
+            self._pause_s = draw_pause(key, draw)
             if draw.random() < _MISTYPED:
                 yield cursor, cursor, draw.choice("xq;)\u00fc")
                 yield cursor, cursor + 1, ""
@@ -224,9 +237,7 @@ class Window:
     def request(self) -> None:
         """A completion where the last edit was: waited for, typed on, or cancelled."""
         draw = self._random
-        line = min(self._place[0], len(self.index) - 1)
-        first, last = self.index.line_range(line)
-        asked, cursor = self.index, min(first + self._place[1], last)
+        asked, cursor = self.index, self._cursor()
         number = self.send_completion(cursor, 1 if draw.random() < 0.1 else 2)  # noqa: PLR2004
         self.counts.requests += 1
         fate, seen = draw.random(), None
@@ -237,6 +248,25 @@ class Window:
             self.edit()
             seen = self.send("fimserver/status", {})
         self._judge(self.wait(number), seen, asked, cursor)
+
+    def press(self) -> None:
+        """A key as a person presses it: ghost text is asked for by itself, and no longer wanted at the next key."""
+        due = time.monotonic() + self._pause_s
+        self.edit()
+        asked, cursor = self.index, self._cursor()
+        number = self.send_completion(cursor, 2)
+        self.counts.requests += 1
+        answer = self.wait(number, self._pause_s)
+        if answer is None:
+            self.tell("$/cancelRequest", {"id": number})
+            answer = self.wait(number)
+        self._judge(answer, None, asked, cursor)
+        time.sleep(max(0.0, due - time.monotonic()))
+
+    def _cursor(self) -> int:
+        """Where the cursor is, as an offset."""
+        first, last = self.index.line_range(min(self._place[0], len(self.index) - 1))
+        return min(first + self._place[1], last)
 
     def send_completion(self, cursor: int, kind: int) -> int:
         """Ask for ghost text at an offset; ``kind`` is LSP's trigger kind."""

@@ -28,7 +28,7 @@ from fimserver.engine.products import PLAIN
 from fimserver.engine.weights import ModelMetadata, limit_context, load_weights, read_metadata
 from fimserver.errors import EngineError, WeightsError
 from fimserver.model_facts import Format, Role, read_folder
-from fimserver.planner import plan_on_card
+from fimserver.planner import count_experts_on_card, plan_on_card
 
 _logger = logging.getLogger(__name__)
 _RECORDED_LENGTHS = 16  # of canvases, a multiple of it
@@ -183,17 +183,17 @@ def find_experts_on_device(folder: Path, context_tokens: int, free_bytes: int) -
         checkpoint = read_folder(folder)
     except WeightsError:
         return None
-    shape, experts = checkpoint.shape, checkpoint.bytes_of(Role.EXPERTS)
-    plan = plan_on_card(checkpoint, NO_CARD, min(context_tokens, shape.longest_context_tokens))
+    shape = checkpoint.shape
+    context_tokens = min(context_tokens, shape.longest_context_tokens)
+    plan = plan_on_card(checkpoint, NO_CARD, context_tokens)
     is_in_4_bits = all(part.format is Format.NVFP4 for part in checkpoint.parts if part.role is Role.EXPERTS)
     if plan.total_bytes <= free_bytes or not is_in_4_bits:
         return None
-    one_of_each_layer = experts // shape.num_experts
-    rest = plan.total_bytes - experts
-    found = (free_bytes - rest) // one_of_each_layer
+    found = count_experts_on_card(checkpoint, context_tokens, free_bytes)
     if found < 1:
+        least = plan.total_bytes - checkpoint.bytes_of(Role.EXPERTS) * (shape.num_experts - 1) // shape.num_experts
         msg = (
-            f"{folder.name} needs {(rest + one_of_each_layer) / 1e9:.1f} GB of a card even with experts in main memory "
+            f"{folder.name} needs {least / 1e9:.1f} GB of a card even with experts in main memory "
             f"and {free_bytes / 1e9:.1f} GB are free; close what else uses the card, or see fimserver doctor --card"
         )
         raise WeightsError(msg)
