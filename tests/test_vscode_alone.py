@@ -93,8 +93,7 @@ def test_several_folders(
         write_workspace("first", "second", "third")
         added = wait_until(lambda: stub.received("workspace/didChangeWorkspaceFolders"), "the server was told")
         assert [folder["name"] for folder in added[0]["event"]["added"]] == ["third"]
-        workbench.set(serverPath=str(FIMSERVER))
-        window.wait_for_status("tiny", timeout=120)
+        workbench.set_until(lambda: "tiny" in window.status(), "the real server", serverPath=str(FIMSERVER))
         for folder in folders:
             assert window.begin(folder / f"{folder.name}.py")
         window.screenshot(pictures / "folders.png")

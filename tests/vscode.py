@@ -366,12 +366,16 @@ class Window:
 
     def wait_for_status(self, *words: str, timeout: float = SLOW_S) -> str:
         """The status item, once it says one of these."""
-        found = wait_until(
-            lambda: text if any(word in (text := self.status()) for word in words) else "",
-            f"the status says {words}, not {self.status()!r}",
-            timeout,
-        )
-        return str(found)
+
+        def look() -> str:
+            text = self.status()
+            return text if any(word in text for word in words) else ""
+
+        try:
+            return str(wait_until(look, "the status", timeout))
+        except AssertionError:
+            message = f"not within {timeout:.0f} s: {words} in the status {self.status()!r}"
+            raise AssertionError(message) from None
 
     def menu(self) -> list[str]:
         """Open the menu behind the status item; what it offers."""
@@ -557,6 +561,16 @@ class Workbench:
         """Change the person's settings, in their file; names without ``fimserver.``, ``None`` takes one out."""
         for name, value in settings.items():
             self.set_any(f"fimserver.{name}", value)
+
+    def set_until(self, is_so: Callable[[], Any], what: str, **settings: Any) -> None:
+        """Set, and again where nothing comes of it: VS Code misses a change while a folder is added or taken out."""
+        for _ in range(3):
+            self.set(**settings)
+            with suppress(AssertionError):
+                wait_until(is_so, what, SLOW_S)
+                return
+        message = f"not after three changes of the settings: {what}"
+        raise AssertionError(message)
 
     def set_any(self, name: str, value: Any) -> None:
         """Change one of the person's settings by its whole name."""
