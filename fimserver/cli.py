@@ -313,12 +313,7 @@ def bench() -> None:
     """Measure time."""
 
 
-@bench.command()
-@click.option(
-    "--limit", type=click.IntRange(min=1), metavar="N", help="Keystrokes; 600, or 300 with --human, unless given."
-)
-@click.option("--human", is_flag=True, help="With a person's pauses: what is shown before the next key. 2 minutes.")
-@click.option(
+_speed_option = click.option(
     "--speed",
     type=click.FloatRange(min=0.1, max=100),
     default=1.0,
@@ -326,6 +321,14 @@ def bench() -> None:
     metavar="X",
     help="Pauses of --human are so many times shorter.",
 )
+
+
+@bench.command()
+@click.option(
+    "--limit", type=click.IntRange(min=1), metavar="N", help="Keystrokes; 600, or 300 with --human, unless given."
+)
+@click.option("--human", is_flag=True, help="With a person's pauses: what is shown before the next key. 2 minutes.")
+@_speed_option
 @click.option(
     "--debounce",
     type=click.IntRange(0, 2000),
@@ -370,6 +373,7 @@ def keystroke(
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of all that is drawn.")
 @click.option("--torn", is_flag=True, help="Edit at random, until the files are no code any more.")
 @click.option("--human", is_flag=True, help="Type with a person's pauses, and ask at each key.")
+@_speed_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def soak(  # noqa: PLR0913
     *,
@@ -382,6 +386,7 @@ def soak(  # noqa: PLR0913
     seed: int,
     torn: bool,
     human: bool,
+    speed: float,
     as_json: bool,
 ) -> None:
     """Many editors at one daemon, edits with hardly a pause, kills now and then: what is lost, late or left behind.
@@ -407,7 +412,7 @@ def soak(  # noqa: PLR0913
 
         _run_measurement(measure_each, as_json=as_json, show=print_trials)
         sys.exit(0 if tried and tried[0].is_good else 1)
-    manner = Manner.TORN if torn else Manner.HUMAN if human else Manner.FAST
+    manner = Manner(is_torn=torn, speed=speed if human else None)
     found: list[bench_soak.Summary] = []
 
     def measure() -> bench_soak.Summary:

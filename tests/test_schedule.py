@@ -416,6 +416,7 @@ class LoopClient(FakeClient):
         self.asked: list[Asked] = []
         self.computing: int | None = None
         self.spawned_at = 0.0
+        self.at_answer: tuple[int, Callable[[], None]] | None = None  # what happens so many steps of the loop later
 
     def _spawn(self) -> None:
         super()._spawn()
@@ -450,6 +451,15 @@ class LoopClient(FakeClient):
         if worker is self._worker and self.computing == number:
             self.computing = None
             self.say(worker, kind, {"id": number, **values})
+            if kind == "generation" and self.at_answer is not None:
+                self.loop.call_soon(self.step, *self.at_answer)
+                self.at_answer = None
+
+    def step(self, steps: int, act: Callable[[], None]) -> None:
+        if steps:
+            self.loop.call_soon(self.step, steps - 1, act)
+        else:
+            act()
 
 
 @dataclass
@@ -588,7 +598,10 @@ class Editors(RuleBasedStateMachine):
 
     @rule(number=EDITORS, uri=URIS, kind=EDITS, length=st.integers(1, 4), pause=PAUSES)
     def edit(self, number: int, uri: str, kind: str, length: int, pause: float | None) -> None:
-        editor = self.editors[number]
+        self.loop.do(lambda: self.change(self.editors[number], uri, kind, length))
+        self.wait(pause)
+
+    def change(self, editor: Editor, uri: str, kind: str, length: int) -> None:
         text = editor.texts[uri]
         change = {"typed": text.typed + "w"}
         if kind == "back":
@@ -600,14 +613,23 @@ class Editors(RuleBasedStateMachine):
             rests = [whole[len(text.before) :] for whole in wholes if whole.startswith(text.before)]
             if rests:
                 change = {"typed": text.typed + rests[-1][:length]}
-        self.loop.do(lambda: editor.change(uri, **change))
-        self.wait(pause)
+        editor.change(uri, **change)
 
     @rule(number=EDITORS, uri=URIS, kind=EDITS, length=st.integers(1, 4))
     def type_on(self, number: int, uri: str, kind: str, length: int) -> None:
         """Ask, and go on while the model works."""
         self.ask(number, uri, invoked=False, behind=0, pause=0.06)
         self.edit(number, uri, kind, length, pause=None)
+
+    @rule(
+        number=EDITORS, uri=URIS, kind=EDITS, length=st.integers(1, 4), steps=st.integers(0, 15), invoked=st.booleans()
+    )
+    def type_at_the_answer(self, number: int, uri: str, kind: str, length: int, steps: int, invoked: bool) -> None:
+        """Ask, and edit while the answer is on its way through the server: it is read between any two of its steps."""
+        editor = self.editors[number]
+        self.client.at_answer = steps, lambda: self.change(editor, uri, kind, length)
+        self.ask(number, uri, invoked=invoked, behind=0, pause=1.0)
+        self.client.at_answer = None
 
     @rule(number=EDITORS, index=st.integers(0, 5))
     def cancel(self, number: int, index: int) -> None:

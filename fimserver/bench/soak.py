@@ -119,7 +119,7 @@ class Soak:
 
     def __init__(self, editors: int, edits: int, faults: int, seed: int, manner: Manner) -> None:
         self.edits, self.num_faults, self.seed = edits, faults, seed
-        self.human = manner is Manner.HUMAN
+        self.is_human = manner.speed is not None
         self.faults: Counter[str] = Counter()
         self.pids: set[int] = set()
         self.memory: dict[int, list[tuple[int, int]]] = {}  # of each daemon: edits so far, bytes
@@ -165,13 +165,13 @@ class Soak:
         while counts.edits < self.edits:
             try:
                 for _ in range(draw.randint(1, 12)):
-                    window.press() if self.human else window.edit()
+                    window.press() if self.is_human else window.edit()
                 fate = draw.random()
-                if fate < 0.3 and not self.human:  # noqa: PLR2004
+                if fate < 0.3 and not self.is_human:  # noqa: PLR2004
                     window.request()
                 elif fate < 0.5:  # noqa: PLR2004
                     window.ping()
-                if not self.human:
+                if not self.is_human:
                     time.sleep(draw.expovariate(1 / _PAUSE_S))
             except OSError:
                 window.replace_relay()  # it was killed under us
@@ -332,7 +332,7 @@ def own_home() -> Iterator[Path]:
                     os.environ[name] = value
 
 
-def soak(editors: int, edits: int, faults: int, seed: int, manner: Manner = Manner.FAST) -> Summary:
+def soak(editors: int, edits: int, faults: int, seed: int, manner: Manner) -> Summary:
     """Run it in a home of its own."""
     with own_home(), Progress(transient=True) as progress:
         task = progress.add_task("edits", total=editors * edits)

@@ -18,7 +18,6 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any, BinaryIO, cast
 
 from fimserver.bench.typist import draw_pause, to_keystrokes
@@ -43,12 +42,12 @@ _MISTYPED, _BROKEN = 0.08, 0.03  # shares of keys
 _CANCELLED = -32800
 
 
-class Manner(Enum):
-    """How files are edited."""
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """How files are edited: typed with hardly a pause, unless torn, or at a person's speed."""
 
-    FAST = "keys with hardly a pause"
-    HUMAN = "keys with a person's pauses, each of which asks"
-    TORN = "at random"
+    is_torn: bool = False  # at random
+    speed: float | None = None  # a person's, so many times as fast; each key asks
 
 
 Edit = tuple[int | None, int | None, str]  # what is replaced, in code points (None: all of it), and by what
@@ -95,15 +94,15 @@ def fits(item: dict[str, Any], asked: LineIndex, cursor: int, now: LineIndex) ->
 class Window:
     """One editor window: a relay, and a file."""
 
-    def __init__(self, number: int, seed: int, counts: Counts, manner: Manner = Manner.FAST) -> None:
+    def __init__(self, number: int, seed: int, counts: Counts, manner: Manner = Manner()) -> None:
         self.uri = f"file:///soak/{number}.py"
         self.counts = counts
-        torn = manner is Manner.TORN
-        self.index = LineIndex("".join(_LINES[i % 3].format(i) for i in range(_NUM_LINES)) if torn else "")
+        self._speed = manner.speed or math.inf
+        self.index = LineIndex("".join(_LINES[i % 3].format(i) for i in range(_NUM_LINES)) if manner.is_torn else "")
         self.version = 1
         self._place = (0, 0)  # where the cursor is: line, and column in code points
         self._pause_s = 0.0  # until a person would press the next key
-        self._edits = self._tear() if torn else self._type(seed)
+        self._edits = self._tear() if manner.is_torn else self._type(seed)
         self._random = random.Random(seed)
         self.pids: set[int] = set()  # of all its relays
         self._answers: dict[int, dict[str, Any]] = {}
@@ -203,7 +202,7 @@ class Window:
                 yield None, None, key.opens
             cursor = self.index.line_range(key.line)[0] + key.column
             self._place = (key.line, key.column)
-            self._pause_s = draw_pause(key, draw)
+            self._pause_s = draw_pause(key, draw) / self._speed
             if draw.random() < _MISTYPED:
                 yield cursor, cursor, draw.choice("xq;)\u00fc")
                 yield cursor, cursor + 1, ""

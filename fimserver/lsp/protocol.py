@@ -5,6 +5,7 @@
 - An inline completion's snapshot is taken when its message arrives, not when its handler runs: an edit that is
   buffered right behind it must not be seen. Its ``textDocument.version``, which Copilot's clients send and
   lsprotocol drops, is kept.
+- An answer is sent in the step of the loop that found it; pygls sends it in a later one, and an edit may be read first.
 - Documents are kept by ``Session``: pygls splits lines where LSP does not.
 
 Knows:  pygls, raw messages.  Never: what a completion is.
@@ -12,10 +13,12 @@ Knows:  pygls, raw messages.  Never: what a completion is.
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import logging
 import os
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import cattrs
 from lsprotocol import types as lsp
@@ -111,6 +114,36 @@ class FimProtocol(LanguageServerProtocol):
             version = self._client_versions.pop(message_id, None) if message_id is not None else None
             self._server.requests.receive(message_id, message.params, version)
         super().handle_message(message)
+
+    def _execute_handler(
+        self,
+        msg_id: int | str,
+        handler: Any,
+        callback: Any,
+        args: tuple[Any, ...] | None = None,
+        kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        """Run a handler, and give what it returns to ``callback`` before anything else is read."""
+        if not inspect.iscoroutinefunction(handler):
+            super()._execute_handler(msg_id, handler, callback, args, kwargs)
+            return
+        is_sent = False
+
+        async def run() -> None:
+            nonlocal is_sent
+            result = await handler(*(args or ()), **(kwargs or {}))
+            found = asyncio.get_running_loop().create_future()
+            found.set_result(result)
+            is_sent = True
+            callback(found)
+
+        def send_why_not(task: asyncio.Task[None]) -> None:
+            if not is_sent:  # cancelled, perhaps before it began, or failed
+                callback(task)
+
+        task = asyncio.get_running_loop().create_task(run())
+        task.add_done_callback(send_why_not)
+        self._request_futures[msg_id] = cast("Any", task)  # typed as a thread's, meant for both
 
     def _handle_cancel_notification(self, msg_id: int | str) -> None:
         """Also of a request whose handler has not begun, which pygls cancels without running it."""
