@@ -709,3 +709,12 @@ class Editors(RuleBasedStateMachine):
 
 Editors.TestCase.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
 TestEditors = Editors.TestCase
+
+
+@pytest.mark.parametrize("invoked", [False, True])
+@pytest.mark.parametrize("steps", range(16))
+def test_an_edit_between_any_two_steps_of_an_answer(steps: int, invoked: bool) -> None:
+    history = Editors()
+    history.type_at_the_answer(0, "file:///x", "other", 1, steps, invoked)
+    history.no_answer_is_stale()
+    history.teardown()
