@@ -15,7 +15,8 @@ from typing import Any
 
 import click
 
-from fimserver.errors import DaemonError, FimserverError, PathError
+from fimserver.command_line import exit_on_error
+from fimserver.errors import DaemonError, PathError
 from fimserver.lsp.launch import ask, end_daemon, log_file, read_status, start
 
 _FOLLOW_S = 0.3
@@ -25,11 +26,8 @@ class _Sentences:
     """Errors of a command are a sentence, not a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        try:
+        with exit_on_error():
             return super().invoke(ctx)  # type: ignore[misc]
-        except FimserverError as error:
-            click.echo(f"fimserver: {error}", err=True)
-            sys.exit(1)
 
 
 class _Group(_Sentences, click.Group):

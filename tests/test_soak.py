@@ -87,6 +87,11 @@ def test_the_more_edits_the_less_memory_may_grow(edits: int, megabytes: float, i
     assert replace(GOOD, growth_edits=edits, megabytes_per_1000_edits=megabytes).is_good is is_good
 
 
+@pytest.mark.parametrize(("edits", "is_good"), [(3000, True), (3200, False)])
+def test_the_memory_of_many_editors_fills_longer(edits: int, is_good: bool) -> None:
+    assert replace(GOOD, editors=8, growth_edits=edits, megabytes_per_1000_edits=2.1).is_good is is_good
+
+
 ASKED = "total = \nfoo(\U0001f600)\n"
 CURSOR = len("total = ")
 

@@ -1,0 +1,132 @@
+"""What commands share: options of the engine, settings from them, progress, results, errors.
+
+Exit codes: 0 done, 1 the reason is on stderr, 2 wrong use. Results go to standard output, all else to stderr.
+
+Knows:  click, settings.  Never: what a command does.
+"""
+
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import click
+
+from fimserver.errors import FimserverError, SettingsError
+from fimserver.paths import config_file
+from fimserver.settings import MODES, Settings, parse_settings, read_config_file, to_wire_name
+
+SEED = 0  # of commands: the same answer each time
+
+
+def engine_options(command: Any) -> Any:
+    """Options that every command with a model has; each is a setting of the same name."""
+    for option in (
+        click.option(
+            "--model",
+            metavar="NAME|FOLDER",
+            help="The shipped model's name, one that was added, or a checkpoint folder.",
+        ),
+        click.option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps."),
+        click.option("--threads", type=int, metavar="N", help="CPU threads; 0 means physical cores less one."),
+    ):
+        command = option(command)
+    return command
+
+
+def decoding_options(command: Any) -> Any:
+    """Options of commands that complete; settings too."""
+    for option in (
+        click.option("--mode", type=click.Choice(list(MODES)), help="How the middle is decoded."),
+        click.option(
+            "--seed", type=int, metavar="N", help=f"Seed of all that is drawn; {SEED} unless config.toml says."
+        ),
+        click.option("--max-denoising-steps", type=int, metavar="N", help="Most steps for one canvas."),
+    ):
+        command = option(command)
+    return command
+
+
+def to_overrides(options: dict[str, Any]) -> dict[str, Any]:
+    """Options that were given, under their settings' names on the wire; a wrong option is wrong use."""
+    values = _wire_values(options)
+    _parse(values, Settings())
+    return values
+
+
+def _wire_values(options: dict[str, Any]) -> dict[str, Any]:
+    return {to_wire_name(name): value for name, value in options.items() if value is not None}
+
+
+def _parse(values: dict[str, Any], base: Settings) -> Settings:
+    try:
+        return parse_settings(values, base)
+    except SettingsError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def read_options(
+    options: dict[str, Any], pairs: tuple[str, ...] = (), *, reports: bool = True, seed: int | None = SEED
+) -> Settings:
+    """Settings from config.toml, options and ``--set NAME=VALUE`` pairs; a wrong option is wrong use."""
+    configured, problems = read_config_file(config_file())
+    for problem in problems if reports else ():
+        click.echo(f"fimserver: {problem}", err=True)
+    values = _wire_values(options)
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            msg = f"--set {pair}: write NAME=VALUE, for instance --set comments=true"
+            raise click.UsageError(msg)
+        try:
+            values[name] = json.loads(value)
+        except ValueError:
+            values[name] = value
+    return _parse(values, parse_settings(configured, Settings(seed=seed, candidates=1)))
+
+
+@contextlib.contextmanager
+def exit_on_error() -> Iterator[None]:
+    """What cannot be done is exit 1 with the reason."""
+    try:
+        yield
+    except FimserverError as error:
+        click.echo(f"fimserver: {error}", err=True)
+        sys.exit(1)
+
+
+def with_progress(build: Callable[[Callable[[str, int, int], None]], Any]) -> Any:
+    """Do what takes minutes under a bar."""
+    from rich.console import Console  # noqa: PLC0415  only who waits pays for it
+    from rich.progress import Progress  # noqa: PLC0415
+
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("")
+        return build(lambda what, done, total: progress.update(task, description=what, completed=done, total=total))
+
+
+def run_measurement(
+    measure: Callable[[], Any],
+    *,
+    as_json: bool,
+    to_lines: Callable[[Any], Iterable[str]] | None = None,
+    show: Callable[[Any], None] | None = None,
+) -> None:
+    """Print what was measured or made; what cannot be is exit 1 with the reason."""
+    with exit_on_error():
+        summary = measure()
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(summary)))
+    elif show:
+        show(summary)
+    else:
+        for line in (to_lines or _to_lines)(summary):
+            click.echo(line)
+
+
+def _to_lines(summary: Any) -> Iterator[str]:
+    """A dataclass of results, a line each."""
+    for name, value in dataclasses.asdict(summary).items():
+        yield f"{name:36} {f'{value:.3f}' if isinstance(value, float) else value}"
