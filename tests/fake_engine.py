@@ -2,8 +2,8 @@
 
 A comment ``fake: {...}`` above the cursor is the order: ``answer``, ``drafts`` (sent one each ``step_s``, before
 the answer; with how much of it is settled, or all left to right and nothing in parallel), ``rest_s`` (between the last
-draft and the answer), ``confidence``, ``alternatives`` (text and confidence), and the ``name`` under which the journal
-has it.
+draft and the answer), ``held`` (after so many drafts it waits until it is let go), ``confidence``, ``alternatives``
+(text and confidence), and the ``name`` under which the journal has it.
 
     python fake_engine.py serve     the language server on stdio
     python fake_engine.py           its worker
@@ -40,6 +40,11 @@ def configure(journal: Path, *, load_s: float = 0, mode: str = "autoregressive")
     }
 
 
+def gate_of(journal: Path) -> Path:
+    """The file that lets an engine go which an order holds."""
+    return journal.with_suffix(".gate")
+
+
 def read_journal(journal: Path, event: str, name: str | None = None) -> list[Any]:
     entries = [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
     return [e["value"] for e in entries if e["event"] == event and name in {None, e["name"]}]
@@ -50,6 +55,7 @@ class FakeEngine:
 
     def __init__(self, journal: str, mode: str) -> None:
         self._journal = Path(journal)
+        self._gate = gate_of(self._journal)
         self._grows = mode != "diffusion"
 
     def write(self, event: str, name: str = "", value: Any = None) -> None:
@@ -72,15 +78,15 @@ class FakeEngine:
     ) -> Generation:
         found = _ORDER.findall(context.prefix)
         order: dict[str, Any] = {"answer": "1", "drafts": [], "step_s": 0.0, "rest_s": 0.0, "confidence": 1.0}
-        order |= {"alternatives": [], "name": ""}
+        order |= {"alternatives": [], "name": "", "held": None}
         order |= json.loads(found[-1]) if found else {}
         texts = [*(s.text for s in context.snippets), *(g.text for g in context.guesses)]
         begun = {"prefix": context.prefix, "suffix": context.suffix, "others": texts}
         self.write("begun", order["name"], {**begun, "candidates": sampling.num_candidates})
 
-        def wait(seconds: float) -> None:
+        def wait(seconds: float, step: int) -> None:
             due = time.monotonic() + seconds
-            while time.monotonic() < due:
+            while time.monotonic() < due or (step == order["held"] and not self._gate.exists()):
                 if cancelled():
                     self.write("cancelled", order["name"])
                     msg = "cancelled"
@@ -88,11 +94,11 @@ class FakeEngine:
                 time.sleep(0.002)
 
         for step, draft in enumerate(order["drafts"]):
-            wait(order["step_s"])
+            wait(order["step_s"], step)
             text, settled = (draft, len(draft) if self._grows else 0) if isinstance(draft, str) else draft
             on_draft(Draft(step, text, settled))
             self.write("drafted", order["name"])
-        wait(order["rest_s"])
+        wait(order["rest_s"], len(order["drafts"]))
         self.write("answered", order["name"])
         alternatives = tuple(Alternative(text, confidence) for text, confidence in order["alternatives"])
         mode, text, confidence = Mode.AUTOREGRESSIVE, order["answer"], order["confidence"]
@@ -130,8 +136,10 @@ def work() -> None:
 
 
 def serve() -> None:
-    from fimserver.lsp.features import create_server  # the worker starts faster without
+    from fimserver.context.gather import find_guesses  # the worker starts faster without these
+    from fimserver.lsp.features import create_server
 
+    find_guesses.__kwdefaults__ = {"max_seconds": 1.0}  # of wall time: on a busy machine 2 ms may pass before the first
     server = create_server(json.loads(sys.argv[2]) if len(sys.argv) > 2 else None)
     server.engine.options = EngineOptions(command=WORKER)
     server.start_io()
@@ -168,6 +176,7 @@ class FakeServer(LspClient):
         head = f"{mark} fake: {json.dumps(order)}{ending}" if order is not None else ""
         text = head + marked
         before = text[: text.index(MARK)]
+        gate_of(self.journal).unlink(missing_ok=True)
         self.open(uri, text.replace(MARK, "", 1), language)
         lines = re.split("\r\n|\n|\r", before)
         return uri, len(lines) - 1, len(lines[-1].encode("utf-16-le", "surrogatepass")) // 2
@@ -191,6 +200,11 @@ class FakeServer(LspClient):
 
     def snooze(self, *minutes: float) -> None:
         self.request("workspace/executeCommand", {"command": "fimserver.snooze", "arguments": list(minutes)})
+
+    def let_go(self) -> None:
+        """Whatever was sent has arrived: the engine that an order holds goes on."""
+        self.explain()
+        gate_of(self.journal).touch()
 
     @property
     def last(self) -> Any:

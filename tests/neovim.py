@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -158,6 +158,19 @@ class Terminal(Tmux):
     def wait_for_ghost(self) -> str:
         """The ghost text, once there is one."""
         return str(wait_until(self.ghost, f"ghost text\n{self.screen()}"))
+
+    def type_until_ghost(self, key: str) -> str:
+        """Type a character, and come back to it where nothing came: what others use can make an answer late."""
+        column = self.lua("vim.fn.col('.')")
+        self.type(key)
+        wait_until(lambda: self.lua("vim.fn.col('.')") != column, f"{key} is typed")  # not what was shown before it
+        for _ in range(3):
+            with suppress(AssertionError):
+                return str(wait_until(self.ghost, "ghost text", 6))
+            self.send("Escape")
+            wait_until(lambda: self.lua("vim.fn.mode()") == "n", "no insert mode")
+            self.type("a")
+        return self.wait_for_ghost()
 
     def go(self, line: int, keys: str = "A") -> None:
         """Begin to type in a line, counted from 1."""

@@ -7,15 +7,16 @@ RULES is a JSON file, read anew with each request: a list of
     {"after": "foo(", "texts": ["a, b)"], "replace": 1, "delay_ms": 0}
 
 Where the text before the cursor ends with ``after`` and the beginning of a text, the rest of each text that begins so
-is offered, in the place of ``replace`` characters behind the cursor. With ``loading_ms`` in the first rule the server
-says so long that its model is loading, and offers nothing meanwhile. JOURNAL gets each message, one a line, and
-JOURNAL.pid the process.
+is offered, in the place of ``replace`` characters behind the cursor. With ``loading_until`` in the first rule the
+server says that its model is loading until a file of that path is there, and offers nothing meanwhile. JOURNAL gets
+each message, one a line, and JOURNAL.pid the process.
 """
 
 import json
 import os
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -71,6 +72,7 @@ class StubServer:
     def take(self, message: dict[str, Any]) -> None:
         """Answer a message, or note it."""
         method, params = message.get("method"), message.get("params") or {}
+        loads = self._loads  # before a test can see the message and have the loading end
         if self._journal is not None and method:
             with self._journal.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"method": method, "params": params}) + "\n")
@@ -85,7 +87,7 @@ class StubServer:
         elif method == "exit":
             sys.exit(0)
         if method == "textDocument/inlineCompletion":
-            self._complete(message["id"], params)
+            self._complete(message["id"], params, loads=loads)
         elif method and "id" in message:
             self.send(id=message["id"], result=self._answer(method))
 
@@ -111,22 +113,27 @@ class StubServer:
 
     def _load(self) -> None:
         rules = json.loads(self._rules.read_text(encoding="utf-8"))
-        loading_ms = rules[0].get("loading_ms", 0) if rules else 0
-        if loading_ms:
-            threading.Timer(loading_ms / 1e3, self._say_loading, [False]).start()
-        self._say_loading(bool(loading_ms))
+        loading_until = rules[0].get("loading_until") if rules else None
+        self._say_loading(loading_until is not None)
+        if loading_until is not None:
+            threading.Thread(target=self._wait_for, args=[Path(loading_until)], daemon=True).start()
+
+    def _wait_for(self, file: Path) -> None:
+        while not file.exists():
+            time.sleep(0.02)
+        self._say_loading(False)
 
     def _say_loading(self, loads: bool) -> None:
         self._loads = loads
         self.send(method="didChangeStatus", params={"kind": "Normal", "busy": loads, "message": "the stub"})
 
-    def _complete(self, message_id: int, params: dict[str, Any]) -> None:
+    def _complete(self, message_id: int, params: dict[str, Any], *, loads: bool) -> None:
         position = params["position"]
         index = self._texts[params["textDocument"]["uri"]]
         before = index.text[: _to_offset(index, position)]
         rules = json.loads(self._rules.read_text(encoding="utf-8"))
         invoked = params["context"]["triggerKind"] == _INVOKED
-        items = [] if self._loads else find_items(rules, before, position, invoked=invoked)
+        items = [] if loads else find_items(rules, before, position, invoked=invoked)
 
         def answer() -> None:
             if message_id in self._cancelled:

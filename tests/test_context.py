@@ -319,11 +319,11 @@ def test_a_large_file_is_answered_in_time() -> None:
     tree = parse(snapshot.text, "python")
     hole = find_hole(snapshot, tree, Settings())
     assert isinstance(hole, Hole)
-    begin = time.perf_counter()
+    begin = time.process_time()
     assert isinstance(
         to_completion("c = (a + b\n    d = ] x\n    e = 1 2\n" * 3, hole, snapshot, tree), NoCompletion | Completion
     )
-    assert time.perf_counter() - begin < 1.5
+    assert time.process_time() - begin < 1.5
     assert isinstance(to_completion("c = a + b", hole, snapshot, tree), Completion)
 
 

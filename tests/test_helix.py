@@ -61,6 +61,6 @@ def test_an_item_of_the_menu(terminal: Tmux, editors_home: dict[str, str], tmp_p
     terminal.type(":w")
     terminal.send("Enter")
     file = tmp_path / "inventory.py"
-    wait_until(lambda: file.read_text(encoding="utf-8") != SAMPLE, "it is saved")
+    wait_until(lambda: BEGUN + "end(" in file.read_text(encoding="utf-8"), "it is saved")
     line = file.read_text(encoding="utf-8").splitlines()[LINE - 1]
     assert line.startswith(BEGUN + "end(")

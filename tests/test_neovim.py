@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +81,17 @@ def editor(start: Start, file: Path) -> Terminal:
 def begin(terminal: Terminal) -> str:
     """Type the sample's line on; the ghost text that comes, seen on the screen."""
     terminal.go(LINE)
-    terminal.type("p")
-    ghost = terminal.wait_for_ghost()
+    ghost = terminal.type_until_ghost("p")
     terminal.wait_for(f"self.items.app{ghost}")
     return ghost
 
 
 def wait_for_rest(terminal: Terminal, rest: str) -> None:
     wait_until(lambda: terminal.ghost() == rest, f"{rest!r} is left")
+
+
+def has_text(terminal: Terminal, text: str) -> bool:
+    return bool(terminal.lua("table.concat(vim.fn.getline(1, '$'), '|')") == text)
 
 
 def line_of(terminal: Terminal, number: int = LINE) -> str:
@@ -141,12 +145,19 @@ def test_typing_along_does_not_flicker_and_deleting_shows_it_again(editor: Termi
     ghost = begin(editor)
     raw = tmp_path / "raw"
     editor.watch(raw)
+
+    def count_frames() -> int:
+        return raw.read_bytes().count(b"\x1b[?25h")  # the cursor is shown when all is drawn
+
+    def is_drawn(number: int) -> bool:
+        return count_frames() >= number
+
     for i in range(1, 4):
         editor.type(ghost[i - 1])
         wait_for_rest(editor, ghost[i:])
+        wait_until(partial(is_drawn, i), "what is drawn has come to the file")
         assert BEGUN + ghost in editor.screen()
-    frames = raw.read_text(encoding="utf-8").split("\x1b[?25h")[:-1]  # the cursor is shown when all is drawn
-    assert len(frames) == 3, "between a key and the ghost text that is left the screen showed something else"
+    assert count_frames() == 3, "between a key and the ghost text that is left the screen showed something else"
     editor.send("BSpace", "BSpace")
     wait_until(lambda: editor.ghost() == ghost[1:], "what was deleted is offered again")
     editor.wait_for(BEGUN + ghost)
@@ -170,8 +181,9 @@ def test_brackets_that_an_autopairs_stand_in_closes_are_not_doubled(start: Start
     terminal = start(file, before="vim.cmd([[inoremap ( ()<Left>]])")
     terminal.wait_until_ready()
     terminal.go(LINE)
-    terminal.type("pend(")
-    ghost = terminal.wait_for_ghost()
+    terminal.type("pend")
+    terminal.wait_for("self.items.append")
+    ghost = terminal.type_until_ghost("(")
     terminal.wait_for(f"self.items.append({ghost}")
     terminal.send("Tab")
     wait_until(lambda: terminal.ghost() != ghost, "accepted")
@@ -200,8 +212,7 @@ def test_emoji_before_the_cursor(start: Start, file: Path) -> None:
     terminal = start(file)
     terminal.wait_until_ready()
     terminal.go(LINE)
-    terminal.type("p")
-    ghost = terminal.wait_for_ghost()
+    ghost = terminal.type_until_ghost("p")
     terminal.wait_for(f'日本", end=""); self.items.app{ghost}')
     terminal.send("Tab")
     wait_until(lambda: line_of(terminal) == emoji + "p" + ghost, "accepted at the right place")
@@ -431,11 +442,12 @@ def test_tabs_and_wide_characters(start: Start, stub: Stub, tmp_path: Path) -> N
 
 @editors
 def test_a_late_answer_is_never_shown_and_its_request_is_cancelled(start: Start, stub: Stub, tmp_path: Path) -> None:
-    stub.say({"after": "slow ", "texts": ["LATE"], "delay_ms": 300}, {"after": "slow x", "texts": ["GOOD"]})
+    stub.say({"after": "slow ", "texts": ["LATE"], "delay_ms": 3000}, {"after": "slow x", "texts": ["GOOD"]})
     terminal = open_stub(start, stub, tmp_path / "a.py", "\n")
     terminal.go(1)
     terminal.type("slow ")
-    wait_until(lambda: stub.received("textDocument/inlineCompletion"), "asked")
+    method = "textDocument/inlineCompletion"
+    wait_until(lambda: any(request["position"]["character"] == 5 for request in stub.received(method)), "asked")
     terminal.type("x")
     screen = terminal.wait_for("slow xGOOD")
     assert "LATE" not in screen
@@ -505,11 +517,9 @@ def test_undo_takes_back_what_was_accepted_alone(start: Start, stub: Stub, tmp_p
     wait_until(lambda: line_of(terminal, 2) == "two", "accepted")
     terminal.type(" more")
     terminal.send("Escape")
-    steps = []
-    for _ in range(3):
+    for wanted in ("x = one|two", "x = ", "x"):
         terminal.command("undo")
-        steps.append(wait_until(lambda: terminal.lua("table.concat(vim.fn.getline(1, '$'), '|')"), "undone"))
-    assert steps == ["x = one|two", "x = ", "x"]
+        wait_until(partial(has_text, terminal, wanted), f"undone to {wanted!r}")
 
 
 @editors
@@ -651,15 +661,16 @@ def test_windows_of_commands(start: Start, file: Path) -> None:
     terminal.command("Fimserver stats")
     terminal.command("Fimserver log")
     terminal.command("Fimserver status")
+    wait_until(lambda: re.search(r"buffer +attached", terminal.screen()), "of the file, not of the window")
     assert terminal.lua("#vim.api.nvim_list_wins()") == 2
-    assert re.search(r"buffer +attached", terminal.screen()), "of the file, not of the window"
     terminal.command("Fimserver explain")
     wait_until(lambda: "no request yet" in terminal.messages(), "the server has said it of the file")
     terminal.send("q")
     wait_until(lambda: terminal.lua("#vim.api.nvim_list_wins()") == 1, "the window is closed")
     terminal.command("enew")
     terminal.command("Fimserver explain")
-    assert "nothing is completed in this buffer: it has no name yet; save it once" in terminal.messages()
+    wanted = "nothing is completed in this buffer: it has no name yet; save it once"
+    wait_until(lambda: wanted in terminal.messages(), wanted)
 
 
 @editors
@@ -668,8 +679,12 @@ def test_wrong_options_and_a_missing_server_are_said_once(start: Start, file: Pa
     terminal = start(file, options=options)
     terminal.go(1)
     terminal.type("abc")
-    terminal.send("Escape", "i")
-    assert terminal.messages().count("… (:Fimserver status)") == 4, "each in a line that fits, once"
+    wait_until(lambda: line_of(terminal, 1).endswith("abc"), "typed")
+    terminal.send("Escape")
+    wait_until(lambda: terminal.lua("vim.fn.mode()") == "n", "no insert mode")
+    terminal.send("i")
+    wait_until(lambda: terminal.lua("vim.fn.mode()") == "i", "insert mode again")
+    wait_until(lambda: terminal.messages().count("… (:Fimserver status)") == 4, "each in a line that fits, once")
     messages = terminal.lua("table.concat(require('fimserver.message').recent, ' ')")
     for wanted in (
         "ghost_text is \"red\"; it may be 'auto', 'own' or 'builtin'. The default is used: \"auto\"",

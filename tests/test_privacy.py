@@ -176,10 +176,10 @@ def test_lengths_and_lines_stay(text: str) -> None:
 def test_it_costs_little() -> None:
     text = ("    token = self.tokens[index]  # a secret of https://example.com\n" * 700)[:40_000]
     mask(text)
-    begin = time.perf_counter()
+    begin = time.process_time()
     for _ in range(5):
         mask(text)
-    assert (time.perf_counter() - begin) / 5 < 0.02  # 2 to 3 ms measured, beside other work
+    assert (time.process_time() - begin) / 5 < 0.02  # 2 to 3 ms measured, beside other work
 
 
 def test_the_model_is_shown_no_secret() -> None:
@@ -335,9 +335,9 @@ def test_literals_of_other_styles_are_crossed_out(text: str) -> None:
     "text", ["token" * 8000, "token=\n" * 8000, "eyJaaaaaaaa-" * 8000, "password = '" * 3000, "://a:" * 8000]
 )
 def test_no_text_takes_long(text: str) -> None:
-    begin = time.perf_counter()
+    begin = time.process_time()
     mask(text)
-    assert time.perf_counter() - begin < 2.0
+    assert time.process_time() - begin < 2.0
 
 
 @pytest.mark.parametrize("lines", [40, 2000])
@@ -400,7 +400,7 @@ def test_devices_and_endless_patterns_take_no_time(tmp_path: Path) -> None:
     assert refusal(tmp_path, "a.py") is None
     (tmp_path / ".fimserverignore").unlink()
     (tmp_path / ".fimserverignore").write_text("*a*a*a*a*a*a*a*a*b\n*.sql\n")
-    begin = time.perf_counter()
+    begin = time.process_time()
     assert refusal(tmp_path, "a" * 200) is None
-    assert time.perf_counter() - begin < 1.0
+    assert time.process_time() - begin < 1.0
     assert refusal(tmp_path, "a.sql") is not None

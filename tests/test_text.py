@@ -96,6 +96,6 @@ def test_an_edited_index_equals_a_fresh_one() -> None:
 
 def test_a_long_line_beside_emoji_is_quick() -> None:
     index = LineIndex("\U0001f40d" + "x" * 1_000_000)
-    begin = time.perf_counter()
+    begin = time.process_time()
     assert index.to_offset(0, 900_002, Encoding.UTF16) == 900_001
-    assert time.perf_counter() - begin < 0.2
+    assert time.process_time() - begin < 0.2

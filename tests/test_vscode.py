@@ -62,8 +62,7 @@ def window(
 
 def take(window: Window, file: Path) -> str:
     """Tab, and the line as it is on the disk then."""
-    window.press("Tab")
-    wait_until(lambda: not window.ghost(), "the ghost text is text")
+    window.take_ghost()
     return line_of(window.save(file))
 
 
@@ -95,8 +94,7 @@ def test_a_word_of_it(window: Window, workbench: Workbench) -> None:
     file = workbench.write("word.py")
     ghost = window.begin(file)
     window.press("Control+ArrowRight")
-    wait_until(lambda: window.ghost() != ghost, "a word was taken")
-    rest = window.ghost()
+    rest = wait_until(lambda: (now := window.ghost()) != ghost and now, "a word was taken")
     assert ghost.endswith(rest)
     assert take(window, file) == BEGUN + ghost
 
@@ -144,8 +142,8 @@ def test_a_closed_bracket_is_not_doubled(window: Window, workbench: Workbench) -
     file = workbench.write("bracket.py")
     window.open(file)
     window.go(LINE)
-    window.type("pend(")
-    window.wait_for_ghost()
+    window.type("pend")
+    window.type_until_ghost("(")
     taken = take(window, file)
     assert taken.startswith("        self.items.append(")
     assert taken.count("(") == taken.count(")"), taken
@@ -155,8 +153,7 @@ def test_a_closed_bracket_is_not_doubled(window: Window, workbench: Workbench) -
 def test_crlf_stays(window: Window, workbench: Workbench) -> None:
     file = workbench.write("crlf.py", SAMPLE.replace("\n", "\r\n"))
     ghost = window.begin(file)
-    window.press("Tab")
-    wait_until(lambda: not window.ghost(), "the ghost text is text")
+    window.take_ghost()
     data = window.save(file)
     assert data.count(b"\n") == data.count(b"\r\n")
     assert line_of(data) == BEGUN + ghost
@@ -188,8 +185,7 @@ def test_snooze_by_the_menu(window: Window, workbench: Workbench, editors_home: 
     window.wait_for_status("Ready")
     window.dismiss()
     window.go(LINE)
-    window.type("e")
-    assert window.wait_for_ghost()
+    assert window.type_until_ghost("e")
 
 
 @editors
@@ -301,8 +297,7 @@ def test_a_notebook(window: Window, workbench: Workbench) -> None:
     wait_until(lambda: len(window.texts(".notebookOverlay .cell .view-lines")) == 2, "the cells are there")
     window.click(".notebookOverlay .view-lines >> nth=1")
     window.press("Control+End")
-    window.type("p")
-    assert window.wait_for_ghost().startswith("end")
+    assert window.type_until_ghost("p").startswith("end")
 
 
 @editors
@@ -386,12 +381,14 @@ def test_asked_again_once_the_model_is_there(window: Window, workbench: Workbenc
     file = workbench.write("loading.py")
     window.open(file)
     window.go(LINE)
-    stub = Stub(tmp_path, {"after": "self.items.app", "texts": ["end(one)"], "loading_ms": 3000})
+    loaded = tmp_path / "loaded"
+    stub = Stub(tmp_path, {"after": "self.items.app", "texts": ["end(one)"], "loading_until": str(loaded)})
     with workbench.stubbed(window, stub):
         window.wait_for_status("loading")
         window.type("p")
         wait_until(lambda: stub.received("textDocument/inlineCompletion"), "the server was asked")
         assert not window.ghost()
+        loaded.touch()
         assert window.wait_for_ghost() == "end(one)"
         asked = stub.received("textDocument/inlineCompletion")
         assert [request["context"]["triggerKind"] for request in asked] == [AUTOMATIC, AUTOMATIC]
@@ -416,8 +413,7 @@ def test_in_a_snippet(with_ghost: bool, window: Window, workbench: Workbench, tm
         if with_ghost:
             window.type("wor")
             assert window.wait_for_ghost() == "d in words"
-            window.press("Tab")  # takes it
-            wait_until(lambda: not window.ghost(), "the ghost text is text")
+            window.take_ghost()
         else:
             window.type("word in words")
         window.press("Tab")  # to the snippet's next place
@@ -425,8 +421,7 @@ def test_in_a_snippet(with_ghost: bool, window: Window, workbench: Workbench, tm
         window.press("Tab")  # to its end
         window.type("prin")
         assert window.wait_for_ghost() == "t(word)"
-        window.press("Tab")
-        wait_until(lambda: not window.ghost(), "the ghost text is text")
+        window.take_ghost()
         saved = window.save(file).decode().split()
         assert saved == ["words", "=", "[]", "for", "word", "in", "words:", "print(word)", "print(word)"]
 
@@ -438,6 +433,8 @@ def test_an_untitled_document(window: Window) -> None:
     window.command("Change Language Mode")
     wait_until(lambda: window.has(".quick-input-widget:not([style*='display: none']) input"), "languages")
     window.choose("Python")
+    wait_until(lambda: window.has(".editor-container .monaco-editor.focused"), "the editor has the focus")
+    wait_until(lambda: "Python" in window.texts(".statusbar-item"), "the language")
     window.type("import json\n\n\ndef read(path):\nwith open(path) as file:\nreturn json.l")  # the editor indents
     try:
         assert window.type_until_ghost("o").startswith("ad")

@@ -170,12 +170,12 @@ def test_beside_an_extension_with_modes(
         window.type("pppp")  # keys of a mode that inserts nothing
         window.type("A")
         ghost = window.type_until_ghost("p")
-        window.press("Tab")
-        wait_until(lambda: not window.ghost(), "the ghost text is text")
+        window.take_ghost()
         window.type("  # ")
         leave_inserting(window)
         window.press("Tab")
         window.type("Aso")
+        wait_until(lambda: any(line.endswith("# so") for line in window.written()), "all has been through the modes")
         assert window.save(file).decode().splitlines()[LINE - 1] == f"{BEGUN}{ghost}  # so"
         leave_inserting(window)
         window.go(LINE + 1)

@@ -224,11 +224,16 @@ _GHOST = """(() => {
     (i === 0 || lineOf(part) === lineOf(parts[i - 1]) ? '' : '\\n') + part.textContent);
   return texts.join('').replace(/\\u00a0/g, ' ').replace(/\\u200b/g, '');
 })()"""
-_LINES = """(() => {
+_LINES = """(isWithGhost => {
   const lines = [...document.querySelectorAll('.editor-instance .monaco-editor .view-lines .view-line')];
   lines.sort((one, other) => parseFloat(one.style.top) - parseFloat(other.style.top));
-  return lines.map(line => line.textContent.replace(/\\u00a0/g, ' ').replace(/\\u200b/g, ''));
-})()"""
+  return lines.map(line => {
+    const part = line.cloneNode(true);
+    if (!isWithGhost)
+      part.querySelectorAll('[class*="ghost-text"], .suggest-preview-text').forEach(ghost => ghost.remove());
+    return part.textContent.replace(/\\u00a0/g, ' ').replace(/\\u200b/g, '');
+  });
+})"""
 _IS_STILL = """document.getAnimations().every(animation =>
   animation.playState !== 'running' || animation.effect?.getComputedTiming().endTime === Infinity)"""
 _TEXTS = "[...document.querySelectorAll({selector})].map(node => node.textContent.replace(/\\u00a0/g, ' '))"
@@ -288,8 +293,19 @@ class Window:
 
     def lines(self) -> list[str]:
         """Lines of the editor that has them on the screen, ghost text and all."""
-        found: list[str] = self.evaluate(_LINES)
+        found: list[str] = self.evaluate(_LINES + "(true)")
         return found
+
+    def written(self) -> list[str]:
+        """The same lines without ghost text."""
+        found: list[str] = self.evaluate(_LINES + "(false)")
+        return found
+
+    def take_ghost(self) -> None:
+        """Tab, until the ghost text is text; another one may stand behind it at once."""
+        before = self.written()
+        self.press("Tab")
+        wait_until(lambda: self.written() != before, "the ghost text is text")
 
     def wait_for_ghost(self, timeout: float = SLOW_S) -> str:
         """The ghost text, once there is one."""
@@ -481,28 +497,31 @@ class Workbench:
             variables.pop(name, None)
         for extension in filter(None, (vsix, beside)):
             run(*self._command, "--install-extension", extension, env=variables)
-        port = _free_port()
-        self.url = f"http://127.0.0.1:{port}"
-        options = [
-            "--auth",
-            "none",
-            "--bind-addr",
-            f"127.0.0.1:{port}",
-            "--disable-telemetry",
-            "--disable-update-check",
-        ]
-        trust = ["--disable-workspace-trust"] if trusted else []
-        with (self.data / "server.log").open("wb") as log:
-            self._process = subprocess.Popen(
-                [*self._command, *options, *trust], env=variables, stdout=log, stderr=log, start_new_session=True
-            )
+        options = ["--auth", "none", "--disable-telemetry", "--disable-update-check"]
+        if trusted:
+            options.append("--disable-workspace-trust")
         self._browser: Browser | None = None
+        self._serve(options, variables)
         try:
-            wait_until(self._answers, "code-server answers", 90)
+            wait_until(lambda: self._is_served(options, variables), "code-server answers", 90)
             self._browser = Browser(vscode)
         except BaseException:
             self.close()
             raise
+
+    def _serve(self, options: list[str], variables: dict[str, str]) -> None:
+        """Start it at a free port."""
+        port = _free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        command = [*self._command, *options, "--bind-addr", f"127.0.0.1:{port}"]
+        with (self.data / "server.log").open("ab") as log:
+            self._process = subprocess.Popen(command, env=variables, stdout=log, stderr=log, start_new_session=True)
+
+    def _is_served(self, options: list[str], variables: dict[str, str]) -> bool:
+        """Whether it answers; it is started again where it has ended: another program can have taken the port."""
+        if self._process.poll() is not None:
+            self._serve(options, variables)
+        return self._answers()
 
     @property
     def pid(self) -> int:
@@ -532,9 +551,8 @@ class Workbench:
         """Show a window in each theme, light at first and in the end; ``picture`` gets the theme's short name."""
         picture("light")
         for name in ("dark", "contrast", "light"):
-            before = window.background()
-            self.set_any("workbench.colorTheme", THEMES[name])
-            wait_until(partial(_differs, window.background, before), f"the theme is {THEMES[name]}")
+            is_new = partial(_differs, window.background, window.background())
+            self._repeat_until(partial(self.set_any, "workbench.colorTheme", THEMES[name]), is_new, THEMES[name])
             if name != "light":
                 picture(name)
 
@@ -563,11 +581,16 @@ class Workbench:
             self.set_any(f"fimserver.{name}", value)
 
     def set_until(self, is_so: Callable[[], Any], what: str, **settings: Any) -> None:
-        """Set, and again where nothing comes of it: VS Code misses a change while a folder is added or taken out."""
+        """Set, and again where nothing comes of it."""
+        self._repeat_until(partial(self.set, **settings), is_so, what)
+
+    @staticmethod
+    def _repeat_until(change: Callable[[], None], is_so: Callable[[], Any], what: str) -> None:
+        """VS Code misses a file that changes while its watchers are set up anew, for another folder say."""
         for _ in range(3):
-            self.set(**settings)
+            change()
             with suppress(AssertionError):
-                wait_until(is_so, what, SLOW_S)
+                wait_until(is_so, what)
                 return
         message = f"not after three changes of the settings: {what}"
         raise AssertionError(message)
