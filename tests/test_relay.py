@@ -16,7 +16,8 @@ from fimserver.errors import DaemonError
 from fimserver.lsp import relay
 from fimserver.lsp.convert import Document, apply_changes
 from fimserver.lsp.endpoint import NO_ANSWER
-from fimserver.lsp.relay import Opened, Relay, _did_open
+from fimserver.lsp.relay import Relay
+from fimserver.lsp.replica import Opened, to_did_open
 from fimserver.lsp.wire import MAX_BODY_BYTES, read_body, to_frame
 from fimserver.text import Encoding, LineIndex
 
@@ -359,7 +360,7 @@ def test_an_edit_that_cannot_be_read_is_no_text_for_a_later_daemon(editor: Edito
 
 def test_a_large_document_fits_a_message_again() -> None:
     text = "\u65e5" * 1000
-    body = _did_open(URI, Opened("python", 1, LineIndex(text + "\ud800")))
+    body = to_did_open(URI, Opened("python", 1, LineIndex(text + "\ud800")))
     assert len(body) < 3 * 1000 + 200
     assert json.loads(body.decode("utf-8", "surrogatepass"))["params"]["textDocument"]["text"] == text + "\ud800"
 

@@ -52,7 +52,15 @@ STANDARD_LIBRARY_ONLY = [
         "engine/client.py",
         "engine/schedule.py",
     ),
-    *("lsp/__init__.py", "lsp/relay.py", "lsp/endpoint.py", "lsp/wire.py", "lsp/launch.py", "lsp/units.py"),
+    *(
+        "lsp/__init__.py",
+        "lsp/relay.py",
+        "lsp/replica.py",
+        "lsp/endpoint.py",
+        "lsp/wire.py",
+        "lsp/launch.py",
+        "lsp/units.py",
+    ),
 ]
 
 

@@ -4,10 +4,10 @@
     editor <--stdout-- from_daemon <--socket-- daemon
 
 One of these runs in every editor window, so it is small and starts at once: standard library alone, three threads. It
-keeps the text of each open document. Where the daemon ends, by whatever cause, another is started and told all: the
-editor's ``initialize``, its settings, its documents as they are now, and the requests that are still unanswered. A
-completion whose document has changed meanwhile is answered with nothing instead, so that no answer is stale. The person
-is told of a daemon that hangs.
+keeps the text of each open document (``replica.py``). Where the daemon ends, by whatever cause, another is started and
+told all: the editor's ``initialize``, its settings, its documents as they are now, and the requests that are still
+unanswered. A completion whose document has changed meanwhile is answered with nothing instead, so that no answer is
+stale. The person is told of a daemon that hangs.
 
 Knows:  LSP's messages as JSON.  Never: what a completion is, dataclasses (2 MB and some milliseconds).
 """
@@ -23,8 +23,9 @@ from typing import Any, BinaryIO
 
 from fimserver.errors import FimserverError
 from fimserver.lsp.endpoint import KEY, NO_ANSWER, Stream
+from fimserver.lsp.replica import Replica, to_notification
 from fimserver.lsp.wire import MAX_BODY_BYTES, read_body, to_frame
-from fimserver.text import Encoding, LineIndex
+from fimserver.text import Encoding
 
 Connect = Callable[[], Stream]
 _PAUSES_S = (0.0, 0.1, 0.5, 2.0, 5.0, 15.0)  # before another try to reach a daemon
@@ -50,7 +51,7 @@ _SILENCE_S = 10.0  # behind a request, before the daemon is asked whether it is 
 _PING_S = 5.0  # that it has to say so
 _LOOK_S = 0.5
 _SNOOZE_MINUTES = 5.0  # the server's own, unless told
-_STATUS = "didChangeStatus"
+_STATUS, _DID_CLOSE = "didChangeStatus", "textDocument/didClose"
 _NEAR_END = 4096  # bytes
 _TEXT = rb'("(?:[^"\\]|\\.)*")'
 _DOCUMENT_IN = re.compile(rb'"(?:textDocument|notebookDocument)"\s*:\s*\{[^{}]*?"uri"\s*:\s*' + _TEXT)
@@ -64,30 +65,6 @@ def _find(pattern: "re.Pattern[bytes]", text: bytes) -> Any:
     with suppress(ValueError):
         return json.loads(matches[-1]) if matches else None
     return None
-
-
-class Opened:
-    """An open document as the editor has it."""
-
-    __slots__ = ("index", "language_id", "version")
-
-    def __init__(self, language_id: str, version: int, index: LineIndex) -> None:
-        self.language_id, self.version, self.index = language_id, version, index
-
-    def apply(self, changes: list[Any], encoding: Encoding) -> None:
-        """Edits, as the daemon reads them (``convert.py: apply_changes``). Raises for what is no edit."""
-        index = self.index
-        for change in changes:
-            place = change.get("range")
-            if place is None:
-                index = LineIndex(str(change["text"]))
-                continue
-            start, end = (
-                index.to_nearest_offset(int(at["line"]), int(at["character"]), encoding)
-                for at in (place["start"], place["end"])
-            )
-            index = index.replaced(start, end, str(change["text"]))
-        self.index = index
 
 
 class Pending:
@@ -123,9 +100,7 @@ class Relay:
         self._is_shut_down = False
         self._initialize: dict[str, Any] | None = None
         self._initialized: bytes | None = None
-        self._encoding = Encoding.UTF16
-        self._documents: dict[str, Opened] = {}
-        self._notebooks: dict[str, dict[str, Any]] = {}  # as they are opened, with the cells they have now
+        self._replica = Replica(self._make_stale)
         self._pending: dict[int | str, Pending] = {}
         self._replayed: list[tuple[str, bytes]] = []
         self._snoozed_until = 0.0  # of time.monotonic
@@ -238,7 +213,7 @@ class Relay:
             with suppress(KeyError, TypeError):
                 self._pending[params["id"]].is_stale = True
         elif str(method).partition("/")[0] in {"textDocument", "notebookDocument"}:
-            self._note_text(str(method), params)
+            self._replica.note(str(method), params)
         return True
 
     def _note_snooze(self, method: str, params: Any) -> None:
@@ -255,72 +230,6 @@ class Relay:
             return
         good = isinstance(minutes, int | float) and not isinstance(minutes, bool)
         self._snoozed_until = time.monotonic() + 60 * (float(minutes) if good else _SNOOZE_MINUTES)  # type: ignore[arg-type]
-
-    def _note_text(self, method: str, params: Any) -> None:
-        """Note an edit; of a document whose edit cannot be read, no later daemon is told a text that it has not."""
-        try:
-            if method.startswith("notebookDocument/"):
-                self._note_notebook(method, params)
-            else:
-                self._note_document(method, params)
-        except (KeyError, TypeError, ValueError, AttributeError):  # the daemon says what is wrong with it
-            with suppress(KeyError, TypeError, AttributeError):
-                if method == "notebookDocument/didChange":
-                    for cell in self._notebooks.pop(params["notebookDocument"]["uri"])["cells"]:
-                        self._close(cell["document"])
-                elif method == "textDocument/didChange":
-                    self._close(params["textDocument"]["uri"])
-
-    def _note_document(self, method: str, params: Any) -> None:
-        item = params["textDocument"]
-        if method == "textDocument/didOpen":
-            self._open(item)
-        elif method == "textDocument/didClose":
-            self._close(item["uri"])
-        elif method == "textDocument/didChange":
-            self._change(item, params["contentChanges"])
-
-    def _note_notebook(self, method: str, params: Any) -> None:
-        notebook = params["notebookDocument"]
-        if method == "notebookDocument/didOpen":
-            own = [{**cell, "document": str(cell["document"])} for cell in notebook["cells"]]
-            self._notebooks[notebook["uri"]] = {**notebook, "cells": own}
-            for item in params["cellTextDocuments"]:
-                self._open(item)
-        elif method == "notebookDocument/didClose":
-            gone = self._notebooks.pop(notebook["uri"], {"cells": []})
-            for cell in gone["cells"]:
-                self._close(cell["document"])
-        elif method == "notebookDocument/didChange" and notebook["uri"] in self._notebooks:
-            cells = params["change"].get("cells") or {}
-            known = self._notebooks[notebook["uri"]]
-            known["version"] = notebook.get("version", known.get("version", 0))
-            if structure := cells.get("structure"):
-                array = structure["array"]
-                start, count = int(array["start"]), int(array["deleteCount"])
-                added = [{**cell, "document": str(cell["document"])} for cell in array.get("cells") or []]
-                known["cells"][start : start + count] = added
-                for item in structure.get("didOpen") or []:
-                    self._open(item)
-                for item in structure.get("didClose") or []:
-                    self._close(item["uri"])
-            for content in cells.get("textContent") or []:
-                self._change(content["document"], content["changes"])
-
-    def _open(self, item: Any) -> None:
-        index = LineIndex(str(item["text"]))
-        self._documents[item["uri"]] = Opened(str(item["languageId"]), int(item["version"]), index)
-        self._make_stale(item["uri"])
-
-    def _change(self, item: Any, changes: list[Any]) -> None:
-        self._make_stale(item["uri"])
-        document = self._documents[item["uri"]]
-        document.version = int(item.get("version") or document.version)
-        document.apply(changes, self._encoding)
-
-    def _close(self, uri: str) -> None:
-        self._documents.pop(uri, None)
-        self._make_stale(uri)
 
     def _make_stale(self, uri: str) -> None:
         """The text that completions were asked for is no more."""
@@ -342,19 +251,11 @@ class Relay:
                 self._answer_error(number, _INVALID_REQUEST, text)
             elif method is None or str(method).partition("/")[0] in {"textDocument", "notebookDocument"}:
                 uri = _find(_DOCUMENT_IN, begin[:_NEAR_END]) or _find(_DOCUMENT_IN, end[-_NEAR_END:])
-                for known in [uri] if isinstance(uri, str) else [*self._notebooks, *self._documents]:
-                    self._lose(known)
+                for lost in self._replica.lose(uri if isinstance(uri, str) else None):
+                    if self._stream is not None:
+                        with suppress(OSError):
+                            self._stream.send(to_notification(_DID_CLOSE, {"textDocument": {"uri": lost}}))
         self._show(2, f"fimserver: {text}")
-
-    def _lose(self, uri: str) -> None:
-        """A document or a notebook's cells are not what the editor has; with the lock held."""
-        cells = [str(cell["document"]) for cell in self._notebooks.pop(uri, {"cells": []})["cells"]]
-        for lost in cells or [uri]:
-            self._close(lost)
-            closed = {"jsonrpc": "2.0", "method": "textDocument/didClose", "params": {"textDocument": {"uri": lost}}}
-            if self._stream is not None:
-                with suppress(OSError):
-                    self._stream.send(json.dumps(closed).encode())
 
     # From the daemon
 
@@ -431,7 +332,7 @@ class Relay:
     def _take_encoding(self, message: Mapping[str, Any]) -> None:
         with suppress(KeyError, TypeError, ValueError, AttributeError):
             capabilities = message["result"]["capabilities"]
-            self._encoding = Encoding(capabilities.get("positionEncoding") or Encoding.UTF16)
+            self._replica.encoding = Encoding(capabilities.get("positionEncoding") or Encoding.UTF16)
 
     def _note_progress(self, params: Any) -> None:
         with suppress(KeyError, TypeError):
@@ -481,9 +382,7 @@ class Relay:
             if (remaining_s := self._snoozed_until - time.monotonic()) > 0:
                 snooze = {"id": _OWN_SNOOZE_ID, "method": "fimserver/snooze", "params": {"minutes": remaining_s / 60}}
                 bodies.append(json.dumps({"jsonrpc": "2.0", **snooze}).encode())
-            cells = {cell["document"] for notebook in self._notebooks.values() for cell in notebook["cells"]}
-            bodies += [_did_open(uri, opened) for uri, opened in self._documents.items() if uri not in cells]
-            bodies += [self._did_open_notebook(notebook) for notebook in self._notebooks.values()]
+            bodies += self._replica.to_messages()
             stale = {number: pending for number, pending in self._pending.items() if pending.is_stale}
             for number, pending in self._pending.items():
                 if number not in stale and pending.method != "initialize":
@@ -498,11 +397,6 @@ class Relay:
             self._stream, self._shown = stream, ""
         for number, pending in stale.items():
             self._answer_nothing(pending, number)
-
-    def _did_open_notebook(self, notebook: dict[str, Any]) -> bytes:
-        uris = [cell["document"] for cell in notebook["cells"]]
-        items = [_to_item(uri, self._documents[uri]) for uri in uris if uri in self._documents]
-        return _to_notification("notebookDocument/didOpen", {"notebookDocument": notebook, "cellTextDocuments": items})
 
     def _give_up(self, reason: str) -> None:
         """No daemon can be had now: nobody waits for it, and the next message is another try."""
@@ -550,24 +444,6 @@ def _uri_of(params: Any) -> str | None:
     document = params.get("textDocument") if isinstance(params, dict) else None
     uri = document.get("uri") if isinstance(document, dict) else None
     return uri if isinstance(uri, str) else None
-
-
-def _to_item(uri: str, document: Opened) -> dict[str, Any]:
-    return {
-        "uri": uri,
-        "languageId": document.language_id,
-        "version": document.version,
-        "text": document.index.text,
-    }
-
-
-def _did_open(uri: str, document: Opened) -> bytes:
-    return _to_notification("textDocument/didOpen", {"textDocument": _to_item(uri, document)})
-
-
-def _to_notification(method: str, params: dict[str, Any]) -> bytes:
-    message = {"jsonrpc": "2.0", "method": method, "params": params}
-    return json.dumps(message, ensure_ascii=False).encode("utf-8", "surrogatepass")
 
 
 def main(overrides: dict[str, Any]) -> int:
