@@ -348,8 +348,7 @@ def _card_notes(card: Card) -> tuple[str, ...]:
         "The vision part is left out: the server never loads it.",
         "Steps are ceilings: weights, keys and values over the card's bandwidth, no logits, no activations.",
         "The embedding is read twice a step; conditioning on the likeliest tokens alone saves one of these.",
-        "Not counted: several candidates side by side, recorded passes but for their masks, work memory that kernels of",
-        "other packages (humming-kernels, flashinfer) may want.",
+        "Not counted: several candidates side by side, recorded passes but for their masks, other packages' kernels.",
         "Weights in fp8 are expanded to bf16 when they are loaded.",
     ]
     if not card.pcie_gb_per_s:
