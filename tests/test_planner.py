@@ -169,6 +169,17 @@ def test_16_gb_need_host_memory(large: Checkpoint, card: str) -> None:
         assert step.ms == pytest.approx(whole.ms + step.bus_bytes / host.bus_gb_per_s / 1e6, rel=1e-6)
 
 
+def test_the_page_says_what_host_plans_cost(large: Checkpoint) -> None:
+    page = " ".join((Path(planner.__file__).parent / "docs" / "gpu.md").read_text(encoding="utf-8").split())
+    plans = [plan_on_card(large, find_card(card), 8192).host_plans for card in ("RTX 5080", "RTX 4060 Ti 16 GB")]
+    costs = [
+        [step.bus_bytes / host.bus_gb_per_s / 1e6 for host in kind for step in host.steps]
+        for kind in zip(*plans, strict=True)
+    ]
+    some, more = (f"{min(ms):.0f} to {max(ms):.0f} ms" for ms in costs)
+    assert f"costs a step {some} more on the bus, by the card, and {more} where attention" in page
+
+
 def test_host_plans_fill_the_card_and_no_more(large: Checkpoint) -> None:
     card = find_card("RTX 4080")
     plan = plan_on_card(large, card, 8192)
