@@ -45,8 +45,10 @@ from fimserver.lsp.launch import ask, end_daemon, read_status
 from fimserver.paths import HOME_VARIABLE
 
 NIGHTLY_EDITS, NIGHTLY_FAULTS = 20_000, 60
-_MOST_GROWTH = {0: math.inf, 1500: 2.0, 10_000: 0.5}  # megabytes in 1,000 edits, where so many are looked at
-_FILLING_EDITS = 400  # of each editor: till then the daemon's memory of what was seen and offered fills
+_LEAST_EDITS = 1500  # that are looked at: fewer say more of starting
+# Megabytes in 1,000 edits, where so many of each editor are looked at. What the daemon remembers of its last 32 files
+# fills for some 5,000 edits of an editor, by 2 MB in 1,000.
+_MOST_GROWTH = {0: math.inf, 400: 3.0, 5000: 0.5}
 _STOP_S = 1.0
 _PAUSE_S = 0.05
 _READY_S = 120.0
@@ -110,8 +112,8 @@ class Summary:
     def is_good(self) -> bool:
         """Whether all held that must hold."""
         lost = self.errors or self.unanswered or self.doubled or self.misplaced or self.stale
-        judged = self.growth_edits if self.growth_edits >= _FILLING_EDITS * self.editors else 0
-        most = next(most for edits, most in reversed(_MOST_GROWTH.items()) if judged >= edits)
+        of_each = self.growth_edits / self.editors if self.growth_edits >= _LEAST_EDITS else 0
+        most = next(most for edits, most in reversed(_MOST_GROWTH.items()) if of_each >= edits)
         grows = self.megabytes_per_1000_edits > most
         return not (lost or self.different_texts or self.orphans or self.files_left or grows)
 
