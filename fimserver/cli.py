@@ -32,6 +32,7 @@ from fimserver.bench_commands import bench, evaluate
 from fimserver.command_line import (
     decoding_options,
     engine_options,
+    exit_on_error,
     read_options,
     run_measurement,
     to_overrides,
@@ -120,13 +121,11 @@ def complete(  # noqa: PLR0913, PLR0917  one parameter an option
 def _watch(place: Any, settings: Settings, *, as_json: bool) -> None:
     from fimserver.watch import watch_file  # noqa: PLC0415
 
-    try:
-        watch_file(place, settings, as_json=as_json)
-    except KeyboardInterrupt:
-        click.echo(err=True)
-    except FimserverError as error:
-        click.echo(f"fimserver: {error}", err=True)
-        sys.exit(1)
+    with exit_on_error():
+        try:
+            watch_file(place, settings, as_json=as_json)
+        except KeyboardInterrupt:
+            click.echo(err=True)
 
 
 @main.command()

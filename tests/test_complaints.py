@@ -74,7 +74,7 @@ def test_requests_pile_up_on_a_local_model(fake: FakeServer) -> None:
         fake.insert(uri, 0, 0, "\n")
         requests.append(fake.send_completion(uri, line + i + 1, column, invoked=False))
     assert inserted(fake.wait(requests[-1])["result"]["items"]) == ["1"]
-    assert fake.answers[requests[-1]]["at"] - begin < 4, "one takes 0.6 s, ten take 6 s"
+    assert fake.answers[requests[-1]]["at"] - begin < 1.5, "one takes 0.6 s, ten take 6 s"
     assert all(fake.wait(request)["result"]["items"] == [] for request in requests[:-1])
     assert fake.answers[requests[-2]]["at"] < fake.answers[requests[-1]]["at"]
     begun, ended = len(fake.noted("begun", "pile")), len(fake.noted("cancelled", "pile"))
@@ -89,7 +89,7 @@ def test_slow_or_silent(start_fake: Callable[..., FakeServer]) -> None:
     before = len(server.notifications)
     begin = time.perf_counter()
     assert server.complete(*place, invoked=False) == []
-    assert time.perf_counter() - begin < 5
+    assert time.perf_counter() - begin < 0.5
     assert server.last["reason"] == "loading"
     said = [n["params"] for n in server.notifications[before:] if n["method"] == "didChangeStatus"]
     assert said

@@ -537,10 +537,10 @@ def test_behind_a_worker_that_is_slower_by_100_times_nothing_piles_up(world: Wor
             assert len(recent) >= 20
             reasons = {record["reason"] for record in recent if record["outcome"] == "empty"}
             assert reasons <= {"superseded", "stale"}
-    assert states.count("T") > 0.5 * len(states), "it stood still"
+    assert states.count("T") > 0.8 * len(states), "it stood still"
     assert max(queues) <= 4
-    assert sorted(took_s)[len(took_s) // 2] < 0.3
-    assert max(took_s) < 5.0
+    assert sorted(took_s)[len(took_s) // 2] < 0.1
+    assert max(took_s) < 2.0
     assert until(lambda: world.status()["queue"] == 0)
     assert world.is_as_in(first, second)
 

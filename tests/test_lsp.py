@@ -123,7 +123,7 @@ def test_cancelled_request_is_answered_at_once(fresh: LspClient) -> None:
         request = fresh.send_completion(URI, LINE, COLUMN)
         time.sleep(0.1)
         fresh.notify("$/cancelRequest", {"id": request})
-        assert fresh.wait(request)["error"]["code"] == -32800
+        assert fresh.wait(request, 5)["error"]["code"] == -32800
         assert fresh.explain()["last"]["reason"] == "cancelled"
     assert fresh.complete(URI, LINE, COLUMN)
 
@@ -482,7 +482,7 @@ def test_an_edit_ends_the_request_about_the_old_text(fresh: LspClient) -> None:
         request = fresh.send_completion(URI, LINE, COLUMN)
         time.sleep(0.1)
         fresh.change(URI, 2, edit(0, 0, 0, 0, "#\n"))
-        assert fresh.wait(request)["result"] == {"items": []}
+        assert fresh.wait(request, 5)["result"] == {"items": []}
     assert fresh.explain()["last"]["reason"] == "stale"
 
 
@@ -611,7 +611,7 @@ def test_an_edit_ends_invoked_requests_too_whatever_came_between(fresh: LspClien
         automatic = fresh.send_completion(URI, LINE, COLUMN, invoked=False)
         fresh.change(URI, 2, edit(0, 0, 0, 0, "#\n"))
         for request in (invoked, automatic):
-            assert fresh.wait(request)["result"] == {"items": []}
+            assert fresh.wait(request, 5)["result"] == {"items": []}
 
 
 def test_an_ended_request_does_not_wait_for_the_engine(fresh: LspClient) -> None:
@@ -621,14 +621,14 @@ def test_an_ended_request_does_not_wait_for_the_engine(fresh: LspClient) -> None
     loading = fresh.send_completion(URI, LINE, COLUMN)
     with stopped(fresh):
         fresh.change(URI, 2, {"text": TEXT + "#\n"})
-        assert fresh.wait(loading)["result"] == {"items": []}
+        assert fresh.wait(loading, 5)["result"] == {"items": []}
     fresh.wait_until_ready()
     pid = str(fresh.explain()["engine"]["pid"])
     subprocess.run(["kill", "-STOP", pid], check=True)
     try:
         stuck = fresh.send_completion(URI, LINE, COLUMN)
         fresh.change(URI, 3, {"text": TEXT})
-        assert fresh.wait(stuck)["result"] == {"items": []}
+        assert fresh.wait(stuck, 5)["result"] == {"items": []}
     finally:
         subprocess.run(["kill", "-KILL", pid], check=True)  # a stopped one does not see that its server is gone
 

@@ -10,7 +10,7 @@ URI = "file:///home/me/typing.py"
 CALL = "def call(first, second):\n    return join(▮)\n"
 ORDER = {"answer": "first, second", "drafts": ["fi", "first", "first, se"], "step_s": 0.12}
 LATER_S = 10  # what a computation would still take that is ended; and who saw it ended waits for less than
-SOON_S = 8
+SOON_S = 2
 Place = tuple[str, int, int]
 
 

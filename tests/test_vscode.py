@@ -431,7 +431,6 @@ def test_an_untitled_document(window: Window) -> None:
     window.press("Control+Alt+n")
     wait_until(lambda: window.has(".tab.active[data-resource-name^='Untitled']"), "a new document")
     window.command("Change Language Mode")
-    wait_until(lambda: window.has(".quick-input-widget:not([style*='display: none']) input"), "languages")
     window.choose("Python")
     wait_until(lambda: window.has(".editor-container .monaco-editor.focused"), "the editor has the focus")
     wait_until(lambda: "Python" in window.texts(".statusbar-item"), "the language")

@@ -3,9 +3,9 @@
 Each editor (``windows.py``) types functions of held-out modules into files of 10,000 lines (``typist.py``), mistypes
 and takes that back, breaks the file elsewhere and undoes it; or, torn, edits a file at random (insertions, deletions,
 whole texts; also outside ASCII), mostly near the last edit, until it is no code any more. It asks for completions,
-types on behind some and cancels some; between a few edits it pauses for 50 ms at the mean. Or, human, it pauses
-behind each key as a person does, and asks at each. Now and then the worker, the
-daemon or a relay is killed, or stopped for a second. What must hold, whatever comes:
+types on behind some and cancels some; between a few edits it pauses for 50 ms at the mean. Or, human, it pauses behind
+each key as a person does, and asks at each. Now and then the worker, the daemon or a relay is killed, or stopped for a
+second. What must hold, whatever comes:
 
     every request is answered once, and not with an error
     an answer fits the text that the editor has then: it is empty, or goes on with it at the cursor
@@ -47,8 +47,8 @@ from fimserver.paths import HOME_VARIABLE
 NIGHTLY_EDITS, NIGHTLY_FAULTS = 20_000, 60
 _LEAST_EDITS = 1500  # that are looked at: fewer say more of starting
 # Megabytes in 1,000 edits, where so many of each editor are looked at. What the daemon remembers of its last 32 files
-# fills for some 5,000 edits of an editor, by 2 MB in 1,000.
-_MOST_GROWTH = {0: math.inf, 400: 3.0, 5000: 0.5}
+# fills for some 5,000 edits of an editor.
+_MOST_GROWTH = {0: math.inf, 400: 2.0, 5000: 0.5}
 _STOP_S = 1.0
 _PAUSE_S = 0.05
 _READY_S = 120.0

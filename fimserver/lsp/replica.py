@@ -58,10 +58,9 @@ class Replica:
         except (KeyError, TypeError, ValueError, AttributeError):  # the daemon says what is wrong with it
             with suppress(KeyError, TypeError, AttributeError):
                 if method == "notebookDocument/didChange":
-                    for cell in self._notebooks.pop(params["notebookDocument"]["uri"])["cells"]:
-                        self._close(cell["document"])
+                    self._forget(params["notebookDocument"]["uri"])
                 elif method == "textDocument/didChange":
-                    self._close(params["textDocument"]["uri"])
+                    self._forget(params["textDocument"]["uri"])
 
     def _note_document(self, method: str, params: Any) -> None:
         item = params["textDocument"]
@@ -80,9 +79,7 @@ class Replica:
             for item in params["cellTextDocuments"]:
                 self._open(item)
         elif method == "notebookDocument/didClose":
-            gone = self._notebooks.pop(notebook["uri"], {"cells": []})
-            for cell in gone["cells"]:
-                self._close(cell["document"])
+            self._forget(notebook["uri"])
         elif method == "notebookDocument/didChange" and notebook["uri"] in self._notebooks:
             cells = params["change"].get("cells") or {}
             known = self._notebooks[notebook["uri"]]
@@ -116,13 +113,15 @@ class Replica:
 
     def lose(self, uri: str | None) -> list[str]:
         """Forget a document or a notebook's cells, or (``None``) everything; URIs of the documents that were closed."""
-        closed = []
-        for known in [uri] if uri is not None else [*self._notebooks, *self._documents]:
-            cells = [str(cell["document"]) for cell in self._notebooks.pop(known, {"cells": []})["cells"]]
-            for lost in cells or [known]:
-                self._close(lost)
-                closed.append(lost)
-        return list(dict.fromkeys(closed))
+        known = [uri] if uri is not None else [*self._notebooks, *self._documents]
+        return list(dict.fromkeys(closed for each in known for closed in self._forget(each)))
+
+    def _forget(self, uri: str) -> list[str]:
+        """Close a document, or a notebook's cells; their URIs."""
+        closed = [cell["document"] for cell in self._notebooks.pop(uri, {"cells": []})["cells"]] or [uri]
+        for each in closed:
+            self._close(each)
+        return closed
 
     def to_messages(self) -> Iterator[bytes]:
         """``didOpen`` of every document and notebook as they are now."""
