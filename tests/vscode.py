@@ -439,6 +439,12 @@ class Window:
         self.command("Notifications: Clear All Notifications")
         wait_until(lambda: not self.notifications(), "no message is on the screen")
 
+    def accept(self, text: str) -> None:
+        """Take what a list to choose from has first, once it offers a text and listens to keys."""
+        wait_until(lambda: any(text in row for row in self.rows()), f"{text} is offered")
+        wait_until(lambda: self.has(_TYPED) and self.has(_CHOSEN), f"the list with {text} has the keys")
+        self.press("Enter")
+
     def rows(self) -> list[str]:
         """What a list to choose from offers."""
         return self.texts(_PICK + " .quick-input-list .monaco-list-row")
@@ -552,21 +558,20 @@ class Workbench:
         picture("light")
         for name in ("dark", "contrast", "light"):
             is_new = partial(_differs, window.background, window.background())
-            self._repeat_until(partial(self.set_any, "workbench.colorTheme", THEMES[name]), is_new, THEMES[name])
+            self.repeat_until(partial(self.set_any, "workbench.colorTheme", THEMES[name]), is_new, THEMES[name])
             if name != "light":
                 picture(name)
 
     @contextmanager
     def stubbed(self, window: Window, stub: Stub) -> Iterator[None]:
         """The stub server in the place of the model, for a while."""
-        self.set(serverPath=str(stub_program(stub)))
-        wait_until(lambda: stub.received("initialized"), "the stub has started")
+        started = partial(stub.received, "initialized")
+        self.set_until(started, "the stub has started", serverPath=str(stub_program(stub)))
         window.wait_for_status("Ready", "loading")
         try:
             yield
         finally:
-            self.set(serverPath=str(FIMSERVER))
-            window.wait_for_status("tiny")
+            self.set_until(lambda: "tiny" in window.status(), "the real server", serverPath=str(FIMSERVER))
 
     def assert_calm(self, window: Window) -> None:
         """Nothing was complained about."""
@@ -582,10 +587,10 @@ class Workbench:
 
     def set_until(self, is_so: Callable[[], Any], what: str, **settings: Any) -> None:
         """Set, and again where nothing comes of it."""
-        self._repeat_until(partial(self.set, **settings), is_so, what)
+        self.repeat_until(partial(self.set, **settings), is_so, what)
 
     @staticmethod
-    def _repeat_until(change: Callable[[], None], is_so: Callable[[], Any], what: str) -> None:
+    def repeat_until(change: Callable[[], None], is_so: Callable[[], Any], what: str) -> None:
         """VS Code misses a file that changes while its watchers are set up anew, for another folder say."""
         for _ in range(3):
             change()
@@ -610,8 +615,7 @@ class Workbench:
 
     def settings(self) -> dict[str, Any]:
         """The person's settings as the file has them now."""
-        found: dict[str, Any] = json.loads((self.data / "User" / "settings.json").read_text(encoding="utf-8"))
-        return found
+        return read_settings(self.data / "User" / "settings.json")
 
     def logs(self) -> str:
         """The extension's own log, of all windows."""
@@ -636,6 +640,19 @@ class Workbench:
             os.killpg(self._process.pid, 9)
             self._process.wait()
         shutil.rmtree(self.data, ignore_errors=True)
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """What a file of settings holds, once it is whole: VS Code writes it in place, empty at first."""
+
+    def read() -> tuple[dict[str, Any]] | None:
+        with suppress(json.JSONDecodeError):
+            return (json.loads(file.read_text(encoding="utf-8")),)
+        return None
+
+    (found,) = wait_until(read, f"{file} is JSON")
+    assert isinstance(found, dict)
+    return found
 
 
 def stub_program(stub: Stub) -> Path:
