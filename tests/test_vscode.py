@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,36 @@ def test_with_the_popup_open(window: Window, workbench: Workbench) -> None:
     taken = line_of(window.save(file), LINE + 1)
     assert taken.startswith("        self.items.append_all")
     assert taken.count("append") == 1
+
+
+@editors
+def test_with_a_popup_that_opens_by_itself(window: Window, workbench: Workbench) -> None:
+    text = SAMPLE.replace("        self.items.ap\n", "        self.append_all(item)\n        self.items.ap\n")
+    file = workbench.write("opens.py", text)
+    row = ".suggest-widget.visible .monaco-list-row.focused"
+    chosen = "append_all"
+
+    def goes_on() -> bool:
+        """Whether there is ghost text that goes on from what is chosen."""
+        return any(chosen in word for word in window.texts(row)) and f"app{window.ghost()}".startswith(chosen)
+
+    workbench.set_any("editor.quickSuggestions", True)
+    try:
+        window.open(file)
+        window.go(LINE + 1)
+        for _ in range(3):  # until the setting is heard
+            window.type("p")
+            with suppress(AssertionError):
+                wait_until(goes_on, "a popup, and ghost text for what is chosen in it", 10)
+                break
+            window.press("Escape", "Backspace")
+        assert goes_on()
+        window.press("Tab")
+        wait_until(lambda: not window.has(".suggest-widget.visible"), "the popup is closed")
+        window.press("Escape")
+        assert line_of(window.save(file), LINE + 1).startswith(f"        self.items.{chosen}")
+    finally:
+        workbench.set_any("editor.quickSuggestions", False)
 
 
 @editors

@@ -61,7 +61,7 @@ _CODE_SERVER = "code-server@4.139.1"
 _PLAYWRIGHT = "playwright-core@1.65.1"
 _NATIVE = [f"@vscode/{name}" for name in ("spdlog", "native-watchdog", "sqlite3", "deviceid")]
 THEMES = {"light": "Default Light Modern", "dark": "Default Dark Modern", "contrast": "Default High Contrast"}
-_QUIET = {  # without these a chat panel takes the keyboard, and pages of news come up
+_QUIET = {  # without these a chat panel takes the keyboard, pages of news come up, popups race with ghost text
     "workbench.startupEditor": "none",
     "workbench.secondarySideBar.defaultVisibility": "hidden",
     "chat.disableAIFeatures": True,
@@ -72,6 +72,7 @@ _QUIET = {  # without these a chat panel takes the keyboard, and pages of news c
     "workbench.tips.enabled": False,
     "workbench.colorTheme": THEMES["light"],
     "editor.minimap.enabled": False,
+    "editor.quickSuggestions": False,
     "files.autoSave": "off",
     "git.enabled": False,
     "terminal.integrated.gpuAcceleration": "off",  # so that its text can be read
@@ -611,7 +612,7 @@ class Workbench:
         for name in ("User", "Machine"):  # what belongs to a machine is read from the second alone
             file = self.data / name / "settings.json"
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(self._settings, indent=2), encoding="utf-8")
+            write_over(file, json.dumps(self._settings, indent=2).encode())
 
     def settings(self) -> dict[str, Any]:
         """The person's settings as the file has them now."""
@@ -640,6 +641,15 @@ class Workbench:
             os.killpg(self._process.pid, 9)
             self._process.wait()
         shutil.rmtree(self.data, ignore_errors=True)
+
+
+def write_over(file: Path, data: bytes) -> None:
+    """Write a file of settings so that it is whole at every moment: an empty one restarts the server, without a path.
+
+    A rename would do that too, but VS Code misses some.
+    """
+    with os.fdopen(os.open(file, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0) as opened:
+        opened.write(data.ljust(os.fstat(opened.fileno()).st_size))
 
 
 def read_settings(file: Path) -> dict[str, Any]:
