@@ -56,16 +56,19 @@ def test_trust_is_given_while_it_runs(
     ) as workbench:
         window = workbench.window()
         assert "not trusted" in window.wait_for_status("Ready", timeout=120)
-        assert set(journal.read_text(encoding="utf-8").split()) == {str(on_path)}
+        started = [str(on_path)]
+        assert journal.read_text(encoding="utf-8").split() == started
         window.command("Workspaces: Manage Workspace Trust")
         window.click(".workspace-trust-editor .monaco-button >> text=Trust")
         if has_own:
-            wait_until(lambda: str(in_folder) in journal.read_text(encoding="utf-8"), "the workspace's program runs")
+            started.append(str(in_folder))
+            wait_until(lambda: journal.read_text(encoding="utf-8").split() == started, "the workspace's program runs")
         status = wait_until(
             lambda: "Ready" in (text := window.status()) and "not trusted" not in text and text, "trust"
         )
         assert "tiny, on cpu" in status
         window.begin(folder / "inventory.py")
+        assert journal.read_text(encoding="utf-8").split() == started, "nothing is started anew without a reason"
         workbench.assert_calm(window)
 
 

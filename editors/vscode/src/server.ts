@@ -336,7 +336,8 @@ export class Server implements vscode.Disposable {
   }
 
   private onConfiguration(event: vscode.ConfigurationChangeEvent): void {
-    if (event.affectsConfiguration("fimserver.serverPath")) {
+    // That it may have changed is also told when trust is given, which alone is no reason to start anew.
+    if (event.affectsConfiguration("fimserver.serverPath") && (!this.client || this.isAnotherFound())) {
       void this.restart();
     } else if (event.affectsConfiguration("fimserver") && this.client?.isRunning()) {
       // Null: the server asks for what it wants to know.
