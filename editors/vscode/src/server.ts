@@ -245,6 +245,9 @@ export class Server implements vscode.Disposable {
         },
       },
       middleware: {
+        didOpen: (document, next) => this.sendTo(client(), () => next(document)),
+        didChange: (event, next) => this.sendTo(client(), () => next(event)),
+        didClose: (document, next) => this.sendTo(client(), () => next(document)),
         provideInlineCompletionItems: async (document, position, context, token, next) => {
           const editor = vscode.window.activeTextEditor;
           if (editor?.document === document && editor.selections.length > 1) {
@@ -274,6 +277,17 @@ export class Server implements vscode.Disposable {
         },
       },
     };
+  }
+
+  /** That a server which was told to end hears no more of documents is no error. */
+  private async sendTo(client: LanguageClient, send: () => Promise<void>): Promise<void> {
+    try {
+      await send();
+    } catch (error) {
+      if (client === this.client) {
+        throw error;
+      }
+    }
   }
 
   /** A request is open; the function that is given back ends that. */
