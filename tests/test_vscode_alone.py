@@ -97,7 +97,7 @@ def test_several_folders(
         workbench.repeat_until(partial(write_workspace, "first", "second", "third"), told_more, "the server was told")
         added = told_more()
         assert [folder["name"] for folder in added[0]["event"]["added"]] == ["third"]
-        workbench.set_until(lambda: "tiny" in window.status(), "the real server", serverPath=str(FIMSERVER))
+        workbench.set_for_status(window, "tiny", serverPath=str(FIMSERVER))
         for folder in folders:
             assert window.begin(folder / f"{folder.name}.py")
         window.screenshot(pictures / "folders.png")
@@ -216,7 +216,7 @@ def test_looks_of_first_steps_and_of_errors(
             window.click(f".getting-started-step >> text={step}")
             time.sleep(2)  # for what stands beside it, in a frame
             workbench.in_themes(window, partial(picture_step, window, pictures, number))
-        workbench.set_until(lambda: "Ready" in window.status(), "the real server", serverPath=str(FIMSERVER))
+        workbench.set_for_status(window, "Ready", serverPath=str(FIMSERVER))
         assert window.notifications() == []
 
 

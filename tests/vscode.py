@@ -572,7 +572,7 @@ class Workbench:
         try:
             yield
         finally:
-            self.set_until(lambda: "tiny" in window.status(), "the real server", serverPath=str(FIMSERVER))
+            self.set_for_status(window, "tiny", serverPath=str(FIMSERVER))
 
     def assert_calm(self, window: Window) -> None:
         """Nothing was complained about."""
@@ -589,6 +589,10 @@ class Workbench:
     def set_until(self, is_so: Callable[[], Any], what: str, **settings: Any) -> None:
         """Set, and again where nothing comes of it."""
         self.repeat_until(partial(self.set, **settings), is_so, what)
+
+    def set_for_status(self, window: Window, word: str, **settings: Any) -> None:
+        """Set, until a window's status item has a word."""
+        self.set_until(lambda: word in window.status(), f"{word} in the status", **settings)
 
     @staticmethod
     def repeat_until(change: Callable[[], None], is_so: Callable[[], Any], what: str) -> None:
