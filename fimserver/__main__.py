@@ -1,7 +1,7 @@
 """The ``fimserver`` command's first step: an editor's window must not wait for what only other commands need.
 
 lsp            the relay, with the standard library alone
-all others     ``cli.py``
+all others     ``cli/main.py``
 """
 
 import sys
@@ -16,7 +16,7 @@ def main() -> None:
         overrides = _parse(arguments[1:])
         if overrides is not None:
             sys.exit(serve(overrides))
-    from fimserver.cli import main as run  # noqa: PLC0415  click, and what it brings
+    from fimserver.cli.main import main as run  # noqa: PLC0415  click, and what it brings
 
     run()
 
@@ -54,7 +54,7 @@ def serve(overrides: dict[str, object], *, has_daemon: bool = True) -> int:
     from fimserver.errors import FimserverError  # noqa: PLC0415
 
     if has_daemon:
-        from fimserver.lsp.relay import main as relay  # noqa: PLC0415
+        from fimserver.daemon.relay import main as relay  # noqa: PLC0415
 
         try:
             return relay(overrides)

@@ -14,17 +14,17 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from fimserver.datatypes import Mode, NoCompletion, Sampling
 from fimserver.errors import SettingsError
 from fimserver.paths import read_bytes
-from fimserver.types import Mode, NoCompletion, Sampling
 
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 MODES = {
     "auto": Mode.AUTO,
     "fast": Mode.AUTO,
-    "quality": Mode.VERIFIED,
+    "quality": Mode.SPECULATIVE,
     "diffusion": Mode.DIFFUSION,
-    "verified": Mode.VERIFIED,
+    "speculative": Mode.SPECULATIVE,
     "autoregressive": Mode.AUTOREGRESSIVE,
 }
 ANY_LANGUAGE = "*"

@@ -25,17 +25,17 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
     EntropyBoundSamplerConfig,
 )
 
+from fimserver.checkpoints.known import SHIPPED_MODELS
+from fimserver.checkpoints.metadata import read_metadata
 from fimserver.engine.engine import Engine
-from fimserver.engine.known import SHIPPED_MODELS
-from fimserver.engine.model import Model
+from fimserver.engine.modeling.model import Model
 from fimserver.engine.vocabulary import Vocabulary
-from fimserver.engine.weights import read_metadata
 
 if TYPE_CHECKING:
-    from fake_engine import FakeServer
-    from vscode import VSCode
+    from support.fake_engine import FakeServer
+    from support.vscode import VSCode
 
-pytest.register_assert_rewrite("cases", "fake_engine", "lsp_client", "neovim", "real_editors", "vscode")
+pytest.register_assert_rewrite("support")
 
 TINY = SHIPPED_MODELS / "tiny"
 torch.set_num_threads(1)  # workers side by side share the cores
@@ -149,7 +149,7 @@ def model_folder(tmp_path: Path) -> Path:
 def random_folder(random_model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The random model as a checkpoint folder."""
     folder = tmp_path_factory.mktemp("random")
-    random_model.network.save_pretrained(folder)
+    random_model.reference.save_pretrained(folder)
     shutil.copy(TINY / "tokenizer.json", folder)
     metadata = json.loads((TINY / "fimserver.json").read_text())
     changed = {"name": "random", "max_prompt_tokens": 256, "commit_probability": 0.0}
@@ -159,7 +159,7 @@ def random_folder(random_model: Model, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="session")
 def shared_fake(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[FakeServer]":
-    from fake_engine import FakeServer  # once its asserts are rewritten
+    from support.fake_engine import FakeServer  # once its asserts are rewritten
 
     server = FakeServer(tmp_path_factory.mktemp("fake") / "journal")
     server.wait_until_ready()
@@ -181,7 +181,7 @@ def fake(shared_fake: "FakeServer") -> "Iterator[FakeServer]":
 @pytest.fixture
 def start_fake(tmp_path: Path) -> "Iterator[Callable[..., FakeServer]]":
     """Starts a server with a fake engine and settings, capabilities, load time of its own."""
-    from fake_engine import FakeServer
+    from support.fake_engine import FakeServer
 
     started: list[FakeServer] = []
 
@@ -197,7 +197,7 @@ def start_fake(tmp_path: Path) -> "Iterator[Callable[..., FakeServer]]":
 @pytest.fixture(scope="module")
 def editors_home() -> Iterator[dict[str, str]]:
     """The environment of a daemon of the tests' own, which ends with them."""
-    from real_editors import fimserver_home as own_home
+    from support.real_editors import fimserver_home as own_home
 
     with own_home() as env:
         yield env
@@ -206,8 +206,8 @@ def editors_home() -> Iterator[dict[str, str]]:
 @pytest.fixture(scope="session")
 def vscode() -> "VSCode":
     """The programs of a VS Code."""
-    from real_editors import skipped_where_unavailable
-    from vscode import find_vscode
+    from support.real_editors import skipped_where_unavailable
+    from support.vscode import find_vscode
 
     with skipped_where_unavailable():
         return find_vscode()
@@ -216,8 +216,8 @@ def vscode() -> "VSCode":
 @pytest.fixture(scope="session")
 def vsix(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The extension, packaged."""
-    from real_editors import skipped_where_unavailable
-    from vscode import package
+    from support.real_editors import skipped_where_unavailable
+    from support.vscode import package
 
     with skipped_where_unavailable():
         return package(tmp_path_factory.mktemp("vsix"))

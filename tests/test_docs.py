@@ -55,7 +55,7 @@ def test_functions_in_the_architecture_exist() -> None:
 def test_commands_in_the_readme_exist() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for line in set(re.findall(r"fimserver (lsp|complete|eval \w+|doctor)\b", text)):
-        command = [sys.executable, "-P", "-m", "fimserver.cli", *line.split(), "--help"]
+        command = [sys.executable, "-P", "-m", "fimserver.cli.main", *line.split(), "--help"]
         assert subprocess.run(command, capture_output=True, check=False).returncode == 0, line
 
 

@@ -11,6 +11,7 @@ import pytest
 
 import fimserver
 from fimserver import paths
+from fimserver.datatypes import Mode
 from fimserver.engine.client import EngineOptions
 from fimserver.errors import SettingsError
 from fimserver.lsp.session import Session, Source
@@ -26,7 +27,6 @@ from fimserver.settings import (
     to_sampling,
     to_wire_value,
 )
-from fimserver.types import Mode
 
 DOCS = Path(fimserver.__file__).parent / "docs"
 
@@ -126,8 +126,8 @@ def test_languages(languages: dict[str, bool], language: str, *, allowed: bool) 
     [
         ("auto", Mode.AUTO),
         ("fast", Mode.AUTO),
-        ("quality", Mode.VERIFIED),
-        ("verified", Mode.VERIFIED),
+        ("quality", Mode.SPECULATIVE),
+        ("speculative", Mode.SPECULATIVE),
         ("diffusion", Mode.DIFFUSION),
         ("autoregressive", Mode.AUTOREGRESSIVE),
     ],
@@ -249,7 +249,7 @@ def test_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-P", "-m", "fimserver.cli", *arguments]
+    command = [sys.executable, "-P", "-m", "fimserver.cli.main", *arguments]
     environment = {**os.environ, "FIMSERVER_HOME": str(home)}
     return subprocess.run(
         command, input="# the \n", capture_output=True, text=True, env=environment, timeout=120, check=False

@@ -20,9 +20,9 @@ FORBIDDEN = {
         "safetensors",
         "numpy",
         "fimserver.engine.engine",
-        "fimserver.engine.model",
+        "fimserver.engine.modeling.model",
         "fimserver.engine.prompt",
-        "fimserver.engine.denoise",
+        "fimserver.engine.decoding.denoise",
         "fimserver.engine.vocabulary",
         "fimserver.engine.worker",
     ],
@@ -30,11 +30,11 @@ FORBIDDEN = {
     "training": ["pygls", "lsprotocol", "tree_sitter", "platformdirs", "fimserver.lsp", "click"],
     "engine": ["pygls", "lsprotocol", "tree_sitter", "fimserver.lsp", "fimserver.context", "click", "rich"],
     "text.py": ["torch", "pygls", "tree_sitter", "fimserver.lsp", "fimserver.context", "fimserver.engine"],
-    "types.py": ["torch", "pygls", "tree_sitter", "fimserver.lsp", "fimserver.context", "fimserver.engine"],
+    "datatypes.py": ["torch", "pygls", "tree_sitter", "fimserver.lsp", "fimserver.context", "fimserver.engine"],
 }
 # the one door in a wall: what a file's functions may import, and only they
 DOORS = {
-    "engine/grammar.py": {
+    "engine/decoding/grammar.py": {
         "fimserver.context.continuation",
         "fimserver.context.languages",
         "fimserver.context.scan",
@@ -44,22 +44,22 @@ DOORS = {
 STANDARD_LIBRARY_ONLY = [
     *(
         "text.py",
-        "types.py",
+        "datatypes.py",
         "errors.py",
         "settings.py",
-        "build.py",
-        "engine/frames.py",
+        "daemon/build.py",
+        "frames.py",
         "engine/client.py",
         "engine/schedule.py",
     ),
     *(
         "lsp/__init__.py",
-        "lsp/relay.py",
-        "lsp/replica.py",
-        "lsp/endpoint.py",
-        "lsp/wire.py",
-        "lsp/launch.py",
-        "lsp/units.py",
+        "daemon/relay.py",
+        "daemon/replica.py",
+        "daemon/transport.py",
+        "framing.py",
+        "daemon/launch.py",
+        "daemon/service_units.py",
     ),
 ]
 
@@ -100,7 +100,7 @@ def test_standard_library_only(file: str) -> None:
     ("module", "absent"),
     [
         ("fimserver.lsp.features", ["torch", "transformers", "tokenizers", "numpy", "platformdirs"]),
-        ("fimserver.cli", ["torch", "pygls", "tree_sitter", "rich", "platformdirs"]),
+        ("fimserver.cli.main", ["torch", "pygls", "tree_sitter", "rich", "platformdirs"]),
         ("fimserver.engine.worker", ["torch", "pygls", "tree_sitter"]),
         ("fimserver.engine.engine", ["pygls", "tree_sitter", "platformdirs", "click"]),
         ("fimserver.bench.infilling", ["pygls", "tree_sitter", "platformdirs", "torch"]),

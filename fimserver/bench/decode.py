@@ -1,24 +1,33 @@
-"""``fimserver bench decode``: how long each way of decoding takes for one hole, and how often it is right.
+"""Measure decoding: how long each decoder takes for one hole, and how often it is right (``fimserver bench decode``).
 
-Holes are those of ``bench/holes.py``. Every way (``bench/ways.py``) fills them one after another in this process,
-with the same weights, prompts and threads: the engine's modes on every hole, what only serves for comparison
-(``generate``, ``eager``, ``auto``, warm requests) on the first of every two triples of holes. The order of ways
-rotates from hole to hole; each way fills one hole before the first is timed; no prompt is cached unless it says warm.
+    EngineDecoder     one of the engine's own modes
+    GenerateDecoder   transformers' own ``generate``, one canvas, with the model's own generation config
+    EagerDecoder      autoregressive, with transformers' own modules and cache, for reference
 
-exact match   the answer is what stood in the hole, but for blanks at its end
+Every decoder fills the same holes (``bench/datasets.py``) in this process, with the same weights, prompts and threads.
+The engine's modes fill every hole; decoders that only serve for comparison fill the first of every two triples. The
+order of decoders rotates from hole to hole, each decoder fills one hole before the first is timed, and no prompt is
+cached unless the decoder's name says warm.
+
+exact match   the answer is the middle of the hole, apart from spaces at its end
 parse ok      the whole file parses with the answer in it
-ratios        medians over holes of one hole's ratio, with 95% bootstrap intervals (``bench/ratios.py``)
-warm          after a completion one to four characters of what stood in the hole are typed, and it is asked again
+ratios        medians over holes of one hole's ratio, with 95% bootstrap intervals (``bench/metrics.py``)
+warm          after a completion, one to four characters of the hole's middle are typed, and the engine is asked again
+pass          one call of the encoder or the decoder, the prompt's included
+first line    when the first line of the partial answer became that of the final answer
 
-A mode's name with ``-no-PART`` behind it, for instance ``verified-no-lookup``, is that mode without a part of the
-decoder; only who names it gets it.
+``generate`` cannot be told how its answer begins. Where a word was taken off the prompt (token healing), its answer
+counts if it happens to begin with that word, and is wrong otherwise.
 
-Knows:  holes, ways, numbers.  Never: tensors, LSP.
+A mode's name with ``-no-PART`` after it, for instance ``speculative-no-lookup``, is that mode without one part.
+
+Knows:  holes, token ids, transformers' network.  Never: documents, LSP.
 """
 
 import random
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,26 +36,259 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress
+from transformers.cache_utils import DynamicCache
 
-from fimserver.bench.holes import TRIPLE, Cut, draw_holes
+from fimserver.bench.datasets import TRIPLE, DecodeHole, draw_holes
 from fimserver.bench.machine import machine_facts, use_threads
+from fimserver.bench.metrics import Interval, Ours, bootstrap_median, choose_ours, paired_ratios, percentile
 from fimserver.bench.plots import Point, check_plots, write_plots
-from fimserver.bench.ratios import Interval, Ours, bootstrap_median, choose_ours, paired_ratios, percentile
-from fimserver.bench.ways import EagerWay, EngineWay, GenerateWay, Outcome, Way
+from fimserver.checkpoints.installed import find_model
 from fimserver.context.scan import python_parses
+from fimserver.datatypes import PARTS, FimContext, Mode, PartialAnswer, Sampling
+from fimserver.engine.decoding.speculative import DraftOptions
+from fimserver.engine.decoding.stopping import AnswerEnd
 from fimserver.engine.engine import Engine
-from fimserver.engine.verified import DraftOptions
-from fimserver.engine.weights import find_model, load_weights
+from fimserver.engine.loading.weights import load_weights
+from fimserver.engine.prompt import build_prompt
 from fimserver.errors import FimserverError
 from fimserver.settings import Settings
-from fimserver.types import PARTS, Mode, Sampling
+
+_CONFIG_KEYS = (
+    "eos_token_id",
+    "max_denoising_steps",
+    "t_min",
+    "t_max",
+    "stability_threshold",
+    "confidence_threshold",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One answer and what it cost; ``lacking`` is the word that it should have begun with and did not."""
+
+    text: str
+    mode: str
+    ms: float
+    first_line_ms: float
+    passes: int
+    steps: int
+    tokens: int
+    finish: str
+    batch: int = 1
+    lacking: str = ""
+
+
+Decoder = Callable[[FimContext], Outcome]
+
+
+@dataclass(slots=True)
+class _Watch:
+    """A clock and the drafts that were seen by it."""
+
+    begin: float = field(default_factory=time.perf_counter)
+    drafts: list[tuple[float, Any]] = field(default_factory=list)
+
+    def elapsed_ms(self) -> float:
+        return (time.perf_counter() - self.begin) * 1e3
+
+    def note(self, draft: Any) -> None:
+        self.drafts.append((self.elapsed_ms(), draft))
+
+
+def settled_at(drafts: Sequence[tuple[float, str]], answer: str, total_ms: float) -> float:
+    """When the first line of the drafts, (ms, text) in order, became the answer's and stayed so."""
+    settled = total_ms
+    for ms, text in reversed(drafts):
+        if text.split("\n", 1)[0] != answer.split("\n", 1)[0]:
+            break
+        settled = ms
+    return settled
+
+
+@dataclass(frozen=True, slots=True)
+class EngineDecoder:
+    """A mode of the engine, maybe with parts left out or with drafts of its own; cold unless it is to be ``warm``."""
+
+    engine: Engine
+    sampling: Sampling
+    drafts: DraftOptions | None = None
+
+    def __call__(self, context: FimContext, *, warm: bool = False) -> Outcome:
+        """Fill a hole; what earlier answers left is used by warm requests only."""
+        if not warm:
+            self.engine.forget()
+        chosen = self.engine.draft_options
+        if self.drafts is not None:
+            self.engine.draft_options = self.drafts
+        watch = _Watch()
+
+        def note(draft: PartialAnswer) -> None:
+            watch.note(draft.text)
+
+        generation = self.engine.complete(context, self.sampling, on_partial=note)
+        ms = watch.elapsed_ms()
+        self.engine.draft_options = chosen
+        return Outcome(
+            text=generation.text,
+            mode=generation.mode,
+            ms=ms,
+            first_line_ms=settled_at(watch.drafts, generation.text, ms),
+            passes=generation.forward_passes,
+            steps=generation.denoising_steps,
+            tokens=generation.num_tokens,
+            finish=generation.finish,
+            batch=1,
+        )
+
+
+def check_generation_config(config: Any) -> dict[str, Any]:
+    """The numbers that ``generate`` decodes with. Raises ``FimserverError`` that names what the config lacks."""
+    values = {key: getattr(config, key, None) for key in _CONFIG_KEYS}
+    values["entropy_bound"] = getattr(getattr(config, "sampler_config", None), "entropy_bound", None)
+    if lacking := sorted(key for key, value in values.items() if value is None or value == []):
+        msg = (
+            f"generation_config.json lacks {', '.join(lacking)}: transformers' generate would not decode or stop as "
+            "the model is meant to; add what is missing"
+        )
+        raise FimserverError(msg)
+    return values
+
+
+class GenerateDecoder:
+    """transformers' own ``generate``; ``finish`` is ``steps`` where it did not stop before its last step."""
+
+    def __init__(self, network: Any, engine: Engine, seed: int) -> None:
+        self.config = check_generation_config(network.generation_config)
+        self._network, self._engine, self._seed = network, engine, seed
+        self._passes = self._steps = 0
+        network.model.encoder.register_forward_pre_hook(self._count_pass)
+        network.model.decoder.register_forward_pre_hook(self._count_step)
+
+    def _count_pass(self, *_arguments: Any) -> None:
+        self._passes += 1
+
+    def _count_step(self, *_arguments: Any) -> None:
+        self._passes += 1
+        self._steps += 1
+
+    def __call__(self, context: FimContext) -> Outcome:
+        """Fill a hole."""
+        network, vocabulary = self._network, self._engine.vocabulary
+        answer_end = AnswerEnd(vocabulary, context.hole.max_lines)
+        torch.manual_seed(self._seed)
+        self._passes = self._steps = 0
+        watch = _Watch()
+        prompt = build_prompt(context, vocabulary, self._engine.model.metadata)
+        output = network.generate(
+            input_ids=torch.tensor([prompt.token_ids], device=network.device),
+            max_new_tokens=network.config.canvas_length,
+            streamer=_Partials(watch),
+        )
+        canvas = output.sequences[0, len(prompt.token_ids) :].tolist()
+        length = answer_end.find(canvas)
+        text = vocabulary.decode(canvas[:length])
+        ms = watch.elapsed_ms()
+        drafts = [(at, vocabulary.decode(ids[: answer_end.find(ids)])) for at, ids in watch.drafts]
+        begins_right = text.startswith(prompt.healed)
+        stopped = self._steps < self.config["max_denoising_steps"]
+        return Outcome(
+            text=text[len(prompt.healed) :] if begins_right else text,
+            mode="generate",
+            ms=ms,
+            first_line_ms=settled_at(drafts, text, ms),
+            passes=self._passes,
+            steps=self._steps,
+            tokens=length,
+            finish="end" if stopped else "steps",
+            lacking="" if begins_right else prompt.healed,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Partials:
+    """A streamer in transformers' sense that keeps the draft of every step."""
+
+    watch: _Watch
+
+    def put(self, value: torch.Tensor) -> None:
+        """The prompt and the finished canvas; neither is a draft."""
+
+    def put_partial(self, value: torch.Tensor) -> None:
+        self.watch.note(value[0].tolist())
+
+    def end(self) -> None:
+        """Nothing is held back."""
+
+
+@dataclass(frozen=True, slots=True)
+class EagerDecoder:
+    """Token by token, greedy, through transformers' own encoder and ``DynamicCache``."""
+
+    reference: Any
+    engine: Engine
+
+    @torch.inference_mode()
+    def __call__(self, context: FimContext) -> Outcome:
+        """Fill a hole."""
+        vocabulary = self.engine.vocabulary
+        answer_end = AnswerEnd(vocabulary, context.hole.max_lines)
+        watch = _Watch()
+        prompt = build_prompt(context, vocabulary, self.engine.model.metadata)
+        cache = DynamicCache(config=self.reference.config.text_config)
+        rest = prompt.healed.encode("utf-8", "replace")
+        most = self.reference.config.canvas_length + len(vocabulary.encode(prompt.healed))
+        answer: list[int] = []
+        passes, finish, next_ids = 0, "length", list(prompt.token_ids)
+        while len(answer) < most:
+            logits = self._next_logits(next_ids, cache)
+            passes += 1
+            token_id = int(_spell(logits, rest, vocabulary.token_bytes).argmax())
+            if answer_end.find([*answer, token_id]) == len(answer):
+                finish = "end"
+                break
+            answer.append(token_id)
+            rest = rest[len(vocabulary.token_bytes[token_id]) :]
+            next_ids = [token_id]
+            watch.note(vocabulary.decode(answer)[len(prompt.healed) :])
+        text = vocabulary.decode(answer)[len(prompt.healed) :]
+        ms = watch.elapsed_ms()
+        return Outcome(
+            text=text,
+            mode="eager",
+            ms=ms,
+            first_line_ms=settled_at(watch.drafts, text, ms),
+            passes=passes,
+            steps=0,
+            tokens=len(answer),
+            finish=finish,
+        )
+
+    def _next_logits(self, token_ids: Sequence[int], cache: DynamicCache) -> torch.Tensor:
+        ids = torch.tensor([list(token_ids)], device=self.reference.device)
+        hidden = self.reference.model.encoder(input_ids=ids, past_key_values=cache).last_hidden_state[:, -1]
+        softcap = self.reference.final_logit_softcapping
+        logits: torch.Tensor = torch.tanh(self.reference.lm_head(hidden).float() / softcap) * softcap
+        return logits[0]
+
+
+def _spell(logits: torch.Tensor, rest: bytes, token_bytes: Sequence[bytes]) -> torch.Tensor:
+    """Logits (V,) of which only tokens are left that spell what the answer still owes, where any does."""
+    if not rest:
+        return logits
+    fits = [bool(t) and (t.startswith(rest) or rest.startswith(t)) for t in token_bytes]
+    if not any(fits):
+        return logits
+    fits += [False] * (len(logits) - len(fits))
+    return logits.masked_fill(~torch.tensor(fits, device=logits.device), -torch.inf)
+
 
 LEFT_TO_RIGHT = Mode.AUTOREGRESSIVE.value
 GENERATE, EAGER = "generate", "eager"
 WITH_CANVASES = "with-canvases"
 COMPARED = (Mode.AUTO.value, GENERATE, EAGER)
 MODES = tuple(mode.value for mode in Mode if mode is not Mode.AUTO)
-WAYS = (*MODES, Mode.AUTO.value, GENERATE, EAGER)
+DECODERS = (*MODES, Mode.AUTO.value, GENERATE, EAGER)
 SWITCHES = (*(f"no-{part}" for part in PARTS), WITH_CANVASES)
 STEP_BUDGETS = (1, 2, 4, 8, 16, 24)
 _BUDGET_HOLES = 30
@@ -56,7 +298,7 @@ _DRAW_SEED = 23
 
 @dataclass(frozen=True, slots=True)
 class WayNumbers:
-    """One way over the holes it ran on; times in ms, shares from 0 to 1.
+    """One decoder over the holes it ran on; times in ms, shares from 0 to 1.
 
     ``batch`` is the widest pass; ``unfinished`` the share that did not stop before its last step.
     """
@@ -90,7 +332,7 @@ class WarmNumbers:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """All that one run says; ``modes`` has every way but ``auto``, which is told apart with the mode it took."""
+    """All that one run says; ``modes`` has every decoder but ``auto``, which is told apart with the mode it took."""
 
     holes: int
     long_holes: int
@@ -106,9 +348,9 @@ class Comparison:
 
 @dataclass(slots=True)
 class Measured:
-    """What was seen: of each way and hole the outcome, whether it was right, whether the file parses."""
+    """What was seen: of each decoder and hole the outcome, whether it was right, whether the file parses."""
 
-    cuts: list[Cut]
+    cuts: list[DecodeHole]
     outcomes: dict[str, dict[int, Outcome]] = field(default_factory=dict)
     warm: dict[str, dict[int, Outcome]] = field(default_factory=dict)
     parses: dict[tuple[int, str, str], bool] = field(default_factory=dict)
@@ -133,14 +375,14 @@ class Measured:
 class DecodeBench:
     """A loaded engine, transformers' network with the same weights, and the holes."""
 
-    def __init__(self, settings: Settings, *, limit: int, ways: Sequence[str] = WAYS) -> None:
+    def __init__(self, settings: Settings, *, limit: int, decoders: Sequence[str] = DECODERS) -> None:
         use_threads(settings.threads)
         self.engine = Engine.load(settings.model, settings.device, settings.context_tokens)
         self.info = self.engine.info
         self.seed = settings.seed or 0
         self.generate_config: dict[str, Any] | None = None
         self.engine.probe()
-        self.ways = self._make_ways(settings, ways)
+        self.decoders = self._make_ways(settings, decoders)
         self.cuts = draw_holes(
             limit,
             self.engine.vocabulary,
@@ -148,8 +390,8 @@ class DecodeBench:
             canvas_length=self.info.canvas_length,
         )
 
-    def _make_ways(self, settings: Settings, names: Sequence[str]) -> dict[str, Way]:
-        ways: dict[str, Way] = {
+    def _make_ways(self, settings: Settings, names: Sequence[str]) -> dict[str, Decoder]:
+        decoders: dict[str, Decoder] = {
             name: make_engine_way(self.engine, name, self.seed) for name in names if name not in {GENERATE, EAGER}
         }
         if GENERATE in names or EAGER in names:
@@ -158,36 +400,41 @@ class DecodeBench:
             network: Any = load_weights(find_model(settings.model), dtype=dtype)
             network.to(device)
             if GENERATE in names:
-                generate = GenerateWay(network, self.engine, self.seed)
-                ways[GENERATE], self.generate_config = generate, generate.config
+                generate = GenerateDecoder(network, self.engine, self.seed)
+                decoders[GENERATE], self.generate_config = generate, generate.config
             if EAGER in names:
-                ways[EAGER] = EagerWay(network, self.engine)
-        return ways
+                decoders[EAGER] = EagerDecoder(network, self.engine)
+        return decoders
 
     def run(self) -> Measured:
-        """Fill every hole in every way."""
-        measured = Measured(self.cuts, {name: {} for name in self.ways}, {name: {} for name in self.ways})
+        """Fill every hole in every decoder."""
+        measured = Measured(self.cuts, {name: {} for name in self.decoders}, {name: {} for name in self.decoders})
         rng = random.Random(_DRAW_SEED)
-        names = list(self.ways)
-        for way in self.ways.values():
-            way(self.cuts[0].context)
+        names = list(self.decoders)
+        for decoder in self.decoders.values():
+            decoder(self.cuts[0].context)
         with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
             for hole in progress.track(range(len(self.cuts)), description="filling"):
                 first = hole % len(names)
                 for name in names[first:] + names[:first]:
                     if name not in COMPARED or is_compared(hole):
-                        outcome = self.ways[name](self.cuts[hole].context)
+                        outcome = self.decoders[name](self.cuts[hole].context)
                         measured.outcomes[name][hole] = outcome
                         self._ask_again(measured, name, hole, rng)
         return measured
 
     def _ask_again(self, measured: Measured, name: str, hole: int, rng: random.Random) -> None:
         """Type a little more of what stood there, and ask with what is cached."""
-        way, cut = self.ways[name], self.cuts[hole]
+        decoder, cut = self.decoders[name], self.cuts[hole]
         num_typed = rng.randint(1, _MOST_TYPED)
-        if name not in COMPARED and isinstance(way, EngineWay) and is_compared(hole) and len(cut.middle) > num_typed:
+        if (
+            name not in COMPARED
+            and isinstance(decoder, EngineDecoder)
+            and is_compared(hole)
+            and len(cut.middle) > num_typed
+        ):
             typed = replace(cut.context, prefix=cut.context.prefix + cut.middle[:num_typed])
-            measured.warm[name][hole] = way(typed, warm=True)
+            measured.warm[name][hole] = decoder(typed, warm=True)
 
     def run_step_budgets(self, holes: Sequence[int]) -> dict[int, dict[int, Outcome]]:
         """The diffusion mode with few and with many steps."""
@@ -195,7 +442,7 @@ class DecodeBench:
         for hole in holes:
             for budget in STEP_BUDGETS:
                 sampling = Sampling(mode=Mode.DIFFUSION, seed=self.seed, max_denoising_steps=budget)
-                budgets[budget][hole] = EngineWay(self.engine, sampling)(self.cuts[hole].context)
+                budgets[budget][hole] = EngineDecoder(self.engine, sampling)(self.cuts[hole].context)
         return budgets
 
     def draw(self, folder: Path, measured: Measured) -> None:
@@ -234,12 +481,12 @@ class DecodeBench:
 
 
 def is_compared(hole: int) -> bool:
-    """Whether the slow ways run on a hole: whole triples, so that a third of these is long as well."""
+    """Whether the slow decoders run on a hole: whole triples, so that a third of these is long as well."""
     return hole // TRIPLE % 2 == 0
 
 
 def way_numbers(measured: Measured, outcomes: dict[int, Outcome]) -> WayNumbers:
-    """Means, medians and shares of one way."""
+    """Means, medians and shares of one decoder."""
     seen = list(outcomes.values())
     times, passes = [o.ms for o in seen], [o.passes for o in seen]
     long = {hole: outcome for hole, outcome in outcomes.items() if measured.cuts[hole].is_long}
@@ -266,8 +513,8 @@ def find_ratios(measured: Measured, ours: Ours | None) -> dict[str, Interval]:
     """What others take over what our mode takes; of passes, for long middles only."""
 
     def ratio(name: str, cost: Callable[[Outcome], float], *, long_only: bool = False) -> Interval:
-        def costs(way: str | None) -> dict[int, float]:
-            outcomes = measured.outcomes.get(way or "", {})
+        def costs(decoder: str | None) -> dict[int, float]:
+            outcomes = measured.outcomes.get(decoder or "", {})
             return {h: cost(o) for h, o in outcomes.items() if measured.cuts[h].is_long or not long_only}
 
         return bootstrap_median(paired_ratios(costs(name), costs(ours.mode if ours else None)))
@@ -294,20 +541,20 @@ def find_warm_over_cold(measured: Measured) -> dict[str, WarmNumbers]:
     return found
 
 
-def parse_ways(text: str | None) -> tuple[str, ...]:
-    """Names between commas; all ways for none. Raises ``FimserverError`` for one that there is not."""
-    names = WAYS if text is None else tuple(name.strip() for name in text.split(",") if name.strip())
-    known = {*WAYS, *(f"{mode}-{switch}" for mode in MODES for switch in SWITCHES)}
+def parse_decoders(text: str | None) -> tuple[str, ...]:
+    """Names between commas; all decoders for none. Raises ``FimserverError`` for one that there is not."""
+    names = DECODERS if text is None else tuple(name.strip() for name in text.split(",") if name.strip())
+    known = {*DECODERS, *(f"{mode}-{switch}" for mode in MODES for switch in SWITCHES)}
     if not names or set(names) - known:
         msg = (
-            f"--modes {text}: write some of {', '.join(WAYS)} with commas between them; the engine's modes may end in "
+            f"--modes {text}: write some of {', '.join(DECODERS)} with commas between them; the engine's modes may end in "
             f"one of {', '.join(f'-{switch}' for switch in SWITCHES)}"
         )
         raise FimserverError(msg)
     return names
 
 
-def make_engine_way(engine: Engine, name: str, seed: int) -> EngineWay:
+def make_engine_way(engine: Engine, name: str, seed: int) -> EngineDecoder:
     """A mode, maybe with a switch behind it, for instance ``verified-no-lookup``.
 
     Left to right is given no guesses: it is what others are held against. Diffusion draws by the seed; verified
@@ -316,17 +563,17 @@ def make_engine_way(engine: Engine, name: str, seed: int) -> EngineWay:
     mode, _, switch = name.partition("-")
     without = [switch.removeprefix("no-")] if switch.startswith("no-") else []
     if mode == LEFT_TO_RIGHT:
-        without.append("guesses")
+        without.append("matches")
     drafts = DraftOptions(max_nodes=24, max_canvases=12) if switch == WITH_CANVASES else None
     chosen = seed if mode == Mode.DIFFUSION else None
-    return EngineWay(engine, Sampling(mode=Mode(mode), seed=chosen, without=tuple(without)), drafts)
+    return EngineDecoder(engine, Sampling(mode=Mode(mode), seed=chosen, without=tuple(without)), drafts)
 
 
-def compare_ways(settings: Settings, *, limit: int, ways: Sequence[str], plots: Path | None) -> Comparison:
+def compare_ways(settings: Settings, *, limit: int, decoders: Sequence[str], plots: Path | None) -> Comparison:
     """Run all of it, and draw it where there is a folder. Raises ``FimserverError``."""
     if plots is not None:
         check_plots(plots)
-    bench = DecodeBench(settings, limit=limit, ways=ways)
+    bench = DecodeBench(settings, limit=limit, decoders=decoders)
     measured = bench.run()
     if plots is not None:
         bench.draw(plots, measured)

@@ -31,20 +31,21 @@ import torch
 from transformers import DiffusionGemmaConfig
 
 from fimserver.bench.machine import machine_facts
-from fimserver.cards import NO_CARD
-from fimserver.engine.backends import Choice, Trial, Work, choose_products
-from fimserver.engine.denoise import DenoisingOptions, denoising_step, initialize_canvases, read_out
-from fimserver.engine.devices import wait_for
-from fimserver.engine.graphs import capture
-from fimserver.engine.known import KNOWN_MODELS
-from fimserver.engine.kv_cache import PromptCache
-from fimserver.engine.model import Model
-from fimserver.engine.nvfp4 import NVFP4Tensor, draw_codes
-from fimserver.engine.products import PlainProducts
-from fimserver.engine.weights import ModelMetadata, create_model, expected_shapes, read_metadata
+from fimserver.checkpoints.gpus import NO_GPU
+from fimserver.checkpoints.known import KNOWN_MODELS
+from fimserver.checkpoints.memory import Checkpoint, Format, Role, find_checkpoint, parse_config, to_parts
+from fimserver.checkpoints.metadata import ModelMetadata, read_metadata
+from fimserver.checkpoints.planner import plan_on_gpu, step_bytes
+from fimserver.engine.decoding.denoise import DenoisingOptions, denoising_step, initialize_canvases, read_out
+from fimserver.engine.kernels.backends import Choice, Trial, Work, choose_matmul
+from fimserver.engine.kernels.matmul import PlainMatmul
+from fimserver.engine.kernels.nvfp4 import NVFP4Tensor, draw_codes
+from fimserver.engine.loading.weights import create_model, expected_shapes
+from fimserver.engine.modeling.devices import wait_for
+from fimserver.engine.modeling.graphs import capture
+from fimserver.engine.modeling.model import Model
+from fimserver.engine.modeling.prompt_cache import PromptCache
 from fimserver.errors import FimserverError
-from fimserver.model_facts import Checkpoint, Format, Role, find_checkpoint, parse_config, to_parts
-from fimserver.planner import plan_on_card, step_bytes
 
 SYNTHETIC = {"26b": "diffusiongemma-26b-a4b-it"}
 STAGES = ("kernels", "load", "steps", "encode", "requests", "profile")
@@ -110,7 +111,7 @@ class Report:
     failures: dict[str, str] = field(default_factory=dict)
 
 
-class HastyProducts(PlainProducts):
+class HastyMatmul(PlainMatmul):
     """Plain products that say that nobody looks at choices: so a simulation takes the way that a card takes."""
 
     name = "plain torch, simulated"
@@ -140,7 +141,7 @@ class Bench:
 
     def run(self, stages: tuple[str, ...], report: Callable[[str], None] = lambda _stage: None) -> Report:
         """Every stage in turn; one that fails leaves the others their chance."""
-        self._note(planned_bytes=plan_on_card(self.checkpoint, NO_CARD, self.context_tokens).total_bytes)
+        self._note(planned_bytes=plan_on_gpu(self.checkpoint, NO_GPU, self.context_tokens).total_bytes)
         is_wanted = self.with_generate
         if is_wanted is None:
             is_wanted = set(stages) == set(STAGES) and self._has_room()
@@ -182,7 +183,7 @@ class Bench:
     def measure_kernels(self) -> None:
         """Backends on this device, and the tests that need it."""
         choice = self._choose()
-        self._note(backend={"chosen": choice.products.name, **choice.tried})
+        self._note(backend={"chosen": choice.matmul.name, **choice.tried})
         tests = Path(__file__).parents[2] / "tests"
         if self.simulate or not tests.is_dir():
             self._note(tests="not run: they need a card and the project's folder")
@@ -193,11 +194,11 @@ class Bench:
 
     def measure_load(self) -> None:
         """Random weights straight to the device, in 4 bits where the checkpoint has them."""
-        choice = Choice(self._choose().products)
+        choice = Choice(self._choose().matmul)
         begin, before = time.perf_counter(), self._allocated()
         network = create_model(self.config, random_weights(self.config, self.device, self.dtype), self.device)
         record = capture if self.device.type == "cuda" else (lambda run: run)
-        self.model = Model(network, self.metadata, choice, consumes=True, record=record)
+        self.model = Model(network, self.metadata, choice, consumes=True, capture=record)
         wait_for(self.device)
         gc.collect()
         held = self._allocated() - before if self.device.type == "cuda" else 0
@@ -214,11 +215,11 @@ class Bench:
             experts = (text.num_experts, text.moe_intermediate_size, text.hidden_size)
             work = Work(experts=experts, num_chosen=text.top_k_experts)
             if self.simulate:
-                products, trial = HastyProducts(self.dtype), Trial(self.device, self.dtype, work)
-                fault = trial.find_fault(products)
-                self.choice = Choice(products, {products.name: fault or f"{trial.measure(products) * 1e6:.0f} us"})
+                matmul, trial = HastyMatmul(self.dtype), Trial(self.device, self.dtype, work)
+                fault = trial.find_fault(matmul)
+                self.choice = Choice(matmul, {matmul.name: fault or f"{trial.measure(matmul) * 1e6:.0f} us"})
             else:
-                self.choice = choose_products(self.device, self.dtype, work)
+                self.choice = choose_matmul(self.device, self.dtype, work)
         return self.choice
 
     def measure_steps(self) -> None:
@@ -231,7 +232,7 @@ class Bench:
         steps = []
         for length in self.canvases:
             fixed = self._time_step(model, cache, length)
-            free = self._time_step(model.unrecorded(), cache, length)
+            free = self._time_step(model.without_graphs(), cache, length)
             read = step_bytes(self.checkpoint, length, self.context_tokens)
             read -= self.checkpoint.bytes_of(Role.EMBEDDING)  # the condition is of few tokens: only the head reads it
             steps.append(Step(length, fixed, free, read / bandwidth * 1e3, read, 1e3 / fixed))
@@ -309,7 +310,7 @@ class Bench:
         if self.device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
         with torch.profiler.profile(activities=activities) as profile:
-            self._time_step(model.unrecorded(), cache, length)
+            self._time_step(model.without_graphs(), cache, length)
         name = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
         kernels = sorted(profile.key_averages(), key=lambda e: -getattr(e, name))[:_TOP_KERNELS]
         self._note(profile=tuple((e.key[:80], getattr(e, name) / 1e3 / (_REPEATS + 1)) for e in kernels))
@@ -351,7 +352,7 @@ class Bench:
         return torch.cuda.memory_allocated() if self.device.type == "cuda" else 0
 
 
-def measure_card(  # noqa: PLR0913  options of one command
+def measure_gpu(  # noqa: PLR0913  options of one command
     name: str,
     *,
     simulate: bool = False,
@@ -433,7 +434,7 @@ def options_of(metadata: ModelMetadata, canvas_tokens: int) -> DenoisingOptions:
         t_min=metadata.t_min,
         t_max=metadata.t_max,
         canvas_length=canvas_tokens,
-        soft_top=64,
+        conditioning_top=64,
     )
 
 
@@ -446,7 +447,7 @@ def device_name(device: torch.device) -> str:
 
 
 def to_markdown(report: Report) -> list[str]:
-    """An entry for RESULTS.md."""
+    """An entry for docs/results.md."""
     lines = [f"## {report.machine['device']}: {report.model}{', SIMULATED' if report.is_simulated else ''}", ""]
     lines.append(", ".join(f"{key} {value}" for key, value in report.machine.items()))
     lines += ["", f"Kernels: {report.backend}. Tests on the card: {report.tests}", ""]

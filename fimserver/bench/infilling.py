@@ -16,14 +16,14 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import track
 
-from fimserver.bench.calibration import Answer, CurvePoint, expected_calibration_error, to_curve
-from fimserver.bench.items import KINDS, OTHER, Item, find_files, read_items
+from fimserver.bench.datasets import KINDS, OTHER, Item, find_files, read_items
+from fimserver.bench.metrics import Answer, CurvePoint, expected_calibration_error, to_curve
 from fimserver.bench.sandbox import Outcome, run_program
 from fimserver.context.scan import python_parses
+from fimserver.datatypes import FimContext, Generation, Hole, HoleKind, ModelInfo
 from fimserver.engine.client import EngineClient, EngineOptions
 from fimserver.errors import FimserverError
 from fimserver.settings import Settings, to_sampling
-from fimserver.types import FimContext, Generation, Hole, HoleKind, ModelInfo
 
 LOAD_TIMEOUT_S = 300.0
 _T = TypeVar("_T")

@@ -14,8 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fimserver.bench.calibration import Answer, to_bins
-from fimserver.bench.ratios import MeanInterval, pareto_front
+from fimserver.bench.metrics import Answer, MeanInterval, pareto_front, to_bins
 from fimserver.errors import FimserverError
 
 QUALITY_FILE = "quality_over_passes.png"
@@ -30,7 +29,7 @@ _STYLES = ("-", "--", ":")  # verified says what left to right says: one line li
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One way, or one step budget (``is_budget``), with its mean passes and exact match."""
+    """One decoder, or one step budget (``is_budget``), with its mean passes and exact match."""
 
     name: str
     passes: float
@@ -110,7 +109,7 @@ def _write_calibration(path: Path, scores: Sequence[ModeScores]) -> Path:
 def _write_quality(path: Path, points: Sequence[Point], num_holes: int) -> Path:
     figure = _figure_class()(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
-    for is_budget, marker, label in ((False, "o", "ways"), (True, "x", "diffusion, steps at most")):
+    for is_budget, marker, label in ((False, "o", "decoders"), (True, "x", "diffusion, steps at most")):
         shown = [p for p in points if p.is_budget is is_budget]
         if shown:
             axes.scatter([p.passes for p in shown], [p.exact_match for p in shown], marker=marker, label=label)

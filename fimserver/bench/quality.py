@@ -1,6 +1,6 @@
 """``fimserver eval holes``: how good a model is on files that it was not trained on, by kind of hole and by mode.
 
-Holes are those of ``bench/cuts.py``; every model and every mode fills the same ones, one after another in this
+Holes are those of ``bench/datasets.py``; every model and every mode fills the same ones, one after another in this
 process, with the engine's raw answer: no hole rule, no gate, no postprocessing. No prompt is cached. Everything is
 under one seed, so verified decoding drafts as much as it does by default, not as much as this machine likes.
 
@@ -22,28 +22,35 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from fimserver.bench.calibration import Answer, expected_calibration_error
-from fimserver.bench.cuts import HOLES, Gap, GapKind, draw_gaps
+from fimserver.bench.datasets import HOLES, SyntaxHole, SyntaxHoleKind, draw_syntax_holes
 from fimserver.bench.infilling import edit_similarity
 from fimserver.bench.machine import use_threads
+from fimserver.bench.metrics import (
+    Answer,
+    MeanInterval,
+    expected_calibration_error,
+    paired_difference,
+    percentile,
+    ratio_of_means,
+    share_interval,
+)
 from fimserver.bench.plots import ModeScores, check_plots, write_quality_plots
-from fimserver.bench.ratios import MeanInterval, paired_difference, percentile, ratio_of_means, share_interval
-from fimserver.context.gather import find_guesses
+from fimserver.context.gather import find_matches
 from fimserver.context.scan import python_parses
 from fimserver.context.window import Budget, budget_for, build_context
+from fimserver.datatypes import Mode, Sampling
 from fimserver.engine.engine import Engine
 from fimserver.errors import FimserverError
 from fimserver.settings import Settings
 from fimserver.training.corpus import default_folder, read_held_out
-from fimserver.types import Mode, Sampling
 
 LONG_TOKENS = 8
 ALL = "all"
-MODES = (Mode.VERIFIED, Mode.DIFFUSION, Mode.AUTOREGRESSIVE)
+MODES = (Mode.SPECULATIVE, Mode.DIFFUSION, Mode.AUTOREGRESSIVE)
 _PAIRS = (
     (Mode.DIFFUSION, Mode.AUTOREGRESSIVE),
-    (Mode.DIFFUSION, Mode.VERIFIED),
-    (Mode.VERIFIED, Mode.AUTOREGRESSIVE),
+    (Mode.DIFFUSION, Mode.SPECULATIVE),
+    (Mode.SPECULATIVE, Mode.AUTOREGRESSIVE),
 )
 _KEPT_TOKENS = 4  # of a canvas, for the cut word, which the answer spells again, and for its end
 
@@ -100,7 +107,7 @@ class Summary:
     files: int
     holes: dict[str, int]
     seed: int
-    guesses: bool
+    matches: bool
     models: tuple[ModelScores, ...]
     differences: dict[str, dict[str, MeanInterval]]
 
@@ -109,7 +116,7 @@ class Summary:
 class Filled:
     """A hole and what a model put there."""
 
-    gap: Gap
+    hole: SyntaxHole
     num_tokens: int
     text: str
     confidence: float
@@ -120,12 +127,12 @@ class Filled:
     @property
     def is_exact(self) -> bool:
         """Whether it is what stood there."""
-        return self.text.strip() == self.gap.middle.strip()
+        return self.text.strip() == self.hole.middle.strip()
 
     @property
     def is_first_line_exact(self) -> bool:
         """Whether its first line is."""
-        return self.text.strip().partition("\n")[0].rstrip() == self.gap.middle.strip().partition("\n")[0].rstrip()
+        return self.text.strip().partition("\n")[0].rstrip() == self.hole.middle.strip().partition("\n")[0].rstrip()
 
     @property
     def is_long(self) -> bool:
@@ -160,20 +167,20 @@ class Candidate:
         """Tokens of a text."""
         return len(self.engine.vocabulary.encode(text))
 
-    def fill(self, gap: Gap, num_tokens: int, sampling: Sampling, *, guesses: bool) -> Filled:
+    def fill(self, hole: SyntaxHole, num_tokens: int, sampling: Sampling, *, matches: bool) -> Filled:
         """One hole, cold."""
-        found = find_guesses(gap.snapshot, gap.hole, max_seconds=math.inf) if guesses else []
-        context = build_context(gap.snapshot, gap.hole, self.budget, guesses=found)
+        found = find_matches(hole.snapshot, hole.hole, max_seconds=math.inf) if matches else []
+        context = build_context(hole.snapshot, hole.hole, self.budget, matches=found)
         self.engine.forget()
         generation = self.engine.complete(context, sampling)
         return Filled(
-            gap,
+            hole,
             num_tokens,
             generation.text,
             generation.confidence,
             generation.forward_passes,
             generation.timings_ms["total"],
-            python_parses(gap.filled(generation.text)),
+            python_parses(hole.filled(generation.text)),
         )
 
 
@@ -184,9 +191,9 @@ def evaluate_holes(  # noqa: PLR0913  the command's options
     limit: int,
     modes: Sequence[Mode] = MODES,
     against: str | None = None,
-    guesses: bool = False,
+    matches: bool = False,
     plots: Path | None = None,
-    kinds: Sequence[GapKind] = tuple(GapKind),
+    kinds: Sequence[SyntaxHoleKind] = tuple(SyntaxHoleKind),
     corpus: Path | None = None,
 ) -> Summary:
     """Fill ``limit`` holes of some kinds in every mode, with another model too where one is named.
@@ -201,51 +208,51 @@ def evaluate_holes(  # noqa: PLR0913  the command's options
     use_threads(settings.threads)
     names = [settings.model] if against is None else [settings.model, against]
     candidates = [Candidate(name, Engine.load(name, settings.device, settings.context_tokens)) for name in names]
-    gaps = draw_gaps(
+    holes = draw_syntax_holes(
         texts,
         limit,
         kinds=kinds,
         budget=min((c.budget for c in candidates), key=lambda b: b.prefix),
         fits=lambda middle: all(c.count(middle) <= c.most_tokens for c in candidates),
     )
-    if not gaps:
+    if not holes:
         msg = f"{data or 'the corpus'} has no hole that fits the model's canvas; name a folder with more code"
         raise FimserverError(msg)
     seed = settings.seed or 0
-    _fill_all(candidates, gaps, {mode: Sampling(mode=mode, seed=seed) for mode in modes}, guesses=guesses)
+    _fill_all(candidates, holes, {mode: Sampling(mode=mode, seed=seed) for mode in modes}, matches=matches)
     if plots is not None:
         write_quality_plots(plots, [_to_picture(c, mode, len(candidates)) for c in candidates for mode in modes])
     return Summary(
         data=str(data) if data else "held-out files of the corpus",
         files=len(texts),
-        holes={kind.value: sum(gap.kind is kind for gap in gaps) for kind in kinds},
+        holes={kind.value: sum(hole.kind is kind for hole in holes) for kind in kinds},
         seed=seed,
-        guesses=guesses,
+        matches=matches,
         models=tuple(map(_score_model, candidates)),
         differences={} if against is None else {mode.value: _compare(candidates, mode) for mode in modes},
     )
 
 
 def _fill_all(
-    candidates: Sequence[Candidate], gaps: Sequence[Gap], samplings: Mapping[Mode, Sampling], *, guesses: bool
+    candidates: Sequence[Candidate], holes: Sequence[SyntaxHole], samplings: Mapping[Mode, Sampling], *, matches: bool
 ) -> None:
     """Every model and mode in turn on each hole; one hole each before the clock counts."""
     for candidate in candidates:
         for mode, sampling in samplings.items():
-            candidate.fill(gaps[0], 0, sampling, guesses=guesses)
+            candidate.fill(holes[0], 0, sampling, matches=matches)
             candidate.filled[mode.value] = []
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
-        for gap in progress.track(gaps, description="filling"):
-            num_tokens = candidates[0].count(gap.middle)
+        for hole in progress.track(holes, description="filling"):
+            num_tokens = candidates[0].count(hole.middle)
             for candidate in candidates:
                 for mode, sampling in samplings.items():
-                    filled = candidate.fill(gap, num_tokens, sampling, guesses=guesses)
+                    filled = candidate.fill(hole, num_tokens, sampling, matches=matches)
                     candidate.filled[mode.value].append(filled)
 
 
 def _by_kind(filled: Sequence[Filled]) -> dict[str, list[Filled]]:
     """Of each kind that there is, and of all."""
-    kinds = {kind.value: [f for f in filled if f.gap.kind is kind] for kind in GapKind}
+    kinds = {kind.value: [f for f in filled if f.hole.kind is kind] for kind in SyntaxHoleKind}
     return {**{kind: members for kind, members in kinds.items() if members}, ALL: list(filled)}
 
 
@@ -267,9 +274,9 @@ def score(filled: Sequence[Filled]) -> Numbers:
     return Numbers(
         holes=len(filled),
         exact=exact,
-        first_line=_mean([f.is_first_line_exact for f in filled if HOLES[f.gap.kind].max_lines > 1]),
-        copies=_mean([f.gap.is_copied(f.text) for f in filled if f.gap.word]),
-        edit_similarity=statistics.fmean(edit_similarity(f.text.strip(), f.gap.middle.strip()) for f in filled),
+        first_line=_mean([f.is_first_line_exact for f in filled if HOLES[f.hole.kind].max_lines > 1]),
+        copies=_mean([f.hole.is_copied(f.text) for f in filled if f.hole.word]),
+        edit_similarity=statistics.fmean(edit_similarity(f.text.strip(), f.hole.middle.strip()) for f in filled),
         answered=len(answers) / len(filled),
         parses=statistics.fmean(f.parses for f in filled),
         passes=statistics.fmean(f.passes for f in filled),
@@ -327,14 +334,14 @@ def parse_modes(text: str | None) -> tuple[Mode, ...]:
     return tuple(map(Mode, names))
 
 
-def parse_kinds(text: str | None) -> tuple[GapKind, ...]:
+def parse_kinds(text: str | None) -> tuple[SyntaxHoleKind, ...]:
     """Names between commas, each once; all kinds for none. Raises ``FimserverError`` for one that there is not."""
-    known = [kind.value for kind in GapKind]
+    known = [kind.value for kind in SyntaxHoleKind]
     names = dict.fromkeys(name.strip() for name in text.split(",") if name.strip()) if text is not None else known
     if not names or set(names) - set(known):
         msg = f"--kinds {text}: write some of {', '.join(known)} with commas between them"
         raise FimserverError(msg)
-    return tuple(map(GapKind, names))
+    return tuple(map(SyntaxHoleKind, names))
 
 
 def read_folder(folder: Path) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 This is a guard against accidents, not against malice. The child (``sandboxed.py``) has limits on time, memory and
 files, an empty folder, no environment, no input and no network, and is refused whatever Python's audit hooks see of
-writing files, starting processes and using sockets. Code that means harm finds ways around that (it can read files,
+writing files, starting processes and using sockets. Code that means harm finds decoders around that (it can read files,
 for one, and C code raises no audit events): run what you do not trust in a virtual machine or a container.
 
 Knows:  processes, limits.  Never: items, models.

@@ -37,11 +37,11 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from fimserver.bench.ratios import percentile
+from fimserver.bench.metrics import percentile
 from fimserver.bench.windows import Counts, Manner, Window
+from fimserver.daemon.launch import ask, end_daemon, read_status
+from fimserver.daemon.server import resident_bytes
 from fimserver.errors import FimserverError
-from fimserver.lsp.daemon import resident_bytes
-from fimserver.lsp.launch import ask, end_daemon, read_status
 from fimserver.paths import HOME_VARIABLE
 
 NIGHTLY_EDITS, NIGHTLY_FAULTS = 20_000, 60

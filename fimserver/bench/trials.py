@@ -33,9 +33,9 @@ from rich.table import Table
 
 from fimserver.bench.soak import count_different, is_there, own_home, read_pid, until, wait_until_ready
 from fimserver.bench.windows import Counts, Window
+from fimserver.daemon.launch import end_daemon
 from fimserver.errors import FimserverError
-from fimserver.lsp.launch import end_daemon
-from fimserver.lsp.wire import to_frame
+from fimserver.framing import to_frame
 
 _RECOVERED_S = 180.0
 _STOPPED_S = 1.0

@@ -20,9 +20,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, cast
 
-from fimserver.bench.typist import draw_pause, to_keystrokes
+from fimserver.bench.simulated_editor import draw_pause, to_keystrokes
 from fimserver.errors import PositionError
-from fimserver.lsp.wire import read_body, to_frame
+from fimserver.framing import read_body, to_frame
 from fimserver.text import Encoding, LineIndex
 
 _NUM_LINES = 10_000

@@ -21,7 +21,7 @@ from functools import lru_cache
 from fimserver.context.languages import BlockStyle, Language, find_language
 from fimserver.context.scan import CLOSER_OF, OpenState, find_string_end, scan
 from fimserver.context.surroundings import Opened, closed_behind, is_closed, lacks_closers, open_before, width
-from fimserver.types import FimContext, HoleKind, Verdict
+from fimserver.datatypes import FimContext, HoleKind, Verdict
 
 _LANGUAGES = {"python", "javascript", "typescript", "go", "rust", "java", "c", "cpp", "csharp"}
 _IN_TEXT = {HoleKind.COMMENT, HoleKind.DOCSTRING}

@@ -16,8 +16,8 @@ from functools import lru_cache
 
 from fimserver.context.languages import BlockStyle, Language, find_language
 from fimserver.context.scan import CLOSER_OF, OpenState, find_open_text, find_string_end, scan, without_comment
+from fimserver.datatypes import Snapshot
 from fimserver.text import leading_whitespace
-from fimserver.types import Snapshot
 
 _REACH = 1_600  # characters looked at on either side of the cursor in a larger one
 _LONGEST_TEXT = 20_000  # characters of a string or comment around the cursor that are still looked at whole

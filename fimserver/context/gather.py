@@ -1,6 +1,6 @@
 """What other places say: guesses at the middle from code that repeats itself, and snippets of other documents.
 
-    find_guesses(snapshot, hole, others)   -> guesses, the best first
+    find_matches(snapshot, hole, others)   -> guesses, the best first
     find_snippets(snapshot, others)        -> pieces of other documents that are most like the lines at the cursor
 
 A guess is what followed the same text elsewhere: in this document, in the other open ones, in what was just
@@ -16,9 +16,9 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from fimserver.context.secrets import reveals
+from fimserver.context.redaction import reveals
+from fimserver.datatypes import Hole, HoleKind, Match, Snapshot, Snippet
 from fimserver.text import common_prefix_length, common_suffix_length, line_around, to_newlines
-from fimserver.types import Guess, Hole, HoleKind, Snapshot, Snippet
 
 MAX_SECONDS = 0.002  # of every keystroke
 SURE_MATCH = 28  # characters of code before the cursor from which a guess is offered by itself,
@@ -38,14 +38,14 @@ _LEAST_SIMILAR = 0.15
 _TEXT_KINDS = (HoleKind.COMMENT, HoleKind.DOCSTRING)
 
 
-def find_guesses(
+def find_matches(
     snapshot: Snapshot, hole: Hole, others: Sequence[str] = (), *, max_seconds: float = MAX_SECONDS
-) -> list[Guess]:
+) -> list[Match]:
     """At most four guesses for a hole, found in so long; ``others`` are other texts, the one edited last first."""
     if hole.kind in _TEXT_KINDS:
         return []
     give_up = time.perf_counter() + max_seconds
-    found: dict[str, Guess] = {}
+    found: dict[str, Match] = {}
     seen: set[tuple[int, int]] = set()
     line_start = snapshot.cursor - len(line_around(snapshot.text, snapshot.cursor)[0])
     before = _Before(snapshot.text[max(0, snapshot.cursor - _REACH) : snapshot.cursor])
@@ -61,7 +61,7 @@ def find_guesses(
                 if (source, end) in seen or (source == 0 and line_start < end <= snapshot.cursor):
                     continue  # the cursor's own line says nothing new
                 seen.add((source, end))
-                guess = _to_guess(text, end, before, after, source)
+                guess = _to_match(text, end, before, after, source)
                 if guess is not None:
                     found[guess.text] = _merged(found.get(guess.text), guess)
         if len(found) >= _MAX_GUESSES:
@@ -69,13 +69,13 @@ def find_guesses(
     return sorted(found.values(), key=lambda g: g.rank)[:_MAX_GUESSES]
 
 
-def without_secrets(snapshot: Snapshot, guesses: Iterable[Guess]) -> list[Guess]:
+def without_secrets(snapshot: Snapshot, matches: Iterable[Match]) -> list[Match]:
     """Guesses that may be offered: of a secret that stands elsewhere nothing is said."""
     before, _ = line_around(snapshot.text, snapshot.cursor)
-    return [guess for guess in guesses if not reveals(before, guess.text)]
+    return [guess for guess in matches if not reveals(before, guess.text)]
 
 
-def is_sure(guess: Guess) -> bool:
+def is_sure(guess: Match) -> bool:
     """Whether a guess is matched so long that it may be offered by itself: about every second such one is right."""
     return guess.match_length + (AGREEMENT_WORTH if guess.agreement else 0) >= SURE_MATCH
 
@@ -116,7 +116,7 @@ def _find_all(text: str, anchor: str, near: int) -> Iterator[int]:
         hits += 1
 
 
-def _to_guess(text: str, end: int, before: _Before, after: _After, source: int) -> Guess | None:
+def _to_match(text: str, end: int, before: _Before, after: _After, source: int) -> Match | None:
     """What follows ``end`` up to its line's end, or up to what stands behind the cursor."""
     matched = before.text[len(before.text) - _common_end(text, end, before.text) :]
     if len(matched) == len(before.word) and end > len(before.word) and _is_word(text[end - len(before.word) - 1]):
@@ -133,7 +133,7 @@ def _to_guess(text: str, end: int, before: _Before, after: _After, source: int) 
         return None
     below = text[end + len(rest) : end + len(rest) + _REACH]
     agreement += len(below[: common_prefix_length(below, after.below)].replace(" ", "").strip())
-    return Guess(middle, len(matched.replace(" ", "").replace("\n", "")), agreement, source=source)
+    return Match(middle, len(matched.replace(" ", "").replace("\n", "")), agreement, source=source)
 
 
 def _common_end(text: str, end: int, before: str) -> int:
@@ -145,7 +145,7 @@ def _is_word(character: str) -> bool:
     return character.isalnum() or character == "_"
 
 
-def _merged(known: Guess | None, new: Guess) -> Guess:
+def _merged(known: Match | None, new: Match) -> Match:
     if known is None:
         return new
     best = min(known, new, key=lambda g: g.rank)

@@ -17,9 +17,9 @@ from tree_sitter import Node
 from fimserver.context.languages import BlockStyle, Language, find_language, words
 from fimserver.context.scan import OpenState, scan, without_comment
 from fimserver.context.syntax import SyntaxTree
+from fimserver.datatypes import Hole, HoleKind, NoCompletion, Snapshot
 from fimserver.settings import Settings
 from fimserver.text import common_prefix_length, leading_whitespace, line_around, to_newlines
-from fimserver.types import Hole, HoleKind, NoCompletion, Snapshot
 
 _ESTIMATED_TOKENS = {
     HoleKind.REST_OF_LINE: 12,

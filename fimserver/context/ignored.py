@@ -21,7 +21,7 @@ from urllib.parse import unquote, urlsplit
 from pathspec import GitIgnoreSpec
 
 from fimserver.context.hole import PRIVATE_FILE, is_private
-from fimserver.types import NoCompletion
+from fimserver.datatypes import NoCompletion
 
 OWN_FILE, GIT_FILE = ".fimserverignore", ".gitignore"
 _LARGEST_BYTES = 1_000_000

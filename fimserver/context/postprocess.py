@@ -23,8 +23,8 @@ from fimserver.context.scan import find_string_end, scan
 from fimserver.context.soundness import is_sound
 from fimserver.context.syntax import SyntaxTree
 from fimserver.context.variants import Variant, find_variants, indent_unit, indent_width, overlap_with
+from fimserver.datatypes import Completion, Hole, HoleKind, NoCompletion, Snapshot
 from fimserver.text import leading_whitespace, line_around, line_ending, to_newlines
-from fimserver.types import Completion, Hole, HoleKind, NoCompletion, Snapshot
 
 _REPEATED_PHRASE = re.compile(r"(\S.{0,24}?)\1{4,}")
 _NUMBER_END = re.compile(r"(?<![\w.])\d+$")

@@ -17,7 +17,7 @@ from tree_sitter import Node
 from fimserver.context.languages import words
 from fimserver.context.scan import python_parses
 from fimserver.context.syntax import SyntaxTree, parse
-from fimserver.types import Snapshot
+from fimserver.datatypes import Snapshot
 
 # Nodes whose children are statements, members or items, in all grammars: the names do not collide.
 _BODIES = words(

@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 from fimserver.context.hole import next_line
 from fimserver.context.languages import VOID_ELEMENTS, BlockStyle, Language
 from fimserver.context.scan import CLOSER_OF, scan
+from fimserver.datatypes import Hole, HoleKind, Snapshot
 from fimserver.text import leading_whitespace, line_around, to_newlines
-from fimserver.types import Hole, HoleKind, Snapshot
 
 _TEXT_KINDS = (HoleKind.COMMENT, HoleKind.DOCSTRING)
 _CLOSING_LINE = re.compile(

@@ -16,10 +16,10 @@ from urllib.parse import unquote, urlsplit
 
 from fimserver.context.focus import find_scopes
 from fimserver.context.languages import Language, find_language, language_of_path
+from fimserver.context.redaction import has_secret, mask
 from fimserver.context.scan import scan
-from fimserver.context.secrets import has_secret, mask
+from fimserver.datatypes import FimContext, Hole, Match, Snapshot, Snippet
 from fimserver.text import leading_whitespace, to_newlines
-from fimserver.types import FimContext, Guess, Hole, Snapshot, Snippet
 
 _CHARACTERS_PER_TOKEN = 5  # more than code has, about 3 to 4: the engine cuts exactly
 _FEWEST_CHARACTERS_PER_TOKEN = 2  # of dense code, with a suffix that takes a third of the prompt
@@ -52,7 +52,7 @@ def build_context(
     hole: Hole,
     budget: Budget,
     snippets: tuple[Snippet, ...] = (),
-    guesses: Sequence[Guess] = (),
+    matches: Sequence[Match] = (),
 ) -> FimContext:
     r"""What the engine is told of a snapshot; line ends become ``\n``, secrets crosses."""
     text, cursor = snapshot.text, snapshot.cursor
@@ -68,7 +68,7 @@ def build_context(
         hole=hole,
         head=mask(to_newlines(find_head(text, surely_reached(text, cursor, budget), cursor, language))),
         snippets=tuple(Snippet(snippet.path, mask(snippet.text)) for snippet in snippets),
-        guesses=tuple(guess for guess in guesses if not has_secret(guess.text)),
+        matches=tuple(guess for guess in matches if not has_secret(guess.text)),
     )
 
 

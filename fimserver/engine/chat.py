@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from fimserver.types import FimContext
+from fimserver.datatypes import FimContext
 
 INSTRUCTION = (
     "Fill in the code at the cursor of a file. Answer with one code block: the code before the cursor as it is, "

@@ -30,11 +30,11 @@ from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any, BinaryIO, cast
 
-from fimserver.engine.frames import from_plain, read_frame, to_plain, write_frame
+from fimserver.datatypes import FimContext, Generation, ModelInfo, PartialAnswer, Sampling
 from fimserver.engine.schedule import Schedule, Ticket
 from fimserver.errors import CompletionCancelledError, EngineError
+from fimserver.frames import from_plain, read_frame, to_plain, write_frame
 from fimserver.settings import Settings
-from fimserver.types import Draft, FimContext, Generation, ModelInfo, Sampling
 
 MAX_DEATHS = 3
 DEATH_WINDOW_S = 60.0
@@ -98,7 +98,7 @@ class PendingCompletion:
     id: int
     message: dict[str, Any]
     client: "EngineClient"
-    on_draft: Callable[[Draft], None] | None
+    on_partial: Callable[[PartialAnswer], None] | None
     since: float  # of the client's clock
     future: "Future[Generation]" = field(default_factory=Future)
     ticket: Ticket | None = None  # with which it was sent
@@ -256,7 +256,7 @@ class EngineClient:
         context: FimContext,
         sampling: Sampling,
         *,
-        on_draft: Callable[[Draft], None] | None = None,
+        on_partial: Callable[[PartialAnswer], None] | None = None,
         turn: Turn | None = None,
     ) -> PendingCompletion:
         """Ask for a completion. Raises ``EngineError`` when no worker is there or will be."""
@@ -270,9 +270,9 @@ class EngineClient:
                 "id": self._next_id,
                 "context": to_plain(context),
                 "sampling": to_plain(sampling),
-                "drafts": on_draft is not None,
+                "partials": on_partial is not None,
             }
-            pending = PendingCompletion(self._next_id, message, self, on_draft, self._clock())
+            pending = PendingCompletion(self._next_id, message, self, on_partial, self._clock())
             pending.future.set_running_or_notify_cancel()  # only the worker's answer ends it
             self._next_id += 1
             self._pending[pending.id] = pending
@@ -421,9 +421,9 @@ class EngineClient:
             self._send_next()
             if self._sent is not None:
                 self._expect_sign(HANG_TIMEOUT_S)
-        if kind == "draft" and pending is not None and pending.on_draft is not None:
+        if kind == "partial" and pending is not None and pending.on_partial is not None:
             with suppress(Exception):  # a caller's mistake is no reason to lose the worker
-                pending.on_draft(from_plain(Draft, message["draft"]))
+                pending.on_partial(from_plain(PartialAnswer, message["partial"]))
 
     def _on_ready(self, info: ModelInfo) -> None:
         self.info, self._has_loaded = info, True

@@ -4,8 +4,8 @@
         build_prompt          ids for the encoder, the cut word taken off
         PromptCache.encode    only what is new since a prompt that is held
         Denoiser              parallel denoising      (mode diffusion)
-        fill_verified         drafts, verified        (mode verified)
-        fill_left_to_right    one token a pass        (mode autoregressive)
+        fill_speculative         drafts, verified        (mode verified)
+        fill_autoregressive    one token a pass        (mode autoregressive)
 
 Knows:   texts of the context, token ids.  Never: LSP, files other than weights, processes.
 Raises:  CompletionCancelledError within one step of ``cancelled`` turning true.
@@ -20,28 +20,37 @@ from dataclasses import replace
 
 import torch
 
-from fimserver.engine.answer import AnswerEnd, AnswerStart
-from fimserver.engine.autoregressive import fill_left_to_right
-from fimserver.engine.denoise import CanvasState, Denoiser, DenoisingOptions, Filled, RunnerUp, token_entropy
-from fimserver.engine.devices import memory_held
-from fimserver.engine.drafts import Lookup
-from fimserver.engine.grammar import TreeRules
-from fimserver.engine.job import LEAST_TEMPERATURE, Clock, Job, OnDraft
-from fimserver.engine.kv_cache import Encoded, PromptCache
-from fimserver.engine.model import Model, find_device
-from fimserver.engine.probe import choose_drafts, measure_row_cost
+from fimserver.checkpoints.installed import find_model
+from fimserver.datatypes import (
+    Alternative,
+    CanvasToken,
+    FimContext,
+    Generation,
+    Mode,
+    ModelInfo,
+    PartialAnswer,
+    Sampling,
+)
+from fimserver.engine.decoding.autoregressive import fill_autoregressive
+from fimserver.engine.decoding.denoise import CanvasState, Denoiser, DenoisingOptions, Filled, RunnerUp, token_entropy
+from fimserver.engine.decoding.drafts import Lookup
+from fimserver.engine.decoding.grammar import TreeRules
+from fimserver.engine.decoding.probe import choose_drafts, measure_row_cost
+from fimserver.engine.decoding.ranking import Candidate, Scored, rank
+from fimserver.engine.decoding.speculative import Drafter, DraftOptions, fill_speculative
+from fimserver.engine.decoding.stopping import AnswerEnd, AnswerStart
+from fimserver.engine.job import LEAST_TEMPERATURE, Clock, Job, OnPartial
+from fimserver.engine.modeling.devices import memory_held
+from fimserver.engine.modeling.model import Model, find_device
+from fimserver.engine.modeling.prompt_cache import Encoded, PromptCache
 from fimserver.engine.prompt import build_prompt, find_anchor
-from fimserver.engine.ranking import Candidate, Scored, rank
-from fimserver.engine.verified import Drafter, DraftOptions, fill_verified
 from fimserver.engine.vocabulary import Vocabulary
-from fimserver.engine.weights import find_model
 from fimserver.errors import WeightsError
-from fimserver.types import Alternative, CanvasToken, Draft, FimContext, Generation, Mode, ModelInfo, Sampling
 
 _TOKENS_A_LINE = 24  # what an answer may take for each line that its hole has
 _MAX_TOKENS = 1024
 _SIDE_CANVASES, _SIDE_CANVAS_TOKENS = 2, 8  # of a pass that denoises from the left
-_SOFT_TOP = 64  # likeliest tokens that condition the next step
+_CONDITIONING_TOP = 64  # likeliest tokens that condition the next step
 _EARLIER_TOKENS = 512  # of earlier answers that drafts are taken from,
 _MATCHED_TOKENS = 4  # and of what stood before each
 
@@ -105,7 +114,7 @@ class Engine:
     def info(self) -> ModelInfo:
         """What the server may know of the model."""
         metadata = self.model.metadata
-        network = self.model.network
+        network = self.model.reference
         return ModelInfo(
             name=metadata.name,
             device=str(self.model.device),
@@ -134,7 +143,7 @@ class Engine:
             t_min=metadata.t_min if fixed is None else fixed,
             t_max=metadata.t_max if fixed is None else fixed,
             is_cut="cut" not in sampling.without,
-            soft_top=None if "top" in sampling.without else _SOFT_TOP,
+            conditioning_top=None if "top" in sampling.without else _CONDITIONING_TOP,
             left_bias=metadata.left_bias,
             kept_condition=metadata.kept_condition,
             takes_likeliest=metadata.takes_likeliest,
@@ -148,16 +157,16 @@ class Engine:
         sampling: Sampling,
         *,
         cancelled: Callable[[], bool] = lambda: False,
-        on_draft: OnDraft = lambda _draft: None,
+        on_partial: OnPartial = lambda _draft: None,
     ) -> Generation:
         """The middle of a context. Drafts are called out as they come."""
         clock = Clock(sampling.max_latency_ms, cancelled)
-        job = self._prepare(context, sampling, clock, on_draft)
+        job = self._prepare(context, sampling, clock, on_partial)
         clock.lap("prompt")
         clock.check_cancelled()
         mode = self.model.metadata.preferred_mode if sampling.mode is Mode.AUTO else sampling.mode
         denoise = self._denoise_from_left if self.model.metadata.denoises_from_left else self._denoise
-        fill = {Mode.DIFFUSION: denoise, Mode.VERIFIED: self._verify}.get(mode, self._write)
+        fill = {Mode.DIFFUSION: denoise, Mode.SPECULATIVE: self._verify}.get(mode, self._write)
         encoded, filled = fill(job)
         clock.lap("decode")
         text = job.to_text(filled.token_ids)
@@ -176,7 +185,7 @@ class Engine:
             prompt_text=self.vocabulary.show_all(job.prompt.token_ids) if sampling.trace else "",
             confidence=best.probability,
             alternatives=tuple(Alternative(c.text, c.probability) for c in others if c.text.strip()),
-            is_guess=best.guess is not None,
+            is_match=best.guess is not None,
         )
 
     @torch.inference_mode()
@@ -188,10 +197,10 @@ class Engine:
         return self._to_scored(job, filled)
 
     def _to_scored(self, job: Job, filled: Filled) -> Scored:
-        scores = filled.guess_log_probabilities or (None,) * len(job.guesses)
-        guesses = list(zip(job.guesses, scores, strict=True))
+        scores = filled.match_log_probabilities or (None,) * len(job.matches)
+        matches = list(zip(job.matches, scores, strict=True))
         is_whole = filled.finish == "end"
-        return Scored(job.to_text(filled.token_ids), filled.log_probability, len(filled.token_ids), is_whole, guesses)
+        return Scored(job.to_text(filled.token_ids), filled.log_probability, len(filled.token_ids), is_whole, matches)
 
     def _rank(self, job: Job, filled: Filled, mode: Mode) -> list[Candidate]:
         """The answers and the guesses, the likeliest first; answers alone where the model is not calibrated.
@@ -213,7 +222,7 @@ class Engine:
             candidates.insert(0, candidates.pop(sound))
         return candidates
 
-    def _prepare(self, context: FimContext, sampling: Sampling, clock: Clock, on_draft: OnDraft) -> Job:
+    def _prepare(self, context: FimContext, sampling: Sampling, clock: Clock, on_partial: OnPartial) -> Job:
         metadata = self.model.metadata
         prompt = build_prompt(context, self.vocabulary, metadata)
         anchor = find_anchor(context.suffix, self.vocabulary) if context.hole.max_lines > 1 else ()
@@ -235,7 +244,7 @@ class Engine:
             generator=torch.Generator(self.model.device).manual_seed(seed),
             to_text=lambda token_ids: prompt.to_answer(self.vocabulary.decode(token_ids)),
             clock=clock,
-            on_draft=on_draft,
+            on_partial=on_partial,
         )
 
     def _denoise(self, job: Job) -> tuple[Encoded, Filled]:
@@ -248,7 +257,7 @@ class Engine:
             canvas = self._to_canvas_tokens(state) if job.sampling.trace else ()
             settled = len(job.to_text(answer[: state.num_pinned]))
             step = options.max_denoising_steps - state.steps_left
-            job.on_draft(Draft(step, job.to_text(answer), num_settled=settled, canvas=canvas))
+            job.on_partial(PartialAnswer(step, job.to_text(answer), num_settled=settled, canvas=canvas))
 
         denoiser = Denoiser(
             self.model,
@@ -264,7 +273,7 @@ class Engine:
             best, *others = denoiser.fill_several(cache, job.answer_start, job.sampling.num_candidates)
             job.others.extend(others)
             return encoded, best
-        drafts = self._draft_canvases(job)
+        drafts = self._initial_canvases(job)
         filled = denoiser.fill(self.prompt_cache.cache, job.answer_start, drafts=drafts)
         answer, passes, total = list(filled.token_ids), filled.passes, filled.log_probability
         while filled.is_open and filled.finish != "latency" and len(answer) < job.max_tokens:
@@ -277,9 +286,9 @@ class Engine:
             filled = replace(filled, confidence=math.exp(total / max(1, len(answer))), log_probability=total)
         return encoded, replace(filled, token_ids=tuple(answer[: job.max_tokens]), passes=passes)
 
-    def _draft_canvases(self, job: Job) -> list[list[int]]:
+    def _initial_canvases(self, job: Job) -> list[list[int]]:
         """What canvases begin with: guesses, and the last answer moved on by what was typed since; or noise alone."""
-        texts = [guess.text for guess in job.guesses]
+        texts = [guess.text for guess in job.matches]
         typed = job.context.prefix.removeprefix(self._last_prefix)
         is_near = self._last_prefix and typed != job.context.prefix and len(typed) < len(self._last_text)
         if is_near and job.takes_earlier:
@@ -292,7 +301,7 @@ class Engine:
         """Left to right, one token a pass."""
         encoded = self.prompt_cache.encode(job.prompt.token_ids, between=job.clock.check_cancelled)
         job.clock.lap("encode")
-        filled = fill_left_to_right(
+        filled = fill_autoregressive(
             self.prompt_cache,
             encoded.logits,
             max_tokens=job.max_tokens,
@@ -315,7 +324,7 @@ class Engine:
             step += 1
             if job.sampling.trace:
                 canvas = (*self._to_settled(answer), *self._to_open(logits))
-                job.on_draft(Draft(step, job.to_text(answer), canvas=canvas))
+                job.on_partial(PartialAnswer(step, job.to_text(answer), canvas=canvas))
 
         metadata = self.model.metadata
         options = DraftOptions(
@@ -346,7 +355,7 @@ class Engine:
         if job.takes_earlier:
             lookup.extend(self._earlier)
         lookup.extend(before)
-        guesses = [self.vocabulary.encode(job.prompt.healed + guess.text) for guess in job.guesses]
+        matches = [self.vocabulary.encode(job.prompt.healed + guess.text) for guess in job.matches]
         wanted = options or self._drafts_of(job)
         options = replace(
             wanted,
@@ -358,11 +367,11 @@ class Engine:
 
         def fill(pending: Sequence[int], first: RunnerUp | None = None) -> Filled:
             is_quiet = shows_canvases or first is not None
-            return fill_verified(
+            return fill_speculative(
                 self.model,
                 self.prompt_cache,
                 pending,
-                drafter=Drafter(options, lookup, guesses),
+                drafter=Drafter(options, lookup, matches),
                 before=before,
                 max_tokens=job.max_tokens,
                 answer_end=job.answer_end,

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fimserver.engine.answer import AnswerEnd, AnswerStart
-from fimserver.engine.denoise import Filled
-from fimserver.engine.grammar import LexicalRules
+from fimserver.datatypes import FimContext, Match, PartialAnswer, Sampling
+from fimserver.engine.decoding.denoise import Filled
+from fimserver.engine.decoding.grammar import LexicalRules
+from fimserver.engine.decoding.stopping import AnswerEnd, AnswerStart
 from fimserver.engine.prompt import Prompt
 from fimserver.errors import CompletionCancelledError
-from fimserver.types import Draft, FimContext, Guess, Sampling
 
-OnDraft = Callable[[Draft], None]
+OnPartial = Callable[[PartialAnswer], None]
 LEAST_TEMPERATURE = 1e-4  # as good as none, and nothing overflows
 
 
@@ -65,7 +65,7 @@ class Job:
     generator: torch.Generator
     to_text: Callable[[Sequence[int]], str]
     clock: Clock
-    on_draft: OnDraft
+    on_partial: OnPartial
     others: list[Filled] = field(default_factory=list)  # answers beside the first
 
     def has(self, part: str) -> bool:
@@ -77,9 +77,9 @@ class Job:
         return LexicalRules(self.context, self.prompt.healed, self.answer_end) if self.has("grammar") else None
 
     @property
-    def guesses(self) -> tuple[Guess, ...]:
+    def matches(self) -> tuple[Match, ...]:
         """The context's guesses, where they are wanted."""
-        return self.context.guesses if self.has("guesses") else ()
+        return self.context.matches if self.has("matches") else ()
 
     @property
     def takes_earlier(self) -> bool:
@@ -95,4 +95,4 @@ class Job:
         """Call out an answer that grew from left to right."""
         num_open = max(0, len(self.answer_end.anchor) - 1)  # tokens that may turn out to be the line below
         settled = self.to_text(answer[: max(0, len(answer) - num_open)])
-        self.on_draft(Draft(len(answer), self.to_text(answer), num_settled=len(settled)))
+        self.on_partial(PartialAnswer(len(answer), self.to_text(answer), num_settled=len(settled)))

@@ -20,10 +20,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from fimserver.checkpoints.metadata import ModelMetadata
+from fimserver.datatypes import FimContext
 from fimserver.engine.chat import INSTRUCTION, NOTHING_FOLLOWS, Fence, marks_around, open_fence
 from fimserver.engine.vocabulary import Vocabulary
-from fimserver.engine.weights import ModelMetadata
-from fimserver.types import FimContext
 
 _MAX_HEALED_TOKENS = 8  # a word that takes more would leave the answer no room
 _LEAST_ANCHOR = 6  # characters of code

@@ -2,7 +2,7 @@
 
     from the server   complete {id, context, sampling}   cancel {id}
     to the server     ready {info, device_bytes} | failed {message}
-                      started {id}        draft {id, draft}   alive {id}
+                      started {id}        partial {id, partial}   alive {id}
                       generation {id, generation, device_bytes}
                       cancelled {id}      error {id, message}
 
@@ -24,9 +24,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from fimserver.engine.frames import from_plain, read_frame, to_plain, write_frame
+from fimserver.datatypes import FimContext, Hole, HoleKind, PartialAnswer, Sampling
 from fimserver.errors import CompletionCancelledError, FimserverError
-from fimserver.types import Draft, FimContext, Hole, HoleKind, Sampling
+from fimserver.frames import from_plain, read_frame, to_plain, write_frame
 
 if TYPE_CHECKING:
     from fimserver.engine.engine import Engine
@@ -214,11 +214,11 @@ def answer(engine: "Engine", request: dict[str, Any], inbox: Inbox, outbox: Outb
 
     last_sign = time.monotonic()
 
-    def on_draft(draft: Draft) -> None:
+    def on_partial(partial: PartialAnswer) -> None:
         nonlocal last_sign
         now = time.monotonic()
-        if request["drafts"]:
-            outbox.send("draft", id=request_id, draft=to_plain(draft))
+        if request["partials"]:
+            outbox.send("partial", id=request_id, partial=to_plain(partial))
         elif now - last_sign > _SIGN_S:
             last_sign = now
             outbox.send("alive", id=request_id)
@@ -230,7 +230,7 @@ def answer(engine: "Engine", request: dict[str, Any], inbox: Inbox, outbox: Outb
             from_plain(FimContext, request["context"]),
             from_plain(Sampling, request["sampling"]),
             cancelled=lambda: inbox.is_cancelled(request_id),
-            on_draft=on_draft,
+            on_partial=on_partial,
         )
     except CompletionCancelledError:
         outbox.send("cancelled", id=request_id)

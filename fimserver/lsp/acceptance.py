@@ -21,13 +21,13 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from fimserver.lsp.session import CLOSERS
+from fimserver.datatypes import Completion, Snapshot
+from fimserver.lsp.completion_cache import CLOSERS
 from fimserver.paths import read_plain, write_private
-from fimserver.types import Completion, Snapshot
 
 NUM_BINS = 10
 PRIOR_WEIGHT = 20  # observations that the model's own confidence is worth
-SURE_GUESS = 0.5  # about every second guess that is offered is right
+SURE_MATCH = 0.5  # about every second guess that is offered is right
 WRITE_EVERY_S = 30.0
 FILE_NAME = "acceptance.json"
 _MOST = 500  # observations of a bin; more are halved, so that habits may change
@@ -40,7 +40,7 @@ class Kind(StrEnum):
     """Where a completion came from."""
 
     MODEL = "model"
-    GUESS = "guess"
+    MATCH = "match"
 
 
 Bins = dict[Kind, list[list[int]]]  # [shown, accepted] of each bin

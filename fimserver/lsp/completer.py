@@ -15,21 +15,21 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from fimserver.context.gather import find_guesses, find_snippets, without_secrets
-from fimserver.context.offer import Answer, to_answer
-from fimserver.context.place import Place, offer_guess
-from fimserver.context.secrets import hide_whole, mask_whole
+from fimserver.context.gather import find_matches, find_snippets, without_secrets
+from fimserver.context.place import Answer, Place, offer_match, to_answer
+from fimserver.context.redaction import hide_whole, mask_whole
 from fimserver.context.window import budget_for, build_context
+from fimserver.datatypes import Completion, Match, NoCompletion, PartialAnswer, Snapshot
 from fimserver.engine.client import EngineClient, EngineState, Turn
 from fimserver.errors import CompletionCancelledError, EngineError
-from fimserver.lsp.acceptance import SURE_GUESS, Acceptance, Kind
-from fimserver.lsp.computation import Computation
-from fimserver.lsp.gates import Gates
+from fimserver.lsp.acceptance import SURE_MATCH, Acceptance, Kind
+from fimserver.lsp.completion_cache import CLOSERS, rest_of, rests_of, typed_since
+from fimserver.lsp.inflight import InflightCompletion
+from fimserver.lsp.policy import RequestPolicy
 from fimserver.lsp.records import Replay
 from fimserver.lsp.requests import CHANGED, RefusedError, Request, unless_ended
-from fimserver.lsp.session import CLOSERS, Session, rest_of, rests_of, typed_since
+from fimserver.lsp.session import Session
 from fimserver.settings import to_sampling
-from fimserver.types import Completion, Draft, Guess, NoCompletion, Snapshot
 
 _GRACE_S = 0.05  # between an editor's edit, its cancel and its next request
 _LATE_S = 0.25  # that an answer may come after its longest time
@@ -45,14 +45,14 @@ class Completer:
         self,
         session: Session,
         engine: EngineClient,
-        gates: Gates,
+        policy: RequestPolicy,
         acceptance: Acceptance,
     ) -> None:
         self._session = session
         self._engine = engine
-        self._gates = gates
+        self._policy = policy
         self._acceptance = acceptance
-        self._running: list[Computation] = []
+        self._running: list[InflightCompletion] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def answer(self, request: Request) -> tuple[list[Completion], str]:
@@ -68,7 +68,7 @@ class Completer:
         snapshot, begin, worked = request.snapshot, time.monotonic(), time.thread_time()
         if request.stale:
             raise RefusedError(NoCompletion("stale", "the request names a version of the text that is not here"))
-        self._gates.check(request)
+        self._policy.check(request)
         place = self._session.find_place(snapshot, invoked=request.invoked)
         request.notes.facts |= {"invoked": request.invoked}
         request.notes.timings_ms["place"] = (time.monotonic() - begin) * 1e3
@@ -78,32 +78,32 @@ class Completer:
         request.notes.facts["hole"] = place.hole.kind
         if cached := self._session.cache.find(snapshot):
             return cached, "cache"
-        guesses = self._find_guesses(snapshot, place)
-        if (guess := offer_guess(guesses, place)) is not None:
+        matches = self._find_matches(snapshot, place)
+        if (guess := offer_match(matches, place)) is not None:
             self._session.cache.remember(snapshot, guess)
-            self._acceptance.know(guess, Kind.GUESS, SURE_GUESS)
-            return [guess], "guess"
-        return await self._answer_by_model(request, place, guesses)
+            self._acceptance.know(guess, Kind.MATCH, SURE_MATCH)
+            return [guess], "match"
+        return await self._answer_by_model(request, place, matches)
 
-    def _find_guesses(self, snapshot: Snapshot, place: Place) -> list[Guess]:
+    def _find_matches(self, snapshot: Snapshot, place: Place) -> list[Match]:
         """What followed the same text elsewhere; nothing under a seed, with which the text alone decides."""
         if self._session.settings.seed is not None:
             return []
         others = [hide_whole(text) for text in self._session.other_texts(snapshot)]
-        found = find_guesses(snapshot, place.hole, others)
+        found = find_matches(snapshot, place.hole, others)
         return without_secrets(snapshot, found)
 
     async def _answer_by_model(
-        self, request: Request, place: Place, guesses: list[Guess]
+        self, request: Request, place: Place, matches: list[Match]
     ) -> tuple[list[Completion], str]:
         joined = self._find_running(request)
         if joined is None:
-            await self._gates.wait_until_due(request, place)
+            await self._policy.wait_until_due(request, place)
         elif (answer := await self._wait_for(request, joined)) is not None:
             request.notes.facts["joined"] = True
             return answer
-        self._gates.check(request)
-        answer = await self._wait_for(request, self._begin(request, place, guesses))
+        self._policy.check(request)
+        answer = await self._wait_for(request, self._begin(request, place, matches))
         if answer is None:
             raise RefusedError(request.why_ended or CHANGED)
         return answer
@@ -123,7 +123,7 @@ class Completer:
         for running in [c for c in self._running if c.snapshot.uri == uri]:
             running.end()
 
-    def _find_running(self, request: Request) -> Computation | None:
+    def _find_running(self, request: Request) -> InflightCompletion | None:
         """A computation whose answer may begin with what was typed since it was begun."""
         for running in reversed(self._running):
             if running.snapshot.uri != request.snapshot.uri or running.epoch != self._session.epoch:
@@ -140,7 +140,7 @@ class Completer:
                 return running
         return None
 
-    def _begin(self, request: Request, place: Place, guesses: list[Guess]) -> Computation:
+    def _begin(self, request: Request, place: Place, matches: list[Match]) -> InflightCompletion:
         """Ask the engine. Raises ``RefusedError`` where it takes no request."""
         for idle in [c for c in self._running if c.snapshot.uri == request.snapshot.uri and not c.users]:
             idle.end()
@@ -155,21 +155,21 @@ class Completer:
             place.hole,
             budget_for(info.max_prompt_tokens if info else 0),
             find_snippets(request.snapshot, [(path, mask_whole(text)) for path, text in others]),
-            guesses,
+            matches,
         )
         loop = asyncio.get_running_loop()
-        computation: Computation
+        inflight: InflightCompletion
 
-        def on_draft(draft: Draft) -> None:
+        def on_partial(draft: PartialAnswer) -> None:
             if draft.num_settled:
-                loop.call_soon_threadsafe(lambda: computation.take(draft))
+                loop.call_soon_threadsafe(lambda: inflight.take(draft))
 
         try:
             turn = Turn(id(self._session), request.snapshot.uri, request.invoked)
-            pending = self._engine.complete(context, sampling, on_draft=on_draft, turn=turn)
+            pending = self._engine.complete(context, sampling, on_partial=on_partial, turn=turn)
         except EngineError as error:
             raise RefusedError(NoCompletion("engine", str(error))) from error
-        computation = Computation(
+        inflight = InflightCompletion(
             snapshot=request.snapshot,
             place=place,
             epoch=self._session.epoch,
@@ -180,84 +180,84 @@ class Completer:
             outcome=loop.create_future(),
             line=loop.create_future(),
         )
-        self._running.append(computation)
-        task = loop.create_task(self._compute(computation))
-        computation.outcome.add_done_callback(lambda _done: self._running.remove(computation))
+        self._running.append(inflight)
+        task = loop.create_task(self._compute(inflight))
+        inflight.outcome.add_done_callback(lambda _done: self._running.remove(inflight))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        return computation
+        return inflight
 
-    async def _compute(self, computation: Computation) -> None:
+    async def _compute(self, inflight: InflightCompletion) -> None:
         """Wait for the engine's answer and make an outcome of it."""
         outcome: Answer | NoCompletion | None
         try:
-            generation = await asyncio.wrap_future(computation.pending.future)
+            generation = await asyncio.wrap_future(inflight.pending.future)
         except CompletionCancelledError:
             outcome = None
         except EngineError as error:
             outcome = NoCompletion("engine", str(error))
         else:
             try:
-                computation.note(generation)
-                if computation.outcome.done():
+                inflight.note(generation)
+                if inflight.outcome.done():
                     return
                 outcome = to_answer(
                     generation,
-                    computation.place,
-                    shown=computation.shown,
+                    inflight.place,
+                    shown=inflight.shown,
                     min_confidence=self._session.settings.min_confidence,
                 )
             except Exception as error:  # noqa: BLE001  whoever waits has to hear of it, or would wait for good
                 _logger.error("an answer could not be taken: %s", type(error).__name__)  # noqa: TRY400  a traceback could quote code
                 outcome = NoCompletion("error", f"the answer could not be taken ({type(error).__name__})")
-        computation.settle(outcome)
-        if computation.shown is not None and isinstance(outcome, Answer):
-            self._remember(computation, outcome)
+        inflight.settle(outcome)
+        if inflight.shown is not None and isinstance(outcome, Answer):
+            self._remember(inflight, outcome)
 
-    def _remember(self, computation: Computation, answer: Answer) -> None:
+    def _remember(self, inflight: InflightCompletion, answer: Answer) -> None:
         """Keep an answer for who types it, once."""
-        is_open = computation.snapshot.uri in self._session.documents
-        if computation.is_remembered or computation.epoch != self._session.epoch or not is_open:
+        is_open = inflight.snapshot.uri in self._session.documents
+        if inflight.is_remembered or inflight.epoch != self._session.epoch or not is_open:
             return
-        computation.is_remembered = True
-        self._session.cache.remember(computation.snapshot, *answer.completions)
+        inflight.is_remembered = True
+        self._session.cache.remember(inflight.snapshot, *answer.completions)
         for completion, confidence in zip(answer.completions, answer.confidences, strict=True):
             self._acceptance.know(completion, Kind.MODEL, confidence)
 
-    async def _wait_for(self, request: Request, computation: Computation) -> tuple[list[Completion], str] | None:
+    async def _wait_for(self, request: Request, inflight: InflightCompletion) -> tuple[list[Completion], str] | None:
         """What a computation has for a request; ``None`` where that does not begin with what was typed.
 
         Raises ``RefusedError`` when the request is ended, or when the model has nothing to offer.
         """
-        computation.users.add(request)
+        inflight.users.add(request)
         request.is_computed = True
         try:
-            line = await self._wait_for_line(request, computation)
-            if line is not None and (rest := rest_of(computation.snapshot, line, self._typed_on(request))) is not None:
-                computation.shown = line
+            line = await self._wait_for_line(request, inflight)
+            if line is not None and (rest := rest_of(inflight.snapshot, line, self._typed_on(request))) is not None:
+                inflight.shown = line
                 return [rest], FIRST_LINE
-            outcome = await unless_ended(request, self._within_time(request, computation))
+            outcome = await unless_ended(request, self._within_time(request, inflight))
         finally:
-            computation.users.discard(request)
-            self._leave(computation)
-            request.notes.replay = computation.replay
-            request.notes.facts |= computation.facts
-            request.notes.timings_ms |= computation.timings_ms
+            inflight.users.discard(request)
+            self._leave(inflight)
+            request.notes.replay = inflight.replay
+            request.notes.facts |= inflight.facts
+            request.notes.timings_ms |= inflight.timings_ms
         typed = self._typed_on(request)
         if outcome is None:
             return None
-        refusal = outcome if isinstance(outcome, NoCompletion) else self._gates.refuse_unsure(request, outcome)
-        if refusal is not None and computation.snapshot is request.snapshot:
+        refusal = outcome if isinstance(outcome, NoCompletion) else self._policy.refuse_unsure(request, outcome)
+        if refusal is not None and inflight.snapshot is request.snapshot:
             raise RefusedError(refusal)
         if refusal is not None or isinstance(outcome, NoCompletion):
             return None
-        self._remember(computation, outcome)
-        rests = rests_of(computation.snapshot, outcome.completions, typed)
+        self._remember(inflight, outcome)
+        rests = rests_of(inflight.snapshot, outcome.completions, typed)
         return (rests, "model") if rests else None
 
-    async def _within_time(self, request: Request, computation: Computation) -> Answer | NoCompletion | None:
+    async def _within_time(self, request: Request, inflight: InflightCompletion) -> Answer | NoCompletion | None:
         """The outcome. Raises ``RefusedError`` where a model takes far too long, or hangs, for what nobody asked."""
-        outcome = asyncio.shield(computation.outcome)
+        outcome = asyncio.shield(inflight.outcome)
         limit_s = _GIVEN_UP * self._session.settings.max_latency_ms / 1e3
         while not request.invoked and not outcome.done():
             begin = max(request.received, self._engine.ready_since)  # a worker that died meanwhile is waited for
@@ -268,29 +268,29 @@ class Completer:
             await asyncio.wait({outcome}, timeout=max(remaining_s, _GRACE_S))
         return await outcome
 
-    async def _wait_for_line(self, request: Request, computation: Computation) -> Completion | None:
+    async def _wait_for_line(self, request: Request, inflight: InflightCompletion) -> Completion | None:
         """The settled first line once a request has waited long for it; ``None`` where it is to wait for all."""
         settings = self._session.settings
-        asks_again = computation.shown is not None and request.snapshot.cursor == computation.snapshot.cursor
+        asks_again = inflight.shown is not None and request.snapshot.cursor == inflight.snapshot.cursor
         is_judged = settings.min_confidence > 0  # by what only the whole answer tells
-        waits = asks_again or is_judged or computation.place.hole.max_lines == 1 or settings.seed is not None
+        waits = asks_again or is_judged or inflight.place.hole.max_lines == 1 or settings.seed is not None
         if waits or settings.first_line_ms is None:
             return None
         pause_s = request.received + settings.first_line_ms / 1e3 - time.monotonic()
         ended = asyncio.ensure_future(request.ended.wait())
-        enough: set[asyncio.Future[Any]] = {computation.outcome, ended}
+        enough: set[asyncio.Future[Any]] = {inflight.outcome, ended}
         try:
             await asyncio.wait(enough, timeout=max(0.0, pause_s), return_when=asyncio.FIRST_COMPLETED)
             longest_s = settings.max_latency_ms / 1e3  # then the whole is about to come, or nothing is
-            await asyncio.wait({*enough, computation.line}, timeout=longest_s, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({*enough, inflight.line}, timeout=longest_s, return_when=asyncio.FIRST_COMPLETED)
         finally:
             ended.cancel()
-        waits = computation.outcome.done() or request.why_ended is not None or not computation.line.done()
-        return None if waits else computation.fit_line()
+        waits = inflight.outcome.done() or request.why_ended is not None or not inflight.line.done()
+        return None if waits else inflight.fit_line()
 
     def _typed_on(self, request: Request) -> Snapshot:
         """The request's snapshot as it is now, after what was typed at its cursor. Raises ``RefusedError``."""
-        self._gates.check_wanted(request)
+        self._policy.check_wanted(request)
         if self._session.is_current(request.document_snapshot):
             return request.snapshot
         document = self._session.documents.get(request.snapshot.uri)
@@ -299,18 +299,18 @@ class Completer:
             raise RefusedError(CHANGED)
         return replace(request.snapshot, text=document.text, cursor=request.snapshot.cursor + len(typed))
 
-    def _leave(self, computation: Computation) -> None:
+    def _leave(self, inflight: InflightCompletion) -> None:
         """A request no longer waits: what nobody waits for is ended, after a grace where a next one is on its way."""
-        if computation.users or computation.outcome.done():
+        if inflight.users or inflight.outcome.done():
             return
-        remaining_s = computation.deadline - time.monotonic() if computation.shown is not None else 0.0
-        if not computation.typed and remaining_s <= 0:
-            computation.end()
+        remaining_s = inflight.deadline - time.monotonic() if inflight.shown is not None else 0.0
+        if not inflight.typed and remaining_s <= 0:
+            inflight.end()
             return
 
         def end_if_idle() -> None:
-            is_kept = computation.shown is not None and time.monotonic() < computation.deadline
-            if not computation.users and not is_kept:
-                computation.end()
+            is_kept = inflight.shown is not None and time.monotonic() < inflight.deadline
+            if not inflight.users and not is_kept:
+                inflight.end()
 
         asyncio.get_running_loop().call_later(max(_GRACE_S, remaining_s), end_if_idle)

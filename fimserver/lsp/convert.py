@@ -10,9 +10,9 @@ from urllib.parse import unquote, urlsplit
 
 from lsprotocol import types as lsp
 
+from fimserver.datatypes import Completion, Snapshot
 from fimserver.text import Encoding, LineIndex
 from fimserver.text import replace as replace_text
-from fimserver.types import Completion, Snapshot
 
 ACCEPT_COMMAND = "fimserver.didAcceptCompletion"
 _LONGEST_LABEL = 60

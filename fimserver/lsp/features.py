@@ -10,13 +10,13 @@ from typing import Any
 
 from lsprotocol import types as lsp
 
+from fimserver.daemon.logs import configure_logs
 from fimserver.engine.client import EngineClient
 from fimserver.lsp.completer import FIRST_LINE
 from fimserver.lsp.convert import ACCEPT_COMMAND
-from fimserver.lsp.logs import configure_logs
 from fimserver.lsp.server import RESTART_COMMAND, FimLanguageServer
 
-EXPLAIN_COMMAND = "fimserver.explain"
+EXPLAIN_COMMAND = "fimserver.cli.explain"
 TRUST_NOTIFICATION = "fimserver/didChangeWorkspaceTrust"
 SNOOZE_COMMAND = "fimserver.snooze"
 _TRIGGERS = [".", "(", "[", "{", "=", ",", " ", ":", "<", '"', "'", "/", "@"]

@@ -13,7 +13,7 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from fimserver.types import Completion, FimContext, NoCompletion, Sampling, Snapshot
+from fimserver.datatypes import Completion, FimContext, NoCompletion, Sampling, Snapshot
 
 _OF_A_DOCUMENT = 20
 _DOCUMENTS = 64

@@ -19,12 +19,13 @@ from typing import Any, TypeVar
 from lsprotocol import types as lsp
 from pygls.exceptions import JsonRpcInvalidParams
 
+from fimserver.datatypes import NoCompletion, Snapshot
 from fimserver.errors import PositionError
+from fimserver.lsp.completion_cache import typed_since
 from fimserver.lsp.convert import Selection, find_selection, take_snapshot, with_selection
 from fimserver.lsp.records import Notes
-from fimserver.lsp.session import Session, typed_since
+from fimserver.lsp.session import Session
 from fimserver.text import LineIndex
-from fimserver.types import NoCompletion, Snapshot
 
 _T = TypeVar("_T")
 CompletionParams = lsp.InlineCompletionParams | lsp.CompletionParams
@@ -128,7 +129,7 @@ class Requests:
         if isinstance(request, Request):
             request.end(CANCELLED)
             self.drop(request)
-            self._session.explain(request.snapshot, CANCELLED, notes=request.notes)
+            self._session.record(request.snapshot, CANCELLED, notes=request.notes)
 
     def drop(self, request: Request) -> None:
         """A request was answered."""

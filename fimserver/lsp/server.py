@@ -3,7 +3,7 @@
     on_inline_completion, on_completion    ask the completer and put its answer into LSP's words
 
 No handler blocks: the engine is another process, and what waits is awaited. Every empty answer has a reason,
-which ``fimserver.explain`` tells.
+which ``fimserver.cli.explain`` tells.
 
 Knows:  LSP, sessions, the engine's client.  Never: tokens, tensors, torch.
 """
@@ -26,16 +26,18 @@ from pygls.protocol import default_converter
 
 from fimserver import __version__
 from fimserver.context.languages import find_language
+from fimserver.datatypes import Completion, NoCompletion
 from fimserver.engine.client import EngineClient, EngineOptions, EngineState
 from fimserver.lsp.acceptance import FILE_NAME, Acceptance
-from fimserver.lsp.agreements import ANYWHERE, Agreements, find_known, is_elsewhere
-from fimserver.lsp.agreements import FILE_NAME as AGREEMENTS_NAME
 from fimserver.lsp.completer import Completer
+from fimserver.lsp.consent import ANYWHERE, Agreements, find_known, is_elsewhere
+from fimserver.lsp.consent import FILE_NAME as AGREEMENTS_NAME
 from fimserver.lsp.convert import to_inline_items, to_menu_items
-from fimserver.lsp.gates import Gates
+from fimserver.lsp.policy import RequestPolicy
 from fimserver.lsp.protocol import FimProtocol
 from fimserver.lsp.requests import CANCELLED, RefusedError, Request, Requests
 from fimserver.lsp.session import Session, Source
+from fimserver.lsp.usage import CHARACTERS_PER_TOKEN, FOLDER_NAME, Ledger
 from fimserver.paths import config_file, state_folder
 from fimserver.settings import (
     BY_WIRE_NAME,
@@ -43,9 +45,7 @@ from fimserver.settings import (
     read_config_file,
     to_wire_value,
 )
-from fimserver.statistics import CHARACTERS_PER_TOKEN, FOLDER_NAME, Ledger
 from fimserver.text import Encoding, LineIndex
-from fimserver.types import Completion, NoCompletion
 
 LOAD_TIMEOUT_S = 60.0
 STATUS_NOTIFICATION = "didChangeStatus"  # Copilot's names, which clients know already
@@ -101,8 +101,8 @@ class FimLanguageServer(LanguageServer):
         self.requests = Requests(self.session)
         self.ledger = Ledger(state_folder() / FOLDER_NAME, self.session.learns_from_use)
         self.acceptance = Acceptance(state_folder() / FILE_NAME, self.session.learns_from_use, self._on_decided)
-        gates = Gates(self.session, self.engine, self._wait_for_engine, self.wake_engine, self.acceptance)
-        self.completer = Completer(self.session, self.engine, gates, self.acceptance)
+        policy = RequestPolicy(self.session, self.engine, self._wait_for_engine, self.wake_engine, self.acceptance)
+        self.completer = Completer(self.session, self.engine, policy, self.acceptance)
         self._progress: asyncio.Task[None] | None = None
         self._engine_settled = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -246,7 +246,7 @@ class FimLanguageServer(LanguageServer):
         except (OSError, RuntimeError) as error:
             self._warn_once(f"{state_folder() / AGREEMENTS_NAME} cannot be written ({error}); mend its folder")
             return
-        self._take(self.session.take_again())
+        self._take(self.session.reread())
 
     def ask_again(self) -> None:
         """Ask about the model of the editor's settings, also where the person said no before."""
@@ -256,7 +256,7 @@ class FimLanguageServer(LanguageServer):
     def set_trust(self, *, trusted: bool) -> None:
         """The editor says whether its workspace is trusted: which settings count depends on that."""
         self.session.is_trusted = trusted
-        self._take(self.session.take_again())
+        self._take(self.session.reread())
 
     @property
     def is_shared(self) -> bool:
@@ -409,7 +409,7 @@ class FimLanguageServer(LanguageServer):
 
     def on_edit(self, uri: str, text: str) -> None:
         """A document's text changed."""
-        self.session.pace.on_edit()
+        self.session.debounce.on_edit()
         self.requests.on_edit(uri, text)
         self.completer.on_edit(uri, text)
         self.acceptance.on_edit(uri, text)
@@ -459,7 +459,7 @@ class FimLanguageServer(LanguageServer):
                 self._send_status(EngineState.LOADING, self.engine.detail)
         except asyncio.CancelledError:
             request.end(CANCELLED)
-            self.session.explain(request.snapshot, CANCELLED, notes=request.notes)
+            self.session.record(request.snapshot, CANCELLED, notes=request.notes)
             raise
         except Exception as error:  # noqa: BLE001  the outermost handler: one request fails, the editor goes on
             frame = traceback.extract_tb(error.__traceback__)[-1]
@@ -481,7 +481,7 @@ class FimLanguageServer(LanguageServer):
             self._note_shown(request, outcome)
         request.notes.timings_ms["total"] = (time.monotonic() - request.received) * 1e3
         first = outcome if isinstance(outcome, NoCompletion) else outcome[0]
-        self.session.explain(request.snapshot, first, source, request.notes)
+        self.session.record(request.snapshot, first, source, request.notes)
         timings = {f"{name}_ms": round(ms, 1) for name, ms in request.notes.timings_ms.items()}
         if isinstance(first, NoCompletion):
             self.ledger.note_empty(first.reason)

@@ -6,7 +6,7 @@ Knows:  documents, texts.  Never: LSP messages, the engine.
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from itertools import islice
@@ -16,21 +16,20 @@ from fimserver.context.ignored import IgnoreRules
 from fimserver.context.languages import find_language
 from fimserver.context.place import Place, TreeMemory, find_place
 from fimserver.context.window import path_of
+from fimserver.datatypes import Completion, NoCompletion, Snapshot
+from fimserver.lsp.completion_cache import CompletionCache
 from fimserver.lsp.convert import Document
+from fimserver.lsp.debounce import AdaptiveDebounce
 from fimserver.lsp.notebooks import Notebooks
-from fimserver.lsp.pace import Pace
 from fimserver.lsp.records import Notes, Records
 from fimserver.settings import BY_WIRE_NAME, ENGINE_SETTINGS, Settings, read_settings
 from fimserver.text import Encoding, common_prefix_length, common_suffix_length
-from fimserver.types import Completion, NoCompletion, Snapshot
 
-_MAX_REMEMBERED = 8
 _MAX_DELETED = 6
 _LEAST_DELETED = 8  # characters
 _AROUND = 64
 _MAX_OTHERS = 8
 TRUST_OPTION = "workspaceTrusted"  # of initializationOptions
-CLOSERS = ")]}>\"'`"
 _NO_OBJECT = 'the fimserver section of the settings is not an object; use {"maxLines": 8} and the like'
 
 
@@ -48,62 +47,6 @@ _EDITORS = (Source.INITIALIZATION, Source.WORKSPACE, Source.CHANGE)  # where a r
 
 
 @dataclass(frozen=True, slots=True)
-class Remembered:
-    """Completions that were offered side by side, the best first, and the snapshot they belong to."""
-
-    snapshot: Snapshot
-    completions: tuple[Completion, ...]
-
-
-def typed_since(snapshot: Snapshot, text: str) -> str | None:
-    """What was typed at a snapshot's cursor to make ``text`` of its text; ``None`` where something else changed."""
-    old, cursor = snapshot.text, snapshot.cursor
-    added = len(text) - len(old)
-    end = cursor + added
-    near = slice(max(0, cursor - _AROUND), cursor)
-    if added < 0 or text[near] != old[near] or text[end : end + _AROUND] != old[cursor : cursor + _AROUND]:
-        return None
-    same = text is old or (text.startswith(old[:cursor]) and text.endswith(old[cursor:]))
-    return text[cursor:end] if same else None
-
-
-def rest_of(snapshot: Snapshot, completion: Completion, now: Snapshot) -> Completion | None:
-    """What is left of a snapshot's completion after its beginning was typed; ``None`` where something else was.
-
-    Closers that an editor added behind the cursor by itself are replaced, or left where the rest ends with them.
-    """
-    typed_length = now.cursor - snapshot.cursor
-    if typed_length < 0 or not completion.middle.startswith(now.text[snapshot.cursor : now.cursor]):
-        return None
-    inserted = typed_since(snapshot, now.text)
-    if inserted is None or typed_length > len(inserted):
-        return None
-    typed, closers = inserted[:typed_length], inserted[typed_length:]
-    middle = completion.middle
-    if len(typed) == len(middle) or closers.strip(CLOSERS):
-        return None
-    rest, replaced = middle[len(typed) :], completion.replace_end - completion.replace_start
-    if closers and rest.endswith(closers) and not replaced:
-        rest = rest[: -len(closers)]
-    elif closers:
-        if not _holds_in_order(rest, closers):
-            return None
-        replaced += len(closers)
-    return Completion(completion.id, rest, now.cursor, now.cursor + replaced) if rest else None
-
-
-def rests_of(snapshot: Snapshot, completions: Iterable[Completion], now: Snapshot) -> list[Completion]:
-    """What is left of each of a snapshot's completions that begins with what was typed since."""
-    rests = (rest_of(snapshot, completion, now) for completion in completions)
-    return [rest for rest in rests if rest is not None]
-
-
-def _holds_in_order(text: str, characters: str) -> bool:
-    remaining = iter(text)
-    return all(character in remaining for character in characters)
-
-
-@dataclass(frozen=True, slots=True)
 class Deleted:
     """Text that was cut from ``start`` on, and what stands around it."""
 
@@ -112,36 +55,6 @@ class Deleted:
     before: str
     text: str
     after: str
-
-
-class CompletionCache:
-    """The last completions: whoever types what was offered gets its rest without the model."""
-
-    def __init__(self) -> None:
-        self._entries: deque[Remembered] = deque(maxlen=_MAX_REMEMBERED)
-
-    def remember(self, snapshot: Snapshot, *completions: Completion) -> None:
-        """Keep the completions of a snapshot, the best first."""
-        self._entries.appendleft(Remembered(snapshot, completions))
-
-    def find(self, snapshot: Snapshot) -> list[Completion]:
-        """The rests of completions whose beginning was typed since, or the whole where nothing was; often none."""
-        ours = (entry for entry in self._entries if entry.snapshot.uri == snapshot.uri)
-        found = (rests_of(entry.snapshot, entry.completions, snapshot) for entry in ours)
-        return next((rests for rests in found if rests), [])
-
-    def count(self) -> int:
-        """How many answers are kept."""
-        return len(self._entries)
-
-    def forget(self, uri: str) -> None:
-        """Drop what belongs to a closed document."""
-        kept = [e for e in self._entries if e.snapshot.uri != uri]
-        self._entries = deque(kept, maxlen=_MAX_REMEMBERED)
-
-    def clear(self) -> None:
-        """Drop everything: what was decoded under other settings is not offered under these."""
-        self._entries.clear()
 
 
 @dataclass
@@ -156,7 +69,7 @@ class Session:
     counters: Counter[str] = field(default_factory=Counter)
     notebooks: Notebooks = field(default_factory=Notebooks)
     records: Records = field(default_factory=Records)
-    pace: Pace = field(default_factory=Pace)
+    debounce: AdaptiveDebounce = field(default_factory=AdaptiveDebounce)
     find_model: Callable[[str], str | None] = lambda _model: None  # what to load for a name of an editor's settings
     refused_model: str | None = None  # the name that decides, as long as nobody agreed to it
     is_trusted: bool = True  # the workspace, as the editor says
@@ -266,10 +179,10 @@ class Session:
         writable = document is None or document.writable
         return find_place(snapshot, self.settings, memory, invoked=invoked, writable=writable)
 
-    def explain(
+    def record(
         self, snapshot: Snapshot, outcome: Completion | NoCompletion, source: str = "", notes: Notes | None = None
     ) -> None:
-        """Keep what came of a request, without any text: for ``fimserver.explain``."""
+        """Keep what came of a request, without any text: for ``fimserver.cli.explain``."""
         self.counters["offered" if isinstance(outcome, Completion) else f"empty.{outcome.reason}"] += 1
         if snapshot.uri in self.documents:
             self.records.add(snapshot, outcome, source, notes or Notes())
@@ -301,9 +214,9 @@ class Session:
     def take(self, source: Source, values: dict[str, Any]) -> list[str]:
         """Put the values of a source in the place of its last; one sentence for each value that is wrong anywhere."""
         self.layers[source] = values
-        return self.take_again()
+        return self.reread()
 
-    def take_again(self) -> list[str]:
+    def reread(self) -> list[str]:
         """Read all sources anew: what they may say can have changed; one sentence for each value that is wrong."""
         settings, problems = Settings(), []
         self.refused_model = None

@@ -1,9 +1,10 @@
-"""What ``fimserver train`` does: read the corpus, train under a bar, say how it went.
+"""Run ``fimserver train``: read the corpus, train under a progress bar, report and draw the losses.
 
 Knows:  the trainer, the terminal.  Never: LSP.
 """
 
 import contextlib
+import json
 import math
 import signal
 import sys
@@ -16,16 +17,56 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from fimserver.engine.model import find_device
-from fimserver.engine.weights import find_model, read_config
+from fimserver.checkpoints.installed import find_model
+from fimserver.engine.loading.weights import read_config
+from fimserver.engine.modeling.model import find_device
 from fimserver.errors import FimserverError
-from fimserver.training.checkpoint import MODEL_FOLDER, has_begun, prepare_base, read_recipe, shape_of
 from fimserver.training.corpus import default_folder, read_documents, read_held_out
-from fimserver.training.curves import write_losses
 from fimserver.training.experiments import EXPERIMENTS, find_experiment, run_experiment, to_table
+from fimserver.training.learning_rate import Budget
 from fimserver.training.recipe import SHAPE, Recipe
-from fimserver.training.schedule import Budget
+from fimserver.training.run_state import MODEL_FOLDER, has_begun, prepare_base, read_recipe, shape_of
 from fimserver.training.trainer import LOG_FILE, Machine, Material, Trainer
+
+LOSSES_FILE = "losses.png"
+_TRAINED = ("next_token", "denoise", "denoise_later")
+_SMOOTHING = 0.9
+
+
+def write_losses(log: Path) -> Path | None:
+    """Trained losses (smoothed) and held-out ones over positions, beside the log; ``None`` where nothing is drawn."""
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415  optional
+    except ImportError:
+        return None
+    entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for index, name in enumerate(_TRAINED):
+        found = [(entry["positions"] / 1e6, entry[name]) for entry in entries if name in entry]
+        if found:
+            axes.plot([x for x, _ in found], _smooth([y for _, y in found]), color=f"C{index}", label=name)
+        held = [(e["positions"] / 1e6, e[f"held_{name}"]) for e in entries if f"held_{name}" in e]
+        if held:
+            axes.plot(
+                *zip(*held, strict=True), color=f"C{index}", linestyle="--", marker=".", label=f"{name}, held out"
+            )
+    if not axes.lines:
+        return None
+    axes.set(xlabel="million positions", ylabel="nats a token")
+    axes.legend()
+    path = log.with_name(LOSSES_FILE)
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def _smooth(values: list[float]) -> list[float]:
+    smooth, mean = [], values[0]
+    for value in values:
+        mean = _SMOOTHING * mean + (1 - _SMOOTHING) * value
+        smooth.append(mean)
+    return smooth
+
 
 _GPU_ROWS = {"rows_per_step": 64, "rows_at_once": 32}  # a CPU's few rows would leave a GPU waiting
 LOCK_FILE = "lock"

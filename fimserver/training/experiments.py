@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from fimserver.errors import FimserverError
-from fimserver.training.checkpoint import prepare_base
+from fimserver.training.learning_rate import Budget
 from fimserver.training.measures import HeldOut
 from fimserver.training.recipe import Recipe
-from fimserver.training.schedule import Budget
+from fimserver.training.run_state import prepare_base
 from fimserver.training.trainer import Machine, Material, Trainer
 
 _FORWARD_AND_BACK = 3  # times a forward pass

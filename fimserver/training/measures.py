@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fimserver.checkpoints.metadata import ModelMetadata
 from fimserver.engine.vocabulary import Vocabulary
-from fimserver.engine.weights import ModelMetadata
 from fimserver.training.loss import softcap
 from fimserver.training.noise import first_noise, later_noise
-from fimserver.training.packed import PackedModel
+from fimserver.training.packed_forward import PackedModel
 from fimserver.training.recipe import Recipe
 from fimserver.training.rows import Row
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fimserver.engine.denoise import accept_tokens
+from fimserver.engine.decoding.denoise import accept_tokens
 from fimserver.training.recipe import Recipe
 
 

@@ -1,6 +1,6 @@
 """What a training run does, in one table: shape, rows, noise, weights of losses, optimizers.
 
-A field's comment says what was found about it; ``EXPERIMENTS.md`` has the numbers. ``fimserver train --set NAME=VALUE``
+A field's comment says what was found about it; ``docs/experiments.md`` has the numbers. ``fimserver train --set NAME=VALUE``
 changes one.
 
 Knows:  names and numbers.  Never: tensors.
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fimserver.errors import FimserverError
-from fimserver.training.holes import HOLE_KINDS
+from fimserver.training.hole_sampling import HOLE_KINDS
 
 _AT_LEAST_ONE = (
     *("vocabulary", "hidden", "layers", "heads", "key_value_heads", "head_dim", "dense", "experts", "top_k_experts"),

@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from fimserver.checkpoints.metadata import ModelMetadata
 from fimserver.context.gather import find_snippets
 from fimserver.context.window import budget_for, build_context
+from fimserver.datatypes import Hole, HoleKind, Snapshot, Snippet
 from fimserver.engine.prompt import build_prompt
 from fimserver.engine.vocabulary import Vocabulary
-from fimserver.engine.weights import ModelMetadata
 from fimserver.errors import FimserverError
 from fimserver.training.corpus import Document
-from fimserver.training.holes import Lines, pick_hole
-from fimserver.types import Hole, HoleKind, Snapshot, Snippet
+from fimserver.training.hole_sampling import Lines, pick_hole
 
 _MOST_OF_ONE_FILE = 60_000  # characters by which a file's chance to be drawn grows
 _HOLE = Hole(HoleKind.SPAN, max_lines=8, estimated_tokens=16)

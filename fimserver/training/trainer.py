@@ -1,14 +1,16 @@
-"""The training loop, from documents to a model folder.
+"""Train a model: from documents to a model folder.
 
-A step reads a few rows. Over each the model goes once with canvases of fresh noise, then once more over the canvases
-alone, as decoding does: conditioned on what it said, with what it was sure of kept. Next tokens of the clean sequence
-and both denoisings are trained together. The rate is flat and falls at the end, so that any run can be gone on with.
+A step reads a few rows. The model reads each row once with canvases of fresh noise, then once more the canvases alone,
+as decoding does: conditioned on its first result, with the confident tokens kept. The next tokens of the clean
+sequence and both denoisings are trained together. The learning rate is flat and falls at the end, so that any run can
+be continued.
 
-    Trainer.prepare(...)  -> load, or go on from a checkpoint
-    Trainer.run(budget)   -> steps until the budget is spent; a checkpoint every few minutes
-    Trainer.export()      -> a model folder
+    Trainer.prepare(...)  -> load the data, or resume from a checkpoint
+    Trainer.run(budget)   -> train until the budget is used, or a signal arrives
+    Threads               -> the number of threads, found by trying: next to other work a second thread can make a step
+                             many times slower, so a step is made with another number now and then
 
-Knows:  documents, the model, files of its run.  Never: LSP.
+Knows:  the recipe, rows, tensors.  Never: the terminal.
 """
 
 import contextlib
@@ -28,21 +30,51 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from fimserver.checkpoints.metadata import ModelMetadata, read_metadata
 from fimserver.engine.vocabulary import Vocabulary
-from fimserver.engine.weights import ModelMetadata, read_metadata
 from fimserver.errors import FimserverError
-from fimserver.training import checkpoint as files
+from fimserver.training import run_state as files
 from fimserver.training.corpus import Document
+from fimserver.training.learning_rate import Budget, Schedule, State
 from fimserver.training.loss import head_loss
 from fimserver.training.measures import HeldOut, measure
 from fimserver.training.noise import first_noise, later_noise
-from fimserver.training.optimizers import Optimizers
-from fimserver.training.packed import PackedModel
-from fimserver.training.precision import best_dtype
+from fimserver.training.optimizers import Optimizers, best_dtype
+from fimserver.training.packed_forward import PackedModel
 from fimserver.training.recipe import Recipe
 from fimserver.training.rows import Row, RowMaker, RowMix, RowShape, RowStream
-from fimserver.training.schedule import Budget, Schedule, State
-from fimserver.training.threads import ThreadChoice
+
+_TRIAL_EVERY = 30  # steps
+_SETTLING = 3  # steps that compile
+
+
+class ThreadChoice:
+    """The number of threads of the next step, from what earlier ones took."""
+
+    def __init__(self, most: int) -> None:
+        self._counts = sorted({1, most})
+        self._seconds = dict.fromkeys(self._counts, 0.0)
+        self._steps = 0
+        self.current = self._counts[-1]
+
+    def begin(self) -> None:
+        """Set the threads of a step."""
+        self._steps += 1
+        place = self._steps % _TRIAL_EVERY
+        if self._steps <= _SETTLING or len(self._counts) == 1:
+            self.current = self._counts[0]
+        elif place < len(self._counts) or not all(self._seconds.values()):
+            self.current = self._counts[place % len(self._counts)]
+        else:
+            self.current = min(self._counts, key=lambda n: self._seconds[n])
+        torch.set_num_threads(self.current)
+
+    def end(self, seconds: float) -> None:
+        """Say what the step took."""
+        if self._steps > _SETTLING:
+            known = self._seconds[self.current]
+            self._seconds[self.current] = seconds if not known else 0.5 * (known + seconds)
+
 
 _log = logging.getLogger(__name__)
 LOG_FILE, SAMPLES_FILE, STOP_FILE = "log.jsonl", "samples.txt", "stop"

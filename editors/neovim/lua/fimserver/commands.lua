@@ -9,7 +9,7 @@ local status = require('fimserver.status')
 
 local M = {}
 
-local MODES = { 'auto', 'fast', 'quality', 'diffusion', 'verified', 'autoregressive' }
+local MODES = { 'auto', 'diffusion', 'speculative', 'autoregressive' }
 local SNOOZE_MINUTES = 5
 local ERROR = vim.log.levels.ERROR
 local FILETYPE = 'fimserver' -- of what is shown in a window

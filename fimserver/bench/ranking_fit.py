@@ -1,0 +1,169 @@
+"""``fimserver eval ranking``: fit the weights that mix the model with guesses, and say what they are worth.
+
+Holes are the rests of code lines in the Python files of a folder: take packages that the model was not trained on,
+or its trust in itself is what is fitted. Of each hole the model's answer and the guesses are scored once; a logistic
+model of either kind learns which are right (``engine/decoding/ranking.py``). Numbers are those of files that were not fitted
+on, by turns; the weights, fitted on all, are for ``calibration`` in the model's ``fimserver.json``.
+
+Knows:  texts, guesses, the engine.  Never: LSP.
+"""
+
+import ast
+import math
+import random
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from fimserver.bench.datasets import cut_line
+from fimserver.bench.metrics import Answer, expected_calibration_error
+from fimserver.context.gather import find_matches, is_sure
+from fimserver.context.window import budget_for, build_context
+from fimserver.datatypes import Hole, HoleKind
+from fimserver.engine.decoding.ranking import Scored, answer_features, match_features, rank
+from fimserver.engine.engine import Engine
+from fimserver.errors import FimserverError
+from fimserver.settings import Settings
+
+_LINE = Hole(HoleKind.REST_OF_LINE, max_lines=1, estimated_tokens=12)
+_DRAW_SEED = 17
+_FOLDS = 5
+_SHRINKAGE = 1e-2  # of weights, per feature
+_LEAST_HOLES = 50
+Weights = dict[str, list[float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One hole: what was scored there, what stood there, the file it is in, and the guess that is offered unasked."""
+
+    file: str
+    rest: str
+    scored: Scored
+    sure: str | None
+
+    def is_right(self, text: str) -> bool:
+        """Whether a text is what stood there, but for blanks at its ends."""
+        return text.strip() == self.rest.strip()
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Exact match of each way to choose; ``any`` is a choice that is never wrong where one of them is right."""
+
+    holes: int
+    files: int
+    model: str
+    exact_model: float
+    exact_sure_match_or_model: float
+    exact_first_match_or_model: float
+    exact_ranked: float
+    exact_any: float
+    matches_chosen: float
+    expected_calibration_error: float | None
+    calibration: Weights
+
+
+def fit_ranking(folder: Path, settings: Settings, *, limit: int) -> Summary:
+    """Score ``limit`` holes of a folder and fit. Raises ``FimserverError`` where there are too few."""
+    engine = Engine.load(settings.model, settings.device, settings.context_tokens)
+    seen = list(score_holes(engine, folder, limit))
+    if len(seen) < _LEAST_HOLES:
+        msg = f"{folder} has {len(seen)} usable lines in its Python files; {_LEAST_HOLES} are needed to fit anything"
+        raise FimserverError(msg)
+    files = sorted({hole.file for hole in seen})
+    random.Random(_DRAW_SEED).shuffle(files)
+    chosen = []
+    for fold in range(_FOLDS):
+        left_out = set(files[fold::_FOLDS])
+        weights = fit([hole for hole in seen if hole.file not in left_out])
+        chosen += [(hole, rank(hole.scored, weights)[0]) for hole in seen if hole.file in left_out]
+    answers = [Answer(candidate.probability, hole.is_right(candidate.text)) for hole, candidate in chosen]
+    return Summary(
+        holes=len(seen),
+        files=len(files),
+        model=engine.info.name,
+        exact_model=_share(hole.is_right(hole.scored.text) for hole in seen),
+        exact_sure_match_or_model=_share(hole.is_right(hole.sure or hole.scored.text) for hole in seen),
+        exact_first_match_or_model=_share(
+            hole.is_right(next((g.text for g, _ in hole.scored.matches), hole.scored.text)) for hole in seen
+        ),
+        exact_ranked=_share(answer.is_exact for answer in answers),
+        exact_any=_share(
+            any(hole.is_right(text) for text in (hole.scored.text, *(g.text for g, _ in hole.scored.matches)))
+            for hole in seen
+        ),
+        matches_chosen=_share(candidate.guess is not None for _, candidate in chosen),
+        expected_calibration_error=expected_calibration_error(answers),
+        calibration=fit(seen),
+    )
+
+
+def score_holes(engine: Engine, folder: Path, limit: int) -> Iterable[Seen]:
+    """The same holes of a folder each time, scored."""
+    texts = {str(path.relative_to(folder)): text for path in sorted(folder.rglob("*.py")) if (text := _read(path))}
+    if not texts:
+        msg = f"{folder} holds no Python file that parses"
+        raise FimserverError(msg)
+    rng, budget = random.Random(_DRAW_SEED), budget_for(engine.info.max_prompt_tokens)
+    names = list(texts)
+    console = Console(stderr=True)
+    for _ in track(range(limit), "scoring", console=console, disable=not sys.stderr.isatty()):
+        name = rng.choice(names)
+        line = cut_line(name, texts[name], rng)
+        if line is None:
+            continue
+        matches = find_matches(line.snapshot, _LINE, max_seconds=math.inf)
+        context = build_context(line.snapshot, _LINE, budget, matches=matches)
+        sure = next((guess.text for guess in matches if is_sure(guess)), None)
+        yield Seen(name, line.rest, engine.score(context), sure)
+
+
+def fit(seen: Sequence[Seen]) -> Weights:
+    """Weights of both logistic models."""
+    answers = [(answer_features(hole.scored), hole.is_right(hole.scored.text)) for hole in seen]
+    matches = [
+        (features, hole.is_right(guess.text)) for hole in seen for guess, features in match_features(hole.scored)
+    ]
+    return {"answer": fit_logistic(answers), "match": fit_logistic(matches)}
+
+
+def fit_logistic(examples: Sequence[tuple[Sequence[float], bool]]) -> list[float]:
+    """Weights of a logistic model, shrunk a little but for the first, which is the bias."""
+    if not examples:
+        msg = "no hole has a guess: nothing to fit; take a folder with more code"
+        raise FimserverError(msg)
+    features = torch.tensor([f for f, _ in examples], dtype=torch.float64)
+    right = torch.tensor([r for _, r in examples], dtype=torch.float64)
+    weights = torch.zeros(features.shape[1], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=300, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        error = torch.nn.functional.binary_cross_entropy_with_logits(features @ weights, right)
+        total: torch.Tensor = error + _SHRINKAGE * weights[1:].pow(2).mean()
+        torch.autograd.backward(total)
+        return total
+
+    optimizer.step(loss)  # type: ignore[no-untyped-call]
+    return [round(w, 3) for w in weights.tolist()]
+
+
+def _share(values: Iterable[bool]) -> float:
+    return statistics.fmean(map(float, values))
+
+
+def _read(path: Path) -> str:
+    """Text of a Python file, empty where it is none."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        ast.parse(text)
+    except (OSError, ValueError, SyntaxError, RecursionError):
+        return ""
+    return text

@@ -1,0 +1,244 @@
+"""Find the models on this machine: shipped, added by name, or already in the Hugging Face cache.
+
+    find_model      the folder of a shipped name, a path, or a name that was added
+    find_added      the folder of a name that was added or that is in the Hugging Face cache; never a network
+    list_models     shipped, added and known models
+    find_removal    what a removal would free
+
+Knows:   the record of added models, the Hugging Face cache.  Never: the network, tensors.
+Raises:  ``WeightsError`` that says what to do.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fimserver.checkpoints.known import SHIPPED_MODELS, read_known, shipped_names
+from fimserver.errors import WeightsError
+from fimserver.paths import data_folder
+
+_NAME = re.compile(r"^[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*$", re.ASCII)
+
+
+MAIN_BRANCH = "main"
+
+
+WEIGHTS_SUFFIX = ".safetensors"
+
+
+NEEDED_FILES = ("config.json", "tokenizer.json")
+
+
+INDEX_FILE = "model.safetensors.index.json"
+
+
+def find_model(name: str) -> Path:
+    """Folder of a shipped model's name, of a path, or of a hub's name that was added. Raises ``WeightsError``."""
+    shipped = shipped_names()
+    if name in shipped:
+        return SHIPPED_MODELS / name
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if added := find_added(name):
+        return added
+    if is_hub_name(name.partition("@")[0]):
+        msg = (
+            f"model {name!r} is neither a folder nor downloaded nor one of: {', '.join(shipped)}; "
+            f"fetch it with: fimserver model add {name}, or set fimserver.model to another"
+        )
+        raise WeightsError(msg)
+    msg = f"model {name!r} is neither a folder nor one of: {', '.join(shipped)}; set fimserver.model to one"
+    raise WeightsError(msg)
+
+
+@dataclass(frozen=True, slots=True)
+class AddedModel:
+    """One entry of the record."""
+
+    name: str
+    revision: str
+    commit: str
+    folder: str
+
+
+@dataclass(frozen=True, slots=True)
+class ListedModel:
+    """One line of the list; ``state`` is shipped, added or known, which is to say not downloaded."""
+
+    name: str
+    state: str
+    num_bytes: int | None
+    folder: str | None
+    commit: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """What a removal would free; ``execute`` does it."""
+
+    name: str
+    num_bytes: int
+    folder: Path
+    execute: Callable[[], None]
+
+
+def is_hub_name(text: str) -> bool:
+    """Whether a text could be ``owner/name``."""
+    return bool(_NAME.match(text)) and "--" not in text and ".." not in text
+
+
+def find_recorded(text: str) -> AddedModel | None:
+    """What was added as ``owner/name[@revision]``; ``None`` of what was not. Raises ``WeightsError``."""
+    name, _, revision = text.partition("@")
+    added = read_record().get(name)
+    return added if added is not None and revision in {"", added.revision, added.commit} else None
+
+
+def find_added(text: str) -> Path | None:
+    """Folder of ``owner/name[@revision]`` by the record, else by the Hugging Face cache; ``None`` where neither has it.
+
+    huggingface_hub is imported for a name that is not in the record, and for no other.
+    """
+    name, _, revision = text.partition("@")
+    if not is_hub_name(name):
+        return None
+    added = find_recorded(text)
+    if added is not None and (Path(added.folder) / "config.json").is_file():
+        return Path(added.folder)
+    return _find_cached(name, revision or MAIN_BRANCH)
+
+
+def _find_cached(name: str, revision: str) -> Path | None:
+    from huggingface_hub import snapshot_download  # noqa: PLC0415  imported for a name not in the record alone
+    from huggingface_hub.errors import HFValidationError  # noqa: PLC0415
+
+    try:
+        found = snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=[f"*{WEIGHTS_SUFFIX}", INDEX_FILE, *NEEDED_FILES],
+            ignore_patterns=["*/*"],
+            local_files_only=True,
+        )
+    except (OSError, HFValidationError):  # not there, or a part of it
+        return None
+    folder = Path(found)
+    return folder if all((folder / needed).is_file() for needed in NEEDED_FILES) else None
+
+
+def prepare_hub() -> None:
+    """Before huggingface_hub is first imported: no telemetry, and plain HTTP, which can go on where it stopped."""
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    os.environ["HF_HUB_DISABLE_XET"] = "1"
+
+
+def list_models() -> list[ListedModel]:
+    """Shipped, then added, then known ones that were not added."""
+    shipped = [
+        ListedModel(name, "shipped", _folder_bytes(SHIPPED_MODELS / name), str(SHIPPED_MODELS / name))
+        for name in shipped_names()
+    ]
+    record = read_record()
+    added = [
+        ListedModel(a.name, "added", _folder_bytes(Path(a.folder)), a.folder, a.commit)
+        for a in sorted(record.values(), key=lambda a: a.name)
+    ]
+    known = [
+        ListedModel(fact["name"], "known", fact["file_bytes"], None)
+        for _, facts in read_known()
+        for fact in facts
+        if is_hub_name(fact["name"]) and fact["name"] not in record
+    ]
+    return [*shipped, *added, *known]
+
+
+def _folder_bytes(folder: Path) -> int | None:
+    """Size of the files in a folder; ``None`` where it is gone."""
+    return sum(f.stat().st_size for f in folder.iterdir() if f.is_file()) if folder.is_dir() else None
+
+
+def find_removal(name: str) -> Removal:
+    """What there is to remove under a name: the revision that was added, or all that the cache has of it.
+
+    Raises ``WeightsError`` where neither the record nor the cache has it.
+    """
+    added = read_record().get(name)
+    prepare_hub()
+    from huggingface_hub import constants, scan_cache_dir  # noqa: PLC0415
+    from huggingface_hub.errors import CacheNotFound  # noqa: PLC0415
+
+    # .../models--owner--name/snapshots/commit
+    cache = Path(added.folder).parents[2] if added else Path(constants.HF_HUB_CACHE).expanduser().absolute()
+    try:
+        found = scan_cache_dir(cache)
+    except CacheNotFound:
+        found = None
+    cached = (
+        [r for repo in found.repos if (repo.repo_type, repo.repo_id) == ("model", name) for r in repo.revisions]
+        if found
+        else []
+    )
+    commits = [r.commit_hash for r in cached if added is None or r.commit_hash == added.commit]
+    if added is None and not commits:
+        msg = f"{name} was not added; `fimserver model list` shows what was"
+        raise WeightsError(msg)
+    strategy = found.delete_revisions(*commits) if found and commits else None
+
+    def execute() -> None:
+        change_record(lambda record: {key: value for key, value in record.items() if key != name})
+        if strategy:
+            strategy.execute()
+
+    folder = cache / f"models--{name.replace('/', '--')}"
+    return Removal(name, strategy.expected_freed_size if strategy else 0, folder, execute)
+
+
+def record_file() -> Path:
+    """Where it is written down what was added."""
+    return data_folder() / "models.json"
+
+
+def read_record() -> dict[str, AddedModel]:
+    """What was added, by name. Raises ``WeightsError`` where the file is none of ours."""
+    path = record_file()
+    if not path.exists():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return {name: AddedModel(name=name, **value) for name, value in values["models"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        msg = (
+            f"{path} cannot be read ({type(error).__name__}); delete it, and add the models again: no file comes twice"
+        )
+        raise WeightsError(msg) from error
+
+
+def change_record(change: Callable[[dict[str, AddedModel]], Mapping[str, AddedModel]]) -> None:
+    from filelock import FileLock  # noqa: PLC0415
+
+    path = record_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        models = {}
+        for name, added in sorted(change(read_record()).items()):
+            models[name] = {key: value for key, value in asdict(added).items() if key != "name"}
+        write_whole(path, json.dumps({"models": models}, indent=2) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """All of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f"{path.name}.{os.getpid()}.new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)
+
+
+def to_gigabytes(num_bytes: int | None) -> str:
+    """A size as a person reads it; GB are 1e9 bytes."""
+    if num_bytes is None:
+        return "unknown size"
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 100_000_000 else f"{num_bytes / 1e6:.1f} MB"  # noqa: PLR2004

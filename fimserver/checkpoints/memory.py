@@ -1,0 +1,439 @@
+"""What is known of a model without loading it: sizes, and how many weights of which use are in which format.
+
+    find_checkpoint   a known name, the shipped model or a folder -> Checkpoint
+    read_folder       a folder -> Checkpoint, by its config and the headers of its files
+    parse_config      a config.json -> Shape
+    to_parts          Shape, formats -> the parts that such a model has
+
+Formats are those that the engine holds on a card, not those of the file: only projections stay in 4 bits, experts when
+all of their layer are; float8 and what is left is expanded to bf16, routers to float32.
+
+Knows:  config.json, the headers of safetensors files.  Never: torch, tensors, the network.
+Equal:  parameters to transformers' class, bytes to loaded models (tests/checkpoints/test_planner.py).
+"""
+
+import json
+import math
+import re
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from fimserver.checkpoints.folder import DAMAGED, read_json, weight_files
+from fimserver.checkpoints.installed import find_added, is_hub_name
+from fimserver.checkpoints.known import SHIPPED_MODELS, read_known, shipped_names
+from fimserver.errors import WeightsError
+
+BLOCK = 16  # weights that share a scale in NVFP4
+MARGIN_TOKENS = 1024  # that a sliding layer keeps beyond its window, so that a prompt can be trimmed
+_SCALE_BYTES = 4  # float32, one a row
+_LARGEST_HEADER_BYTES = 100_000_000
+
+
+class Format(StrEnum):
+    """How numbers are held on a card."""
+
+    F32 = "float32"
+    BF16 = "bf16"
+    FP8 = "fp8"
+    NVFP4 = "nvfp4"
+
+
+class Role(StrEnum):
+    """What weights are for."""
+
+    EXPERTS = "experts"
+    ATTENTION = "attention"
+    DENSE = "dense"
+    EMBEDDING = "embedding"
+    SELF_CONDITIONING = "self_conditioning"
+    ROUTER = "router"
+    NORMS = "norms"
+
+    @property
+    def label(self) -> str:
+        """As a person reads it."""
+        return {Role.DENSE: "dense part", Role.SELF_CONDITIONING: "self-conditioning"}.get(self, self.value)
+
+
+_NEVER_FP8 = (Role.ROUTER, Role.NORMS)
+_IN_4_BITS = (Role.EXPERTS, Role.ATTENTION, Role.DENSE, Role.SELF_CONDITIONING)  # what may stay so
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Attention of one layer; a full one has no projection for values, but its cache holds them."""
+
+    is_sliding: bool
+    head_size: int
+    num_kv_heads: int
+
+    def cache_bytes(self, tokens: int, *, width: int) -> int:
+        """Keys and values of so many tokens, ``width`` bytes a number."""
+        return 2 * self.num_kv_heads * self.head_size * width * tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The sizes in a config.json that decide about memory."""
+
+    layers: tuple[Layer, ...]
+    hidden_size: int
+    num_heads: int
+    dense_size: int
+    expert_size: int
+    num_experts: int
+    top_experts: int
+    vocab_size: int
+    canvas_tokens: int
+    window_tokens: int
+    longest_context_tokens: int
+    is_tied: bool
+    has_bias: bool
+
+    @property
+    def stacks(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """The experts of a layer as two tensors: gate and up, down."""
+        gate_up = (self.num_experts, 2 * self.expert_size, self.hidden_size)
+        return gate_up, (self.num_experts, self.hidden_size, self.expert_size)
+
+    def distinct_experts(self, canvas_tokens: int) -> float:
+        """How many experts of a layer a canvas is expected to reach when all are equally likely."""
+        return self.num_experts * (1 - (1 - self.top_experts / self.num_experts) ** canvas_tokens)
+
+    def cache_bytes(self, context_tokens: int, *, width: int, margin_tokens: int = MARGIN_TOKENS) -> tuple[int, int]:
+        """Keys and values of one prompt and a canvas: of sliding layers, of full ones."""
+        near = min(context_tokens, self.window_tokens + margin_tokens) + self.canvas_tokens
+        tokens_of = {True: near, False: context_tokens + self.canvas_tokens}
+        found = {True: 0, False: 0}
+        for layer in self.layers:
+            found[layer.is_sliding] += layer.cache_bytes(tokens_of[layer.is_sliding], width=width)
+        return found[True], found[False]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Weights of one use and format; ``num_rows`` of their matrices, which have a scale each in 4 and 8 bits."""
+
+    role: Role
+    format: Format
+    num_parameters: int
+    num_rows: int
+    stored: str = ""  # another format, that a file has
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory on a card."""
+        if self.format is Format.F32:
+            return 4 * self.num_parameters
+        if self.format is Format.BF16:
+            return 2 * self.num_parameters
+        if self.format is Format.FP8:
+            return self.num_parameters + _SCALE_BYTES * self.num_rows
+        return self.num_parameters // 2 + self.num_parameters // BLOCK + _SCALE_BYTES * self.num_rows
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """One model in one set of formats; ``provenance`` says where both are known from."""
+
+    name: str
+    shape: Shape
+    parts: tuple[Part, ...]
+    provenance: str
+    file_bytes: int | None = None
+
+    def bytes_of(self, *roles: Role) -> int:
+        """Memory of these on a card."""
+        return sum(part.num_bytes for part in self.parts if part.role in roles)
+
+    def parameters_of(self, *roles: Role) -> int:
+        """How many weights these have."""
+        return sum(part.num_parameters for part in self.parts if part.role in roles)
+
+    def with_rest_in_fp8(self) -> "Checkpoint":
+        """The same with every large bf16 part in 8 bits."""
+        parts = tuple(
+            replace(part, format=Format.FP8, stored="")
+            if part.format is Format.BF16 and part.role not in _NEVER_FP8 and part.role is not Role.EXPERTS
+            else part
+            for part in self.parts
+        )
+        return replace(self, parts=parts)
+
+    def with_experts_in_nvfp4(self) -> "Checkpoint":
+        """The same with experts in 4 bits."""
+        return self._in_nvfp4(Role.EXPERTS)
+
+    def with_projections_in_nvfp4(self) -> "Checkpoint":
+        """The same with all in 4 bits that can be."""
+        return self._in_nvfp4(*_IN_4_BITS)
+
+    def _in_nvfp4(self, *roles: Role) -> "Checkpoint":
+        changed = (replace(p, format=Format.NVFP4, stored="") if p.role in roles else p for p in self.parts)
+        return replace(self, parts=tuple(changed))
+
+    @property
+    def host_bytes(self) -> int:
+        """Pinned memory of all experts: torch rounds each tensor there up to a power of two."""
+        return len(self.shape.layers) * sum(pinned_stack_bytes(stack) for stack in self.shape.stacks)
+
+
+@dataclass(frozen=True, slots=True)
+class _Matrix:
+    role: Role
+    count: int
+    rows: int
+    columns: int
+
+
+def pinned_stack_bytes(shape: Sequence[int]) -> int:
+    """Pinned memory of experts in 4 bits: their numbers, their scales, four bytes a row, each a power of two."""
+    numbers = math.prod(shape)
+    return sum(1 << (size - 1).bit_length() for size in (numbers // 2, numbers // BLOCK, 4 * math.prod(shape[:-1])))
+
+
+def find_checkpoint(name: str) -> Checkpoint:
+    """A folder's model, the shipped one, or a published one by its name. Raises ``WeightsError``."""
+    for folder in (SHIPPED_MODELS / name, Path(name).expanduser()):
+        if name and folder.is_dir() and (folder / "config.json").is_file():
+            return read_folder(folder)
+    if is_hub_name(name) and (added := find_added(name)) is not None:
+        return read_folder(added)
+    known = list(read_known())
+    for folder, facts in known:
+        if name.lower() == folder.name:
+            return _to_checkpoint(folder, facts[0])
+        for fact in facts:
+            if name.lower() in {fact["name"].lower(), fact["name"].lower().rpartition("/")[2]}:
+                return _to_checkpoint(folder, fact)
+    names = [fact["name"] for _, facts in known for fact in facts]
+    msg = f"model {name!r} is neither a folder with a config.json nor one of: {', '.join([*shipped_names(), *names])}"
+    raise WeightsError(msg)
+
+
+def read_folder(folder: Path) -> Checkpoint:
+    """The model of a folder by its config and the headers of its files. Raises ``WeightsError``."""
+    shape = parse_config(read_json(folder / "config.json"), str(folder / "config.json"))
+    files = weight_files(folder)
+    tensors: dict[str, tuple[Role, Format, tuple[int, ...]]] = {}
+    for path in files:
+        for name, dtype, sizes in read_header(path):
+            role = _find_role(name, is_tied=shape.is_tied)
+            if role is not None:
+                tensors.setdefault(_to_shared_name(name), (role, _find_format(name, dtype), sizes))
+    checkpoint = Checkpoint(
+        name=folder.name,
+        shape=shape,
+        parts=_count_held(tensors, shape),
+        provenance="config.json and the headers of its files",
+        file_bytes=sum(path.stat().st_size for path in files),
+    )
+    for role, expected in _count_by_role(shape).items():
+        if (found := checkpoint.parameters_of(role)) != expected:
+            msg = f"{folder}: {role.label} has {found} weights, config.json asks for {expected}; copy the folder again"
+            raise WeightsError(msg)
+    return checkpoint
+
+
+def _count_held(tensors: Mapping[str, tuple[Role, Format, tuple[int, ...]]], shape: Shape) -> tuple[Part, ...]:
+    """Weights by what they are held in, and where a file has them in another format by that."""
+    expanded = {
+        _to_layer_name(name)
+        for name, (role, form, _) in tensors.items()
+        if role is Role.EXPERTS and form is not Format.NVFP4
+    }
+    counted: dict[tuple[Role, Format, str], list[int]] = {}
+    for name, (role, form, sizes) in tensors.items():
+        stays = form is Format.NVFP4 and role in _IN_4_BITS
+        if stays and not (role is Role.EXPERTS and _to_layer_name(name) in expanded):
+            held = Format.NVFP4
+        else:
+            held = _held_floats(role, shape)
+        stored = form.value if form in {Format.FP8, Format.NVFP4} and form is not held else ""
+        total = counted.setdefault((role, held, stored), [0, 0])
+        total[0] += math.prod(sizes) * (2 if form is Format.NVFP4 else 1)
+        total[1] += math.prod(sizes[:-1])
+    return tuple(
+        Part(role, form, numbers, rows, stored) for (role, form, stored), (numbers, rows) in sorted(counted.items())
+    )
+
+
+def _held_floats(role: Role, shape: Shape) -> Format:
+    """What floats are held in: a router decides in float32; that of a single expert decides nothing."""
+    return Format.F32 if role is Role.ROUTER and shape.num_experts > 1 else Format.BF16
+
+
+def _to_layer_name(name: str) -> str:
+    """The layer that experts are of."""
+    return name.partition(".experts.")[0]
+
+
+def parse_config(values: Mapping[str, Any], source: str) -> Shape:
+    """The sizes of a config.json, with transformers' own defaults. Raises ``WeightsError`` that names the key."""
+    text = values.get("text_config")
+    if values.get("model_type") != "diffusion_gemma" or not isinstance(text, dict):
+        msg = f"{source}: model_type is {values.get('model_type')!r}; only 'diffusion_gemma' can be planned"
+        raise WeightsError(msg)
+
+    def size(key: str) -> int:
+        value = text.get(key)
+        if not isinstance(value, int) or value < 1:
+            msg = f"{source}: text_config.{key} is {value!r}; a number above 0 is needed"
+            raise WeightsError(msg)
+        return value
+
+    num_layers = size("num_hidden_layers")
+    kinds = list(text.get("layer_types") or _default_kinds(num_layers))
+    if len(kinds) != num_layers:
+        msg = f"{source}: text_config.layer_types names {len(kinds)} layers, num_hidden_layers is {num_layers}"
+        raise WeightsError(msg)
+    kinds[-1] = "full_attention"  # as transformers does
+    own = {"head_dim": size("head_dim"), "num_key_value_heads": size("num_key_value_heads")}
+    return Shape(
+        layers=tuple(_to_layer(kind, index, text, own) for index, kind in enumerate(kinds)),
+        hidden_size=size("hidden_size"),
+        num_heads=size("num_attention_heads"),
+        dense_size=size("intermediate_size"),
+        expert_size=size("moe_intermediate_size"),
+        num_experts=size("num_experts"),
+        top_experts=size("top_k_experts"),
+        vocab_size=size("vocab_size"),
+        canvas_tokens=int(values.get("canvas_length") or 256),
+        window_tokens=size("sliding_window"),
+        longest_context_tokens=size("max_position_embeddings"),
+        is_tied=bool(values.get("tie_word_embeddings", True)),
+        has_bias=bool(text.get("attention_bias", False)),
+    )
+
+
+def read_header(path: Path) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """Name, dtype and shape of each tensor in a safetensors file. Raises ``WeightsError``."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(_LARGEST_HEADER_BYTES, path.stat().st_size):
+                msg = f"{path} cannot be read as safetensors (its header would be {length} bytes); {DAMAGED}"
+                raise WeightsError(msg)
+            entries = json.loads(file.read(length))
+        found = [
+            (name, str(entry["dtype"]), tuple(int(n) for n in entry["shape"]))
+            for name, entry in entries.items()
+            if name != "__metadata__"
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        msg = f"{path} cannot be read as safetensors ({error}); {DAMAGED}"
+        raise WeightsError(msg) from error
+    yield from found
+
+
+def _default_kinds(num_layers: int) -> list[str]:
+    return ["full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(num_layers)]
+
+
+def _to_layer(kind: str, index: int, text: Mapping[str, Any], own: Mapping[str, int]) -> Layer:
+    """A layer's own heads: ``per_layer_config`` says them, or else the fields for full layers."""
+    changed: Mapping[str, Any] = {}
+    if isinstance(per_layer := text.get("per_layer_config"), dict):
+        changed = per_layer.get(str(index)) or per_layer.get(index) or per_layer.get(kind) or {}
+    elif kind == "full_attention":
+        changed = {"head_dim": text.get("global_head_dim", 512)}
+        if heads := text.get("num_global_key_value_heads"):
+            changed = {**changed, "num_key_value_heads": heads}
+    sizes = {**own, **{key: value for key, value in changed.items() if key in own}}
+    return Layer(kind == "sliding_attention", sizes["head_dim"], sizes["num_key_value_heads"])
+
+
+def _matrices(shape: Shape) -> Iterator[_Matrix]:
+    """Every parameter of the text model; vectors are matrices of one column."""
+    hidden, layers = shape.hidden_size, len(shape.layers)
+    for layer in shape.layers:
+        queries, keys = shape.num_heads * layer.head_size, layer.num_kv_heads * layer.head_size
+        rows = queries + keys * (2 if layer.is_sliding else 1)
+        yield _Matrix(Role.ATTENTION, 1, rows, hidden)
+        yield _Matrix(Role.ATTENTION, 1, hidden, queries)
+        if shape.has_bias:
+            yield _Matrix(Role.ATTENTION, 1, rows + hidden, 1)
+        yield _Matrix(Role.NORMS, 2, layer.head_size, 1)
+    yield _Matrix(Role.DENSE, layers, 2 * shape.dense_size, hidden)
+    yield _Matrix(Role.DENSE, layers, hidden, shape.dense_size)
+    yield _Matrix(Role.EXPERTS, layers * shape.num_experts, 2 * shape.expert_size, hidden)
+    yield _Matrix(Role.EXPERTS, layers * shape.num_experts, hidden, shape.expert_size)
+    yield _Matrix(Role.ROUTER, layers, shape.num_experts, hidden)
+    yield _Matrix(Role.NORMS, layers, shape.num_experts + hidden, 1)  # the router's scales
+    yield _Matrix(Role.NORMS, 7 * layers + 2, hidden, 1)  # two: the last one, self-conditioning's
+    yield _Matrix(Role.EMBEDDING, 1 if shape.is_tied else 2, shape.vocab_size, hidden)
+    yield _Matrix(Role.SELF_CONDITIONING, 1, 2 * shape.dense_size, hidden)
+    yield _Matrix(Role.SELF_CONDITIONING, 1, hidden, shape.dense_size)
+
+
+def to_parts(shape: Shape, formats: Mapping[Role, Format]) -> tuple[Part, ...]:
+    """The weights of a config; bf16 where nothing else is said."""
+    counts = _count_by_role(shape)
+    rows = {role: sum(m.count * m.rows for m in _matrices(shape) if m.role is role) for role in Role}
+    return tuple(Part(role, formats.get(role, _held_floats(role, shape)), counts[role], rows[role]) for role in Role)
+
+
+def _count_by_role(shape: Shape) -> dict[Role, int]:
+    counts = dict.fromkeys(Role, 0)
+    for matrix in _matrices(shape):
+        counts[matrix.role] += matrix.count * matrix.rows * matrix.columns
+    return counts
+
+
+def _to_checkpoint(folder: Path, fact: Mapping[str, Any]) -> Checkpoint:
+    shape = parse_config(read_json(folder / "config.json"), str(folder / "config.json"))
+    formats = {Role(role): Format(form) for role, form in fact["formats"].items()}
+    origin = read_json(folder / "facts.json")["config"]
+    return Checkpoint(
+        name=fact["name"],
+        shape=shape,
+        parts=to_parts(shape, formats),
+        provenance=f"config {origin}, nothing downloaded; formats: {fact['provenance']}",
+        file_bytes=fact["file_bytes"],
+    )
+
+
+_ROLES_OF_NAMES = (
+    (re.compile(r"vision"), None),  # never loaded
+    (re.compile(r"layer_scalar$"), None),  # a number
+    (re.compile(r"(weight|input|output|[kqv])(_global)?_scale(_2|_inv)?$"), None),  # quantized weights have them anyway
+    (re.compile(r"\brouter\.proj\b"), Role.ROUTER),
+    (re.compile(r"\brouter\."), Role.NORMS),
+    (re.compile(r"norm(_\d)?\.weight$"), Role.NORMS),
+    (re.compile(r"\bexperts\."), Role.EXPERTS),
+    (re.compile(r"\bself_attn\."), Role.ATTENTION),
+    (re.compile(r"\bmlp\."), Role.DENSE),
+    (re.compile(r"\bself_conditioning\."), Role.SELF_CONDITIONING),
+    (re.compile(r"\b(embed_tokens|lm_head)\."), Role.EMBEDDING),
+)
+
+
+def _find_role(name: str, *, is_tied: bool) -> Role | None:
+    """What a tensor is for; ``None`` for what a plan leaves out."""
+    if is_tied and name.startswith("lm_head."):
+        return None
+    for pattern, role in _ROLES_OF_NAMES:
+        if pattern.search(name):
+            return role
+    msg = f"tensor {name} is not part of this class of model; config.json and weights do not match"
+    raise WeightsError(msg)
+
+
+def _to_shared_name(name: str) -> str:
+    """Without the path of the encoder or the decoder, which share their weights."""
+    return re.sub(r"^((model|encoder|decoder|language_model)\.)+", "", name)
+
+
+def _find_format(name: str, dtype: str) -> Format:
+    if dtype in {"BF16", "F16", "F32"}:
+        return Format.BF16
+    if dtype == "F8_E4M3":
+        return Format.FP8
+    if dtype == "U8":
+        return Format.NVFP4
+    msg = f"tensor {name} is {dtype}; floats, float8 e4m3 and NVFP4 can be loaded"
+    raise WeightsError(msg)

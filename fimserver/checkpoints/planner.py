@@ -1,0 +1,391 @@
+"""What a model needs of a card, and how fast the card can be at best, before anything is downloaded.
+
+    plan_on_gpu   Checkpoint (checkpoints/memory.py), card, context -> Plan: memory line by line, steps, what makes it fit
+    plan_on_cpu    the same for a machine without one
+
+A step reads every weight it needs once, so its time is at least these bytes over the card's bandwidth: the ceiling.
+C canvas tokens that take k of E experts each reach E * (1 - (1 - k/E)^C) of them, were the router to choose evenly.
+
+A long prompt is read in chunks, each with a mask over all of it, and its keys move when their buffer grows. A recorded
+pass has a mask of its own; counted are as many as a cache keeps, of the longest canvases.
+
+Knows:  what checkpoints/memory.py reads, arithmetic.  Never: torch, tensors, the network.
+Units:  GB are 1e9 bytes, GiB 2^30; a context and a canvas are counted in tokens.
+Equal:  memory on a CPU to what the engine holds (tests/checkpoints/test_planner.py).
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from fimserver.checkpoints.gpus import Gpu
+from fimserver.checkpoints.memory import BLOCK, MARGIN_TOKENS, Checkpoint, Format, Role, Shape
+from fimserver.errors import FimserverError
+
+DEFAULT_CONTEXT_TOKENS = 8192
+STEP_CANVASES = (16, 32, 64, 256)
+PCIE_SHARE = 0.8  # of the bus' nominal rate, what copies of pinned memory reach
+_EARLIER_PROMPTS_BYTES = 512 * 2**20  # engine/modeling/prompt_cache.py: MAX_BYTES
+_CONTEXT_BYTES = 800_000_000  # of a driver, its kernels and a workspace
+_PROCESS_BYTES = 600_000_000  # of Python, torch and transformers without a model
+_CHUNK_TOKENS = 512  # engine/modeling/prompt_cache.py
+_GROWTH_TOKENS = 4096  # engine/modeling/kv_cache.py: what buffers may have beyond what is in them
+_RECORDED_PASSES, _RECORDED_MULTIPLE = 12, 16  # engine/modeling/graphs.py, engine/modeling/model.py
+_TABLED_TOKENS = 16384  # engine/modeling/network.py: rotations of so many positions
+_LOGITS_COPIES = (
+    3  # float32, alive at once: a head's, capped or drawn from, and one in the making (engine/decoding/denoise.py)
+)
+_ALL_IN_4_BITS = "experts, attention, dense part in NVFP4"
+_FP8_REST = "fp8 for the bf16 rest (not in the engine)"
+_SHOWN_IN_BILLIONS = 10_000_000  # parameters, from here on
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One use of memory."""
+
+    name: str
+    num_bytes: int
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One denoising step at best: what it reads, and over which bus.
+
+    ``distinct_experts`` of a layer; ``bus_bytes`` are those of experts that wait in host memory.
+    """
+
+    canvas_tokens: int
+    distinct_experts: float
+    gpu_bytes: int
+    bus_bytes: int
+    ms: float
+    steps_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class HostPlan:
+    """Some experts of each layer on the card, all of them in host memory."""
+
+    change: str
+    experts_on_gpu: int
+    experts_in_all: int
+    host_bytes: int
+    bus_gb_per_s: float
+    steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Remedy:
+    """A change, and what the plan is then; ``is_there`` says whether the engine can do it."""
+
+    change: str
+    total_bytes: int
+    fits: bool
+    largest_context_tokens: int
+    is_there: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Memory line by line, and steps with everything on the card.
+
+    ``largest_context_tokens`` is 0 where not even the shortest fits; ``remedies`` and ``host_plans`` are what to change
+    where the plan does not.
+    """
+
+    model: str
+    provenance: str
+    parameters: dict[str, int]
+    file_bytes: int | None
+    gpu: str
+    compute_capability: str
+    bandwidth_gb_per_s: float
+    memory_bytes: int
+    context_tokens: int
+    canvas_tokens: int
+    lines: tuple[Line, ...]
+    total_bytes: int
+    fits: bool
+    largest_context_tokens: int
+    steps: tuple[Step, ...]
+    remedies: tuple[Remedy, ...]
+    host_plans: tuple[HostPlan, ...]
+    notes: tuple[str, ...]
+
+
+def plan_on_gpu(checkpoint: Checkpoint, gpu: Gpu, context_tokens: int = DEFAULT_CONTEXT_TOKENS) -> Plan:
+    """What this checkpoint needs of this card. Raises ``FimserverError`` for a context it does not know."""
+    _check_context(checkpoint, context_tokens)
+    lines = _gpu_lines(checkpoint, context_tokens)
+    total = _sum(lines)
+    fits = total <= gpu.usable_bytes
+    return Plan(
+        model=checkpoint.name,
+        provenance=checkpoint.provenance,
+        parameters=_parameters(checkpoint),
+        file_bytes=checkpoint.file_bytes,
+        gpu=gpu.name,
+        compute_capability=gpu.compute_capability,
+        bandwidth_gb_per_s=gpu.bandwidth_gb_per_s,
+        memory_bytes=gpu.usable_bytes,
+        context_tokens=context_tokens,
+        canvas_tokens=checkpoint.shape.canvas_tokens,
+        lines=lines,
+        total_bytes=total,
+        fits=fits,
+        largest_context_tokens=_largest_context(checkpoint, _gpu_lines, gpu.usable_bytes),
+        steps=_steps(checkpoint, gpu, context_tokens),
+        remedies=() if fits else tuple(_remedies(checkpoint, gpu, context_tokens)),
+        host_plans=() if fits else tuple(_host_plans(checkpoint, gpu, context_tokens)),
+        notes=_gpu_notes(gpu),
+    )
+
+
+def plan_on_cpu(checkpoint: Checkpoint, memory_bytes: int, context_tokens: int = DEFAULT_CONTEXT_TOKENS) -> Plan:
+    """What this checkpoint needs of main memory, of which a machine has so much."""
+    _check_context(checkpoint, context_tokens)
+    lines = _cpu_lines(checkpoint, context_tokens)
+    total = _sum(lines)
+    largest = _largest_context(checkpoint, _cpu_lines, memory_bytes)
+    remedies = [Remedy(f"a context of {largest} tokens", _sum(_cpu_lines(checkpoint, largest)), True, largest)]  # noqa: FBT003
+    return Plan(
+        model=checkpoint.name,
+        provenance=checkpoint.provenance,
+        parameters=_parameters(checkpoint),
+        file_bytes=checkpoint.file_bytes,
+        gpu="cpu",
+        compute_capability="",
+        bandwidth_gb_per_s=0.0,
+        memory_bytes=memory_bytes,
+        context_tokens=context_tokens,
+        canvas_tokens=checkpoint.shape.canvas_tokens,
+        lines=lines,
+        total_bytes=total,
+        fits=total <= memory_bytes,
+        largest_context_tokens=largest,
+        steps=(),
+        remedies=tuple(remedies) if total > memory_bytes and largest else (),
+        host_plans=(),
+        notes=("Weights are float32 on a CPU; 4 bits are how they are stored, not how they are held.",),
+    )
+
+
+def count_experts_on_gpu(checkpoint: Checkpoint, context_tokens: int, memory_bytes: int) -> int:
+    """Experts of each layer that a card has room for beside all else; less than 1 where not one fits.
+
+    Those that a pass misses are fetched into places of these (engine/modeling/expert_cache.py), so they need no room of theirs.
+    """
+    experts = checkpoint.bytes_of(Role.EXPERTS)
+    rest = _sum(_gpu_lines(checkpoint, context_tokens)) - experts
+    return (memory_bytes - rest) // (experts // checkpoint.shape.num_experts)
+
+
+def weight_lines_on_cpu(checkpoint: Checkpoint) -> tuple[Line, ...]:
+    """Float32 weights of transformers' modules, and the copies that engine/modeling/network.py keeps beside them."""
+    shape = checkpoint.shape
+    roles = [Role.ATTENTION, Role.DENSE, Role.SELF_CONDITIONING]
+    if shape.num_experts == 1:
+        roles.append(Role.EXPERTS)
+    else:
+        roles.append(Role.ROUTER)
+    copied = checkpoint.parameters_of(*roles) + shape.vocab_size * shape.hidden_size
+    copied += sum(layer.head_size * (shape.num_heads + layer.num_kv_heads) for layer in shape.layers)
+    return (
+        Line("weights", 4 * checkpoint.parameters_of(*Role), "float32"),
+        Line("transposed copies", 4 * copied, "of all but norms and several experts"),
+    )
+
+
+def weight_lines_on_gpu(checkpoint: Checkpoint) -> Iterator[Line]:
+    """Weights as engine/modeling/network.py holds them, each once: it takes them out of the modules that were loaded."""
+    for role in Role:
+        for part in checkpoint.parts:
+            if part.role is role and role is not Role.NORMS:
+                stored = f", {part.stored} in the file, expanded" if part.stored else ""
+                yield Line(f"{role.label}, {part.format}", part.num_bytes, _billions(part.num_parameters) + stored)
+    shape = checkpoint.shape
+    heads = sum(layer.head_size * (shape.num_heads + layer.num_kv_heads) for layer in shape.layers)
+    norms = checkpoint.parameters_of(Role.NORMS)
+    yield Line("norms", 2 * norms + 4 * (norms + heads), "bf16, and copies in float32")
+
+
+def step_bytes(checkpoint: Checkpoint, canvas_tokens: int, context_tokens: int) -> int:
+    """What a step over a prompt of so many tokens reads: weights once, the embedding twice, keys and values.
+
+    The embedding is read by the head and by self-conditioning on all tokens. Logits and activations are left out.
+    """
+    shape = checkpoint.shape
+    reached = shape.distinct_experts(canvas_tokens) / shape.num_experts
+    rest = [role for role in Role if role not in (Role.EXPERTS, Role.EMBEDDING)]
+    weights = checkpoint.bytes_of(*rest) + 2 * checkpoint.bytes_of(Role.EMBEDDING)
+    seen = (min(context_tokens, shape.window_tokens), context_tokens)
+    cache = sum(layer.cache_bytes(seen[0 if layer.is_sliding else 1], width=2) for layer in shape.layers)
+    return round(reached * checkpoint.bytes_of(Role.EXPERTS)) + weights + cache
+
+
+def _gpu_lines(checkpoint: Checkpoint, context_tokens: int) -> tuple[Line, ...]:
+    shape = checkpoint.shape
+    return (
+        *weight_lines_on_gpu(checkpoint),
+        *_running_lines(shape, context_tokens, width=2),
+        Line("masks of recorded passes", 2 * _captured_rows(shape) * _seen_tokens(shape, context_tokens), "at most"),
+        Line("driver and workspace", _CONTEXT_BYTES),
+    )
+
+
+def _cpu_lines(checkpoint: Checkpoint, context_tokens: int) -> tuple[Line, ...]:
+    return (
+        *weight_lines_on_cpu(checkpoint),
+        *_running_lines(checkpoint.shape, context_tokens, width=4),
+        Line("process", _PROCESS_BYTES, "Python, torch, transformers"),
+    )
+
+
+def _running_lines(shape: Shape, context_tokens: int, *, width: int) -> Iterator[Line]:
+    """What requests need; ``width`` bytes a number of the cache."""
+    sliding, full = shape.cache_bytes(context_tokens, width=width)
+    kept = min(context_tokens, shape.window_tokens + MARGIN_TOKENS)
+    count = sum(layer.is_sliding for layer in shape.layers)
+    yield Line("KV cache, sliding layers", sliding, f"{count} layers keep {kept} tokens")
+    yield Line("KV cache, full layers", full, f"{len(shape.layers) - count} layers keep {context_tokens} tokens")
+    yield Line("KV caches of earlier prompts", _EARLIER_PROMPTS_BYTES, "up to 7 more")
+    tabled = min(_TABLED_TOKENS, 2 * max(512, context_tokens + shape.canvas_tokens))
+    sizes = {layer.is_sliding: layer.head_size for layer in shape.layers}
+    yield Line("rotations", 8 * tabled * sum(sizes.values()), f"cosines and sines of {tabled} positions")
+    yield Line("prompt in chunks", _prompt_bytes(shape, context_tokens, width=width), "masks, or a buffer that grows")
+    logits = shape.canvas_tokens * shape.vocab_size * (4 * _LOGITS_COPIES + width)
+    yield Line("canvas and logits", logits, f"{_LOGITS_COPIES} float32 copies and the last step's")
+
+
+def _prompt_bytes(shape: Shape, context_tokens: int, *, width: int) -> int:
+    """Work memory of a prompt: room ahead in buffers, and a layer's keys once more as they grow, or a chunk's masks."""
+    full = [layer.cache_bytes(1, width=width) for layer in shape.layers if not layer.is_sliding]
+    ahead = min(_GROWTH_TOKENS, max(256, context_tokens // 2)) * sum(full)
+    once_more = (context_tokens + shape.canvas_tokens) * max(full, default=0) // 2
+    chunk = min(_CHUNK_TOKENS, context_tokens)
+    near = min(context_tokens, shape.window_tokens + chunk)
+    return ahead + max(once_more, chunk * (width * (context_tokens + near) + 2 * near))
+
+
+def _captured_rows(shape: Shape) -> int:
+    """Rows of all masks that a cache's recordings have at most: the longest canvas without a condition, others with.
+
+    And of one copy, which kernels need of a mask whose rows do not begin where they can read.
+    """
+    lengths = range(shape.canvas_tokens, 0, -_RECORDED_MULTIPLE)
+    return 2 * shape.canvas_tokens + sum(lengths[: _RECORDED_PASSES - 1])
+
+
+def _seen_tokens(shape: Shape, context_tokens: int) -> int:
+    """Places in the buffers of a full layer and of a sliding one: a mask is as wide as both."""
+    near = min(context_tokens, shape.window_tokens + MARGIN_TOKENS) + shape.canvas_tokens
+    return near + context_tokens + shape.canvas_tokens + min(_GROWTH_TOKENS, max(256, context_tokens // 2))
+
+
+def _steps(checkpoint: Checkpoint, gpu: Gpu, context_tokens: int, missing_share: float = 0.0) -> tuple[Step, ...]:
+    """A step for each size of canvas; of the experts it reaches, so many wait in host memory."""
+    shape, found = checkpoint.shape, []
+    bus_bytes_per_s = gpu.pcie_gb_per_s * PCIE_SHARE * 1e9
+    for canvas in sorted({c for c in STEP_CANVASES if c < shape.canvas_tokens} | {shape.canvas_tokens}):
+        read = step_bytes(checkpoint, canvas, context_tokens)
+        reached = shape.distinct_experts(canvas)
+        moved = round(checkpoint.bytes_of(Role.EXPERTS) * reached / shape.num_experts * missing_share)
+        seconds = read / (gpu.bandwidth_gb_per_s * 1e9) + (moved / bus_bytes_per_s if moved else 0.0)
+        found.append(Step(canvas, reached, read, moved, 1e3 * seconds, 1 / seconds))
+    return tuple(found)
+
+
+def _remedies(checkpoint: Checkpoint, gpu: Gpu, context_tokens: int) -> Iterator[Remedy]:
+    variants: list[tuple[str, Checkpoint]] = []
+    has_bf16_experts = any(p.role is Role.EXPERTS and p.format is Format.BF16 for p in checkpoint.parts)
+    if has_bf16_experts and checkpoint.shape.hidden_size % BLOCK == checkpoint.shape.expert_size % BLOCK == 0:
+        variants.append(("experts in NVFP4", checkpoint.with_experts_in_nvfp4()))
+    if _has_whole_blocks(checkpoint.shape) and checkpoint.with_projections_in_nvfp4() != checkpoint:
+        variants.append((_ALL_IN_4_BITS, checkpoint.with_projections_in_nvfp4()))
+    in_fp8 = (variants[0][1] if has_bf16_experts and variants else checkpoint).with_rest_in_fp8()
+    if largest := _largest_context(checkpoint, _gpu_lines, gpu.usable_bytes):
+        yield Remedy(f"a context of {largest} tokens", _sum(_gpu_lines(checkpoint, largest)), True, largest)  # noqa: FBT003
+    for change, variant in variants:
+        total = _sum(_gpu_lines(variant, context_tokens))
+        largest = _largest_context(variant, _gpu_lines, gpu.usable_bytes)
+        yield Remedy(change, total, total <= gpu.usable_bytes, largest)
+    if in_fp8 != checkpoint:
+        total = _sum(_gpu_lines(in_fp8, context_tokens))
+        largest = _largest_context(in_fp8, _gpu_lines, gpu.usable_bytes)
+        yield Remedy(_FP8_REST, total, total <= gpu.usable_bytes, largest, is_there=False)
+
+
+def _host_plans(checkpoint: Checkpoint, gpu: Gpu, context_tokens: int) -> Iterator[HostPlan]:
+    """With the rest as it is, and in 4 bits; none for one expert, shared memory, or a rest that does not fit."""
+    if checkpoint.shape.num_experts == 1 or not gpu.pcie_gb_per_s:
+        return
+    where = "experts in host memory"
+    if any(part.format is not Format.NVFP4 for part in checkpoint.parts if part.role is Role.EXPERTS):
+        if not _has_whole_blocks(checkpoint.shape):
+            return
+        checkpoint, where = checkpoint.with_experts_in_nvfp4(), "experts in NVFP4 in host memory"  # only these can be
+    rest = checkpoint.with_projections_in_nvfp4()
+    variants = [(where, checkpoint)]
+    if _has_whole_blocks(checkpoint.shape) and rest != checkpoint:
+        variants.append((f"{where}, attention and dense part in NVFP4 too", rest))
+    for change, variant in variants:
+        shape = variant.shape
+        kept = min(shape.num_experts - 1, count_experts_on_gpu(variant, context_tokens, gpu.usable_bytes))
+        if kept < 1:
+            continue
+        steps = _steps(variant, gpu, context_tokens, 1 - kept / shape.num_experts)
+        yield HostPlan(change, kept, shape.num_experts, variant.host_bytes, gpu.pcie_gb_per_s * PCIE_SHARE, steps)
+
+
+def _has_whole_blocks(shape: Shape) -> bool:
+    """Whether every row of a projection is whole blocks, as NVFP4 asks for."""
+    widths = (shape.hidden_size, shape.expert_size, shape.dense_size)
+    heads = (shape.num_heads * layer.head_size for layer in shape.layers)
+    return not any(width % BLOCK for width in (*widths, *heads))
+
+
+def _gpu_notes(gpu: Gpu) -> tuple[str, ...]:
+    notes = [
+        "The vision part is left out: the server never loads it.",
+        "Steps are ceilings: weights, keys and values over the card's bandwidth, no logits, no activations.",
+        "The embedding is read twice a step; conditioning on the likeliest tokens alone saves one of these.",
+        "Not counted: several candidates side by side, recorded passes but for their masks, other packages' kernels.",
+        "Weights in fp8 are expanded to bf16 when they are loaded.",
+    ]
+    if not gpu.pcie_gb_per_s:
+        notes.append("The system and every other program share this memory.")
+    return tuple(notes)
+
+
+def _largest_context(
+    checkpoint: Checkpoint, lines_of: Callable[[Checkpoint, int], Iterable[Line]], memory_bytes: int
+) -> int:
+    """The longest context that fits, in tokens; 0 for none."""
+    low, high = 0, checkpoint.shape.longest_context_tokens
+    while low < high:
+        middle = (low + high + 1) // 2
+        if _sum(lines_of(checkpoint, middle)) <= memory_bytes:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _check_context(checkpoint: Checkpoint, context_tokens: int) -> None:
+    longest = checkpoint.shape.longest_context_tokens
+    if not 1 <= context_tokens <= longest:
+        msg = f"a context of {context_tokens} tokens: {checkpoint.name} takes 1 to {longest}"
+        raise FimserverError(msg)
+
+
+def _parameters(checkpoint: Checkpoint) -> dict[str, int]:
+    return {role.value: checkpoint.parameters_of(role) for role in Role}
+
+
+def _sum(lines: Iterable[Line]) -> int:
+    return sum(line.num_bytes for line in lines)
+
+
+def _billions(count: int) -> str:
+    return f"{count / 1e9:.2f} B" if count >= _SHOWN_IN_BILLIONS else f"{count / 1e6:.2f} M"

@@ -1,0 +1,241 @@
+"""``fimserver doctor``: what is installed, and whether the model loads and answers; with a card, what it would need.
+
+Knows:  packages, the machine, the engine's client, plans.  Never: LSP, torch (the engine's process imports it).
+"""
+
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fimserver import __version__
+from fimserver.checkpoints.gpus import find_gpu
+from fimserver.checkpoints.memory import find_checkpoint
+from fimserver.checkpoints.planner import DEFAULT_CONTEXT_TOKENS, Plan, Step, plan_on_cpu, plan_on_gpu
+from fimserver.context.languages import LANGUAGES
+from fimserver.context.syntax import GRAMMAR_ERRORS, load_parser
+from fimserver.daemon.launch import read_status
+from fimserver.datatypes import FimContext, Hole, HoleKind, Sampling
+from fimserver.engine.client import EngineClient, EngineOptions
+from fimserver.errors import EngineError, FimserverError
+from fimserver.paths import config_file
+from fimserver.settings import Settings, read_config_file
+
+LOAD_TIMEOUT_S = 300.0
+_PACKAGES = (
+    "pygls",
+    "lsprotocol",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "tree-sitter",
+    "tree-sitter-python",
+)
+_FEW_STEPS = 20  # a second, below which a digit more is shown
+_LEAST_FREE_BYTES = 1_500_000_000  # torch, transformers and the shipped model in one process
+_PROBE = "def add(first, second):\n    return first + "
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line: what was looked at, what was found, and how to mend it when it is not good."""
+
+    name: str
+    found: str
+    remedy: str = ""
+
+
+def run_checks(settings: Settings) -> bool:
+    """Print every check; whether all are good."""
+    console = Console(highlight=False, soft_wrap=True)
+    good = True
+    for check in (check_python, check_packages, check_memory, check_grammar, check_config, check_daemon, check_model):
+        result = check(settings)
+        mark = ("FAIL", "bold red") if result.remedy else ("ok  ", "green")
+        console.print(Text.assemble(mark, f" {result.name:9} {result.found}"))
+        if result.remedy:
+            console.print(Text(f"     {'':9} {result.remedy}"))
+            good = False
+    return good
+
+
+def check_python(_settings: Settings) -> Check:
+    """Version and place of the interpreter."""
+    return Check(
+        "python", f"{platform.python_version()} ({sys.executable}), fimserver {__version__}, {platform.platform()}"
+    )
+
+
+def check_packages(_settings: Settings) -> Check:
+    """Versions of what is needed."""
+    found, missing = [], []
+    for name in _PACKAGES:
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            missing.append(name)
+    remedy = (
+        f"missing: {', '.join(missing)}; install with: {sys.executable} -m pip install fimserver" if missing else ""
+    )
+    return Check("packages", ", ".join(found), remedy)
+
+
+def check_memory(_settings: Settings) -> Check:
+    """Main memory, where the system tells."""
+    try:
+        page = os.sysconf("SC_PAGE_SIZE")
+        total, free = page * os.sysconf("SC_PHYS_PAGES"), page * os.sysconf("SC_AVPHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return Check("memory", "the system does not tell")
+    found = f"{total / 1e9:.1f} GB, {free / 1e9:.1f} GB unused"
+    if total < _LEAST_FREE_BYTES:
+        return Check("memory", found, f"the engine needs about {_LEAST_FREE_BYTES / 1e9:.1f} GB")
+    return Check("memory", found)
+
+
+def check_grammar(_settings: Settings) -> Check:
+    """Whether the syntax trees work."""
+    found, missing = [], []
+    for language in LANGUAGES:
+        package = language.grammar[0].replace("_", "-") if language.grammar else ""
+        try:
+            load_parser(language).parse(b"")
+            found.append(language.id)
+        except GRAMMAR_ERRORS as error:
+            missing.append(f"{package} ({type(error).__name__})")
+    names = " ".join(sorted({name.split()[0] for name in missing}))
+    remedy = f"{sys.executable} -m pip install --force-reinstall tree-sitter {names}" if missing else ""
+    broken = f"; broken: {', '.join(missing)}" if missing else ""
+    return Check("grammars", f"{len(found)} languages{broken}", remedy)
+
+
+def check_config(_settings: Settings) -> Check:
+    """The person's own settings, where there are any."""
+    path = config_file()
+    values, problems = read_config_file(path)
+    if problems:
+        return Check("config", str(path), "; ".join(problems))
+    return Check("config", f"{path} ({', '.join(values) or 'nothing set'})" if path.exists() else f"{path} (absent)")
+
+
+def check_daemon(_settings: Settings) -> Check:
+    """Whether the process that serves all editors runs, and can be reached."""
+    try:
+        status = read_status()
+    except FimserverError as error:
+        return Check("daemon", "cannot be reached", str(error))
+    if status is None:
+        return Check("daemon", "none runs; the first editor starts it")
+    worker = status["worker"]
+    count = status["connections"]
+    editors = "1 editor" if count == 1 else f"{count} editors"
+    found = f"pid {status['pid']} serves {editors}; its worker is {worker['state']}"
+    if worker["state"] == "failed":
+        return Check("daemon", found, f"{worker['detail']}; then run: fimserver daemon restart")
+    return Check("daemon", found)
+
+
+def check_model(settings: Settings) -> Check:
+    """Whether the model loads and answers one probe, in a process of its own as in real use."""
+    engine = EngineClient(EngineOptions().under(settings))
+    hole = Hole(HoleKind.REST_OF_LINE, max_lines=1, estimated_tokens=8)
+    try:
+        engine.start()
+        info = engine.wait_until_ready(LOAD_TIMEOUT_S)
+        pending = engine.complete(FimContext(_PROBE, "\n", "probe.py", "python", hole), Sampling(seed=0, min_tokens=1))
+        generation = pending.future.result(LOAD_TIMEOUT_S)
+    except (EngineError, TimeoutError) as error:
+        return Check(
+            "model",
+            f"{settings.model} on {settings.device}",
+            str(error) or "no answer: kill python processes of fimserver and try again",
+        )
+    finally:
+        engine.close()
+    wide = "" if info.row_cost is None else f" (one more row adds {info.row_cost:.0%} to a pass)"
+    found = (
+        f"{info.name}, {info.num_parameters / 1e6:.1f} M parameters, {info.dtype} on {info.device}, "
+        f"{info.num_threads} threads, mode {info.preferred_mode}{wide}, loaded in {info.load_ms:.0f} ms, "
+        f"probe answered in {generation.timings_ms['total']:.0f} ms ({generation.mode})"
+        f"{'; weights in 4 bits by ' + info.kernels if info.kernels else ''}"
+    )
+    return Check("model", found)
+
+
+def plan_model(model: str, gpu: str, context_tokens: int | None) -> Plan:
+    """What a model needs of a card of the table, or of this machine's memory (``cpu``). Raises ``FimserverError``."""
+    checkpoint = find_checkpoint(model)
+    if context_tokens is None:
+        context_tokens = min(DEFAULT_CONTEXT_TOKENS, checkpoint.shape.longest_context_tokens)
+    if gpu.lower() != "cpu":
+        return plan_on_gpu(checkpoint, find_gpu(gpu), context_tokens)
+    try:
+        memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError) as error:
+        msg = "this system does not tell how much memory it has; name a card instead of cpu"
+        raise FimserverError(msg) from error
+    return plan_on_cpu(checkpoint, memory_bytes, context_tokens)
+
+
+def print_plan(plan: Plan, console: Console | None = None) -> None:
+    """Memory line by line, steps, and what to change where it does not fit."""
+    console = console or Console(width=120, highlight=False)
+    capability = f", compute capability {plan.compute_capability}" if plan.compute_capability else ""
+    console.print(f"{plan.model} on {plan.gpu}{capability}")
+    table = Table(box=SIMPLE, pad_edge=False)
+    table.add_column("memory", no_wrap=True)
+    table.add_column("GB", justify="right")
+    table.add_column("")
+    for line in plan.lines:
+        table.add_row(line.name, f"{line.num_bytes / 1e9:.2f}", line.note, end_section=line is plan.lines[-1])
+    table.add_row("total", f"{plan.total_bytes / 1e9:.2f}", f"of {plan.memory_bytes / 1e9:.2f} GB")
+    console.print(table)
+    verdict = ("fits", "green") if plan.fits else ("DOES NOT FIT", "bold red")
+    largest = f"the largest that fits: {plan.largest_context_tokens}" if plan.largest_context_tokens else "none fits"
+    console.print(Text.assemble(verdict, f" with a context of {plan.context_tokens} tokens ({largest})"))
+    if plan.steps:
+        console.print(f"A step at best, all on the card, {plan.bandwidth_gb_per_s:g} GB/s:")
+        console.print(_step_table(plan.steps))
+    for host in plan.host_plans:
+        console.print(
+            f"{host.change}: {host.experts_on_gpu} of {host.experts_in_all} experts a layer on the card, "
+            f"{host.host_bytes / 1e9:.2f} GB of host memory; misses over a bus of {host.bus_gb_per_s:.1f} GB/s:",
+            soft_wrap=True,
+        )
+        console.print(_step_table(host.steps))
+    if plan.host_plans:
+        console.print("Misses are counted as if every expert were equally likely, which is the worst case:")
+        console.print("the hottest ones stay on the card, and real routers prefer some. Nothing overlaps.")
+    for remedy in plan.remedies:
+        then = ("fits" if remedy.is_there else "would fit") if remedy.fits else "does not fit either"
+        longest = f", up to {remedy.largest_context_tokens} tokens" if remedy.fits else ""
+        console.print(f"{remedy.change + ':':42} {remedy.total_bytes / 1e9:.2f} GB, {then}{longest}")
+    for note in plan.notes:
+        console.print(note)
+    size = "" if plan.file_bytes is None else f"; its files: {plan.file_bytes:,} bytes"
+    console.print(f"Source: {plan.provenance}{size}", soft_wrap=True)
+
+
+def _step_table(steps: tuple[Step, ...]) -> Table:
+    table = Table(box=SIMPLE, pad_edge=False)
+    has_bus = any(step.bus_bytes for step in steps)
+    for column in ("canvas", "experts", "GB", *(("GB over the bus",) if has_bus else ()), "ms", "steps/s"):
+        table.add_column(column, justify="right")
+    for step in steps:
+        bus = (f"{step.bus_bytes / 1e9:.2f}",) if has_bus else ()
+        table.add_row(
+            str(step.canvas_tokens),
+            f"{step.distinct_experts:.0f}",
+            f"{step.gpu_bytes / 1e9:.1f}",
+            *bus,
+            f"{step.ms:.1f}",
+            f"{step.steps_per_s:.0f}" if step.steps_per_s >= _FEW_STEPS else f"{step.steps_per_s:.1f}",
+        )
+    return table

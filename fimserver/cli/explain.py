@@ -1,0 +1,131 @@
+"""``fimserver explain``: why there was or was no ghost text, asked of the daemon; and a report for others to read.
+
+    print_records   a table of the last requests
+    replay          what the model was asked, asked again in this shell
+    write_report    what a developer needs to help; without code and names unless the person agrees
+
+Knows:  the daemon's answers, the terminal.  Never: LSP.
+"""
+
+import json
+import platform
+import re
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fimserver import __version__
+from fimserver.cli.complete import Result, print_trace
+from fimserver.daemon.launch import ask, read_status
+from fimserver.datatypes import FimContext, PartialAnswer, Sampling
+from fimserver.engine.client import EngineClient, EngineOptions
+from fimserver.errors import DaemonError
+from fimserver.frames import from_plain
+
+LOAD_TIMEOUT_S = 300.0
+NO_DAEMON = "no daemon runs, so there are no requests to explain; an editor starts it"
+_PATH = re.compile(r"(?<![\w.])(?:[A-Za-z]:)?[~.]{0,2}[\\/](?:[^\n\"';]*[\\/])?[^\s\"';:,)]*")
+_Records = list[dict[str, Any]]
+
+
+def read_records(file: str | None = None) -> _Records:
+    """The last requests, the oldest first; of one file where its name, or the end of it, is given."""
+    answer = ask("explain")
+    if answer is None:
+        raise DaemonError(NO_DAEMON)
+    records: _Records = answer["records"]
+    return [record for record in records if file is None or _name_of(record["uri"]).endswith(file)]
+
+
+def print_records(records: Iterable[Mapping[str, Any]]) -> None:
+    """A table, the newest last."""
+    table = Table("request", "when", "file", "by hand", "hole", "came of it", "ms", box=SIMPLE, pad_edge=False)
+    for record in records:
+        facts, timings = record["facts"], record["timings_ms"]
+        if record["outcome"] == "offered":
+            came = Text(f"offered ({record['source']})", style="green")
+        else:
+            came = Text(f"nothing ({record['reason']}): {record['detail']}")
+        if "passes" in facts:
+            sure = f", confidence {facts['confidence']:.2f}, {facts['passes']} passes"
+            came.append(f"{sure}, {facts['tokens']} tokens, {facts['mode']}", style="dim")
+        table.add_row(
+            record["request"],
+            time.strftime("%H:%M:%S", time.localtime(record["at"])),
+            _name_of(record["uri"]).rpartition("/")[2],
+            "yes" if facts.get("invoked") else "",
+            facts.get("hole", ""),
+            came,
+            f"{timings['total']:.0f}" if "total" in timings else "",
+        )
+    Console(highlight=False).print(table)
+
+
+def replay(request: str) -> Result:
+    """Ask the model again what it was asked for a request, and trace it. Raises ``DaemonError``, ``EngineError``."""
+    answer = ask("replay", request=request)
+    if answer is None:
+        raise DaemonError(NO_DAEMON)
+    asked = answer["replay"]
+    if asked is None:
+        msg = f"the model was not asked for request {request!r}, or too long ago; fimserver explain lists requests"
+        raise DaemonError(msg)
+    engine = EngineClient(EngineOptions(**asked["engine"]))
+    result = Result(context=from_plain(FimContext, asked["context"]))
+    assert result.context is not None
+    result.hole = result.context.hole
+    partials: list[PartialAnswer] = []
+    try:
+        with Console(stderr=True).status("loading the model"):
+            engine.start()
+            result.model = engine.wait_until_ready(LOAD_TIMEOUT_S)
+        sampling = from_plain(Sampling, {**asked["sampling"], "trace": True})
+        result.generation = engine.complete(result.context, sampling, on_partial=partials.append).future.result()
+    finally:
+        engine.close()
+    result.partials = partials
+    result.timings_ms = result.generation.timings_ms
+    print_trace(result, Console(highlight=False, soft_wrap=True))
+    return result
+
+
+def to_report(*, with_code: bool) -> str:
+    """What a developer needs to help, as JSON. Raises ``DaemonError`` where no daemon runs."""
+    records, status = read_records(), read_status() or {}
+    if not with_code:
+        for said in (*records, status.get("worker") or {}):
+            for name in ("detail", "model"):
+                if said.get(name):
+                    said[name] = _without_names(said[name])
+    for number, uri in enumerate(dict.fromkeys(record["uri"] for record in records)):
+        for record in records:
+            if record["uri"] == uri and not with_code:
+                record["uri"] = f"file {number + 1}"
+    report = {
+        "fimserver": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "status": status or None,
+        "requests": records,
+    }
+    if with_code:
+        asked = {
+            record["request"]: (ask("replay", request=record["request"]) or {}).get("replay") for record in records
+        }
+        report["asked"] = {request: replay for request, replay in asked.items() if replay is not None}
+    return json.dumps(report, indent=2, ensure_ascii=False)
+
+
+def _without_names(text: str) -> str:
+    """A sentence without the paths in it; what stands between two of them goes too."""
+    return _PATH.sub("<path>", text)
+
+
+def _name_of(uri: str) -> str:
+    return unquote(urlsplit(uri).path) or uri

@@ -1,0 +1,284 @@
+"""The ``fimserver`` command.
+
+    lsp        serve an editor over stdio
+    daemon     the process behind all editors: start, stop, status, logs
+    explain    why there was or was no ghost text; report: the same for others to read
+    stats      what was offered and taken, and how long it took
+    complete   complete at one place of one file
+    eval       measure quality
+    bench      measure time
+    train      train a model of the shipped one's size
+    corpus     gather the files that the shipped model is trained on
+    quantize   write a model's weights in 4 bits
+    model      add published models by name, list and remove them
+    doctor     what is installed, and whether the model answers
+
+Exit codes: 0 done, 1 nothing to complete or a check failed (the reason is on stderr), 2 wrong use.
+Standard output is for results; progress, reasons and logs go to stderr.
+"""
+
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fimserver import __version__
+from fimserver.cli.bench import bench, evaluate
+from fimserver.cli.daemon import daemon, explain, report, stats
+from fimserver.cli.model import model, quantize_model
+from fimserver.cli.options import (
+    decoding_options,
+    engine_options,
+    exit_on_error,
+    read_options,
+    run_measurement,
+    to_overrides,
+    with_progress,
+)
+from fimserver.errors import FimserverError
+from fimserver.settings import Settings
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="fimserver")
+def main() -> None:
+    """Code completion on your own machine: fill the middle with a text-diffusion model."""
+
+
+for command in (bench, daemon, evaluate, explain, model, quantize_model, report, stats):
+    main.add_command(command)
+
+
+@main.command(short_help="Serve one editor over stdio.")
+@click.option(
+    "--no-daemon",
+    is_flag=True,
+    help="All in this process and its worker, shared with no other editor: for containers, and to look for faults.",
+)
+@click.option("--stdio", is_flag=True, hidden=True)  # what some editors' clients add
+@engine_options
+def lsp(no_daemon: bool, stdio: bool, **options: Any) -> None:  # noqa: ARG001, FBT001  click hands flags over by name
+    """Serve one editor over stdio (LSP 3.18, textDocument/inlineCompletion), by the daemon that serves all."""
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="fimserver: %(levelname)s %(message)s")
+    from fimserver.__main__ import serve  # noqa: PLC0415  the command's first step, which comes by here for help alone
+
+    if sys.stdin.isatty():
+        click.echo("fimserver lsp waits for an editor on stdin; see README.md, or try: fimserver complete", err=True)
+    sys.exit(serve(to_overrides(options), has_daemon=not no_daemon))
+
+
+@main.command(
+    short_help="Complete at one place of a file.", context_settings={"ignore_unknown_options": True}
+)  # or -:LINE:COL would be taken for one
+@click.argument("target", metavar="FILE:LINE:COL")
+@click.option("--path", metavar="NAME", help="File name of the text on standard input (FILE is -).")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--trace", is_flag=True, help="Show hole, context, prompt, every canvas and timings.")
+@click.option("--watch", is_flag=True, help="Go on: show what would be offered as the file is saved.")
+@click.option("--set", "pairs", multiple=True, metavar="NAME=VALUE", help="Any setting; see docs/settings.md.")
+@decoding_options
+@engine_options
+def complete(  # noqa: PLR0913, PLR0917  one parameter an option
+    target: str,
+    path: str | None,
+    as_json: bool,  # noqa: FBT001  click hands flags over by name
+    trace: bool,  # noqa: FBT001
+    watch: bool,  # noqa: FBT001
+    pairs: tuple[str, ...],
+    **options: Any,
+) -> None:
+    """Complete at LINE:COL of FILE, for instance app.py:12:5; - reads standard input.
+
+    With --watch FILE is enough, and the place is where a save changed it.
+
+    Lines and columns count from 1, columns in characters; the end of a line is its length and 1.
+    With --json the trace goes to standard error.
+    """
+    from fimserver.cli.complete import Target, complete_target, parse_file, parse_target, print_result  # noqa: PLC0415
+
+    settings = read_options(options, pairs)
+    if watch and target.startswith("-:"):
+        msg = "--watch needs a file, not standard input"
+        raise click.UsageError(msg)
+    try:
+        in_file = watch and Path(target).is_file()
+        place: Target = parse_file(target) if in_file else parse_target(target, path, sys.stdin.buffer)
+    except FimserverError as error:
+        raise click.UsageError(str(error)) from error
+    if watch:
+        _watch(place, settings, as_json=as_json)
+        return
+    result = complete_target(place, settings, trace=trace)
+    print_result(result, place, as_json=as_json, trace=trace)
+    sys.exit(0 if result.completion is not None else 1)
+
+
+def _watch(place: Any, settings: Settings, *, as_json: bool) -> None:
+    from fimserver.cli.watch import watch_file  # noqa: PLC0415
+
+    with exit_on_error():
+        try:
+            watch_file(place, settings, as_json=as_json)
+        except KeyboardInterrupt:
+            click.echo(err=True)
+
+
+@main.command()
+@engine_options
+@click.option("--gpu", metavar="NAME", help='Plan instead: what --model needs of this card, say "RTX 5090", or of cpu.')
+@click.option(
+    "--context",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Tokens of the plan's prompt; 8192, or all a shorter model takes, unless given.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as one JSON object.")
+def doctor(gpu: str | None, context: int | None, as_json: bool, **options: Any) -> None:  # noqa: FBT001
+    """Check the installation; every line that fails says how to mend it.
+
+    With --gpu nothing is checked: --model is a published name, the shipped one or a folder, and need not be here.
+    """
+    from fimserver.cli.doctor import plan_model, print_plan, run_checks  # noqa: PLC0415
+
+    settings = read_options(options, reports=False)
+    if gpu is None:
+        if context is not None or as_json:
+            msg = '--context and --json are for plans; say --gpu too, for instance --gpu "RTX 5090"'
+            raise click.UsageError(msg)
+        sys.exit(0 if run_checks(settings) else 1)
+    try:
+        plan = plan_model(settings.model, gpu, context)
+    except FimserverError as error:
+        raise click.UsageError(str(error)) from error
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(plan)))
+    else:
+        print_plan(plan)
+
+
+@main.command()
+@click.option(
+    "--folder", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="Where the corpus goes."
+)
+@click.option(
+    "--wheels",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    help="Where wheels are, and go; FOLDER/wheels unless given.",
+)
+@click.option("--yes", is_flag=True, help="Fetch what is missing without asking.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def corpus(folder: Path | None, wheels: Path | None, yes: bool, as_json: bool) -> None:  # noqa: FBT001
+    """Gather the Python files that the shipped model is trained on; wheels that are missing are fetched from PyPI."""
+    from fimserver.training.corpus import build_corpus, default_folder, find_missing  # noqa: PLC0415
+
+    folder = folder or default_folder()
+    wheels = wheels or folder / "wheels"
+    if missing := find_missing(wheels):
+        size = sum(pin.megabytes for pin in missing)
+        click.echo(f"pip will fetch {len(missing)} wheels from PyPI, about {size:.0f} MB, into {wheels}", err=True)
+        if not yes:
+            click.confirm("Fetch them?", abort=True, err=True)
+    run_measurement(
+        lambda: with_progress(lambda report: build_corpus(folder, wheels, report=report)),
+        as_json=as_json,
+        to_lines=_to_package_lines,
+    )
+
+
+@main.command()
+@click.argument("run", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--hours", type=click.FloatRange(min=0, min_open=True), metavar="H", help="Train for so long.")
+@click.option("--steps", type=click.IntRange(min=1), metavar="N", help="Train to step N instead.")
+@click.option(
+    "--from", "source", default="tiny", show_default=True, metavar="NAME|FOLDER", help="Weights to begin with."
+)
+@click.option("--fresh", is_flag=True, help="Begin with no weights; the tokenizer is that of --from.")
+@click.option("--set", "pairs", multiple=True, metavar="NAME=VALUE", help="Part of the recipe; see training/recipe.py.")
+@click.option(
+    "--corpus", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="Where the corpus is."
+)
+@click.option("--device", default="auto", show_default=True, metavar="DEVICE", help="auto, cpu or cuda.")
+@click.option("--threads", type=click.IntRange(min=0), default=0, metavar="N", help="At most; 0 means all cores.")
+def train(  # noqa: PLR0913, PLR0917  one parameter an option
+    run: Path,
+    hours: float | None,
+    steps: int | None,
+    source: str,
+    fresh: bool,  # noqa: FBT001
+    pairs: tuple[str, ...],
+    corpus: Path | None,
+    device: str,
+    threads: int,
+) -> None:
+    """Train a model in the folder RUN, or go on with the one that is there; RUN/model can be served all the while.
+
+    The rate falls over the last fifth of the time; a file RUN/stop lets it fall at once. RUN/log.jsonl has the losses,
+    samples.txt what the model says, losses.png a picture (with matplotlib).
+    """
+    from fimserver.training.command import train_model  # noqa: PLC0415
+
+    if (hours is None) == (steps is None):
+        msg = "say how long: --hours H or --steps N"
+        raise click.UsageError(msg)
+    run_measurement(
+        lambda: train_model(
+            run,
+            hours=hours,
+            steps=steps,
+            source=source,
+            fresh=fresh,
+            pairs=pairs,
+            corpus=corpus,
+            device=device,
+            threads=threads,
+        ),
+        as_json=False,
+    )
+
+
+@main.command()
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option(
+    "--operations", type=click.FloatRange(min=1e9), default=2e13, show_default=True, metavar="N", help="Each."
+)
+@click.option(
+    "--from", "source", default="tiny", show_default=True, metavar="NAME|FOLDER", help="Weights to begin with."
+)
+@click.option(
+    "--corpus", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="Where the corpus is."
+)
+@click.option("--threads", type=click.IntRange(min=0), default=0, metavar="N", help="At most; 0 means all cores.")
+def experiment(names: tuple[str, ...], operations: float, source: str, corpus: Path | None, threads: int) -> None:
+    """Change one part of the recipe at equal compute and measure; without NAME, say what there is."""
+    from fimserver.training.command import list_experiments, run_experiments  # noqa: PLC0415
+
+    if not names:
+        click.echo("\n".join(list_experiments()))
+        return
+    run_measurement(
+        lambda: run_experiments(names, operations=operations, source=source, corpus=corpus, threads=threads),
+        as_json=False,
+        to_lines=lambda lines: lines,
+    )
+
+
+def _to_package_lines(manifest: Any) -> Iterator[str]:
+    """A line for each package, and one for all."""
+    for package in manifest.packages:
+        files, characters = package.files + package.held_out_files, package.characters + package.held_out_characters
+        held_out = f", {package.held_out_files} held out" if package.held_out_files else ""
+        what = f"{package.name} {package.version}"
+        yield f"{what:32} {files:6} files {characters / 1e6:7.2f} MB  {package.licence}{held_out}"
+    files = sum(package.files for package in manifest.packages)
+    characters = sum(package.characters for package in manifest.packages)
+    yield f"{'to train on':32} {files:6} files {characters / 1e6:7.2f} MB"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""``fimserver model`` with its commands, and ``fimserver quantize``.
+
+Knows:  options, what the store and the quantizer say.  Never: the hub, tensors.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fimserver.cli.options import exit_on_error, run_measurement, with_progress
+from fimserver.errors import FimserverError
+
+
+@click.group()
+def model() -> None:
+    """Add published models by name, list and remove them. Nothing but `model add` fetches a model."""
+
+
+@model.command(name="add")
+@click.argument("name", metavar="OWNER/NAME[@REVISION]")
+@click.option("--yes", is_flag=True, help="Fetch without asking.")
+def add(name: str, yes: bool) -> None:  # noqa: FBT001
+    """Fetch a published model into the Hugging Face cache; licence and size are shown first.
+
+    A download that was interrupted goes on where it stopped.
+    """
+    from fimserver.checkpoints.hub import add_model, find_offer, parse_name  # noqa: PLC0415
+    from fimserver.checkpoints.installed import to_gigabytes  # noqa: PLC0415
+    from fimserver.engine.loading.weights import check_weights, read_config  # noqa: PLC0415
+
+    try:
+        parse_name(name)
+    except FimserverError as error:
+        raise click.UsageError(str(error)) from error
+    with exit_on_error():
+        offer = find_offer(name)
+        gated = f" (gated: accept the licence on {offer.page})" if offer.is_gated else ""
+        for label, value in (
+            ("model", f"{offer.name} at {offer.commit[:12]}, changed {offer.changed}"),
+            ("licence", f"{offer.licence}{gated}"),
+            (
+                "size",
+                f"{to_gigabytes(offer.num_bytes)}, of which {to_gigabytes(offer.missing_bytes)} are to be fetched",
+            ),
+            ("to", f"{offer.folder}, where {to_gigabytes(offer.free_bytes)} are free"),
+        ):
+            click.echo(f"{label:8} {value}", err=True)
+        if offer.missing_bytes and not yes:
+            if not sys.stdin.isatty():
+                msg = "without a terminal nothing is fetched but with --yes"
+                raise click.UsageError(msg)
+            click.confirm("Fetch it?", abort=True, err=True)
+        added = with_progress(
+            lambda report: add_model(offer, check_config=read_config, check_weights=check_weights, report=report)
+        )
+        click.echo(f"added {added.name}, {added.folder}")
+        click.echo(f'Set fimserver.model to "{added.name}", or say: --model {added.name}', err=True)
+
+
+@model.command(name="list")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def list_all(as_json: bool) -> None:  # noqa: FBT001
+    """Models that are shipped, were added, or are known and not downloaded."""
+    from fimserver.checkpoints.installed import list_models, to_gigabytes  # noqa: PLC0415
+
+    with exit_on_error():
+        listed = list_models()
+    if as_json:
+        click.echo(json.dumps({"models": [dataclasses.asdict(one) for one in listed]}))
+        return
+    for one in listed:
+        gone = "its files are gone; add it again" if one.state == "added" and one.num_bytes is None else None
+        place = gone or one.folder or f"not downloaded: fimserver model add {one.name}"
+        click.echo(f"{one.name:42} {one.state:8} {to_gigabytes(one.num_bytes):>12}  {place}")
+
+
+@model.command(name="remove")
+@click.argument("name", metavar="OWNER/NAME")
+@click.option("--yes", is_flag=True, help="Delete without asking.")
+def remove(name: str, yes: bool) -> None:  # noqa: FBT001
+    """Forget a model that was added, and delete its files from the Hugging Face cache."""
+    from fimserver.checkpoints.installed import find_removal, to_gigabytes  # noqa: PLC0415
+
+    with exit_on_error():
+        removal = find_removal(name)
+        what = f"{to_gigabytes(removal.num_bytes)} in {removal.folder}, which other programs may share"
+        if removal.num_bytes and not yes:
+            if not sys.stdin.isatty():
+                msg = f"{what}: without a terminal nothing is deleted but with --yes"
+                raise click.UsageError(msg)
+            click.confirm(f"Delete {what}?", abort=True, err=True)
+        removal.execute()
+        click.echo(f"removed {name}, {to_gigabytes(removal.num_bytes)}")
+
+
+@click.command(name="quantize")
+@click.argument("source", metavar="SRC")
+@click.argument("target", metavar="DST", type=click.Path(file_okay=False, path_type=Path))
+@click.option(
+    "--all", "everything", is_flag=True, help="Attention, dense MLPs and self-conditioning too, not experts alone."
+)
+@click.option(
+    "--format",
+    "dialect",
+    type=click.Choice(["modelopt", "compressed-tensors"]),
+    default="modelopt",
+    show_default=True,
+    help="Whose names the file has.",
+)
+@click.option(
+    "--search/--no-search", "searched", default=True, help="Scales of the least squared error, or the nearest."
+)
+@click.option(
+    "--calibrate",
+    "calibration",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="A text that says which weights matter; takes the memory of the whole model.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def quantize_model(source: str, target: Path, dialect: str, as_json: bool, **options: Any) -> None:  # noqa: FBT001
+    """Write the model SRC, a name or a folder, to the new folder DST with its weights in 4 bits (NVFP4).
+
+    A run that was stopped goes on when the same command is given again.
+    """
+    from fimserver.engine.kernels.nvfp4 import Dialect  # noqa: PLC0415
+    from fimserver.engine.quantize.plan import QuantizerOptions  # noqa: PLC0415
+    from fimserver.engine.quantize.quantizer import quantize_folder  # noqa: PLC0415
+
+    chosen = QuantizerOptions(dialect=Dialect(dialect), **options)
+    run_measurement(
+        lambda: with_progress(lambda report: quantize_folder(source, target, chosen, report=report)),
+        as_json=as_json,
+        show=_print_quantized,
+    )
+
+
+def _print_quantized(summary: Any) -> None:
+    """Every layer a row, then sizes and what stayed in floats."""
+    from rich.box import SIMPLE  # noqa: PLC0415
+    from rich.console import Console  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+
+    console = Console(width=100, highlight=False)
+    table = Table(title=f"{summary.model} in 4 bits, relative errors", box=SIMPLE)
+    table.add_column("layer")
+    for column in ("matrices", "of weights", "of outputs*", "MB before", "MB after"):
+        table.add_column(column, justify="right")
+    for row in summary.layers:
+        output = "" if row.output_error is None else f"{row.output_error:.4f}"
+        sizes = (f"{size / 1e6:.1f}" for size in (row.source_bytes, row.written_bytes))
+        table.add_row(row.layer, str(row.matrices), f"{row.weight_error:.4f}", output, *sizes)
+    console.print(table)
+    console.print("* on the calibration text, as if a layer's inputs were uncorrelated; without --calibrate not known")
+    console.print(
+        f"all weights: {summary.source_bytes / 1e6:.1f} MB before, {summary.written_bytes / 1e6:.1f} MB after"
+    )
+    for note in summary.notes:
+        console.print(note)

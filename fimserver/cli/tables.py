@@ -1,0 +1,190 @@
+"""What measurements say, as tables for a person.
+
+Knows:  summaries of this room.  Never: how they were measured.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from fimserver.bench.decode import Comparison, WayNumbers
+    from fimserver.bench.metrics import Interval, MeanInterval
+    from fimserver.bench.profiling import Profile
+    from fimserver.bench.quality import Numbers
+    from fimserver.bench.quality import Summary as Quality
+
+_COLUMNS = (
+    "holes",
+    "ms p50",
+    "p95",
+    "mean",
+    "1st line",
+    "passes",
+    "median",
+    "tok/pass",
+    "exact",
+    "long",
+    "parses",
+)
+_QUALITY_COLUMNS = (
+    "holes",
+    "exact",
+    "95%",
+    "1st line",
+    "copies",
+    "similar",
+    "answered",
+    "parses",
+    "passes",
+    "long",
+    "passes",
+    "exact",
+    "ms p50",
+    "p95",
+    "ECE",
+)
+
+
+def print_comparison(comparison: "Comparison", console: Console | None = None) -> None:
+    """Every way a row, then the ratios."""
+    console = console or Console(width=140, highlight=False)
+    table = Table(title=f"{comparison.holes} holes, {comparison.long_holes} of them long")
+    table.add_column("way")
+    for column in _COLUMNS:
+        table.add_column(column, justify="right")
+    for name, numbers in comparison.modes.items():
+        table.add_row(name, *_cells(numbers))
+    if comparison.auto:
+        table.add_row(f"auto ({comparison.auto['mode']})", *_cells(comparison.auto["numbers"]))
+    console.print(table)
+    for name, interval in comparison.ratios.items():
+        console.print(f"{name:34} {_show_interval(interval)}")
+    if comparison.ours:
+        verdict = "" if comparison.ours.qualifies else "DOES NOT QUALIFY: "
+        console.print(f"{'ours':34} {comparison.ours.mode} ({verdict}{comparison.ours.why})")
+    for name, warm in comparison.warm_over_cold.items():
+        console.print(
+            f"{'warm_over_cold ' + name:34} ms {warm.ms:.2f}, passes {warm.passes:.2f}; "
+            f"{warm.warm_ms_p50:.0f} ms at the median ({warm.holes} holes)"
+        )
+    for name, numbers in comparison.modes.items():
+        if numbers.steps_mean:
+            console.print(f"{'unfinished ' + name:34} {numbers.unfinished:.2f} (spent every step)")
+    if comparison.generate_config:
+        console.print(f"{'generate':34} {_show_facts(comparison.generate_config)}")
+    console.print(f"{'machine':34} {_show_facts(comparison.machine)}")
+
+
+def print_profile(profile: "Profile", console: Console | None = None) -> None:
+    """Every part a row, then the machine's bound."""
+    console = console or Console(width=120, highlight=False)
+    table = Table(title=f"{profile.mode}: {profile.requests} requests, ms of one")
+    table.add_column("part")
+    for column in ("ms", "share", "calls"):
+        table.add_column(column, justify="right")
+    for part in profile.parts:
+        table.add_row(part.name, f"{part.ms:.2f}", f"{part.share:.1%}", f"{part.calls:.1f}")
+    table.add_row("request", f"{profile.profiled_ms:.2f}", "100.0%", "")
+    console.print(table)
+    if not profile.has_ranges:
+        console.print("This engine names no ranges: its parts are all in the last row; see the operators below.")
+    for operator in profile.operators:
+        console.print(f"  {operator.name:34} {operator.ms:9.2f} ms {operator.calls:9.1f} calls")
+    console.print(f"{'not profiled':34} {profile.ms:.1f} ms (the profiler itself: x{profile.overhead:.2f})")
+    console.print(f"{'one pass':34} {profile.ms_per_pass:.1f} ms, {profile.passes:.1f} passes")
+    bound = profile.bound
+    console.print(
+        f"{'bound':34} {bound.ideal_ms:.2f} ms (arithmetic {bound.compute_ms:.2f}, memory {bound.memory_ms:.2f}); "
+        f"measured is {bound.measured_over_ideal:.1f} times that"
+    )
+    bf16 = f", bf16 {bound.bf16_gflops:.0f}" if bound.bf16_gflops else ""
+    console.print(f"{'probe':34} fp32 {bound.fp32_gflops:.0f} GFLOP/s{bf16}; {bound.gigabytes_per_s:.1f} GB/s")
+    console.print(f"{'machine':34} {_show_facts(profile.machine)}")
+
+
+def print_quality(quality: "Quality", console: Console | None = None) -> None:
+    """A table for each model, then its modes and the models against each other."""
+    console = console or Console(width=160, highlight=False)
+    matches = "with matches" if quality.matches else "without guesses"
+    console.print(f"{quality.data}: {quality.files} files, {matches}, seed {quality.seed}")
+    for scores in quality.models:
+        table = Table(title=f"{scores.model} ({scores.name})", box=SIMPLE, pad_edge=False, collapse_padding=True)
+        for column in ("mode", "kind"):
+            table.add_column(column, no_wrap=True)
+        for column in _QUALITY_COLUMNS:
+            table.add_column(column, justify="right", no_wrap=True)
+        for mode, kinds in scores.modes.items():
+            for kind, numbers in kinds.items():
+                table.add_row(mode, kind, *_quality_cells(numbers), end_section=kind == "all")
+        console.print(table)
+        for pair in scores.long_pairs:
+            name = f"long: {pair.first} - {pair.second}"
+            console.print(f"{name:42} exact {_show_mean(pair.exact_difference, signed=True)}")
+            if pair.passes_ratio:
+                console.print(f"{'':42} passes of {pair.second} over it {_show_mean(pair.passes_ratio)}")
+    for mode, differences in quality.differences.items():
+        for kind, difference in differences.items():
+            name = f"{mode} {kind}: this model - the other"
+            console.print(f"{name:56} exact {_show_mean(difference, signed=True)}")
+
+
+def _quality_cells(numbers: "Numbers") -> list[str]:
+    return [
+        str(numbers.holes),
+        f"{numbers.exact.value:.3f}",
+        f"{numbers.exact.low:.2f}-{numbers.exact.high:.2f}",
+        _show_some(numbers.first_line),
+        _show_some(numbers.copies),
+        f"{numbers.edit_similarity:.3f}",
+        f"{numbers.answered:.3f}",
+        f"{numbers.parses:.3f}",
+        f"{numbers.passes:.1f}",
+        str(numbers.long_holes),
+        "" if numbers.long_passes is None else f"{numbers.long_passes:.1f}",
+        _show_some(numbers.long_exact),
+        f"{numbers.ms_p50:.0f}",
+        f"{numbers.ms_p95:.0f}",
+        _show_some(numbers.expected_calibration_error),
+    ]
+
+
+def _show_some(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _show_mean(interval: "MeanInterval", *, signed: bool = False) -> str:
+    """Of a difference with its sign, of a ratio without."""
+    spec = "+.3f" if signed else ".2f"
+    low, high = format(interval.low, spec), format(interval.high, spec)
+    alike = ", which do not tell them apart" if interval.low == interval.high == 0 else ""
+    return f"{interval.value:{spec}} [{low}, {high}] ({interval.holes} holes{alike})"
+
+
+def _cells(numbers: "WayNumbers") -> list[str]:
+    long = numbers.exact_match_long
+    return [
+        str(numbers.holes),
+        f"{numbers.ms_p50:.0f}",
+        f"{numbers.ms_p95:.0f}",
+        f"{numbers.ms_mean:.0f}",
+        f"{numbers.first_line_ms_p50:.0f}",
+        f"{numbers.passes_mean:.1f}" + (f" x{numbers.batch}" if numbers.batch > 1 else ""),
+        f"{numbers.passes_median:g}",
+        f"{numbers.tokens_per_pass:.2f}",
+        f"{numbers.exact_match:.3f}",
+        "" if long is None else f"{long:.3f}",
+        f"{numbers.parse_ok:.3f}",
+    ]
+
+
+def _show_interval(interval: "Interval") -> str:
+    if interval.median is None:
+        return "no hole has both"
+    return f"{interval.median:.2f} [{interval.low:.2f}, {interval.high:.2f}] ({interval.holes} holes)"
+
+
+def _show_facts(facts: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in facts.items())

@@ -1,0 +1,94 @@
+"""``fimserver complete FILE --watch``: ghost text for a file as it is saved, in a terminal beside any editor.
+
+The cursor is where the last save changed the text: behind what was typed, or where something was deleted. The model
+is loaded once. It ends with Ctrl-C.
+
+Knows:  files, ``cli/complete.py``, the terminal.  Never: LSP.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from fimserver.cli.complete import LOAD_TIMEOUT_S, Result, Target, complete_snapshot, read_text, to_ghost_line, to_json
+from fimserver.datatypes import Snapshot
+from fimserver.engine.client import EngineClient, EngineOptions
+from fimserver.errors import PositionError
+from fimserver.settings import Settings
+from fimserver.text import common_prefix_length, common_suffix_length
+
+_POLL_S = 0.1
+_LINES_ABOVE = 3
+
+
+def watch_file(target: Target, settings: Settings, *, as_json: bool) -> None:
+    """Complete at the target, then wherever a save changes the file, until it is interrupted.
+
+    Raises ``PositionError`` for a file that cannot be read, ``EngineError`` for a model that does not load.
+    """
+    engine = EngineClient(EngineOptions().under(settings))
+    console = Console(stderr=True)
+    try:
+        with console.status("loading the model"):
+            engine.start()
+            engine.wait_until_ready(LOAD_TIMEOUT_S)
+        console.print(f"watching {target.name}; save it to see what would be offered, Ctrl-C ends", highlight=False)
+        for snapshot in snapshots_of(target):
+            result = complete_snapshot(snapshot, settings, lambda: engine)
+            _show(result, Target(target.name, snapshot), as_json=as_json)
+    finally:
+        engine.close()
+
+
+def snapshots_of(target: Target) -> Iterator[Snapshot]:
+    """The target's, then one for each save that changes the text, without end."""
+    last = target.snapshot
+    yield last
+    for text in _texts(Path(target.name), last.text):
+        cursor = changed_at(last.text, text)
+        last = Snapshot(last.uri, last.version + 1, last.language_id, text, cursor)
+        yield last
+
+
+def _texts(path: Path, text: str) -> Iterator[str]:
+    """The file's texts as they change; a file that is being replaced is waited for."""
+    stamp = None
+    while True:
+        time.sleep(_POLL_S)
+        try:
+            status = path.stat()
+            if (new_stamp := (status.st_mtime_ns, status.st_size, status.st_ino)) == stamp:
+                continue
+            new = read_text(str(path))
+        except (OSError, PositionError):
+            continue  # between an editor's unlink and its rename, or half written
+        stamp = new_stamp
+        if new != text:
+            text = new
+            yield text
+
+
+def changed_at(old: str, new: str) -> int:
+    """Where a person is who made ``new`` of ``old``: behind what is new."""
+    start = common_prefix_length(old, new)
+    tail = common_suffix_length(old, new, min(len(old), len(new)) - start)
+    end = len(new) - tail
+    return end - 1 if end > start and new[end - 1] == "\n" else end
+
+
+def _show(result: Result, target: Target, *, as_json: bool) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps(to_json(result, target)) + "\n")
+        sys.stdout.flush()
+        return
+    snapshot = target.snapshot
+    above = snapshot.text[: snapshot.cursor].split("\n")[-_LINES_ABOVE - 1 : -1]
+    lines = [Text(line, style="dim") for line in above] + [to_ghost_line(result.completion, snapshot)]
+    if result.completion is None:
+        lines.append(Text(f"(nothing: {result.refusal.detail if result.refusal else ''})", style="italic"))
+    Console(highlight=False, soft_wrap=True).print(Text("\n").join(lines), "\n")

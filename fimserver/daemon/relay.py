@@ -1,0 +1,455 @@
+"""``fimserver lsp``: joins an editor's stdio to the daemon, and holds what a new daemon has to be told.
+
+    editor --stdin--> from_editor --socket--> daemon
+    editor <--stdout-- from_daemon <--socket-- daemon
+
+One of these runs in every editor window, so it is small and starts at once: standard library alone, three threads. It
+keeps the text of each open document (``replica.py``). Where the daemon ends, by whatever cause, another is started and
+told all: the editor's ``initialize``, its settings, its documents as they are now, and the requests that are still
+unanswered. A completion whose document has changed meanwhile is answered with nothing instead, so that no answer is
+stale. The person is told of a daemon that hangs.
+
+Knows:  LSP's messages as JSON.  Never: what a completion is, dataclasses (2 MB and some milliseconds).
+"""
+
+import json
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any, BinaryIO
+
+from fimserver.daemon.replica import Replica, to_notification
+from fimserver.daemon.transport import KEY, NO_ANSWER, Stream
+from fimserver.errors import FimserverError
+from fimserver.framing import MAX_BODY_BYTES, read_body, to_frame
+from fimserver.text import Encoding
+
+Connect = Callable[[], Stream]
+_PAUSES_S = (0.0, 0.1, 0.5, 2.0, 5.0, 15.0)  # before another try to reach a daemon
+_STABLE_S = 30.0  # a daemon that served for so long did not die of how it was started
+_PARSE_ERROR, _INVALID_REQUEST, _INTERNAL_ERROR = -32700, -32600, -32603
+_COMPLETIONS: dict[str, Any] = {"textDocument/inlineCompletion": {"items": []}, "textDocument/completion": None}
+_REPLAYED = (
+    "$/setTrace",
+    "workspace/didChangeWorkspaceFolders",
+    "fimserver/didChangeWorkspaceTrust",
+    "workspace/didChangeConfiguration",
+)
+_MOST_DEATHS = 2
+_HAND_OVER_S = 1.0  # that who asked for it has to take the place
+_WAKING = (
+    *("textDocument/didOpen", "textDocument/didChange", "textDocument/didFocus"),
+    *("notebookDocument/didOpen", "notebookDocument/didChange"),
+)
+_OWN_ID = "fimserver-relay-initialize"
+_OWN_SNOOZE_ID = "fimserver-relay-snooze"
+_PING = b'{"jsonrpc": "2.0", "id": "fimserver-relay-ping", "method": "fimserver/status", "params": {}}'
+_SILENCE_S = 10.0  # behind a request, before the daemon is asked whether it is there
+_PING_S = 5.0  # that it has to say so
+_LOOK_S = 0.5
+_SNOOZE_MINUTES = 5.0  # the server's own, unless told
+_STATUS, _DID_CLOSE = "didChangeStatus", "textDocument/didClose"
+_NEAR_END = 4096  # bytes
+_TEXT = rb'("(?:[^"\\]|\\.)*")'
+_DOCUMENT_IN = re.compile(rb'"(?:textDocument|notebookDocument)"\s*:\s*\{[^{}]*?"uri"\s*:\s*' + _TEXT)
+_METHOD_IN = re.compile(rb'"method"\s*:\s*' + _TEXT)
+_ID_IN = re.compile(rb'"id"\s*:\s*(\d+|"(?:[^"\\]|\\.)*")\s*[,}]')
+
+
+def _find(pattern: "re.Pattern[bytes]", text: bytes) -> Any:
+    """What a pattern's last match says, as JSON; ``None`` of none."""
+    matches = pattern.findall(text)
+    with suppress(ValueError):
+        return json.loads(matches[-1]) if matches else None
+    return None
+
+
+class Pending:
+    """A request of the editor's without an answer; ``is_stale`` where its document is another by now.
+
+    ``num_deaths`` counts the daemons that ended while it was open: it may be what they die of.
+    """
+
+    __slots__ = ("body", "is_stale", "method", "num_deaths", "uri")
+
+    def __init__(self, body: bytes, method: str, uri: str | None) -> None:
+        self.body, self.method, self.uri = body, method, uri
+        self.is_stale, self.num_deaths = False, 0
+
+
+class Relay:
+    """One editor's messages, on their way and as far as they have to be remembered."""
+
+    def __init__(self, editor: BinaryIO, to_editor: BinaryIO, connect: Connect) -> None:
+        self._editor, self._to_editor, self._connect = editor, to_editor, connect
+        self._lock = threading.Lock()  # of all below, and of what is sent to the daemon
+        self._write_lock = threading.Lock()
+        self._wake = threading.Event()
+        self._stream: Stream | None = None
+        self._waits = False  # for the editor's next message, before a daemon is started again
+        self._hands_over = False
+        self._shown = ""
+        self._unheard_since: float | None = None  # of time.monotonic: a request, and nothing from the daemon since
+        self._num_heard = 0  # messages from daemons
+        self._status: bytes | None = None  # the daemon's last word on its state
+        self._has_asked = threading.Event()
+        self._ended = threading.Event()
+        self._is_shut_down = False
+        self._initialize: dict[str, Any] | None = None
+        self._initialized: bytes | None = None
+        self._replica = Replica(self._make_stale)
+        self._pending: dict[int | str, Pending] = {}
+        self._replayed: list[tuple[str, bytes]] = []
+        self._snoozed_until = 0.0  # of time.monotonic
+        self._asked: set[int | str] = set()  # requests of this daemon's to the editor
+        self._progress: set[int | str] = set()
+
+    def run(self, stream: Stream) -> int:
+        """Relay until the editor leaves: 0 after an orderly ``shutdown``, else 1."""
+        self._stream = stream
+        threading.Thread(target=self._serve, daemon=True).start()
+        threading.Thread(target=self._watch, daemon=True).start()
+        with suppress(OSError):
+            while not self._ended.is_set() and (body := read_body(self._editor, self._on_skipped)) is not None:
+                self.from_editor(body)
+        self._ended.set()
+        if (stream := self._stream) is not None:
+            stream.close()  # whoever sends to a daemon that does not read holds the lock, and is freed by this
+        with self._lock:
+            if self._stream is not None:
+                self._stream.close()
+        return 0 if self._is_shut_down else 1
+
+    # From the editor
+
+    def from_editor(self, body: bytes) -> None:
+        """Note what a message means for a later daemon, and pass it on."""
+        try:
+            message = json.loads(body)
+        except (ValueError, RecursionError):
+            self._answer_error(None, _PARSE_ERROR, "the message is no JSON in UTF-8")
+            return
+        if not isinstance(message, dict):
+            self._answer_error(None, _INVALID_REQUEST, "a message is an object; batches are not read")
+            return
+        if message.get("method") == "exit":
+            self._ended.set()
+            return
+        with self._lock:
+            if not self._note(message, body):
+                return
+            if self._stream is not None:
+                if message.get("id") is not None and self._unheard_since is None:
+                    self._unheard_since = time.monotonic()
+                    self._has_asked.set()
+                with suppress(OSError):  # whoever reads from it sees its end too, and everything is sent again
+                    self._stream.send(body)
+            elif self._waits and message.get("method") == "shutdown":
+                for number in [number for number, asked in self._pending.items() if asked.method == "shutdown"]:
+                    self._answer_nothing(self._pending.pop(number), number)
+                return
+            if message.get("id") is not None or message.get("method") in _WAKING:
+                self._wake.set()
+
+    def _watch(self) -> None:
+        """Tell the person of a daemon that does not answer, once for each that hangs."""
+        while not self._ended.is_set():
+            self._has_asked.wait()
+            self._has_asked.clear()
+            while (since := self._unheard_since) is not None and not self._ended.is_set():
+                if (remaining_s := since + _SILENCE_S - time.monotonic()) > 0:
+                    time.sleep(remaining_s)
+                elif self._is_silent():
+                    self._show(1, f"fimserver gives no completions: {NO_ANSWER}")
+                    self._notify(_STATUS, {"kind": "Error", "busy": False, "message": NO_ANSWER})
+                    heard, stream = self._num_heard, self._stream
+                    while (heard, stream) == (self._num_heard, self._stream) and not self._ended.is_set():
+                        time.sleep(_LOOK_S)
+                    if self._stream is stream and self._status is not None:
+                        self._write(self._status)
+                    elif self._stream is stream:  # of a new one the person is told elsewhere
+                        self._notify(_STATUS, {"kind": "Normal", "busy": False, "message": "fimserver answers again"})
+
+    def _is_silent(self) -> bool:
+        """Whether a daemon that is there says nothing, though it is asked whether it is there."""
+        heard = self._num_heard
+        if self._lock.acquire(timeout=_PING_S):  # who sends to one that does not read holds it
+            try:
+                if self._stream is None:
+                    self._unheard_since = None
+                    return False
+                with suppress(OSError):
+                    self._stream.send(_PING)
+            finally:
+                self._lock.release()
+        time.sleep(_PING_S)
+        return self._num_heard == heard and self._stream is not None
+
+    def _note(self, message: dict[str, Any], body: bytes) -> bool:
+        """Whether a message is to be passed on."""
+        method, message_id = message.get("method"), message.get("id")
+        if not isinstance(message_id, int | str):
+            message_id = None  # of none that can be answered
+        if method is None:  # an answer, of use to the daemon that asked alone
+            if message_id in self._asked:
+                self._asked.discard(message_id)
+                return True
+            return False
+        params = message.get("params")
+        self._note_snooze(str(method), params)
+        if message_id is not None:
+            self._pending[message_id] = Pending(body, str(method), _uri_of(params))
+        if method == "initialize" and isinstance(params, dict) and message_id is not None:
+            self._initialize = self._initialize or message
+        elif method == "initialized":
+            self._initialized = body
+        elif method in _REPLAYED:
+            self._replayed = [(m, b) for m, b in self._replayed if m != method or "Folders" in m]
+            self._replayed.append((str(method), body))
+        elif method == "$/cancelRequest" and isinstance(params, dict):
+            with suppress(KeyError, TypeError):
+                self._pending[params["id"]].is_stale = True
+        elif str(method).partition("/")[0] in {"textDocument", "notebookDocument"}:
+            self._replica.note(str(method), params)
+        return True
+
+    def _note_snooze(self, method: str, params: Any) -> None:
+        """The next daemon keeps still as long as this one would have."""
+        minutes = None
+        if method == "fimserver/snooze" and isinstance(params, dict):
+            minutes = params.get("minutes")
+        elif method == "workspace/executeCommand" and isinstance(params, dict):
+            if params.get("command") != "fimserver.snooze":
+                return
+            given = params.get("arguments")
+            minutes = given[0] if isinstance(given, list) and given else None
+        else:
+            return
+        good = isinstance(minutes, int | float) and not isinstance(minutes, bool)
+        self._snoozed_until = time.monotonic() + 60 * (float(minutes) if good else _SNOOZE_MINUTES)  # type: ignore[arg-type]
+
+    def _make_stale(self, uri: str) -> None:
+        """The text that completions were asked for is no more."""
+        for pending in self._pending.values():
+            if pending.uri == uri and pending.method in _COMPLETIONS:
+                pending.is_stale = True
+
+    def _on_skipped(self, size: int, begin: bytes, end: bytes) -> None:
+        """A message was too large: if it was about a document, that one is unknown from now on, here and there.
+
+        What it was about is looked for where an editor writes that: before the parameters or at the end, and in the
+        parameters' document. Where it cannot be found, every document is unknown until it is opened again.
+        """
+        text = f"a message of {size} bytes was left out: {MAX_BODY_BYTES} are the most; the file is too large for it"
+        outside = b"\n".join((begin.partition(b'"params"')[0], end[-_NEAR_END:]))
+        method, number = _find(_METHOD_IN, outside), _find(_ID_IN, outside)
+        with self._lock:
+            if isinstance(number, int | str) and isinstance(method, str):
+                self._answer_error(number, _INVALID_REQUEST, text)
+            elif method is None or str(method).partition("/")[0] in {"textDocument", "notebookDocument"}:
+                uri = _find(_DOCUMENT_IN, begin[:_NEAR_END]) or _find(_DOCUMENT_IN, end[-_NEAR_END:])
+                for lost in self._replica.lose(uri if isinstance(uri, str) else None):
+                    if self._stream is not None:
+                        with suppress(OSError):
+                            self._stream.send(to_notification(_DID_CLOSE, {"textDocument": {"uri": lost}}))
+        self._show(2, f"fimserver: {text}")
+
+    # From the daemon
+
+    def _serve(self) -> None:
+        """Pass on what daemons say, one after the other, until the editor leaves."""
+        failures = 0
+        while not self._ended.is_set():
+            stream, begin = self._stream, time.monotonic()
+            if stream is not None:
+                while (body := stream.read()) is not None:
+                    self.from_daemon(body)
+                stream.close()
+                failures = 0 if time.monotonic() - begin > _STABLE_S else failures + 1
+                self._on_lost()
+            if self._ended.is_set():
+                return
+            if self._waits:
+                self._wake.wait()
+            time.sleep(_HAND_OVER_S if self._hands_over else _PAUSES_S[min(failures, len(_PAUSES_S) - 1)])
+            self._waits = self._hands_over = False
+            try:
+                self._replay(self._connect())
+            except FimserverError as error:
+                failures += 1
+                self._give_up(str(error))
+            except (KeyError, TypeError, ValueError, AttributeError) as error:  # of what the editor sent
+                failures += 1
+                self._give_up(f"what the editor said cannot be said again ({type(error).__name__})")
+            except OSError as error:  # it is gone again already
+                failures += 1
+                if failures >= len(_PAUSES_S):
+                    self._give_up(f"the daemon ends as soon as it is spoken to ({error})")
+
+    def from_daemon(self, body: bytes) -> None:
+        """Note what a message means for the next daemon, and pass it on."""
+        try:
+            message = json.loads(body)
+        except ValueError:
+            return
+        if not isinstance(message, dict):
+            return
+        self._num_heard += 1
+        method, message_id = message.get("method"), message.get("id")
+        if KEY in message:
+            self._wake.clear()
+            self._waits = message.get(KEY) == "bye" and message.get("reason") == "stop"
+            self._hands_over = message.get(KEY) == "bye" and message.get("reason") == "hand_over"
+            return
+        with self._lock:
+            is_wanted = method is not None or self._note_answer(message)
+            self._unheard_since = time.monotonic() if self._pending else None
+            if self._pending:
+                self._has_asked.set()
+            if method == _STATUS:
+                self._status = body
+            if not is_wanted:
+                return
+            if method is not None and message_id is not None:
+                self._asked.add(message_id)
+            elif method == "$/progress":
+                self._note_progress(message.get("params"))
+        self._write(body)
+
+    def _note_answer(self, message: dict[str, Any]) -> bool:
+        """Whether the editor waits for it: not for what the relay asked, nor for what was answered already."""
+        message_id = message.get("id")
+        asked = self._pending.pop(message_id, None) if message_id is not None else None
+        if asked is not None and asked.method == "shutdown":
+            self._is_shut_down = True
+        if message_id == _OWN_ID or (asked is not None and asked.method == "initialize"):
+            self._take_encoding(message)
+        return asked is not None
+
+    def _take_encoding(self, message: Mapping[str, Any]) -> None:
+        with suppress(KeyError, TypeError, ValueError, AttributeError):
+            capabilities = message["result"]["capabilities"]
+            self._replica.encoding = Encoding(capabilities.get("positionEncoding") or Encoding.UTF16)
+
+    def _note_progress(self, params: Any) -> None:
+        with suppress(KeyError, TypeError):
+            if params["value"]["kind"] == "end":
+                self._progress.discard(params["token"])
+            else:
+                self._progress.add(params["token"])
+
+    # Between two daemons
+
+    def _on_lost(self) -> None:
+        """The daemon is gone: what it began in the editor is ended."""
+        with self._lock:
+            self._stream = self._unheard_since = self._status = None
+            self._asked.clear()
+            tokens = list(self._progress)
+            self._progress.clear()
+            says = self._initialized is not None and not self._ended.is_set()
+            stopped = list(self._pending.items()) if self._waits else []
+            for pending in self._pending.values():
+                pending.num_deaths += not self._hands_over
+                pending.is_stale = pending.is_stale or pending.num_deaths >= _MOST_DEATHS
+            for number, _ in stopped:
+                del self._pending[number]
+        for number, pending in stopped:  # nobody is to wait for a daemon that somebody ended
+            self._answer_nothing(pending, number)
+        for token in tokens:
+            self._notify("$/progress", {"token": token, "value": {"kind": "end"}})
+        if says:
+            text = "fimserver was stopped; it starts again as you type" if self._waits else "fimserver starts again"
+            self._notify(_STATUS, {"kind": "Normal", "busy": not self._waits, "message": text})
+
+    def _replay(self, stream: Stream) -> None:
+        """Tell a new daemon all that the last one knew. Raises ``OSError`` when it is gone already."""
+        with self._lock:
+            if self._ended.is_set():
+                stream.close()
+                return
+            bodies = []
+            is_answered = self._initialize is not None and self._initialize.get("id") not in self._pending
+            if self._initialize is not None and is_answered:
+                bodies.append(json.dumps({**self._initialize, "id": _OWN_ID}).encode())
+            elif self._initialize is not None:
+                bodies.append(self._pending[self._initialize["id"]].body)
+            bodies += [self._initialized] if self._initialized is not None else []
+            bodies += [body for _, body in self._replayed]
+            if (remaining_s := self._snoozed_until - time.monotonic()) > 0:
+                snooze = {"id": _OWN_SNOOZE_ID, "method": "fimserver/snooze", "params": {"minutes": remaining_s / 60}}
+                bodies.append(json.dumps({"jsonrpc": "2.0", **snooze}).encode())
+            bodies += self._replica.to_messages()
+            stale = {number: pending for number, pending in self._pending.items() if pending.is_stale}
+            for number, pending in self._pending.items():
+                if number not in stale and pending.method != "initialize":
+                    bodies.append(pending.body)
+            try:
+                stream.send(*(body for body in bodies if len(body) <= MAX_BODY_BYTES))
+            except OSError:
+                stream.close()
+                raise
+            for number in stale:
+                del self._pending[number]
+            self._stream, self._shown = stream, ""
+        for number, pending in stale.items():
+            self._answer_nothing(pending, number)
+
+    def _give_up(self, reason: str) -> None:
+        """No daemon can be had now: nobody waits for it, and the next message is another try."""
+        with self._lock:
+            unanswered = list(self._pending.items())
+            self._pending.clear()
+            self._wake.clear()
+            self._waits = True
+        if reason != self._shown:  # once, however often it is tried
+            self._shown = reason
+            self._show(1, f"fimserver gives no completions: {reason}")
+        self._notify(_STATUS, {"kind": "Error", "busy": False, "message": reason})
+        for message_id, pending in unanswered:
+            if pending.method == "initialize":
+                self._initialize = None  # the editor may try again
+                self._answer_error(message_id, _INTERNAL_ERROR, reason)
+            else:
+                self._answer_nothing(pending, message_id)
+
+    # To the editor
+
+    def _answer_nothing(self, pending: Pending, message_id: int | str) -> None:
+        if pending.method == "shutdown":
+            self._is_shut_down = True
+        result = _COMPLETIONS.get(pending.method)
+        self._write(json.dumps({"jsonrpc": "2.0", "id": message_id, "result": result}).encode())
+
+    def _answer_error(self, message_id: int | str | None, code: int, text: str) -> None:
+        error = {"code": code, "message": text}
+        self._write(json.dumps({"jsonrpc": "2.0", "id": message_id, "error": error}).encode())
+
+    def _show(self, kind: int, text: str) -> None:
+        self._notify("window/showMessage", {"type": kind, "message": text})
+
+    def _notify(self, method: str, params: dict[str, Any]) -> None:
+        self._write(json.dumps({"jsonrpc": "2.0", "method": method, "params": params}).encode())
+
+    def _write(self, body: bytes) -> None:
+        with self._write_lock, suppress(OSError, ValueError):  # an editor that is gone: its end is read elsewhere
+            self._to_editor.write(to_frame(body))
+            self._to_editor.flush()
+
+
+def _uri_of(params: Any) -> str | None:
+    document = params.get("textDocument") if isinstance(params, dict) else None
+    uri = document.get("uri") if isinstance(document, dict) else None
+    return uri if isinstance(uri, str) else None
+
+
+def main(overrides: dict[str, Any]) -> int:
+    """Relay stdio to the daemon. Raises ``DaemonError`` before anything is read where none can be had."""
+    from fimserver.daemon.launch import open_editor  # noqa: PLC0415  tests relay without starting anything
+
+    stream = open_editor(overrides)
+    relay = Relay(sys.stdin.buffer, sys.stdout.buffer, lambda: open_editor(overrides))
+    return relay.run(stream)

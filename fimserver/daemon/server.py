@@ -1,0 +1,383 @@
+"""The daemon: one engine for all editors of one person, one language server object for each connection.
+
+    run_daemon   take the lock, listen, serve until nobody is left
+    Daemon       connections, commands, the end
+
+Of the connections the oldest decides with which settings the engine runs, as an editor alone would; when it leaves, the
+next one does. A connection that ends, by whatever cause, leaves the others and the engine alone.
+
+Knows:  connections, the engine's client.  Never: what a message says, torch.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import socket
+import time
+import zlib
+from collections import Counter, deque
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from fimserver import __version__
+from fimserver.daemon.build import read_build
+from fimserver.daemon.launch import log_file
+from fimserver.daemon.logs import configure_logs, is_written_to, rotate
+from fimserver.daemon.transport import (
+    GREETING_TIMEOUT_S,
+    KEY,
+    PROOF_BYTES,
+    PROTOCOL,
+    Listener,
+    Lock,
+    is_proof,
+    is_same_user,
+    listen,
+    prove,
+)
+from fimserver.engine.client import EngineClient
+from fimserver.errors import DaemonError
+from fimserver.frames import to_plain
+from fimserver.framing import MAX_BODY_BYTES, to_frame
+from fimserver.lsp.features import create_server, silence_others
+from fimserver.lsp.server import FimLanguageServer
+
+LINGER_S = 300.0
+_MOST_UNSENT_BYTES = 64 * 2**20
+_LARGEST_HELLO_BYTES = 65536
+_TIMES_KEPT = 2000
+_LOCK_TIMEOUT_S = 1.0  # who only looks whether the lock is held, holds it for a moment
+_LOG_LOOK_S = 30.0
+_LISTEN_FDS_START = 3  # systemd's
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Connection:
+    """One editor."""
+
+    server: FimLanguageServer
+    writer: asyncio.StreamWriter
+    number: int
+
+    def write(self, data: bytes) -> None:
+        """Pygls' writer: nobody waits; an editor that reads nothing at all is let go."""
+        transport = self.writer.transport
+        if transport.is_closing():
+            return
+        self.writer.write(data)
+        if transport.get_write_buffer_size() > _MOST_UNSENT_BYTES:
+            _logger.warning("an editor reads nothing; its connection is ended")
+            transport.abort()
+
+    def close(self) -> None:
+        """End it; what was written is sent first."""
+        self.writer.close()
+
+
+class Daemon:
+    """What serves all editors."""
+
+    def __init__(self, listener: Listener, lock: Lock, *, engine: EngineClient | None = None, linger_s: float) -> None:
+        self.engine = engine or EngineClient()
+        self.build = read_build()
+        self.connections: list[Connection] = []
+        self.counters: Counter[str] = Counter()  # of connections that ended
+        self._listener, self._lock, self._linger_s = listener, lock, linger_s
+        self._begin = time.monotonic()
+        self._done = asyncio.Event()
+        self._reason = ""
+        self._count = 0
+        self._handling_ms: deque[float] = deque(maxlen=_TIMES_KEPT)  # of messages; nobody else is served meanwhile
+        self._idle_timer: asyncio.TimerHandle | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._askers: list[asyncio.StreamWriter] = []  # who asked for the end, and sees it when they are closed
+
+    async def run(self) -> None:
+        """Serve until the end is asked for, or nobody came for a while."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with suppress(NotImplementedError):  # Windows
+                loop.add_signal_handler(number, self.end, "stop")
+        server = await asyncio.start_server(self._on_connected, sock=self._listener.socket, limit=_LARGEST_HELLO_BYTES)
+        self._on_left()
+        rotating = asyncio.create_task(_keep_log_small())
+        _logger.info("the daemon listens", extra={"pid": os.getpid(), "version": __version__})
+        await self._done.wait()
+        rotating.cancel()
+        server.close()
+        self._listener.close()
+        self._lock.release()
+        for connection in list(self.connections):
+            connection.write(to_frame(json.dumps({KEY: "bye", "reason": self._reason}).encode()))
+            connection.close()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=GREETING_TIMEOUT_S)
+        if self._reason != "hand_over":  # who makes room for another is waited for no longer
+            self.engine.close(f"the daemon ended ({self._reason})")
+        for writer in self._askers:
+            writer.close()
+        self.engine.close(f"the daemon ended ({self._reason})")
+
+    def end(self, reason: str) -> None:
+        """End: ``stop`` until somebody types again, ``restart`` and ``hand_over`` make editors look for another."""
+        self._reason = self._reason or reason
+        self._done.set()
+
+    async def _on_connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        if task is not None:
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        peer: socket.socket = writer.get_extra_info("socket")
+        try:
+            if not is_same_user(peer):
+                _logger.warning("a process of another user was refused")
+                return
+            async with asyncio.timeout(GREETING_TIMEOUT_S):
+                if self._listener.key:
+                    await self._prove(reader, writer)
+                hello = await _read_hello(reader)
+            await self._greet(hello, reader, writer)
+        except (OSError, EOFError, TimeoutError, ValueError, RecursionError) as error:
+            _logger.debug("a connection ended", extra={"why": type(error).__name__})
+        finally:
+            if writer not in self._askers:
+                writer.close()
+
+    async def _prove(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Show that this is the daemon, and see that the other side has read the key. Raises ``EOFError``."""
+        nonce = os.urandom(PROOF_BYTES)
+        writer.write(prove(self._listener.key, b"daemon", await reader.readexactly(PROOF_BYTES)) + nonce)
+        if not is_proof(await reader.readexactly(PROOF_BYTES), self._listener.key, b"client", nonce):
+            _logger.warning("a process without the key was refused")
+            raise EOFError
+
+    async def _greet(self, hello: dict[str, Any], reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        def answer(kind: str, **values: Any) -> None:
+            own = {"protocol": PROTOCOL, "build": list(self.build), "version": __version__, "pid": os.getpid()}
+            writer.write(to_frame(json.dumps({KEY: kind, **own, **values}).encode()))
+
+        command = hello.get("command")
+        if hello.get("role") == "control" and command in {"stop", "restart", "hand_over"}:
+            answer("done")
+            self._askers.append(writer)
+            self.end(command)
+        elif hello.get("role") == "control":
+            kind, values = self._control(str(command), hello)
+            answer(kind, **values)
+        elif _to_build(hello.get("build")) > self.build:
+            answer("older")
+        elif hello.get("protocol") != PROTOCOL:
+            answer("refused", reason=f"it speaks protocol {PROTOCOL}; install the same fimserver everywhere")
+        elif self._done.is_set():
+            answer("ending")
+        else:
+            answer("welcome")
+            overrides = hello.get("overrides")
+            await self._serve(overrides if isinstance(overrides, dict) else {}, reader, writer)
+        await writer.drain()
+
+    async def _serve(
+        self, overrides: dict[str, Any], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        server = create_server(overrides, self.engine)
+        self._count += 1
+        structlog.contextvars.bind_contextvars(editor=self._count)  # of all that this connection begins
+        connection = Connection(server, writer, self._count)
+        server.protocol.set_writer(connection)
+        self.connections.append(connection)
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+            self._idle_timer = None
+        if self.connections[0] is connection:
+            server.decide()
+        protocol = server.protocol
+        try:
+            while (body := await _read_body(reader)) is not None:
+                begin = time.perf_counter()
+                try:
+                    protocol.handle_message(json.loads(body, object_hook=protocol.structure_message))
+                except Exception as error:  # noqa: BLE001  one message fails, the connection goes on
+                    server.report_server_error(error, None)
+                self._handling_ms.append((time.perf_counter() - begin) * 1e3)
+        finally:
+            self.connections.remove(connection)
+            self.counters.update(server.session.counters)
+            server.leave("the editor left")
+            self._on_left()
+
+    def _control(self, command: str, hello: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """What is said to a command that leaves everything as it is."""
+        if command == "save":
+            for connection in self.connections:
+                connection.server.save_counts()
+            return "saved", {}
+        if command == "forget":
+            for connection in self.connections:
+                connection.server.forget_counts()
+            return "forgotten", {}
+        if command == "explain":
+            return "records", {"records": self.records()}
+        if command == "texts":
+            return "texts", {"texts": self.texts()}
+        if command == "replay":
+            return "replay", {"replay": self.replay(str(hello.get("request")))}
+        return "status", {"status": self.status()}
+
+    def _on_left(self) -> None:
+        """Somebody left: the next decides; behind the last the end is near."""
+        if self._done.is_set():
+            return
+        if self.connections:
+            self.connections[0].server.decide()
+            return
+        if self._linger_s:
+            self._idle_timer = asyncio.get_running_loop().call_later(self._linger_s, self.end, "idle")
+        self._unload_when_idle()
+
+    def _unload_when_idle(self) -> None:
+        if not self.connections and (delay_s := self.engine.unload_if_idle()) is not None:
+            asyncio.get_running_loop().call_later(delay_s, self._unload_when_idle)
+
+    def records(self) -> list[dict[str, Any]]:
+        """What came of the last requests of all editors, the oldest first; ids are of an editor and its request."""
+        found = [(c, record) for c in self.connections for record in c.server.session.records.recent()]
+        return [
+            {
+                **record.to_entry(),
+                "request": f"{connection.number}.{record.id}",
+                "uri": record.uri,
+                "language": record.language_id,
+            }
+            for connection, record in sorted(found, key=lambda pair: pair[1].since)
+        ]
+
+    def texts(self) -> list[dict[str, Any]]:
+        """Checksums of all open documents: whether they are what the editors have."""
+        return [
+            {
+                "uri": document.uri,
+                "version": document.version,
+                "crc32": zlib.crc32(document.text.encode("utf-8", "surrogatepass")),
+            }
+            for connection in self.connections
+            for document in connection.server.session.documents.values()
+        ]
+
+    def replay(self, name: str) -> dict[str, Any] | None:
+        """What the model was asked for one of them, and how the engine is set up; ``None`` where that is gone."""
+        number, _, request = name.partition(".")
+        for connection in self.connections:
+            replay = connection.server.session.records.replay(request) if str(connection.number) == number else None
+            if replay is not None:
+                context, sampling = to_plain(replay.context), to_plain(replay.sampling)
+                return {"context": context, "sampling": sampling, "engine": self.engine.options.arguments}
+        return None
+
+    def status(self) -> dict[str, Any]:
+        """What ``fimserver daemon status`` says; counts, never a name of a file."""
+        engine, sessions = self.engine, [c.server.session for c in self.connections]
+        info = engine.info
+        counters = sum((session.counters for session in sessions), Counter(self.counters))
+        return {
+            "pid": os.getpid(),
+            "version": __version__,
+            "build": list(self.build),
+            "uptime_s": round(time.monotonic() - self._begin, 1),
+            "resident_bytes": resident_bytes(os.getpid()),
+            "connections": len(self.connections),
+            "documents": sum(len(session.documents) for session in sessions),
+            "worker": {
+                "pid": engine.pid,
+                "state": engine.state,
+                "detail": engine.detail,
+                "model": info.name if info else None,
+                "device": info.device if info else None,
+                "resident_bytes": resident_bytes(engine.pid) if engine.pid else None,
+                "device_bytes": engine.device_bytes,
+            },
+            "queue": engine.num_pending,
+            "cache": sum(session.cache.count() for session in sessions),
+            "counters": dict(counters),
+            "message_ms": {"p50": _quantile(self._handling_ms, 0.5), "p95": _quantile(self._handling_ms, 0.95)},
+        }
+
+
+async def _keep_log_small() -> None:
+    while is_written_to(log_file()):
+        rotate(log_file())
+        await asyncio.sleep(_LOG_LOOK_S)
+
+
+def _quantile(values: Iterable[float], share: float) -> float | None:
+    ordered = sorted(values)
+    return round(ordered[int(share * (len(ordered) - 1))], 2) if ordered else None
+
+
+def resident_bytes(pid: int) -> int | None:
+    """Memory of a process; ``None`` where the system does not say."""
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _to_build(value: Any) -> tuple[int, ...]:
+    """A build as the other side says it; older than any where it says nonsense."""
+    return tuple(value) if isinstance(value, list) and all(type(part) is int for part in value) else ()
+
+
+async def _read_hello(reader: asyncio.StreamReader) -> dict[str, Any]:
+    body = await _read_body(reader, _LARGEST_HELLO_BYTES)
+    hello = json.loads(body) if body is not None else None
+    if not isinstance(hello, dict) or hello.get(KEY) != "hello":
+        raise EOFError
+    return hello
+
+
+async def _read_body(reader: asyncio.StreamReader, most: int = MAX_BODY_BYTES) -> bytes | None:
+    """The next body of a relay, which writes whole frames; ``None`` at the end. Raises ``ValueError``, ``EOFError``."""
+    header = await reader.readline()
+    if not header:
+        return None
+    name, _, digits = header.partition(b":")
+    length = int(digits)
+    if name.lower() != b"content-length" or not 0 <= length <= most:
+        msg = "no frame"
+        raise ValueError(msg)
+    await reader.readline()
+    return await reader.readexactly(length)
+
+
+def run_daemon(linger_s: float = LINGER_S) -> int:
+    """Serve this user's editors until nobody is left; 0, also where another daemon does. Raises ``DaemonError``."""
+    configure_logs(as_json=is_written_to(log_file()))
+    silence_others()
+    lock = Lock("daemon.lock")
+    if not lock.acquire(_LOCK_TIMEOUT_S):
+        _logger.info("another daemon runs already")
+        return 0
+    listener = _inherited() or listen()
+    # The lock stays this process' alone: workers are started with descriptors closed.
+    asyncio.run(Daemon(listener, lock, linger_s=linger_s).run())
+    return 0
+
+
+def _inherited() -> Listener | None:
+    """The socket that systemd listens on for us."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()) or os.environ.get("LISTEN_FDS") != "1":
+        return None
+    bound = socket.socket(fileno=_LISTEN_FDS_START)
+    if bound.family != socket.AF_UNIX:
+        msg = "the socket of the systemd unit is no Unix socket; write the unit anew: fimserver daemon install"
+        raise DaemonError(msg)
+    return Listener(bound, Path(os.fsdecode(bound.getsockname())), keeps_file=True)

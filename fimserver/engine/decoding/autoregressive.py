@@ -1,0 +1,108 @@
+"""Write the middle left to right with the encoder: the same weights, one token a pass, greedy or drawn.
+
+The quality mode beside ``denoise``, and the reference for it: the encoder is causal and shares the head.
+
+Knows:   token ids, logits, the cache.  Never: text, files, LSP.
+Stops:   at the answer's end, at ``max_tokens``, or when ``stop`` says so (read before every token).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+from fimserver.datatypes import Verdict
+from fimserver.engine.decoding.constraint import TokenRules
+from fimserver.engine.decoding.denoise import Filled
+from fimserver.engine.decoding.stopping import AnswerEnd, AnswerStart, confidence_of
+from fimserver.engine.modeling.prompt_cache import PromptCache
+
+_TRIED = 16  # likeliest tokens among which one is looked for that the rules allow
+
+
+def fill_autoregressive(  # noqa: PLR0913  one call has one place
+    prompt_cache: PromptCache,
+    logits: torch.Tensor,
+    *,
+    max_tokens: int,
+    answer_end: AnswerEnd,
+    answer_start: AnswerStart,
+    stop: Callable[[], bool],
+    on_token: Callable[[Sequence[int]], None],
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+    rules: TokenRules | None = None,
+) -> Filled:
+    """The answer after a prompt whose last token gave ``logits`` (1, V): the likeliest tokens, or drawn ones.
+
+    What is written stays in the prompt's cache: who accepts it has it encoded already. Its confidence is that of
+    the model at temperature 1; where letters were typed already, among the tokens that spell them.
+    """
+    answer: list[int] = []
+    log_probabilities: list[torch.Tensor] = []
+    beginning = answer_start.beginning
+    passes = 0
+
+    def filled(finish: str, of_end: float = 0.0) -> Filled:
+        own = [log_probabilities[i] for i in answer_start.own_positions(answer)]
+        confidence = confidence_of(torch.stack(own) if own else torch.empty(0))
+        return Filled(tuple(answer), finish, passes, confidence, float(sum(log_probabilities)) + of_end)
+
+    while True:
+        constrained = answer_start.constrain(logits[0], beginning)
+        token_id = choose_token(constrained, temperature, generator, rules, may_end=beginning.is_whole)
+        if token_id is None or (end := answer_end.find([*answer, token_id])) <= len(answer):
+            end = len(answer) if token_id is None else end
+            ended_by = int(constrained.argmax()) if token_id is None else token_id
+            of_end = answer_end.log_probability(logits[0], ended_by) + float(sum(log_probabilities[end:]))
+            del answer[end:], log_probabilities[end:]
+            return filled("end", of_end)
+        answer.append(token_id)
+        if rules is not None:
+            rules.accept(token_id)
+        scored = constrained if beginning.rest else logits[0]
+        log_probabilities.append(torch.log_softmax(scored, dim=-1)[token_id])
+        beginning = answer_start.after(beginning, token_id)
+        on_token(answer)
+        if len(answer) >= max_tokens:
+            return filled("length")
+        if stop():
+            return filled("latency")
+        logits = prompt_cache.append([token_id])
+        passes += 1
+
+
+def choose_token(
+    logits: torch.Tensor,
+    temperature: float,
+    generator: torch.Generator | None,
+    rules: TokenRules | None = None,
+    *,
+    may_end: bool = True,
+) -> int | None:
+    """The likeliest token of logits (V,), or with a temperature above 0 a drawn one; ``None`` ends the answer.
+
+    One that the rules forbid gives way to the likeliest that they allow; where there is none among the first, it
+    stays.
+    """
+    if temperature <= 0:
+        best = int(logits.argmax())
+    else:
+        shares = torch.softmax(logits / temperature, dim=-1)
+        best = int(torch.multinomial(shares, num_samples=1, generator=generator))
+    if rules is None:
+        return best
+    verdict = rules.judge(best)
+    if verdict is Verdict.ALLOWED:
+        return best
+    if verdict is Verdict.END and may_end:
+        return None
+    likeliest = logits.topk(min(_TRIED, len(logits)))
+    values: list[float] = likeliest.values.tolist()
+    indices: list[int] = likeliest.indices.tolist()
+    for value, token_id in zip(values, indices, strict=True):
+        if value == -math.inf:
+            break
+        if token_id != best and rules.judge(token_id) is Verdict.ALLOWED:
+            return token_id
+    return best

@@ -1,0 +1,427 @@
+"""Fill canvases by repeated denoising steps.
+
+Takes a prompt that is already in the KV cache; returns the token ids of the middle.
+
+    initialize_canvases -> denoising_step (repeat) -> Filled
+        decode          logits of the canvases, bidirectional, self-conditioned on the last step's
+        temperature     falls linearly from t_max to t_min
+        sample_canvas   one candidate token per position
+        accept_tokens   keep the lowest-entropy positions within entropy_bound
+        renoise_tokens  draw every other position anew
+
+How this is paid per answer and not per canvas: the canvas is cut behind where the first step sees the answer's end; a
+drafted canvas that the model bears out is done in a step; what stands behind the answer's end has no say. An answer
+that does not end in its canvas goes on in a next one (block autoregressive).
+
+Knows:    token ids, logits, the cache.  Never: text, files, LSP.
+Shapes:   K canvases of C positions side by side, V vocabulary.
+Stops:    the answer (what stands before its end) is stable and confident, or steps_left is 0, or ``stop``
+          says so; ``stop`` is read before every step, so it takes effect within one step.
+Draws:    in the order of transformers' ``generate``, so that the same seed gives the same canvas there.
+Source:   entropy bound, arXiv 2505.24857; the loop, transformers' DiffusionGemmaGenerationMixin; drafts in place of
+          noise, renoised where the model does not bear them out, arXiv 2512.19004.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from fimserver.engine.decoding.constraint import CanvasConstraint
+from fimserver.engine.decoding.stopping import AnswerEnd, AnswerStart, confidence_of
+from fimserver.engine.modeling.kv_cache import KVCache
+from fimserver.engine.modeling.layers import measured
+from fimserver.engine.modeling.model import Model
+
+_MOST_RENOISINGS = 2  # of one canvas
+_SPARE_TOKENS = 4  # of a canvas that is cut behind where its answer seems to end
+
+
+@dataclass(frozen=True, slots=True)
+class DenoisingOptions:
+    """Thresholds in nats of entropy; names as in transformers' generation config.
+
+    ``canvas_length`` ``None`` is the model's own. ``is_cut`` shortens a canvas once its end is in sight, to a multiple
+    of ``cut_multiple`` (few lengths, where each is recorded). ``conditioning_top`` conditions a step on so many of the
+    likeliest tokens instead of all. ``left_bias`` counts for so much entropy with each position to the right when
+    tokens are ordered, and ``kept_condition`` moves the condition of an accepted token so far to the token itself: for
+    models that were trained on canvases whose beginning is known. What is accepted is a draw, as in transformers, or
+    the likeliest token where ``takes_likeliest`` says so.
+    """
+
+    max_denoising_steps: int
+    entropy_bound: float
+    confidence_threshold: float
+    stability_threshold: int
+    t_min: float
+    t_max: float
+    canvas_length: int | None = None
+    is_cut: bool = False
+    conditioning_top: int | None = None
+    left_bias: float = 0.0
+    kept_condition: float = 0.0
+    takes_likeliest: bool = False
+    cut_multiple: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class CanvasState:
+    """Canvases between two steps.
+
+    ``canvas`` (K, C) goes into the next step; ``best`` (K, C) is the most likely token everywhere and the
+    draft; ``logits`` (K, C, V) condition the next step; ``history`` holds the earlier ``best``, newest last. The
+    first ``num_pinned`` positions stay as they are.
+    """
+
+    canvas: torch.Tensor
+    best: torch.Tensor
+    logits: torch.Tensor | None
+    accepted_mask: torch.Tensor
+    entropy: torch.Tensor
+    steps_left: int
+    history: tuple[torch.Tensor, ...] = ()
+    num_pinned: int = 0
+
+    def only(self, index: int) -> "CanvasState":
+        """One of the canvases, still as a batch."""
+        part = slice(index, index + 1)
+        return self._map(lambda t: t[part])
+
+    def cut(self, length: int) -> "CanvasState":
+        """The first positions of every canvas."""
+        return self._map(lambda t: t[:, :length])
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "CanvasState":
+        return replace(
+            self,
+            canvas=change(self.canvas),
+            best=change(self.best),
+            logits=None if self.logits is None else change(self.logits),
+            accepted_mask=change(self.accepted_mask),
+            entropy=change(self.entropy),
+            history=tuple(change(h) for h in self.history),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerUp:
+    """A token that might have begun the answer instead."""
+
+    token_id: int
+    log_probability: float
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """Token ids of the answer, end excluded; ``finish`` is end, length, steps or latency.
+
+    ``confidence`` is the geometric mean of its own tokens' probabilities. ``log_probability`` is that of the whole
+    answer, its end included, after what was typed; ``match_log_probabilities`` are those of the guesses, ``None`` for
+    one that was not looked at. ``is_open``: it fills its canvas, and no end is in sight.
+    """
+
+    token_ids: tuple[int, ...]
+    finish: str
+    passes: int
+    confidence: float = 1.0
+    log_probability: float = 0.0
+    match_log_probabilities: tuple[float | None, ...] = ()
+    runners_up: tuple[RunnerUp, ...] = ()
+    is_open: bool = False
+
+
+def initialize_canvases(
+    model: Model, options: DenoisingOptions, generator: torch.Generator, drafts: Sequence[Sequence[int]] = ((),)
+) -> CanvasState:
+    """A canvas for each draft; what a draft leaves open is uniform random tokens, the model's noise.
+
+    A draft counts as the step before the first: where the model bears it out, one step settles it.
+    """
+    length = options.canvas_length or model.canvas_length
+    canvas = draw_noise(model, generator, (len(drafts), length))
+    for row, draft in zip(canvas, drafts, strict=True):
+        row[: len(draft)] = torch.tensor(list(draft[:length]), device=model.device)
+    nothing = torch.zeros_like(canvas, dtype=torch.bool)
+    no_entropy = torch.zeros(canvas.shape, device=canvas.device)
+    return CanvasState(canvas, canvas, None, nothing, no_entropy, options.max_denoising_steps)
+
+
+def draw_noise(model: Model, generator: torch.Generator, shape: tuple[int, int]) -> torch.Tensor:
+    """Random tokens (K, C) over the whole vocabulary."""
+    return torch.randint(0, model.vocab_size, shape, generator=generator, device=model.device)
+
+
+def temperature(options: DenoisingOptions, steps_left: int) -> torch.Tensor:
+    """``t_max`` at the first step, towards ``t_min`` at the last; a float32 scalar, rounded as transformers does."""
+    return options.t_min + (options.t_max - options.t_min) * (torch.tensor(steps_left) / options.max_denoising_steps)
+
+
+def sample_canvas(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """One candidate per position, (K, C), from probabilities (K, C, V)."""
+    # As torch.multinomial draws one of each row, but for its checks, which a card would have to be waited for.
+    races = torch.empty_like(probabilities).exponential_(generator=generator)
+    return torch.div(probabilities, races, out=races).argmax(-1)
+
+
+def token_entropy(probabilities: torch.Tensor) -> torch.Tensor:
+    """Entropy in nats of every position, (K, C), of probabilities (K, C, V)."""
+    entropy: torch.Tensor = torch.special.entr(probabilities).sum(-1)
+    return entropy
+
+
+def accept_tokens(entropy: torch.Tensor, entropy_bound: float | torch.Tensor, left_bias: float = 0.0) -> torch.Tensor:
+    """Mask (K, C), True = keep: the k lowest entropies whose sum without the last is within the bound.
+
+    With a bias the leftmost come first among those of like entropy.
+    """
+    rank = entropy + left_bias * torch.arange(entropy.shape[-1], device=entropy.device)
+    order = torch.argsort(rank, dim=-1)
+    ascending = entropy.gather(-1, order)
+    within = torch.cumsum(ascending, dim=-1) - ascending <= entropy_bound
+    return torch.zeros_like(within).scatter(-1, order, within)
+
+
+@torch.inference_mode()
+def denoising_step(  # noqa: PLR0913, PLR0917  the loop's whole state is its arguments
+    model: Model,
+    cache: KVCache,
+    state: CanvasState,
+    options: DenoisingOptions,
+    generator: torch.Generator,
+    answer_start: AnswerStart | None = None,
+) -> CanvasState:
+    """The state one step later."""
+    self_conditioning = (
+        None
+        if state.logits is None
+        else model.network.to_self_conditioning(state.logits.flatten(0, 1), options.conditioning_top)
+    )
+    if self_conditioning is not None and options.kept_condition:
+        known = options.kept_condition * state.accepted_mask.flatten()[:, None]
+        self_conditioning = self_conditioning.lerp(
+            model.network.embed(state.canvas.flatten()), known.to(self_conditioning.dtype)
+        )
+    logits = model.decode(state.canvas, cache, self_conditioning, first=state.num_pinned) / temperature(
+        options, state.steps_left
+    )
+    with measured("sampling"):
+        if state.num_pinned:  # which began the answer as it must
+            kept = state.best[:, : state.num_pinned, None]
+            one_hot = logits.new_full((*kept.shape[:2], logits.shape[-1]), -torch.inf).scatter(-1, kept, 0.0)
+            logits = torch.cat((one_hot, logits), dim=1)
+        elif answer_start is not None:
+            logits = answer_start.constrain_canvases(logits)
+        probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
+        likeliest = logits.argmax(-1)
+        candidates = likeliest if options.takes_likeliest else sample_canvas(probabilities, generator)
+        entropy = token_entropy(probabilities)
+        accepted_mask = accept_tokens(entropy, options.entropy_bound, options.left_bias)
+        noise = draw_noise(model, generator, (state.canvas.shape[0], state.canvas.shape[1]))
+        return replace(
+            state,
+            canvas=torch.where(accepted_mask, candidates, noise),
+            best=likeliest,
+            logits=logits.to(model.network.dtype),
+            accepted_mask=accepted_mask,
+            entropy=entropy,
+            steps_left=state.steps_left - 1,
+            history=(*state.history, state.best)[-max(1, options.stability_threshold) :],
+        )
+
+
+def is_settled(state: CanvasState, options: DenoisingOptions, num_positions: int) -> bool:
+    """Whether the first positions are the same as ``stability_threshold`` steps before, and confident: the reference.
+
+    transformers asks this of the whole canvas (``num_positions`` = C); an answer needs only what stands
+    before its end, and the end itself.
+    """
+    if state.logits is None or len(state.history) < options.stability_threshold:
+        return False
+    part = slice(0, num_positions)
+    earlier = state.history[len(state.history) - options.stability_threshold :]
+    stable = all(torch.equal(h[:, part], state.best[:, part]) for h in earlier)
+    return stable and float(state.entropy[:, part].mean()) < options.confidence_threshold
+
+
+def renoise(model: Model, state: CanvasState, positions: Iterable[int], generator: torch.Generator) -> CanvasState:
+    """The state with some positions drawn anew, as if nothing had been said of them."""
+    at = torch.tensor(sorted(positions), device=state.canvas.device)
+    canvas, accepted_mask = state.canvas.clone(), state.accepted_mask.clone()
+    canvas[:, at] = draw_noise(model, generator, (canvas.shape[0], canvas.shape[1]))[:, at]
+    accepted_mask[:, at] = False
+    logits = state.logits
+    if logits is not None:
+        logits = logits.clone()
+        logits[:, at] = 0.0  # conditions on every token alike
+    return replace(state, canvas=canvas, accepted_mask=accepted_mask, logits=logits, history=())
+
+
+@dataclass(frozen=True, slots=True)
+class Readout:
+    """What the host has to know of one canvas after a step: its likeliest tokens, their entropies, which are stable.
+
+    ``support`` is how likely, in the mean, the model finds the tokens that it was drafted with.
+    """
+
+    best: list[int]
+    entropy: list[float]
+    is_stable: list[bool]
+    support: float
+
+    def is_settled(self, options: DenoisingOptions, num_positions: int) -> bool:
+        """See ``is_settled``."""
+        part = slice(0, num_positions)
+        mean = math.fsum(self.entropy[part]) / max(1, len(self.entropy[part]))
+        return all(self.is_stable[part]) and mean < options.confidence_threshold
+
+
+def read_out(
+    state: CanvasState, options: DenoisingOptions, drafted: torch.Tensor | None = None, lengths: Sequence[int] = ()
+) -> list[Readout]:
+    """What the host has to know of every canvas, in the only transfer of a step.
+
+    ``drafted`` (K, C) are tokens that the canvases began with, the first ``lengths`` of each.
+    """
+    assert state.logits is not None
+    is_stable = torch.full_like(state.accepted_mask, fill_value=len(state.history) >= options.stability_threshold)
+    for earlier in (
+        state.history[len(state.history) - options.stability_threshold :] if options.stability_threshold else ()
+    ):
+        is_stable &= earlier == state.best
+    support = torch.zeros_like(state.entropy)
+    if drafted is not None:
+        support = torch.log_softmax(state.logits.float(), dim=-1).gather(-1, drafted[..., None])[..., 0]
+    packed = torch.stack([t.double() for t in (state.best, state.entropy, is_stable, support)], dim=1).cpu().tolist()
+    found = []
+    for i, (best, entropy, stable, likely) in enumerate(packed):
+        count = lengths[i] if lengths else 0
+        mean = math.fsum(likely[:count]) / count if count else -math.inf
+        found.append(Readout([int(b) for b in best], entropy, [bool(s) for s in stable], mean))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Denoiser:
+    """What every canvas of one answer is filled with."""
+
+    model: Model
+    options: DenoisingOptions
+    generator: torch.Generator
+    answer_end: AnswerEnd
+    stop: Callable[[], bool]
+    on_step: Callable[[CanvasState, Sequence[int]], None]
+    constraint: CanvasConstraint | None = None
+
+    def fill(
+        self,
+        cache: KVCache,
+        answer_start: AnswerStart,
+        *,
+        before: Sequence[int] = (),
+        drafts: Sequence[Sequence[int]] = ((),),
+    ) -> Filled:
+        """Denoise one canvas until its answer is settled; the best draft when time or steps run out.
+
+        ``before`` is what earlier canvases hold of the answer. Of several drafts the one goes on that the model
+        finds most likely. A settled answer that the constraint finds errors in is drawn anew there and goes on, at most
+        twice.
+        """
+        options = self.options
+        renoisings = 0
+        state = initialize_canvases(self.model, options, self.generator, drafts)
+        finish, passes = "steps", 0
+        while state.steps_left:
+            if self.stop():
+                finish = "latency"
+                break
+            earlier = state
+            state = denoising_step(self.model, cache, state, options, self.generator, answer_start)
+            passes += 1
+            if len(drafts) > 1 and passes == 1:
+                readouts = read_out(state, options, earlier.canvas, [len(d) for d in drafts])
+                chosen = max(range(len(drafts)), key=lambda i: readouts[i].support)
+                state, readout = state.only(chosen), readouts[chosen]
+            else:
+                (readout,) = read_out(state, options)
+            best = readout.best
+            length = self._length(before, best)
+            answer = best[:length]
+            if options.is_cut and length < len(best) and passes == 1:
+                rest = -(-(length + 1 + _SPARE_TOKENS) // options.cut_multiple) * options.cut_multiple
+                state, best = state.cut(rest), best[:rest]
+            state = self._pin(state, readout, before, answer)
+            self.on_step(state, answer)
+            if readout.is_settled(options, length + 1):
+                may_renoise = renoisings < _MOST_RENOISINGS and state.steps_left
+                if may_renoise and (wrong := self._wrong(state, before, answer)):
+                    renoisings += 1
+                    state = renoise(self.model, state, wrong, self.generator)
+                    continue
+                finish = "end" if length < len(best) else "length"
+                break
+        return self._take(state, answer_start, before, finish, passes)
+
+    def fill_several(self, cache: KVCache, answer_start: AnswerStart, count: int) -> list[Filled]:
+        """Answers from ``count`` noises side by side, the most confident first, none twice; each takes all passes."""
+        options = self.options
+        state = initialize_canvases(self.model, options, self.generator, ((),) * count)
+        found: dict[int, Filled] = {}
+        passes, finish = 0, "steps"
+        while state.steps_left and len(found) < count:
+            if self.stop():
+                finish = "latency"
+                break
+            state = denoising_step(self.model, cache, state, options, self.generator, answer_start)
+            passes += 1
+            readouts = read_out(state, options)
+            for i in set(range(count)) - found.keys():
+                length = self._length((), readouts[i].best)
+                if readouts[i].is_settled(options, length + 1):
+                    filled = self._take(state.only(i), answer_start, (), "end", passes)
+                    found[i] = replace(filled, finish="length") if filled.is_open else filled
+        for i in set(range(count)) - found.keys():
+            found[i] = self._take(state.only(i), answer_start, (), finish, passes)
+        unique = {filled.token_ids: replace(filled, passes=passes) for filled in found.values()}
+        return sorted(unique.values(), key=lambda f: -f.confidence)
+
+    def _take(
+        self, state: CanvasState, answer_start: AnswerStart, before: Sequence[int], finish: str, passes: int
+    ) -> Filled:
+        """The answer that one canvas holds now; nothing before its first step, when it holds but noise."""
+        if state.logits is None:
+            return Filled((), finish, passes, confidence=0.0)
+        best = state.best[0].tolist()
+        answer = best[: self._length(before, best)]
+        own = answer_start.own_positions(answer)
+        confidence = confidence_in(state, self.options, own)
+        log_probability = math.log(max(confidence, 1e-30)) * len(own)
+        is_open = len(answer) == len(best)
+        return Filled(tuple(answer), finish, passes, confidence, log_probability, is_open=is_open)
+
+    def _wrong(self, state: CanvasState, before: Sequence[int], answer: Sequence[int]) -> list[int]:
+        """Positions behind what is pinned that the constraint finds errors at."""
+        if self.constraint is None:
+            return []
+        found = self.constraint.positions_in_error([*before, *answer], self.answer_end.vocabulary)
+        return [i - len(before) for i in sorted(found) if i - len(before) >= state.num_pinned]
+
+    def _length(self, before: Sequence[int], best: Sequence[int]) -> int:
+        return max(0, self.answer_end.find([*before, *best]) - len(before))
+
+    def _pin(self, state: CanvasState, readout: Readout, before: Sequence[int], answer: Sequence[int]) -> CanvasState:
+        """The first line stays as it is once it is settled, so that it can be shown while the rest is denoised."""
+        if before or state.num_pinned or self.answer_end.max_lines == 1:
+            return state
+        end = self.answer_end.first_line(answer)
+        if end is None or not readout.is_settled(self.options, end):
+            return state
+        return replace(state, num_pinned=end)
+
+
+def confidence_in(state: CanvasState, options: DenoisingOptions, positions: Sequence[int]) -> float:
+    """Geometric mean of the best tokens' probabilities in the last step's logits, at temperature 1."""
+    if state.logits is None or not positions:
+        return 1.0
+    logits = state.logits[0, list(positions)].float() * temperature(options, state.steps_left + 1)
+    return confidence_of(torch.log_softmax(logits, dim=-1).amax(-1))

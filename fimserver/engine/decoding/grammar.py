@@ -1,0 +1,127 @@
+"""A language's grammar in the decoding loops: the one door from here to ``context/``, opened when it is needed.
+
+    LexicalRules   left to right: brackets, strings, indentation (``context/continuation.py``)
+    TreeRules      in parallel: errors of the syntax tree around the cursor
+
+Both work on the texts of a context alone; importing this file brings no grammar along.
+
+Knows:  texts of the context, token ids, bytes.  Never: documents, tensors.
+"""
+
+import sys
+from collections.abc import Sequence
+from functools import cached_property
+
+from fimserver.datatypes import FimContext, Verdict
+from fimserver.engine.decoding.stopping import AnswerEnd
+from fimserver.engine.vocabulary import Vocabulary
+
+_BEFORE, _BEHIND = 1_600, 900  # characters that are parsed around a middle: about a millisecond
+_MOST_REFUSED = 6  # tokens within which an answer that would not end well has to
+_STAND_INS = ("", "x", "pass", "0", "x: pass", ": pass", "x;", ";")
+
+
+class LexicalRules:
+    """Lexical rules for the tokens of one answer, which begins with the word that was taken off the prompt."""
+
+    def __init__(self, context: FimContext, healed: str, answer_end: AnswerEnd) -> None:
+        from fimserver.context.continuation import Continuation  # noqa: PLC0415  the door
+
+        self._continuation = Continuation(context, taken_off=len(healed))
+        self._answer_end = answer_end
+        self._answer: list[int] = []
+        self._ends_by = sys.maxsize
+        self._half = b""  # of a character
+
+    def judge(self, token_id: int) -> Verdict:
+        """Whether the answer may go on with a token; one that ends it may come where the answer may end."""
+        if self._answer_end.find([*self._answer, token_id]) <= len(self._answer):
+            if len(self._answer) >= self._ends_by or self._continuation.may_end():
+                return Verdict.ALLOWED
+            self._ends_by = min(self._ends_by, len(self._answer) + _MOST_REFUSED)
+            return Verdict.FORBIDDEN
+        return self._continuation.judge(self._text(token_id)[0])
+
+    def accept(self, token_id: int) -> None:
+        """Go on with a token."""
+        text, self._half = self._text(token_id)
+        self._answer.append(token_id)
+        self._continuation.accept(text)
+
+    def _text(self, token_id: int) -> tuple[str, bytes]:
+        """Whole characters up to a token's end, and the bytes of one that is not whole yet."""
+        written = self._half + self._answer_end.vocabulary.token_bytes[token_id]
+        for size in range(4):
+            try:
+                return written[: len(written) - size].decode(), written[len(written) - size :]
+            except UnicodeDecodeError:
+                continue
+        return written.decode("utf-8", "replace"), b""
+
+
+class TreeRules:
+    """Errors that a middle brings into the code around the cursor, as its syntax tree has them."""
+
+    def __init__(self, context: FimContext, healed: str) -> None:
+        before = context.prefix[: len(context.prefix) - len(healed)]
+        if len(before) > _BEFORE:
+            cut = before.find("\n", len(before) - _BEFORE) + 1
+            before = before[cut or len(before) - _BEFORE :]
+        behind = context.suffix[:_BEHIND]
+        self._before, self._behind = before, behind[: behind.rfind("\n") + 1] or behind
+        self._healed, self._language_id = healed, context.language_id
+
+    def error_spans(self, middle: str) -> list[tuple[int, int]]:
+        """Characters of a middle within errors; none where no simple text would be free of them."""
+        found = self._spans(middle)
+        return found if found and self._can_be_sound else []
+
+    def has_error(self, middle: str) -> bool:
+        """Whether there is any error with a middle, its own or not."""
+        return bool(self._spans(middle))
+
+    def positions_in_error(self, token_ids: Sequence[int], vocabulary: Vocabulary) -> set[int]:
+        """Places of the tokens that spell what is wrong."""
+        spans = self.error_spans(vocabulary.decode(token_ids))
+        found: set[int] = set()
+        start = 0
+        for i, token_id in enumerate(token_ids if spans else ()):
+            end = start + sum((byte & 0xC0) != 0x80 for byte in vocabulary.token_bytes[token_id])  # noqa: PLR2004  UTF-8
+            if any(start < span_end and span_start < max(end, start + 1) for span_start, span_end in spans):
+                found.add(i)
+            start = end
+        return found
+
+    @cached_property
+    def _can_be_sound(self) -> bool:
+        from fimserver.context.languages import find_language  # noqa: PLC0415  the door
+        from fimserver.context.scan import scan  # noqa: PLC0415
+
+        language = find_language(self._language_id)
+        line = self._before[self._before.rfind("\n") + 1 :]
+        closers = ("", scan(line, language).closers)
+        return any(
+            self._spans(self._healed + word + close + rest) == []
+            for close in closers
+            for word in _STAND_INS[:4]
+            for rest in ("", ":", ": pass", ";")
+        )
+
+    def _spans(self, middle: str) -> list[tuple[int, int]]:
+        from fimserver.context.syntax import parse  # noqa: PLC0415  the door
+
+        tree = parse(self._before + middle + self._behind, self._language_id)
+        if tree is None:
+            return []
+        source = middle.encode("utf-8", "surrogatepass")
+        start, length = tree.to_byte(len(self._before)), len(source)
+        blanks = len(self._behind) - len(self._behind.lstrip())  # where a middle lacks something, the next word errs
+        spans = []
+        for first, last in tree.errors():
+            if first <= start + length + blanks and last >= start:
+                begin = max(min(first - start, length - 1), 0)
+                end = max(min(last - start, length), begin + 1)
+                spans.append(
+                    (len(source[:begin].decode("utf-8", "ignore")), len(source[:end].decode("utf-8", "ignore")))
+                )
+        return spans

@@ -1,0 +1,1 @@
+"""Multiply by weights in NVFP4: the format, the reference in plain torch, and GPU kernels."""

@@ -1,0 +1,328 @@
+"""Which kernels multiply by weights in 4 bits on this machine: those that are right here, and of them the fastest.
+
+    choose_matmul   a device, and what a model multiplies -> MatmulBackend; each is tried on the card before it is trusted
+    find_matmul_work     what a model multiplies
+    Trial             what a backend gets wrong, by comparing with plain torch, and how long it takes
+
+A processor has the plain way alone, which expands. Wrong results of kernels on new cards are on record, and a wrong
+kernel says nothing: so each is compared at start, and one that differs is left out with a warning. Compared is at the
+model's own shapes, since kernels are compiled for each, for one token and for many, and as recorded on the card.
+
+Backends that come with fimserver take any shape. Others, taken where they are installed, have an order of their own for
+weights that stay, and leave the rest to the best of these. One that rounds activations to 4 bits is tried where the
+person asked for it (``fp4Activations``), and compared with plain torch that rounds them too.
+
+Knows:  names of backends, times.  Never: what a model says.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from fimserver.engine.kernels.matmul import PLAIN, MatmulBackend, PlainMatmul, RoundedMatmul
+from fimserver.engine.kernels.nvfp4 import NVFP4Tensor, concatenate, draw_codes
+from fimserver.engine.kernels.packed import find_packed_experts
+from fimserver.engine.modeling.devices import wait_for
+from fimserver.engine.modeling.graphs import capture
+from fimserver.engine.modeling.layers import find_packed_projections
+from fimserver.errors import EngineError
+
+_logger = logging.getLogger(__name__)
+_TOLERANCE = 0.02  # of the largest number in a result: what sums of bf16 may differ by
+_ROUNDED_TOLERANCE = 0.05  # a tie may go either way, and a number between two products with it
+_TOKENS = (1, 19, 64, 300)  # of a trial: one, no multiple of a tile, a canvas, a piece of a prompt
+_TIMED_TOKENS = 64
+_ROUNDS = 5
+_LEAST_SCALE = 0x20  # an eighth, as a byte of e4m3
+_Run = Callable[[], torch.Tensor]
+_Record = Callable[[_Run], _Run]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The products of a model: projections (N, K), and experts (E, I, H) of which a token chooses some.
+
+    Experts that do not ``stay`` are in the places of an ``ExpertCache``, and are multiplied as they are stored.
+    """
+
+    projections: tuple[tuple[int, int], ...] = ()
+    experts: tuple[int, int, int] | None = None
+    num_chosen: int = 0
+    stay: bool = True
+
+    def for_others(self) -> "Work":
+        """What a backend with an order of its own has to do with."""
+        return self if self.stay else replace(self, experts=None)
+
+
+# No multiple of a tile, so that edges are tried too.
+EDGES = Work(projections=((272, 192),), experts=(8, 144, 192), num_chosen=3)
+
+
+@dataclass(frozen=True, slots=True)
+class BackendCandidate:
+    """A way to multiply; ``make`` raises what it likes where it cannot be had.
+
+    ``make`` gets the dtype of activations, and for what a backend does not take itself the best that takes any shape.
+    ``package`` is another project's, which is installed apart.
+    """
+
+    name: str
+    make: Callable[[torch.dtype, MatmulBackend], MatmulBackend]
+    package: str = ""
+    rounds_activations: bool = False
+
+    @property
+    def takes_any_shape(self) -> bool:
+        """Whether it reads all weights as they are stored: ours do."""
+        return not self.package
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What was chosen, and what was said of every backend that was tried."""
+
+    matmul: MatmulBackend
+    tried: dict[str, str] = field(default_factory=dict)
+
+
+def _make_triton(dtype: torch.dtype, _rest: MatmulBackend) -> MatmulBackend:
+    from fimserver.engine.kernels.triton_kernels import TritonMatmul  # noqa: PLC0415  only CUDA's torch brings Triton
+
+    return TritonMatmul(dtype=dtype)
+
+
+def _make_humming(dtype: torch.dtype, rest: MatmulBackend) -> MatmulBackend:
+    from fimserver.engine.kernels.humming_kernels import HummingMatmul  # noqa: PLC0415  optional
+
+    return HummingMatmul(rest, dtype)
+
+
+def _make_flashinfer(dtype: torch.dtype, rest: MatmulBackend, *, rounds: bool = False) -> MatmulBackend:
+    from fimserver.engine.kernels.flashinfer_kernels import FlashinferMatmul  # noqa: PLC0415  optional
+
+    return FlashinferMatmul(rest, dtype, rounds=rounds)
+
+
+BACKENDS = (
+    BackendCandidate("Triton", _make_triton),
+    BackendCandidate("Humming", _make_humming, "humming-kernels"),
+    BackendCandidate("flashinfer", _make_flashinfer, "flashinfer-python"),
+    BackendCandidate(
+        "flashinfer, activations in 4 bits",
+        partial(_make_flashinfer, rounds=True),
+        "flashinfer-python",
+        rounds_activations=True,
+    ),
+)
+
+
+def choose_matmul(  # noqa: PLR0913  two of which have no default
+    device: torch.device,
+    dtype: torch.dtype,
+    work: Work = EDGES,
+    backends: Sequence[BackendCandidate] = BACKENDS,
+    *,
+    fp4_activations: bool = False,
+    sign: Callable[[], None] = lambda: None,
+) -> Choice:
+    """The fastest backend that is right on a device; plain torch, with a warning, where none is.
+
+    ``sign`` is called now and then: compiling kernels takes minutes the first time. Raises ``EngineError`` where
+    another package's kernels leave the card unusable for this process.
+    """
+    if device.type == "cpu":
+        return Choice(PLAIN)
+    tried: dict[str, str] = {}
+    plain: MatmulBackend = PlainMatmul(dtype)
+    times: list[tuple[float, MatmulBackend]] = []
+    any_shape: list[tuple[float, MatmulBackend]] = []
+    try:
+        edges, own = Trial(device, dtype, EDGES, sign), Trial(device, dtype, work, sign)
+        others = own if work.stay else Trial(device, dtype, work.for_others(), sign)
+    except torch.OutOfMemoryError:
+        _logger.warning("the card has no room to compare kernels, so weights in 4 bits are expanded, which is slow")
+        return Choice(plain)
+    for backend in backends:
+        if backend.rounds_activations and not fp4_activations:
+            continue
+        trials = (edges, own) if backend.takes_any_shape else (others,)
+        if trials[-1].is_empty:
+            tried[backend.name] = "nothing to do in this model"
+            continue
+        try:
+            with _kept_stream(device):
+                matmul = backend.make(dtype, _fastest(any_shape, plain))
+                fault = next(filter(None, (trial.find_fault(matmul, backend) for trial in trials)), "")
+                seconds = 0.0 if fault else trials[-1].measure(matmul)
+        except Exception as error:  # others' packages, drivers and compilers fail in their own ways
+            if backend.package and "CUDA error" in str(error):
+                msg = f"{backend.name}'s kernels broke the card's context ({error}); pip uninstall {backend.package}"
+                raise EngineError(msg) from error
+            is_missing = isinstance(error, ImportError) and not backend.takes_any_shape
+            tried[backend.name] = "not installed" if is_missing else f"{type(error).__name__}: {error}"
+            level = logging.INFO if is_missing else logging.WARNING
+            _logger.log(level, "%s cannot be used for weights in 4 bits: %s", backend.name, tried[backend.name])
+            continue
+        if fault:
+            tried[backend.name] = fault
+            _logger.warning("%s is not used for weights in 4 bits: %s", backend.name, fault)
+            continue
+        times.append((seconds, matmul))
+        any_shape += times[-1:] if backend.takes_any_shape else []
+        tried[backend.name] = f"{seconds * 1e6:.0f} us"
+    if not times:
+        _logger.warning("weights in 4 bits are expanded for every product, which is slow; see fimserver doctor")
+    return Choice(_fastest(times, plain), tried)
+
+
+def _kept_stream(device: torch.device) -> AbstractContextManager[Any]:
+    """A recording that fails leaves its own stream in the place of the current one: that is put back behind it."""
+    if device.type != "cuda":
+        return nullcontext()
+    stream: AbstractContextManager[Any] = torch.cuda.stream(torch.cuda.current_stream(device))
+    return stream
+
+
+def _fastest(times: Sequence[tuple[float, MatmulBackend]], otherwise: MatmulBackend) -> MatmulBackend:
+    return min(times, key=lambda pair: pair[0])[1] if times else otherwise
+
+
+def find_matmul_work(model: Any) -> Work:
+    """The products by weights in 4 bits of transformers' model."""
+    config = model.config.text_config
+    projections, packed = tuple(find_packed_projections(model)), find_packed_experts(model)
+    if not packed:
+        return Work(projections)
+    cache = packed[0].cache
+    num_experts, hidden, inner = (packed[0].stacks() if cache is None else cache.slots)[1].shape
+    chosen = min(config.top_k_experts, num_experts)
+    return Work(projections, (num_experts, inner, hidden), chosen, stay=cache is None)
+
+
+def _run_once(run: _Run) -> _Run:
+    """In the place of a recording, which runs first too."""
+    run()
+    return run
+
+
+class Trial:
+    """Weights and tokens of a comparison, all made on the device: codes and scales of any kind, the same each time."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        work: Work = EDGES,
+        sign: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.device, self._dtype, self._sign = device, dtype, sign
+        self.is_empty = not work.projections and work.experts is None
+        self._generator = torch.Generator(device).manual_seed(0)
+        self._record: _Record = partial(capture, shares=False) if device.type == "cuda" else _run_once
+        self._projections = [self._to_weights(*shape) for shape in work.projections]
+        self._stacks: tuple[NVFP4Tensor, NVFP4Tensor] | None = None
+        if work.experts is not None:
+            num_experts, inner, hidden = work.experts
+            self._stacks = (
+                concatenate([self._to_weights(num_experts, inner, hidden) for _ in range(2)]),
+                self._to_weights(num_experts, hidden, inner),
+            )
+        self._num_chosen = work.num_chosen
+
+    def find_fault(self, matmul: MatmulBackend, backend: BackendCandidate | None = None) -> str:
+        """How a backend's results differ from plain torch's; nothing when they are the same but for rounding."""
+        rounds = backend is not None and backend.rounds_activations
+        plain: MatmulBackend = RoundedMatmul() if rounds else PLAIN
+        tolerance = _ROUNDED_TOLERANCE if rounds else _TOLERANCE
+        for what, run, inputs, expect in self._runs(matmul, plain):
+            self._sign()
+            expected, ways = expect(*inputs), {"": partial(run, *inputs)}
+            if not matmul.reads_choices:
+                ways[", recorded"] = partial(self._replay, run, inputs)
+            for kind, way in ways.items():
+                found = way()
+                if found.shape != expected.shape:
+                    return f"{what}{kind} came out with shape {tuple(found.shape)}, not {tuple(expected.shape)}"
+                difference = (found.float() - expected).abs().max() / expected.abs().max()
+                if not float(difference) <= tolerance:  # NaN is none
+                    return f"{what}{kind} differed from plain torch by {float(difference):.1%} on this card"
+        return ""
+
+    def measure(self, matmul: MatmulBackend) -> float:
+        """Seconds of all these products for a canvas, recorded where that can be; of each the best of some rounds."""
+        total = 0.0
+        for _, run, inputs, _ in self._runs(matmul, PLAIN, (_TIMED_TOKENS,)):
+            self._sign()
+            call = partial(run, *inputs)
+            captured = call if matmul.reads_choices else self._record(call)
+            best = float("inf")
+            for _ in range(_ROUNDS):
+                wait_for(self.device)
+                begin = time.perf_counter()
+                captured()
+                wait_for(self.device)
+                best = min(best, time.perf_counter() - begin)
+            total += best
+        return total
+
+    def _replay(self, run: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        """What a recording gives that was made of other numbers, and other choices, in the same tensors."""
+        held = [t.roll(1, 0).flip(-1) for t in inputs]
+        again = self._record(partial(run, *held))
+        for tensor, wanted in zip(held, inputs, strict=True):
+            tensor.copy_(wanted)
+        return again().clone()  # its memory goes with the recording
+
+    def _runs(
+        self, matmul: MatmulBackend, plain: MatmulBackend, tokens: Sequence[int] = _TOKENS
+    ) -> Iterator[tuple[str, Callable[..., torch.Tensor], tuple[torch.Tensor, ...], Callable[..., torch.Tensor]]]:
+        """Each product: its name, how it is run, with what, and what should come of that, in float32."""
+        for weights in self._projections:
+            linear = matmul.prepare_linear(weights)
+            for count in tokens:
+                x = self._random(count, weights.shape[-1])
+
+                def expect(x: torch.Tensor, weights: NVFP4Tensor = weights) -> torch.Tensor:
+                    return plain.linear(weights, x.float())
+
+                yield f"a projection of {count} tokens", linear, (x,), expect
+        if self._stacks is None:
+            return
+        gate_up, down = self._stacks
+        experts = matmul.prepare_experts(gate_up, down)
+        for count in tokens:
+            chosen, shares = self._choose(count, len(down.packed))
+
+            def expect_experts(x: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+                return plain.experts(gate_up, down, x.float(), chosen, shares)
+
+            yield (
+                f"experts of {count} tokens",
+                experts,
+                (self._random(count, down.shape[-2]), chosen, shares),
+                expect_experts,
+            )
+
+    def _random(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=self._generator, device=self.device).to(self._dtype)
+
+    def _choose(self, tokens: int, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Choices and their shares: one expert is nobody's, one everybody's."""
+        spread = torch.randn(tokens, num_experts, generator=self._generator, device=self.device)
+        spread[:, num_experts // 2] = -9
+        spread[:, num_experts // 4] = 9
+        shares, chosen = torch.softmax(spread / 4, dim=-1).topk(self._num_chosen, dim=-1)
+        return chosen, shares
+
+    def _to_weights(self, *shape: int) -> NVFP4Tensor:
+        """Any codes, scales from 1/8 to 2, a global scale for each matrix."""
+        packed, scales = draw_codes(shape, self._generator, _LEAST_SCALE)
+        step = torch.rand(*shape[:-2], 1, generator=self._generator, device=self.device) + 0.5
+        return NVFP4Tensor(packed, scales, step / (4 * shape[-1] ** 0.5)).with_row_scales()

@@ -1,0 +1,1 @@
+"""Read checkpoints of any supported format into a model."""

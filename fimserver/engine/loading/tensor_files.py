@@ -1,0 +1,85 @@
+"""Tensors of safetensors files: headers first, then one after the other, mapped.
+
+    read_headers   what is stored where, without its data
+    TensorFiles    the data; maps count as memory, so files are let go when much of them was read
+
+Knows:   files.  Never: what a tensor is for.
+Raises:  ``WeightsError`` that names the file.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from fimserver.checkpoints.folder import DAMAGED
+from fimserver.errors import WeightsError
+
+_MOST_MAPPED_BYTES = 256 * 2**20
+_ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One tensor of a file, by its header."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its data."""
+        return _ITEM_BYTES.get(self.dtype, 1) * math.prod(self.shape)
+
+
+def read_headers(paths: list[Path]) -> dict[str, Stored]:
+    """Every tensor of some files by its name."""
+    stored: dict[str, Stored] = {}
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118  safe_open is no mapping
+                    if name in stored:
+                        msg = f"tensor {name} is in {stored[name].path.name} and in {path.name}; {DAMAGED}"
+                        raise WeightsError(msg)
+                    part = file.get_slice(name)
+                    stored[name] = Stored(path, part.get_dtype(), tuple(part.get_shape()))
+        except (SafetensorError, OSError) as error:
+            msg = f"{path} cannot be read as safetensors ({error}); {DAMAGED}"
+            raise WeightsError(msg) from error
+    return stored
+
+
+class TensorFiles:
+    """The data of stored tensors; all files are let go after 256 MB, or all that they have would stay resident."""
+
+    def __init__(self, stored: Mapping[str, Stored]) -> None:
+        self._stored = stored
+        self._files: dict[Path, Any] = {}
+        self._mapped_bytes = 0
+
+    def tensor(self, name: str, index: int | None = None) -> torch.Tensor:
+        """A tensor, or one of those that are stacked in it, mapped."""
+        path = self._stored[name].path
+        if self._mapped_bytes > _MOST_MAPPED_BYTES:
+            self._files.clear()
+            self._mapped_bytes = 0
+        try:
+            if path not in self._files:
+                self._files[path] = safe_open(path, framework="pt")
+            file = self._files[path]
+            tensor: torch.Tensor = file.get_tensor(name) if index is None else file.get_slice(name)[index]
+        except (SafetensorError, OSError) as error:
+            msg = f"{path} cannot be read as safetensors ({error}); {DAMAGED}"
+            raise WeightsError(msg) from error
+        self._mapped_bytes += tensor.nbytes
+        return tensor
+
+    def release_weights(self, path: Path) -> None:
+        """Close a file; tensors that were read stay."""
+        self._files.pop(path, None)

@@ -1,0 +1,1 @@
+"""Compute the forward pass: layers, KV cache, prompt cache, CUDA graphs."""

@@ -1,0 +1,157 @@
+"""Denoising passes of fixed shape, so that a card can be given one of them in a single call.
+
+    FixedPasses   a pass for each shape that was met; the hidden states of canvases over a cache
+    FixedPass     tensors that stay where they are, and what is done with them
+    capture       records a pass as a CUDA graph; without a card it is simply run
+
+A pass over a canvas is some thousand small kernels; calling them one by one takes a processor longer than a card needs
+for them. What changes between passes is copied into tensors that stay: token ids, the condition, and when the prompt
+has changed, places, masks and rotations. Masks hide what a buffer holds no keys in, so buffers are read whole.
+
+Knows:   tensors, the network.  Never: sampling, prompts, stopping.
+Shapes:  N canvas rows, H hidden size, P places in a layer's buffers.
+Equal:   to ``Network.forward`` (tests/engine/modeling/test_graphs.py).
+"""
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from fimserver.engine.modeling.kv_cache import KVCache
+from fimserver.engine.modeling.layers import AttentionPlan
+from fimserver.engine.modeling.network import Network, canvas_rows
+
+_MOST_PASSES = 12  # shapes that a recording is kept for, of one cache
+_WARM_UPS = 2
+_Run = Callable[[], torch.Tensor]
+
+
+@lru_cache(maxsize=1)
+def _anchor() -> Any:
+    """A recording that is kept: the memory of a pool that nobody holds any more cannot be recorded in again."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        torch.zeros(1, device="cuda")
+    return graph
+
+
+def capture(run: _Run, *, shares: bool = True) -> _Run:
+    """A pass recorded on the card; running the result runs it there in one call, on the same tensors.
+
+    All that ``shares`` work in the same memory: one runs at a time, and what it gives is used before the next.
+    """
+    stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(_WARM_UPS):  # what compiles or allocates at first does it here
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=_anchor().pool() if shares else None):
+        found = run()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return found
+
+    return replay
+
+
+class FixedPass:
+    """A pass over canvases (K, C) of one shape and one cache's buffers."""
+
+    def __init__(
+        self,
+        network: Network,
+        cache: KVCache,
+        canvases: torch.Tensor,
+        capture: Callable[[_Run], _Run],
+        *,
+        self_conditioning: bool,
+    ) -> None:
+        self._network, self._cache = network, weakref.ref(cache)  # which must be free to go
+        self.generation = cache.generation
+        self._shape = canvases.shape
+        self._rows = canvas_rows(canvases.clone(), cache.length)
+        num_rows, device = canvases.numel(), canvases.device
+        self._self_conditioning = (
+            torch.zeros(num_rows, network.hidden_size, device=device) if self_conditioning else None
+        )
+        self._rotary = {kind: (c.clone(), s.clone()) for kind, (c, s) in network.rotate(self._rows).items()}
+        self._plans = {}
+        for layer, kind in network.first_layers().items():
+            places = cache.keys[layer].shape[1]
+            mask = torch.zeros(num_rows, places, dtype=network.dtype, device=device)
+            slots = torch.zeros(num_rows, dtype=torch.int64, device=device)
+            self._plans[kind] = AttentionPlan(0, 0, places, mask, slots)
+        self._place = (-1, -1)
+        self.move(cache)
+        self._run = capture(self._compute)
+
+    def move(self, cache: KVCache) -> None:
+        """Stand behind the prompt as it is now, in buffers as they are now."""
+        if (place := (cache.length, cache.base)) == self._place:
+            return
+        self._place, length = place, cache.length
+        rows = canvas_rows(self._rows.token_ids.view(self._shape), length)
+        self._rows.positions.copy_(rows.positions)
+        for kind, pair in self._network.rotate(rows).items():
+            for kept, new in zip(self._rotary[kind], pair, strict=True):
+                kept.copy_(new)
+        for layer, kind in self._network.first_layers().items():
+            plan = self._plans[kind]
+            assert plan.slots is not None
+            assert plan.mask is not None
+            begin = length - cache.start_of(layer)
+            plan.slots.copy_(torch.arange(begin, begin + len(rows.token_ids), device=plan.slots.device))
+            plan.mask.copy_(self._network.mask_places(rows, kind, cache, plan.end))
+
+    def __call__(self, canvases: torch.Tensor, self_conditioning: torch.Tensor | None) -> torch.Tensor:
+        """Hidden states (N, H) float32; they stay until the next call."""
+        self._rows.token_ids.copy_(canvases.flatten())
+        if self._self_conditioning is not None and self_conditioning is not None:
+            self._self_conditioning.copy_(self_conditioning)
+        return self._run()
+
+    def _compute(self) -> torch.Tensor:
+        cache = self._cache()
+        assert cache is not None  # whose buffers these are
+        return self._network.run(self._rows, cache, self._self_conditioning, self._rotary, self._plans)
+
+
+class FixedPasses:
+    """A fixed pass for each shape of canvases and each cache, recorded when it is met first; gone with its buffers."""
+
+    def __init__(self, network: Network, capture: Callable[[_Run], _Run] = capture) -> None:
+        self._network, self._capture = network, capture
+        self._passes: weakref.WeakKeyDictionary[KVCache, OrderedDict[tuple[object, ...], FixedPass]]
+        self._passes = weakref.WeakKeyDictionary()
+        self.num_captured = 0
+
+    @property
+    def num_held(self) -> int:
+        """How many recordings there are."""
+        return sum(map(len, self._passes.values()))
+
+    def run(self, canvases: torch.Tensor, cache: KVCache, self_conditioning: torch.Tensor | None) -> torch.Tensor:
+        """What ``Network.forward`` gives for canvases (K, C) over a cache: (K C, H) float32."""
+        cache.reserve(canvases.numel())
+        held = self._passes.setdefault(cache, OrderedDict())
+        for key in [key for key, fixed in held.items() if fixed.generation != cache.generation]:
+            del held[key]  # its buffers are no more
+        key = (tuple(canvases.shape), self_conditioning is not None)
+        fixed = held.get(key)
+        if fixed is None:
+            fixed = held[key] = FixedPass(
+                self._network, cache, canvases, self._capture, self_conditioning=self_conditioning is not None
+            )
+            self.num_captured += 1
+            while len(held) > _MOST_PASSES:
+                held.popitem(last=False)
+        held.move_to_end(key)
+        fixed.move(cache)
+        return fixed(canvases, self_conditioning)

@@ -1,0 +1,231 @@
+"""One DiffusionGemma on one device: the causal encoder and the bidirectional decoder, without text.
+
+    encode   prompt tokens into a KV cache   -> next-token logits
+    decode   a canvas over that cache        -> logits of every canvas position
+    forward_rows  drafted tokens and canvases     -> hidden states; what is right is kept, the rest forgotten
+
+Knows:   tensors, devices.  Never: text, prompts, stopping.
+Shapes:  T prompt tokens, K canvases of C positions, V vocabulary, H hidden size; one prompt at a time.
+"""
+
+import copy
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from transformers import DiffusionGemmaForBlockDiffusion
+
+from fimserver.checkpoints.gpus import NO_GPU
+from fimserver.checkpoints.memory import Format, Role, read_folder
+from fimserver.checkpoints.metadata import ModelMetadata, limit_context, read_metadata
+from fimserver.checkpoints.planner import count_experts_on_gpu, plan_on_gpu
+from fimserver.engine.kernels.backends import Choice, choose_matmul, find_matmul_work
+from fimserver.engine.kernels.matmul import PLAIN
+from fimserver.engine.kernels.packed import count_parameters, find_packed_experts, is_packed
+from fimserver.engine.loading.weights import load_weights
+from fimserver.engine.modeling.expert_cache import Traffic, add_up
+from fimserver.engine.modeling.graphs import FixedPasses, capture
+from fimserver.engine.modeling.kv_cache import KVCache
+from fimserver.engine.modeling.layers import measured
+from fimserver.engine.modeling.network import Network, Rows, canvas_rows, causal_rows
+from fimserver.errors import EngineError, WeightsError
+
+_logger = logging.getLogger(__name__)
+_CAPTURED_LENGTHS = 16  # of canvases, a multiple of it
+
+
+class Model:
+    """The network and what its folder says of it."""
+
+    def __init__(
+        self,
+        reference: DiffusionGemmaForBlockDiffusion,
+        metadata: ModelMetadata,
+        choice: Choice | None = None,
+        *,
+        consumes: bool = False,
+        capture: Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]] | None = None,
+    ) -> None:
+        """``consumes`` empties ``reference`` of its layers' weights; ``record`` makes passes of fixed shape."""
+        self.reference = reference
+        self.num_parameters = count_parameters(reference)
+        self.choice = choice or Choice(PLAIN)
+        self._expert_caches = [m.cache for m in find_packed_experts(reference) if m.cache is not None]
+        self.network = Network(reference, self.choice.matmul, consumes=consumes)
+        self._fixed = FixedPasses(self.network, capture) if capture and self.network.is_fixed else None
+        self.metadata = metadata
+        self.text_config = reference.config.text_config
+        self.canvas_length: int = reference.config.canvas_length
+        self.vocab_size: int = self.text_config.vocab_size
+        self.device: torch.device = reference.device
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        device: torch.device,
+        report: Callable[[int, int], None] = lambda _done, _total: None,
+        context_tokens: int | None = None,
+        *,
+        fp4_activations: bool = False,
+    ) -> "Model":
+        """Model of a folder on ``device``: fp32 on CPU and MPS; on CUDA bf16, and what is in 4 bits stays so.
+
+        Where a card cannot hold all experts, they are in main memory and as many of each layer on it as fit.
+        ``report`` gets bytes read, and all there are; ``context_tokens`` limits prompts. ``fp4_activations`` tries
+        kernels that round activations to 4 bits. Raises ``WeightsError``.
+        """
+        metadata = limit_context(read_metadata(folder), context_tokens)
+        if device.type != "cuda":
+            network = load_weights(folder, dtype=torch.float32, report=report)
+            return cls(network.to(device), metadata)
+        if device.index is not None:
+            torch.cuda.set_device(device)  # kernels and recordings are made for the current one
+        on_device = find_experts_on_device(folder, metadata.max_prompt_tokens, torch.cuda.mem_get_info(device)[0])
+        network = load_weights(
+            folder,
+            dtype=torch.bfloat16,
+            device=device,
+            keeps_nvfp4=True,
+            experts_on_device=on_device,
+            report=report,
+        )
+        choice = None
+        if is_packed(network):
+            choice = choose_matmul(
+                device,
+                torch.bfloat16,
+                find_matmul_work(network),
+                fp4_activations=fp4_activations,
+                sign=lambda: report(999, 1000),
+            )
+        return cls(network, metadata, choice, consumes=True, capture=capture)
+
+    @property
+    def kernels(self) -> str:
+        """What multiplies by weights in 4 bits, and what was found of every way to; nothing without a choice."""
+        tried = ", ".join(f"{name}: {found}" for name, found in self.choice.tried.items())
+        return f"{self.choice.matmul.name} ({tried})" if tried else ""
+
+    @property
+    def cut_multiple(self) -> int:
+        """What lengths of canvases are rounded up to: each length of a recorded pass is recorded for itself."""
+        return _CAPTURED_LENGTHS if self._fixed is not None else 1
+
+    def without_graphs(self) -> "Model":
+        """The same model, whose passes are called kernel by kernel."""
+        other = copy.copy(self)
+        other._fixed = None  # noqa: SLF001  its own copy
+        return other
+
+    @property
+    def expert_traffic(self) -> Traffic | None:
+        """What passes have copied from main memory so far; ``None`` where all experts are on the device."""
+        return add_up(self._expert_caches) if self._expert_caches else None
+
+    def new_cache(self) -> KVCache:
+        """An empty KV cache."""
+        return self.network.new_cache()
+
+    @torch.inference_mode()
+    def encode(self, token_ids: Sequence[int], cache: KVCache) -> torch.Tensor:
+        """Write ``token_ids`` behind what ``cache`` holds; logits after the last one, (1, V) float32."""
+        return self.network.to_logits(self._encode(token_ids, cache)[-1:])
+
+    @torch.inference_mode()
+    def encode_all(self, token_ids: Sequence[int], cache: KVCache) -> torch.Tensor:
+        """Like ``encode``; logits after each token, (T, V) float32."""
+        return self.network.to_logits(self._encode(token_ids, cache))
+
+    @torch.inference_mode()
+    def decode(
+        self, canvases: torch.Tensor, cache: KVCache, self_conditioning: torch.Tensor | None, *, first: int = 0
+    ) -> torch.Tensor:
+        """Denoise canvases (K, C) once, side by side over a cache, which stays as it is; logits (K, C, V) float32.
+
+        ``soft`` (K * C, H), from ``Network.to_self_conditioning``, is the self-conditioning. Positions before ``first`` are settled:
+        there are no logits of them.
+        """
+        with measured("decode"):
+            if self._fixed is not None:
+                hidden = self._fixed.run(canvases, cache, self_conditioning)
+            else:
+                hidden = self.network.forward(canvas_rows(canvases, cache.length), cache, self_conditioning)
+        count, length = canvases.shape
+        opened = hidden.view(count, length, -1)[:, first:]
+        return self.network.to_logits(opened.flatten(0, 1)).view(count, length - first, -1)
+
+    @torch.inference_mode()
+    def forward_rows(self, rows: Rows, cache: KVCache) -> torch.Tensor:
+        """Hidden states (N, H) of any rows; ``cache.keep`` then keeps those that are right."""
+        with measured("decode" if rows.num_canvas else "encode"):
+            return self.network.forward(rows, cache)
+
+    @torch.inference_mode()
+    def to_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (N, V) float32 of hidden states (N, H)."""
+        return self.network.to_logits(hidden)
+
+    def _encode(self, token_ids: Sequence[int], cache: KVCache) -> torch.Tensor:
+        with measured("encode"):
+            hidden = self.network.forward(causal_rows(token_ids, cache.length, self.device), cache)
+        cache.keep(range(len(token_ids)))
+        return hidden
+
+
+def find_experts_on_device(folder: Path, context_tokens: int, free_bytes: int) -> int | None:
+    """How many experts of each layer a card has room for beside all else, by the planner; ``None`` is all of them.
+
+    Also where experts are not in 4 bits, and for a folder of which only ``load_weights`` can say what is wrong.
+    Raises ``WeightsError`` where not even one fits.
+    """
+    try:
+        checkpoint = read_folder(folder)
+    except WeightsError:
+        return None
+    shape = checkpoint.shape
+    context_tokens = min(context_tokens, shape.longest_context_tokens)
+    plan = plan_on_gpu(checkpoint, NO_GPU, context_tokens)
+    is_in_4_bits = all(part.format is Format.NVFP4 for part in checkpoint.parts if part.role is Role.EXPERTS)
+    if plan.total_bytes <= free_bytes or not is_in_4_bits:
+        return None
+    found = count_experts_on_gpu(checkpoint, context_tokens, free_bytes)
+    if found < 1:
+        least = plan.total_bytes - checkpoint.bytes_of(Role.EXPERTS) * (shape.num_experts - 1) // shape.num_experts
+        msg = (
+            f"{folder.name} needs {least / 1e9:.1f} GB of a card even with experts in main memory "
+            f"and {free_bytes / 1e9:.1f} GB are free; close what else uses the card, or see fimserver doctor --gpu"
+        )
+        raise WeightsError(msg)
+    _logger.warning(
+        "%d of %d experts of each layer fit on the card; the others are copied from main memory when they are needed, "
+        "which is slower (fimserver doctor --gpu says how much)",
+        found,
+        shape.num_experts,
+    )
+    return found
+
+
+def find_device(name: str) -> torch.device:
+    """Device of a torch name; ``auto`` takes CUDA, then MPS, then the CPU. Raises ``EngineError``."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        msg = f"device {name!r} is none of torch's names; use auto, cpu, cuda, cuda:N or mps"
+        raise EngineError(msg) from error
+    if device.type not in ("cpu", "cuda", "mps"):
+        msg = f"device {name!r} is not supported; use auto, cpu, cuda, cuda:N or mps"
+        raise EngineError(msg)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        msg = f"device {name!r}: torch sees {count} CUDA devices; use auto or cpu, or install CUDA torch"
+        raise EngineError(msg)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        msg = "device 'mps': torch has no MPS on this machine; use auto or cpu"
+        raise EngineError(msg)
+    return device

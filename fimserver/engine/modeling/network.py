@@ -1,0 +1,281 @@
+"""The class's forward pass, written for one person's requests: few tokens, one sequence, any pattern of sight.
+
+    Rows       tokens of one pass: ids, positions, who sees whom; the last ones may be canvases
+    Network    rows over a cache -> hidden states; written behind the prompt, kept only when asked
+
+transformers' modules serve batches, any mask and training, and take two to three times as long for one token on a
+CPU. Encoder and decoder share their weights, so one pass may hold both: drafted tokens to be verified from left to
+right, and canvases behind them that draft what follows (the training pass is packed so too).
+
+Knows:   tensors, weights.  Never: text, prompts, stopping.
+Shapes:  N rows, P cached tokens, H hidden size, D head size.
+Equal:   to transformers' own modules, within float rounding (tests/engine/modeling/test_network.py).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+from transformers import DiffusionGemmaForBlockDiffusion
+
+from fimserver.engine.kernels.matmul import PLAIN, MatmulBackend
+from fimserver.engine.kernels.packed import find_packed_experts
+from fimserver.engine.modeling.kv_cache import MARGIN_TOKENS, CacheShape, KVCache
+from fimserver.engine.modeling.layers import (
+    MASK_ALIGNMENT,
+    AttentionPlan,
+    Layer,
+    Linear,
+    measured,
+    project,
+    release_weights,
+    rms,
+)
+from fimserver.errors import WeightsError
+
+_ACTIVATION = "gelu_pytorch_tanh"  # of the kernels in nvfp4_kernels.py and others
+_MOST_TABLED = 16384  # positions; those of a quarter of a million would take 1.6 GB
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What one pass reads.
+
+    ``num_positions`` is above every position. ``sees`` (N, N) says which rows a row sees beside the whole cache;
+    ``None`` is all of them. The last ``num_canvas`` rows are canvas positions, in canvases that begin at ``origins``: a
+    sliding window is counted from a token's own position, for a canvas from where it begins.
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    sees: torch.Tensor | None
+    num_positions: int
+    num_canvas: int = 0
+    origins: torch.Tensor | None = None
+
+
+def causal_rows(token_ids: Sequence[int], cached: int, device: torch.device) -> Rows:
+    """Rows that follow the cache, each seeing those before it."""
+    n = len(token_ids)
+    sees = torch.ones(n, n, dtype=torch.bool, device=device).tril() if n > 1 else None
+    positions = torch.arange(cached, cached + n, device=device)
+    return Rows(torch.tensor(list(token_ids), device=device), positions, sees, cached + n)
+
+
+def canvas_rows(canvases: torch.Tensor, cached: int) -> Rows:
+    """Canvases (K, C) behind the cache, side by side: each sees the cache and itself."""
+    num_canvases, length = canvases.shape
+    positions = torch.arange(cached, cached + length, device=canvases.device).repeat(num_canvases)
+    sees = None
+    if num_canvases > 1:
+        owner = torch.arange(num_canvases, device=canvases.device).repeat_interleave(length)
+        sees = owner[:, None] == owner[None]
+    origins = torch.full_like(positions, cached)
+    return Rows(canvases.flatten(), positions, sees, cached + length, canvases.numel(), origins)
+
+
+class Network:
+    """The forward pass over the weights of transformers' own model."""
+
+    def __init__(
+        self, reference: DiffusionGemmaForBlockDiffusion, matmul: MatmulBackend = PLAIN, *, consumes: bool = False
+    ) -> None:
+        """``products`` multiply by what is in 4 bits; ``consumes`` lets the reference's layers go as they are read.
+
+        Raises ``WeightsError`` for experts in 4 bits with another activation than the class's.
+        """
+        decoder = reference.model.decoder
+        encoder = reference.model.encoder.language_model
+        config = reference.config.text_config
+        if config.hidden_activation != _ACTIVATION and find_packed_experts(reference):
+            msg = (
+                f"experts in 4 bits are computed with {_ACTIVATION}, this model has {config.hidden_activation}; use a "
+            )
+            msg += "checkpoint of it in bf16"
+            raise WeightsError(msg)
+        self.device: torch.device = reference.device
+        self.dtype: torch.dtype = reference.dtype
+        self._rotary = decoder.rotary_emb
+        self._tables: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._embedding: torch.Tensor = decoder.embed_tokens.weight
+        self._scale = float(decoder.embed_tokens.scalar_embed_scale)
+        self._head = Linear(reference.lm_head.weight)
+        self._softcap: float = reference.final_logit_softcapping
+        conditioning = decoder.self_conditioning
+        self._condition_norm: torch.Tensor = conditioning.pre_norm.weight.float()
+        self._condition_into = project([conditioning.gate_proj, conditioning.up_proj], matmul)
+        self._condition_out = project([conditioning.down_proj], matmul)
+        self._act = conditioning.act_fn
+        self._eps: float = config.rms_norm_eps
+        self._norm: torch.Tensor = decoder.norm.weight.float()
+        self._window: int = config.sliding_window
+        self._layers = []
+        for layer, causal in zip(decoder.layers, encoder.layers, strict=True):
+            self._layers.append(Layer(layer, self._eps, matmul, float(causal.layer_scalar)))
+            if consumes:
+                release_weights(layer)
+                release_weights(causal)
+        if consumes:
+            release_weights(conditioning)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()  # what the layers' own copies took is kept by torch, for nobody else
+
+    def new_cache(self, margin_tokens: int = MARGIN_TOKENS) -> KVCache:
+        """An empty cache."""
+        windows = {"sliding_attention": self._window}
+        shapes = [CacheShape(a.num_kv_heads, a.head_size, windows.get(a.kind)) for a in self._layers]
+        return KVCache(shapes, self.dtype, self.device, margin_tokens)
+
+    def forward(self, rows: Rows, cache: KVCache, self_conditioning: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden states (N, H) float32 of rows over a cache, which then holds their keys and values uncommitted.
+
+        ``soft`` (num_canvas, H) are the embeddings that canvases are conditioned on; ``None`` is no condition.
+        """
+        cache.reserve(len(rows.token_ids))
+        return self.run(rows, cache, self_conditioning, self.rotate(rows), self._plans(rows, cache))
+
+    def run(
+        self,
+        rows: Rows,
+        cache: KVCache,
+        self_conditioning: torch.Tensor | None,
+        rotary: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+        plans: Mapping[str, AttentionPlan],
+    ) -> torch.Tensor:
+        """``forward`` once it is known where keys go and which are seen."""
+        with measured("embed"):
+            x = self.embed(rows.token_ids)
+        if rows.num_canvas:
+            with measured("self_conditioning"):
+                x = torch.cat((x[: -rows.num_canvas], self._condition(x[-rows.num_canvas :], self_conditioning)))
+        for i, layer in enumerate(self._layers):
+            with measured("attention"):
+                x = layer.attend(x, cache, i, rotary[layer.kind], plans[layer.kind])
+            with measured("experts"):
+                x = layer.feed_forward(x, rows.num_canvas)
+        return rms(x, self._eps) * self._norm
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings (N, H) float32 of token ids (N,)."""
+        return functional.embedding(token_ids, self._embedding).float() * self._scale
+
+    def to_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Head and soft cap: (N, H) to (N, V) float32."""
+        with measured("lm_head"):
+            logits = self._head(hidden.to(self.dtype)).float()
+            return torch.tanh(logits / self._softcap) * self._softcap
+
+    def to_self_conditioning(self, logits: torch.Tensor, top: int | None = None) -> torch.Tensor:
+        """Embeddings (C, H) that logits (C, V) amount to; of the ``top`` likeliest tokens alone where that is asked."""
+        with measured("self_conditioning"):
+            if top is None:
+                probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
+                self_conditioning = probabilities.to(self.dtype) @ self._embedding
+            else:
+                values, ids = logits.topk(top, dim=-1)
+                total = torch.logsumexp(logits.float(), dim=-1, keepdim=True)
+                weights = torch.exp(values.float() - total).to(self.dtype)
+                self_conditioning = (weights[:, None, :] @ functional.embedding(ids, self._embedding))[:, 0]
+                self_conditioning = self_conditioning * (
+                    values[:, :1] > values[:, -1:]
+                )  # where nothing is likelier, nothing is said
+            return self_conditioning.float() * self._scale
+
+    def _condition(self, x: torch.Tensor, self_conditioning: torch.Tensor | None) -> torch.Tensor:
+        if self_conditioning is not None:
+            normed = (rms(self_conditioning, self._eps) * self._condition_norm).to(self.dtype)
+            gate, up = self._condition_into(normed).chunk(2, dim=-1)
+            x = x + self._condition_out(self._act(gate) * up).float()
+        return rms(x, self._eps)
+
+    @property
+    def hidden_size(self) -> int:
+        """H."""
+        return self._embedding.shape[1]
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether passes of one shape always run the same kernels: not where experts in floats are gone through."""
+        return not any(layer.reads_choices for layer in self._layers)
+
+    def first_layers(self) -> dict[int, str]:
+        """The first layer of each kind, whose buffers are as long as those of all others of its kind."""
+        kinds = [layer.kind for layer in self._layers]
+        return {kinds.index(kind): kind for kind in dict.fromkeys(kinds)}
+
+    def mask_places(self, rows: Rows, kind: str, cache: KVCache, num_places: int) -> torch.Tensor:
+        """What canvas rows see of a layer's whole buffers, additive (N, P): nothing where they hold no keys."""
+        n, cached = len(rows.token_ids), cache.length
+        base = cache.base if kind == "sliding_attention" else 0
+        held = cached - base + n
+        mask = self._new_mask(n, num_places)
+        mask[:, held:] = -torch.inf
+        if rows.sees is not None:
+            mask[:, held - n : held].masked_fill_(~rows.sees, -torch.inf)
+        if kind == "sliding_attention":
+            near = self._near(rows, torch.arange(base, cached, device=self.device))
+            mask[:, :held].masked_fill_(~near, -torch.inf)
+        return mask
+
+    def rotate(self, rows: Rows) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Cosines and signed sines (N, 1, D) for each kind of layer."""
+        return self._rotate_by(rows.positions, rows.num_positions)
+
+    def _rotate_by(self, positions: torch.Tensor, needed: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """The same from tables that grow, up to a size; ``needed`` is above every position."""
+        kinds = {layer.kind for layer in self._layers}
+        if needed > _MOST_TABLED:
+            return {kind: self._compute_rotation(kind, positions) for kind in kinds}
+        known = next(iter(self._tables.values()))[0].shape[0] if self._tables else 0
+        if needed > known:
+            at = torch.arange(min(max(needed, 2 * known, 1024), _MOST_TABLED), device=self.device)
+            self._tables = {kind: self._compute_rotation(kind, at) for kind in kinds}
+        return {kind: (cosines[positions], sines[positions]) for kind, (cosines, sines) in self._tables.items()}
+
+    def _compute_rotation(self, kind: str, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        cosines, sines = self._rotary(torch.zeros(1, device=self.device), positions[None], kind)
+        half = sines.shape[-1] // 2
+        signed = torch.cat((-sines[0, :, :half], sines[0, :, half:]), dim=-1)
+        return cosines[0, :, None].float().contiguous(), signed[:, None].float().contiguous()
+
+    def _plans(self, rows: Rows, cache: KVCache) -> dict[str, AttentionPlan]:
+        """For each kind of layer what its rows see, from the first key on that anyone does."""
+        n, cached = len(rows.token_ids), cache.length
+        whole = AttentionPlan(cached, 0, cached + n, self._mask_rows(rows, 0, cached))
+        if cached + n < self._window:
+            return {"full_attention": whole, "sliding_attention": whole}  # nothing was let go yet
+        first = max(0, cached - self._window + 1)  # no row begins before the cache ends
+        near = self._near(rows, torch.arange(first, cached, device=self.device))
+        mask = self._mask_rows(rows, first, cached)
+        mask = (self._new_mask(*near.shape) if mask is None else mask).masked_fill_(~near, -torch.inf)
+        base = cache.base
+        return {
+            "full_attention": whole,
+            "sliding_attention": AttentionPlan(cached - base, first - base, cached - base + n, mask),
+        }
+
+    def _near(self, rows: Rows, cached_positions: torch.Tensor) -> torch.Tensor:
+        """Which keys (cached ones, then the rows' own) are within the window of each row, (N, P + N) bool."""
+        origins = rows.positions.clone()
+        if rows.num_canvas and rows.origins is not None:
+            origins[-rows.num_canvas :] = rows.origins
+        at = torch.cat((cached_positions, rows.positions))
+        near = at[None] > origins[:, None] - self._window
+        if rows.num_canvas:
+            near[-rows.num_canvas :, -rows.num_canvas :] = True  # a canvas sees all of itself, however long
+        return near
+
+    def _mask_rows(self, rows: Rows, first: int, cached: int) -> torch.Tensor | None:
+        """What rows see of the cached keys from ``first`` on, all, and of their own; ``None`` for all of those too."""
+        if rows.sees is None:
+            return None
+        n = len(rows.token_ids)
+        mask = self._new_mask(n, cached - first + n)
+        mask[:, cached - first :].masked_fill_(~rows.sees, -torch.inf)
+        return mask
+
+    def _new_mask(self, num_rows: int, num_keys: int) -> torch.Tensor:
+        """A mask that hides nothing; its rows begin where kernels can read, which would copy it whole otherwise."""
+        width = -(-num_keys // MASK_ALIGNMENT) * MASK_ALIGNMENT
+        return torch.zeros(num_rows, width, dtype=self.dtype, device=self.device)[:, :num_keys]

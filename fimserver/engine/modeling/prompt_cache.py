@@ -1,0 +1,142 @@
+"""KV caches of the last prompts: while the user types, only what is new is encoded.
+
+    encode(model, ids)   takes the prompt that shares most, trims it to what is shared, encodes the rest
+
+The encoder is causal, so keys and values of a common prefix are exact whatever follows. Several prompts are held,
+one for each place that somebody works at; the one that was used least recently goes first when memory is short.
+
+Knows:   token ids, keys, values.  Never: text, canvases.
+Equal:   to a fresh encode within float rounding (tests/engine/modeling/test_prompt_cache.py states the tolerance).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from fimserver.engine.modeling.kv_cache import KVCache
+from fimserver.engine.modeling.model import Model
+
+CHUNK_TOKENS = 512  # a cancel is seen after so many
+MAX_PROMPTS = 8
+MAX_BYTES = 512 * 2**20
+_WORTH_TOKENS = 16  # a prompt that shares fewer with what is held gets a cache of its own
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A prompt in the cache: ``logits`` (1, V) after its last token, and what it took."""
+
+    logits: torch.Tensor
+    cached_tokens: int
+    passes: int
+
+
+@dataclass(eq=False)
+class _Held:
+    """One prompt's cache and the ids it was made of."""
+
+    cache: KVCache
+    token_ids: list[int] = field(default_factory=list)
+
+    def count_shared(self, wanted: Sequence[int]) -> int:
+        """Leading tokens that need not be encoded again: none where sliding layers have lost what they would need."""
+        common = common_prefix_length(self.token_ids, wanted)
+        return common if common == len(self.token_ids) or self.cache.can_trim(common) else 0
+
+
+class PromptCache:
+    """KV caches of several prompts; ``cache`` and ``token_ids`` are those of the last one encoded."""
+
+    def __init__(self, model: Model, *, max_prompts: int = MAX_PROMPTS, max_bytes: int = MAX_BYTES) -> None:
+        self._model = model
+        self._max_prompts, self._max_bytes = max_prompts, max_bytes
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._held = [_Held(self._model.new_cache())]  # the last one used stands last
+
+    @property
+    def cache(self) -> KVCache:
+        """Keys and values of the prompt that was encoded last."""
+        return self._held[-1].cache
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Ids of the prompt that was encoded last, and of what was kept behind it."""
+        return self._held[-1].token_ids
+
+    @property
+    def num_prompts(self) -> int:
+        """How many prompts are held."""
+        return len(self._held)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all of them."""
+        return sum(held.cache.num_bytes for held in self._held)
+
+    def encode(self, token_ids: Sequence[int], *, between: Callable[[], None] = lambda: None) -> Encoded:
+        """Bring a cache to ``token_ids``; ``between`` is called between passes and may raise.
+
+        At least the last token is always encoded, because its logits are asked for. Long prompts take a pass
+        for every ``CHUNK_TOKENS``; what was encoded when ``between`` raised stays.
+        """
+        encoded = self.encode_but_last(token_ids, between=between)
+        if encoded.passes:
+            between()
+        logits = self.append(token_ids[len(self.token_ids) :], last_only=True)
+        self._evict()
+        return Encoded(logits, encoded.cached_tokens, encoded.passes + 1)
+
+    def encode_but_last(self, token_ids: Sequence[int], *, between: Callable[[], None] = lambda: None) -> Encoded:
+        """Bring a cache so near to ``token_ids`` that one pass is left to be made; no logits."""
+        reused, passes = self.reuse(token_ids), 0
+        for start in range(reused, len(token_ids) - CHUNK_TOKENS, CHUNK_TOKENS):
+            if passes:
+                between()
+            self.append(token_ids[start : start + CHUNK_TOKENS], last_only=True)
+            passes += 1
+        self._evict()
+        return Encoded(torch.empty(0), reused, passes)
+
+    def reuse(self, token_ids: Sequence[int]) -> int:
+        """Trim the prompt that shares most to what it shares, short of the last token; how many tokens that keeps."""
+        wanted = token_ids[:-1]
+        common = [held.count_shared(wanted) for held in self._held]
+        best = max(range(len(common)), key=lambda i: (common[i], i))
+        is_little = common[best] < min(_WORTH_TOKENS, len(wanted) // 2)
+        if is_little and self._max_prompts > 1:
+            self._held.append(_Held(self._model.new_cache()))
+            self._evict()
+            return 0
+        held = self._held.pop(best)
+        self._held.append(held)
+        del held.token_ids[common[best] :]
+        held.cache.trim(common[best])
+        return common[best]
+
+    def append(self, token_ids: Sequence[int], *, last_only: bool = False) -> torch.Tensor:
+        """Encode more tokens behind the prompt; logits after each (T, V), or after the last (1, V)."""
+        held = self._held[-1]
+        encode = self._model.encode if last_only else self._model.encode_all
+        logits = encode(list(token_ids), held.cache)
+        held.token_ids += token_ids
+        return logits
+
+    def keep(self, rows: Sequence[int], token_ids: Sequence[int]) -> None:
+        """Make rows of the last pass, which read ``token_ids``, the prompt's continuation."""
+        held = self._held[-1]
+        held.cache.keep(rows)
+        held.token_ids += token_ids
+
+    def _evict(self) -> None:
+        while len(self._held) > 1 and (len(self._held) > self._max_prompts or self.num_bytes > self._max_bytes):
+            del self._held[0]
+
+
+def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many leading items two sequences share."""
+    shortest = min(len(a), len(b))
+    return next((i for i in range(shortest) if a[i] != b[i]), shortest)

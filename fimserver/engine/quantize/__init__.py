@@ -1,0 +1,1 @@
+"""Write a model folder with its matrices in NVFP4."""

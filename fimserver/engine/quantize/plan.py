@@ -1,0 +1,203 @@
+"""What is quantized of a model, what is copied, and into which files: by headers alone.
+
+    Plan.make(folder, options) -> layers by file; each has bundles of matrices that share a global scale, and copies
+
+Experts alone, or with ``everything`` also attention, dense MLPs and self-conditioning. Embeddings, norms, routers and
+vision stay as they are. Matrices that one input goes through (gate and up; q, k and v) share a global scale, as
+published checkpoints have it and servers that fuse them need it.
+
+Knows:   names and shapes of tensors.  Never: their values.
+Raises:  ``WeightsError`` for what is no checkpoint of floats.
+"""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fimserver.engine.kernels.nvfp4 import BLOCK, Dialect
+from fimserver.engine.loading.checkpoint import Checkpoint, Format, Target
+from fimserver.engine.loading.quantization_config import read_quantization
+from fimserver.engine.loading.tensor_files import Stored
+from fimserver.engine.loading.weights import expected_shapes, read_config
+from fimserver.errors import WeightsError
+
+ENCODER, DECODER = "model.encoder.language_model.", "model.decoder."
+OTHERS = re.compile(
+    r"\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj|self_conditioning\.(?:gate|up|down)_proj)\.weight$"
+)
+_VISION = "model.encoder."
+_EXPERTS = re.compile(r"\.experts\.(?:\d+\.)?(?:gate|up|gate_up|down)_proj(?:\.weight)?$")
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
+_SHARES = {"gate_proj": "gate_up", "up_proj": "gate_up", "q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv"}
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizerOptions:
+    """What is quantized, how it is rounded, and by whose names it is written."""
+
+    everything: bool = False
+    dialect: Dialect = Dialect.MODELOPT
+    searched: bool = True
+    calibration: Path | None = None  # a text
+    single_bytes: int = 10**9  # what is smaller is one file
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """One matrix to quantize: its module, and the tensor it is, or the part of one: an expert, gate or up."""
+
+    module: str
+    stored: str
+    shape: tuple[int, int]
+    inputs: str  # whose mean squares weigh its columns
+    expert: int | None = None
+    rows: str = ""
+
+    @property
+    def written_bytes(self) -> int:
+        """Codes, scales, the global scale."""
+        size = math.prod(self.shape)
+        return size // 2 + size // BLOCK + 4
+
+
+@dataclass(slots=True)
+class Layer:
+    """What is written together: ``bundles`` of matrices that share a global scale, and names to copy."""
+
+    name: str
+    bundles: dict[str, list[Matrix]] = field(default_factory=lambda: defaultdict(list))
+    copied: list[str] = field(default_factory=list)
+
+    @property
+    def matrices(self) -> list[Matrix]:
+        """All that are quantized."""
+        return [m for bundle in self.bundles.values() for m in bundle]
+
+    def source_bytes(self, stored: Mapping[str, Stored]) -> int:
+        """What is read for it."""
+        return sum(stored[name].num_bytes for name in {*self.copied, *(m.stored for m in self.matrices)})
+
+    def written_bytes(self, stored: Mapping[str, Stored]) -> int:
+        """What is written for it."""
+        return sum(m.written_bytes for m in self.matrices) + sum(stored[name].num_bytes for name in self.copied)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Layers by the file that they are written to; modules that stay in floats."""
+
+    shards: Mapping[str, tuple[Layer, ...]]
+    floats: tuple[str, ...]
+    notes: tuple[str, ...]
+    stored: Mapping[str, Stored]
+    source_bytes: int
+    written_bytes: int
+
+    @classmethod
+    def make(cls, source: Path, options: QuantizerOptions) -> "Plan":
+        """From headers alone. Raises ``WeightsError`` for what is no checkpoint of floats."""
+        checkpoint = _open_floats(source)
+        layers: dict[str, Layer] = {}
+        taken: set[str] = set()
+        floats, notes = {"lm_head"}, []
+        for target in checkpoint.targets.values():
+            chosen = _is_chosen(target.name, everything=options.everything)
+            if chosen and target.shape[-1] % BLOCK:
+                rows = f"rows of {target.shape[-1]} are no whole blocks of {BLOCK}"
+                notes.append(f"{target.name.removesuffix('.weight')} stays in floats: {rows}")
+            elif chosen:
+                for matrix in _matrices_of(target):
+                    owner, _, leaf = matrix.module.rpartition(".")
+                    layer = layers.setdefault(name := _layer_of(target.name), Layer(name))
+                    layer.bundles[f"{owner}.{_SHARES.get(leaf, leaf)}"].append(matrix)
+                    taken.add(matrix.stored)
+                continue
+            floats.update(_modules_of(target))
+        for name, stored in checkpoint.stored.items():
+            if name in taken or _is_copy(name, taken):
+                continue
+            layers.setdefault(key := _layer_of(name), Layer(key)).copied.append(name)
+            if len(stored.shape) > 1:
+                floats.add(name.removesuffix(".weight"))
+        ordered = tuple(layers[name] for name in sorted(layers, key=_order_of))
+        written = sum(layer.written_bytes(checkpoint.stored) for layer in ordered)
+        if not taken:
+            msg = f"{source} has no matrix to quantize" + "".join(f"; {note}" for note in notes[:1])
+            raise WeightsError(msg)
+        names = [f"model-{i + 1:05}-of-{len(ordered):05}.safetensors" for i in range(len(ordered))]
+        single = written < options.single_bytes
+        shards = {"model.safetensors": ordered} if single else {n: (g,) for n, g in zip(names, ordered, strict=True)}
+        total = sum(stored.num_bytes for stored in checkpoint.stored.values())
+        tied = {name.replace(DECODER, ENCODER, 1) for name in floats if _LAYER.search(name)}
+        return cls(shards, tuple(sorted(floats | tied)), tuple(notes), checkpoint.stored, total, written)
+
+
+def _open_floats(source: Path) -> Checkpoint:
+    """The checkpoint of a folder that is not quantized yet. Raises ``WeightsError``."""
+    advice = "quantize the checkpoint of floats that it was made of"
+    if (found := read_quantization(source)) is not None:
+        msg = f"{source} is quantized already ({found.method}, {found.algorithm}); {advice}"
+        raise WeightsError(msg)
+    checkpoint = Checkpoint.open(source, expected_shapes(read_config(source)))
+    for target in checkpoint.targets.values():
+        if target.formats != {Format.FLOAT}:
+            msg = f"{source} is quantized already ({target.name} is {', '.join(sorted(target.formats))}); {advice}"
+            raise WeightsError(msg)
+    return checkpoint
+
+
+def _is_chosen(name: str, *, everything: bool) -> bool:
+    if _is_vision(name):
+        return False
+    return bool(_EXPERTS.search(name) or (everything and OTHERS.search(name)))
+
+
+def _is_vision(name: str) -> bool:
+    return name.startswith(_VISION) and not name.startswith(ENCODER)
+
+
+def _is_copy(name: str, taken: set[str]) -> bool:
+    """Whether a tensor is a quantized one once more, under the other path of tied weights."""
+    return name.replace(ENCODER, DECODER, 1) in taken or name.replace(DECODER, ENCODER, 1) in taken
+
+
+def _matrices_of(target: Target) -> Iterator[Matrix]:
+    """The matrices that a weight is, named apart: each expert, and of it gate, up, down."""
+    inputs = target.name.removesuffix(".weight")
+    rows, columns = target.shape[-2:]
+    for piece in target.pieces:
+        stored = piece.parts["weight"]
+        if len(target.shape) == 2:  # noqa: PLR2004  a matrix, not a stack of them
+            yield Matrix(piece.module, stored, (rows, columns), inputs)
+            continue
+        owner = piece.module.rpartition(".")[0]
+        for expert in range(target.shape[0]) if piece.expert is None else (None,):
+            module = owner if expert is None else f"{owner}.{expert}"
+            if target.name.endswith("down_proj"):
+                yield Matrix(f"{module}.down_proj", stored, (rows, columns), inputs, expert)
+            elif piece.rows:
+                yield Matrix(f"{module}.{piece.rows}_proj", stored, (rows // 2, columns), inputs, expert)
+            else:
+                for part in ("gate", "up"):
+                    yield Matrix(f"{module}.{part}_proj", stored, (rows // 2, columns), inputs, expert, part)
+
+
+def _modules_of(target: Target) -> Iterator[str]:
+    """Modules of a weight that stays in floats, as a reader that looks for linear layers names them."""
+    if _EXPERTS.search(target.name) and not _is_vision(target.name):
+        yield from (matrix.module for matrix in _matrices_of(target))
+    elif len(target.shape) > 1:
+        yield from (piece.module for piece in target.pieces)
+
+
+def _layer_of(name: str) -> str:
+    match = None if _is_vision(name) else _LAYER.search(name)
+    return f"layer {match[1]}" if match else "the rest"
+
+
+def _order_of(layer: str) -> tuple[bool, int]:
+    number = layer.removeprefix("layer ")
+    return (not number.isdigit(), int(number) if number.isdigit() else 0)

@@ -1,0 +1,124 @@
+"""Which model folders an editor's settings may name: those that the person agreed to, once for each workspace.
+
+A server cannot tell a person's own settings from those that came with a repository: an editor merges them. So whatever
+an editor's settings name beside a shipped model and those that were added by name (``fimserver model add``) is loaded
+only after the person said so, whether it is there by now or not: until then nobody looks for it, since a name can reach
+another machine. What ``config.toml`` or the command line says needs no agreement.
+
+    find_known      what a name needs no agreement for; ``None`` for every other
+    Agreements      what was agreed and what was refused, in a file of the person's
+
+What was agreed is the folder as it was then: a link that is moved later leads nowhere else.
+
+Knows:  names of models, folders, the state folder.  Never: LSP, weights.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fimserver.checkpoints.installed import find_added, find_recorded, is_hub_name
+from fimserver.checkpoints.known import shipped_names
+from fimserver.errors import WeightsError
+from fimserver.paths import read_plain, write_private
+
+FILE_NAME = "agreements.json"
+ANYWHERE = "*"
+_MOST = 500
+_logger = logging.getLogger(__name__)
+
+
+def find_known(model: str) -> str | None:
+    """What to load for a name that needs no agreement: a shipped model's name, or the folder of an added one."""
+    if model in shipped_names():
+        return model
+    try:
+        added = find_recorded(model)
+    except WeightsError:  # a damaged record, as who loads a model will say
+        return None
+    return added.folder if added is not None else None
+
+
+def to_key(model: str) -> str:
+    """A name as it is compared: without looking at any disk."""
+    return model if is_hub_name(model.partition("@")[0]) else os.path.normpath(os.path.expanduser(model))  # noqa: PTH111
+
+
+def is_elsewhere(model: str) -> bool:
+    """Whether a name is of another machine's folder, which no editor's settings may say."""
+    return model.replace("\\", "/").startswith("//")
+
+
+@dataclass(slots=True)
+class _Answer:
+    """Where a model may be loaded and where not, and the folder that was meant."""
+
+    folder: str
+    agreed: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+
+
+class Agreements:
+    """What was agreed and what was refused, by workspace."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def find_folder(self, model: str, workspaces: Sequence[str]) -> str | None:
+        """What to load for a model in each of these workspaces (URIs); ``None`` where nobody agreed to that."""
+        answer = self._read().get(to_key(model))
+        return answer.folder if answer is not None and _covers(answer.agreed, workspaces) else None
+
+    def is_refused(self, model: str, workspaces: Sequence[str]) -> bool:
+        """Whether the person said no, in each of these workspaces."""
+        answer = self._read().get(to_key(model))
+        return answer is not None and _covers(answer.refused, workspaces)
+
+    def agree(self, model: str, workspaces: Sequence[str]) -> None:
+        """The person agreed: in these workspaces, or ``ANYWHERE``. Raises ``OSError``."""
+        added = find_added(model) if is_hub_name(model.partition("@")[0]) else None
+        folder = str(added or Path(model).expanduser().resolve())
+        self._change(model, folder, agreed=workspaces)
+
+    def refuse(self, model: str, workspaces: Sequence[str]) -> None:
+        """The person said no. Raises ``OSError``."""
+        self._change(model, "", refused=workspaces or [ANYWHERE])
+
+    def _change(self, model: str, folder: str, *, agreed: Sequence[str] = (), refused: Sequence[str] = ()) -> None:
+        answers = self._read()
+        answer = answers.pop(to_key(model), _Answer(folder))
+        if folder and folder != answer.folder:
+            answer = _Answer(folder)  # what was agreed before was another one
+        answer.agreed = [*(name for name in answer.agreed if name not in refused), *agreed][-_MOST:]
+        answer.refused = [*(name for name in answer.refused if name not in agreed), *refused][-_MOST:]
+        answers[to_key(model)] = answer
+        while len(answers) > _MOST:
+            del answers[next(iter(answers))]
+        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        values = {key: {"folder": a.folder, "agreed": a.agreed, "refused": a.refused} for key, a in answers.items()}
+        write_private(self._path, json.dumps(values, indent=1))
+
+    def _read(self) -> dict[str, _Answer]:
+        try:
+            values: Any = json.loads(read_plain(self._path))
+            return {
+                str(key): _Answer(str(said["folder"]), _texts(said["agreed"]), _texts(said["refused"]))
+                for key, said in values.items()
+            }
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            _logger.warning("%s cannot be read (%s); you will be asked again", self._path, type(error).__name__)
+            return {}
+
+
+def _texts(values: Iterable[Any]) -> list[str]:
+    return [value for value in values if isinstance(value, str)]
+
+
+def _covers(said: Sequence[str], workspaces: Sequence[str]) -> bool:
+    return ANYWHERE in said or (bool(workspaces) and all(workspace in said for workspace in workspaces))

@@ -1,0 +1,89 @@
+"""Every stage of the measurement of a card runs here, at a reduced size; and a card that is not there is said so."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fimserver.bench.gpu import STAGES, Bench, measure_gpu, read_known, to_markdown, to_planned
+from fimserver.engine.loading.weights import expected_shapes
+from fimserver.engine.modeling.graphs import FixedPasses
+from fimserver.errors import FimserverError
+
+
+def test_every_stage_runs_simulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the way that a card takes: backends tried, passes fixed."""
+    seen: list[str] = []
+    passes: list[FixedPasses] = []
+
+    def run(self: FixedPasses, *arguments: Any, run: Any = FixedPasses.run) -> torch.Tensor:
+        passes.append(self)
+        found: torch.Tensor = run(self, *arguments)
+        return found
+
+    monkeypatch.setattr(FixedPasses, "run", run)
+    found = measure_gpu("26b", simulate=True, out=tmp_path, report=seen.append)
+    assert not found.failures
+    assert passes[0].num_captured > 0
+    assert found.backend["chosen"] == "plain torch, simulated"
+    assert found.backend["plain torch, simulated"].endswith("us")
+    assert found.planned_bytes > found.planned_weight_bytes > 0
+    assert seen == [*STAGES, "generate"]
+    assert [s.canvas_tokens for s in found.steps] == [16, 32, 64]
+    assert all(s.ms > 0 and s.free_ms > 0 and s.floor_ms > 0 for s in found.steps)
+    assert len(found.encode_ms_per_1000) == 3
+    assert min(found.requests_ms.values()) > 0
+    assert found.generate["s"] > 0
+    assert found.profile
+    written = json.loads((tmp_path / "gpu.json").read_text())
+    assert written["is_simulated"] is True
+    assert written["machine"]["torch"] == torch.__version__
+    text = (tmp_path / "gpu.md").read_text()
+    assert text == "\n".join(to_markdown(found)) + "\n"
+    assert "SIMULATED" in text.splitlines()[0]
+
+
+def test_peaks_are_written_beside_the_plan() -> None:
+    report = measure_gpu("26b", simulate=True, stages=("kernels",))
+    measured = replace(report, peak_bytes={"load": 10**9}, reserved_bytes={"load": 2 * 10**9}, planned_bytes=3 * 10**9)
+    assert "GB at most, by stage: {'load': '1.00'}; taken from the driver: 2.00; the plan" in "\n".join(
+        to_markdown(measured)
+    )
+
+
+def test_a_stage_that_fails_leaves_the_others_their_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_self: Bench) -> None:
+        msg = "out of memory"
+        raise RuntimeError(msg)
+
+    monkeypatch.setattr(Bench, "measure_encode", fail)
+    found = measure_gpu("26b", simulate=True, stages=("load", "encode", "requests"))
+    assert found.failures == {"encode": "RuntimeError: out of memory"}
+    assert found.requests_ms
+    assert "FAILED: {'encode': 'RuntimeError: out of memory'}" in to_markdown(found)
+    alone = measure_gpu("26b", simulate=True, stages=("steps",))
+    assert "there is no model" in alone.failures["steps"]
+
+
+def test_the_reduced_model_is_of_the_same_kind() -> None:
+    """Layers of both kinds, several experts, keys that are values: what the large one has, and the planner agrees."""
+    config, _ = read_known("26b", reduced=True)
+    text = config.get_text_config()
+    assert set(text.layer_types) == {"sliding_attention", "full_attention"}
+    assert text.num_experts > text.top_k_experts > 1
+    shapes = expected_shapes(config)
+    counted = sum(torch.Size(s).numel() for n, s in shapes.items() if "vision" not in n and "layer_scalar" not in n)
+    assert counted == sum(part.num_parameters for part in to_planned("26b", config).parts)
+
+
+def test_errors_say_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FimserverError, match="no stage 'swim'; there are: kernels, load"):
+        measure_gpu("26b", simulate=True, stages=("swim",))
+    with pytest.raises(FimserverError, match="no synthetic model '7b'; there are: 26b"):
+        measure_gpu("7b", simulate=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(FimserverError, match=r"no CUDA device; .*--simulate"):
+        measure_gpu("26b")

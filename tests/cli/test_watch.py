@@ -1,0 +1,82 @@
+"""``fimserver complete --watch``: where the person is after a save, and what is shown."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fimserver.cli.complete import parse_file
+from fimserver.cli.watch import changed_at, snapshots_of
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "cursor"),
+    [
+        ("a\n", "ab\n", 2),
+        ("a\nc\n", "a\nb\nc\n", 3),
+        ("abc", "ac", 1),
+        ("", "x = ", 4),
+        ("x\n", "x\n\n", 2),
+        ("a(b)", "a(bc)", 4),
+        ("same", "same", 4),
+    ],
+)
+def test_the_cursor_is_behind_what_is_new(old: str, new: str, cursor: int) -> None:
+    assert changed_at(old, new) == cursor
+
+
+def test_a_snapshot_for_each_save(tmp_path: Path) -> None:
+    file = tmp_path / "a.go"
+    file.write_text("package a\n")
+    snapshots = snapshots_of(parse_file(str(file)))
+    first = next(snapshots)
+    assert (first.language_id, first.cursor) == ("go", 9)
+    file.write_text("package a\n\nvar x = 1\n")
+    second = next(snapshots)
+    assert second.text[: second.cursor].endswith("var x = 1")
+    replacement = tmp_path / "b.go"
+    replacement.write_text("package a\n\nvar x = 12\n")
+    file.unlink()
+    replacement.rename(file)
+    third = next(snapshots)
+    assert third.text[: third.cursor].endswith("x = 12")
+    assert [first.version, second.version, third.version] == [0, 1, 2]
+
+
+def test_the_command_shows_each_save_and_ends_with_an_interrupt(tmp_path: Path) -> None:
+    file = tmp_path / "inventory.py"
+    file.write_text("class Inventory:\n    def add(self, item):\n        self.items.app\n")
+    command = [sys.executable, "-P", "-m", "fimserver.cli.main", "complete", f"{file}:3:23", "--watch", "--json"]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509  a runner may ignore it
+    )
+    try:
+        assert process.stdout is not None
+        assert json.loads(process.stdout.readline())["range"]["start"] == {"line": 3, "column": 23}
+        time.sleep(0.2)
+        file.write_text("class Inventory:\n    def add(self, item):\n        self.items.append(\n")
+        second = json.loads(process.stdout.readline())
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+    assert second["hole"] is not None
+    assert second["hole"]["kind"] == "rest_of_line"
+
+
+def test_watching_needs_a_file() -> None:
+    command = [sys.executable, "-P", "-m", "fimserver.cli.main", "complete", "-:1:1", "--watch"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, input="x")
+    assert result.returncode == 2
+    assert "needs a file" in result.stderr

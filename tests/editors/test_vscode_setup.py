@@ -1,0 +1,290 @@
+"""The VS Code extension in workbenches that are set up for one thing: trust, installing, several folders, a Vim."""
+
+import json
+import time
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+
+import pytest
+from support import vscode as editor
+from support.real_editors import BEGUN, FIMSERVER, LINE, ROOT, SAMPLE, Stub, wait_until, write_script
+from support.vscode import VSCode, Window, Workbench, stub_program
+
+editors = pytest.mark.editors
+
+
+@editors
+def test_a_workspace_that_is_not_trusted(
+    vscode: VSCode, vsix: Path, editors_home: dict[str, str], tmp_path: Path, pictures: Path
+) -> None:
+    folder = tmp_path / "theirs"
+    (folder / ".vscode").mkdir(parents=True)
+    traces = tmp_path / "traces"
+    evil = write_script(tmp_path / "evil.sh", f"touch {traces}")
+    for name in (".venv", "venv"):
+        (folder / name / "bin").mkdir(parents=True)
+        (folder / name / "bin" / "fimserver").symlink_to(evil)
+    settings = {"fimserver.serverPath": str(evil), "fimserver.model": "/theirs", "fimserver.device": "cuda:7"}
+    (folder / ".vscode" / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
+    (folder / "inventory.py").write_text(SAMPLE, encoding="utf-8")
+    with closing(Workbench(vscode, vsix, folder, env=editors_home, trusted=False)) as workbench:
+        window = workbench.window()
+        status = window.wait_for_status("Ready", timeout=120)
+        assert "tiny, on cpu" in status
+        assert "not trusted" in status
+        assert window.begin(folder / "inventory.py")
+        window.screenshot(pictures / "untrusted.png")
+        assert not traces.exists()
+        workbench.assert_calm(window)
+
+
+@editors
+@pytest.mark.parametrize("has_own", [False, True], ids=["by_path", "with_an_environment"])
+def test_trust_is_given_while_it_runs(
+    has_own: bool, vscode: VSCode, vsix: Path, editors_home: dict[str, str], tmp_path: Path
+) -> None:
+    folder, journal = tmp_path / "project", tmp_path / "journal"
+    on_path, in_folder = tmp_path / "bin" / "fimserver", folder / ".venv" / "bin" / "fimserver"
+    folder.mkdir()
+    for program in [on_path, in_folder] if has_own else [on_path]:
+        write_script(program, f'echo "$0" >> {journal}', f'exec {FIMSERVER} "$@"')
+    (folder / "inventory.py").write_text(SAMPLE, encoding="utf-8")
+    env = {**editors_home, "PATH": f"{on_path.parent}:/usr/bin:/bin"}
+    with closing(
+        Workbench(vscode, vsix, folder, env=env, settings={"fimserver.serverPath": ""}, trusted=False)
+    ) as workbench:
+        window = workbench.window()
+        assert "not trusted" in window.wait_for_status("Ready", timeout=120)
+        started = [str(on_path)]
+        assert journal.read_text(encoding="utf-8").split() == started
+        window.command("Workspaces: Manage Workspace Trust")
+        window.click(".workspace-trust-editor .monaco-button >> text=Trust")
+        if has_own:
+            started.append(str(in_folder))
+            wait_until(lambda: journal.read_text(encoding="utf-8").split() == started, "the workspace's program runs")
+        status = wait_until(
+            lambda: "Ready" in (text := window.status()) and "not trusted" not in text and text, "trust"
+        )
+        assert "tiny, on cpu" in status
+        window.begin(folder / "inventory.py")
+        assert journal.read_text(encoding="utf-8").split() == started, "nothing is started anew without a reason"
+        workbench.assert_calm(window)
+
+
+@editors
+def test_several_folders(
+    vscode: VSCode, vsix: Path, editors_home: dict[str, str], tmp_path: Path, pictures: Path
+) -> None:
+    folders = [tmp_path / name for name in ("first", "second", "third")]
+    for folder in folders:
+        folder.mkdir()
+        (folder / f"{folder.name}.py").write_text(SAMPLE, encoding="utf-8")
+    workspace = tmp_path / "both.code-workspace"
+
+    def write_workspace(*names: str) -> None:
+        workspace.write_text(json.dumps({"folders": [{"path": name} for name in names]}), encoding="utf-8")
+
+    write_workspace("first", "second")
+    stub = Stub(tmp_path, {"after": "self.items.app", "texts": ["end(one)"]})
+    settings = {"fimserver.serverPath": str(stub_program(stub))}
+    with closing(Workbench(vscode, vsix, folders[0], env=editors_home, settings=settings)) as workbench:
+        window = workbench.window(workspace=workspace)
+        window.wait_for_status("Ready", timeout=120)
+        told = stub.received("initialize")[0]["workspaceFolders"]
+        assert [folder["name"] for folder in told] == ["first", "second"]
+        told_more = partial(stub.received, "workspace/didChangeWorkspaceFolders")
+        workbench.repeat_until(partial(write_workspace, "first", "second", "third"), told_more, "the server was told")
+        added = told_more()
+        assert [folder["name"] for folder in added[0]["event"]["added"]] == ["third"]
+        workbench.set_for_status(window, "tiny", serverPath=str(FIMSERVER))
+        for folder in folders:
+            assert window.begin(folder / f"{folder.name}.py")
+        window.screenshot(pictures / "folders.png")
+        workbench.assert_calm(window)
+
+
+VIM = {
+    "name": "modes",
+    "publisher": "tests",
+    "version": "0.0.1",
+    "engines": {"vscode": "^1.96.0"},
+    "activationEvents": ["*"],
+    "main": "./extension.js",
+    "contributes": {
+        "keybindings": [
+            {"key": "escape", "command": "modes.normal", "when": "editorTextFocus"},
+            {"key": "tab", "command": "modes.tab", "when": "editorFocus && modes.mode != 'insert'"},
+        ]
+    },
+}
+VIM_CODE = """
+// Stands in for the Vim extension (VSCodeVim): it takes "type" and Escape the same way, and Tab outside of inserting.
+const { commands, window } = require("vscode");
+const shown = window.createStatusBarItem("modes.mode");
+let mode;
+async function enter(name) {
+  mode = name;
+  await commands.executeCommand("setContext", "modes.mode", name);
+  shown.text = `-- ${name.toUpperCase()} --`;
+}
+exports.activate = () => {
+  shown.show();
+  enter("normal");
+  commands.registerCommand("type", (typed) => {
+    if (mode === "insert") return commands.executeCommand("default:type", typed);
+    if (typed.text === "A") {
+      enter("insert"); // at once: the next key may be under way
+      return commands.executeCommand("cursorEnd");
+    }
+  });
+  commands.registerCommand("modes.normal", () => {
+    const was = mode;
+    enter("normal");
+    return was === "insert" ? commands.executeCommand("cursorLeft") : undefined;
+  });
+  commands.registerCommand("modes.tab", () => undefined);
+};
+"""
+
+
+def leave_inserting(window: Window) -> None:
+    """Press Escape, and wait for the mode: its step to the left would move the cursor of whatever comes next."""
+    window.press("Escape")
+    wait_until(lambda: any("NORMAL" in text for text in window.texts(".statusbar-item")), "the mode")
+
+
+@editors
+def test_beside_an_extension_with_modes(
+    vscode: VSCode, vsix: Path, editors_home: dict[str, str], tmp_path: Path, pictures: Path
+) -> None:
+    source, folder = tmp_path / "modes", tmp_path / "project"
+    source.mkdir()
+    folder.mkdir()
+    (source / "package.json").write_text(json.dumps(VIM), encoding="utf-8")
+    (source / "extension.js").write_text(VIM_CODE, encoding="utf-8")
+    modes = editor.pack(source, tmp_path / "modes.vsix")
+    file = folder / "inventory.py"
+    file.write_text(SAMPLE, encoding="utf-8")
+    with closing(Workbench(vscode, vsix, folder, env=editors_home, beside=modes)) as workbench:
+        window = workbench.window()
+        window.wait_for_status("Ready", timeout=120)
+        window.open(file)
+        window.go(LINE)
+        window.type("pppp")  # keys of a mode that inserts nothing
+        window.type("A")
+        ghost = window.type_until_ghost("p")
+        window.take_ghost()
+        window.type("  # ")
+        leave_inserting(window)
+        window.press("Tab")
+        window.type("Aso")
+        wait_until(lambda: any(line.endswith("# so") for line in window.written()), "all has been through the modes")
+        assert window.save(file).decode().splitlines()[LINE - 1] == f"{BEGUN}{ghost}  # so"
+        leave_inserting(window)
+        window.go(LINE + 1)
+        window.type("A")
+        window.type(")\nself.items.ap")
+        window.type_until_ghost("p")
+        window.press("Escape")  # leaves the mode, and takes the ghost text away with it
+        wait_until(lambda: not window.ghost(), "the ghost text is gone")
+        window.screenshot(pictures / "modes.png")
+        assert workbench.host_errors() == []
+
+
+@editors
+def test_looks_of_first_steps_and_of_errors(
+    vscode: VSCode, vsix: Path, editors_home: dict[str, str], tmp_path: Path, pictures: Path
+) -> None:
+    missing = tmp_path / "no" / "fimserver"
+    with closing(
+        Workbench(vscode, vsix, tmp_path, env=editors_home, settings={"fimserver.serverPath": str(missing)})
+    ) as workbench:
+        window = workbench.window(width=1500, height=800)  # wide enough for the steps' pictures
+        window.wait_for_status("No completions", timeout=120)
+        said = wait_until(window.notifications, "what is wrong")
+        assert len(said) == 1
+        assert str(missing) in said[0]
+        workbench.in_themes(window, lambda theme: window.screenshot(pictures / f"error_{theme}.png"))
+        window.menu()
+        window.screenshot(pictures / "error_menu.png")
+        window.press("Escape")
+        window.dismiss()
+        window.command("Welcome: Open Walkthrough")
+        window.choose("Code completion on your own machine")
+        for number, step in enumerate(("Have the server", "Type, and press Tab", "The menu in the status bar"), 1):
+            window.click(f".getting-started-step >> text={step}")
+            time.sleep(2)  # for what stands beside it, in a frame
+            workbench.in_themes(window, partial(picture_step, window, pictures, number))
+        workbench.set_for_status(window, "Ready", serverPath=str(FIMSERVER))
+        assert window.notifications() == []
+
+
+def picture_step(window: Window, pictures: Path, number: int, theme: str) -> None:
+    window.screenshot(pictures / f"walkthrough{number}_{theme}.png")
+
+
+FAKE_UV = """\
+echo "$@" >> {journal}
+case "$1" in
+  venv) mkdir -p "$4/bin" ;;
+  pip)
+    case "$*" in
+      *torch) echo "Downloading torch"; exec sleep {pause} ;;
+      *) cp {server} "$(dirname "$4")/fimserver" ;;
+    esac ;;
+esac
+"""
+
+
+@editors
+def test_the_server_is_installed_when_asked(
+    vscode: VSCode, vsix: Path, editors_home: dict[str, str], tmp_path: Path, pictures: Path
+) -> None:
+    folder, tools, journal = tmp_path / "project", tmp_path / "tools", tmp_path / "journal"
+    folder.mkdir()
+    (folder / "inventory.py").write_text(SAMPLE, encoding="utf-8")
+    server = write_script(tmp_path / "server", f'exec {FIMSERVER} "$@"')
+
+    def write_uv(pause: int) -> None:
+        write_script(tools / "uv", FAKE_UV.format(journal=journal, pause=pause, server=server))
+
+    write_uv(600)
+    env = {**editors_home, "PATH": f"{tools}:/usr/bin:/bin"}
+    settings = {"fimserver.serverPath": ""}
+    with closing(Workbench(vscode, vsix, folder, env=env, settings=settings)) as workbench:
+        window = workbench.window()
+        window.wait_for_status("not installed", timeout=120)
+        said = wait_until(window.notifications, "the offer")
+        assert len(said) == 1
+        window.screenshot(pictures / "missing.png")
+        assert not journal.exists()
+
+        def install() -> None:
+            wait_until(lambda: any("0.3 GB" in text for text in window.rows()), "the builds")
+            window.screenshot(pictures / "install.png")
+            window.accept("0.3 GB")
+            window.accept("uv")
+            wait_until(lambda: any("from a checkout" in text for text in window.rows()), "the last step")
+            assert not any("fimserver==" in text for text in window.rows()), "by a name that is not ours"
+            window.accept("from a checkout")
+            window.choose_path(ROOT, "Install")
+
+        window.click(".notification-toast .monaco-button >> text=Install...")
+        install()
+        wait_until(lambda: any("torch" in text for text in window.notifications()), "how far it is")
+        window.screenshot(pictures / "installing.png")
+        window.click(".notification-toast .monaco-button >> text=Cancel")
+        wait_until(lambda: not window.notifications(), "it was stopped")
+        assert "not installed" in window.status()
+        place = "globalStorage/fimserver.fimserver/server"
+        wait_until(lambda: not list(workbench.data.rglob(place)), "what was begun is gone")
+
+        write_uv(0)
+        window.menu()
+        window.choose("Install the server")
+        install()
+        window.wait_for_status("Ready", timeout=60)
+        window.begin(folder / "inventory.py")
+        assert journal.read_text(encoding="utf-8").splitlines()[-1].endswith(f" {ROOT}")
+        assert workbench.host_errors() == []

@@ -1,0 +1,270 @@
+"""Model folders that an editor's settings name are loaded only after the person agreed; trust that the editor tells."""
+
+import json
+import os
+import stat
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.fake_engine import FakeServer, read_journal
+
+from fimserver.checkpoints.installed import record_file
+from fimserver.lsp.consent import ANYWHERE, FILE_NAME, Agreements, find_known, is_elsewhere
+from fimserver.lsp.session import Session
+
+HERE, THERE = "file:///home/me/here", "file:///home/me/there"
+ASK = "window/showMessageRequest"
+Start = Callable[..., FakeServer]
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FIMSERVER_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    made = tmp_path / "a model"
+    made.mkdir()
+    return made
+
+
+@pytest.mark.parametrize("model", ["TINY", "tiny.", "./tiny", "known", "no/such/model", "/no/such", ".", "~nobody/x"])
+def test_only_shipped_and_added_models_need_no_agreement(home: Path, model: str) -> None:
+    assert find_known("tiny") == "tiny"
+    assert find_known(model) is None, "also what is not there, by now"
+
+
+def test_an_added_model_needs_none(home: Path, folder: Path) -> None:
+    added = {"revision": "main", "commit": "a" * 40, "folder": str(folder)}
+    record_file().parent.mkdir(parents=True)
+    record_file().write_text(json.dumps({"models": {"owner/name": added}}))
+    assert find_known("owner/name") == str(folder), "the folder: a repository may have one of the same name"
+    assert find_known("owner/name@main") == str(folder)
+    assert find_known("owner/name@other") is None
+    record_file().write_text("{")
+    assert find_known("owner/name") is None
+
+
+@pytest.mark.parametrize("model", [r"\\evil\\share\\m", "//evil/share/m", r"\/evil\share\m", r"\\?\\UNC\\evil\\m"])
+def test_another_machine_is_nobodys_to_name(model: str) -> None:
+    assert is_elsewhere(model)
+    assert not is_elsewhere("/home/me/model")
+    assert not is_elsewhere(r"C:\\models\\m")
+
+
+def test_agreed_is_agreed_for_that_folder_and_workspace(folder: Path, tmp_path: Path) -> None:
+    agreements = Agreements(tmp_path / "state" / FILE_NAME)
+    name = str(folder)
+    assert agreements.find_folder(name, [HERE]) is None
+    agreements.agree(name, [HERE])
+    assert agreements.find_folder(name, [HERE]) == name
+    assert agreements.find_folder(str(folder / "." / "x" / ".."), [HERE]) == name, "the same otherwise written"
+    assert agreements.find_folder(name, [THERE]) is None
+    assert agreements.find_folder(name, [HERE, THERE]) is None, "in each of the open folders"
+    assert agreements.find_folder(name, []) is None
+    assert agreements.find_folder(str(folder.parent), [HERE]) is None
+    agreements.agree(name, [THERE])
+    assert agreements.find_folder(name, [HERE, THERE]) == name
+    agreements.agree(name, [ANYWHERE])
+    assert agreements.find_folder(name, []) == name
+    assert stat.S_IMODE((tmp_path / "state" / FILE_NAME).stat().st_mode) == 0o600
+
+
+def test_a_no_is_kept_and_can_be_taken_back(folder: Path, tmp_path: Path) -> None:
+    agreements = Agreements(tmp_path / FILE_NAME)
+    agreements.agree(str(folder), [HERE, THERE])
+    agreements.refuse(str(folder), [HERE])
+    assert agreements.is_refused(str(folder), [HERE])
+    assert agreements.find_folder(str(folder), [HERE]) is None
+    assert agreements.find_folder(str(folder), [THERE]) == str(folder)
+    agreements.agree(str(folder), [HERE])
+    assert not agreements.is_refused(str(folder), [HERE])
+    assert agreements.find_folder(str(folder), [HERE]) == str(folder)
+    agreements.refuse(str(folder), [])
+    assert agreements.is_refused(str(folder), [])
+
+
+def test_a_link_that_is_moved_later_leads_nowhere_else(folder: Path, tmp_path: Path) -> None:
+    link, other = tmp_path / "link", tmp_path / "other"
+    other.mkdir()
+    link.symlink_to(folder)
+    agreements = Agreements(tmp_path / FILE_NAME)
+    agreements.agree(str(link), [HERE])
+    link.unlink()
+    link.symlink_to(other)
+    assert agreements.find_folder(str(link), [HERE]) == str(folder), "what was agreed to"
+    agreements.agree(str(link), [THERE])
+    assert agreements.find_folder(str(link), [HERE]) is None, "that was another one"
+    assert agreements.find_folder(str(link), [THERE]) == str(other)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "7", '{"x": 3}', '{"x": [3]}', '{"x": {"folder": 1}}', "[" * 100_000])
+def test_a_damaged_file_agrees_to_nothing(folder: Path, tmp_path: Path, text: str) -> None:
+    path = tmp_path / FILE_NAME
+    path.write_text(text.replace("x", str(folder)))
+    agreements = Agreements(path)
+    assert agreements.find_folder(str(folder), [HERE]) is None
+    agreements.agree(str(folder), [HERE])
+    assert agreements.find_folder(str(folder), [HERE]) == str(folder)
+
+
+def test_a_pipe_in_its_place_is_not_waited_for(folder: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / FILE_NAME)
+    assert Agreements(tmp_path / FILE_NAME).find_folder(str(folder), [HERE]) is None
+
+
+# In an editor
+
+
+def loaded(server: FakeServer) -> list[str]:
+    """Models that workers were started with."""
+    return [json.loads(arguments)["model"] for arguments in read_journal(server.journal, "arguments")]
+
+
+def until(condition: Callable[[], Any], timeout_s: float = 10) -> Any:
+    deadline = time.monotonic() + timeout_s
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return found
+
+
+def asked(server: FakeServer) -> list[dict[str, Any]]:
+    return [message["params"] for message in server.requests if message["method"] == ASK]
+
+
+def model_of(server: FakeServer) -> str:
+    return str(server.request("fimserver/status", {})["refusedModel"])
+
+
+def choose(server: FakeServer, begins: str) -> None:
+    server.replies[ASK] = {"title": begins}
+
+
+def test_a_folder_is_asked_about_once_and_not_loaded_before(start_fake: Start, home: Path, folder: Path) -> None:
+    server = start_fake(folders=[HERE])
+    server.wait_until_ready()
+    server.set(model=str(folder))
+    (question,) = until(lambda: asked(server))
+    assert str(folder) in question["message"]
+    assert "config.toml" in question["message"]
+    assert [action["title"] for action in question["actions"]] == [
+        "Load it in this workspace",
+        "Load it everywhere",
+        "Do not load it",
+    ]
+    assert model_of(server) == str(folder)
+    server.set(model=str(folder), maxLines=3)
+    assert model_of(server) == str(folder)
+    assert len(asked(server)) == 1
+    assert loaded(server) == ["tiny"]
+    assert not (home / "state" / FILE_NAME).exists()
+
+
+def test_who_agrees_has_it_and_is_not_asked_again(start_fake: Start, home: Path, folder: Path) -> None:
+    server = start_fake(folders=[HERE])
+    server.wait_until_ready()
+    choose(server, "Load it in this workspace")
+    server.set(model=str(folder))
+    until(lambda: loaded(server) == ["tiny", str(folder)])
+    assert model_of(server) == "None"
+    agreed = json.loads((home / "state" / FILE_NAME).read_text())
+    assert agreed == {str(folder): {"folder": str(folder), "agreed": [HERE], "refused": []}}
+    again = start_fake(folders=[HERE], options={"model": str(folder)})
+    again.wait_until_ready()
+    assert asked(again) == []
+    assert loaded(again)[-1] == str(folder)
+    elsewhere = start_fake(folders=[THERE], options={"model": str(folder)})
+    elsewhere.wait_until_ready()
+    until(lambda: asked(elsewhere))
+    assert model_of(elsewhere) == str(folder)
+
+
+def test_config_toml_needs_no_agreement(start_fake: Start, home: Path, folder: Path) -> None:
+    (home / "config").mkdir(parents=True)
+    (home / "config" / "config.toml").write_text(f"model = {json.dumps(str(folder))}\n")
+    server = start_fake()
+    server.wait_until_ready()
+    assert loaded(server) == [str(folder)]
+    assert asked(server) == []
+
+
+def test_in_an_untrusted_workspace_the_engine_is_the_persons_alone(start_fake: Start, home: Path, folder: Path) -> None:
+    options = {"workspaceTrusted": False, "model": str(folder), "threads": 3, "maxLines": 3}
+    server = start_fake(options=options)
+    server.wait_until_ready()
+    status = server.request("fimserver/status", {})
+    assert (status["trusted"], status["refusedModel"]) == (False, None)
+    assert asked(server) == []
+    assert loaded(server) == ["tiny"]
+    choose(server, "Load it everywhere")
+    server.notify("fimserver/didChangeWorkspaceTrust", {"trusted": True})
+    until(lambda: loaded(server)[-1] == str(folder))
+    assert server.request("fimserver/status", {})["trusted"] is True
+    for nonsense in ({"trusted": "no"}, {}, None):
+        server.notify("fimserver/didChangeWorkspaceTrust", nonsense)
+    assert server.request("fimserver/status", {})["trusted"] is True
+
+
+def test_what_is_not_there_yet_is_not_loaded_once_it_is(start_fake: Start, home: Path, tmp_path: Path) -> None:
+    """A repository brings its settings before its files."""
+    late = tmp_path / "later"
+    server = start_fake(folders=[HERE], options={"model": str(late)})
+    server.wait_until_ready()
+    until(lambda: asked(server))
+    late.mkdir()
+    server.request("workspace/executeCommand", {"command": "fimserver.restart"})
+    until(lambda: len(loaded(server)) == 2)
+    assert loaded(server) == ["tiny", "tiny"]
+    assert model_of(server) == str(late)
+
+
+def test_a_no_is_not_asked_again_but_by_hand(start_fake: Start, home: Path, folder: Path) -> None:
+    first = start_fake(folders=[HERE])
+    first.wait_until_ready()
+    choose(first, "Do not load it")
+    first.set(model=str(folder))
+    until((home / "state" / FILE_NAME).exists)
+    again = start_fake(folders=[HERE], options={"model": str(folder)})
+    again.wait_until_ready()
+    said = until(lambda: [n for n in again.notifications if "did not want" in str(n)])
+    assert "fimserver.restart" in str(said)
+    assert asked(again) == []
+    choose(again, "Load it in this workspace")
+    again.request("workspace/executeCommand", {"command": "fimserver.restart"})
+    until(lambda: loaded(again)[-1] == str(folder))
+
+
+def test_a_setting_without_effect_is_not_asked_about(start_fake: Start, home: Path, folder: Path) -> None:
+    server = start_fake(folders=[HERE], options={"model": str(folder)}, overrides={"model": "tiny"})
+    server.wait_until_ready()
+    assert model_of(server) == "None"
+    assert asked(server) == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"workspaceTrusted": False, "fimserver": {"threads": 3}},
+        {"fimserver": {"workspaceTrusted": False, "threads": 3}},
+        {"workspaceTrusted": None, "threads": 3},
+        {"workspaceTrusted": "yes", "fimserver": None},
+    ],
+)
+def test_trust_that_is_not_said_clearly_is_none(options: dict[str, Any]) -> None:
+    session = Session()
+    session.initialize(options)
+    assert not session.is_trusted
+    assert session.settings.threads == 0
+
+
+@pytest.mark.parametrize("options", [None, {}, {"threads": 3}, {"workspaceTrusted": True}, {"fimserver": {}}])
+def test_an_editor_without_trust_is_trusted(options: dict[str, Any] | None) -> None:
+    session = Session()
+    session.initialize(options)
+    assert session.is_trusted

@@ -1,0 +1,60 @@
+"""How long the server waits behind a key: by the model's speed and the person's."""
+
+import random
+from collections.abc import Iterable
+
+import pytest
+
+from fimserver.lsp.debounce import LONGEST_S, UNKNOWN_S, AdaptiveDebounce
+
+
+def typed(pauses: Iterable[float]) -> AdaptiveDebounce:
+    now = 0.0
+    pace = AdaptiveDebounce(lambda: now)
+    pace.on_edit()
+    for pause in pauses:
+        now += pause
+        pace.on_edit()
+    return pace
+
+
+def person(median: float, seed: int = 0, count: int = 100) -> list[float]:
+    """Bursts with a longer pause after every tenth key."""
+    draw = random.Random(seed)
+    return [draw.lognormvariate(0, 0.3) * (median if i % 10 else 1.0) for i in range(count)]
+
+
+def test_at_first_the_usual_pause() -> None:
+    assert typed([0.2] * 50).pause_s(None) == UNKNOWN_S
+    assert typed([0.2] * 3).pause_s(0.1) == UNKNOWN_S
+
+
+@pytest.mark.parametrize("median", [0.12, 0.2, 0.3])
+def test_a_model_that_answers_between_two_keys_is_asked_at_once(median: float) -> None:
+    assert typed(person(median)).pause_s(median / 3) == 0
+
+
+@pytest.mark.parametrize("median", [0.06, 0.1, 0.15])
+def test_a_slow_model_is_asked_when_typing_stops(median: float) -> None:
+    pace = typed(person(median))
+    wait = pace.pause_s(0.5)
+    assert median < wait <= LONGEST_S
+    assert wait <= pace.pause_s(0.6) <= LONGEST_S
+
+
+def test_it_waits_no_longer_than_it_has_to() -> None:
+    """Half of the keys come after 0.1 s, half after 1 s: behind 0.1 s there is no key to wait for."""
+    assert typed([0.1, 1.0] * 30).pause_s(0.5) == 0, "every second answer comes in time"
+    assert typed([0.1, 0.1, 0.1, 1.0] * 20).pause_s(0.5) == pytest.approx(0.1)
+
+
+def test_who_pauses_long_between_keys_waits_for_nothing() -> None:
+    assert typed([10.0] * 20).pause_s(2.0) == 0
+
+
+def test_habits_change() -> None:
+    slow, quick = [2.0] * 150, [0.05] * 150
+    after_quick = pytest.approx(0.05)  # no key for longer than ever: the typing has stopped
+    assert typed(quick).pause_s(0.5) == after_quick
+    assert typed(quick + slow).pause_s(0.5) == 0
+    assert typed(slow + quick).pause_s(0.5) == after_quick

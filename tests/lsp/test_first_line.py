@@ -1,0 +1,212 @@
+"""The first line of a longer completion, before the rest is there; the rest for who asks again."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from support.fake_engine import FakeServer
+
+URI = "file:///home/me/anytime.py"
+BODY = "def call(first, second):\n    ▮\n"
+LINE = "total = first + second"
+ANSWER = f"{LINE}\n    return total"
+ORDER = {"answer": ANSWER, "drafts": ["total", f"{LINE}\n"], "step_s": 0.02}
+LATER_S = 10  # what a computation would still take that is ended; and who saw it ended waits for less than
+SOON_S = 2
+DEFAULT_S = 0.15
+Place = tuple[str, int, int]
+
+
+def show(server: FakeServer, name: str, text: str = BODY, **order: object) -> Place:
+    return server.show(f"{URI}{name}", text, order={**ORDER, "name": name, **order})
+
+
+def show_held(server: FakeServer, name: str, text: str = BODY, held: int = 2, **order: object) -> Place:
+    """The rest comes once it is let go, and is not ended before: however slow the machine is."""
+    server.set(maxLatencyMs=60_000)
+    return show(server, name, text, held=held, **order)
+
+
+def texts(items: Any) -> list[str]:
+    return [item["insertText"] for item in items]
+
+
+def ask(server: FakeServer, place: Place, *, invoked: bool = False) -> list[str]:
+    return texts(server.complete(*place, invoked=invoked))
+
+
+def ask_and_let_go(server: FakeServer, place: Place, *, invoked: bool = False) -> list[str]:
+    request = server.send_completion(*place, invoked=invoked)
+    server.release_weights()
+    return texts(server.wait(request)["result"]["items"])
+
+
+@pytest.mark.parametrize("invoked", [False, True])
+def test_the_first_line_comes_before_the_rest(fake: FakeServer, *, invoked: bool) -> None:
+    place = show_held(fake, f"early{invoked}")
+    begin = time.perf_counter()
+    assert ask(fake, place, invoked=invoked) == [LINE]
+    assert DEFAULT_S <= time.perf_counter() - begin < 0.7
+    assert fake.last["source"] == "first_line"
+    sentence = fake.notifications[-1]["params"]["message"]
+    assert "first line" in sentence
+    assert fake.noted("answered", f"early{invoked}") == []
+    fake.release_weights()
+    fake.wait_until_noted("answered", f"early{invoked}")
+    assert fake.noted("cancelled", f"early{invoked}") == []
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_who_asks_again_gets_all(fake: FakeServer, *, waits: bool) -> None:
+    """While the rest is computed, and behind that; the engine is asked once."""
+    name = f"again{waits}"
+    place = show_held(fake, name)
+    assert ask(fake, place) == [LINE]
+    if waits:
+        fake.release_weights()
+        fake.wait_until_noted("answered", name)
+        time.sleep(0.1)
+    assert ask_and_let_go(fake, place, invoked=True) == [ANSWER]
+    assert fake.last["source"] in (("cache", "model") if waits else ("model",)), "a busy server may not have it yet"
+    assert ask(fake, place, invoked=True) == [ANSWER]
+    assert fake.last["source"] == "cache"
+    assert len(fake.noted("begun", name)) == 1
+
+
+@pytest.mark.parametrize("typed", ["tot", LINE, f"{LINE}\n    "])
+@pytest.mark.parametrize("waits", [True, False])
+def test_who_types_or_accepts_it_gets_the_rest(fake: FakeServer, typed: str, *, waits: bool) -> None:
+    name = f"rest{len(typed)}{waits}"
+    uri, line, column = show_held(fake, name)
+    assert ask(fake, (uri, line, column)) == [LINE]
+    fake.insert(uri, line, column, typed)
+    now = (uri, line, column + len(typed)) if "\n" not in typed else (uri, line + 1, 4)
+    if waits:
+        fake.release_weights()
+        fake.wait_until_noted("answered", name)
+        time.sleep(0.1)
+    elif typed == "tot":
+        assert ask(fake, now) == [LINE.removeprefix(typed)], "as long as nobody knows more"
+        assert fake.last["source"] == "first_line"
+        fake.release_weights()
+        fake.wait_until_noted("answered", name)
+        time.sleep(0.1)
+    assert ask_and_let_go(fake, now) == [ANSWER.removeprefix(typed)]
+    assert len(fake.noted("begun", name)) == 1
+    assert fake.noted("cancelled", name) == []
+
+
+@pytest.mark.parametrize("answer", ["other = 1\n    return total", "total", "total = first + ("])
+def test_what_was_shown_never_changes(fake: FakeServer, answer: str) -> None:
+    name = f"kept{len(answer)}"
+    uri, line, column = show_held(fake, name, answer=answer)
+    assert ask(fake, (uri, line, column)) == [LINE]
+    assert ask_and_let_go(fake, (uri, line, column)) == [LINE]
+    assert len(fake.noted("begun", name)) == 1
+    fake.insert(uri, line, column, "tot")
+    assert ask(fake, (uri, line, column + 3)) == [LINE.removeprefix("tot")]
+    assert fake.last["source"] == "cache"
+
+
+def test_a_line_that_cannot_stand_alone_is_waited_for(fake: FakeServer) -> None:
+    drafts = ["for name in first:\n", "for name in first:\n        print(name)\n"]
+    answer = "for name in first:\n        print(name)\n    return second"
+    place = show(fake, "header", drafts=drafts, answer=answer, rest_s=0.3)
+    assert ask(fake, place) == [answer]
+    assert fake.last["source"] == "model"
+
+
+def test_the_first_line_of_a_body_stands_below_its_header(fake: FakeServer) -> None:
+    order = {"drafts": [f"\n    {LINE}\n"], "answer": f"\n    {ANSWER}"}
+    place = show_held(fake, "body", "def call(first, second):▮\n", held=1, **order)
+    assert ask(fake, place) == [f"\n    {LINE}"]
+    assert ask_and_let_go(fake, place) == [f"\n    {ANSWER}"]
+
+
+def test_a_finished_answer_is_whole(fake: FakeServer) -> None:
+    place = show(fake, "quick")
+    assert ask(fake, place) == [ANSWER]
+    assert fake.last["source"] == "model"
+
+
+@pytest.mark.parametrize("settings", [{"maxLines": 1}, {"minConfidence": 0.1}, {"seed": 3}, {"firstLineMs": 5000}])
+def test_where_it_is_off(fake: FakeServer, settings: dict[str, object]) -> None:
+    fake.set(**settings)
+    place = show(fake, "off" + "".join(settings), rest_s=0.3)
+    assert ask(fake, place) == [LINE if "maxLines" in settings else ANSWER]
+    assert fake.last["source"] == "model"
+
+
+def test_null_turns_it_off(start_fake: Callable[..., FakeServer]) -> None:
+    server = start_fake(options={"firstLineMs": None})
+    assert ask(server, show(server, "null", rest_s=0.3), invoked=True) == [ANSWER]
+
+
+def test_in_parallel_only_what_is_settled_counts(start_fake: Callable[..., FakeServer]) -> None:
+    server = start_fake(mode="diffusion")
+    server.wait_until_ready()
+    noise = "x = y\n    z"
+    settled = [f"{LINE}\n    noise", len(LINE) + 1]
+    uri, line, column = show_held(server, "parallel", drafts=[noise, noise, settled], step_s=0.15, rest_s=0.8)
+    request = server.send_completion(uri, line, column, invoked=False)
+    server.wait_until_noted("drafted", "parallel")
+    server.insert(uri, line, column, "t")
+    server.release_weights()
+    assert texts(server.wait(request)["result"]["items"]) == [LINE[1:]]
+    server.insert(uri, line, column + 1, LINE[1:])
+    assert ask(server, (uri, line, column + len(LINE))) == ["\n    return total"]
+    assert len(server.noted("begun", "parallel")) == 1
+
+
+def test_typing_something_else_ends_it(fake: FakeServer) -> None:
+    uri, line, column = show_held(fake, "else")
+    assert ask(fake, (uri, line, column)) == [LINE]
+    fake.insert(uri, line, column, "x")
+    fake.wait_until_noted("cancelled", "else")
+
+
+def test_another_request_takes_its_place(fake: FakeServer) -> None:
+    uri, line, column = show_held(fake, "moved", f"{BODY}\n\nprint()\n")
+    assert ask(fake, (uri, line, column)) == [LINE]
+    fake.send_completion(uri, line + 3, 6, invoked=False)
+    fake.wait_until_noted("cancelled", "moved")
+
+
+def test_a_document_that_is_closed_ends_it(fake: FakeServer) -> None:
+    uri, line, column = show_held(fake, "closed")
+    assert ask(fake, (uri, line, column)) == [LINE]
+    fake.shut(uri)
+    fake.wait_until_noted("cancelled", "closed")
+
+
+def test_it_goes_on_no_longer_than_its_time(fake: FakeServer) -> None:
+    fake.set(maxLatencyMs=200)
+    place = show(fake, "late", rest_s=LATER_S)
+    assert ask(fake, place) == [LINE]
+    fake.wait_until_noted("cancelled", "late", SOON_S)
+
+
+def test_what_comes_by_itself_does_not_wait_for_ever(start_fake: Callable[..., FakeServer]) -> None:
+    """After three times maxLatencyMs there is nothing, and a reason; who asked by hand waits on."""
+    fake = start_fake(options={"maxLatencyMs": 50})
+    fake.wait_until_ready()
+    never = show(fake, "late", drafts=[], rest_s=LATER_S)
+    begin = time.perf_counter()
+    assert ask(fake, never) == []
+    assert 0.15 <= time.perf_counter() - begin < SOON_S
+    assert fake.last["reason"] == "late"
+    assert "maxLatencyMs" in fake.last["detail"]
+    fake.wait_until_noted("cancelled", "late")
+    by_hand = show(fake, "by hand", drafts=[], rest_s=0.5)
+    assert ask(fake, by_hand, invoked=True) == [ANSWER]
+
+
+def test_a_line_that_never_settles_is_not_waited_for_either(start_fake: Callable[..., FakeServer]) -> None:
+    fake = start_fake(options={"maxLatencyMs": 100})
+    fake.wait_until_ready()
+    place = show(fake, "open", drafts=[[LINE, 0]] * 40, step_s=0.05, rest_s=LATER_S)
+    begin = time.perf_counter()
+    assert ask(fake, place) == []
+    assert time.perf_counter() - begin < SOON_S
+    assert fake.last["reason"] == "late"

@@ -1,0 +1,263 @@
+"""Someone types on while the model works: one computation, its rest for who types how it begins, nothing else."""
+
+import time
+from collections.abc import Callable
+
+import pytest
+from support.fake_engine import FakeServer
+
+URI = "file:///home/me/typing.py"
+CALL = "def call(first, second):\n    return join(▮)\n"
+ORDER = {"answer": "first, second", "drafts": ["fi", "first", "first, se"], "step_s": 0.12}
+LATER_S = 10  # what a computation would still take that is ended; and who saw it ended waits for less than
+SOON_S = 2
+Place = tuple[str, int, int]
+
+
+def show(server: FakeServer, name: str, text: str = CALL, **order: object) -> Place:
+    return server.show(f"{URI}{name}", text, order={**ORDER, "name": name, **order})
+
+
+def texts(server: FakeServer, request: int) -> list[str]:
+    return [item["insertText"] for item in server.wait(request)["result"]["items"]]
+
+
+@pytest.mark.parametrize("typed", ["f", "fi", "first, "])
+def test_the_rest_of_what_is_typed_how_it_begins(fake: FakeServer, typed: str) -> None:
+    name = f"rest{len(typed)}"
+    uri, line, column = show(fake, name, held=0)
+    request = fake.send_completion(uri, line, column)
+    fake.wait_until_noted("begun", name)
+    fake.insert(uri, line, column, typed)
+    fake.release_weights()
+    (item,) = fake.wait(request)["result"]["items"]
+    assert item["insertText"] == "first, second".removeprefix(typed)
+    now = {"line": line, "character": column + len(typed)}
+    assert item["range"] == {"start": now, "end": now}, "of the text as it is now"
+    assert len(fake.noted("begun", name)) == 1
+
+
+@pytest.mark.parametrize("typed", ["x", "first, x", "first, second", "first, second\n"])
+def test_nothing_for_who_types_something_else(fake: FakeServer, typed: str) -> None:
+    name = f"else{len(typed)}"
+    uri, line, column = show(fake, name, held=0)
+    request = fake.send_completion(uri, line, column)
+    fake.wait_until_noted("begun", name)
+    fake.insert(uri, line, column, typed)
+    fake.release_weights()
+    assert texts(fake, request) == []
+    assert fake.last["reason"] == "stale"
+
+
+@pytest.mark.parametrize("elsewhere", [(0, 0), (-1, 4), (0, 2)])
+def test_an_edit_elsewhere_ends_it(fake: FakeServer, elsewhere: tuple[int, int]) -> None:
+    uri, line, column = show(fake, "elsewhere", step_s=LATER_S)
+    request = fake.send_completion(uri, line, column)
+    fake.wait_until_noted("begun", "elsewhere")
+    begin = time.perf_counter()
+    fake.insert(uri, line + elsewhere[0], elsewhere[1], "f")
+    assert texts(fake, request) == []
+    assert fake.answers[request]["at"] - begin < SOON_S
+    fake.wait_until_noted("cancelled", "elsewhere", SOON_S)
+
+
+def test_one_computation_for_all_that_is_typed(fake: FakeServer) -> None:
+    """What an editor without a debounce of its own sends: an edit and a request for every character."""
+    uri, line, column = show(fake, "all", held=0)
+    requests = [fake.send_completion(uri, line, column, invoked=False)]
+    fake.wait_until_noted("begun", "all")
+    for i, character in enumerate("fir", 1):
+        fake.insert(uri, line, column + i - 1, character)
+        requests.append(fake.send_completion(uri, line, column + i, invoked=False))
+    fake.release_weights()
+    assert texts(fake, requests[-1]) == ["st, second"]
+    assert [texts(fake, request) for request in requests[:-1]] == [[], [], []]
+    assert len(fake.noted("begun", "all")) == 1
+    assert fake.noted("cancelled", "all") == []
+    fake.insert(uri, line, column + 3, "s")
+    assert texts(fake, fake.send_completion(uri, line, column + 4, invoked=False)) == ["t, second"]
+    assert fake.last["source"] == "cache"
+    assert len(fake.noted("begun", "all")) == 1
+
+
+def test_contradicting_typing_ends_the_computation_at_once(fake: FakeServer) -> None:
+    """The first draft says that it will not be what is typed: the model does not work on for nobody."""
+    uri, line, column = show(fake, "contradicted", drafts=["fi"], rest_s=LATER_S)
+    request = fake.send_completion(uri, line, column)
+    fake.wait_until_noted("begun", "contradicted")
+    begin = time.perf_counter()
+    fake.insert(uri, line, column, "x")
+    assert texts(fake, request) == []
+    assert fake.answers[request]["at"] - begin < SOON_S
+    fake.wait_until_noted("cancelled", "contradicted", SOON_S)
+    assert fake.noted("answered", "contradicted") == []
+
+
+def test_contradicting_typing_does_not_wait_for_what_comes_next(fake: FakeServer) -> None:
+    uri, line, column = show(fake, "drafted", drafts=["fi"], rest_s=LATER_S)
+    request = fake.send_completion(uri, line, column)
+    fake.wait_until_noted("drafted", "drafted")
+    time.sleep(0.05)  # it is on its way
+    begin = time.perf_counter()
+    fake.insert(uri, line, column, "x")
+    assert texts(fake, request) == []
+    assert fake.answers[request]["at"] - begin < SOON_S
+    fake.wait_until_noted("cancelled", "drafted", SOON_S)
+
+
+def test_a_contradicted_computation_is_not_shared(fake: FakeServer) -> None:
+    uri, line, column = show(fake, "own", held=1)
+    first = fake.send_completion(uri, line, column, invoked=False)
+    fake.wait_until_noted("drafted", "own")
+    fake.insert(uri, line, column, "second and ")
+    second = fake.send_completion(uri, line, column + 11, invoked=False)
+    fake.release_weights()
+    assert texts(fake, second) == ["first, second"]
+    assert texts(fake, first) == []
+    assert [run["prefix"][-5:] for run in fake.noted("begun", "own")] == ["join(", " and "]
+    assert len(fake.noted("cancelled", "own")) == 1
+
+
+def test_drafts_in_parallel_say_nothing_yet(start_fake: Callable[..., FakeServer]) -> None:
+    """A canvas that is denoised may still become anything: only the answer decides."""
+    server = start_fake(mode="diffusion")
+    server.wait_until_ready()
+    uri, line, column = show(server, "parallel", drafts=["noise", "noise", "first"], held=0)
+    request = server.send_completion(uri, line, column)
+    server.wait_until_noted("begun", "parallel")
+    server.insert(uri, line, column, "fi")
+    server.release_weights()
+    assert texts(server, request) == ["rst, second"]
+
+
+OPEN = "def call(first, second):\n    return join▮\n"
+
+
+def test_a_closer_that_the_editor_adds_keeps_the_completion(fake: FakeServer) -> None:
+    """An opener is typed and the editor closes it: the rest goes before what it typed, or over it."""
+    uri, line, column = show(fake, "closer", OPEN, answer="(first, second)", drafts=[])
+    (item,) = fake.complete(uri, line, column)
+    assert item["insertText"] == "(first, second)"
+    fake.insert(uri, line, column, "()")
+    (rest,) = fake.complete(uri, line, column + 1)
+    assert fake.last["source"] == "cache"
+    start, end = rest["range"]["start"]["character"], rest["range"]["end"]["character"]
+    after = ")"[end - start :]
+    assert start == column + 1
+    assert "(" + rest["insertText"] + after == "(first, second)"
+    fake.insert(uri, line, column + 1, "f")
+    (rest,) = fake.complete(uri, line, column + 2)
+    assert fake.last["source"] == "cache"
+    assert rest["insertText"].startswith("irst, second")
+    assert len(fake.noted("begun", "closer")) == 1
+
+
+def test_two_closers_of_the_editor_are_replaced(fake: FakeServer) -> None:
+    uri, line, column = show(fake, "closers", OPEN, answer='(["first"], second)', drafts=[])
+    (item,) = fake.complete(uri, line, column)
+    assert item["insertText"] == '(["first"], second)'
+    fake.insert(uri, line, column, "()")
+    fake.insert(uri, line, column + 1, "[]")
+    (rest,) = fake.complete(uri, line, column + 2)
+    assert fake.last["source"] == "cache"
+    end = rest["range"]["end"]["character"] - rest["range"]["start"]["character"]
+    assert "([" + rest["insertText"] + "])"[end:] == '(["first"], second)'
+
+
+def test_a_closer_that_the_editor_adds_keeps_the_computation(fake: FakeServer) -> None:
+    """The same while the model still works at it."""
+    order = {"answer": "(first, second)", "drafts": ["(fi", "(first", "(first, se"]}
+    uri, line, column = show(fake, "running", OPEN, held=1, **order)
+    first = fake.send_completion(uri, line, column, invoked=False)
+    fake.wait_until_noted("drafted", "running")
+    fake.insert(uri, line, column, "()")
+    second = fake.send_completion(uri, line, column + 1, invoked=False)
+    fake.release_weights()
+    (rest,) = fake.wait(second)["result"]["items"]
+    assert texts(fake, first) == []
+    end = rest["range"]["end"]["character"] - rest["range"]["start"]["character"]
+    assert "(" + rest["insertText"] + ")"[end:] == "(first, second)"
+    assert len(fake.noted("begun", "running")) == 1
+
+
+def test_cancel_and_a_new_request_within_50_ms_keep_the_computation(fake: FakeServer) -> None:
+    uri, line, column = show(fake, "kept", held=0)
+    first = fake.send_completion(uri, line, column)
+    fake.wait_until_noted("begun", "kept")
+    fake.insert(uri, line, column, "f")
+    fake.notify("$/cancelRequest", {"id": first})
+    second = fake.send_completion(uri, line, column + 1)
+    assert fake.wait(first)["error"]["code"] == -32800
+    fake.release_weights()
+    assert texts(fake, second) == ["irst, second"]
+    assert len(fake.noted("begun", "kept")) == 1
+    assert fake.noted("cancelled", "kept") == []
+
+
+@pytest.mark.parametrize("typed", ["", "f"])
+def test_cancel_alone_ends_the_computation(fake: FakeServer, typed: str) -> None:
+    """Nobody came back for it: the model does not work on."""
+    uri, line, column = show(fake, "left", step_s=LATER_S)
+    request = fake.send_completion(uri, line, column)
+    fake.wait_until_noted("begun", "left")
+    fake.insert(uri, line, column, typed)
+    fake.notify("$/cancelRequest", {"id": request})
+    fake.wait_until_noted("cancelled", "left", SOON_S)
+    assert fake.noted("answered", "left") == []
+
+
+def test_an_invoked_request_does_not_share_an_automatic_one(fake: FakeServer) -> None:
+    """Who asks by hand gets an answer of at least one token; an automatic one may be empty."""
+    uri, line, column = show(fake, "invoked", held=0)
+    fake.send_completion(uri, line, column, invoked=False)
+    fake.wait_until_noted("begun", "invoked")
+    second = fake.send_completion(uri, line, column)
+    fake.release_weights()
+    assert texts(fake, second) == ["first, second"]
+    assert len(fake.noted("begun", "invoked")) == 2
+
+
+def test_settings_that_change_are_not_shared_across(fake: FakeServer) -> None:
+    uri, line, column = show(fake, "epoch")
+    fake.send_completion(uri, line, column, invoked=False)
+    fake.wait_until_noted("begun", "epoch")
+    fake.set(maxLines=3)
+    fake.insert(uri, line, column, "f")
+    second = fake.send_completion(uri, line, column + 1, invoked=False)
+    fake.wait(second)
+    assert len(fake.noted("begun", "epoch")) == 2
+
+
+def test_typing_that_is_taken_back_is_like_none(fake: FakeServer) -> None:
+    uri, line, column = show(fake, "back")
+    fake.send_completion(uri, line, column, invoked=False)
+    fake.wait_until_noted("begun", "back")
+    fake.insert(uri, line, column, "f")
+    fake.insert(uri, line, column, "", deleted=1)
+    assert texts(fake, fake.send_completion(uri, line, column, invoked=False)) == ["first, second"]
+    assert len(fake.noted("begun", "back")) == 1
+
+
+def test_going_back_and_forth_asks_the_model_once(fake: FakeServer) -> None:
+    """Accepted by word and by line, taken back, deleted, done again: what was offered once is known."""
+    whole = "total = first + second\n    return total"
+    order = {"answer": whole, "name": "back and forth"}
+    uri, line, column = fake.show("file:///home/me/back.py", "def add(first, second):\n    \u25ae\n", order=order)
+
+    def rest(at_line: int, at: int) -> list[str]:
+        return [item["insertText"] for item in fake.complete(uri, at_line, at, invoked=False)]
+
+    assert rest(line, column) == [whole]
+    fake.insert(uri, line, column, "total")
+    assert rest(line, column + 5) == [whole[5:]], "accepted by word"
+    fake.insert(uri, line, column, "", deleted=5)
+    assert rest(line, column) == [whole], "undone"
+    fake.insert(uri, line, column, "total")
+    assert rest(line, column + 5) == [whole[5:]], "done again"
+    fake.insert(uri, line, column + 5, " = first + second\n")
+    assert rest(line + 1, 0) == ["    return total"], "accepted by line"
+    fake.insert(uri, line + 1, 0, "    ret")
+    assert rest(line + 1, 7) == ["urn total"], "typed along"
+    fake.insert(uri, line + 1, 5, "", deleted=2)
+    assert rest(line + 1, 5) == ["eturn total"], "deleted back"
+    assert len(fake.noted("begun", "back and forth")) == 1
