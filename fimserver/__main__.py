@@ -15,6 +15,8 @@ def main() -> None:
     if arguments[:1] == ["lsp"] and not sys.stdin.isatty():
         overrides = _parse(arguments[1:])
         if overrides is not None:
+            from fimserver.daemon.stdio import serve  # noqa: PLC0415
+
             sys.exit(serve(overrides))
     from fimserver.cli.main import main as run  # noqa: PLC0415  click, and what it brings
 
@@ -47,22 +49,6 @@ def _is_good(values: dict[str, object]) -> bool:
     except SettingsError:
         return False
     return True
-
-
-def serve(overrides: dict[str, object], *, has_daemon: bool = True) -> int:
-    """Serve an editor over stdio, by the daemon where there is to be one and it can be had; the exit code."""
-    from fimserver.errors import FimserverError  # noqa: PLC0415
-
-    if has_daemon:
-        from fimserver.daemon.relay import main as relay  # noqa: PLC0415
-
-        try:
-            return relay(overrides)
-        except (FimserverError, OSError) as error:  # nothing was read from the editor yet
-            sys.stderr.write(f"fimserver: {error}\nfimserver: this editor is served without a daemon\n")
-    from fimserver.lsp.features import run_stdio  # noqa: PLC0415  pygls
-
-    return run_stdio(overrides)
 
 
 if __name__ == "__main__":

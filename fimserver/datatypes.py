@@ -1,18 +1,27 @@
-"""Every value that crosses a room's wall: frozen, slotted, plain data.
+"""Define every value passed between packages: frozen, slotted, plain data.
 
-    Snapshot -> find_hole -> Hole -> build_context -> FimContext     lsp/ and context/
-    FimContext + Sampling -> engine -> Draft ... Generation          engine/
-    Generation -> to_completion -> Completion | NoCompletion         context/
+    Snapshot -> find_hole -> Hole -> build_context -> FimContext             lsp/ and context/
+    FimContext + Sampling -> engine -> PartialAnswer ... Generation          engine/
+    Generation -> to_completion -> Completion | NoCompletion                 context/
 
 Offsets are code points of ``Snapshot.text``, ends exclusive.
 """
 
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
+
+from fimserver.errors import FrameError
+
+T = typing.TypeVar("T")
 
 
 class HoleKind(StrEnum):
-    """What may be filled at the cursor."""
+    """The kind of text to fill at the cursor."""
 
     REST_OF_LINE = "rest_of_line"
     EXPRESSION = "expression"
@@ -21,13 +30,13 @@ class HoleKind(StrEnum):
     DOCSTRING = "docstring"
     COMMENT = "comment"
     STRING = "string"
-    SPAN = "span"  # any text at all: holes cut by an evaluation
+    SPAN = "span"  # any text: holes made by an evaluation
 
 
 class Mode(StrEnum):
-    """How the middle is decoded; ``AUTO`` leaves it to the model's own metadata.
+    """How the middle is decoded; ``AUTO`` uses the model's preferred mode.
 
-    ``VERIFIED`` drafts ahead and verifies from left to right: the text of ``AUTOREGRESSIVE`` in fewer passes.
+    ``SPECULATIVE`` drafts tokens and verifies them: the text of ``AUTOREGRESSIVE`` in fewer passes.
     """
 
     AUTO = "auto"
@@ -37,9 +46,9 @@ class Mode(StrEnum):
 
 
 class Verdict(StrEnum):
-    """What a language's rules say of a text that would go on with an answer.
+    """A language's verdict on text that would continue an answer.
 
-    ``END``: the answer is whole before it, since the text behind the cursor goes on with the same.
+    ``END``: the answer is complete before it, since the text after the cursor continues with the same.
     """
 
     ALLOWED = "allowed"
@@ -60,10 +69,10 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Hole:
-    """What may be filled: at most ``max_lines`` lines, the cursor's own line counted.
+    """The place to fill: at most ``max_lines`` lines, including the cursor's own.
 
-    ``replaceable`` is how many characters behind the cursor an editor typed to close what the line opened: an
-    answer may replace them.
+    ``replaceable`` is the number of characters after the cursor that an editor typed to close brackets or quotes of the
+    line: an answer may replace them.
     """
 
     kind: HoleKind
@@ -74,7 +83,7 @@ class Hole:
 
 @dataclass(frozen=True, slots=True)
 class NoCompletion:
-    """Nothing is offered, and why: a short machine word and a sentence for the person."""
+    """The reason why nothing is offered: a short machine-readable word and a sentence for the user."""
 
     reason: str
     detail: str
@@ -90,11 +99,11 @@ class Snippet:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """One text for the middle.
+    """A text for the middle that followed the same code elsewhere.
 
-    ``match_length`` characters of code before the cursor are the same where it was found (blanks do not count),
-    ``agreement`` characters behind it are what stands behind the cursor; it was found ``count`` times, the first
-    time in the source number ``source`` (0 is the document itself).
+    ``match_length`` characters of code before the cursor also precede it there (spaces do not count), ``agreement``
+    characters after it equal the text after the cursor; it was found ``count`` times, first in the source number
+    ``source`` (0 is the document itself).
     """
 
     text: str
@@ -105,16 +114,16 @@ class Match:
 
     @property
     def rank(self) -> tuple[int, int]:
-        """Sorts the best guess first."""
+        """Return a key that sorts the best match first."""
         likely = self.match_length + 2 * min(self.agreement, 12) + 3 * min(self.count, 5)
         return -likely, self.source
 
 
 @dataclass(frozen=True, slots=True)
 class FimContext:
-    r"""Everything the engine is told; line ends are ``\n``, budgets are in characters.
+    r"""The engine's input; line ends are ``\n``, budgets are in characters.
 
-    ``head`` has whole lines of the file that stand somewhere above ``prefix``: imports, headers of open scopes.
+    ``head`` has whole lines of the file above ``prefix``: imports, headers of open scopes.
     """
 
     prefix: str
@@ -128,25 +137,24 @@ class FimContext:
 
 
 PARTS = {
-    "matches": "what followed the same text elsewhere: as drafts, and as answers where they are likelier",
+    "matches": "n-gram matches: as drafts, and as answers if they are more likely",
     "lookup": "drafts from the prompt's own repetitions",
-    "canvases": "drafts from canvases in the verifying pass",
-    "cut": "cutting a canvas behind its end",
-    "top": "self-conditioning on the likeliest tokens instead of all",
+    "canvases": "drafts from canvases in the verification pass",
+    "cut": "shortening a canvas to the answer's end",
+    "top": "self-conditioning on the most likely tokens instead of all",
     "earlier": "drafts from earlier answers",
-    "grammar": "refusing tokens that the language does not allow",
+    "grammar": "rejecting tokens that the language does not allow",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How to decode. ``None`` means what the model's own metadata says.
+    """Decoding options of a request. ``None`` means the default in the model's metadata.
 
-    ``max_latency_ms`` ends a completion at its best draft; an answer has at least ``min_tokens`` (0 or 1)
-    tokens; ``trace`` adds every canvas to drafts; ``temperature`` 0 takes the likeliest tokens; of
-    ``num_candidates`` distinct answers that are written the best is the answer and the others are its alternatives, as
-    are guesses that were looked at on the way. ``without`` names parts of the decoder to leave out, for measurements
-    (``PARTS``).
+    ``max_latency_ms`` ends a completion with its best partial answer; an answer has at least ``min_tokens`` (0 or 1)
+    tokens; ``trace`` adds every canvas to partial answers; ``temperature`` 0 is greedy. Of ``num_candidates`` distinct
+    answers the best is returned and the others are its alternatives, as are the matches that were scored. ``without``
+    names parts of the decoder to leave out, for measurements (``PARTS``).
     """
 
     mode: Mode = Mode.AUTO
@@ -171,9 +179,9 @@ class CanvasToken:
 
 @dataclass(frozen=True, slots=True)
 class PartialAnswer:
-    """The best answer after one step; ``canvas`` is filled only when a trace was asked for.
+    """The best answer after one step; ``canvas`` is filled only if ``trace`` is set.
 
-    The first ``num_settled`` characters stay as they are whatever comes: who shows them need not take them back.
+    The first ``num_settled`` characters are final, so a client can show them without retracting any.
     """
 
     step: int
@@ -192,13 +200,13 @@ class Alternative:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """What the engine answers: raw text of the middle and what it cost.
+    """The engine's output: raw text of the middle and its costs.
 
-    ``finish``: ``end`` the answer ended by itself, ``length`` canvas or token budget full,
+    ``finish``: ``end`` the answer ended, ``length`` canvas or token budget full,
     ``steps`` denoising steps spent, ``latency`` time spent.
-    ``timings_ms`` has prompt, encode, decode and total; ``confidence`` is the probability that the answer is right,
-    or, of a model that is not calibrated, the geometric mean of the probabilities of its own tokens. ``is_match``: the
-    text is a guess of the context that was found likelier than what the model wrote.
+    ``timings_ms`` has prompt, encode, decode and total; ``confidence`` is the probability that the answer is right, or,
+    for a model that is not calibrated, the geometric mean of its tokens' probabilities. ``is_match``: the text is an
+    n-gram match that is more likely than the model's own answer.
     """
 
     text: str
@@ -218,7 +226,7 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What the engine says of its model once it is loaded; budgets are in tokens."""
+    """Description of the loaded model; budgets are in tokens."""
 
     name: str
     device: str
@@ -230,9 +238,9 @@ class ModelInfo:
     load_ms: float
     num_threads: int
     reads_snippets: bool = False
-    languages: tuple[str, ...] = ()  # that the model was trained on; none named means any
-    kernels: str = ""  # that multiply by weights in 4 bits, and what was found of others
-    row_cost: float | None = None  # of one more row in a pass, in passes over one row; None where it was not probed
+    languages: tuple[str, ...] = ()  # of the training data; empty means any
+    kernels: str = ""  # the matmul backend for 4-bit weights, and the result for every other one
+    row_cost: float | None = None  # of one more row in a pass, in passes over one row; None if not measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,3 +251,36 @@ class Completion:
     middle: str
     replace_start: int
     replace_end: int
+
+
+def to_plain(value: Any) -> dict[str, Any]:
+    """Convert a dataclass to JSON values."""
+    return dataclasses.asdict(value)
+
+
+def from_plain(cls: type[T], values: Mapping[str, Any]) -> T:
+    """Build a dataclass from JSON values; the inverse of ``to_plain``. Raises for values of other types."""
+    hints = typing.get_type_hints(cls)
+    return cls(**{name: _revive(hints[name], value) for name, value in values.items()})
+
+
+def _revive(hint: Any, value: Any) -> Any:  # noqa: PLR0911  one for each kind of hint
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        return _revive(next(a for a in arguments if a is not type(None)), value)
+    if hint is Any:
+        return value
+    if value is None or (origin is tuple and not isinstance(value, list | tuple)):
+        msg = f"a {type(value).__name__} was found in place of a {hint}"
+        raise FrameError(msg)
+    if origin is tuple:
+        return tuple(_revive(arguments[0], item) for item in value)
+    if origin is dict:
+        return {_revive(arguments[0], key): _revive(arguments[1], item) for key, item in dict(value).items()}
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return from_plain(hint, value)
+    if origin is None and isinstance(hint, type):
+        return hint(value)
+    return value

@@ -1,35 +1,46 @@
-"""Frames of LSP as bytes: a Content-Length header and a body. Standard library only; both ends of the relay use it.
+"""Read and write messages behind a Content-Length header: the editor, the relay, the daemon and the worker use it.
 
-    read_body   the next body; what is no frame is skipped, a frame too large is skipped and reported
-    to_frame    a body with its header
+    to_frame              a body with its header
+    read_body             the next body of a stream; what is not a frame is skipped, a frame too large is reported
+    read_body_async       the same for an asyncio stream of whole frames
+    read_message          the next JSON object of a stream; anything else is an error
+    write_message         write a JSON object and flush
 
-Knows:  streams of bytes.  Never: what a message says.
+Standard library only, and without dataclasses or asyncio: every editor window starts a process that imports this.
+
+Knows:  streams of bytes, JSON.  Never: what a message means.
 """
 
-from collections.abc import Callable
-from typing import BinaryIO
+import json
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from fimserver.errors import FrameError
+
+if TYPE_CHECKING:
+    from asyncio import StreamReader
 
 MAX_BODY_BYTES = 64 * 2**20
-_LONGEST_HEADER = 4096
+_MAX_HEADER_BYTES = 4096
 _NAME = b"content-length:"
-_CHUNK = 2**16
+_CHUNK_BYTES = 2**16
 
 
 def to_frame(body: bytes) -> bytes:
-    """A body as it goes over a stream."""
+    """Return a body with its header."""
     return b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
 
 
 def read_body(
     stream: BinaryIO, on_skipped: Callable[[int, bytes, bytes], None] = lambda _size, _begin, _end: None
 ) -> bytes | None:
-    """The next body; ``None`` where the stream ends, also in the middle of one.
+    """Return the next body; ``None`` where the stream ends, also in the middle of one.
 
-    Lines before a header that are none are skipped. A body of more than 64 MB is read past, and ``on_skipped`` told
-    its size, how it begins and how it ends: the stream goes on behind it.
+    A line that is not part of a header is skipped. A body of more than ``MAX_BODY_BYTES`` is
+    read past, and ``on_skipped`` gets its size, how it begins and how it ends: the stream continues after it.
     """
     while True:
-        length = _read_length(stream)
+        length = _read_header(stream)
         if length is None:
             return None
         if length <= MAX_BODY_BYTES:
@@ -37,21 +48,78 @@ def read_body(
             return body if len(body) == length else None
         remaining, begin, end = length, b"", b""
         while remaining:
-            chunk = stream.read(min(_CHUNK, remaining))
+            chunk = stream.read(min(_CHUNK_BYTES, remaining))
             if not chunk:
                 return None
-            begin, end = begin or chunk, (end + chunk)[-_CHUNK:]
+            begin, end = begin or chunk, (end + chunk)[-_CHUNK_BYTES:]
             remaining -= len(chunk)
         on_skipped(length, begin, end)
 
 
-def _read_length(stream: BinaryIO) -> int | None:
-    """Length of the next body, its header read to the end; ``None`` where the stream ends."""
+async def read_body_async(reader: "StreamReader", most: int = MAX_BODY_BYTES) -> bytes | None:
+    """Return the next body of a peer that writes whole frames; ``None`` at the end.
+
+    Raises ``ValueError`` for anything that is not a frame of at most ``most`` bytes, ``EOFError`` inside one.
+    """
+    line = await reader.readline()
+    if not line:
+        return None
+    length = _parse_length(line)
+    if length is None or length > most:
+        msg = "not a frame"
+        raise ValueError(msg)
+    await reader.readline()
+    return await reader.readexactly(length)
+
+
+def read_message(stream: BinaryIO) -> dict[str, Any] | None:
+    """Return the next message; ``None`` at the end of the stream. Raises ``FrameError`` for anything else."""
+    length = _read_header(stream, _refuse_junk)
+    if length is None:
+        return None
+    if length > MAX_BODY_BYTES:
+        msg = f"a message of {length} bytes is larger than {MAX_BODY_BYTES}"
+        raise FrameError(msg)
+    body = stream.read(length)
+    if len(body) < length:
+        return None
+    try:
+        message = json.loads(body)
+    except ValueError as error:
+        msg = f"a message of {len(body)} bytes is not JSON"
+        raise FrameError(msg) from error
+    if not isinstance(message, dict):
+        msg = f"a message is a {type(message).__name__}, not an object"
+        raise FrameError(msg)
+    return message
+
+
+def write_message(stream: BinaryIO, message: Mapping[str, Any]) -> None:
+    """Write one message and flush."""
+    stream.write(to_frame(json.dumps(message, separators=(",", ":")).encode("utf-8")))
+    stream.flush()
+
+
+def _read_header(stream: BinaryIO, on_junk: Callable[[bytes], None] = lambda _line: None) -> int | None:
+    """Return the length of the next body, its header read to the end; ``None`` where the stream ends."""
     length = None
-    while line := stream.readline(_LONGEST_HEADER):
-        name, digits = line[: len(_NAME)], line[len(_NAME) :].strip()
-        if name.lower() == _NAME and digits.isdigit() and digits.isascii():
-            length = int(digits)
+    while line := stream.readline(_MAX_HEADER_BYTES):
+        found = _parse_length(line)
+        if found is not None:
+            length = found
         elif length is not None and not line.strip():
             return length
+        elif length is None:
+            on_junk(line)
     return None
+
+
+def _parse_length(line: bytes) -> int | None:
+    """Return the number in a Content-Length line; ``None`` for any other line."""
+    name, digits = line[: len(_NAME)], line[len(_NAME) :].strip()
+    return int(digits) if name.lower() == _NAME and digits.isdigit() and digits.isascii() else None
+
+
+def _refuse_junk(_line: bytes) -> None:
+    msg = "expected a Content-Length header"
+    raise FrameError(msg)

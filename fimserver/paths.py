@@ -96,6 +96,12 @@ def write_private(path: Path, text: str) -> None:
         raise
 
 
+def create_private(path: Path, text: str) -> None:
+    """Write a new file for its owner only. Raises ``OSError``, also if the file exists."""
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as stream:
+        stream.write(text)
+
+
 def read_plain(path: Path, most: int = 16 * 2**20) -> str:
     """The text of a file of ours, as UTF-8 as may be. Raises ``OSError``, also of what is no file."""
     return read_bytes(path, most).decode("utf-8", "replace")

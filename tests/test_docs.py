@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from fimserver.lsp.configuration import RESTART_COMMAND
 from fimserver.lsp.convert import ACCEPT_COMMAND
 from fimserver.lsp.features import EXPLAIN_COMMAND, SNOOZE_COMMAND
-from fimserver.lsp.server import RESTART_COMMAND
 from fimserver.settings import BY_WIRE_NAME
 
 ROOT = Path(__file__).parent.parent

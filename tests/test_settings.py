@@ -14,7 +14,7 @@ from fimserver import paths
 from fimserver.datatypes import Mode
 from fimserver.engine.client import EngineOptions
 from fimserver.errors import SettingsError
-from fimserver.lsp.session import Session, Source
+from fimserver.lsp.configuration import Configuration, Source
 from fimserver.settings import (
     BY_WIRE_NAME,
     ENGINE_SETTINGS,
@@ -188,47 +188,48 @@ def test_an_unreadable_config_file_is_said(tmp_path: Path) -> None:
 
 
 def test_each_source_wins_over_the_earlier_ones() -> None:
-    session = Session()
-    assert session.take(Source.CONFIG_FILE, {"maxLines": 1, "seed": 1, "threads": 1, "comments": True}) == []
-    assert session.initialize({"fimserver": {"maxLines": 2, "seed": 2, "threads": 2}}) == []
-    assert session.configure({"maxLines": 3, "seed": 3, "model": None}, Source.WORKSPACE) == []
-    assert session.configure({"fimserver": {"maxLines": 4, "threads": None}}, Source.CHANGE) == []
-    settings = session.settings
+    changes: list[None] = []
+    configuration = Configuration(on_change=lambda: changes.append(None))
+    assert configuration.set_layer(Source.CONFIG_FILE, {"maxLines": 1, "seed": 1, "threads": 1, "comments": True}) == []
+    assert configuration.initialize({"fimserver": {"maxLines": 2, "seed": 2, "threads": 2}}) == []
+    assert configuration.configure({"maxLines": 3, "seed": 3, "model": None}, Source.WORKSPACE) == []
+    assert configuration.configure({"fimserver": {"maxLines": 4, "threads": None}}, Source.CHANGE) == []
+    settings = configuration.settings
     assert (settings.max_lines, settings.seed, settings.threads, settings.comments) == (4, 3, 2, True)
-    session.take(Source.COMMAND_LINE, {"maxLines": 5})
-    assert session.settings.max_lines == 5
-    session.take(Source.COMMAND_LINE, {})
-    epoch = session.epoch
-    session.configure({"fimserver": None}, Source.CHANGE)
-    assert session.settings.max_lines == 3
-    assert session.epoch == epoch + 1
-    session.configure({"fimserver": None}, Source.CHANGE)
-    assert session.epoch == epoch + 1
-    session.configure({}, Source.WORKSPACE)
-    assert session.settings.max_lines == 2
-    session.initialize({"maxLines": 6})
-    assert session.settings.max_lines == 6
+    configuration.set_layer(Source.COMMAND_LINE, {"maxLines": 5})
+    assert configuration.settings.max_lines == 5
+    configuration.set_layer(Source.COMMAND_LINE, {})
+    changes.clear()
+    configuration.configure({"fimserver": None}, Source.CHANGE)
+    assert configuration.settings.max_lines == 3
+    assert len(changes) == 1
+    configuration.configure({"fimserver": None}, Source.CHANGE)
+    assert len(changes) == 1
+    configuration.configure({}, Source.WORKSPACE)
+    assert configuration.settings.max_lines == 2
+    configuration.initialize({"maxLines": 6})
+    assert configuration.settings.max_lines == 6
 
 
 @pytest.mark.parametrize("options", [None, [], 3, {}])
 def test_no_initialization_options(options: object) -> None:
-    session = Session()
-    assert session.initialize(options) == []
-    assert session.settings == Settings()
+    configuration = Configuration()
+    assert configuration.initialize(options) == []
+    assert configuration.settings == Settings()
 
 
 def test_a_section_that_is_no_object_is_said() -> None:
-    session = Session()
-    assert "not an object" in session.initialize({"fimserver": 3})[0]
-    assert "not an object" in session.configure({"fimserver": []}, Source.CHANGE)[0]
+    configuration = Configuration()
+    assert "not an object" in configuration.initialize({"fimserver": 3})[0]
+    assert "not an object" in configuration.configure({"fimserver": []}, Source.CHANGE)[0]
 
 
 def test_bad_values_fall_back_to_the_source_below() -> None:
-    session = Session()
-    session.take(Source.CONFIG_FILE, {"maxLines": 3})
-    (problem,) = session.initialize({"maxLines": 0})
+    configuration = Configuration()
+    configuration.set_layer(Source.CONFIG_FILE, {"maxLines": 3})
+    (problem,) = configuration.initialize({"maxLines": 0})
     assert "fimserver.maxLines is 0" in problem
-    assert session.settings.max_lines == 3
+    assert configuration.settings.max_lines == 3
 
 
 def test_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,1 +1,1 @@
-"""Measurements: every number in a document comes from a command here."""
+"""Measure: every number in a document comes from a command here."""

@@ -1,7 +1,7 @@
-"""Draw what a measurement fills in: items of HumanEval-Infilling, and holes cut out of Python files.
+"""Draw the holes of a measurement: from HumanEval-Infilling, and from Python files.
 
-    read_items     HumanEval-Infilling (github.com/openai/human-eval-infilling), from files that are already there: single
-                   lines, multiple lines, random spans, light random spans; ``task_id`` begins with the item's kind
+    read_items     HumanEval-Infilling (github.com/openai/human-eval-infilling), from local files: single lines,
+                   multiple lines, random spans, light random spans; ``task_id`` begins with the item's kind
     cut_lines      rests of code lines of standard library files that the shipped model was not trained on
     find_cuts      holes of five kinds: rest of a line, expression, statement, block, identifier
     draw_holes     line ends for ``bench decode`` and ``bench profile``; every third middle has LONG_TOKENS or more
@@ -48,7 +48,7 @@ _PATTERNS = ("HumanEval-*.jsonl", "HumanEval-*.jsonl.gz")
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One hole and what stood in it; ``test`` defines ``check``, which is called with ``entry_point``."""
+    """One hole and its middle; ``test`` defines ``check``, which is called with ``entry_point``."""
 
     task_id: str
     prompt: str
@@ -59,16 +59,16 @@ class Item:
 
     @property
     def kind(self) -> str:
-        """Which of the benchmark's four it belongs to, or ``other``."""
+        """Return which of the benchmark's four kinds this is, or ``other``."""
         return KINDS.get(self.task_id.split("/", 1)[0], OTHER)
 
     def to_program(self, middle: str) -> str:
-        """The whole program with its tests, as the benchmark puts it together."""
+        """Return the whole program with its tests, as the benchmark builds it."""
         return f"{self.prompt}{middle}{self.suffix}\n{self.test}\ncheck({self.entry_point})\n"
 
 
 def find_files(paths: Iterable[Path]) -> list[Path]:
-    """The files named, and the benchmark's own in the folders named. Raises ``FimserverError`` for a bare folder."""
+    """Return the named files, and the benchmark's in named folders. Raises ``FimserverError`` if a folder has none."""
     found: dict[Path, None] = {}
     for path in paths:
         files = sorted(f for p in _PATTERNS for f in path.glob(p)) if path.is_dir() else [path]
@@ -80,7 +80,7 @@ def find_files(paths: Iterable[Path]) -> list[Path]:
 
 
 def read_items(path: Path, limit: int | None, *, tests: bool = False) -> Iterator[Item]:
-    """Items of a ``.jsonl`` or ``.jsonl.gz`` file, with their tests where those are wanted.
+    """Yield the items of a ``.jsonl`` or ``.jsonl.gz`` file, with their tests if ``tests``.
 
     Raises ``FimserverError`` naming the line.
     """
@@ -100,19 +100,19 @@ def read_items(path: Path, limit: int | None, *, tests: bool = False) -> Iterato
         try:
             yield _to_item(json.loads(line), tests=tests)
         except (ValueError, KeyError, TypeError) as error:
-            msg = f"{path}, line {number} is no HumanEval-Infilling item ({error!r})"
+            msg = f"{path}, line {number} is not a HumanEval-Infilling item ({error!r})"
             raise FimserverError(msg) from error
 
 
 def _to_item(values: dict[str, str], *, tests: bool) -> Item:
-    """Raises ``KeyError``, ``TypeError`` or ``ValueError`` for what is no item."""
+    """Parse an item. Raises ``KeyError``, ``TypeError`` or ``ValueError`` for invalid values."""
     names = ["task_id", "prompt", "suffix", "canonical_solution", *(["entry_point", "test"] if tests else [])]
     for name in names:
         if not isinstance(values[name], str):
-            msg = f"{name} is no text"
+            msg = f"{name} is not text"
             raise TypeError(msg)
     if tests and not values["entry_point"].isidentifier():
-        msg = "entry_point is no name"
+        msg = "entry_point is not an identifier"
         raise ValueError(msg)
     return Item(*(values[name] for name in names))
 
@@ -124,7 +124,7 @@ _DRAW_SEED = 11
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A cut line: the text without its rest, and that rest."""
+    """A text without the rest of one line, and that rest."""
 
     name: str
     snapshot: Snapshot
@@ -132,10 +132,10 @@ class Line:
 
 
 def cut_lines(limit: int) -> Iterator[Line]:
-    """The same ``limit`` cuts each time; lines of code, not of comments or strings."""
+    """Yield the same ``limit`` lines of code each time; none in comments or strings."""
     texts = {name: read_module(name) for name in HELD_OUT}
     for text in texts.values():
-        ast.parse(text)  # what is broken already proves nothing
+        ast.parse(text)  # a file that does not parse proves nothing
     rng = random.Random(_DRAW_SEED)
     while limit:
         name = rng.choice(HELD_OUT)
@@ -145,7 +145,7 @@ def cut_lines(limit: int) -> Iterator[Line]:
 
 
 def cut_line(name: str, text: str, rng: random.Random) -> Line | None:
-    """A random line of a file, cut anywhere; ``None`` where it is short, or no code at the cut."""
+    """Cut a random line of a file anywhere; ``None`` if it is short, or not code there."""
     lines = text.split("\n")
     number = rng.randrange(len(lines))
     code = lines[number].strip()
@@ -162,7 +162,7 @@ def cut_line(name: str, text: str, rng: random.Random) -> Line | None:
 
 
 def read_module(name: str) -> str:
-    """Source of a module of the standard library, or of its package."""
+    """Return the source of a module of the standard library, or of its package."""
     path = Path(sysconfig.get_paths()["stdlib"]) / f"{name}.py"
     return (path if path.exists() else path.with_suffix("") / "__init__.py").read_text(encoding="utf-8")
 
@@ -173,7 +173,7 @@ _SHORTEST_STATEMENT = 8
 _SHORTEST_WORD = 5
 _STATEMENT_LINES = 3
 _BLOCK_LINES = 5
-_TRIES = 12  # in one file, for one hole
+_TRIES = 12  # per file and hole
 _DRAW_SEED = 29
 _SIMPLE = (
     ast.Assign,
@@ -193,7 +193,7 @@ _WITH_BODY = (ast.FunctionDef, ast.AsyncFunctionDef, ast.If, ast.For, ast.AsyncF
 
 
 class SyntaxHoleKind(StrEnum):
-    """What is taken out of a file."""
+    """The syntax that a hole replaces."""
 
     REST_OF_LINE = "rest_of_line"
     EXPRESSION = "expression"
@@ -213,7 +213,7 @@ HOLES = {
 
 @dataclass(frozen=True, slots=True)
 class SyntaxHole:
-    """A file without its middle, and that middle; ``word`` is the name that an identifier's middle begins with."""
+    """A file without its middle, and that middle; an identifier's middle begins with the name ``word``."""
 
     kind: SyntaxHoleKind
     name: str
@@ -223,21 +223,21 @@ class SyntaxHole:
 
     @property
     def hole(self) -> Hole:
-        """What the engine is told may be filled."""
+        """Return the engine's description of the hole."""
         return HOLES[self.kind]
 
     def filled(self, text: str) -> str:
-        """The whole file with a text in the hole."""
+        """Return the whole file with a text in the hole."""
         return replace(self.snapshot.text, self.snapshot.cursor, self.snapshot.cursor, text)
 
     def is_copied(self, text: str) -> bool:
-        """Whether an answer begins with the name, whole."""
+        """Return whether an answer begins with the whole name."""
         return re.match(re.escape(self.word) + r"(?!\w)", text) is not None
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Offsets of what may be taken out; ``word`` as in ``Gap``."""
+    """Offsets of a possible middle; ``word`` as in ``SyntaxHole``."""
 
     start: int
     end: int
@@ -245,7 +245,7 @@ class Span:
 
 
 class Source:
-    """A file that parses, and where its holes of each kind could be."""
+    """A file that parses, and its possible holes of each kind."""
 
     def __init__(self, name: str, text: str) -> None:
         self.name, self.text = name, text
@@ -256,7 +256,7 @@ class Source:
 
     @cached_property
     def spans(self) -> dict[SyntaxHoleKind, list[Span]]:
-        """Every place of the kinds that the tree says."""
+        """Return every place of the kinds that come from the tree."""
         nodes = list(_walk(ast.parse(self.text)))
         return {
             SyntaxHoleKind.EXPRESSION: [span for node in nodes for span in self._expressions(node)],
@@ -266,7 +266,7 @@ class Source:
         }
 
     def draw(self, kind: SyntaxHoleKind, rng: random.Random, budget: Budget) -> SyntaxHole | None:
-        """One hole of a kind; ``None`` where this draw gave none."""
+        """Draw one hole of a kind; ``None`` if this draw failed."""
         if kind is SyntaxHoleKind.REST_OF_LINE:
             line = cut_line(self.name, self.text, rng)
             return SyntaxHole(kind, self.name, line.snapshot, line.rest) if line and line.rest.strip() else None
@@ -279,7 +279,7 @@ class Source:
         return SyntaxHole(kind, self.name, snapshot, self.text[span.start : span.end], span.word)
 
     def _is_visible(self, span: Span, budget: Budget) -> bool:
-        """Whether the name stands above in what surely fits the prompt."""
+        """Return whether the name also occurs above, within the text that surely fits the prompt."""
         above = self.text[surely_reached(self.text, span.start, budget) : span.start]
         return re.search(rf"(?<!\w){re.escape(span.word)}(?!\w)", above) is not None
 
@@ -287,7 +287,7 @@ class Source:
         for part in _parts(node):
             span = self._span(part)
             is_one_line = part.lineno == part.end_lineno
-            # a generator that is the only argument counts the call's own brackets as its own
+            # the range of a generator that is the only argument includes the call's brackets
             if is_one_line and span.end - span.start >= _SHORTEST_EXPRESSION and not isinstance(part, ast.GeneratorExp):
                 yield span
 
@@ -322,13 +322,13 @@ class Source:
         return Span(self._offset(node.lineno, node.col_offset), self._offset(last, node.end_col_offset or 0))
 
     def _offset(self, line_number: int, num_bytes: int) -> int:
-        """Characters up to a place that ``ast`` names by its line, from 1, and bytes in it."""
+        """Return the character offset of a place that ``ast`` gives as a line, from 1, and bytes in it."""
         line = self._lines[line_number - 1]
         column = num_bytes if line.isascii() else len(line.encode()[:num_bytes].decode())
         return self._starts[line_number - 1] + column
 
     def _is_alone(self, span: Span, fewest: int, most: int) -> bool:
-        """Whether nothing else stands on its lines, and these are so many."""
+        """Return whether a span has its lines to itself, and these are ``fewest`` to ``most``."""
         before = self.text[self.text.rfind("\n", 0, span.start) + 1 : span.start]
         behind = self.text[span.end :].partition("\n")[0]
         num_lines = self.text.count("\n", span.start, span.end) + 1
@@ -336,7 +336,7 @@ class Source:
 
 
 def _walk(node: ast.AST) -> Iterator[ast.AST]:
-    """A tree's nodes but what is in f-strings: before Python 3.12 their offsets are wrong."""
+    """Yield a tree's nodes except those in f-strings, whose offsets are wrong before Python 3.12."""
     yield node
     for child in ast.iter_child_nodes(node):
         if not isinstance(child, ast.JoinedStr):
@@ -344,7 +344,7 @@ def _walk(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def _parts(node: ast.AST) -> list[ast.expr]:
-    """The expressions that one writes next behind a bracket, an equals sign or a keyword."""
+    """Return the expressions that follow a bracket, an equals sign or a keyword."""
     if isinstance(node, ast.Call):
         return [*node.args, *(keyword.value for keyword in node.keywords)]
     if isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Return)):
@@ -353,7 +353,7 @@ def _parts(node: ast.AST) -> list[ast.expr]:
 
 
 def _is_text(node: ast.stmt) -> bool:
-    """Whether a statement is a docstring or another bare value."""
+    """Return whether a statement is a docstring or another bare value."""
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
@@ -365,7 +365,7 @@ def draw_syntax_holes(
     fits: Callable[[str], bool] = lambda _middle: True,
     kinds: Sequence[SyntaxHoleKind] = tuple(SyntaxHoleKind),
 ) -> list[SyntaxHole]:
-    """At most ``limit`` holes of each kind whose middles fit; fewer where the files do not have them."""
+    """Draw at most ``limit`` holes of each kind whose middles fit; fewer if the files have no more."""
     sources = [Source(name, text) for name, text in sorted(texts.items())]
     return [hole for kind in kinds for hole in _draw_kind(sources, kind, limit, budget, fits)]
 
@@ -389,13 +389,13 @@ def _draw_kind(
 
 LONG_TOKENS = 12
 TRIPLE = 3  # the last of three is long
-_HEALED_TOKENS = 4  # of room for the cut word, which the answer spells again, and for its end
+_HEALED_TOKENS = 4  # reserved for the healed word, which the answer repeats, and for the end token
 _REST_OF_LINE = Hole(HoleKind.REST_OF_LINE, max_lines=1, estimated_tokens=8)
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeHole:
-    """One hole: what the engine is told, what stood there, and the whole file without it."""
+    """One hole: the engine's input, the middle, and the whole file without it."""
 
     name: str
     snapshot: Snapshot
@@ -405,17 +405,17 @@ class DecodeHole:
 
     @property
     def is_long(self) -> bool:
-        """Whether its middle has many tokens."""
+        """Return whether its middle has many tokens."""
         return self.num_tokens >= LONG_TOKENS
 
     def filled(self, text: str, *, taken_off: int = 0) -> str:
-        """The whole file with a text in the hole, in place of the last ``taken_off`` characters before it too."""
+        """Return the whole file with a text in place of the hole and the last ``taken_off`` characters before it."""
         whole, cursor = self.snapshot.text, self.snapshot.cursor
         return whole[: cursor - taken_off] + text + whole[cursor:]
 
 
 def draw_holes(limit: int, vocabulary: Vocabulary, *, max_prompt_tokens: int, canvas_length: int) -> list[DecodeHole]:
-    """The same holes each time."""
+    """Draw the same holes each time."""
     from fimserver.bench.datasets import cut_lines  # noqa: PLC0415  it brings tree-sitter along
 
     found: list[DecodeHole] = []

@@ -65,7 +65,7 @@ _CONFIG_KEYS = (
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One answer and what it cost; ``lacking`` is the word that it should have begun with and did not."""
+    """One answer and its cost; ``lacking`` is the word that it should have begun with and did not."""
 
     text: str
     mode: str
@@ -84,7 +84,7 @@ Decoder = Callable[[FimContext], Outcome]
 
 @dataclass(slots=True)
 class _Watch:
-    """A clock and the drafts that were seen by it."""
+    """A clock and the partial answers that it has timed."""
 
     begin: float = field(default_factory=time.perf_counter)
     drafts: list[tuple[float, Any]] = field(default_factory=list)
@@ -97,7 +97,7 @@ class _Watch:
 
 
 def settled_at(drafts: Sequence[tuple[float, str]], answer: str, total_ms: float) -> float:
-    """When the first line of the drafts, (ms, text) in order, became the answer's and stayed so."""
+    """Return when the first line of the partial answers, (ms, text) in order, became the answer's for good."""
     settled = total_ms
     for ms, text in reversed(drafts):
         if text.split("\n", 1)[0] != answer.split("\n", 1)[0]:
@@ -108,14 +108,14 @@ def settled_at(drafts: Sequence[tuple[float, str]], answer: str, total_ms: float
 
 @dataclass(frozen=True, slots=True)
 class EngineDecoder:
-    """A mode of the engine, maybe with parts left out or with drafts of its own; cold unless it is to be ``warm``."""
+    """A mode of the engine, maybe without some parts or with its own draft tokens; cold unless ``warm``."""
 
     engine: Engine
     sampling: Sampling
     drafts: DraftOptions | None = None
 
     def __call__(self, context: FimContext, *, warm: bool = False) -> Outcome:
-        """Fill a hole; what earlier answers left is used by warm requests only."""
+        """Fill a hole; only warm requests use the cache of earlier answers."""
         if not warm:
             self.engine.forget()
         chosen = self.engine.draft_options
@@ -143,7 +143,7 @@ class EngineDecoder:
 
 
 def check_generation_config(config: Any) -> dict[str, Any]:
-    """The numbers that ``generate`` decodes with. Raises ``FimserverError`` that names what the config lacks."""
+    """Return the numbers that ``generate`` decodes with. Raises ``FimserverError`` that names missing ones."""
     values = {key: getattr(config, key, None) for key in _CONFIG_KEYS}
     values["entropy_bound"] = getattr(getattr(config, "sampler_config", None), "entropy_bound", None)
     if lacking := sorted(key for key, value in values.items() if value is None or value == []):
@@ -156,7 +156,7 @@ def check_generation_config(config: Any) -> dict[str, Any]:
 
 
 class GenerateDecoder:
-    """transformers' own ``generate``; ``finish`` is ``steps`` where it did not stop before its last step."""
+    """The ``generate`` of transformers; ``finish`` is ``steps`` if it did not stop before its last step."""
 
     def __init__(self, network: Any, engine: Engine, seed: int) -> None:
         self.config = check_generation_config(network.generation_config)
@@ -207,23 +207,23 @@ class GenerateDecoder:
 
 @dataclass(frozen=True, slots=True)
 class _Partials:
-    """A streamer in transformers' sense that keeps the draft of every step."""
+    """A streamer in transformers' sense that keeps the partial answer of every step."""
 
     watch: _Watch
 
     def put(self, value: torch.Tensor) -> None:
-        """The prompt and the finished canvas; neither is a draft."""
+        """Ignore the prompt and the finished canvas: neither is a partial answer."""
 
     def put_partial(self, value: torch.Tensor) -> None:
         self.watch.note(value[0].tolist())
 
     def end(self) -> None:
-        """Nothing is held back."""
+        """Do nothing: no text is buffered."""
 
 
 @dataclass(frozen=True, slots=True)
 class EagerDecoder:
-    """Token by token, greedy, through transformers' own encoder and ``DynamicCache``."""
+    """Token by token, greedy, with transformers' own encoder and ``DynamicCache``."""
 
     reference: Any
     engine: Engine
@@ -273,7 +273,7 @@ class EagerDecoder:
 
 
 def _spell(logits: torch.Tensor, rest: bytes, token_bytes: Sequence[bytes]) -> torch.Tensor:
-    """Logits (V,) of which only tokens are left that spell what the answer still owes, where any does."""
+    """Mask logits (V,) to tokens that spell the rest of the healed word, if any does."""
     if not rest:
         return logits
     fits = [bool(t) and (t.startswith(rest) or rest.startswith(t)) for t in token_bytes]
@@ -322,7 +322,7 @@ class WayNumbers:
 
 @dataclass(frozen=True, slots=True)
 class WarmNumbers:
-    """A warm request over the cold one before it: medians over holes."""
+    """A warm request relative to the cold one before it: medians over holes."""
 
     ms: float
     passes: float
@@ -332,7 +332,7 @@ class WarmNumbers:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """All that one run says; ``modes`` has every decoder but ``auto``, which is told apart with the mode it took."""
+    """The results of one run; ``modes`` has every decoder but ``auto``, which is separate, with the mode it chose."""
 
     holes: int
     long_holes: int
@@ -348,7 +348,7 @@ class Comparison:
 
 @dataclass(slots=True)
 class Measured:
-    """What was seen: of each decoder and hole the outcome, whether it was right, whether the file parses."""
+    """The outcome of each decoder and hole: whether it was right, whether the file parses."""
 
     cuts: list[DecodeHole]
     outcomes: dict[str, dict[int, Outcome]] = field(default_factory=dict)
@@ -356,11 +356,11 @@ class Measured:
     parses: dict[tuple[int, str, str], bool] = field(default_factory=dict)
 
     def is_exact(self, hole: int, outcome: Outcome) -> bool:
-        """Whether an answer is what stood there."""
+        """Return whether an answer is the middle of the hole."""
         return not outcome.lacking and outcome.text.rstrip() == self.cuts[hole].middle.rstrip()
 
     def is_sound(self, hole: int, outcome: Outcome) -> bool:
-        """Whether the file parses with an answer."""
+        """Return whether the file parses with an answer."""
         key = (hole, outcome.text, outcome.lacking)
         if key not in self.parses:
             filled = self.cuts[hole].filled(outcome.text, taken_off=len(outcome.lacking))
@@ -368,7 +368,7 @@ class Measured:
         return self.parses[key]
 
     def exact_match(self, outcomes: dict[int, Outcome]) -> float:
-        """Share of outcomes that are right."""
+        """Return the share of outcomes that are right."""
         return statistics.fmean(self.is_exact(hole, outcome) for hole, outcome in outcomes.items())
 
 
@@ -407,7 +407,7 @@ class DecodeBench:
         return decoders
 
     def run(self) -> Measured:
-        """Fill every hole in every decoder."""
+        """Fill every hole with every decoder."""
         measured = Measured(self.cuts, {name: {} for name in self.decoders}, {name: {} for name in self.decoders})
         rng = random.Random(_DRAW_SEED)
         names = list(self.decoders)
@@ -424,7 +424,7 @@ class DecodeBench:
         return measured
 
     def _ask_again(self, measured: Measured, name: str, hole: int, rng: random.Random) -> None:
-        """Type a little more of what stood there, and ask with what is cached."""
+        """Type a few characters of the middle, and ask again with the cached prompt."""
         decoder, cut = self.decoders[name], self.cuts[hole]
         num_typed = rng.randint(1, _MOST_TYPED)
         if (
@@ -437,7 +437,7 @@ class DecodeBench:
             measured.warm[name][hole] = decoder(typed, warm=True)
 
     def run_step_budgets(self, holes: Sequence[int]) -> dict[int, dict[int, Outcome]]:
-        """The diffusion mode with few and with many steps."""
+        """Run the diffusion mode with few and with many steps."""
         budgets: dict[int, dict[int, Outcome]] = {budget: {} for budget in STEP_BUDGETS}
         for hole in holes:
             for budget in STEP_BUDGETS:
@@ -446,7 +446,7 @@ class DecodeBench:
         return budgets
 
     def draw(self, folder: Path, measured: Measured) -> None:
-        """Pictures; quality is that of the same holes for all that is shown."""
+        """Draw the plots; the quality of all points is that of the same holes."""
         holes = [hole for hole in range(len(self.cuts)) if is_compared(hole)][:_BUDGET_HOLES]
         points = []
         shown = {name: outcomes for name, outcomes in measured.outcomes.items() if name != Mode.AUTO.value}
@@ -460,7 +460,7 @@ class DecodeBench:
         write_plots(folder, points, passes, num_holes=len(holes))
 
     def summarize(self, measured: Measured) -> Comparison:
-        """Numbers of what was seen."""
+        """Summarize the outcomes."""
         numbers = {name: way_numbers(measured, outcomes) for name, outcomes in measured.outcomes.items() if outcomes}
         auto = numbers.pop(Mode.AUTO.value, None)
         took = next(iter(measured.outcomes.get(Mode.AUTO.value, {}).values()), None)
@@ -481,12 +481,12 @@ class DecodeBench:
 
 
 def is_compared(hole: int) -> bool:
-    """Whether the slow decoders run on a hole: whole triples, so that a third of these is long as well."""
+    """Return whether slow decoders run on a hole: whole triples, so that a third of these is long, too."""
     return hole // TRIPLE % 2 == 0
 
 
 def way_numbers(measured: Measured, outcomes: dict[int, Outcome]) -> WayNumbers:
-    """Means, medians and shares of one decoder."""
+    """Return means, medians and shares of one decoder."""
     seen = list(outcomes.values())
     times, passes = [o.ms for o in seen], [o.passes for o in seen]
     long = {hole: outcome for hole, outcome in outcomes.items() if measured.cuts[hole].is_long}
@@ -510,7 +510,7 @@ def way_numbers(measured: Measured, outcomes: dict[int, Outcome]) -> WayNumbers:
 
 
 def find_ratios(measured: Measured, ours: Ours | None) -> dict[str, Interval]:
-    """What others take over what our mode takes; of passes, for long middles only."""
+    """Return the costs of other decoders relative to our mode; for passes, of long middles only."""
 
     def ratio(name: str, cost: Callable[[Outcome], float], *, long_only: bool = False) -> Interval:
         def costs(decoder: str | None) -> dict[int, float]:
@@ -527,7 +527,7 @@ def find_ratios(measured: Measured, ours: Ours | None) -> dict[str, Interval]:
 
 
 def find_warm_over_cold(measured: Measured) -> dict[str, WarmNumbers]:
-    """Of each of our modes: what is left to pay when little was typed since."""
+    """Return for each of our modes the cost of a warm request relative to a cold one."""
     found = {}
     for name, warm in measured.warm.items():
         if warm:
@@ -542,12 +542,12 @@ def find_warm_over_cold(measured: Measured) -> dict[str, WarmNumbers]:
 
 
 def parse_decoders(text: str | None) -> tuple[str, ...]:
-    """Names between commas; all decoders for none. Raises ``FimserverError`` for one that there is not."""
+    """Parse comma-separated decoders, ``None`` meaning all. Raises ``FimserverError`` for an unknown one."""
     names = DECODERS if text is None else tuple(name.strip() for name in text.split(",") if name.strip())
     known = {*DECODERS, *(f"{mode}-{switch}" for mode in MODES for switch in SWITCHES)}
     if not names or set(names) - known:
         msg = (
-            f"--modes {text}: write some of {', '.join(DECODERS)} with commas between them; the engine's modes may end in "
+            f"--modes {text}: choose from {', '.join(DECODERS)}, separated by commas; the engine's modes may end in "
             f"one of {', '.join(f'-{switch}' for switch in SWITCHES)}"
         )
         raise FimserverError(msg)
@@ -555,10 +555,10 @@ def parse_decoders(text: str | None) -> tuple[str, ...]:
 
 
 def make_engine_way(engine: Engine, name: str, seed: int) -> EngineDecoder:
-    """A mode, maybe with a switch behind it, for instance ``verified-no-lookup``.
+    """Make the decoder of a mode, maybe without one part, for instance ``speculative-no-lookup``.
 
-    Left to right is given no guesses: it is what others are held against. Diffusion draws by the seed; verified
-    draws nothing, and without a seed it drafts as much as the probe of this machine says.
+    Autoregressive decoding gets no n-gram matches, since it is the baseline. Diffusion draws by the seed; speculative
+    decoding draws nothing, and without a seed its draft length is the one that the probe found for this machine.
     """
     mode, _, switch = name.partition("-")
     without = [switch.removeprefix("no-")] if switch.startswith("no-") else []
@@ -570,7 +570,7 @@ def make_engine_way(engine: Engine, name: str, seed: int) -> EngineDecoder:
 
 
 def compare_ways(settings: Settings, *, limit: int, decoders: Sequence[str], plots: Path | None) -> Comparison:
-    """Run all of it, and draw it where there is a folder. Raises ``FimserverError``."""
+    """Run all decoders, and write plots to the folder ``plots``, if set. Raises ``FimserverError``."""
     if plots is not None:
         check_plots(plots)
     bench = DecodeBench(settings, limit=limit, decoders=decoders)

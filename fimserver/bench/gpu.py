@@ -1,16 +1,16 @@
-"""All that there is to measure on a card, in one command, with what each number was made on.
+"""Run all GPU measurements with one command, and record the environment of each number.
 
-    kernels     each backend against plain torch at the model's shapes, and pytest -m gpu where the tests are at hand
-    load        a model of the 26B's size with random weights: memory held, and what the planner says
-    steps       a denoising step for each size of canvas, beside the floor: bytes it reads over the measured bandwidth
-    encode      prompts, in milliseconds for 1,000 tokens
-    requests    a prompt's end to a result: nothing cached, and all but the last tokens
-    profile     the kernels that the slowest step spends its time in
-    generate    the same model in bf16 through transformers' own ``generate``, once, where the card has room (52 GB)
+    kernels     each backend against plain torch at the model's shapes, and pytest -m gpu if the tests are available
+    load        a model of the 26B's size with random weights: memory used, and the planner's figure
+    steps       a denoising step per canvas size, next to the floor: bytes it reads over the measured bandwidth
+    encode      prompts, in milliseconds per 1,000 tokens
+    requests    from the prompt to a result: with nothing cached, and with all but the last tokens cached
+    profile     the kernels that take most of the slowest step
+    generate    the same model in bf16 through transformers' own ``generate``, once, if the GPU has room (52 GB)
 
-Of each stage the most memory that it took is noted, beside the plan's. ``--simulate`` runs every stage on this machine
-at a reduced size, so that nothing is run for the first time on the day. Weights are random: times are those of real
-ones, answers are not. Training on a card is another command: ``fimserver train --device cuda``.
+The peak memory of each stage is reported next to the plan's. ``--simulate`` runs every stage on this machine at a
+reduced size, to test them without a GPU. Weights are random: times are those of real ones, answers are not. Training
+on a GPU is another command: ``fimserver train --device cuda``.
 
 Knows:  models, time.  Never: LSP, texts.
 Units:  milliseconds; GB are 1e9 bytes.
@@ -49,8 +49,8 @@ from fimserver.errors import FimserverError
 
 SYNTHETIC = {"26b": "diffusiongemma-26b-a4b-it"}
 STAGES = ("kernels", "load", "steps", "encode", "requests", "profile")
-_LEAST_SCALE = 0x30  # a half, as a byte of e4m3
-_BESIDE_BYTES = 2 * 10**9  # a canvas, a prompt, the driver, beside weights in bf16
+_LEAST_SCALE = 0x30  # 0.5 as a byte of e4m3
+_BESIDE_BYTES = 2 * 10**9  # a canvas, a prompt and the driver, in addition to weights in bf16
 _CANVASES = (16, 32, 64, 128, 256)
 _STEPS_A_REQUEST = 8
 _TYPED_TOKENS = 4
@@ -76,7 +76,7 @@ _REDUCED = {
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A denoising step over one canvas: its median, and the least that reading its weights takes."""
+    """A denoising step over one canvas: its median, and the least time for reading its weights."""
 
     canvas_tokens: int
     ms: float
@@ -88,7 +88,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What was measured, stage by stage; a stage that failed says why in ``failures``."""
+    """Results by stage; ``failures`` has the reasons of failed stages."""
 
     machine: dict[str, Any]
     is_simulated: bool
@@ -105,21 +105,21 @@ class Report:
     requests_ms: dict[str, float] = field(default_factory=dict)
     generate: dict[str, float] = field(default_factory=dict)
     profile: tuple[tuple[str, float], ...] = ()
-    peak_bytes: dict[str, int] = field(default_factory=dict)  # that torch had allocated at most, by stage
-    reserved_bytes: dict[str, int] = field(default_factory=dict)  # and had taken from the driver
-    planned_bytes: int = 0  # of all, by the planner
+    peak_bytes: dict[str, int] = field(default_factory=dict)  # peak memory allocated by torch, by stage
+    reserved_bytes: dict[str, int] = field(default_factory=dict)  # peak memory reserved from the driver, by stage
+    planned_bytes: int = 0  # total, by the planner
     failures: dict[str, str] = field(default_factory=dict)
 
 
 class HastyMatmul(PlainMatmul):
-    """Plain products that say that nobody looks at choices: so a simulation takes the way that a card takes."""
+    """Plain torch that claims not to read expert choices on the host, so that a simulation takes a GPU's code path."""
 
     name = "plain torch, simulated"
     reads_choices = False
 
 
 class Bench:
-    """One run: a device, a model of random weights, and what was found so far."""
+    """One run: a device, a model of random weights, and the results so far."""
 
     def __init__(self, name: str, *, simulate: bool, context_tokens: int, with_generate: bool | None = None) -> None:
         self.device = torch.device("cpu" if simulate else "cuda")
@@ -140,7 +140,7 @@ class Bench:
         self.canvases = tuple(c for c in _CANVASES if c <= 64) if simulate else _CANVASES  # noqa: PLR2004
 
     def run(self, stages: tuple[str, ...], report: Callable[[str], None] = lambda _stage: None) -> Report:
-        """Every stage in turn; one that fails leaves the others their chance."""
+        """Run every stage in turn, also after one has failed."""
         self._note(planned_bytes=plan_on_gpu(self.checkpoint, NO_GPU, self.context_tokens).total_bytes)
         is_wanted = self.with_generate
         if is_wanted is None:
@@ -156,7 +156,7 @@ class Bench:
         return self.report
 
     def _has_room(self) -> bool:
-        """Whether the model fits in bf16: on a card that is free of this one, by the plan, or simulated."""
+        """Return whether the bf16 model fits: on the GPU without this one, by the plan, or simulated."""
         in_bf16 = (replace(part, format=Format.BF16) for part in self.checkpoint.parts)
         needed = sum(part.num_bytes for part in in_bf16) + _BESIDE_BYTES
         return self.simulate or torch.cuda.mem_get_info()[0] >= needed
@@ -176,24 +176,24 @@ class Bench:
 
     def _need_model(self) -> Model:
         if self.model is None:
-            msg = "there is no model: its stage failed or was left out"
+            msg = "there is no model: the load stage failed or was skipped"
             raise FimserverError(msg)
         return self.model
 
     def measure_kernels(self) -> None:
-        """Backends on this device, and the tests that need it."""
+        """Measure the backends on this device, and run the tests that need it."""
         choice = self._choose()
         self._note(backend={"chosen": choice.matmul.name, **choice.tried})
         tests = Path(__file__).parents[2] / "tests"
         if self.simulate or not tests.is_dir():
-            self._note(tests="not run: they need a card and the project's folder")
+            self._note(tests="not run: they need a GPU and the project's folder")
             return
         command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(tests)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tests.parent)  # noqa: S603
         self._note(tests=(done.stdout.strip().splitlines() or ["no output"])[-1])
 
     def measure_load(self) -> None:
-        """Random weights straight to the device, in 4 bits where the checkpoint has them."""
+        """Load random weights directly to the device, in 4 bits where the checkpoint has them."""
         choice = Choice(self._choose().matmul)
         begin, before = time.perf_counter(), self._allocated()
         network = create_model(self.config, random_weights(self.config, self.device, self.dtype), self.device)
@@ -209,7 +209,7 @@ class Bench:
         )
 
     def _choose(self) -> Choice:
-        """What multiplies by weights in 4 bits; simulated by the same trial, of plain torch."""
+        """Choose the matmul backend for 4-bit weights; in a simulation, by the same trial of plain torch."""
         if self.choice is None:
             text = self.config.get_text_config()
             experts = (text.num_experts, text.moe_intermediate_size, text.hidden_size)
@@ -223,7 +223,7 @@ class Bench:
         return self.choice
 
     def measure_steps(self) -> None:
-        """A step for each canvas over a prompt of noise: recorded as one call, and called kernel by kernel."""
+        """Measure a step of each canvas over a random prompt: as a captured graph, and kernel by kernel."""
         model = self._need_model()
         bandwidth = self._measure_bandwidth()
         cache = model.new_cache()
@@ -234,12 +234,13 @@ class Bench:
             fixed = self._time_step(model, cache, length)
             free = self._time_step(model.without_graphs(), cache, length)
             read = step_bytes(self.checkpoint, length, self.context_tokens)
-            read -= self.checkpoint.bytes_of(Role.EMBEDDING)  # the condition is of few tokens: only the head reads it
+            # self-conditioning reads few tokens: only the head reads all
+            read -= self.checkpoint.bytes_of(Role.EMBEDDING)
             steps.append(Step(length, fixed, free, read / bandwidth * 1e3, read, 1e3 / fixed))
         self._note(steps=tuple(steps), bandwidth_gb_per_s=bandwidth / 1e9, context_tokens=self.context_tokens)
 
     def measure_encode(self) -> None:
-        """Prompts of three lengths, by chunks as requests have them."""
+        """Measure prompts of three lengths, in the chunks of requests."""
         model = self._need_model()
         found = {}
         for length in (self.context_tokens // 8, self.context_tokens // 2, self.context_tokens):
@@ -252,7 +253,7 @@ class Bench:
         self._note(encode_ms_per_1000=found)
 
     def measure_requests(self) -> None:
-        """From a prompt's ids to what eight steps of a canvas of 32 say."""
+        """Measure from a prompt's ids to the result of eight steps of a canvas of 32."""
         model = self._need_model()
         options = options_of(self.metadata, 32)
         ids = self._ids(self.context_tokens // 4)
@@ -280,7 +281,7 @@ class Bench:
         )
 
     def measure_generate(self) -> None:
-        """Transformers' own loop on bf16 weights, one canvas; the other model is let go first."""
+        """Measure transformers' own loop on bf16 weights, one canvas; free the other model first."""
         self.model = None
         gc.collect()
         if self.device.type == "cuda":
@@ -300,7 +301,7 @@ class Bench:
         self._note(generate={"s": seconds, "canvas_tokens": length, "steps": _STEPS_A_REQUEST})
 
     def measure_profile(self) -> None:
-        """The kernels of the canvas that is farthest from its floor."""
+        """Profile the kernels of the canvas that is farthest from its floor."""
         model = self._need_model()
         steps = self.report.steps
         length = max(steps, key=lambda s: s.ms / s.floor_ms).canvas_tokens if steps else self.canvases[0]
@@ -318,7 +319,7 @@ class Bench:
     def _time_step(self, model: Model, cache: Any, length: int) -> float:
         options = options_of(self.metadata, length)
         state = initialize_canvases(model, options, self.generator)
-        state = denoising_step(model, cache, state, options, self.generator)  # those behind it are conditioned
+        state = denoising_step(model, cache, state, options, self.generator)  # later steps are self-conditioned
 
         def step() -> None:
             read_out(denoising_step(model, cache, state, options, self.generator), options)
@@ -326,7 +327,7 @@ class Bench:
         return self._median_ms(step)
 
     def _measure_bandwidth(self) -> float:
-        """Bytes a second read and written when a tensor is copied on the device."""
+        """Return the bytes per second that are read and written when a tensor is copied on the device."""
         size = 2**22 if self.simulate else 2**31
         source = torch.zeros(size, dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
@@ -364,13 +365,13 @@ def measure_gpu(  # noqa: PLR0913  options of one command
 ) -> Report:
     """Run the stages, and write ``gpu.json`` and ``gpu.md`` into a folder. Raises ``FimserverError``.
 
-    ``with_generate`` is for transformers' own loop; ``None`` runs it behind all stages where there is room.
+    ``with_generate`` runs transformers' own loop; ``None`` runs it after all stages if there is room.
     """
     if unknown := set(stages) - {*STAGES}:
-        msg = f"there is no stage {min(unknown)!r}; there are: {', '.join(STAGES)}"
+        msg = f"unknown stage {min(unknown)!r}; choose from: {', '.join(STAGES)}"
         raise FimserverError(msg)
     if name not in SYNTHETIC:
-        msg = f"there is no synthetic model {name!r}; there are: {', '.join(SYNTHETIC)}"
+        msg = f"unknown synthetic model {name!r}; choose from: {', '.join(SYNTHETIC)}"
         raise FimserverError(msg)
     bench = Bench(name, simulate=simulate, context_tokens=context_tokens, with_generate=with_generate)
     found = bench.run(stages, report)
@@ -382,7 +383,7 @@ def measure_gpu(  # noqa: PLR0913  options of one command
 
 
 def read_known(name: str, *, reduced: bool) -> tuple[DiffusionGemmaConfig, ModelMetadata]:
-    """Configuration and metadata of a known model, small where it is only tried."""
+    """Return the configuration and metadata of a known model, small if ``reduced``."""
     folder = KNOWN_MODELS / SYNTHETIC[name]
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     metadata = read_metadata(folder)
@@ -395,7 +396,7 @@ def read_known(name: str, *, reduced: bool) -> tuple[DiffusionGemmaConfig, Model
 
 
 def to_planned(name: str, config: DiffusionGemmaConfig) -> Checkpoint:
-    """What the planner knows of the same model."""
+    """Return the planner's description of the same model."""
     known = find_checkpoint(SYNTHETIC[name])
     formats = {part.role: part.format for part in known.parts}
     shape = parse_config(config.to_dict(), "config.json")
@@ -405,7 +406,7 @@ def to_planned(name: str, config: DiffusionGemmaConfig) -> Checkpoint:
 def random_weights(
     config: DiffusionGemmaConfig, device: torch.device, dtype: torch.dtype, *, packed: bool = True
 ) -> Iterator[tuple[str, torch.Tensor | NVFP4Tensor]]:
-    """Every weight of a model, made on the device one after the other; experts in 4 bits where ``packed``."""
+    """Yield every weight of a model, created on the device one at a time; experts in 4 bits if ``packed``."""
     generator = torch.Generator(device).manual_seed(0)
     for name, shape in expected_shapes(config).items():
         if "vision" in name:
@@ -419,13 +420,13 @@ def random_weights(
 
 
 def random_nvfp4(shape: tuple[int, ...], generator: torch.Generator) -> NVFP4Tensor:
-    """A stack of matrices of random codes and scales, about as large as weights are."""
+    """Return a stack of matrices of random codes and scales, about as large as real weights."""
     packed, scales = draw_codes(shape, generator, _LEAST_SCALE)
     return NVFP4Tensor(packed, scales, torch.full(shape[:-1], 0.007, device=generator.device))
 
 
 def options_of(metadata: ModelMetadata, canvas_tokens: int) -> DenoisingOptions:
-    """How the model is decoded, on a canvas of this size, with the sparse condition of the server."""
+    """Return the model's decoding options for a canvas of this size, with the server's sparse self-conditioning."""
     return DenoisingOptions(
         max_denoising_steps=metadata.max_denoising_steps,
         entropy_bound=metadata.entropy_bound,
@@ -439,7 +440,7 @@ def options_of(metadata: ModelMetadata, canvas_tokens: int) -> DenoisingOptions:
 
 
 def device_name(device: torch.device) -> str:
-    """The card's own name, or the kind of device."""
+    """Return the GPU's name, or the kind of device."""
     if device.type != "cuda":
         return device.type
     properties = torch.cuda.get_device_properties(device)
@@ -447,33 +448,33 @@ def device_name(device: torch.device) -> str:
 
 
 def to_markdown(report: Report) -> list[str]:
-    """An entry for docs/results.md."""
+    """Format an entry for docs/results.md."""
     lines = [f"## {report.machine['device']}: {report.model}{', SIMULATED' if report.is_simulated else ''}", ""]
     lines.append(", ".join(f"{key} {value}" for key, value in report.machine.items()))
-    lines += ["", f"Kernels: {report.backend}. Tests on the card: {report.tests}", ""]
+    lines += ["", f"Kernels: {report.backend}. Tests on the GPU: {report.tests}", ""]
     held, planned = report.weight_bytes / 1e9, report.planned_weight_bytes / 1e9
-    lines.append(f"Weights: {held:.2f} GB held, {planned:.2f} GB planned, loaded in {report.load_s:.1f} s.")
+    lines.append(f"Weights: {held:.2f} GB used, {planned:.2f} GB planned, loaded in {report.load_s:.1f} s.")
     if report.peak_bytes:
         took = {f"{stage}": f"{peak / 1e9:.2f}" for stage, peak in report.peak_bytes.items()}
         most = max(report.reserved_bytes.values()) / 1e9
         lines += [
             "",
-            f"GB at most, by stage: {took}; taken from the driver: {most:.2f}; the plan of all without generate: ",
+            f"Peak GB by stage: {took}; reserved from the driver: {most:.2f}; the plan of all without generate: ",
         ]
         lines[-1] += f"{report.planned_bytes / 1e9:.2f}."
     bandwidth = f"{report.bandwidth_gb_per_s:.0f} GB/s"
     lines += ["", f"Steps over {report.context_tokens} tokens, bandwidth measured {bandwidth}:", ""]
     lines += [
-        "| canvas | ms | ms, not recorded | floor ms | over floor | steps/s |",
+        "| canvas | ms | ms, not captured | floor ms | over floor | steps/s |",
         "|---|---|---|---|---|---|",
     ]
     for s in report.steps:
         over = s.ms / s.floor_ms
         row = f"{s.canvas_tokens} | {s.ms:.2f} | {s.free_ms:.2f} | {s.floor_ms:.2f} | {over:.2f} | {s.steps_per_s:.0f}"
         lines.append(f"| {row} |")
-    lines += ["", f"Encode, ms for 1,000 tokens by prompt length: {_rounded(report.encode_ms_per_1000)}"]
+    lines += ["", f"Encode, ms per 1,000 tokens by prompt length: {_rounded(report.encode_ms_per_1000)}"]
     lines += ["", f"Requests, ms: {_rounded(report.requests_ms)}", "", f"generate in bf16: {_rounded(report.generate)}"]
-    lines += ["", "| kernel | ms a step |", "|---|---|", *(f"| {name} | {ms:.3f} |" for name, ms in report.profile)]
+    lines += ["", "| kernel | ms per step |", "|---|---|", *(f"| {name} | {ms:.3f} |" for name, ms in report.profile)]
     if report.failures:
         lines += ["", f"FAILED: {report.failures}"]
     return lines

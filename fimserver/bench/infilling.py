@@ -1,7 +1,7 @@
-"""``fimserver eval infilling``: the holes of HumanEval-Infilling, filled as they are.
+"""Run ``fimserver eval infilling``: fill the holes of HumanEval-Infilling unchanged.
 
-The file's own hole is used: no hole rule, no gate, no postprocessing. Results are given for each of the benchmark's
-kinds and over all items. Generated code is run only where the caller asks for pass@1 (``sandbox.py``).
+The file's own hole is used: no hole rules, no request policy, no postprocessing. Results are given for each of the
+benchmark's kinds and over all items. Generated code runs only if the caller asks for pass@1 (``sandbox.py``).
 
 Knows:  items, texts, the engine's client.  Never: LSP, tokens.
 """
@@ -32,7 +32,7 @@ _SPAN = Hole(HoleKind.SPAN, max_lines=10_000, estimated_tokens=32)
 
 @dataclass(frozen=True, slots=True)
 class Filled:
-    """An item and what the model put there; ``passes`` is ``None`` where its tests were not run."""
+    """An item and the model's answer; ``passes`` is ``None`` if its tests were not run."""
 
     item: Item
     generation: Generation
@@ -40,12 +40,12 @@ class Filled:
 
     @property
     def is_answered(self) -> bool:
-        """Whether there is anything to show."""
+        """Return whether the answer is not empty."""
         return bool(self.generation.text.strip())
 
     @property
     def is_exact(self) -> bool:
-        """Whether it is what stood there, but for blanks at its end."""
+        """Return whether the answer is the middle, except for spaces at its end."""
         return self.generation.text.rstrip() == self.item.solution.rstrip()
 
 
@@ -53,7 +53,7 @@ class Filled:
 class Scores:
     """Means over items; ``parse_ok`` and calibration over the answered ones; ``ms_per_item`` is model time.
 
-    ``pass_at_1`` is the share whose tests pass, ``None`` where they were not run.
+    ``pass_at_1`` is the share whose tests pass, ``None`` if they were not run.
     """
 
     items: int
@@ -71,7 +71,7 @@ class Scores:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary(Scores):
-    """Scores over all items, and of each kind that there is."""
+    """Scores over all items, and of each kind in the files."""
 
     data: str
     model: str
@@ -82,7 +82,7 @@ class Summary(Scores):
 
 
 def evaluate_files(paths: Sequence[Path], settings: Settings, *, limit: int | None, execute: bool = False) -> Summary:
-    """Fill every hole of files and folders, at most ``limit`` of each file; ``execute`` runs the items' tests.
+    """Fill every hole of files and folders, at most ``limit`` per file; ``execute`` runs the items' tests.
 
     Raises ``FimserverError``.
     """
@@ -155,7 +155,7 @@ def _track(sequence: Sequence[_T], description: str) -> Iterator[_T]:
 
 
 def edit_similarity(a: str, b: str) -> float:
-    """1 less Levenshtein's distance over the longer length; 1 for two empty texts."""
+    """Return 1 minus Levenshtein's distance over the longer length; 1 for two empty texts."""
     if not a and not b:
         return 1.0
     row = list(range(len(b) + 1))
@@ -167,7 +167,7 @@ def edit_similarity(a: str, b: str) -> float:
 
 
 def to_lines(summary: Summary) -> Iterator[str]:
-    """The summary for a person: what was run, a column for each kind and for all, and the calibration of all."""
+    """Format the summary: what was run, a column for each kind and for all, and the calibration of all."""
     for name in ("data", "model", "device", "mode", "seed"):
         yield f"{name:28} {getattr(summary, name)}"
     columns: dict[str, Scores] = {**summary.kinds, "all": summary}

@@ -40,7 +40,7 @@ from fimserver.settings import Settings
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """One session; times in ms. ``sources`` counts where answers came from, or why there was none."""
+    """One session; times in ms. ``sources`` counts the sources of answers, and the reasons for none."""
 
     keystrokes: int
     model: str
@@ -61,7 +61,7 @@ class Summary:
 
 @dataclass(slots=True)
 class _Measured:
-    """What was seen of each keystroke."""
+    """Measurements of each keystroke."""
 
     server_ms: list[float] = field(default_factory=list)
     model_ms: list[float] = field(default_factory=list)
@@ -71,7 +71,7 @@ class _Measured:
 
 
 def measure_typing(settings: Settings, *, limit: int) -> Summary:
-    """Type ``limit`` characters. Raises ``FimserverError`` when the model does not load."""
+    """Type ``limit`` characters. Raises ``FimserverError`` if the model does not load."""
     engine = TimedEngine(EngineOptions().under(settings))
     try:
         engine.start()
@@ -106,7 +106,8 @@ def measure_typing(settings: Settings, *, limit: int) -> Summary:
 async def _type(engine: TimedEngine, settings: Settings, limit: int) -> tuple[_Measured, Counter[str]]:
     editor, measured, sources = Editor(engine), _Measured(), Counter[str]()
     options = {"mode": settings.mode, "seed": settings.seed, "learnFromUse": False}
-    await editor.initialize({**options, "debounceMs": 0, "firstLineMs": None})  # the model's time is the whole answer's
+    # the model's time is that of the whole answer
+    await editor.initialize({**options, "debounceMs": 0, "firstLineMs": None})
     keys = to_keystrokes(limit)
     shown = track(keys, "typing", total=limit, console=Console(stderr=True), disable=not sys.stderr.isatty())
     for version, key in enumerate(shown, 2):
@@ -121,7 +122,7 @@ async def _type(engine: TimedEngine, settings: Settings, limit: int) -> tuple[_M
 
 
 async def _press(editor: Editor, key: Key, version: int, measured: _Measured) -> dict[str, Any]:
-    """One character, the request behind it, and what both cost; gives what came of the request."""
+    """Type one character, send its request and measure both; return the request's outcome."""
     engine = editor.engine
     asked_before = len(engine.asked)
     begin = time.perf_counter()
@@ -149,13 +150,14 @@ _FIRST_WORD = re.compile(r"\s*(?:\w+|[^\w\s]|$)")
 
 @dataclass(frozen=True, slots=True)
 class TypingSummary:
-    """One session. Of each keystroke's request: ``shown`` before the next key, ``empty`` by then, or ``cancelled``.
+    """One session. Each keystroke's request was ``shown`` before the next key, ``empty`` by then, or ``cancelled``.
 
-    ``by_model`` (first lines too), ``reused`` (the rest of what was offered before) and ``guessed`` are the shown by
-    their source.
-    ``asked`` counts what the engine was asked, ``wasted`` what no request ever got of that, ended early or not; both
-    also in seconds of its time. Times to the answer are from the key to what was shown. ``right_so_far`` is the share
-    of the shown whose first word, or sign, was what was typed next; of the reused all that was typed before was right.
+    ``by_model`` (including first lines), ``reused`` (the rest of what was offered before) and ``guessed`` (n-gram
+    matches) are the shown by source.
+    ``asked`` counts the requests to the engine, ``wasted`` those whose answer no LSP request received, cancelled or
+    not; both also in seconds of engine time. Times to the answer are from the key to the ghost text. ``right_so_far`` is
+    the share of the shown whose first word, or sign, was typed next; for the reused, all that was typed before was
+    right, too.
     """
 
     keystrokes: int
@@ -185,7 +187,7 @@ class TypingSummary:
 
 @dataclass(frozen=True, slots=True)
 class _Press:
-    """A key, the version of the document that it made, and when."""
+    """A key, the document version that it made, and when."""
 
     key: Key
     version: int
@@ -203,7 +205,7 @@ class _Shown:
 
 @dataclass(slots=True)
 class _Seen:
-    """What became of each keystroke's request; ``used`` are the engine's answers that one got."""
+    """The outcome of each keystroke's request; ``used`` are the engine answers that a request received."""
 
     shown: list[_Shown] = field(default_factory=list)
     empty: Counter[str] = field(default_factory=Counter)
@@ -214,9 +216,9 @@ class _Seen:
 
 
 def replay_typing(settings: Settings, *, limit: int, speed: float) -> TypingSummary:
-    """Press ``limit`` keys, ``speed`` times as fast as a person.
+    """Press ``limit`` keys, ``speed`` times as fast as the assumed typist.
 
-    Raises ``FimserverError`` when the model does not load.
+    Raises ``FimserverError`` if the model does not load.
     """
     engine = TimedEngine(EngineOptions().under(settings))
     try:
@@ -289,17 +291,17 @@ async def _replay(engine: TimedEngine, settings: Settings, limit: int, speed: fl
 
 
 def _note(seen: _Seen, engine: TimedEngine, press: _Press, answer: Answer) -> None:
-    """An answer that came before the next key."""
+    """Record an answer that came before the next key."""
     explanation = answer.explanation or {}
     if explanation.get("version") != press.version:
         explanation = {}
     source = explanation.get("source", "unknown") if answer.text else "model"
     if answer.num_asked and source in _BY_MODEL:
         _, last = engine.asked[answer.num_asked - 1]
-        if source == FIRST_LINE:  # it works on, for the rest
+        if source == FIRST_LINE:  # the engine continues with the rest
             seen.used.add(last.id)
         is_new = press.at < engine.answered_at.get(last.id, 0.0) <= answer.at
-        if is_new and last.future.exception() is None:  # empty or not, the request got it
+        if is_new and last.future.exception() is None:  # empty or not, the request received it
             seen.used.add(last.id)
     if answer.text:
         is_right = begins_right(answer.text, press.key.rest) if press.key.rest else None
@@ -309,7 +311,7 @@ def _note(seen: _Seen, engine: TimedEngine, press: _Press, answer: Answer) -> No
 
 
 def begins_right(ghost: str, typed: str) -> bool:
-    """Whether a ghost text begins with the next word that is typed, or the next sign that is none; blanks count."""
+    """Return whether a ghost text begins with the next typed word or other sign; spaces count."""
     words = [_FIRST_WORD.match(text) for text in (ghost, typed)]
     return words[0] is not None and words[1] is not None and words[0][0] == words[1][0]
 

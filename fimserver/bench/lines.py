@@ -9,17 +9,19 @@ Knows:  files of the running Python, ``fimserver.cli.complete``.  Never: LSP, to
 import statistics
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
 from rich.progress import track
 
+from fimserver import pipeline
 from fimserver.bench.datasets import cut_lines
 from fimserver.bench.infilling import LOAD_TIMEOUT_S
-from fimserver.cli.complete import complete_snapshot
 from fimserver.context.scan import python_parses
 from fimserver.engine.client import EngineClient, EngineOptions
 from fimserver.errors import FimserverError
+from fimserver.pipeline import OtherDocument, Query
 from fimserver.settings import Settings
 from fimserver.text import replace
 
@@ -47,7 +49,9 @@ class Summary:
     ms_max: float
 
 
-def evaluate_lines(settings: Settings, *, limit: int, matches: bool = True) -> Summary:
+def evaluate_lines(
+    settings: Settings, *, limit: int, matches: bool = True, others: Sequence[OtherDocument] = ()
+) -> Summary:
     """Complete every line as an invoked request, or by the model alone.
 
     Raises ``FimserverError`` when the model does not load.
@@ -62,18 +66,20 @@ def evaluate_lines(settings: Settings, *, limit: int, matches: bool = True) -> S
         console = Console(stderr=True)
         items = track(list(cut_lines(limit)), "completing", console=console, disable=not sys.stderr.isatty())
         for line in items:
-            result = complete_snapshot(line.snapshot, settings, lambda: engine, matches=matches)
-            if result.generation is not None:
-                generations.append(result.generation)
-            if result.completion is None:
-                refusals[result.refusal.reason if result.refusal else ""] += 1
+            outcome = pipeline.complete(
+                Query(line.snapshot, settings, others=others, uses_matches=matches), lambda: engine
+            )
+            if outcome.generation is not None:
+                generations.append(outcome.generation)
+            if outcome.completion is None:
+                refusals[outcome.refusal.reason if outcome.refusal else ""] += 1
                 continue
-            middle = result.completion.middle
+            middle = outcome.completion.middle
             right = middle.strip() == line.rest.strip()
             exact += right
-            matched += result.source == "match"
-            matched_exact += right and result.source == "match"
-            start, end = result.completion.replace_start, result.completion.replace_end
+            matched += outcome.source == "match"
+            matched_exact += right and outcome.source == "match"
+            start, end = outcome.completion.replace_start, outcome.completion.replace_end
             broken += not python_parses(replace(line.snapshot.text, start, end, middle))
     finally:
         engine.close()

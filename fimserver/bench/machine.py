@@ -1,4 +1,4 @@
-"""What a measurement was made on: names and versions, and how fast this processor multiplies and copies.
+"""Describe the machine of a measurement: names, versions, and the processor's matmul and copy speed.
 
 Knows:  the processor, torch.  Never: models.
 """
@@ -16,20 +16,20 @@ import transformers
 from fimserver.engine.worker import count_physical_cores
 
 _MATRIX = 1024
-_COPIED_FLOATS = 32 * 1024 * 1024  # 128 MiB, more than caches hold
+_COPIED_FLOATS = 32 * 1024 * 1024  # 128 MiB, more than fits into caches
 _REPEATS = 5
 _BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
 def use_threads(threads: int) -> None:
-    """As many as the engine's worker would take; nothing is fetched from now on, as there."""
+    """Use as many threads as the engine's worker would; like there, disable downloads from now on."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(threads or max(1, count_physical_cores() - 1))
 
 
 def machine_facts(dtype: str, device: str) -> dict[str, Any]:
-    """Versions, threads, processor, number format."""
+    """Return versions, threads, processor and number format."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -43,20 +43,20 @@ def machine_facts(dtype: str, device: str) -> dict[str, Any]:
 
 
 def matmul_flops(dtype: torch.dtype) -> float:
-    """Floating point operations a second of a large matrix product, at best."""
+    """Return the best floating-point operations per second of a large matmul."""
     a, b = (torch.randn(_MATRIX, _MATRIX).to(dtype) for _ in range(2))
     return 2 * _MATRIX**3 / _fastest(lambda: a @ b)
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second that are read and written when memory is copied, at best."""
+    """Return the best bytes per second, read and written, of a memory copy."""
     source = torch.zeros(_COPIED_FLOATS)
     target = torch.empty_like(source)
     return 2 * source.nbytes / _fastest(lambda: target.copy_(source))
 
 
 def has_bf16() -> bool:
-    """Whether the processor itself multiplies in bfloat16."""
+    """Return whether the processor has bfloat16 matmul instructions."""
     flags = _cpu_field("flags") or _cpu_field("Features")
     return bool(_BF16_FLAGS & set(flags.split()))
 
@@ -71,7 +71,7 @@ def _fastest(work: Callable[[], object]) -> float:
 
 
 def _cpu_field(name: str) -> str:
-    """First value of a field of Linux' ``/proc/cpuinfo``; nothing elsewhere."""
+    """Return the first value of a field of Linux' ``/proc/cpuinfo``; empty on other systems."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

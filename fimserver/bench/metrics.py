@@ -1,6 +1,6 @@
-"""Compute medians, shares and intervals, and judge confidence.
+"""Compute medians, shares, intervals and calibration.
 
-Medians, means and shares come with bootstrap intervals. Calibration says whether a model's confidence can be believed,
+Medians, means and shares come with bootstrap intervals. Calibration says whether a model's confidence can be trusted,
 and what a threshold on it would cost.
 
 Knows:  numbers, names.  Never: models, texts.
@@ -15,7 +15,7 @@ import numpy as np
 
 _RESAMPLES = 2000
 _SEED = 0
-_QUALITY_MARGIN = 0.01  # of exact match: a mode that loses more is no alternative
+_QUALITY_MARGIN = 0.01  # of exact match: a mode that loses more is not an alternative
 _ROUNDING = 1e-9
 _NORMAL_95 = 1.96
 
@@ -42,7 +42,7 @@ class MeanInterval:
 
 @dataclass(frozen=True, slots=True)
 class Ours:
-    """The mode that the ratios are about; where it does not qualify, ``why`` says in what it fails."""
+    """The mode that the ratios are about; if it does not qualify, ``why`` gives the reason."""
 
     mode: str
     qualifies: bool
@@ -50,7 +50,7 @@ class Ours:
 
 
 def bootstrap_median(values: Sequence[float]) -> Interval:
-    """Median and its percentile interval over 2,000 seeded resamples."""
+    """Return the median and its percentile interval over 2,000 seeded resamples."""
     if not values:
         return Interval(None, None, None, 0)
     array = np.asarray(values, dtype=np.float64)
@@ -60,9 +60,9 @@ def bootstrap_median(values: Sequence[float]) -> Interval:
 
 
 def paired_difference(a: Sequence[bool], b: Sequence[bool]) -> MeanInterval | None:
-    """Share of ``a`` less that of ``b`` over the same holes, with its paired percentile interval over resamples.
+    """Return the share of ``a`` minus that of ``b`` over the same holes, with its paired bootstrap interval.
 
-    ``None`` for no hole. Where both agree on every hole the interval has no width, however few they are.
+    ``None`` for no hole. If both agree on every hole, the interval has no width, however few holes there are.
     """
     if not a and not b:
         return None
@@ -72,7 +72,7 @@ def paired_difference(a: Sequence[bool], b: Sequence[bool]) -> MeanInterval | No
 
 
 def ratio_of_means(above: Sequence[float], below: Sequence[float]) -> MeanInterval | None:
-    """Mean over mean for the same holes, with its paired interval; ``None`` for no hole."""
+    """Return mean over mean for the same holes, with its paired interval; ``None`` for no hole."""
     if not above or not all(value > 0 for value in below):
         return None
     picked = _resample(len(above))
@@ -82,7 +82,7 @@ def ratio_of_means(above: Sequence[float], below: Sequence[float]) -> MeanInterv
 
 
 def share_interval(values: Sequence[bool]) -> MeanInterval | None:
-    """A share with Wilson's interval, which has a width where none or all are true too; ``None`` for no hole."""
+    """Return a share with Wilson's interval, whose width is never zero; ``None`` for no hole."""
     if not values:
         return None
     n, share = len(values), statistics.fmean(values)
@@ -102,38 +102,39 @@ def _to_interval(value: float, resampled: np.ndarray[tuple[int], np.dtype[np.flo
 
 
 def paired_ratios(above: Mapping[int, float], below: Mapping[int, float]) -> list[float]:
-    """One ratio for every hole that both were measured on."""
+    """Return one ratio for every hole that both were measured on."""
     return [above[hole] / below[hole] for hole in sorted(above.keys() & below.keys()) if below[hole] > 0]
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The value below which a share of them lies."""
+    """Return the value below which a ``share`` of the values lies."""
     return sorted(values)[int(share * (len(values) - 1))]
 
 
 def choose_ours(modes: Mapping[str, tuple[float, float]], left_to_right: str) -> Ours | None:
-    """The fastest mode but left to right that is as good within a point, of name -> (ms at the median, exact match).
+    """Return the fastest mode with the autoregressive quality, from name -> (median ms, exact match).
 
-    Where none is, the fastest all the same, and it is said; ``None`` where there is no other mode.
+    It may lose one percentage point. If none qualifies, return the fastest, and why it fails; ``None`` if there is no
+    other mode.
     """
     others = {name: values for name, values in modes.items() if name != left_to_right}
     if not others:
         return None
     fastest = min(others, key=lambda name: others[name][0])
     if left_to_right not in modes:
-        return Ours(fastest, qualifies=False, why=f"{left_to_right} was not run, so nothing says what is good enough")
+        return Ours(fastest, qualifies=False, why=f"{left_to_right} was not run, so there is no reference for quality")
     floor = max(0.0, modes[left_to_right][1] - _QUALITY_MARGIN)
     good = [name for name, (_ms, exact) in others.items() if exact >= floor - _ROUNDING]
     if good:
         best = min(good, key=lambda name: others[name][0])
         return Ours(best, qualifies=True, why=f"the fastest whose exact match is at least {floor:.3f}")
     exact = others[fastest][1]
-    why = f"no mode reaches an exact match of {floor:.3f}; this one is the fastest, with {exact:.3f}"
+    why = f"no mode reaches an exact match of {floor:.3f}; this is the fastest, with {exact:.3f}"
     return Ours(fastest, qualifies=False, why=why)
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indexes of the (cost, quality) that no other beats in both, cheapest first."""
+    """Return the indexes of the (cost, quality) points that no other beats in both, cheapest first."""
     front: list[int] = []
     for index in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
         if not front or points[index][1] > points[front[-1]][1]:
@@ -147,7 +148,7 @@ _NUM_BINS = 10
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """How sure the model was, and whether it was right to be."""
+    """The model's confidence in an answer, and whether it was right."""
 
     confidence: float
     is_exact: bool
@@ -155,9 +156,9 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class CurvePoint:
-    """With this as ``minConfidence``: the share of all items shown, and of those the share that is exact.
+    """The effect of a ``minConfidence``: the share of all items shown, and the share of those that is exact.
 
-    ``exact`` is ``None`` where nothing would be shown.
+    ``exact`` is ``None`` if nothing would be shown.
     """
 
     threshold: float
@@ -166,7 +167,7 @@ class CurvePoint:
 
 
 def to_curve(answers: Sequence[Answer], num_items: int) -> tuple[CurvePoint, ...]:
-    """A point for each threshold; ``answers`` leaves out items of which nothing could be shown at all."""
+    """Return a point for each threshold; ``answers`` leaves out items without an answer."""
     points = []
     for threshold in _THRESHOLDS:
         shown = [answer.is_exact for answer in answers if answer.confidence >= threshold]
@@ -175,7 +176,7 @@ def to_curve(answers: Sequence[Answer], num_items: int) -> tuple[CurvePoint, ...
 
 
 def to_bins(answers: Sequence[Answer]) -> list[list[Answer]]:
-    """Answers by their confidence, in bins of equal width, without those that are empty."""
+    """Sort answers by confidence into bins of equal width, and drop empty bins."""
     bins: list[list[Answer]] = [[] for _ in range(_NUM_BINS)]
     for answer in answers:
         bins[min(_NUM_BINS - 1, int(answer.confidence * _NUM_BINS))].append(answer)
@@ -183,7 +184,7 @@ def to_bins(answers: Sequence[Answer]) -> list[list[Answer]]:
 
 
 def expected_calibration_error(answers: Sequence[Answer]) -> float | None:
-    """How far confidence is from the share of right answers: over 10 bins of equal width, by how full each is."""
+    """Return the mean distance of confidence from accuracy, over 10 bins of equal width, weighted by size."""
     if not answers:
         return None
     return sum(

@@ -1,7 +1,7 @@
-"""Pictures of ``fimserver bench decode`` and ``eval holes``.
+"""Plot the results of ``fimserver bench decode`` and ``eval holes``.
 
-    write_plots           quality over passes, and how many passes holes take
-    write_quality_plots   quality by kind of hole, whether confidence can be believed, quality over passes
+    write_plots           quality over passes, and the number of passes of holes
+    write_quality_plots   quality by kind of hole, calibration of confidence, quality over passes
 
 matplotlib is optional: ``pip install fimserver[plots]``.
 
@@ -23,8 +23,8 @@ KINDS_FILE = "exact_by_kind.png"
 CALIBRATION_FILE = "calibration.png"
 _DPI = 150
 _COLUMNS = 2
-_NEAR = 0.15  # of a picture's width and height: names of points as near would lie on each other
-_STYLES = ("-", "--", ":")  # verified says what left to right says: one line lies on the other
+_NEAR = 0.15  # of a plot's width and height: labels of points this close would overlap
+_STYLES = ("-", "--", ":")  # speculative and autoregressive answers are equal: their lines overlap
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,24 +48,24 @@ class ModeScores:
 
 
 def check_plots(folder: Path) -> None:
-    """Raises ``FimserverError`` when nothing could be drawn or written: before the measurement, not after it."""
+    """Raise ``FimserverError`` if plots cannot be drawn or written, before a long measurement."""
     _figure_class()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        msg = f"--plots {folder}: the folder cannot be made ({error})"
+        msg = f"--plots {folder}: the folder cannot be created ({error})"
         raise FimserverError(msg) from error
 
 
 def write_plots(
     folder: Path, points: Sequence[Point], passes: Mapping[str, Sequence[int]], *, num_holes: int
 ) -> list[Path]:
-    """Write both pictures, ``points`` being of ``num_holes``; gives their paths."""
+    """Write both plots, with ``points`` over ``num_holes`` holes; return their paths."""
     return [_write_quality(folder / QUALITY_FILE, points, num_holes), _write_passes(folder / PASSES_FILE, passes)]
 
 
 def write_quality_plots(folder: Path, scores: Sequence[ModeScores]) -> list[Path]:
-    """Write the three pictures of modes on the same holes; gives their paths."""
+    """Write the three plots of modes on the same holes; return their paths."""
     points = [Point(s.name, s.passes, s.kinds["all"].value) for s in scores]
     return [
         _write_kinds(folder / KINDS_FILE, scores),
@@ -94,7 +94,7 @@ def _write_kinds(path: Path, scores: Sequence[ModeScores]) -> Path:
 def _write_calibration(path: Path, scores: Sequence[ModeScores]) -> Path:
     figure = _figure_class()(figsize=(6, 6), layout="constrained")
     axes = figure.add_subplot()
-    axes.plot([0, 1], [0, 1], linestyle="--", linewidth=1, color="gray", label="as sure as right")
+    axes.plot([0, 1], [0, 1], linestyle="--", linewidth=1, color="gray", label="perfectly calibrated")
     for index, score in enumerate(scores):
         bins, style = to_bins(score.answers), _STYLES[index % len(_STYLES)]
         sure = [fmean(a.confidence for a in filled) for filled in bins]
@@ -109,7 +109,7 @@ def _write_calibration(path: Path, scores: Sequence[ModeScores]) -> Path:
 def _write_quality(path: Path, points: Sequence[Point], num_holes: int) -> Path:
     figure = _figure_class()(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
-    for is_budget, marker, label in ((False, "o", "decoders"), (True, "x", "diffusion, steps at most")):
+    for is_budget, marker, label in ((False, "o", "decoders"), (True, "x", "diffusion, step limit")):
         shown = [p for p in points if p.is_budget is is_budget]
         if shown:
             axes.scatter([p.passes for p in shown], [p.exact_match for p in shown], marker=marker, label=label)
@@ -117,7 +117,7 @@ def _write_quality(path: Path, points: Sequence[Point], num_holes: int) -> Path:
     front = [points[i] for i in pareto_front([(p.passes, p.exact_match) for p in points])]
     style = {"linestyle": "--", "linewidth": 1, "color": "gray", "label": "Pareto front"}
     axes.plot([p.passes for p in front], [p.exact_match for p in front], **style)
-    axes.set(xlabel=f"encoder and decoder passes a hole, mean of {num_holes} holes", ylabel="exact match")
+    axes.set(xlabel=f"encoder and decoder passes per hole, mean of {num_holes} holes", ylabel="exact match")
     axes.margins(x=0.12, y=0.1)
     axes.legend()
     figure.savefig(path, dpi=_DPI)
@@ -125,7 +125,7 @@ def _write_quality(path: Path, points: Sequence[Point], num_holes: int) -> Path:
 
 
 def _write_names(axes: Any, points: Sequence[Point]) -> None:
-    """Names beside points, on the side where there is room; those of near points one below the other."""
+    """Write names next to points, on the side with room; those of close points one below the other."""
     wide, high = (max(v) - min(v) or 1.0 for v in ([p.passes for p in points], [p.exact_match for p in points]))
     middle = min(p.passes for p in points) + wide / 2
     for number, point in enumerate(points):

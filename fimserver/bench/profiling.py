@@ -1,13 +1,13 @@
-"""``fimserver bench profile``: where one request's time goes, and how far that is from what the machine could do.
+"""Run ``fimserver bench profile``: measure where a request's time goes, and compare it with the machine's bound.
 
 The engine names the parts of its network ``fim::embed``, ``fim::attention`` and so on while a profiler is active. A
-part's time is its own: what a part within it took is taken off. What is in no part is "Python and other", so the rows
-add up to the request. The profiler makes everything slower: its factor is told, and times without it beside it.
+part's time excludes nested parts. Time outside all parts is "Python and other", so the rows add up to the request. The
+profiler makes everything slower: its factor is reported, next to times without it.
 
-The bound is a lower one. Arithmetic: two operations for every parameter that a position uses (all layers, of experts
-the chosen ones, the head where logits are asked for) at the rate of a large matrix product; attention over the
-cache is left out. Memory: the weights once a pass at the rate of a large copy; a small model may stay in the
-processor's cache and beat that.
+The bound is a lower one. Arithmetic: two operations for every parameter that a position uses (all layers, only the
+chosen experts, the head where logits are needed) at the rate of a large matmul; attention over the cache is left out.
+Memory: the weights once per pass at the rate of a large copy; a small model may stay in the processor's cache and beat
+that.
 
 Knows:  profiler events, shapes of tensors, holes.  Never: LSP, the network's insides.
 """
@@ -71,7 +71,7 @@ class Operator:
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """What one request would take at least; ``ideal_ms`` is the larger of arithmetic and memory."""
+    """The least time of one request; ``ideal_ms`` is the larger of arithmetic and memory."""
 
     parameters_per_token: int
     head_parameters: int
@@ -87,7 +87,7 @@ class Bound:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """One request at the mean; ``ms`` without the profiler, ``parts`` and ``operators`` with it."""
+    """The mean request; ``ms`` without the profiler, ``parts`` and ``operators`` with it."""
 
     mode: str
     requests: int
@@ -105,7 +105,7 @@ class Profile:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One range of the profiler, in its microseconds."""
+    """One range of the profiler, in microseconds."""
 
     name: str
     start: float
@@ -113,7 +113,7 @@ class Span:
 
 
 def own_times(spans: Iterable[Span]) -> tuple[dict[str, float], Counter[str]]:
-    """Time by name without what lies in ranges within, and how often each was entered."""
+    """Return the time by name without nested ranges, and how often each was entered."""
     own: dict[str, float] = {}
     calls: Counter[str] = Counter()
     around: list[Span] = []
@@ -141,7 +141,7 @@ def profile_requests(settings: Settings, *, limit: int) -> Profile:
     cuts = draw_holes(
         limit, engine.vocabulary, max_prompt_tokens=info.max_prompt_tokens, canvas_length=info.canvas_length
     )
-    _request(engine, cuts[0], sampling)  # warm
+    _request(engine, cuts[0], sampling)  # warm-up
     plain = [_request(engine, cut, sampling) for cut in cuts]
     generations = [generation for generation, _ms in plain]
     with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as profiler:
@@ -173,7 +173,7 @@ def profile_requests(settings: Settings, *, limit: int) -> Profile:
 
 
 def list_parts(spans: Sequence[Span], requests: int, prompt_ms: float) -> list[Part]:
-    """Rows that add up to one request; the last is what no other has."""
+    """Return rows that add up to one request; the last is the time outside all others."""
     own, calls = own_times(spans)
     total = sum(span.end - span.start for span in spans if span.name == _REQUEST) / 1e3 / requests
     rows = [(_PROMPT, prompt_ms, float(requests))]
@@ -197,7 +197,7 @@ def _passes_ms(generation: Generation) -> float:
 
 
 def _list_operators(profiler: Any, requests: int) -> list[Operator]:
-    """Those that take most by themselves."""
+    """Return the operators that take most time of their own."""
     averages = [event for event in profiler.key_averages() if not event.key.startswith(_PREFIX)]
     averages.sort(key=lambda event: -event.self_cpu_time_total)
     return [
@@ -207,7 +207,7 @@ def _list_operators(profiler: Any, requests: int) -> list[Operator]:
 
 
 def _find_bound(model: str, engine: Engine, generations: Sequence[Generation], ms: float) -> Bound:
-    """Arithmetic and memory of the mean request; tokens that were tried and dropped are not counted."""
+    """Return arithmetic and memory of the mean request; rejected draft tokens are not counted."""
     layers, head, conditioning = _count_parameters(model)
     canvas = engine.info.canvas_length
     flops, moved, positions = 0.0, 0.0, 0.0
@@ -241,7 +241,7 @@ def _find_bound(model: str, engine: Engine, generations: Sequence[Generation], m
 
 
 def _count_parameters(model: str) -> tuple[int, int, int]:
-    """Parameters that one position uses: of the layers, of the head, of self-conditioning."""
+    """Count the parameters that one position uses: of the layers, of the head, of self-conditioning."""
     config = read_config(find_model(model))
     text = config.text_config
     layers, conditioning = 0.0, 0

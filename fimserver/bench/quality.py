@@ -1,10 +1,10 @@
-"""``fimserver eval holes``: how good a model is on files that it was not trained on, by kind of hole and by mode.
+"""Run ``fimserver eval holes``: measure quality on held-out files, by kind of hole and by mode.
 
-Holes are those of ``bench/datasets.py``; every model and every mode fills the same ones, one after another in this
-process, with the engine's raw answer: no hole rule, no gate, no postprocessing. No prompt is cached. Everything is
-under one seed, so verified decoding drafts as much as it does by default, not as much as this machine likes.
+Holes are those of ``bench/datasets.py``; every model and mode fills the same ones, one after another in this process,
+with the engine's raw answer: no hole rules, no request policy, no postprocessing. No prompt is cached. Everything is
+seeded, so speculative decoding uses its default draft length, not the one that suits this machine.
 
-exact match   the answer is what stood in the hole, but for blanks at its ends
+exact match   the answer is the hole's middle, except for spaces at its ends
 parses        the whole file parses with the answer in it; of all holes
 long          middles of 8 tokens and more, by the tokenizer of the first model
 intervals     95%; of differences and ratios by resampling holes, in pairs, as if holes of one file were independent
@@ -52,15 +52,15 @@ _PAIRS = (
     (Mode.DIFFUSION, Mode.SPECULATIVE),
     (Mode.SPECULATIVE, Mode.AUTOREGRESSIVE),
 )
-_KEPT_TOKENS = 4  # of a canvas, for the cut word, which the answer spells again, and for its end
+_KEPT_TOKENS = 4  # of a canvas, reserved for the healed word, which the answer repeats, and for the end token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Numbers:
     """One model in one mode on one kind of hole; times in ms, shares from 0 to 1.
 
-    ``first_line`` is of holes that may have several lines, ``copies`` of identifiers; ``None`` elsewhere, and of long
-    middles where there is none. Calibration is over answered holes.
+    ``first_line`` covers holes that may have several lines, ``copies`` identifiers; ``None`` for other kinds, and for
+    long middles if there are none. Calibration is over answered holes.
     """
 
     holes: int
@@ -81,7 +81,7 @@ class Numbers:
 
 @dataclass(frozen=True, slots=True)
 class ModePair:
-    """Two modes of one model on long middles: exact match of the first less the second, passes of second over first."""
+    """Two modes of one model on long middles: exact match of the first minus the second, passes second over first."""
 
     first: str
     second: str
@@ -91,7 +91,7 @@ class ModePair:
 
 @dataclass(frozen=True, slots=True)
 class ModelScores:
-    """One model: of each mode the numbers of each kind and of all, and its modes against each other."""
+    """One model: the numbers of each mode by kind and of all, and comparisons of its modes."""
 
     model: str
     name: str
@@ -101,7 +101,7 @@ class ModelScores:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """All that one run says; ``differences``: exact match of the first model less the other's, by mode and kind."""
+    """Results of one run; ``differences``: exact match of the first model minus the other's, by mode and kind."""
 
     data: str
     files: int
@@ -114,7 +114,7 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class Filled:
-    """A hole and what a model put there."""
+    """A hole and a model's answer."""
 
     hole: SyntaxHole
     num_tokens: int
@@ -126,22 +126,22 @@ class Filled:
 
     @property
     def is_exact(self) -> bool:
-        """Whether it is what stood there."""
+        """Return whether the answer is the hole's middle."""
         return self.text.strip() == self.hole.middle.strip()
 
     @property
     def is_first_line_exact(self) -> bool:
-        """Whether its first line is."""
+        """Return whether the answer's first line is the middle's."""
         return self.text.strip().partition("\n")[0].rstrip() == self.hole.middle.strip().partition("\n")[0].rstrip()
 
     @property
     def is_long(self) -> bool:
-        """Whether its middle has many tokens."""
+        """Return whether the middle has many tokens."""
         return self.num_tokens >= LONG_TOKENS
 
     @property
     def answer(self) -> Answer | None:
-        """What calibration asks of it; ``None`` where nothing was answered."""
+        """Return the input of calibration; ``None`` without an answer."""
         return Answer(self.confidence, self.is_exact) if self.text.strip() else None
 
 
@@ -155,20 +155,20 @@ class Candidate:
 
     @property
     def most_tokens(self) -> int:
-        """Of a middle that is drawn."""
+        """Return the most tokens of a drawn middle."""
         return self.engine.info.canvas_length - _KEPT_TOKENS
 
     @property
     def budget(self) -> Budget:
-        """What its prompts hold."""
+        """Return the characters of its prompts."""
         return budget_for(self.engine.info.max_prompt_tokens)
 
     def count(self, text: str) -> int:
-        """Tokens of a text."""
+        """Return the number of tokens of a text."""
         return len(self.engine.vocabulary.encode(text))
 
     def fill(self, hole: SyntaxHole, num_tokens: int, sampling: Sampling, *, matches: bool) -> Filled:
-        """One hole, cold."""
+        """Fill one hole, cold."""
         found = find_matches(hole.snapshot, hole.hole, max_seconds=math.inf) if matches else []
         context = build_context(hole.snapshot, hole.hole, self.budget, matches=found)
         self.engine.forget()
@@ -196,9 +196,9 @@ def evaluate_holes(  # noqa: PLR0913  the command's options
     kinds: Sequence[SyntaxHoleKind] = tuple(SyntaxHoleKind),
     corpus: Path | None = None,
 ) -> Summary:
-    """Fill ``limit`` holes of some kinds in every mode, with another model too where one is named.
+    """Fill ``limit`` holes of some kinds in every mode, also with a second model if one is named.
 
-    They are of the files below ``data``, or of those that are held out of a ``corpus``.
+    They are from the files below ``data``, or from the held-out ones of a ``corpus``.
 
     Raises ``FimserverError``.
     """
@@ -236,7 +236,7 @@ def evaluate_holes(  # noqa: PLR0913  the command's options
 def _fill_all(
     candidates: Sequence[Candidate], holes: Sequence[SyntaxHole], samplings: Mapping[Mode, Sampling], *, matches: bool
 ) -> None:
-    """Every model and mode in turn on each hole; one hole each before the clock counts."""
+    """Run every model and mode in turn on each hole, after one untimed hole each."""
     for candidate in candidates:
         for mode, sampling in samplings.items():
             candidate.fill(holes[0], 0, sampling, matches=matches)
@@ -251,7 +251,7 @@ def _fill_all(
 
 
 def _by_kind(filled: Sequence[Filled]) -> dict[str, list[Filled]]:
-    """Of each kind that there is, and of all."""
+    """Group holes by kind, and add the group of all."""
     kinds = {kind.value: [f for f in filled if f.hole.kind is kind] for kind in SyntaxHoleKind}
     return {**{kind: members for kind, members in kinds.items() if members}, ALL: list(filled)}
 
@@ -265,7 +265,7 @@ def _score_model(candidate: Candidate) -> ModelScores:
 
 
 def score(filled: Sequence[Filled]) -> Numbers:
-    """Means, medians and shares of some holes, one at least."""
+    """Return means, medians and shares of at least one hole."""
     exact = share_interval([f.is_exact for f in filled])
     assert exact is not None
     times = [f.ms for f in filled]
@@ -326,26 +326,26 @@ def _to_picture(candidate: Candidate, mode: Mode, num_models: int) -> ModeScores
 
 
 def parse_modes(text: str | None) -> tuple[Mode, ...]:
-    """Names between commas, each once; all modes for none. Raises ``FimserverError`` for one that there is not."""
+    """Parse comma-separated modes, each once, ``None`` meaning all. Raises ``FimserverError`` for an unknown one."""
     names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip())) if text is not None else MODES
     if not names or set(names) - set(MODES):
-        msg = f"--modes {text}: write some of {', '.join(MODES)} with commas between them"
+        msg = f"--modes {text}: choose from {', '.join(MODES)}, separated by commas"
         raise FimserverError(msg)
     return tuple(map(Mode, names))
 
 
 def parse_kinds(text: str | None) -> tuple[SyntaxHoleKind, ...]:
-    """Names between commas, each once; all kinds for none. Raises ``FimserverError`` for one that there is not."""
+    """Parse comma-separated kinds, each once, ``None`` meaning all. Raises ``FimserverError`` for an unknown one."""
     known = [kind.value for kind in SyntaxHoleKind]
     names = dict.fromkeys(name.strip() for name in text.split(",") if name.strip()) if text is not None else known
     if not names or set(names) - set(known):
-        msg = f"--kinds {text}: write some of {', '.join(known)} with commas between them"
+        msg = f"--kinds {text}: choose from {', '.join(known)}, separated by commas"
         raise FimserverError(msg)
     return tuple(map(SyntaxHoleKind, names))
 
 
 def read_folder(folder: Path) -> dict[str, str]:
-    """The Python files below a folder that parse, by their paths in it. Raises ``FimserverError`` where none does."""
+    """Read the Python files below a folder that parse, by relative path. Raises ``FimserverError`` if none does."""
     texts = {}
     for path in folder.rglob("*.py"):
         try:
@@ -356,7 +356,7 @@ def read_folder(folder: Path) -> dict[str, str]:
 
 
 def read_corpus(folder: Path | None = None) -> dict[str, str]:
-    """The files of the training corpus that are kept from training. Raises ``FimserverError`` where there are none."""
+    """Read the held-out files of the training corpus. Raises ``FimserverError`` if there are none."""
     folder = folder or default_folder()
     documents = read_held_out(folder) if folder.is_dir() else []
     if not documents:

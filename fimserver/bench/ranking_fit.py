@@ -1,11 +1,11 @@
-"""``fimserver eval ranking``: fit the weights that mix the model with guesses, and say what they are worth.
+"""Run ``fimserver eval ranking``: fit the weights that rank the model's answer among n-gram matches, and measure them.
 
-Holes are the rests of code lines in the Python files of a folder: take packages that the model was not trained on,
-or its trust in itself is what is fitted. Of each hole the model's answer and the guesses are scored once; a logistic
-model of either kind learns which are right (``engine/decoding/ranking.py``). Numbers are those of files that were not fitted
-on, by turns; the weights, fitted on all, are for ``calibration`` in the model's ``fimserver.json``.
+Holes are the rests of code lines in the Python files of a folder: use packages that the model was not trained on, or
+the fit learns its confidence on known text. For each hole, the model's answer and the matches are scored once; one
+logistic model for each learns which are right (``engine/decoding/ranking.py``). Numbers are cross-validated by file;
+the weights, fitted on all, are for ``calibration`` in the model's ``fimserver.json``.
 
-Knows:  texts, guesses, the engine.  Never: LSP.
+Knows:  texts, matches, the engine.  Never: LSP.
 """
 
 import ast
@@ -41,7 +41,7 @@ Weights = dict[str, list[float]]
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """One hole: what was scored there, what stood there, the file it is in, and the guess that is offered unasked."""
+    """One hole: its scored candidates, its middle, its file, and the match that would be offered automatically."""
 
     file: str
     rest: str
@@ -49,13 +49,13 @@ class Seen:
     sure: str | None
 
     def is_right(self, text: str) -> bool:
-        """Whether a text is what stood there, but for blanks at its ends."""
+        """Return whether a text is the middle, except for spaces at its ends."""
         return text.strip() == self.rest.strip()
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Exact match of each way to choose; ``any`` is a choice that is never wrong where one of them is right."""
+    """Exact match of each way to choose; ``any`` is the upper bound: right if one candidate is."""
 
     holes: int
     files: int
@@ -71,11 +71,11 @@ class Summary:
 
 
 def fit_ranking(folder: Path, settings: Settings, *, limit: int) -> Summary:
-    """Score ``limit`` holes of a folder and fit. Raises ``FimserverError`` where there are too few."""
+    """Score ``limit`` holes of a folder and fit. Raises ``FimserverError`` if there are too few."""
     engine = Engine.load(settings.model, settings.device, settings.context_tokens)
     seen = list(score_holes(engine, folder, limit))
     if len(seen) < _LEAST_HOLES:
-        msg = f"{folder} has {len(seen)} usable lines in its Python files; {_LEAST_HOLES} are needed to fit anything"
+        msg = f"{folder} has {len(seen)} usable lines in its Python files; at least {_LEAST_HOLES} are needed"
         raise FimserverError(msg)
     files = sorted({hole.file for hole in seen})
     random.Random(_DRAW_SEED).shuffle(files)
@@ -99,14 +99,14 @@ def fit_ranking(folder: Path, settings: Settings, *, limit: int) -> Summary:
             any(hole.is_right(text) for text in (hole.scored.text, *(g.text for g, _ in hole.scored.matches)))
             for hole in seen
         ),
-        matches_chosen=_share(candidate.guess is not None for _, candidate in chosen),
+        matches_chosen=_share(candidate.match is not None for _, candidate in chosen),
         expected_calibration_error=expected_calibration_error(answers),
         calibration=fit(seen),
     )
 
 
 def score_holes(engine: Engine, folder: Path, limit: int) -> Iterable[Seen]:
-    """The same holes of a folder each time, scored."""
+    """Yield the same scored holes of a folder each time."""
     texts = {str(path.relative_to(folder)): text for path in sorted(folder.rglob("*.py")) if (text := _read(path))}
     if not texts:
         msg = f"{folder} holds no Python file that parses"
@@ -121,23 +121,23 @@ def score_holes(engine: Engine, folder: Path, limit: int) -> Iterable[Seen]:
             continue
         matches = find_matches(line.snapshot, _LINE, max_seconds=math.inf)
         context = build_context(line.snapshot, _LINE, budget, matches=matches)
-        sure = next((guess.text for guess in matches if is_sure(guess)), None)
+        sure = next((match.text for match in matches if is_sure(match)), None)
         yield Seen(name, line.rest, engine.score(context), sure)
 
 
 def fit(seen: Sequence[Seen]) -> Weights:
-    """Weights of both logistic models."""
+    """Fit the weights of both logistic models."""
     answers = [(answer_features(hole.scored), hole.is_right(hole.scored.text)) for hole in seen]
     matches = [
-        (features, hole.is_right(guess.text)) for hole in seen for guess, features in match_features(hole.scored)
+        (features, hole.is_right(match.text)) for hole in seen for match, features in match_features(hole.scored)
     ]
     return {"answer": fit_logistic(answers), "match": fit_logistic(matches)}
 
 
 def fit_logistic(examples: Sequence[tuple[Sequence[float], bool]]) -> list[float]:
-    """Weights of a logistic model, shrunk a little but for the first, which is the bias."""
+    """Fit a logistic model; shrink all weights a little except the first, the bias."""
     if not examples:
-        msg = "no hole has a guess: nothing to fit; take a folder with more code"
+        msg = "no hole has an n-gram match; use a folder with more code"
         raise FimserverError(msg)
     features = torch.tensor([f for f, _ in examples], dtype=torch.float64)
     right = torch.tensor([r for _, r in examples], dtype=torch.float64)
@@ -160,7 +160,7 @@ def _share(values: Iterable[bool]) -> float:
 
 
 def _read(path: Path) -> str:
-    """Text of a Python file, empty where it is none."""
+    """Return the text of a Python file; empty if it cannot be parsed."""
     try:
         text = path.read_text(encoding="utf-8")
         ast.parse(text)

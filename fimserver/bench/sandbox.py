@@ -1,9 +1,9 @@
-"""Runs a program that a model wrote a part of, in a child process, and says whether it came to its end.
+"""Run a partly generated program in a child process, and report whether it ran to its end.
 
 This is a guard against accidents, not against malice. The child (``sandboxed.py``) has limits on time, memory and
 files, an empty folder, no environment, no input and no network, and is refused whatever Python's audit hooks see of
-writing files, starting processes and using sockets. Code that means harm finds decoders around that (it can read files,
-for one, and C code raises no audit events): run what you do not trust in a virtual machine or a container.
+writing files, starting processes and using sockets. Malicious code finds ways around that (it can read files, for one,
+and C code raises no audit events): run what you do not trust in a virtual machine or a container.
 
 Knows:  processes, limits.  Never: items, models.
 """
@@ -27,16 +27,16 @@ _ENVIRONMENT = {"LC_ALL": "C.UTF-8"}
 
 
 class Outcome(StrEnum):
-    """What became of a program."""
+    """The result of a program."""
 
     PASSED = "passed"
-    FAILED = "failed"  # an exception, an exit before the end, a limit other than time
+    FAILED = "failed"  # an exception, an early exit, a limit other than time
     TIMED_OUT = "timed_out"
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one program may use; ``wall_s`` is longer than ``cpu_s``, for machines that are busy with other things."""
+    """Limits of one program; ``wall_s`` exceeds ``cpu_s``, for busy machines."""
 
     cpu_s: int = 3
     wall_s: float = 10.0
@@ -44,12 +44,12 @@ class Limits:
 
 
 def run_program(program: str, limits: Limits | None = None) -> Outcome:
-    """Run a program to its end. Raises ``FimserverError`` where there are no such limits (Windows)."""
+    """Run a program to its end. Raises ``FimserverError`` if the system has no such limits (Windows)."""
     if os.name != "posix":
-        msg = "generated code is run only where a process can be given limits (Linux, macOS)"
+        msg = "generated code runs only where a process can be limited (Linux, macOS)"
         raise FimserverError(msg)
     limits = limits or Limits()
-    token = secrets.token_hex(16)  # which the child tells only once the program came to its end
+    token = secrets.token_hex(16)  # the child prints it only after the program has ended
     order = json.dumps({"token": token, "program": program, "limits": asdict(limits)}).encode()
     with tempfile.TemporaryDirectory(prefix="fimserver-") as folder:
         child = subprocess.Popen(  # noqa: S603  our own interpreter; what it runs is what this module is for
@@ -73,7 +73,7 @@ def run_program(program: str, limits: Limits | None = None) -> Outcome:
 
 
 def _end(child: "subprocess.Popen[bytes]") -> None:
-    """Kill all that is left of a child's group."""
+    """Kill the rest of a child's process group."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(child.pid, signal.SIGKILL)
     child.kill()

@@ -1,7 +1,7 @@
-"""The child of ``sandbox.py``: takes every means away from itself that a program does not need, then runs it.
+"""Drop all privileges that a program does not need, then run it: the child of ``sandbox.py``.
 
 Started by its path in a bare interpreter (``python -I -S``), so it imports the standard library alone. The order
-comes on standard input; the order's token goes to standard output once the program came to its end.
+comes on standard input; the order's token goes to standard output after the program has ended.
 
 Knows:  limits, audit events.  Never: items, the rest of fimserver.
 """
@@ -17,7 +17,7 @@ from typing import Any
 
 _CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_TRUNC
-_REFUSED = (  # beginnings of the names of audit events
+_REFUSED = (  # prefixes of audit events
     *("os.fork", "os.exec", "os.spawn", "os.posix_spawn", "os.system", "os.kill", "os.startfile"),
     *("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.utime"),
     *("os.chmod", "os.chown", "os.chflags", "os.setxattr", "os.removexattr", "shutil.", "tempfile."),
@@ -26,9 +26,9 @@ _REFUSED = (  # beginnings of the names of audit events
 
 
 def _leave_network() -> None:
-    """Go into a network of its own, with nobody in it, where the system lets everybody do so."""
-    with suppress(OSError, AttributeError, TypeError):  # no libc to be found, not Linux
-        ctypes.CDLL(None).unshare(_CLONE_NEWUSER | _CLONE_NEWNET)  # -1 where it may not: the audit hook is left
+    """Enter an empty network namespace, if the system permits it."""
+    with suppress(OSError, AttributeError, TypeError):  # libc not found, or not Linux
+        ctypes.CDLL(None).unshare(_CLONE_NEWUSER | _CLONE_NEWNET)  # returns -1 if not permitted; the audit hook remains
 
 
 def _set_limits(limits: dict[str, Any]) -> None:
@@ -42,13 +42,13 @@ def _set_limits(limits: dict[str, Any]) -> None:
         (resource.RLIMIT_CORE, 0, 0),
     ]
     for which, soft, hard in wanted:
-        with suppress(ValueError, OSError):  # macOS has no limit of address space; a lower one may be set already
+        with suppress(ValueError, OSError):  # macOS has no address space limit; a lower one may already be set
             resource.setrlimit(which, (soft, hard))
-    signal.alarm(int(limits["wall_s"]) + 1)  # should the parent be gone by then
+    signal.alarm(int(limits["wall_s"]) + 1)  # in case the parent has died
 
 
 def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
-    """An audit hook, which cannot be taken off again."""
+    """Refuse audit events; an audit hook cannot be removed."""
     if event == "open":
         _path, mode, flags = arguments
         writes = any(letter in mode for letter in "wax+") if isinstance(mode, str) else bool(flags & _WRITES)
@@ -60,7 +60,7 @@ def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 def main() -> None:
-    """Run the program of the order, and say so when it came to its end."""
+    """Run the program of the order, and print the token when it has ended."""
     order = json.loads(sys.stdin.buffer.read())
     answer = os.dup(1)
     null = os.open(os.devnull, os.O_RDWR)

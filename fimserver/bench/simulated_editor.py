@@ -2,11 +2,11 @@
 
 Only function calls are between the editor and the server; the engine is its real worker process.
 
-A typist's pauses are an assumption, not a recording: log-normal, with a median of 180 ms (a fast typist; people who
-transcribe take 240 ms on average, Dhakal et al., "Observations on Typing from 136 Million Keystrokes", CHI 2018), and
-of 700 ms after every tenth word and 1,200 ms after every second line, for thinking.
+A typist's pauses are assumed, not measured: log-normal, with a median of 180 ms (a fast typist; transcription takes
+240 ms per key on average), and of 700 ms after every tenth word and 1,200 ms after every second line, for thinking.
 
 Knows:  files of the running Python, LSP messages, the engine's client.  Never: tensors.
+Source: Dhakal et al., "Observations on Typing from 136 Million Keystrokes", CHI 2018.
 """
 
 import ast
@@ -38,9 +38,9 @@ _WORD_SHARE, _LINE_SHARE = 0.1, 0.5
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One key and where it is pressed; ``opens`` is the whole file where a new place is begun.
+    """One key and its position; ``opens`` is the whole file for the first key in a new function.
 
-    ``rest`` is what is typed after it, up to the function's end.
+    ``rest`` is the text typed after it, up to the function's end.
     """
 
     text: str
@@ -51,14 +51,14 @@ class Key:
 
     @property
     def after(self) -> tuple[int, int]:
-        """Line and column behind it."""
+        """Return the line and column after the key."""
         if self.text[0] == "\n":
             return self.line + 1, len(self.text) - 1
         return self.line, self.column + 1
 
 
 def to_keystrokes(limit: float, seed: int = _DRAW_SEED) -> Iterator[Key]:
-    """The same typing each time; a line's end comes with the indentation that an editor adds."""
+    """Yield the same typing each time; a line end includes the indentation that an editor adds."""
     rng = random.Random(seed)
     while limit > 0:
         text, first, last = _draw_function(rng)
@@ -78,7 +78,7 @@ def to_keystrokes(limit: float, seed: int = _DRAW_SEED) -> Iterator[Key]:
 
 
 def draw_pause(key: Key, rng: random.Random) -> float:
-    """Seconds between a key and the next."""
+    """Draw the seconds between a key and the next."""
     median = _KEY_S
     if key.text[0] == "\n":
         median = _LINE_S if rng.random() < _LINE_SHARE else _KEY_S
@@ -88,7 +88,7 @@ def draw_pause(key: Key, rng: random.Random) -> float:
 
 
 def _draw_function(rng: random.Random) -> tuple[str, int, int]:
-    """A file of 10,000 lines with a held-out module in its middle, and the lines of a function of that."""
+    """Draw a file of 10,000 lines around a held-out module, and the lines of a function of that module."""
     name = rng.choice(HELD_OUT)
     module = read_module(name)
     functions = [
@@ -104,7 +104,7 @@ def _draw_function(rng: random.Random) -> tuple[str, int, int]:
 
 
 def _fill(num_lines: int) -> list[str]:
-    """Lines of large modules, up to the last whole statement before the number."""
+    """Return lines of large modules, up to the last whole statement within the number."""
     found: list[str] = []
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     for name in ("typing", "inspect", "tarfile", "pydoc", "doctest", "subprocess", "pickletools", "turtle"):
@@ -130,7 +130,7 @@ class TimedEngine(EngineClient):
     def complete(
         self, context: FimContext, sampling: Sampling, *, on_partial: Any = None, turn: Any = None
     ) -> PendingCompletion:
-        """Ask, and note when the answer is there."""
+        """Send a request, and record when its answer arrives."""
         pending = super().complete(context, sampling, on_partial=on_partial, turn=turn)
         pending.future.add_done_callback(lambda _f: self.answered_at.__setitem__(pending.id, time.perf_counter()))
         self.asked.append((time.perf_counter(), pending))
@@ -139,16 +139,16 @@ class TimedEngine(EngineClient):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the server sent for a request, when, and what ``fimserver.cli.explain`` said of its last request then."""
+    """The server's answer, its time, and what ``fimserver.cli.explain`` then reported of its last request."""
 
     message: dict[str, Any]
     at: float
     explanation: dict[str, Any] | None
-    num_asked: int  # of the engine, by then
+    num_asked: int  # requests to the engine by then
 
     @property
     def text(self) -> str:
-        """The ghost text; empty where there is none."""
+        """Return the ghost text; empty if there is none."""
         items = (self.message.get("result") or {}).get("items", ())
         return items[0]["insertText"] if items else ""
 
@@ -168,7 +168,7 @@ class Editor:
         self.server.protocol.set_writer(self)
 
     def write(self, data: bytes) -> None:
-        """Take a message of the server."""
+        """Receive a message of the server."""
         message = json.loads(data.split(b"\r\n\r\n", 1)[1])
         if "method" not in message:
             record = self.server.session.records.last(_URI)
@@ -178,17 +178,17 @@ class Editor:
             self.arrived.set()
 
     def close(self) -> None:
-        """The server closes its writer."""
+        """Ignore that the server closes its writer."""
 
     async def initialize(self, options: dict[str, Any]) -> None:
-        """Begin, as an editor that shows ghost text."""
+        """Initialize as an editor that shows ghost text."""
         capabilities: dict[str, Any] = {"textDocument": {"inlineCompletion": {}}}
         params = {"processId": None, "rootUri": None, "capabilities": capabilities, "initializationOptions": options}
         await self.wait_for(self.send("initialize", params))
         self.notify("initialized", {})
 
     def open(self, text: str) -> None:
-        """Open another text in the place of the last."""
+        """Open a text in place of the last one."""
         if self.is_open:
             self.notify("textDocument/didClose", {"textDocument": {"uri": _URI}})
         self.is_open = True
@@ -203,14 +203,14 @@ class Editor:
         self.notify("textDocument/didChange", {"textDocument": document, "contentChanges": [change]})
 
     def ask(self, line: int, column: int) -> int:
-        """Ask for ghost text, as an editor does of itself; gives the request's number."""
+        """Request ghost text automatically; return the request's id."""
         place = {"line": line, "character": column}
         context = {"triggerKind": 2}
         params = {"textDocument": {"uri": _URI}, "position": place, "context": context}
         return self.send("textDocument/inlineCompletion", params)
 
     def cancel(self, number: int) -> None:
-        """Say that a request's answer is no longer wanted."""
+        """Cancel a request."""
         self.notify("$/cancelRequest", {"id": number})
 
     def notify(self, method: str, params: Any) -> None:
@@ -218,13 +218,13 @@ class Editor:
         self._send({"method": method, "params": params})
 
     def send(self, method: str, params: Any) -> int:
-        """Send a request; gives its number."""
+        """Send a request; return its id."""
         self.number += 1
         self._send({"id": self.number, "method": method, "params": params})
         return self.number
 
     async def wait_for(self, number: int) -> Answer:
-        """The answer to a request. Raises ``FimserverError`` for an error."""
+        """Return the answer to a request. Raises ``FimserverError`` for an error."""
         while number not in self.answers:
             self.arrived.clear()
             await self.arrived.wait()

@@ -1,4 +1,4 @@
-"""What is known of a model without loading it: names, folders, sizes, and whether it fits a GPU.
+"""Describe a model without loading it: names, folders, sizes, and whether it fits a GPU.
 
 Knows:  config files, file headers, the hub.  Never: torch, tensors, documents.
 """

@@ -1,4 +1,4 @@
-"""What a model folder says of itself: JSON files, and where its weights are. Standard library alone."""
+"""Read the JSON files of a model folder, and find its weights. Standard library only."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ DAMAGED = "the download is incomplete or damaged: copy the model folder again"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object that a file holds. Raises ``WeightsError``."""
+    """Return the object in a JSON file. Raises ``WeightsError``."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -23,7 +23,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: one, or the shards that the index names."""
+    """Return the safetensors files of a folder: one, or the shards that the index names."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists():
         return [single]

@@ -1,7 +1,8 @@
-"""Cards and what is published of them: memory, bandwidth, the bus to the host, compute capability.
+"""List GPUs with their published numbers: memory, bandwidth, the bus to the host, compute capability.
 
-Knows:   numbers of data sheets.  Never: models, what is plugged in here.
-Source:  what makers and reviewers publish for each card; of the bus, the nominal rate of its PCIe generation and width.
+Knows:   numbers of data sheets.  Never: models, the GPUs of this machine.
+Source:  data published by makers and reviewers of each GPU; for the bus, the nominal rate of its PCIe generation and
+         width.
 """
 
 import difflib
@@ -11,12 +12,12 @@ from dataclasses import dataclass
 from fimserver.errors import FimserverError
 
 _GIB = 2**30
-_USABLE = 0.98  # of the memory that a card is sold with, what programs are given; an estimate
+_USABLE = 0.98  # fraction of a GPU's nominal memory that programs get; an estimate
 
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One card; ``pcie_gb_per_s`` is the bus at its nominal rate in one direction, 0 where memory is shared."""
+    """One GPU; ``pcie_gb_per_s`` is the bus's nominal rate in one direction, 0 if memory is shared."""
 
     name: str
     memory_gib: float
@@ -26,7 +27,7 @@ class Gpu:
 
     @property
     def usable_bytes(self) -> int:
-        """Memory that programs can have."""
+        """Memory available to programs."""
         return int(self.memory_gib * _GIB * _USABLE)
 
 
@@ -50,11 +51,11 @@ GPUS = (
 )
 
 
-NO_GPU = Gpu("this card", 0, 1, 0, "")  # for what does not depend on the card: a plan's memory
+NO_GPU = Gpu("this card", 0, 1, 0, "")  # for a plan's memory, which does not depend on the GPU
 
 
 def find_gpu(name: str) -> Gpu:
-    """The card of a name, written in any case and spacing. Raises ``FimserverError`` that names the nearest ones."""
+    """Return the GPU of a name, in any case and spacing. Raises ``FimserverError`` that names the nearest ones."""
     by_key = {_to_key(gpu.name): gpu for gpu in GPUS}
     key = _to_key(name)
     if key in by_key:
@@ -66,10 +67,10 @@ def find_gpu(name: str) -> Gpu:
         by_key[known].name for known in difflib.get_close_matches(key, by_key, n=3, cutoff=0.5)
     ]
     known = f"the nearest are: {', '.join(nearest)}" if nearest else f"known are: {', '.join(c.name for c in GPUS)}"
-    msg = f"card {name!r} is not in the table; {known}"
+    msg = f"GPU {name!r} is not in the table; {known}"
     raise FimserverError(msg)
 
 
 def _to_key(name: str) -> str:
-    """Letters and digits alone, without the maker's words."""
+    """Reduce a name to letters and digits, without the maker's words."""
     return re.sub(r"nvidia|geforce|rtx|[^a-z0-9]", "", name.lower())

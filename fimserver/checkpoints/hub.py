@@ -1,16 +1,16 @@
-"""Download a published model: what the hub offers under a name, and fetching it.
+"""Download a published model from the hub.
 
-    find_offer   what would be fetched, its licence and size: two requests to the hub, nothing stored
+    find_offer   what would be downloaded, its licence and size: two requests to the hub, nothing stored
     add_model    small files, a check of the config, weights, a check of their headers, the record
 
 Files are stored in the Hugging Face cache, in huggingface_hub's layout, so that other programs share them.
 huggingface_hub discards a partial file when its process ends; here weights go to a partial file next to the blobs, the
 next run resumes it, and its SHA-256 is compared with the hub's before the file gets its final name.
 
-The two checks are given by the caller (``engine/loading/weights.py`` has them), so that this module needs no torch.
+The caller passes the two checks (``engine/loading/weights.py`` has them), so that this module does not need torch.
 
 Knows:   the hub, its cache, the record.  Never: documents, tensors; no network outside of find_offer and add_model.
-Raises:  ``WeightsError`` that says what to do.
+Raises:  ``WeightsError`` with the remedy.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ from fimserver.checkpoints.known import find_known_metadata
 from fimserver.checkpoints.metadata import METADATA_FILE, read_metadata
 from fimserver.errors import WeightsError
 
-Report = Callable[[str, int, int], None]  # what is fetched, bytes done, all bytes
+Report = Callable[[str, int, int], None]  # description, bytes done, total bytes
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
 _SMALL = (
     *NEEDED_FILES,
@@ -59,7 +59,7 @@ _SMALL = (
 )
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _READ_BYTES = 2**22
-_SPARE_BYTES = 2**28  # of a disk, that a download leaves
+_SPARE_BYTES = 2**28  # of disk space to leave free
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ class HubFile:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """What the hub has under a name, and what of it would be fetched to where."""
+    """A model on the hub: what would be downloaded, and to where."""
 
     name: str
     revision: str
@@ -89,12 +89,12 @@ class Offer:
 
     @property
     def num_bytes(self) -> int:
-        """All of it, on disk."""
+        """Total size on disk."""
         return sum(file.num_bytes for file in self.files)
 
     @property
     def missing_bytes(self) -> int:
-        """What is not on disk yet; a file that was begun counts with its rest."""
+        """Bytes not on disk yet; a partial file counts with its rest."""
         return sum(file.num_bytes - self._present_bytes(file) for file in self.files)
 
     def _present_bytes(self, file: HubFile) -> int:
@@ -105,16 +105,16 @@ class Offer:
 
 
 def parse_name(text: str) -> tuple[str, str]:
-    """Name and revision of ``owner/name`` or ``owner/name@revision``. Raises ``WeightsError``."""
+    """Split ``owner/name`` or ``owner/name@revision`` into name and revision. Raises ``WeightsError``."""
     name, at, revision = text.partition("@")
     if not is_hub_name(name) or (at and not revision):
-        msg = f"{text!r} is no name of the hub; write owner/name, or owner/name@revision"
+        msg = f"{text!r} is not a name on the hub; write owner/name, or owner/name@revision"
         raise WeightsError(msg)
     return name, revision or MAIN_BRANCH
 
 
 def find_offer(text: str) -> Offer:
-    """What the hub has under ``owner/name[@revision]``. Raises ``WeightsError``."""
+    """Return the hub's offer under ``owner/name[@revision]``. Raises ``WeightsError``."""
     name, revision = parse_name(text)
     prepare_hub()
     from huggingface_hub import HfApi, constants  # noqa: PLC0415  only who asks the hub pays for it
@@ -122,7 +122,7 @@ def find_offer(text: str) -> Offer:
     with _explained(name, revision):
         info = HfApi(library_name="fimserver").model_info(name, revision=revision, files_metadata=True)
     if info.sha is None or not _COMMIT.match(info.sha):
-        msg = f"{constants.ENDPOINT} does not say which commit {name} is at; is HF_ENDPOINT a hub?"
+        msg = f"{constants.ENDPOINT} does not report the commit of {name}; check that HF_ENDPOINT is a hub"
         raise WeightsError(msg)
     repository = Path(constants.HF_HUB_CACHE).expanduser().absolute() / f"models--{name.replace('/', '--')}"
     return Offer(
@@ -148,15 +148,15 @@ def _licence_of(info: Any) -> str:
 
 
 def _choose_files(name: str, siblings: list[Any]) -> tuple[HubFile, ...]:
-    """The files that are of use, of the repository's own folder. Raises ``WeightsError`` where it is no model."""
+    """Choose the needed files in the repository's root. Raises ``WeightsError`` if it is not a model."""
     names = {s.rfilename for s in siblings}
     if not any(n.endswith(WEIGHTS_SUFFIX) and "/" not in n for n in names):
         pickles = sorted(n for n in names if n.endswith(_PICKLES))
         has = f" ({pickles[0]} is a pickle file, which can run code and is never loaded)" if pickles else ""
-        msg = f"{name} has no safetensors files{has}; choose a repository that has"
+        msg = f"{name} has no safetensors files{has}; choose a repository with safetensors"
         raise WeightsError(msg)
     if lacking := [n for n in NEEDED_FILES if n not in names]:
-        msg = f"{name} has no {lacking[0]}; choose a repository of a whole model"
+        msg = f"{name} has no {lacking[0]}; choose a repository with a complete model"
         raise WeightsError(msg)
     chosen = []
     for s in siblings:
@@ -173,7 +173,7 @@ def add_model(
     check_weights: Callable[[Path], object],
     report: Report = lambda _what, _done, _all: None,
 ) -> AddedModel:
-    """Fetch what is missing of an offer, hold it against the class, and write it down. Raises ``WeightsError``."""
+    """Download the missing files of an offer, check them, and record the model. Raises ``WeightsError``."""
     if offer.missing_bytes > max(offer.free_bytes - _SPARE_BYTES, 0):
         msg = (
             f"{offer.name} needs {to_gigabytes(offer.missing_bytes)} more, and {to_gigabytes(offer.free_bytes)} "
@@ -189,7 +189,7 @@ def add_model(
         folder = _snapshot(offer, [file.name for file in offer.files])
         report("checking", offer.num_bytes, offer.num_bytes)
         check_weights(folder)
-        if not _COMMIT.match(offer.revision):  # so that others, too, find it by its branch and without a network
+        if not _COMMIT.match(offer.revision):  # so that other programs find it by its branch without a network
             write_whole(offer.folder / "refs" / offer.revision, offer.commit)
     added = AddedModel(offer.name, offer.revision, offer.commit, str(folder))
     change_record(lambda record: {**record, offer.name: added})
@@ -197,11 +197,11 @@ def add_model(
 
 
 def _snapshot(offer: Offer, names: list[str]) -> Path:
-    """The snapshot's folder with these files in it, fetched where the cache has them not."""
+    """Return the snapshot's folder with these files, downloading those that the cache lacks."""
     from huggingface_hub import snapshot_download  # noqa: PLC0415
     from huggingface_hub.utils import disable_progress_bars  # noqa: PLC0415
 
-    disable_progress_bars()  # ours counts bytes of all files
+    disable_progress_bars()  # our own bar counts bytes of all files
     return Path(
         snapshot_download(offer.name, revision=offer.commit, allow_patterns=names, library_name="fimserver")
     ).absolute()
@@ -210,7 +210,7 @@ def _snapshot(offer: Offer, names: list[str]) -> Path:
 def _check_config(offer: Offer, folder: Path, check_config: Callable[[Path], object]) -> None:
     check_config(folder)
     if not (folder / METADATA_FILE).exists() and find_known_metadata(read_json(folder / "config.json")) is None:
-        msg = f"{offer.name} has no {METADATA_FILE}, and its config is none of the known models'; it cannot be served"
+        msg = f"{offer.name} has no {METADATA_FILE}, and its config matches no known model; it cannot be served"
         raise WeightsError(msg)
     read_metadata(folder)
 
@@ -221,7 +221,7 @@ def _fetch_weights(offer: Offer, weights: list[HubFile], report: Report) -> None
     for file in weights:
         blob = offer.folder / "blobs" / file.blob
         report(file.name, before, total)
-        if file.is_large and not blob.exists():  # git's own files are small, and come with the snapshot
+        if file.is_large and not blob.exists():  # small files are in git and come with the snapshot
             _fetch_file(offer, file, blob, partial(_report_file, report, file.name, before, total))
         before += file.num_bytes
         report(file.name, before, total)
@@ -232,7 +232,7 @@ def _report_file(report: Report, name: str, before: int, total: int, done: int) 
 
 
 def _fetch_file(offer: Offer, file: HubFile, blob: Path, report: Callable[[int], None]) -> None:
-    """Go on with a partial file, or begin one; it becomes a blob when its SHA-256 is the hub's."""
+    """Resume or start a partial file; it becomes a blob if its SHA-256 is the hub's."""
     from filelock import FileLock  # noqa: PLC0415
     from huggingface_hub import hf_hub_url  # noqa: PLC0415
     from huggingface_hub.file_download import http_get  # noqa: PLC0415
@@ -240,11 +240,12 @@ def _fetch_file(offer: Offer, file: HubFile, blob: Path, report: Callable[[int],
 
     part = _partial_file(offer.folder, file)
     part.parent.mkdir(parents=True, exist_ok=True)
-    lock = offer.folder.parent / ".locks" / offer.folder.name / f"{file.blob}.lock"  # huggingface_hub's own
+    # the path of huggingface_hub's own lock
+    lock = offer.folder.parent / ".locks" / offer.folder.name / f"{file.blob}.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(lock):
         if blob.exists():
-            return  # another process was quicker
+            return  # another process has downloaded it
         with part.open("ab") as stream:
             if stream.tell() > file.num_bytes:
                 stream.truncate(0)
@@ -264,13 +265,13 @@ def _fetch_file(offer: Offer, file: HubFile, blob: Path, report: Callable[[int],
                 digest.update(piece)
         if digest.hexdigest() != file.blob:
             part.unlink()
-            msg = f"{file.name} came damaged, its SHA-256 is not the hub's; it was thrown away, run the command again"
+            msg = f"{file.name} was damaged in transfer (wrong SHA-256) and was deleted; run the command again"
             raise WeightsError(msg)
         part.replace(blob)
 
 
 def _to_bar(begun: int, report: Callable[[int], None]) -> Any:
-    """What huggingface_hub takes for a progress bar, and tells how many bytes came."""
+    """Return a progress bar for huggingface_hub that reports the bytes received."""
     done = begun
 
     class Bar:
@@ -302,16 +303,16 @@ def _free_bytes(folder: Path) -> int:
 
 @contextmanager
 def _explained(name: str, revision: str) -> Iterator[None]:
-    """Errors of the hub and of the network as ``WeightsError`` that says what to do."""
+    """Convert errors of the hub and the network to ``WeightsError`` with the remedy."""
     from huggingface_hub import constants, errors  # noqa: PLC0415
 
     endpoint = constants.ENDPOINT
-    again = "the same command goes on where it stopped"
+    again = "the same command resumes where it stopped"
     token = "then log in with `hf auth login`, or set HF_TOKEN"  # noqa: S105  a remedy
     try:
         yield
     except errors.HFValidationError as error:
-        msg = f"{name!r} is no name of the hub; write owner/name"
+        msg = f"{name!r} is not a name on the hub; write owner/name"
         raise WeightsError(msg) from error
     except errors.GatedRepoError as error:
         msg = f"{name} is gated: accept its licence on {endpoint}/{name}, {token}"
@@ -323,19 +324,19 @@ def _explained(name: str, revision: str) -> Iterator[None]:
         msg = f"{endpoint} has no model {name}; check the name. If it is private, ask for access, {token}"
         raise WeightsError(msg) from error
     except errors.OfflineModeIsEnabled as error:
-        msg = "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set, so nothing can be fetched; unset it for this command"
+        msg = "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set, so nothing can be downloaded; unset it for this command"
         raise WeightsError(msg) from error
-    except errors.LocalEntryNotFoundError as error:  # what a snapshot makes of a network that fails
+    except errors.LocalEntryNotFoundError as error:  # snapshot_download raises this when the network fails
         msg = f"{endpoint} cannot be reached ({_first_line(error)}); check the network, {again}"
         raise WeightsError(msg) from error
     except errors.HfHubHTTPError as error:
         msg = f"{endpoint} answered {error.response.status_code}; try later, {again}"
         raise WeightsError(msg) from error
-    except errors.HTTPError as error:  # its HTTP library's, whichever that is
+    except errors.HTTPError as error:  # raised by any of its HTTP libraries
         msg = f"{endpoint} cannot be reached, or the connection broke ({_first_line(error)}); {again}"
         raise WeightsError(msg) from error
     except OSError as error:
-        msg = f"{name} cannot be kept ({_first_line(error)}); mend that, {again}"
+        msg = f"{name} cannot be stored ({_first_line(error)}); fix that, {again}"
         raise WeightsError(msg) from error
 
 

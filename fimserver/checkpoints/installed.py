@@ -1,12 +1,12 @@
 """Find the models on this machine: shipped, added by name, or already in the Hugging Face cache.
 
-    find_model      the folder of a shipped name, a path, or a name that was added
-    find_added      the folder of a name that was added or that is in the Hugging Face cache; never a network
+    find_model      the folder of a shipped name, a path, or an added name
+    find_added      the folder of an added name or of one in the Hugging Face cache; never uses the network
     list_models     shipped, added and known models
     find_removal    what a removal would free
 
 Knows:   the record of added models, the Hugging Face cache.  Never: the network, tensors.
-Raises:  ``WeightsError`` that says what to do.
+Raises:  ``WeightsError`` with the remedy.
 """
 
 import json
@@ -36,7 +36,7 @@ INDEX_FILE = "model.safetensors.index.json"
 
 
 def find_model(name: str) -> Path:
-    """Folder of a shipped model's name, of a path, or of a hub's name that was added. Raises ``WeightsError``."""
+    """Return the folder of a shipped model's name, a path, or an added hub name. Raises ``WeightsError``."""
     shipped = shipped_names()
     if name in shipped:
         return SHIPPED_MODELS / name
@@ -48,7 +48,7 @@ def find_model(name: str) -> Path:
     if is_hub_name(name.partition("@")[0]):
         msg = (
             f"model {name!r} is neither a folder nor downloaded nor one of: {', '.join(shipped)}; "
-            f"fetch it with: fimserver model add {name}, or set fimserver.model to another"
+            f"download it with: fimserver model add {name}, or set fimserver.model to another"
         )
         raise WeightsError(msg)
     msg = f"model {name!r} is neither a folder nor one of: {', '.join(shipped)}; set fimserver.model to one"
@@ -67,7 +67,7 @@ class AddedModel:
 
 @dataclass(frozen=True, slots=True)
 class ListedModel:
-    """One line of the list; ``state`` is shipped, added or known, which is to say not downloaded."""
+    """One line of the list; ``state`` is shipped, added or known (not downloaded)."""
 
     name: str
     state: str
@@ -87,21 +87,21 @@ class Removal:
 
 
 def is_hub_name(text: str) -> bool:
-    """Whether a text could be ``owner/name``."""
+    """Return whether a text could be ``owner/name``."""
     return bool(_NAME.match(text)) and "--" not in text and ".." not in text
 
 
 def find_recorded(text: str) -> AddedModel | None:
-    """What was added as ``owner/name[@revision]``; ``None`` of what was not. Raises ``WeightsError``."""
+    """Return the record of ``owner/name[@revision]``, or ``None``. Raises ``WeightsError``."""
     name, _, revision = text.partition("@")
     added = read_record().get(name)
     return added if added is not None and revision in {"", added.revision, added.commit} else None
 
 
 def find_added(text: str) -> Path | None:
-    """Folder of ``owner/name[@revision]`` by the record, else by the Hugging Face cache; ``None`` where neither has it.
+    """Return the folder of ``owner/name[@revision]`` by the record, else by the Hugging Face cache, or ``None``.
 
-    huggingface_hub is imported for a name that is not in the record, and for no other.
+    huggingface_hub is imported only for a name that is not in the record.
     """
     name, _, revision = text.partition("@")
     if not is_hub_name(name):
@@ -124,20 +124,20 @@ def _find_cached(name: str, revision: str) -> Path | None:
             ignore_patterns=["*/*"],
             local_files_only=True,
         )
-    except (OSError, HFValidationError):  # not there, or a part of it
+    except (OSError, HFValidationError):  # absent or incomplete
         return None
     folder = Path(found)
     return folder if all((folder / needed).is_file() for needed in NEEDED_FILES) else None
 
 
 def prepare_hub() -> None:
-    """Before huggingface_hub is first imported: no telemetry, and plain HTTP, which can go on where it stopped."""
+    """Configure huggingface_hub before its first import: no telemetry, and plain HTTP, which can resume."""
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     os.environ["HF_HUB_DISABLE_XET"] = "1"
 
 
 def list_models() -> list[ListedModel]:
-    """Shipped, then added, then known ones that were not added."""
+    """List shipped models, then added ones, then known ones that were not added."""
     shipped = [
         ListedModel(name, "shipped", _folder_bytes(SHIPPED_MODELS / name), str(SHIPPED_MODELS / name))
         for name in shipped_names()
@@ -157,14 +157,14 @@ def list_models() -> list[ListedModel]:
 
 
 def _folder_bytes(folder: Path) -> int | None:
-    """Size of the files in a folder; ``None`` where it is gone."""
+    """Return the size of the files in a folder; ``None`` if it is gone."""
     return sum(f.stat().st_size for f in folder.iterdir() if f.is_file()) if folder.is_dir() else None
 
 
 def find_removal(name: str) -> Removal:
-    """What there is to remove under a name: the revision that was added, or all that the cache has of it.
+    """Return what to remove under a name: the added revision, or all that the cache has of it.
 
-    Raises ``WeightsError`` where neither the record nor the cache has it.
+    Raises ``WeightsError`` if neither the record nor the cache has it.
     """
     added = read_record().get(name)
     prepare_hub()
@@ -184,7 +184,7 @@ def find_removal(name: str) -> Removal:
     )
     commits = [r.commit_hash for r in cached if added is None or r.commit_hash == added.commit]
     if added is None and not commits:
-        msg = f"{name} was not added; `fimserver model list` shows what was"
+        msg = f"{name} was not added; `fimserver model list` shows the added models"
         raise WeightsError(msg)
     strategy = found.delete_revisions(*commits) if found and commits else None
 
@@ -198,12 +198,12 @@ def find_removal(name: str) -> Removal:
 
 
 def record_file() -> Path:
-    """Where it is written down what was added."""
+    """Return the path of the record of added models."""
     return data_folder() / "models.json"
 
 
 def read_record() -> dict[str, AddedModel]:
-    """What was added, by name. Raises ``WeightsError`` where the file is none of ours."""
+    """Return the added models by name. Raises ``WeightsError`` if the file is not a record."""
     path = record_file()
     if not path.exists():
         return {}
@@ -211,9 +211,7 @@ def read_record() -> dict[str, AddedModel]:
         values = json.loads(path.read_text(encoding="utf-8"))
         return {name: AddedModel(name=name, **value) for name, value in values["models"].items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        msg = (
-            f"{path} cannot be read ({type(error).__name__}); delete it, and add the models again: no file comes twice"
-        )
+        msg = f"{path} cannot be read ({type(error).__name__}); delete it and add the models again (no second download)"
         raise WeightsError(msg) from error
 
 
@@ -230,7 +228,7 @@ def change_record(change: Callable[[dict[str, AddedModel]], Mapping[str, AddedMo
 
 
 def write_whole(path: Path, text: str) -> None:
-    """All of it or nothing."""
+    """Write a file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f"{path.name}.{os.getpid()}.new")
     new.write_text(text, encoding="utf-8")
@@ -238,7 +236,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def to_gigabytes(num_bytes: int | None) -> str:
-    """A size as a person reads it; GB are 1e9 bytes."""
+    """Format a size for display; GB are 1e9 bytes."""
     if num_bytes is None:
         return "unknown size"
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 100_000_000 else f"{num_bytes / 1e6:.1f} MB"  # noqa: PLR2004

@@ -1,11 +1,11 @@
-"""Find what is known of a published model whose folder says nothing of itself.
+"""Find the metadata of a published model whose folder has none.
 
 ``models/known/`` holds a folder for each: its ``config.json``, and the ``fimserver.json`` that its own folder lacks.
-A model is known by the sizes in its config, never by its name.
+A model is recognized by the sizes in its config, never by its name.
 
 Knows:   configs.  Never: weights, prompts.
-Source:  ids of the 26B's tokens as its tokenizer has them, 0 to 106 special; end ids and numbers of decoding are those
-         of its ``generation_config.json``. Its budgets are ours: a quarter of a prompt for the suffix.
+Source:  token ids of the 26B from its tokenizer, 0 to 106 special; end ids and decoding numbers from its
+         ``generation_config.json``. Its budgets are ours: a quarter of a prompt for the suffix.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,18 +20,18 @@ _IDENTITY = ("hidden_size", "num_hidden_layers", "num_experts", "moe_intermediat
 
 
 def shipped_names() -> list[str]:
-    """Names of the models that come with the package, sorted."""
+    """Return the names of the models that come with the package, sorted."""
     return sorted(path.parent.name for path in SHIPPED_MODELS.glob("*/fimserver.json"))
 
 
 def read_known() -> Iterator[tuple[Path, list[dict[str, Any]]]]:
-    """Folders of published models, with what is known of each of their checkpoints. Raises ``WeightsError``."""
+    """Yield the folder of each published model with the facts of its checkpoints. Raises ``WeightsError``."""
     for path in sorted(KNOWN_MODELS.glob("*/facts.json")):
         yield path.parent, read_json(path)["checkpoints"]
 
 
 def find_known_metadata(config: Mapping[str, Any]) -> Path | None:
-    """The ``fimserver.json`` of the known model that a ``config.json`` describes. Raises ``WeightsError``."""
+    """Return the ``fimserver.json`` of the known model with this config, or ``None``. Raises ``WeightsError``."""
     identity = _identity_of(config)
     if identity is None:
         return None

@@ -1,12 +1,12 @@
-"""What is known of a model without loading it: sizes, and how many weights of which use are in which format.
+"""Compute a model's sizes without loading it: how many weights of which use are in which format.
 
     find_checkpoint   a known name, the shipped model or a folder -> Checkpoint
     read_folder       a folder -> Checkpoint, by its config and the headers of its files
     parse_config      a config.json -> Shape
-    to_parts          Shape, formats -> the parts that such a model has
+    to_parts          Shape, formats -> the parts of such a model
 
-Formats are those that the engine holds on a card, not those of the file: only projections stay in 4 bits, experts when
-all of their layer are; float8 and what is left is expanded to bf16, routers to float32.
+Formats are those in the engine's GPU memory, not those of the file: only projections stay in 4 bits, experts if all of
+their layer are; float8 and the rest are expanded to bf16, routers to float32.
 
 Knows:  config.json, the headers of safetensors files.  Never: torch, tensors, the network.
 Equal:  parameters to transformers' class, bytes to loaded models (tests/checkpoints/test_planner.py).
@@ -27,14 +27,14 @@ from fimserver.checkpoints.installed import find_added, is_hub_name
 from fimserver.checkpoints.known import SHIPPED_MODELS, read_known, shipped_names
 from fimserver.errors import WeightsError
 
-BLOCK = 16  # weights that share a scale in NVFP4
-MARGIN_TOKENS = 1024  # that a sliding layer keeps beyond its window, so that a prompt can be trimmed
-_SCALE_BYTES = 4  # float32, one a row
+BLOCK = 16  # weights per scale in NVFP4
+MARGIN_TOKENS = 1024  # kept by a sliding layer beyond its window, so that a prompt can be trimmed
+_SCALE_BYTES = 4  # float32, one per row
 _LARGEST_HEADER_BYTES = 100_000_000
 
 
 class Format(StrEnum):
-    """How numbers are held on a card."""
+    """Number format in GPU memory."""
 
     F32 = "float32"
     BF16 = "bf16"
@@ -43,7 +43,7 @@ class Format(StrEnum):
 
 
 class Role(StrEnum):
-    """What weights are for."""
+    """Use of weights."""
 
     EXPERTS = "experts"
     ATTENTION = "attention"
@@ -55,12 +55,12 @@ class Role(StrEnum):
 
     @property
     def label(self) -> str:
-        """As a person reads it."""
+        """Name for display."""
         return {Role.DENSE: "dense part", Role.SELF_CONDITIONING: "self-conditioning"}.get(self, self.value)
 
 
 _NEVER_FP8 = (Role.ROUTER, Role.NORMS)
-_IN_4_BITS = (Role.EXPERTS, Role.ATTENTION, Role.DENSE, Role.SELF_CONDITIONING)  # what may stay so
+_IN_4_BITS = (Role.EXPERTS, Role.ATTENTION, Role.DENSE, Role.SELF_CONDITIONING)  # may stay in 4 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +72,13 @@ class Layer:
     num_kv_heads: int
 
     def cache_bytes(self, tokens: int, *, width: int) -> int:
-        """Keys and values of so many tokens, ``width`` bytes a number."""
+        """Return the size of keys and values of ``tokens`` tokens, ``width`` bytes per number."""
         return 2 * self.num_kv_heads * self.head_size * width * tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The sizes in a config.json that decide about memory."""
+    """The sizes in a config.json that determine memory."""
 
     layers: tuple[Layer, ...]
     hidden_size: int
@@ -96,16 +96,16 @@ class Shape:
 
     @property
     def stacks(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-        """The experts of a layer as two tensors: gate and up, down."""
+        """Return the shapes of a layer's two expert tensors: gate and up, down."""
         gate_up = (self.num_experts, 2 * self.expert_size, self.hidden_size)
         return gate_up, (self.num_experts, self.hidden_size, self.expert_size)
 
     def distinct_experts(self, canvas_tokens: int) -> float:
-        """How many experts of a layer a canvas is expected to reach when all are equally likely."""
+        """Return the expected number of experts per layer that a canvas reaches if all are equally likely."""
         return self.num_experts * (1 - (1 - self.top_experts / self.num_experts) ** canvas_tokens)
 
     def cache_bytes(self, context_tokens: int, *, width: int, margin_tokens: int = MARGIN_TOKENS) -> tuple[int, int]:
-        """Keys and values of one prompt and a canvas: of sliding layers, of full ones."""
+        """Return the size of one prompt's and a canvas's keys and values: of sliding layers, of full ones."""
         near = min(context_tokens, self.window_tokens + margin_tokens) + self.canvas_tokens
         tokens_of = {True: near, False: context_tokens + self.canvas_tokens}
         found = {True: 0, False: 0}
@@ -116,17 +116,17 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Weights of one use and format; ``num_rows`` of their matrices, which have a scale each in 4 and 8 bits."""
+    """Weights of one use and format; each of ``num_rows`` matrix rows has a scale in 4 and 8 bits."""
 
     role: Role
     format: Format
     num_parameters: int
     num_rows: int
-    stored: str = ""  # another format, that a file has
+    stored: str = ""  # format in the file, if different
 
     @property
     def num_bytes(self) -> int:
-        """Memory on a card."""
+        """GPU memory."""
         if self.format is Format.F32:
             return 4 * self.num_parameters
         if self.format is Format.BF16:
@@ -138,7 +138,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """One model in one set of formats; ``provenance`` says where both are known from."""
+    """One model in one set of formats; ``provenance`` names the source of both."""
 
     name: str
     shape: Shape
@@ -147,15 +147,15 @@ class Checkpoint:
     file_bytes: int | None = None
 
     def bytes_of(self, *roles: Role) -> int:
-        """Memory of these on a card."""
+        """Return the GPU memory of some roles."""
         return sum(part.num_bytes for part in self.parts if part.role in roles)
 
     def parameters_of(self, *roles: Role) -> int:
-        """How many weights these have."""
+        """Return the number of weights of some roles."""
         return sum(part.num_parameters for part in self.parts if part.role in roles)
 
     def with_rest_in_fp8(self) -> "Checkpoint":
-        """The same with every large bf16 part in 8 bits."""
+        """Return the checkpoint with every large bf16 part in 8 bits."""
         parts = tuple(
             replace(part, format=Format.FP8, stored="")
             if part.format is Format.BF16 and part.role not in _NEVER_FP8 and part.role is not Role.EXPERTS
@@ -165,11 +165,11 @@ class Checkpoint:
         return replace(self, parts=parts)
 
     def with_experts_in_nvfp4(self) -> "Checkpoint":
-        """The same with experts in 4 bits."""
+        """Return the checkpoint with experts in 4 bits."""
         return self._in_nvfp4(Role.EXPERTS)
 
     def with_projections_in_nvfp4(self) -> "Checkpoint":
-        """The same with all in 4 bits that can be."""
+        """Return the checkpoint with all parts in 4 bits that support it."""
         return self._in_nvfp4(*_IN_4_BITS)
 
     def _in_nvfp4(self, *roles: Role) -> "Checkpoint":
@@ -178,7 +178,7 @@ class Checkpoint:
 
     @property
     def host_bytes(self) -> int:
-        """Pinned memory of all experts: torch rounds each tensor there up to a power of two."""
+        """Return the pinned memory of all experts: torch rounds each tensor there up to a power of two."""
         return len(self.shape.layers) * sum(pinned_stack_bytes(stack) for stack in self.shape.stacks)
 
 
@@ -191,13 +191,13 @@ class _Matrix:
 
 
 def pinned_stack_bytes(shape: Sequence[int]) -> int:
-    """Pinned memory of experts in 4 bits: their numbers, their scales, four bytes a row, each a power of two."""
+    """Return the pinned memory of experts in 4 bits: numbers, scales, four bytes per row, each a power of two."""
     numbers = math.prod(shape)
     return sum(1 << (size - 1).bit_length() for size in (numbers // 2, numbers // BLOCK, 4 * math.prod(shape[:-1])))
 
 
 def find_checkpoint(name: str) -> Checkpoint:
-    """A folder's model, the shipped one, or a published one by its name. Raises ``WeightsError``."""
+    """Return the checkpoint of a folder, the shipped model, or a published name. Raises ``WeightsError``."""
     for folder in (SHIPPED_MODELS / name, Path(name).expanduser()):
         if name and folder.is_dir() and (folder / "config.json").is_file():
             return read_folder(folder)
@@ -216,7 +216,7 @@ def find_checkpoint(name: str) -> Checkpoint:
 
 
 def read_folder(folder: Path) -> Checkpoint:
-    """The model of a folder by its config and the headers of its files. Raises ``WeightsError``."""
+    """Read a folder's config and the headers of its files. Raises ``WeightsError``."""
     shape = parse_config(read_json(folder / "config.json"), str(folder / "config.json"))
     files = weight_files(folder)
     tensors: dict[str, tuple[Role, Format, tuple[int, ...]]] = {}
@@ -240,7 +240,7 @@ def read_folder(folder: Path) -> Checkpoint:
 
 
 def _count_held(tensors: Mapping[str, tuple[Role, Format, tuple[int, ...]]], shape: Shape) -> tuple[Part, ...]:
-    """Weights by what they are held in, and where a file has them in another format by that."""
+    """Count weights by the format in memory, and by that in the file if it differs."""
     expanded = {
         _to_layer_name(name)
         for name, (role, form, _) in tensors.items()
@@ -263,17 +263,17 @@ def _count_held(tensors: Mapping[str, tuple[Role, Format, tuple[int, ...]]], sha
 
 
 def _held_floats(role: Role, shape: Shape) -> Format:
-    """What floats are held in: a router decides in float32; that of a single expert decides nothing."""
+    """Return the format of floats in memory: float32 for a router of several experts, else bf16."""
     return Format.F32 if role is Role.ROUTER and shape.num_experts > 1 else Format.BF16
 
 
 def _to_layer_name(name: str) -> str:
-    """The layer that experts are of."""
+    """Return the layer of an expert's name."""
     return name.partition(".experts.")[0]
 
 
 def parse_config(values: Mapping[str, Any], source: str) -> Shape:
-    """The sizes of a config.json, with transformers' own defaults. Raises ``WeightsError`` that names the key."""
+    """Parse the sizes of a config.json, with transformers' own defaults. Raises ``WeightsError`` that names the key."""
     text = values.get("text_config")
     if values.get("model_type") != "diffusion_gemma" or not isinstance(text, dict):
         msg = f"{source}: model_type is {values.get('model_type')!r}; only 'diffusion_gemma' can be planned"
@@ -291,7 +291,7 @@ def parse_config(values: Mapping[str, Any], source: str) -> Shape:
     if len(kinds) != num_layers:
         msg = f"{source}: text_config.layer_types names {len(kinds)} layers, num_hidden_layers is {num_layers}"
         raise WeightsError(msg)
-    kinds[-1] = "full_attention"  # as transformers does
+    kinds[-1] = "full_attention"  # as in transformers
     own = {"head_dim": size("head_dim"), "num_key_value_heads": size("num_key_value_heads")}
     return Shape(
         layers=tuple(_to_layer(kind, index, text, own) for index, kind in enumerate(kinds)),
@@ -311,7 +311,7 @@ def parse_config(values: Mapping[str, Any], source: str) -> Shape:
 
 
 def read_header(path: Path) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """Name, dtype and shape of each tensor in a safetensors file. Raises ``WeightsError``."""
+    """Yield name, dtype and shape of each tensor in a safetensors file. Raises ``WeightsError``."""
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
@@ -335,7 +335,7 @@ def _default_kinds(num_layers: int) -> list[str]:
 
 
 def _to_layer(kind: str, index: int, text: Mapping[str, Any], own: Mapping[str, int]) -> Layer:
-    """A layer's own heads: ``per_layer_config`` says them, or else the fields for full layers."""
+    """Return a layer's heads from ``per_layer_config``, or else from the fields for full layers."""
     changed: Mapping[str, Any] = {}
     if isinstance(per_layer := text.get("per_layer_config"), dict):
         changed = per_layer.get(str(index)) or per_layer.get(index) or per_layer.get(kind) or {}
@@ -348,7 +348,7 @@ def _to_layer(kind: str, index: int, text: Mapping[str, Any], own: Mapping[str, 
 
 
 def _matrices(shape: Shape) -> Iterator[_Matrix]:
-    """Every parameter of the text model; vectors are matrices of one column."""
+    """Yield every parameter of the text model; vectors are matrices of one column."""
     hidden, layers = shape.hidden_size, len(shape.layers)
     for layer in shape.layers:
         queries, keys = shape.num_heads * layer.head_size, layer.num_kv_heads * layer.head_size
@@ -364,14 +364,14 @@ def _matrices(shape: Shape) -> Iterator[_Matrix]:
     yield _Matrix(Role.EXPERTS, layers * shape.num_experts, hidden, shape.expert_size)
     yield _Matrix(Role.ROUTER, layers, shape.num_experts, hidden)
     yield _Matrix(Role.NORMS, layers, shape.num_experts + hidden, 1)  # the router's scales
-    yield _Matrix(Role.NORMS, 7 * layers + 2, hidden, 1)  # two: the last one, self-conditioning's
+    yield _Matrix(Role.NORMS, 7 * layers + 2, hidden, 1)  # two more: the final one and self-conditioning's
     yield _Matrix(Role.EMBEDDING, 1 if shape.is_tied else 2, shape.vocab_size, hidden)
     yield _Matrix(Role.SELF_CONDITIONING, 1, 2 * shape.dense_size, hidden)
     yield _Matrix(Role.SELF_CONDITIONING, 1, hidden, shape.dense_size)
 
 
 def to_parts(shape: Shape, formats: Mapping[Role, Format]) -> tuple[Part, ...]:
-    """The weights of a config; bf16 where nothing else is said."""
+    """Return the weights of a config; bf16 unless ``formats`` has another."""
     counts = _count_by_role(shape)
     rows = {role: sum(m.count * m.rows for m in _matrices(shape) if m.role is role) for role in Role}
     return tuple(Part(role, formats.get(role, _held_floats(role, shape)), counts[role], rows[role]) for role in Role)
@@ -399,8 +399,9 @@ def _to_checkpoint(folder: Path, fact: Mapping[str, Any]) -> Checkpoint:
 
 _ROLES_OF_NAMES = (
     (re.compile(r"vision"), None),  # never loaded
-    (re.compile(r"layer_scalar$"), None),  # a number
-    (re.compile(r"(weight|input|output|[kqv])(_global)?_scale(_2|_inv)?$"), None),  # quantized weights have them anyway
+    (re.compile(r"layer_scalar$"), None),  # a single number
+    # included in the size of quantized weights
+    (re.compile(r"(weight|input|output|[kqv])(_global)?_scale(_2|_inv)?$"), None),
     (re.compile(r"\brouter\.proj\b"), Role.ROUTER),
     (re.compile(r"\brouter\."), Role.NORMS),
     (re.compile(r"norm(_\d)?\.weight$"), Role.NORMS),
@@ -413,7 +414,7 @@ _ROLES_OF_NAMES = (
 
 
 def _find_role(name: str, *, is_tied: bool) -> Role | None:
-    """What a tensor is for; ``None`` for what a plan leaves out."""
+    """Return the role of a tensor; ``None`` if a plan leaves it out."""
     if is_tied and name.startswith("lm_head."):
         return None
     for pattern, role in _ROLES_OF_NAMES:
@@ -424,7 +425,7 @@ def _find_role(name: str, *, is_tied: bool) -> Role | None:
 
 
 def _to_shared_name(name: str) -> str:
-    """Without the path of the encoder or the decoder, which share their weights."""
+    """Remove the path of the encoder or the decoder, which share their weights."""
     return re.sub(r"^((model|encoder|decoder|language_model)\.)+", "", name)
 
 

@@ -1,6 +1,6 @@
-"""Read ``fimserver.json``: what a model was trained for, and how it is best decoded.
+"""Read ``fimserver.json``: the model's training format and its best decoding options.
 
-    read_metadata(folder)               -> ModelMetadata, the known model's where the folder has no such file
+    read_metadata(folder)               -> ModelMetadata, the known model's if the folder has no such file
     limit_context(metadata, tokens)     -> the same with a shorter prompt, its parts in proportion
 
 Knows:   names and numbers.  Never: torch, tensors.
@@ -34,16 +34,17 @@ MATCH_FEATURES = (
 METADATA_FILE = "fimserver.json"
 
 
-_SPECIAL_TOKENS = {  # that each layout needs
+_SPECIAL_TOKENS = {  # required by each layout
     "fim": ("pad", "eos", "bos", "suffix", "prefix", "middle"),
     "chat": ("pad", "eos", "bos", "turn", "turn_end"),
 }
 
 
-_NO_TOKEN = -1  # of a layout that has no such token: no id is equal to it
+_NO_TOKEN = -1  # for a layout without such a token: equals no id
 
 
-_BUDGETS_OF = {"file": "max_file_tokens", "snippet": "max_snippet_tokens"}  # special tokens that these make necessary
+# required if the model has the special token
+_BUDGETS_OF = {"file": "max_file_tokens", "snippet": "max_snippet_tokens"}
 
 
 _LAYOUTS = tuple(_SPECIAL_TOKENS)
@@ -51,7 +52,7 @@ _LAYOUTS = tuple(_SPECIAL_TOKENS)
 
 @dataclass(frozen=True, slots=True)
 class ModelMetadata:
-    """What ``fimserver.json`` says: budgets in tokens, and how this model is best decoded."""
+    """Contents of ``fimserver.json``: budgets in tokens, and the model's best decoding options."""
 
     name: str
     prompt_layout: str
@@ -70,17 +71,17 @@ class ModelMetadata:
     kept_condition: float = 0.0
     takes_likeliest: bool = False
     commit_probability: float = 0.0  # see DraftOptions; above 0 the model is denoised from the left
-    max_head_tokens: int = 0  # of imports and headers before a prefix that was cut
-    max_file_tokens: int = 0  # of language and path, for a model that knows the special token "file"
-    max_snippet_tokens: int = 0  # of pieces of other files, for one that knows the special token "snippet"
-    usual_prompt_tokens: int = 0  # of prompts that nobody asked to be longer; 0 is the most
-    languages: tuple[str, ...] = ()  # that it was trained on; none named means any
-    end_token_ids: tuple[int, ...] = ()  # that end an answer, beside "eos"
+    max_head_tokens: int = 0  # budget of imports and headers before a shortened prefix
+    max_file_tokens: int = 0  # budget of language and path, for a model with the special token "file"
+    max_snippet_tokens: int = 0  # budget of pieces of other files, for a model with the special token "snippet"
+    usual_prompt_tokens: int = 0  # default length of prompts; 0 is max_prompt_tokens
+    languages: tuple[str, ...] = ()  # of the training data; empty means any
+    end_token_ids: tuple[int, ...] = ()  # end an answer in addition to "eos"
     calibration: Mapping[str, Sequence[float]] = field(default_factory=dict)  # see ranking.py
 
     @property
     def denoises_from_left(self) -> bool:
-        """Whether canvases are settled from the left, not in any order."""
+        """Return whether canvases are settled from the left, not in any order."""
         return self.commit_probability > 0
 
     @property
@@ -91,12 +92,12 @@ class ModelMetadata:
 
     @property
     def reads_snippets(self) -> bool:
-        """Whether pieces of other files are of use."""
+        """Return whether the model uses pieces of other files."""
         return self.max_snippet_tokens > 0
 
 
 def read_metadata(folder: Path) -> ModelMetadata:
-    """Parse ``fimserver.json``, a known model's where a folder has none. Raises ``WeightsError`` that names the key."""
+    """Parse ``fimserver.json``, a known model's if a folder has none. Raises ``WeightsError`` that names the key."""
     path = _find_metadata(folder)
     values = read_json(path)
     expected = {f.name for f in fields(ModelMetadata)}
@@ -123,7 +124,9 @@ def read_metadata(folder: Path) -> ModelMetadata:
         if values["preferred_mode"] is Mode.AUTO:
             raise ValueError  # noqa: TRY301  one message for every bad mode
     except ValueError as error:
-        msg = f"{path}: preferred_mode is {values['preferred_mode']!r}; it may be: diffusion, verified, autoregressive"
+        msg = (
+            f"{path}: preferred_mode is {values['preferred_mode']!r}; it may be: diffusion, speculative, autoregressive"
+        )
         raise WeightsError(msg) from error
     values["special_tokens"] = {**dict.fromkeys(_SPECIAL_TOKENS["fim"], _NO_TOKEN), **values["special_tokens"]}
     lists = {name: tuple(values.get(name, ())) for name in ("languages", "end_token_ids")}
@@ -145,7 +148,7 @@ def _check_tokens(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _find_metadata(folder: Path) -> Path:
-    """A folder's own ``fimserver.json``, or that of the known model that its config describes."""
+    """Return a folder's own ``fimserver.json``, or that of the known model with its config."""
     path, config = folder / METADATA_FILE, folder / "config.json"
     if path.exists() or not config.exists():
         return path
@@ -153,8 +156,8 @@ def _find_metadata(folder: Path) -> Path:
 
 
 def limit_context(metadata: ModelMetadata, context_tokens: int | None) -> ModelMetadata:
-    """Prompts of at most ``context_tokens`` and their parts' shares; by default, and at most, what the model says."""
-    usual = metadata.usual_prompt_tokens or metadata.max_prompt_tokens  # which the budgets are for
+    """Limit prompts to ``context_tokens``, and their parts in proportion; the model's own limit is the maximum."""
+    usual = metadata.usual_prompt_tokens or metadata.max_prompt_tokens  # the budgets refer to this length
     wanted = min(context_tokens or usual, metadata.max_prompt_tokens)
     if wanted == metadata.max_prompt_tokens == usual:
         return metadata

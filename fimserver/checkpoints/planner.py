@@ -1,17 +1,17 @@
-"""What a model needs of a card, and how fast the card can be at best, before anything is downloaded.
+"""Plan a model's memory on a GPU, and the GPU's speed limit, before anything is downloaded.
 
-    plan_on_gpu   Checkpoint (checkpoints/memory.py), card, context -> Plan: memory line by line, steps, what makes it fit
-    plan_on_cpu    the same for a machine without one
+    plan_on_gpu   Checkpoint (checkpoints/memory.py), GPU, context -> Plan: memory by line, steps, what makes it fit
+    plan_on_cpu   the same for a machine without a GPU
 
-A step reads every weight it needs once, so its time is at least these bytes over the card's bandwidth: the ceiling.
-C canvas tokens that take k of E experts each reach E * (1 - (1 - k/E)^C) of them, were the router to choose evenly.
+A step reads every weight it needs once, so its time is at least these bytes over the GPU's bandwidth: the ceiling.
+C canvas tokens that take k of E experts each reach E * (1 - (1 - k/E)^C) of them, if the router chooses evenly.
 
-A long prompt is read in chunks, each with a mask over all of it, and its keys move when their buffer grows. A recorded
-pass has a mask of its own; counted are as many as a cache keeps, of the longest canvases.
+A long prompt is encoded in chunks, each with a mask over all of it, and its keys move when their buffer grows. A CUDA
+graph has a mask of its own; the plan counts as many as a cache keeps, of the longest canvases.
 
 Knows:  what checkpoints/memory.py reads, arithmetic.  Never: torch, tensors, the network.
 Units:  GB are 1e9 bytes, GiB 2^30; a context and a canvas are counted in tokens.
-Equal:  memory on a CPU to what the engine holds (tests/checkpoints/test_planner.py).
+Equal:  memory on a CPU to the engine's (tests/checkpoints/test_planner.py).
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -23,20 +23,20 @@ from fimserver.errors import FimserverError
 
 DEFAULT_CONTEXT_TOKENS = 8192
 STEP_CANVASES = (16, 32, 64, 256)
-PCIE_SHARE = 0.8  # of the bus' nominal rate, what copies of pinned memory reach
+PCIE_SHARE = 0.8  # of the bus's nominal rate, reached by copies of pinned memory
 _EARLIER_PROMPTS_BYTES = 512 * 2**20  # engine/modeling/prompt_cache.py: MAX_BYTES
 _CONTEXT_BYTES = 800_000_000  # of a driver, its kernels and a workspace
 _PROCESS_BYTES = 600_000_000  # of Python, torch and transformers without a model
 _CHUNK_TOKENS = 512  # engine/modeling/prompt_cache.py
-_GROWTH_TOKENS = 4096  # engine/modeling/kv_cache.py: what buffers may have beyond what is in them
+_GROWTH_TOKENS = 4096  # engine/modeling/kv_cache.py: maximum spare room in buffers
 _RECORDED_PASSES, _RECORDED_MULTIPLE = 12, 16  # engine/modeling/graphs.py, engine/modeling/model.py
-_TABLED_TOKENS = 16384  # engine/modeling/network.py: rotations of so many positions
+_TABLED_TOKENS = 16384  # engine/modeling/network.py: positions in the rotation tables
 _LOGITS_COPIES = (
-    3  # float32, alive at once: a head's, capped or drawn from, and one in the making (engine/decoding/denoise.py)
+    3  # float32, alive at once: the head's, capped or sampled from, and one temporary (engine/decoding/denoise.py)
 )
 _ALL_IN_4_BITS = "experts, attention, dense part in NVFP4"
 _FP8_REST = "fp8 for the bf16 rest (not in the engine)"
-_SHOWN_IN_BILLIONS = 10_000_000  # parameters, from here on
+_SHOWN_IN_BILLIONS = 10_000_000  # parameters; smaller counts are shown in millions
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Line:
 class Step:
     """One denoising step at best: what it reads, and over which bus.
 
-    ``distinct_experts`` of a layer; ``bus_bytes`` are those of experts that wait in host memory.
+    ``distinct_experts`` per layer; ``bus_bytes`` are those of experts in host memory.
     """
 
     canvas_tokens: int
@@ -65,7 +65,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class HostPlan:
-    """Some experts of each layer on the card, all of them in host memory."""
+    """Some experts of each layer on the GPU, all of them in host memory."""
 
     change: str
     experts_on_gpu: int
@@ -77,7 +77,7 @@ class HostPlan:
 
 @dataclass(frozen=True, slots=True)
 class Remedy:
-    """A change, and what the plan is then; ``is_there`` says whether the engine can do it."""
+    """A change and the resulting plan; ``is_there`` means that the engine supports it."""
 
     change: str
     total_bytes: int
@@ -88,10 +88,10 @@ class Remedy:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Memory line by line, and steps with everything on the card.
+    """Memory line by line, and steps with everything on the GPU.
 
-    ``largest_context_tokens`` is 0 where not even the shortest fits; ``remedies`` and ``host_plans`` are what to change
-    where the plan does not.
+    ``largest_context_tokens`` is 0 if not even the shortest fits; ``remedies`` and ``host_plans`` are alternatives for
+    a plan that does not fit.
     """
 
     model: str
@@ -115,7 +115,7 @@ class Plan:
 
 
 def plan_on_gpu(checkpoint: Checkpoint, gpu: Gpu, context_tokens: int = DEFAULT_CONTEXT_TOKENS) -> Plan:
-    """What this checkpoint needs of this card. Raises ``FimserverError`` for a context it does not know."""
+    """Plan a checkpoint on a GPU. Raises ``FimserverError`` for an unsupported context."""
     _check_context(checkpoint, context_tokens)
     lines = _gpu_lines(checkpoint, context_tokens)
     total = _sum(lines)
@@ -143,7 +143,7 @@ def plan_on_gpu(checkpoint: Checkpoint, gpu: Gpu, context_tokens: int = DEFAULT_
 
 
 def plan_on_cpu(checkpoint: Checkpoint, memory_bytes: int, context_tokens: int = DEFAULT_CONTEXT_TOKENS) -> Plan:
-    """What this checkpoint needs of main memory, of which a machine has so much."""
+    """Plan a checkpoint in main memory of ``memory_bytes``."""
     _check_context(checkpoint, context_tokens)
     lines = _cpu_lines(checkpoint, context_tokens)
     total = _sum(lines)
@@ -167,14 +167,15 @@ def plan_on_cpu(checkpoint: Checkpoint, memory_bytes: int, context_tokens: int =
         steps=(),
         remedies=tuple(remedies) if total > memory_bytes and largest else (),
         host_plans=(),
-        notes=("Weights are float32 on a CPU; 4 bits are how they are stored, not how they are held.",),
+        notes=("Weights are float32 on a CPU; 4 bits are only their format on disk.",),
     )
 
 
 def count_experts_on_gpu(checkpoint: Checkpoint, context_tokens: int, memory_bytes: int) -> int:
-    """Experts of each layer that a card has room for beside all else; less than 1 where not one fits.
+    """Return how many experts of each layer fit on a GPU next to everything else; below 1 if not one fits.
 
-    Those that a pass misses are fetched into places of these (engine/modeling/expert_cache.py), so they need no room of theirs.
+    Missing experts are fetched into slots of these (engine/modeling/expert_cache.py), so they need no memory of
+    their own.
     """
     experts = checkpoint.bytes_of(Role.EXPERTS)
     rest = _sum(_gpu_lines(checkpoint, context_tokens)) - experts
@@ -182,7 +183,7 @@ def count_experts_on_gpu(checkpoint: Checkpoint, context_tokens: int, memory_byt
 
 
 def weight_lines_on_cpu(checkpoint: Checkpoint) -> tuple[Line, ...]:
-    """Float32 weights of transformers' modules, and the copies that engine/modeling/network.py keeps beside them."""
+    """Return lines for the float32 modules of transformers, and the copies that engine/modeling/network.py keeps."""
     shape = checkpoint.shape
     roles = [Role.ATTENTION, Role.DENSE, Role.SELF_CONDITIONING]
     if shape.num_experts == 1:
@@ -198,7 +199,7 @@ def weight_lines_on_cpu(checkpoint: Checkpoint) -> tuple[Line, ...]:
 
 
 def weight_lines_on_gpu(checkpoint: Checkpoint) -> Iterator[Line]:
-    """Weights as engine/modeling/network.py holds them, each once: it takes them out of the modules that were loaded."""
+    """Yield lines for the weights of engine/modeling/network.py, once each: loaded modules are emptied."""
     for role in Role:
         for part in checkpoint.parts:
             if part.role is role and role is not Role.NORMS:
@@ -211,7 +212,7 @@ def weight_lines_on_gpu(checkpoint: Checkpoint) -> Iterator[Line]:
 
 
 def step_bytes(checkpoint: Checkpoint, canvas_tokens: int, context_tokens: int) -> int:
-    """What a step over a prompt of so many tokens reads: weights once, the embedding twice, keys and values.
+    """Return the bytes that a step reads after a prompt: weights once, the embedding twice, keys and values.
 
     The embedding is read by the head and by self-conditioning on all tokens. Logits and activations are left out.
     """
@@ -229,7 +230,7 @@ def _gpu_lines(checkpoint: Checkpoint, context_tokens: int) -> tuple[Line, ...]:
     return (
         *weight_lines_on_gpu(checkpoint),
         *_running_lines(shape, context_tokens, width=2),
-        Line("masks of recorded passes", 2 * _captured_rows(shape) * _seen_tokens(shape, context_tokens), "at most"),
+        Line("masks of CUDA graphs", 2 * _captured_rows(shape) * _seen_tokens(shape, context_tokens), "at most"),
         Line("driver and workspace", _CONTEXT_BYTES),
     )
 
@@ -243,7 +244,7 @@ def _cpu_lines(checkpoint: Checkpoint, context_tokens: int) -> tuple[Line, ...]:
 
 
 def _running_lines(shape: Shape, context_tokens: int, *, width: int) -> Iterator[Line]:
-    """What requests need; ``width`` bytes a number of the cache."""
+    """Yield lines for the memory of requests; ``width`` bytes per number of the cache."""
     sliding, full = shape.cache_bytes(context_tokens, width=width)
     kept = min(context_tokens, shape.window_tokens + MARGIN_TOKENS)
     count = sum(layer.is_sliding for layer in shape.layers)
@@ -259,7 +260,7 @@ def _running_lines(shape: Shape, context_tokens: int, *, width: int) -> Iterator
 
 
 def _prompt_bytes(shape: Shape, context_tokens: int, *, width: int) -> int:
-    """Work memory of a prompt: room ahead in buffers, and a layer's keys once more as they grow, or a chunk's masks."""
+    """Return the work memory of a prompt: spare room in buffers, and a layer's keys on growth, or a chunk's masks."""
     full = [layer.cache_bytes(1, width=width) for layer in shape.layers if not layer.is_sliding]
     ahead = min(_GROWTH_TOKENS, max(256, context_tokens // 2)) * sum(full)
     once_more = (context_tokens + shape.canvas_tokens) * max(full, default=0) // 2
@@ -269,22 +270,22 @@ def _prompt_bytes(shape: Shape, context_tokens: int, *, width: int) -> int:
 
 
 def _captured_rows(shape: Shape) -> int:
-    """Rows of all masks that a cache's recordings have at most: the longest canvas without a condition, others with.
+    """Return an upper bound on the mask rows in a cache's CUDA graphs: the longest canvas unconditioned, others with.
 
-    And of one copy, which kernels need of a mask whose rows do not begin where they can read.
+    Includes one copy, which kernels make of a mask whose rows are not aligned.
     """
     lengths = range(shape.canvas_tokens, 0, -_RECORDED_MULTIPLE)
     return 2 * shape.canvas_tokens + sum(lengths[: _RECORDED_PASSES - 1])
 
 
 def _seen_tokens(shape: Shape, context_tokens: int) -> int:
-    """Places in the buffers of a full layer and of a sliding one: a mask is as wide as both."""
+    """Return the places in the buffers of a full layer and of a sliding one, the total width of their masks."""
     near = min(context_tokens, shape.window_tokens + MARGIN_TOKENS) + shape.canvas_tokens
     return near + context_tokens + shape.canvas_tokens + min(_GROWTH_TOKENS, max(256, context_tokens // 2))
 
 
 def _steps(checkpoint: Checkpoint, gpu: Gpu, context_tokens: int, missing_share: float = 0.0) -> tuple[Step, ...]:
-    """A step for each size of canvas; of the experts it reaches, so many wait in host memory."""
+    """Return a step for each canvas size; ``missing_share`` of the experts it reaches are in host memory."""
     shape, found = checkpoint.shape, []
     bus_bytes_per_s = gpu.pcie_gb_per_s * PCIE_SHARE * 1e9
     for canvas in sorted({c for c in STEP_CANVASES if c < shape.canvas_tokens} | {shape.canvas_tokens}):
@@ -317,14 +318,15 @@ def _remedies(checkpoint: Checkpoint, gpu: Gpu, context_tokens: int) -> Iterator
 
 
 def _host_plans(checkpoint: Checkpoint, gpu: Gpu, context_tokens: int) -> Iterator[HostPlan]:
-    """With the rest as it is, and in 4 bits; none for one expert, shared memory, or a rest that does not fit."""
+    """Yield plans with the rest as it is, and in 4 bits; none for one expert, shared memory, or too large a rest."""
     if checkpoint.shape.num_experts == 1 or not gpu.pcie_gb_per_s:
         return
     where = "experts in host memory"
     if any(part.format is not Format.NVFP4 for part in checkpoint.parts if part.role is Role.EXPERTS):
         if not _has_whole_blocks(checkpoint.shape):
             return
-        checkpoint, where = checkpoint.with_experts_in_nvfp4(), "experts in NVFP4 in host memory"  # only these can be
+        # host memory needs 4 bits
+        checkpoint, where = checkpoint.with_experts_in_nvfp4(), "experts in NVFP4 in host memory"
     rest = checkpoint.with_projections_in_nvfp4()
     variants = [(where, checkpoint)]
     if _has_whole_blocks(checkpoint.shape) and rest != checkpoint:
@@ -339,7 +341,7 @@ def _host_plans(checkpoint: Checkpoint, gpu: Gpu, context_tokens: int) -> Iterat
 
 
 def _has_whole_blocks(shape: Shape) -> bool:
-    """Whether every row of a projection is whole blocks, as NVFP4 asks for."""
+    """Return whether every row of a projection is whole blocks, as NVFP4 requires."""
     widths = (shape.hidden_size, shape.expert_size, shape.dense_size)
     heads = (shape.num_heads * layer.head_size for layer in shape.layers)
     return not any(width % BLOCK for width in (*widths, *heads))
@@ -348,9 +350,9 @@ def _has_whole_blocks(shape: Shape) -> bool:
 def _gpu_notes(gpu: Gpu) -> tuple[str, ...]:
     notes = [
         "The vision part is left out: the server never loads it.",
-        "Steps are ceilings: weights, keys and values over the card's bandwidth, no logits, no activations.",
-        "The embedding is read twice a step; conditioning on the likeliest tokens alone saves one of these.",
-        "Not counted: several candidates side by side, recorded passes but for their masks, other packages' kernels.",
+        "Steps are ceilings: weights, keys and values over the GPU's bandwidth, no logits, no activations.",
+        "The embedding is read twice per step; conditioning on the most likely tokens alone saves one of these.",
+        "Not counted: several candidates side by side, CUDA graphs except for their masks, other packages' kernels.",
         "Weights in fp8 are expanded to bf16 when they are loaded.",
     ]
     if not gpu.pcie_gb_per_s:
@@ -361,7 +363,7 @@ def _gpu_notes(gpu: Gpu) -> tuple[str, ...]:
 def _largest_context(
     checkpoint: Checkpoint, lines_of: Callable[[Checkpoint, int], Iterable[Line]], memory_bytes: int
 ) -> int:
-    """The longest context that fits, in tokens; 0 for none."""
+    """Return the longest context that fits, in tokens; 0 for none."""
     low, high = 0, checkpoint.shape.longest_context_tokens
     while low < high:
         middle = (low + high + 1) // 2

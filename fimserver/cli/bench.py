@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from fimserver.cli.options import decoding_options, engine_options, read_options, run_measurement
+from fimserver.cli.options import decoding_options, engine_options, open_option, read_options, run_measurement
 
 
 @click.group(name="eval")
@@ -56,13 +56,17 @@ def infilling(
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @decoding_options
 @engine_options
-@click.option("--guesses/--no-matches", default=True, help="Offer what followed the same text elsewhere, or never.")
-def lines(limit: int, as_json: bool, matches: bool, **options: Any) -> None:  # noqa: FBT001
+@click.option("--matches/--no-matches", default=True, help="Offer what followed the same text elsewhere, or never.")
+@open_option
+def lines(limit: int, as_json: bool, matches: bool, others: tuple[str, ...], **options: Any) -> None:  # noqa: FBT001
     """Complete cut code lines of the standard library, as an editor would ask: answered, exact, sound, time."""
     from fimserver.bench.lines import evaluate_lines  # noqa: PLC0415
+    from fimserver.cli.complete import read_others  # noqa: PLC0415
 
     settings = read_options(options)
-    run_measurement(lambda: evaluate_lines(settings, limit=limit, matches=matches), as_json=as_json)
+    run_measurement(
+        lambda: evaluate_lines(settings, limit=limit, matches=matches, others=read_others(others)), as_json=as_json
+    )
 
 
 @evaluate.command()
@@ -98,7 +102,7 @@ def ranking(data: Path, limit: int, as_json: bool, **options: Any) -> None:  # n
 @click.option("--kinds", metavar="A,B", help="Only these of rest_of_line, expression, statement, block, identifier.")
 @click.option("--modes", metavar="A,B", help="Only these of verified, diffusion, autoregressive.")
 @click.option("--against", metavar="NAME|FOLDER", help="Another model, filling the same holes.")
-@click.option("--guesses/--no-matches", default=False, help="Give the engine what followed the same text elsewhere.")
+@click.option("--matches/--no-matches", default=False, help="Give the engine what followed the same text elsewhere.")
 @click.option("--plots", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="Write pictures.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--seed", type=int, metavar="N", help="Seed of all that is drawn.")
@@ -190,70 +194,6 @@ def keystroke(
         run_measurement(lambda: replay_typing(settings, limit=limit or 300, speed=speed), as_json=as_json)
     else:
         run_measurement(lambda: measure_typing(settings, limit=limit or 600), as_json=as_json)
-
-
-@bench.command()
-@click.option(
-    "--editors", type=click.IntRange(min=1, max=64), default=8, show_default=True, metavar="N", help="Windows."
-)
-@click.option("--edits", type=click.IntRange(min=1), metavar="N", help="Of each.  [default: 1000]")
-@click.option("--faults", type=click.IntRange(min=0), metavar="N", help="Kills and stops.  [default: 10]")
-@click.option("--nightly", is_flag=True, help="20,000 edits and 60 faults, which say more of memory.")
-@click.option("--each", type=click.IntRange(min=1), metavar="N", help="Instead: try each fault N times.")
-@click.option("--only", metavar="TEXT", help="With --each: those whose name has it.")
-@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of all that is drawn.")
-@click.option("--torn", is_flag=True, help="Edit at random, until the files are no code any more.")
-@click.option("--human", is_flag=True, help="Type with a person's pauses, and ask at each key.")
-@_speed_option
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def soak(  # noqa: PLR0913
-    *,
-    editors: int,
-    edits: int | None,
-    faults: int | None,
-    nightly: bool,
-    each: int | None,
-    only: str | None,
-    seed: int,
-    torn: bool,
-    human: bool,
-    speed: float,
-    as_json: bool,
-) -> None:
-    """Many editors at one daemon, edits with hardly a pause, kills now and then: what is lost, late or left behind.
-
-    Exit code 1 where anything was, or where the daemon's memory grows.
-    """
-    from fimserver.bench import soak as bench_soak  # noqa: PLC0415
-    from fimserver.bench.trials import Trials, print_trials, try_each  # noqa: PLC0415
-    from fimserver.bench.windows import Manner  # noqa: PLC0415
-
-    if only is not None and each is None:
-        msg = "--only goes with --each"
-        raise click.UsageError(msg)
-    if human and (torn or each is not None):
-        msg = "--human goes neither with --torn nor with --each"
-        raise click.UsageError(msg)
-    if each is not None:
-        tried: list[Trials] = []
-
-        def measure_each() -> Trials:
-            tried.append(try_each(each, only or ""))
-            return tried[0]
-
-        run_measurement(measure_each, as_json=as_json, show=print_trials)
-        sys.exit(0 if tried and tried[0].is_good else 1)
-    manner = Manner(is_torn=torn, speed=speed if human else None)
-    found: list[bench_soak.Summary] = []
-
-    def measure() -> bench_soak.Summary:
-        defaults = (bench_soak.NIGHTLY_EDITS, bench_soak.NIGHTLY_FAULTS) if nightly else (1000, 10)
-        length = (edits or defaults[0], defaults[1] if faults is None else faults)
-        found.append(bench_soak.soak(editors, *length, seed, manner))
-        return found[0]
-
-    run_measurement(measure, as_json=as_json)
-    sys.exit(0 if found and found[0].is_good else 1)
 
 
 @bench.command()

@@ -201,11 +201,16 @@ def report(with_code: bool, write: Path | None, yes: bool) -> None:  # noqa: FBT
     Without --with-code there are no names of files and no code in it.
     """
     from fimserver.cli.explain import to_report  # noqa: PLC0415  rich
+    from fimserver.paths import create_private  # noqa: PLC0415
 
     text = to_report(with_code=with_code)
     click.echo(text)
     if write is not None and (yes or click.confirm(f"write this to {write}?", err=True)):
-        write_private(write, text + "\n")
+        try:
+            create_private(write, text + "\n")
+        except OSError as error:
+            msg = f"{write} cannot be written ({error.strerror}); name another file"
+            raise PathError(msg) from error
         click.echo(f"wrote {write}", err=True)
 
 
@@ -225,9 +230,8 @@ def stats(days: int | None, as_json: bool, as_html: bool, write: Path | None, fo
     from rich.console import Console  # noqa: PLC0415
 
     from fimserver.cli.stats_page import print_statistics, to_json_object, to_page  # noqa: PLC0415
-    from fimserver.lsp.usage import FOLDER_NAME, forget_statistics, read_statistics  # noqa: PLC0415
-    from fimserver.paths import make_private, state_folder  # noqa: PLC0415
-    from fimserver.paths import write_private as replace_private  # noqa: PLC0415
+    from fimserver.lsp.usage.ledger import FOLDER_NAME, forget_statistics, read_statistics  # noqa: PLC0415
+    from fimserver.paths import make_private, state_folder, write_private  # noqa: PLC0415
 
     with suppress(DaemonError):  # one that does not answer has written what it had half a minute ago
         ask("forget" if forget else "save")
@@ -250,7 +254,7 @@ def stats(days: int | None, as_json: bool, as_html: bool, write: Path | None, fo
     elif as_html:
         target = write or make_private(state_folder()) / "statistics.html"
         try:
-            replace_private(target, to_page(found, today))
+            write_private(target, to_page(found, today))
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or "it is no file's name"
             msg = f"{target} cannot be written ({why}); name another file with --write"
@@ -262,16 +266,6 @@ def stats(days: int | None, as_json: bool, as_html: bool, write: Path | None, fo
         click.echo("nothing was counted yet; the setting learnFromUse turns the counting off and on")
     else:
         print_statistics(found, Console(highlight=False))
-
-
-def write_private(path: Path, text: str) -> None:
-    """Write a file that is not there yet, for its owner alone. Raises ``PathError``."""
-    try:
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-            file.write(text)
-    except OSError as error:
-        msg = f"{path} cannot be written ({error.strerror}); name another file"
-        raise PathError(msg) from error
 
 
 def to_lines(status_of: dict[str, Any]) -> list[str]:

@@ -21,12 +21,12 @@ from rich.table import Table
 from rich.text import Text
 
 from fimserver import __version__
-from fimserver.cli.complete import Result, print_trace
+from fimserver.cli.complete import print_trace
 from fimserver.daemon.launch import ask, read_status
-from fimserver.datatypes import FimContext, PartialAnswer, Sampling
+from fimserver.datatypes import FimContext, PartialAnswer, Sampling, from_plain
 from fimserver.engine.client import EngineClient, EngineOptions
 from fimserver.errors import DaemonError
-from fimserver.frames import from_plain
+from fimserver.pipeline import Outcome
 
 LOAD_TIMEOUT_S = 300.0
 NO_DAEMON = "no daemon runs, so there are no requests to explain; an editor starts it"
@@ -67,7 +67,7 @@ def print_records(records: Iterable[Mapping[str, Any]]) -> None:
     Console(highlight=False).print(table)
 
 
-def replay(request: str) -> Result:
+def replay(request: str) -> Outcome:
     """Ask the model again what it was asked for a request, and trace it. Raises ``DaemonError``, ``EngineError``."""
     answer = ask("replay", request=request)
     if answer is None:
@@ -77,22 +77,22 @@ def replay(request: str) -> Result:
         msg = f"the model was not asked for request {request!r}, or too long ago; fimserver explain lists requests"
         raise DaemonError(msg)
     engine = EngineClient(EngineOptions(**asked["engine"]))
-    result = Result(context=from_plain(FimContext, asked["context"]))
-    assert result.context is not None
-    result.hole = result.context.hole
+    outcome = Outcome(context=from_plain(FimContext, asked["context"]))
+    assert outcome.context is not None
+    outcome.hole = outcome.context.hole
     partials: list[PartialAnswer] = []
     try:
         with Console(stderr=True).status("loading the model"):
             engine.start()
-            result.model = engine.wait_until_ready(LOAD_TIMEOUT_S)
+            outcome.model = engine.wait_until_ready(LOAD_TIMEOUT_S)
         sampling = from_plain(Sampling, {**asked["sampling"], "trace": True})
-        result.generation = engine.complete(result.context, sampling, on_partial=partials.append).future.result()
+        outcome.generation = engine.complete(outcome.context, sampling, on_partial=partials.append).future.result()
     finally:
         engine.close()
-    result.partials = partials
-    result.timings_ms = result.generation.timings_ms
-    print_trace(result, Console(highlight=False, soft_wrap=True))
-    return result
+    outcome.partials = partials
+    outcome.timings_ms = outcome.generation.timings_ms
+    print_trace(outcome, Console(highlight=False, soft_wrap=True))
+    return outcome
 
 
 def to_report(*, with_code: bool) -> str:

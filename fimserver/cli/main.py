@@ -35,6 +35,7 @@ from fimserver.cli.options import (
     decoding_options,
     engine_options,
     exit_on_error,
+    open_option,
     read_options,
     run_measurement,
     to_overrides,
@@ -65,7 +66,7 @@ for command in (bench, daemon, evaluate, explain, model, quantize_model, report,
 def lsp(no_daemon: bool, stdio: bool, **options: Any) -> None:  # noqa: ARG001, FBT001  click hands flags over by name
     """Serve one editor over stdio (LSP 3.18, textDocument/inlineCompletion), by the daemon that serves all."""
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="fimserver: %(levelname)s %(message)s")
-    from fimserver.__main__ import serve  # noqa: PLC0415  the command's first step, which comes by here for help alone
+    from fimserver.daemon.stdio import serve  # noqa: PLC0415
 
     if sys.stdin.isatty():
         click.echo("fimserver lsp waits for an editor on stdin; see README.md, or try: fimserver complete", err=True)
@@ -81,6 +82,7 @@ def lsp(no_daemon: bool, stdio: bool, **options: Any) -> None:  # noqa: ARG001, 
 @click.option("--trace", is_flag=True, help="Show hole, context, prompt, every canvas and timings.")
 @click.option("--watch", is_flag=True, help="Go on: show what would be offered as the file is saved.")
 @click.option("--set", "pairs", multiple=True, metavar="NAME=VALUE", help="Any setting; see docs/settings.md.")
+@open_option
 @decoding_options
 @engine_options
 def complete(  # noqa: PLR0913, PLR0917  one parameter an option
@@ -90,6 +92,7 @@ def complete(  # noqa: PLR0913, PLR0917  one parameter an option
     trace: bool,  # noqa: FBT001
     watch: bool,  # noqa: FBT001
     pairs: tuple[str, ...],
+    others: tuple[str, ...],
     **options: Any,
 ) -> None:
     """Complete at LINE:COL of FILE, for instance app.py:12:5; - reads standard input.
@@ -99,7 +102,7 @@ def complete(  # noqa: PLR0913, PLR0917  one parameter an option
     Lines and columns count from 1, columns in characters; the end of a line is its length and 1.
     With --json the trace goes to standard error.
     """
-    from fimserver.cli.complete import Target, complete_target, parse_file, parse_target, print_result  # noqa: PLC0415
+    from fimserver.cli.complete import Target, complete_target, parse_file, parse_target, print_outcome, read_others  # noqa: PLC0415
 
     settings = read_options(options, pairs)
     if watch and target.startswith("-:"):
@@ -108,22 +111,23 @@ def complete(  # noqa: PLR0913, PLR0917  one parameter an option
     try:
         in_file = watch and Path(target).is_file()
         place: Target = parse_file(target) if in_file else parse_target(target, path, sys.stdin.buffer)
+        documents = read_others(others)
     except FimserverError as error:
         raise click.UsageError(str(error)) from error
     if watch:
-        _watch(place, settings, as_json=as_json)
+        _watch(place, settings, documents, as_json=as_json)
         return
-    result = complete_target(place, settings, trace=trace)
-    print_result(result, place, as_json=as_json, trace=trace)
-    sys.exit(0 if result.completion is not None else 1)
+    outcome = complete_target(place, settings, trace=trace, others=documents)
+    print_outcome(outcome, place, as_json=as_json, trace=trace)
+    sys.exit(0 if outcome.completion is not None else 1)
 
 
-def _watch(place: Any, settings: Settings, *, as_json: bool) -> None:
+def _watch(place: Any, settings: Settings, others: Any, *, as_json: bool) -> None:
     from fimserver.cli.watch import watch_file  # noqa: PLC0415
 
     with exit_on_error():
         try:
-            watch_file(place, settings, as_json=as_json)
+            watch_file(place, settings, as_json=as_json, others=others)
         except KeyboardInterrupt:
             click.echo(err=True)
 

@@ -87,6 +87,15 @@ def read_options(
     return _parse(values, parse_settings(configured, Settings(seed=seed, candidates=1)))
 
 
+open_option = click.option(
+    "--open",
+    "others",
+    multiple=True,
+    metavar="FILE",
+    help="Another file that is open, as in an editor: matches and snippets may come from it. The last edited first.",
+)
+
+
 @contextlib.contextmanager
 def exit_on_error() -> Iterator[None]:
     """What cannot be done is exit 1 with the reason."""

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fimserver.lsp.usage import Day, Statistics, Tally, middle_of, percentile
+from fimserver.lsp.usage.ledger import Day, Statistics, Tally, middle_of, percentile
 
 SOURCES = {
     "model": "written by the model",

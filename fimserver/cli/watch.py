@@ -9,16 +9,18 @@ Knows:  files, ``cli/complete.py``, the terminal.  Never: LSP.
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
-from fimserver.cli.complete import LOAD_TIMEOUT_S, Result, Target, complete_snapshot, read_text, to_ghost_line, to_json
+from fimserver import pipeline
+from fimserver.cli.complete import LOAD_TIMEOUT_S, Target, read_text, to_ghost_line, to_json
 from fimserver.datatypes import Snapshot
 from fimserver.engine.client import EngineClient, EngineOptions
 from fimserver.errors import PositionError
+from fimserver.pipeline import OtherDocument, Outcome, Query
 from fimserver.settings import Settings
 from fimserver.text import common_prefix_length, common_suffix_length
 
@@ -26,7 +28,9 @@ _POLL_S = 0.1
 _LINES_ABOVE = 3
 
 
-def watch_file(target: Target, settings: Settings, *, as_json: bool) -> None:
+def watch_file(
+    target: Target, settings: Settings, *, as_json: bool, others: Sequence[OtherDocument] = ()
+) -> None:
     """Complete at the target, then wherever a save changes the file, until it is interrupted.
 
     Raises ``PositionError`` for a file that cannot be read, ``EngineError`` for a model that does not load.
@@ -39,8 +43,8 @@ def watch_file(target: Target, settings: Settings, *, as_json: bool) -> None:
             engine.wait_until_ready(LOAD_TIMEOUT_S)
         console.print(f"watching {target.name}; save it to see what would be offered, Ctrl-C ends", highlight=False)
         for snapshot in snapshots_of(target):
-            result = complete_snapshot(snapshot, settings, lambda: engine)
-            _show(result, Target(target.name, snapshot), as_json=as_json)
+            outcome = pipeline.complete(Query(snapshot, settings, others=others), lambda: engine)
+            _show(outcome, Target(target.name, snapshot), as_json=as_json)
     finally:
         engine.close()
 
@@ -81,14 +85,14 @@ def changed_at(old: str, new: str) -> int:
     return end - 1 if end > start and new[end - 1] == "\n" else end
 
 
-def _show(result: Result, target: Target, *, as_json: bool) -> None:
+def _show(outcome: Outcome, target: Target, *, as_json: bool) -> None:
     if as_json:
-        sys.stdout.write(json.dumps(to_json(result, target)) + "\n")
+        sys.stdout.write(json.dumps(to_json(outcome, target)) + "\n")
         sys.stdout.flush()
         return
     snapshot = target.snapshot
     above = snapshot.text[: snapshot.cursor].split("\n")[-_LINES_ABOVE - 1 : -1]
-    lines = [Text(line, style="dim") for line in above] + [to_ghost_line(result.completion, snapshot)]
-    if result.completion is None:
-        lines.append(Text(f"(nothing: {result.refusal.detail if result.refusal else ''})", style="italic"))
+    lines = [Text(line, style="dim") for line in above] + [to_ghost_line(outcome.completion, snapshot)]
+    if outcome.completion is None:
+        lines.append(Text(f"(nothing: {outcome.refusal.detail if outcome.refusal else ''})", style="italic"))
     Console(highlight=False, soft_wrap=True).print(Text("\n").join(lines), "\n")

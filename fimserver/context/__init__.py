@@ -1,4 +1,4 @@
-"""From a snapshot to what the engine is told, and from its answer to what is offered.
+"""Turn a snapshot into the engine's input, and the engine's answer into a completion.
 
 Knows:  text, syntax trees, holes; budgets in characters.  Never: LSP types, tokens, tensors.
 """

@@ -1,15 +1,17 @@
-"""Whether a text can go on at the cursor: lexical rules, checked piece by piece while an answer is written.
+"""Check lexically, piece by piece, whether a text can continue an answer at the cursor.
 
-    judge(text)    ALLOWED, FORBIDDEN, or END: what stands behind the cursor goes on with the same
-    accept(text)   the answer goes on with it
-    may_end()      whether the answer may end here
+    judge(text)    ALLOWED, FORBIDDEN, or END: the text after the cursor continues with the same character
+    accept(text)   append the text to the answer
+    may_end()      return whether the answer may end here
 
-    closers        of another kind than what is open; of what is closed behind the cursor already
-    strings        a line's end in a string that may not have one; the quote that stands behind the cursor
-    lines          Python: deeper below a line that opens no block, not deeper below one that does, between two depths
-    ends           with brackets that stay open, in a string of one line, a Python header without its colon
+What is forbidden:
 
-Nothing is refused that could be right: a doubt is a yes.
+    closers        a bracket that does not match the open one, or that is already closed after the cursor
+    strings        a line end in a single-line string; the quote that already follows the cursor
+    lines          Python: deeper after a line that opens no block, not deeper after one that does, between two depths
+    ends           with open brackets, in a single-line string, after a Python header without its colon
+
+In doubt a text is allowed: nothing that could be right is refused.
 
 Knows:  the texts of a context, lexical tables.  Never: trees, tokens.
 """
@@ -39,9 +41,10 @@ _GOES_ON = re.compile(r"(?:[=+\-/%&|^~<>@]|(?<![\d.])\.|\b(?:and|or|not|in|is|la
 
 @dataclass(frozen=True, slots=True)
 class _State:
-    """``code`` since a place outside any string, within ``outer``; ``floor`` brackets are older than the answer.
+    """Code since a position outside any string.
 
-    ``previous`` is how deep the last statement is and whether it opens a block, ``levels`` are depths around.
+    ``code`` lies within the brackets ``outer``; ``floor`` of the open brackets are older than the answer. ``previous``
+    is the depth of the last statement and whether it opens a block; ``levels`` are the depths of the blocks around it.
     """
 
     code: str
@@ -52,12 +55,12 @@ class _State:
     statement: int | None
     levels: tuple[int, ...]
     previous: tuple[int, bool] | None = None
-    is_fresh: bool = False  # the line begins in the answer,
-    begins: bool = False  # and it, or a blank line at the cursor, begins a statement
+    is_fresh: bool = False  # the current line begins in the answer
+    begins: bool = False  # the current line begins a statement
 
 
 class Continuation:
-    """The rules for one hole, and how far its answer is."""
+    """The rules for one hole, and the state of its answer so far."""
 
     def __init__(self, context: FimContext, *, taken_off: int = 0) -> None:
         self.language = find_language(context.language_id)
@@ -65,7 +68,7 @@ class Continuation:
         before = context.head + context.prefix
         whole = state = scan(before, self.language)
         doubtful = bool(state.quote or state.in_comment)
-        if doubtful and self._hole.kind in _CODE:  # then the window begins in a string
+        if doubtful and self._hole.kind in _CODE:  # the window begins inside a string
             before, doubtful = _behind_string(context.prefix, self.language)
             whole = scan(before, self.language)
         elif self._hole.kind is not HoleKind.SPAN:
@@ -75,7 +78,7 @@ class Continuation:
         state = _scan(code, _marks(place.outer), self.language)
         self._quote = state.quote
         nested = any(mark not in CLOSER_OF or mark in '"`' for mark in state.brackets)
-        if self._hole.kind is HoleKind.SPAN:  # it may be anywhere, so also in a window that begins in a string
+        if self._hole.kind is HoleKind.SPAN:  # a span may be anywhere, also in a window that begins inside a string
             doubtful = any(q.multiline and q.open in before for q in self.language.quotes)
         self.is_active = (
             self.language.id in _LANGUAGES
@@ -85,7 +88,7 @@ class Continuation:
         )
         anything = self._hole.kind is HoleKind.SPAN or bool(state.quote) or state.in_comment
         self._closers = closed_behind(self._suffix, self.language)
-        self._knows_closers = not anything  # what is closed behind a string depends on where that ends
+        self._knows_closers = not anything  # unknown in a string: it depends on where the string ends
         below = self._suffix.split("\n", 2)[1:2]
         goes_on = self._suffix.lstrip().startswith(",")
         self._has_arguments = goes_on or (bool(below) and _ARGUMENT.search(below[0]) is not None)
@@ -103,7 +106,7 @@ class Continuation:
             self._state = replace(self._state, previous=above, statement=None, begins=True)
 
     def judge(self, text: str) -> Verdict:
-        """Whether the answer may go on with a text."""
+        """Return whether ``text`` may continue the answer."""
         if not self.is_active:
             return Verdict.ALLOWED
         state, code = self._state, self._state.code + text
@@ -120,12 +123,12 @@ class Continuation:
         return Verdict.ALLOWED
 
     def accept(self, text: str) -> None:
-        """Go on with a text."""
+        """Append ``text`` to the answer."""
         if self.is_active:
             self._state = self._after(text)
 
     def may_end(self) -> bool:
-        """Whether the answer may end here."""
+        """Return whether the answer may end here."""
         if not self.is_active:
             return True
         code = self._state.code
@@ -151,7 +154,7 @@ class Continuation:
         return not self._is_unfinished(code)
 
     def _judge_at(self, code: str, at: int, floor: int) -> tuple[Verdict, int]:
-        """What one telling character of the answer means; and how many of the older brackets it leaves open."""
+        """Judge the character ``code[at]``, and return how many of the older brackets it leaves open."""
         state = self._scan(code[:at])
         if code[at] not in ")]}":
             return self._judge_mark(code, at, state), floor
@@ -167,18 +170,18 @@ class Continuation:
         return self._judge_older(code, at, opened), len(opened) - 1
 
     def _judge_older(self, code: str, at: int, opened: tuple[Opened, ...]) -> Verdict:
-        """What it means to close a bracket that is older than the answer."""
+        """Judge a closer of a bracket that is older than the answer."""
         if not self._knows_closers or not is_closed(opened, self._closers, self.language):
             return Verdict.ALLOWED
         if self._suffix.lstrip()[:1] == code[at]:
             return Verdict.END
-        # "f(a).g(" and "f(a) and (" may open what is closed on a line below
+        # "f(a).g(" and "f(a) and (" may open a bracket that is closed on a line below
         reopens = code[at + 1 : at + 2] in {".", "(", "["} or not self._has_arguments
         below = opened[-1].at_cursor and not self._closers[0].at_cursor
         return Verdict.ALLOWED if below and reopens else Verdict.FORBIDDEN
 
     def _judge_mark(self, code: str, at: int, state: OpenState) -> Verdict:
-        """What a quote, a colon, a comment or a line's end means."""
+        """Judge a quote, a colon, a comment or a line end."""
         is_python, in_text = self.language.id == "python", bool(state.quote or state.in_comment)
         if code[at] == "\n":
             forbidden = self._is_short(state) and not self._in_doubt(code[:at], state)
@@ -196,7 +199,7 @@ class Continuation:
         return Verdict.FORBIDDEN if forbidden else Verdict.ALLOWED
 
     def _is_stray_colon(self, code: str, at: int, state: OpenState) -> bool:
-        """Whether a colon of Python stands in parentheses that have none: not a parameter's or a lambda's."""
+        """Return whether a Python colon in parentheses belongs to neither a parameter nor a lambda."""
         if not state.brackets.endswith("(") or state.offsets[-1] < 0:
             return False
         before, inside = code[: state.offsets[-1]], code[state.offsets[-1] : at]
@@ -204,7 +207,7 @@ class Continuation:
         return not defines and "lambda" not in inside and code[at : at + 2] != ":="
 
     def _judge_indentation(self, state: _State) -> Verdict:
-        """Of the line that the answer is in, once it says how deep it is."""
+        """Judge the depth of the answer's current line, once the depth is known."""
         if not state.is_fresh or not state.begins or state.previous is None or "\t" in state.code:
             return Verdict.ALLOWED
         code, (above, opens) = state.code, state.previous
@@ -222,7 +225,7 @@ class Continuation:
         return Verdict.ALLOWED
 
     def _after(self, text: str) -> _State:
-        """The state behind a text: lines that are whole are left behind."""
+        """Return the state after ``text``; complete lines are dropped from ``code``."""
         state = replace(self._state, code=self._state.code + text)
         if "\n" not in text:
             return self._lower(state)
@@ -257,7 +260,7 @@ class Continuation:
         )
 
     def _lower(self, state: _State) -> _State:
-        """The state with fewer older brackets where the answer closed some, and with the depth of its line."""
+        """Return the state without the older brackets that the answer closed, and with the depth of its line."""
         if state.begins and state.statement is None and state.code.strip():
             state = replace(state, statement=width(state.code))
         if state.floor and any(c in ")]}" for c in state.code[state.own :]):
@@ -273,7 +276,7 @@ class Continuation:
         return _scan(code, _marks(self._state.outer), self.language)
 
     def _opened(self, code: str, state: OpenState) -> tuple[Opened, ...]:
-        """The brackets open behind the code, those around it included."""
+        """Return the brackets that are open after ``code``, including those around it."""
         outer = self._state.outer[: sum(offset < 0 for offset in state.offsets)]
         own = []
         for mark, offset in list(zip(state.brackets, state.offsets, strict=True))[len(outer) :]:
@@ -283,16 +286,16 @@ class Continuation:
         return (*outer, *own)
 
     def _doubts(self, code: str) -> bool:
-        """Whether the last line may hold a pattern or a character that only looks like a bracket."""
+        """Return whether the last line may hold a pattern or character literal that only looks like a bracket."""
         marks = [c for c in self.language.literal_starts if not c.isalnum()]
         return bool(self.language.literals) and any(c in code[code.rfind("\n") + 1 :] for c in marks)
 
     def _is_short(self, state: OpenState) -> bool:
-        """Whether a string is open that ends on its line."""
+        """Return whether a single-line string is open."""
         return any(q.open == state.quote and not q.multiline for q in self.language.quotes)
 
     def _in_doubt(self, code: str, state: OpenState) -> bool:
-        """Whether what looks like an open string may be something else, or go on below."""
+        """Return whether an apparently open string may be something else, or may continue below."""
         before = code[: state.text_start]
         if code.endswith("\\"):
             return True
@@ -301,12 +304,12 @@ class Continuation:
         return self.language.style is not BlockStyle.BRACE or not _BEFORE_QUOTE.search(before)
 
     def _closes(self, quote: str) -> bool:
-        """Whether the rest of the cursor's line ends a string that is open there."""
+        """Return whether the rest of the cursor's line ends a string that is open there."""
         end = find_string_end(self._rest, 0, quote, self.language)
         return end is not None and not scan(self._rest[end:], self.language).quote
 
     def _is_unfinished(self, code: str) -> bool:
-        """Whether a line of Python outside brackets needs more: a header its colon, an operator what it works on."""
+        """Return whether a Python line outside brackets is incomplete: a header without colon, a trailing operator."""
         state = self._scan(code)
         line = code[code.rfind("\n") + 1 : state.text_start if state.in_comment else len(code)].rstrip()
         if not line.strip() or line.endswith("\\") or self._state.statement is None:
@@ -323,12 +326,12 @@ def _scan(code: str, outer: str, language: Language) -> OpenState:
 
 
 def _begins_above(before: str) -> bool:
-    """Whether a text that no closer is stray in has a statement of Python above its last line."""
+    """Return whether a Python statement starts above the last line; ``before`` has no unmatched closer."""
     return _BEGINS_STATEMENT.search(before[: before.rfind("\n") + 1]) is not None
 
 
 def _behind_string(text: str, language: Language) -> tuple[str, bool]:
-    """What follows the string that a text begins in, and whether even that is not code at its end."""
+    """Return the text after the string that ``text`` begins in, and whether that ends in a string or comment, too."""
     for quote in language.quotes:
         if quote.multiline and (end := find_string_end(text, 0, quote.open, language)) is not None:
             state = scan(text[end:], language)
@@ -342,7 +345,7 @@ def _marks(opened: tuple[Opened, ...]) -> str:
 
 
 def _levels(before: str) -> tuple[int, ...]:
-    """Depths of the blocks around the end of a text, and of what may be one."""
+    """Return the depths of the blocks, and of possible blocks, around the end of a text."""
     found: list[int] = []
     for line in before.split("\n"):
         if line.strip():
@@ -351,7 +354,10 @@ def _levels(before: str) -> tuple[int, ...]:
 
 
 def _line_above(before: str, language: Language) -> tuple[int, bool] | None:
-    """How deep the last line with code is and whether it opens a block; ``None`` for one that another began."""
+    """Return the depth of the last line with code and whether it opens a block.
+
+    ``None`` for a line that continues an earlier one.
+    """
     for line in reversed(before.split("\n")[:-1]):
         state = scan(line, language)
         code = (line[: state.text_start] if state.in_comment else line).rstrip()

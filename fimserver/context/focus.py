@@ -1,11 +1,11 @@
-"""The part of a document that has to be looked at: a few thousand characters, however large the file.
+"""Reduce a document to the few thousand characters around the cursor that have to be analysed.
 
-    find_focus(snapshot)   -> Focus: a snapshot of its own, and where its cursor's text stands in the document
+    find_focus(snapshot)   -> Focus: a smaller snapshot, and its position in the document
 
-A small file is its own focus. Of a large one, the lines around the cursor are taken, cut where a sibling of an
-enclosing scope begins; above them the header line of every scope that was cut, below them what closes it. So the
-parsers see whole code, and a keystroke costs the same in a file of 5 MB as in one of 5 KB. In Markdown and HTML the
-code behind a fence or in a script is the focus, in its own language.
+A small file is its own focus. Of a large file, the focus is the lines around the cursor, cut where a sibling of an
+enclosing scope begins; above them the header line of every scope that was cut, below them its closer. So the parsers
+see complete code, and a keystroke costs the same in a file of 5 MB as in one of 5 KB. In Markdown and HTML, the code
+in a fence or a script is the focus, in its own language.
 
 Knows:  lines, indentation, lexical tables.  Never: trees, LSP.
 """
@@ -19,11 +19,11 @@ from fimserver.context.scan import CLOSER_OF, OpenState, find_open_text, find_st
 from fimserver.datatypes import Snapshot
 from fimserver.text import leading_whitespace
 
-_REACH = 1_600  # characters looked at on either side of the cursor in a larger one
-_LONGEST_TEXT = 20_000  # characters of a string or comment around the cursor that are still looked at whole
+_REACH = 1_600  # characters on either side of the cursor, in a larger file
+_LONGEST_TEXT = 20_000  # characters of a string or comment around the cursor that is kept whole
 _MAX_SCOPES = 12
 _MAX_TRIED = 4
-_MAX_TEXTS = 40  # strings and comments within reach that have a line of their own
+_MAX_TEXTS = 40  # multi-line strings and comments within reach
 _LONGEST_HEADER = 2_000
 _MAX_SCAN = 1_000_000  # characters before the cut that are searched for an open string
 _CONTINUES = re.compile(
@@ -31,7 +31,8 @@ _CONTINUES = re.compile(
     r"then|do|end|fi|done|esac|and|or)\b)"
 )
 _ENDS_HEADER = re.compile(r"\s*(?:[)\]]|\{\s*$|\}(?!\s*(?:else|catch|finally|while)\b))")
-_MARKUP = {"html", "css", "json", "markdown", "yaml", "toml"}  # their lines begin with any character
+# only lines that begin with a closer continue a statement
+_MARKUP = {"html", "css", "json", "markdown", "yaml", "toml"}
 _NEXT_CONDITION = re.compile(r"\s*(?:\}\s*)?(?:else if|elif|elsif|elseif)\b(.*)", re.DOTALL)
 _FIRST = {"python": "if True:", "ruby": "begin", "lua": "do", "shellscript": "if true; then"}
 _FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})[ \t]*\{?\.?([\w+#-]*)[^\n`]*$", re.MULTILINE)
@@ -41,25 +42,25 @@ _SCRIPT_TYPE = re.compile(r"""(?:type|lang)\s*=\s*["']?([\w/+.-]+)""", re.IGNORE
 
 @dataclass(frozen=True, slots=True)
 class Focus:
-    """``snapshot.text[begin:end]`` is the document's ``[begin + shift, end + shift)``."""
+    """Part of a document: ``snapshot.text[begin:end]`` is the document's ``[begin + shift, end + shift)``."""
 
     snapshot: Snapshot
     shift: int
 
     def to_document(self, offset: int) -> int:
-        """The document's offset of one of the focus, which lies in the lines around the cursor."""
+        """Return the document's offset for an offset of the focus within the lines around the cursor."""
         return offset + self.shift
 
 
 def find_focus(snapshot: Snapshot) -> Focus:
-    """What to look at for this cursor."""
+    """Return the part of the document to analyse for this cursor."""
     inner = find_embedded(snapshot)
     region = _find_region(inner.snapshot)
     return Focus(region.snapshot, region.shift + inner.shift)
 
 
 def find_embedded(snapshot: Snapshot) -> Focus:
-    """Fenced code in Markdown, scripts and styles in HTML; else the document itself."""
+    """Return the fenced code, script or style that holds the cursor; otherwise the document itself."""
     language = find_language(snapshot.language_id).id
     found = None
     if language == "markdown":
@@ -74,7 +75,7 @@ def find_embedded(snapshot: Snapshot) -> Focus:
 
 
 def _find_fenced(text: str, cursor: int) -> tuple[int, int, str] | None:
-    """Content and language of the fence that holds the cursor."""
+    """Return the content range and language of the Markdown fence that holds the cursor."""
     opening: re.Match[str] | None = None
     for match in _FENCE.finditer(text):
         if opening is None:
@@ -86,14 +87,14 @@ def _find_fenced(text: str, cursor: int) -> tuple[int, int, str] | None:
                 break
             opening = None
     else:
-        match = None  # the last fence is open to the end
+        match = None  # the last fence is unclosed and extends to the end
     if opening is None or cursor <= opening.end():
         return None
     return opening.end() + 1, match.start() if match else len(text), opening[2] or "plaintext"
 
 
 def _find_script(text: str, cursor: int) -> tuple[int, int, str] | None:
-    """Content and language of the ``<script>`` or ``<style>`` that holds the cursor."""
+    """Return the content range and language of the ``<script>`` or ``<style>`` that holds the cursor."""
     opening = None
     for opening in _EMBEDDED.finditer(text, max(0, cursor - _MAX_SCAN), cursor):  # noqa: B007  the last one counts
         pass
@@ -116,7 +117,7 @@ def _find_script(text: str, cursor: int) -> tuple[int, int, str] | None:
 
 
 def _find_region(snapshot: Snapshot) -> Focus:
-    """The lines around the cursor with the headers of their scopes, of a text that is too large to look at whole."""
+    """Return the lines around the cursor with the headers of their scopes, of a text too large to analyse whole."""
     text, cursor = snapshot.text, snapshot.cursor
     language = find_language(snapshot.language_id)
     if len(text) <= language.whole_file:
@@ -132,7 +133,7 @@ def _find_region(snapshot: Snapshot) -> Focus:
 
 
 def _tail(region: str, cursor: int, next_width: int, language: Language) -> str:
-    """What closes the scopes that are open at the end of a region; what the cursor's line opens stays open."""
+    """Return the closers of the scopes open at the end of a region, except those that the cursor's line opens."""
     if language.style is BlockStyle.INDENT:
         return ""
     if language.style is BlockStyle.BRACE:
@@ -149,7 +150,7 @@ def _width_at(text: str, start: int) -> int:
 
 
 def _find_start(text: str, cursor: int, language: Language) -> int:
-    """Where the region begins: no line inside of a string or comment, unless that holds the cursor too."""
+    """Return where the region begins: not inside a string or comment, unless it holds the cursor, too."""
     inside: list[tuple[int, int]] = []
     for _ in range(_MAX_TEXTS):
         start = _cut_before(text, cursor, inside, language)
@@ -164,7 +165,7 @@ def _find_start(text: str, cursor: int, language: Language) -> int:
 
 
 def _cut_before(text: str, cursor: int, inside: list[tuple[int, int]], language: Language) -> int:
-    """The line within reach that is indented least, the farthest such; lines ``inside`` of text do not count."""
+    """Return the least indented line within reach, the farthest of equals; skip lines ``inside`` of text."""
     line_start = text.rfind("\n", 0, cursor) + 1
     reach = max(0, cursor - _REACH)
     if line_start <= reach:
@@ -186,14 +187,14 @@ def _cut_before(text: str, cursor: int, inside: list[tuple[int, int]], language:
 
 
 def _continues(line: str, language: Language) -> bool:
-    """Whether a line goes on with the statement above it."""
+    """Return whether a line continues the statement above it."""
     if language.id in _MARKUP:
         return line.lstrip()[:1] in {")", "]", "}"} or line.lstrip()[:2] == "</"
     return _CONTINUES.match(line) is not None
 
 
 def _cut_behind(text: str, start: int, cursor: int, language: Language) -> int:
-    """Where the region ends: before a line outside its scope, else before the last statement that can be reached."""
+    """Return where the region ends: before a line outside its scope, or before the last statement within reach."""
     line_end = text.find("\n", cursor)
     if line_end < 0 or line_end - cursor > _REACH:
         return min(len(text), cursor + _REACH)
@@ -216,7 +217,7 @@ def _cut_behind(text: str, start: int, cursor: int, language: Language) -> int:
 
 
 def _opened_above(state: OpenState, line_start: int, language: Language) -> int:
-    """How many brackets were opened above the cursor's line that hold no statements."""
+    """Return the number of brackets without statements (round, square) that are open above the cursor's line."""
     count = 0
     for bracket, offset in zip(reversed(state.brackets), reversed(state.offsets), strict=True):
         if bracket == "{" and language.style is not BlockStyle.INDENT:
@@ -227,7 +228,7 @@ def _opened_above(state: OpenState, line_start: int, language: Language) -> int:
 
 @lru_cache(maxsize=16)
 def _closing_length(below: str, number: int, language: Language) -> int:
-    """Length of the text below up to the line's end where so many brackets are closed; 0 where they are not."""
+    """Return the length of ``below`` up to the end of the line that closes ``number`` brackets; 0 if none does."""
     place = -1
     for _ in range(number):
         unmatched = scan(below[place + 1 :], language).unmatched
@@ -239,13 +240,14 @@ def _closing_length(below: str, number: int, language: Language) -> int:
 
 @lru_cache(maxsize=16)
 def _whole_length(below: str, is_all: bool, width: int, opened: str, language: Language) -> int:  # noqa: FBT001
-    """How much of the text below the cursor's line belongs to the region; remembered while one types above it.
+    """Return how much of the text below the cursor's line belongs to the region.
 
-    ``opened`` are brackets that the lines above left open, ``is_all`` says that the file ends with ``below``.
+    Cached, since this text does not change while the user types above it. ``opened`` are brackets that the lines above
+    left open; ``is_all`` says that the file ends with ``below``.
     """
-    position, waits = 0, False  # a decorator waits for what it decorates, a header for its body
+    position, waits = 0, False  # after a decorator or a Python header, the next line belongs to it
     siblings: list[int] = []
-    nested: list[tuple[int, int]] = []  # indentation and place
+    nested: list[tuple[int, int]] = []  # (indentation, position)
     for line in below.split("\n"):
         own = _indentation(line)
         if line.strip() and not _continues(line, language) and not waits:
@@ -262,7 +264,7 @@ def _whole_length(below: str, is_all: bool, width: int, opened: str, language: L
     else:
         if is_all:
             siblings.append(len(below))
-    least = min(nested, default=(0, 0))[0]  # deeper places are inside of statements
+    least = min(nested, default=(0, 0))[0]  # deeper positions are inside statements
     shallow = [place for own, place in nested if own == least]
     for allowed in (0, len(opened)) if opened else (0,):
         for end in (*reversed(siblings[-_MAX_TRIED:]), *reversed(shallow[-_MAX_TRIED:])):
@@ -273,7 +275,7 @@ def _whole_length(below: str, is_all: bool, width: int, opened: str, language: L
 
 
 def _round_brackets(state: OpenState) -> str:
-    """Open brackets that hold no statements."""
+    """Return the open brackets that hold no statements."""
     return state.brackets.replace("{", "")
 
 
@@ -282,7 +284,7 @@ def _indentation(line: str) -> int:
 
 
 def _open_text_at(text: str, start: int, language: Language) -> tuple[int, int] | None:
-    """Beginning and end of the string or comment that is open at ``start``."""
+    """Return the range of the string or comment that is open at ``start``."""
     if not start or not language.quotes + language.block_comments:
         return None
     base = max(0, start - _MAX_SCAN)
@@ -300,7 +302,7 @@ def _open_text_at(text: str, start: int, language: Language) -> tuple[int, int] 
 
 @lru_cache(maxsize=8)
 def find_scopes(head: str, width: int, language: Language) -> tuple[str, ...]:
-    """The header lines of the scopes that are open at the end of a text, outermost first."""
+    """Return the header lines of the scopes open at the end of a text, outermost first."""
     found: list[str] = []
     end = len(head)
     while width > 0 and end > 0 and len(found) < _MAX_SCOPES:
@@ -308,7 +310,7 @@ def find_scopes(head: str, width: int, language: Language) -> tuple[str, ...]:
         if start is None:
             break
         if (opened := find_open_text(head[:start], language) if start else None) is not None:
-            end = opened  # a line of a string or comment is no header
+            end = opened  # a line inside a string or comment is not a header
             continue
         line = head[start:].split("\n", 1)[0] if head.find("\n", start) < 0 else head[start : head.find("\n", start)]
         width, end = _indentation(line), start
@@ -323,7 +325,7 @@ def find_scopes(head: str, width: int, language: Language) -> tuple[str, ...]:
 
 
 def _as_first(line: str, language: Language) -> str:
-    """A header that goes on with a statement above (``else``, ``} catch``) as one that can stand without it."""
+    """Replace a header that continues a statement (``else``, ``} catch``) by one that is valid without it."""
     match = _NEXT_CONDITION.match(line)
     if match:
         return f"{leading_whitespace(line)}if{match[1]}"
@@ -333,7 +335,7 @@ def _as_first(line: str, language: Language) -> str:
 
 
 def _with_beginning(head: str, start: int, line: str) -> tuple[str, int]:
-    """The lines of a header that ends with a closing bracket on a line of its own, from the one it begins with."""
+    """Complete a header whose last line starts with a closer: return it from its first line on, and its start."""
     begin = _last_line_below(head, start, _indentation(line) + 1)
     if begin is None or start - begin > _LONGEST_HEADER:
         return line, start
@@ -341,14 +343,14 @@ def _with_beginning(head: str, start: int, line: str) -> tuple[str, int]:
 
 
 def _with_rest(head: str, start: int, language: Language) -> str:
-    """The lines of a header until its brackets are closed."""
+    """Return the lines of a header up to the one that closes its brackets."""
     lines = head[start : start + _LONGEST_HEADER].split("\n")
     whole = (n for n in range(1, len(lines)) if not _round_brackets(scan("\n".join(lines[:n]), language)))
     return "\n".join(lines[: next(whole, 1)])
 
 
 def _last_line_below(head: str, end: int, width: int) -> int | None:
-    """Start of the last line before ``end`` that is indented by less than ``width``."""
+    """Return the start of the last line before ``end`` that is indented by less than ``width``."""
     pattern = _shallower(width)
     while end > 0:
         begin = head.rfind("\n", 0, max(0, end - 4_000)) + 1
@@ -367,7 +369,7 @@ def _shallower(width: int) -> re.Pattern[str]:
 
 
 def _closing_line(header: str, language: Language) -> str:
-    """What closes a header's body, on a line of its own."""
+    """Return the closer of a header's body, on its own line."""
     closer = language.end_word(header) or scan(header, language).closers
     if language.id == "html" and (tag := re.match(r"\s*<(\w+)", header)):
         closer = f"</{tag[1]}>"

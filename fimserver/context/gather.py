@@ -1,14 +1,14 @@
-"""What other places say: guesses at the middle from code that repeats itself, and snippets of other documents.
+"""Search other text for n-gram matches of the middle and for similar snippets.
 
-    find_matches(snapshot, hole, others)   -> guesses, the best first
+    find_matches(snapshot, hole, others)   -> matches, the best first
     find_snippets(snapshot, others)        -> pieces of other documents that are most like the lines at the cursor
 
-A guess is what followed the same text elsewhere: in this document, in the other open ones, in what was just
-deleted or cut. Code repeats itself, so the longest match is often simply right; the known form of this is a cache
-model (Hellendoorn and Devanbu 2017). Nothing is indexed: the texts are searched, by the C code of ``str``, so there
-is nothing to keep up to date and nothing to hold. The search stops at a time limit.
+A match is the text that followed the same words elsewhere: in this document, in the other open ones, in text that
+was just deleted or cut. Code repeats itself, so the longest match is often right. Nothing is indexed: ``str.find``
+searches the texts, so there is no index to update or store. The search stops at a time limit.
 
 Knows:  texts, holes.  Never: trees, tokens, LSP.
+Source: cache language models, Hellendoorn and Devanbu 2017.
 """
 
 import re
@@ -20,19 +20,19 @@ from fimserver.context.redaction import reveals
 from fimserver.datatypes import Hole, HoleKind, Match, Snapshot, Snippet
 from fimserver.text import common_prefix_length, common_suffix_length, line_around, to_newlines
 
-MAX_SECONDS = 0.002  # of every keystroke
-SURE_MATCH = 28  # characters of code before the cursor from which a guess is offered by itself,
-AGREEMENT_WORTH = 12  # fewer by so many where the text behind the cursor agrees
+MAX_SECONDS = 0.002  # spent per keystroke
+SURE_MATCH = 28  # matched code characters from which a match is offered automatically
+AGREEMENT_WORTH = 12  # so many fewer are enough if the text after the cursor agrees
 _REACH = 160  # characters before the cursor that are compared
-_ANCHORS = (24, 8, 4)  # lengths that are searched for, the longest first
-_MAX_HITS = 16  # of one anchor in one text
+_ANCHORS = (24, 8, 4)  # lengths that are searched for, longest first
+_MAX_HITS = 16  # per anchor and text
 _MAX_GUESSES = 4
-_WINDOW = 200_000  # characters of a text that are searched on either side of the cursor
+_WINDOW = 200_000  # characters that are searched on either side of the cursor
 _WORD_END = re.compile(r"\w*\Z")
 _WORD = re.compile(r"[^\W\d]\w{2,}")
 _SNIPPET_LINES = 16
-_SNIPPET_REACH = 1_200  # characters before the cursor whose words are looked for in other files,
-_SNIPPET_STRIDE = 400  # counted from a place that moves so far at once
+_SNIPPET_REACH = 1_200  # characters before the cursor whose words are searched for in other files
+_SNIPPET_STRIDE = 400  # the position that they are counted from moves in steps of this
 _MAX_SNIPPETS = 2
 _LEAST_SIMILAR = 0.15
 _TEXT_KINDS = (HoleKind.COMMENT, HoleKind.DOCSTRING)
@@ -41,7 +41,7 @@ _TEXT_KINDS = (HoleKind.COMMENT, HoleKind.DOCSTRING)
 def find_matches(
     snapshot: Snapshot, hole: Hole, others: Sequence[str] = (), *, max_seconds: float = MAX_SECONDS
 ) -> list[Match]:
-    """At most four guesses for a hole, found in so long; ``others`` are other texts, the one edited last first."""
+    """Return at most four matches for a hole, the best first; ``others`` are other texts, last edited first."""
     if hole.kind in _TEXT_KINDS:
         return []
     give_up = time.perf_counter() + max_seconds
@@ -59,30 +59,30 @@ def find_matches(
                 if time.perf_counter() > give_up:
                     return sorted(found.values(), key=lambda g: g.rank)[:_MAX_GUESSES]
                 if (source, end) in seen or (source == 0 and line_start < end <= snapshot.cursor):
-                    continue  # the cursor's own line says nothing new
+                    continue  # on the cursor's own line
                 seen.add((source, end))
-                guess = _to_match(text, end, before, after, source)
-                if guess is not None:
-                    found[guess.text] = _merged(found.get(guess.text), guess)
+                ngram_match = _to_match(text, end, before, after, source)
+                if ngram_match is not None:
+                    found[ngram_match.text] = _merged(found.get(ngram_match.text), ngram_match)
         if len(found) >= _MAX_GUESSES:
             break
     return sorted(found.values(), key=lambda g: g.rank)[:_MAX_GUESSES]
 
 
 def without_secrets(snapshot: Snapshot, matches: Iterable[Match]) -> list[Match]:
-    """Guesses that may be offered: of a secret that stands elsewhere nothing is said."""
+    """Return the matches that would not reveal a secret from elsewhere."""
     before, _ = line_around(snapshot.text, snapshot.cursor)
-    return [guess for guess in matches if not reveals(before, guess.text)]
+    return [ngram_match for ngram_match in matches if not reveals(before, ngram_match.text)]
 
 
-def is_sure(guess: Match) -> bool:
-    """Whether a guess is matched so long that it may be offered by itself: about every second such one is right."""
-    return guess.match_length + (AGREEMENT_WORTH if guess.agreement else 0) >= SURE_MATCH
+def is_sure(ngram_match: Match) -> bool:
+    """Return whether a match is long enough to offer automatically: about half of such matches are right."""
+    return ngram_match.match_length + (AGREEMENT_WORTH if ngram_match.agreement else 0) >= SURE_MATCH
 
 
 @dataclass(slots=True)
 class _Before:
-    """The text before the cursor, and the word that the cursor ends."""
+    """The text before the cursor, and the word that ends at the cursor."""
 
     text: str
     word: str = ""
@@ -93,7 +93,7 @@ class _Before:
 
 
 class _After:
-    """The rest of the cursor's line, whether an editor typed all of it, and what stands below."""
+    """The rest of the cursor's line, whether it is only auto-closed brackets and quotes, and the text below."""
 
     def __init__(self, snapshot: Snapshot, hole: Hole) -> None:
         self.line = line_around(snapshot.text, snapshot.cursor)[1]
@@ -103,7 +103,7 @@ class _After:
 
 
 def _find_all(text: str, anchor: str, near: int) -> Iterator[int]:
-    """Where the anchor ends in a text: upward from ``near``, then downward."""
+    """Yield where the anchor ends in a text: upwards from ``near``, then downwards."""
     position, hits = near, 0
     while hits < _MAX_HITS // 2 and (position := text.rfind(anchor, max(0, near - _WINDOW), position)) >= 0:
         yield position + len(anchor)
@@ -117,7 +117,7 @@ def _find_all(text: str, anchor: str, near: int) -> Iterator[int]:
 
 
 def _to_match(text: str, end: int, before: _Before, after: _After, source: int) -> Match | None:
-    """What follows ``end`` up to its line's end, or up to what stands behind the cursor."""
+    """Return the text from ``end`` to its line's end, or to where it agrees with the rest of the cursor's line."""
     matched = before.text[len(before.text) - _common_end(text, end, before.text) :]
     if len(matched) == len(before.word) and end > len(before.word) and _is_word(text[end - len(before.word) - 1]):
         return None
@@ -153,7 +153,7 @@ def _merged(known: Match | None, new: Match) -> Match:
 
 
 def find_snippets(snapshot: Snapshot, others: Sequence[tuple[str, str]]) -> tuple[Snippet, ...]:
-    """The pieces of other documents, ``(path, text)`` each, that share most words with the lines at the cursor.
+    """Return the pieces of other documents, ``(path, text)`` each, with the words most like those at the cursor.
 
     Similarity is Jaccard's: shared words over all words of both.
     """
@@ -169,7 +169,7 @@ def find_snippets(snapshot: Snapshot, others: Sequence[tuple[str, str]]) -> tupl
 
 
 def _words_near(snapshot: Snapshot) -> frozenset[str]:
-    """Words before the cursor up to a stride: while one types there the snippets, and with them the prompt, stay."""
+    """Return the words before the cursor up to a stride, so that snippets and prompt stay the same while typing."""
     cursor = snapshot.cursor
     end = max(cursor - cursor % _SNIPPET_STRIDE, min(cursor, _SNIPPET_STRIDE))
     return frozenset(_WORD.findall(snapshot.text[max(0, end - _SNIPPET_REACH) : end]))
@@ -184,7 +184,7 @@ _pieces_of: dict[str, list[tuple[str, frozenset[str]]]] = {}
 
 
 def _pieces(text: str) -> list[tuple[str, frozenset[str]]]:
-    """Windows of lines, half overlapping, with their words; of texts that did not change they are kept."""
+    """Return half-overlapping windows of lines with their words; cached for unchanged texts."""
     known = _pieces_of.pop(text, None)
     if known is None:
         lines = text.split("\n")

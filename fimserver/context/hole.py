@@ -1,12 +1,12 @@
-"""Find what may be filled at the cursor, or say why nothing may.
+"""Find the hole at the cursor, or the reason why nothing is completed there.
 
-    refuse_document(snapshot)             -> NoCompletion for a file nobody should complete in, else None
+    refuse_document(snapshot)             -> NoCompletion for a file that is never completed, else None
     find_hole(snapshot, tree, settings)   -> Hole | NoCompletion
 
-Comments and strings are found by the syntax tree, with a lexical scan where the tree is broken; the rest by the
-cursor's line and the one above.
+Comments and strings are found by the syntax tree, with a lexical scan where the tree is broken; all other kinds by
+the cursor's line and the one above.
 
-Knows:  text, trees, the person's settings.  Never: the model, LSP.
+Knows:  text, trees, the user's settings.  Never: the model, LSP.
 """
 
 import re
@@ -30,8 +30,8 @@ _ESTIMATED_TOKENS = {
     HoleKind.COMMENT: 12,
     HoleKind.STRING: 8,
 }
-_MAX_CHARACTERS = 8_000_000  # of a document; beyond it is data
-_HEAD = 1_000  # characters in which a generated file says so
+_MAX_CHARACTERS = 8_000_000  # larger documents are data
+_HEAD = 1_000  # characters that are searched for a "generated" notice
 _GENERATED = re.compile(
     r"@generated\b|\bDO NOT EDIT\b|\bauto-?generated (?:by|from|file)\b|"
     r"^\W*(?:(?:this )?(?:code|file) (?:is |was )?)?generated (?:by|from)\b",
@@ -69,29 +69,29 @@ _TRIPLE = ('"""', "'''")
 
 
 def refuse_document(snapshot: Snapshot, *, invoked: bool = False, writable: bool = True) -> NoCompletion | None:
-    """Why nothing is offered anywhere in this document; one that the person asks in is refused for less."""
+    """Return why nothing is offered anywhere in this document; an invoked request is refused less often."""
     scheme = snapshot.uri.partition(":")[0]
     if is_private(snapshot.uri):
         return PRIVATE_FILE
     if len(snapshot.text) > _MAX_CHARACTERS:
         size = f"{len(snapshot.text) / 1e6:.1f} million characters"
-        return NoCompletion("huge_file", f"the file has {size}; completions are for files up to 8 million")
+        return NoCompletion("huge_file", f"the file has {size}; the limit is 8 million")
     if scheme in _VIEW_SCHEMES:
-        return NoCompletion("read_only", f"{scheme}: is a view, nothing can be typed there")
+        return NoCompletion("read_only", f"{scheme}: is a read-only view; open the file itself")
     if not writable and not invoked:
-        return NoCompletion("read_only", "the file cannot be written; ask by hand to complete there all the same")
+        return NoCompletion("read_only", "the file is read-only; invoke completion manually")
     if not invoked and _GENERATED.search(snapshot.text, 0, _HEAD):
-        return NoCompletion("generated_file", "the file says that it is generated; ask by hand to complete there")
+        return NoCompletion("generated_file", "the file is marked as generated; invoke completion manually")
     return None
 
 
 def is_private(uri: str) -> bool:
-    """Whether a document's name says that it holds secrets; such a one is not read for others either."""
+    """Return whether a document's name says that it holds secrets; such a document is never read."""
     return _PRIVATE.search(unquote(re.split(r"[?#]", uri, maxsplit=1)[0])) is not None
 
 
 def find_hole(snapshot: Snapshot, tree: SyntaxTree | None, settings: Settings) -> Hole | NoCompletion:
-    """What may be filled at the snapshot's cursor."""
+    """Return the hole at the snapshot's cursor."""
     language = find_language(snapshot.language_id)
     before, after = line_around(snapshot.text, snapshot.cursor)
     kind: HoleKind | NoCompletion
@@ -105,7 +105,7 @@ def find_hole(snapshot: Snapshot, tree: SyntaxTree | None, settings: Settings) -
 
 
 def count_replaceable(before: str, after: str, kind: HoleKind, language: Language) -> int:
-    """How many characters behind the cursor close what this line opened: an editor typed them, not a person."""
+    """Return the number of auto-closed characters after the cursor: they close what this line opened."""
     if kind in (HoleKind.COMMENT, HoleKind.DOCSTRING):
         return 0
     return common_prefix_length(after, scan(before, language).closers)
@@ -128,18 +128,18 @@ def _refuse(kind: HoleKind, settings: Settings) -> NoCompletion | None:
 def _max_lines(kind: HoleKind, before: str, after: str, settings: Settings) -> int:
     if kind in (HoleKind.BLOCK, HoleKind.STATEMENT, HoleKind.DOCSTRING):
         header = kind is HoleKind.BLOCK and not after.strip() and bool(before.strip())
-        return settings.max_lines + header  # the rest of the header's line is a line of the answer too
+        return settings.max_lines + header  # the rest of the header's line counts as a line of the answer
     return 1
 
 
 def _before_word(after: str) -> NoCompletion | None:
     if _WORD.match(after):
-        return NoCompletion("before_word", "the cursor stands directly before a word; move past it or add a blank")
+        return NoCompletion("before_word", "the cursor is directly before a word; move past it or add a space")
     return None
 
 
 def _find_in_text(snapshot: Snapshot, tree: SyntaxTree, language: Language) -> HoleKind | NoCompletion | None:
-    """Comment, docstring or string that holds the cursor; ``None`` in code."""
+    """Return the kind of the comment, docstring or string that holds the cursor; ``None`` in code."""
     byte = tree.to_byte(snapshot.cursor)
     for node in tree.ancestors(snapshot.cursor):
         inside = node.start_byte < byte < node.end_byte
@@ -156,7 +156,7 @@ def _find_in_text(snapshot: Snapshot, tree: SyntaxTree, language: Language) -> H
 
 
 def _comment_kind(node: Node, byte: int, tree: SyntaxTree, language: Language) -> HoleKind | None:
-    """What a comment is that ends at the cursor or holds it; ``None`` behind its end."""
+    """Return the kind of a comment that ends at the cursor or holds it; ``None`` after its end."""
     text = tree.source[node.start_byte : node.end_byte]
     is_block = any(text.startswith(begin.encode()) for begin, _ in language.block_comments)
     behind = byte == node.end_byte if is_block else b"\n" in tree.source[node.start_byte : byte]
@@ -171,7 +171,7 @@ def _string_kind(node: Node, byte: int, tree: SyntaxTree) -> HoleKind | NoComple
     if opening and len(text) >= opening.end() + len(opening[1]):
         begin, end = node.start_byte + len(opening.group().encode()), node.end_byte - len(opening[1].encode())
         if not begin <= byte <= end:
-            return NoCompletion("inside_quotes", "the cursor stands inside the quotes of a string")
+            return NoCompletion("inside_quotes", "the cursor is inside the quotes of a string; move past them")
     return HoleKind.DOCSTRING if _is_docstring(node) else HoleKind.STRING
 
 
@@ -184,7 +184,7 @@ def _is_docstring(node: Node) -> bool:
 
 
 def _scan_in_text(snapshot: Snapshot, language: Language) -> HoleKind | None:
-    """Like ``_find_in_text`` by scanning from the text's start: for text that does not parse."""
+    """Like ``_find_in_text``, but scan from the start: for text that does not parse."""
     state = scan(snapshot.text[: snapshot.cursor], language)
     if state.in_comment:
         return HoleKind.DOCSTRING if state.comment in _DOC_COMMENTS else HoleKind.COMMENT
@@ -201,7 +201,7 @@ def _opens_docstring(text: str, state: OpenState) -> bool:
 
 
 def _find_in_code(snapshot: Snapshot, before: str, after: str, language: Language) -> HoleKind | NoCompletion:
-    """By the cursor's line: blank, at its end, or between code. All there is for a language without a tree."""
+    """Return the kind by the cursor's line (empty, at its end, in code); needs no tree."""
     if refusal := _before_word(after):
         return refusal
     if not before.strip():
@@ -220,23 +220,24 @@ def _find_in_code(snapshot: Snapshot, before: str, after: str, language: Languag
 
 
 def body_follows(snapshot: Snapshot, line: str) -> bool:
-    """Whether the next line with anything on it is indented deeper than ``line``, the cursor's."""
+    """Return whether the next non-empty line is indented deeper than ``line``, the cursor's."""
     return len(leading_whitespace(next_line(snapshot))) > len(leading_whitespace(line))
 
 
 def next_line(snapshot: Snapshot) -> str:
-    """The next line with anything on it below the cursor's."""
+    """Return the next non-empty line below the cursor's."""
     following = to_newlines(snapshot.text[snapshot.cursor :]).split("\n")[1:]
     return next((other for other in following if other.strip()), "")
 
 
 def opens_block(line: str, language: Language) -> bool:
-    """Whether a line ends a header: for Python not a slice, an annotation or a lambda."""
+    """Return whether a line ends a header: in Python not a slice, an annotation or a lambda."""
     if language.id != "python":
         in_string = any(mark in '"`' for mark in scan(line, language).brackets)
         return not in_string and language.opener_pattern.search(without_comment(line, language)) is not None
     state = scan(line, language)
-    header = language.header_pattern.match(line) is not None or state.unmatched is not None  # begun above
+    # the header may begin above
+    header = language.header_pattern.match(line) is not None or state.unmatched is not None
     return header and line.rstrip().endswith(":") and not state.brackets
 
 
@@ -244,7 +245,7 @@ def _find_on_blank_line(snapshot: Snapshot, after: str, language: Language) -> H
     if after.strip():
         if after.lstrip()[0] in ")]}":
             return HoleKind.EXPRESSION
-        return NoCompletion("before_code", "code follows the cursor on its line; go to a line of its own")
+        return NoCompletion("before_code", "code follows the cursor on its line; move the cursor to an empty line")
     above = to_newlines(snapshot.text[: snapshot.cursor]).split("\n")[:-1]
     for line in reversed(above):
         code = without_comment(line, language).rstrip()

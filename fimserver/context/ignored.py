@@ -1,11 +1,10 @@
-"""Which files are nobody's business: their text is neither completed, nor read for others, nor kept.
+"""Decide which files are ignored: not completed, not read for others, not stored.
 
-    .fimserverignore   in any folder above a file, in .gitignore's words; always
-    .gitignore         within a repository, with .git/info/exclude and the person's own; unless settings say otherwise
-    names              of keys and credentials (``hole.py: is_private``), also behind a link
+    .fimserverignore   in any folder above a file, in the syntax of .gitignore; always
+    .gitignore         in a repository, with .git/info/exclude and the user's global one; unless settings say otherwise
+    names              of keys and credentials (``hole.py: is_private``), also those of symbolic links' targets
 
-Within a folder that is ignored nothing can be un-ignored, as git has it. Of two files that speak of the same name the
-deeper one wins.
+As in git, nothing can be re-included below an ignored folder. If two ignore files match a name, the deeper one wins.
 
 Knows:  names of files, ignore files.  Never: the texts of other files.
 Source: gitignore(5); patterns by pathspec.
@@ -25,15 +24,15 @@ from fimserver.datatypes import NoCompletion
 
 OWN_FILE, GIT_FILE = ".fimserverignore", ".gitignore"
 _LARGEST_BYTES = 1_000_000
-_MOST_STARS = 3  # in one part of a path
-_FOLDER_MARK = "ps_d"  # pathspec's name for the slash that a match of a folder ends with
-_ANY_FOLDER = f"(?P<{_FOLDER_MARK}>/)"  # and what it makes of "*/", which matches the first slash
+_MOST_STARS = 3  # per path component
+_FOLDER_MARK = "ps_d"  # pathspec's group for the slash that ends the match of a folder
+_ANY_FOLDER = f"(?P<{_FOLDER_MARK}>/)"  # pathspec's regex for "*/", which matches the first slash
 _Identity = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class _Rules:
-    """One ignore file: where its patterns begin, and what it says."""
+    """One ignore file: its folder and its patterns."""
 
     folder: Path
     spec: GitIgnoreSpec
@@ -41,26 +40,26 @@ class _Rules:
 
 @dataclass(slots=True)
 class IgnoreRules:
-    """Ignore files as they were read last; each is read again when it has changed."""
+    """Cached ignore files; each is read again when it has changed."""
 
     _read: dict[Path, tuple[_Identity, GitIgnoreSpec]] = field(default_factory=dict)
 
     def refuse(self, uri: str, *, with_git: bool = True) -> NoCompletion | None:
-        """Why a document is nobody's business; ``None`` for one that may be read, and for what is no file."""
+        """Return why a document is ignored; ``None`` for one that may be read and for a URI that is not a file."""
         if is_private(uri):
             return PRIVATE_FILE
         for each in _paths_of(uri):
             if is_private(each.as_uri()):
                 return PRIVATE_FILE
             if (by := self._ignored_by(each, OWN_FILE)) is not None:
-                return NoCompletion("ignored_file", f"{by} names this file; it is never read")
+                return NoCompletion("ignored_file", f"{by} matches this file; it is never read")
             if with_git and (by := self._ignored_by(each, GIT_FILE)) is not None:
-                hint = "set fimserver.completeIgnored to complete there all the same"
-                return NoCompletion("ignored_file", f"{by} names this file; {hint}")
+                hint = "set fimserver.completeIgnored to true to complete there"
+                return NoCompletion("ignored_file", f"{by} matches this file; {hint}")
         return None
 
     def _ignored_by(self, path: Path, name: str) -> Path | None:
-        """The ignore file by which a path, or a folder above it, is ignored."""
+        """Return the ignore file that ignores a path or a folder above it."""
         above = list(self._rules_above(path, name))
         if not above:
             return None
@@ -78,7 +77,7 @@ class IgnoreRules:
         return None
 
     def _rules_above(self, path: Path, name: str) -> Iterator[tuple[Path, _Rules]]:
-        """Ignore files that may speak of a path, the outermost first."""
+        """Yield the ignore files that may match a path, the outermost first."""
         folders = list(reversed(path.parents))
         if name == GIT_FILE:
             root = next((f for f in reversed(folders) if (f / ".git").exists()), None)
@@ -94,10 +93,10 @@ class IgnoreRules:
                 yield folder / name, _Rules(folder, spec)
 
     def _spec_of(self, file: Path) -> GitIgnoreSpec | None:
-        """The patterns of a file; what cannot be read says nothing."""
+        """Return the patterns of a file; an unreadable file has none."""
         try:
             found = file.stat()
-            if not stat.S_ISREG(found.st_mode):  # a device or a pipe would be read without end
+            if not stat.S_ISREG(found.st_mode):  # reading a device or a pipe may never end
                 raise ValueError  # noqa: TRY301  as one that cannot be read
             identity = found.st_mtime_ns, found.st_size
             known = self._read.get(file)
@@ -113,7 +112,7 @@ class IgnoreRules:
 
 
 def _paths_of(uri: str) -> list[Path]:
-    """The file of a URI, as it is named and as it is behind links; none for what is no file of this machine."""
+    """Return a URI's path as named and with symbolic links resolved; empty if it is not a file on this machine."""
     path = path_of_file(uri)
     try:
         return list(dict.fromkeys((path, Path(os.path.realpath(path))))) if path is not None else []
@@ -122,7 +121,7 @@ def _paths_of(uri: str) -> list[Path]:
 
 
 def path_of_file(uri: str) -> Path | None:
-    """The file of a ``file:`` or ``vscode-notebook-cell:`` URI on this machine; ``None`` for others and odd ones."""
+    """Return the path of a ``file:`` or ``vscode-notebook-cell:`` URI; ``None`` for other and malformed ones."""
     try:
         parts = urlsplit(uri)
     except ValueError:
@@ -137,9 +136,9 @@ def path_of_file(uri: str) -> Path | None:
 
 
 def _says(spec: GitIgnoreSpec, name: str) -> bool | None:
-    """Whether patterns ignore a name (a folder's ends with a slash) or take it back; ``None`` where they do neither.
+    """Return whether patterns ignore a name (a folder's ends with a slash) or re-include it; ``None`` if neither.
 
-    The last that matches wins. What matches a folder above the name only is left aside: that folder was asked already.
+    The last match wins. Matches of a folder above the name are skipped: that folder was checked before.
     """
     said = None
     for pattern in spec.patterns:
@@ -154,9 +153,9 @@ def _says(spec: GitIgnoreSpec, name: str) -> bool | None:
 
 
 def _is_pattern(line: str) -> bool:
-    """Whether a line can be read as a pattern, in little time: one that cannot is left, the others count."""
+    """Return whether a line is a valid and quickly matched pattern; others are skipped."""
     if any(part.count("*") > _MOST_STARS for part in line.split("/")):
-        return False  # each more multiplies the time by a name's length
+        return False  # each further star multiplies the time by the length of a name
     try:
         GitIgnoreSpec.from_lines([line])
     except ValueError:

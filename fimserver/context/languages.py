@@ -1,9 +1,9 @@
-"""The languages: which grammar parses each, and what its comments, strings and blocks look like.
+"""Define the languages: their grammars, and the syntax of their comments, strings and blocks.
 
-    find_language(language_id)   -> Language; the plain one for an id that is not here
-    language_of_path(path)       -> the language id of a file's name
+    find_language(language_id)   -> Language; PLAIN for an unknown id
+    language_of_path(path)       -> the language id of a file name
 
-The tables are for what a tree cannot say: code that is not finished. Grammars are loaded on first use.
+The tables cover what a tree cannot: unfinished code. Grammars are loaded on first use.
 
 Knows:  lexical facts.  Never: trees, documents.
 """
@@ -17,7 +17,7 @@ from typing import Any
 
 
 class BlockStyle(StrEnum):
-    """How a language marks the body of a header."""
+    """The way a language marks the body of a header."""
 
     INDENT = "indent"
     BRACE = "brace"
@@ -27,9 +27,9 @@ class BlockStyle(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Quote:
-    """One kind of string: what opens and closes it, whether lines may end in it, whether a backslash escapes.
+    """One kind of string: its marks, whether it may span lines, whether a backslash escapes.
 
-    ``code`` is a regular expression for what begins code inside, up to a bracket.
+    ``code`` is a regular expression for the start of interpolated code, up to a bracket.
     """
 
     open: str
@@ -45,7 +45,7 @@ def _quotes(text: str, *, multiline: bool = False, escapes: bool = True, code: s
 
 @dataclass(frozen=True, eq=False)
 class Language:
-    """One language; regular expressions are for single lines without their comments."""
+    """One language; its regular expressions are for single lines without comments."""
 
     id: str
     grammar: tuple[str, str] | None = None  # module and function
@@ -53,42 +53,42 @@ class Language:
     line_comments: tuple[str, ...] = ()
     block_comments: tuple[tuple[str, str], ...] = ()
     quotes: tuple[Quote, ...] = ()
-    comment_after_blank: bool = False  # "#" inside a word is no comment
-    quote_after_blank: bool = False  # an apostrophe inside a word is no quote
+    comment_after_blank: bool = False  # "#" inside a word does not start a comment
+    quote_after_blank: bool = False  # an apostrophe inside a word is not a quote
     literals: str = ""  # tokens that only look like a quote, a bracket or a comment
-    literal_starts: str = ""  # what those begin with
-    documents: str = ""  # what names the end of a string that begins on the next line
+    literal_starts: str = ""  # first characters of ``literals``
+    documents: str = ""  # start of a here-document
     has_brackets: bool = True
     style: BlockStyle = BlockStyle.NONE
     header: str = r"(?!)"  # a line that begins a statement with a body
-    opener: str = r"(?!)"  # a line that opens a body at its end
-    imports: str = r"(?!)"  # a line that brings in names
-    whole_file: int = 6_000  # characters up to which a file is looked at whole; a parse of so many takes 1 ms
-    reserved: str = ""  # words that are no names, where a grammar takes them for one
-    end_words: tuple[tuple[str, str], ...] = ()  # how a header's body ends, for the keyword style
+    opener: str = r"(?!)"  # end of a line that opens a body
+    imports: str = r"(?!)"  # an import line
+    whole_file: int = 6_000  # characters up to which a file is analysed whole; parsing so many takes 1 ms
+    reserved: str = ""  # keywords that the grammar reads as names
+    end_words: tuple[tuple[str, str], ...] = ()  # (header, end word) of the keyword style
 
     @cached_property
     def header_pattern(self) -> re.Pattern[str]:
-        """Matches a line that begins a statement with a body."""
+        """Return the pattern of a line that begins a statement with a body."""
         return re.compile(rf"\s*(?:{self.header})")
 
     @cached_property
     def opener_pattern(self) -> re.Pattern[str]:
-        """Finds the end of a line that opens a body."""
+        """Return the pattern of the end of a line that opens a body."""
         return re.compile(self.opener)
 
     @cached_property
     def import_pattern(self) -> re.Pattern[str]:
-        """Matches a line that brings in names."""
+        """Return the pattern of an import line."""
         return re.compile(self.imports, re.MULTILINE)
 
     def end_word(self, header: str) -> str:
-        """What closes the body of a header line, for languages that end bodies with a word."""
+        """Return the word that ends the body of a header line; empty for languages without one."""
         return next((word for pattern, word in self.end_words if re.search(pattern, header)), "")
 
 
 def words(text: str) -> frozenset[str]:
-    """The words of a text."""
+    """Split a text into a set of words."""
     return frozenset(text.split())
 
 
@@ -101,11 +101,11 @@ _JS_QUOTES = (*_quotes("`", multiline=True, code=r"\$\{"), *_PLAIN_QUOTES)
 _JS_REGEX: dict[str, Any] = {
     "literals": r"(?:(?<=[=(,:;!&|?{\[])|(?<=[=(,:;!&|?{\[] )|(?<==> )|(?<=return )|(?<![\s\S]))"
     r"/(?![*/])(?:\\.|\[(?:\\.|[^\]\\\n])*\]|[^/\\\[\n])+/"
-    r"|(?<=\w)'(?=(?:s|t|re|ll|ve|d|m)\b)",  # of a word in an element's text
+    r"|(?<=\w)'(?=(?:s|t|re|ll|ve|d|m)\b)",  # apostrophe in a word of an element's text
     "literal_starts": "/'",
 }
 _DIGITS_APART: dict[str, Any] = {"literals": r"(?<=\d)'(?=\d)", "literal_starts": "'"}
-VOID_ELEMENTS = "area|base|br|col|embed|hr|img|input|link|meta|source|track|wbr"  # of HTML, without an end
+VOID_ELEMENTS = "area|base|br|col|embed|hr|img|input|link|meta|source|track|wbr"  # HTML elements without an end tag
 _BRACE_HEADER = (
     r"(?:\}\s*)?(?:(?:export|default|public|private|protected|internal|static|final|abstract|async|unsafe|override|"
     r"virtual|sealed|partial|inline|constexpr|pub(?:\([\w:]+\))?|declare|const(?=\s+(?:fn|enum)))\s+)*"
@@ -387,7 +387,7 @@ LANGUAGES = (
 )
 PLAIN = Language("plaintext", quotes=_PLAIN_QUOTES, opener=r"[:{]\s*$")
 
-# What editors call them: VS Code's ids, Vim's file types, words behind a Markdown fence.
+# Editors' names: VS Code's ids, Vim's file types, info strings of Markdown fences.
 _ALIASES = {
     "py": "python",
     "python3": "python",
@@ -424,13 +424,13 @@ _BY_NAME = {"Rakefile": "ruby", "Gemfile": "ruby", ".bashrc": "shellscript", ".z
 
 @cache
 def find_language(language_id: str) -> Language:
-    """The language of an editor's id, in any case; ``PLAIN`` for one that is not here."""
+    """Return the language of an editor's id, ignoring case; ``PLAIN`` for an unknown id."""
     name = language_id.lower()
     return _BY_ID.get(_ALIASES.get(name, name), PLAIN)
 
 
 def language_of_path(path: str) -> str:
-    """Language id of a file name: by its ending, else the ending itself, else ``plaintext``."""
+    """Return the language id of a file name: by its suffix, else the suffix itself, else ``plaintext``."""
     name = PurePosixPath(path.replace("\\", "/"))
     suffix = name.suffix.lower()
     return _BY_NAME.get(name.name) or _BY_SUFFIX.get(suffix) or suffix.lstrip(".") or "plaintext"

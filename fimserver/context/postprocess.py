@@ -1,14 +1,14 @@
-"""From the engine's raw text to what is offered, or the reason why nothing is.
+"""Turn the engine's raw text into a completion, or the reason why there is none.
 
     to_completion(text, hole, snapshot, tree)   -> Completion | NoCompletion
-        cut_at_quote         what stands behind the end of the string that holds the cursor
-        match_indentation    the file's tabs, or its number of blanks a level
-        cut_at_hole_end      lines beyond the hole, lines indented less than it
-        cut_comment          a comment that would swallow the rest of the line
-        cut_repetition       a line or a phrase over and over
-        cut_repeated_suffix  what already stands behind the cursor
-        find_variants        the text, over what an editor closed by itself; then mended (``variants.py``)
-        is_sound             the first variant after which the code is no more broken than before
+        cut_at_quote         drop what follows the end of the string that holds the cursor
+        match_indentation    use the file's tabs, or its number of spaces per level
+        cut_at_hole_end      drop lines beyond the hole and lines indented less than it
+        cut_comment          drop a comment that would swallow the rest of the line
+        cut_repetition       drop an endlessly repeated line or phrase
+        cut_repeated_suffix  drop what already follows the cursor
+        find_variants        the text, also over auto-closed characters, then its repairs (``variants.py``)
+        is_sound             the first variant that adds no errors to the code
 
 Knows:  text, trees, holes.  Never: tokens, LSP.
 """
@@ -28,47 +28,47 @@ from fimserver.text import leading_whitespace, line_around, line_ending, to_newl
 
 _REPEATED_PHRASE = re.compile(r"(\S.{0,24}?)\1{4,}")
 _NUMBER_END = re.compile(r"(?<![\w.])\d+$")
-_MAX_SECONDS = 0.25  # the event loop waits meanwhile
+_MAX_SECONDS = 0.25  # the event loop is blocked meanwhile
 _MAX_EQUAL_LINES = 3
-_TRIVIAL_LINE_LENGTH = 4  # ")", "pass" may well stand twice
+_TRIVIAL_LINE_LENGTH = 4  # lines such as ")" and "pass" may be repeated
 _BARE_CLOSER = re.compile(r"\W*(?:(?:end|fi|done|esac|</[\w.-]+>)\W*)?")
 _NOT_TEXT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffd\ud800-\udfff]")
 
 
 def to_completion(text: str, hole: Hole, snapshot: Snapshot, tree: SyntaxTree | None) -> Completion | NoCompletion:
-    """What to offer for the engine's ``text``; ``tree`` is the snapshot's, if its language has one."""
+    """Return the completion for the engine's ``text``; ``tree`` is the snapshot's, if its language has one."""
     language = find_language(snapshot.language_id)
     _, after = line_around(snapshot.text, snapshot.cursor)
     text = cut_at_half_character(to_newlines(text))
     if hole.kind not in (HoleKind.STRING, HoleKind.DOCSTRING):
         return _fit(text, hole, snapshot, tree)
     inside = cut_at_quote(text, snapshot, after, language)
-    if hole.kind is HoleKind.STRING and not after.strip() and inside != text:  # the line goes on behind the string
+    if hole.kind is HoleKind.STRING and not after.strip() and inside != text:  # the answer continues after the string
         outcome = _fit(text, hole, snapshot, tree)
         if isinstance(outcome, Completion) and outcome.middle.startswith(inside.rstrip()):
             return outcome
     outcome = _fit(inside, hole, snapshot, tree)
     over = hole.replaceable
     if isinstance(outcome, NoCompletion) and inside != text and over and not after[over:].strip():
-        return _fit(text, hole, snapshot, tree, over)  # the statement needs what stands behind the string
+        return _fit(text, hole, snapshot, tree, over)  # the text after the string completes the statement
     return outcome
 
 
 def _fit(
     text: str, hole: Hole, snapshot: Snapshot, tree: SyntaxTree | None, over: int = 0
 ) -> Completion | NoCompletion:
-    """What of a text can be offered in place of the ``over`` characters behind the cursor."""
+    """Return the completion for a text in place of the ``over`` characters after the cursor."""
     language = find_language(snapshot.language_id)
     before, after = line_around(snapshot.text, snapshot.cursor)
     after = after[over:]
     middle = cut_at_hole_end(match_indentation(text, before, snapshot.text), hole, before, language)
-    quotes_only = hole.kind is not HoleKind.STRING and not middle.strip(" \n\"'")  # an empty string, no code
+    quotes_only = hole.kind is not HoleKind.STRING and not middle.strip(" \n\"'")  # an empty string, not code
     if not middle.strip() or quotes_only:
         return NoCompletion("empty", "the model has nothing to add here")
     middle = cut_comment(cut_repetition(middle), hole, before, after, language)
     middle = cut_repeated_suffix(middle, before, after, _following(snapshot), language)
     if not middle.strip():
-        return NoCompletion("repeats_suffix", "what the model would add already stands behind the cursor")
+        return NoCompletion("repeats_suffix", "the model's answer already follows the cursor")
     middle = join(before, middle).rstrip()
     ending = line_ending(snapshot.text)
     give_up = time.perf_counter() + _MAX_SECONDS
@@ -83,19 +83,19 @@ def _fit(
 
 
 def _following(snapshot: Snapshot) -> list[str]:
-    """The next three lines with anything on them."""
+    """Return the next three non-empty lines."""
     rest = to_newlines(snapshot.text[snapshot.cursor : snapshot.cursor + 2_000]).split("\n")[1:]
     return [line.rstrip() for line in rest if line.strip()][:3] or [line for line in [next_line(snapshot)] if line]
 
 
 def cut_at_half_character(text: str) -> str:
-    """The text up to the first character that no source file holds: half of one, or a control character."""
+    """Cut the text at the first half character (replacement character, surrogate) or control character."""
     found = _NOT_TEXT.search(text)
     return text[: found.start()] if found else text
 
 
 def cut_at_quote(text: str, snapshot: Snapshot, after: str, language: Language) -> str:
-    """The answer inside a string up to that string's end; the closing quote only where none stands there."""
+    """Cut an answer in a string at that string's end; keep the closing quote only if none follows the cursor."""
     state = scan(snapshot.text[: snapshot.cursor], language)
     end = find_string_end(text, 0, state.quote, language) if state.quote else None
     if end is None or text[:end].endswith("\n"):
@@ -107,7 +107,7 @@ def cut_at_quote(text: str, snapshot: Snapshot, after: str, language: Language) 
 
 
 def cut_at_hole_end(text: str, hole: Hole, before: str, language: Language) -> str:
-    """At most the hole's lines, and none that is indented less than the hole, but for what closes its header."""
+    """Cut to the hole's lines, and at a line indented less than the hole, unless it closes the hole's header."""
     lines = text.split("\n")[: hole.max_lines]
     if len(lines) == 1 or hole.kind is HoleKind.STRING:
         return "\n".join(lines)
@@ -116,7 +116,7 @@ def cut_at_hole_end(text: str, hole: Hole, before: str, language: Language) -> s
     kept = [lines[0]]
     for line in lines[1:]:
         width = indent_width(line)
-        item = language.id == "yaml" and line.lstrip().startswith("- ")  # stands as deep as its key
+        item = language.id == "yaml" and line.lstrip().startswith("- ")  # a YAML item may be as deep as its key
         if line.strip() and (width <= own if behind_header and not item else width < own):
             if behind_header and width == own and _closes_block(line, before, language):
                 kept.append(line.rstrip())
@@ -126,7 +126,7 @@ def cut_at_hole_end(text: str, hole: Hole, before: str, language: Language) -> s
 
 
 def _closes_block(line: str, header: str, language: Language) -> bool:
-    """Whether a line ends the body of the header before the cursor."""
+    """Return whether a line ends the body of the header before the cursor."""
     if language.style is BlockStyle.BRACE:
         return line.lstrip()[:1] in "}])"
     word = language.end_word(header)
@@ -134,7 +134,7 @@ def _closes_block(line: str, header: str, language: Language) -> bool:
 
 
 def cut_comment(middle: str, hole: Hole, before: str, after: str, language: Language) -> str:
-    """The middle without a comment at its end that would take the rest of the line into it."""
+    """Remove a comment at the middle's end that would swallow the rest of the line."""
     state = scan(before + middle, language)
     if hole.kind in (HoleKind.COMMENT, HoleKind.DOCSTRING) or not after.strip() or not state.in_comment:
         return middle
@@ -142,7 +142,7 @@ def cut_comment(middle: str, hole: Hole, before: str, after: str, language: Lang
 
 
 def cut_repetition(text: str) -> str:
-    """The text up to where a line or a phrase begins to repeat without end, once included."""
+    """Cut the text where a line or a phrase begins to repeat endlessly, after its first occurrence."""
     lines = text.split("\n")
     for i in range(len(lines) - _MAX_EQUAL_LINES + 1):
         run = {line.strip() for line in lines[i : i + _MAX_EQUAL_LINES]}
@@ -151,13 +151,13 @@ def cut_repetition(text: str) -> str:
             break
     kept = "\n".join(lines)
     for match in _REPEATED_PHRASE.finditer(kept):
-        if len(set(match[1])) > 1 or match[1].isalnum():  # a ruler of dashes is no accident
+        if len(set(match[1])) > 1 or match[1].isalnum():  # allow rulers such as dashes
             return kept[: match.end(1)]
     return kept
 
 
 def cut_repeated_suffix(middle: str, before: str, after: str, following: list[str], language: Language) -> str:
-    """The middle without its end where that repeats the rest of the line or the next lines."""
+    """Remove the middle's end where it repeats the rest of the line or the next lines."""
     overlap = overlap_with(middle, after)
     if overlap and (re.search(r"\w", after[:overlap]) or is_unmatched(before, middle, overlap, language)):
         middle = middle[: len(middle) - overlap]
@@ -174,13 +174,13 @@ def cut_repeated_suffix(middle: str, before: str, after: str, following: list[st
 
 
 def _same_line(line: str, standing: str) -> bool:
-    """Whether two lines say the same; of a bare closer the indentation counts, since it tells whose it is."""
+    """Return whether two lines are the same; indentation counts only for bare closers."""
     bare = _BARE_CLOSER.fullmatch(line) is not None
     return line == standing if bare else line.strip() == standing.strip()
 
 
 def is_unmatched(before: str, middle: str, overlap: int, language: Language) -> bool:
-    """Whether the end of the middle closes a bracket or quote that it did not open: the suffix does so already."""
+    """Return whether the last ``overlap`` characters close what the middle did not open; the suffix closes it."""
     own = scan(middle, language)
     if own.unmatched is not None:
         return own.unmatched >= len(middle) - overlap
@@ -189,7 +189,7 @@ def is_unmatched(before: str, middle: str, overlap: int, language: Language) -> 
 
 
 def join(before: str, middle: str) -> str:
-    """The middle without the blanks that the line already has, and with the one it needs behind a number."""
+    """Remove leading spaces that the line already has, or add the one that is needed after a number."""
     if before.endswith((" ", "\t")) and middle[:1] == " ":
         return middle.lstrip(" ")
     if _NUMBER_END.search(before) and middle[:1].isalpha():
@@ -198,7 +198,7 @@ def join(before: str, middle: str) -> str:
 
 
 def match_indentation(middle: str, before: str, text: str) -> str:
-    """Later lines in the file's own unit: tabs where it has tabs, its number of blanks where the model used another."""
+    """Indent later lines in the file's unit: tabs, or its number of spaces if the model used another."""
     if "\n" not in middle:
         return middle
     unit, base = indent_unit(f"{text}\n{before}|"), indent_width(before)

@@ -1,13 +1,13 @@
-"""Secrets in otherwise fine files: what a model is shown has crosses in their place.
+"""Replace secrets in files by ``x`` before a model sees them.
 
-    mask        a text of the same length without them
-    has_secret  whether there are any
-    reveals     whether a text, put behind another, would say one
+    mask        return a text of the same length without secrets
+    has_secret  return whether a text holds a secret
+    reveals     return whether a text, appended to another, would show a secret
 
-Known are tokens that say what they are by their beginning, private keys, passwords in URLs and in headers, and what is
-assigned to a name like password, secret, token or api_key: a literal with a digit in it (behind password, passwd, pwd
-and passphrase one without, too), and, as settings files and shells have it (``NAME=value``, ``name: value`` to the
-line's end), a value with a digit and without quotes. What is filled in from elsewhere (``${NAME}``, ``{name}``) is not.
+Secrets are tokens with a known prefix, private keys, passwords in URLs and headers, and values assigned to a name like
+password, secret, token or api_key: a quoted literal with a digit (for password, passwd, pwd and passphrase also one
+without), and, as in settings files and shells (``NAME=value``, ``name: value`` to the line's end), an unquoted value
+with a digit. Placeholders (``${NAME}``, ``{name}``) are not secrets.
 detect-secrets was tried first: its pattern for GitHub covers the token's prefix alone, it takes 0.13 ms a line, and it
 brings an HTTP library into this process.
 
@@ -22,15 +22,15 @@ _FILLER = "x"
 HIDDEN = "\0"
 _CHARACTER = re.compile(r"[^\r\n]")
 _LINE_END = re.compile(r"[\r\n]|\Z")
-_MOST_BEFORE = 200  # characters of a line before a name that is given a value without quotes
-_KEY_LINE = re.compile(r"[A-Za-z0-9+/]{40,}={0,2}")  # of a private key, whose beginning is elsewhere
+_MOST_BEFORE = 200  # characters of a line before a name with an unquoted value
+_KEY_LINE = re.compile(r"[A-Za-z0-9+/]{40,}={0,2}")  # of a private key that begins elsewhere
 _PASSWORDS = ("password", "passwd", "passphrase", "pwd")
 _NAMES = (
     *_PASSWORDS,
     *("secret", "token", "credential"),
     *(f"{of}{joint}key" for of in ("api", "access", "account", "private", "auth") for joint in ("_", "-", "")),
 )
-# What has to be in a text for its pattern to be tried, and the pattern; its last group is the secret.
+# One of the strings has to be in a text for its pattern to be tried; the pattern's last group is the secret.
 _PATTERNS = (
     (("AKIA", "ASIA"), re.compile(r"\b((?:AKIA|ASIA)[0-9A-Z]{16})\b")),
     (("gh",), re.compile(r"\b(gh[pousr]_[A-Za-z0-9]{30,255})")),
@@ -65,24 +65,25 @@ _PATTERNS = (
         re.compile(r"(?i:authorization)\W{1,20}(?i:basic) +([A-Za-z0-9+/]{8,400}={0,2})"),
     ),
 )
-# How a value is given to a name, from the name's end on.
+# Assignment of a value, from the end of the name on.
 _ASSIGNED = r"[\"']?\]?\s{0,9}(?::[^=\n\"']{1,60})?(?:=>|[:=]=?)\s{0,9}[rbuf]{0,2}(?:\"\"\"|'''|[\"'`])"
 _FILLED_IN = r"(?![^\"'`\n]{0,400}(?:\$[({]|\{[^}\"'`\n]{0,80}\}|%\())(?!/|\$\w{1,80}[\"'`])"
 _QUOTED = r"([^\s\"'`<>]{8,400})[\"'`]"
-_SPEAKS = r"(?![^\"'`\n]{0,400}(?i:pass|pwd|secret|token|key|your|example|change|enter))"  # of itself: no secret
+# describes itself: not a secret
+_SPEAKS = r"(?![^\"'`\n]{0,400}(?i:pass|pwd|secret|token|key|your|example|change|enter))"
 _LITERAL = re.compile(rf"\w{{0,40}}{_ASSIGNED}(?=[^\"'`\n]{{0,400}}\d){_FILLED_IN}{_QUOTED}", re.IGNORECASE)
 _PASSWORD = re.compile(f"{_ASSIGNED}{_SPEAKS}{_FILLED_IN}{_QUOTED}", re.IGNORECASE)
-# And without quotes, from the line's beginning on: in shells and Dockerfiles, in YAML, where a word with a digit behind
-# it is code, and in INI files, where it has to be long and of letters of both cases.
+# Unquoted values, matched from the start of the line: in shells and Dockerfiles; in YAML, where a word with a digit
+# after it is code; in INI files, where they have to be long with letters of both cases.
 _NOT_ONE = (
     r"(?![\d_.]+[ \t]*$|\S*(?:://|\*)|[/~]|\.{1,2}/|self\.|\w*[._]\w*\+"  # numbers, addresses, paths, sums
-    r"|[\w.]{1,80}\.[A-Za-z_]\w{0,80}[ \t]*$"  # what is of something
+    r"|[\w.]{1,80}\.[A-Za-z_]\w{0,80}[ \t]*$"  # attributes
     r"|(?:[A-Z][a-z]+)+\d*(?:[A-Z][a-z]+)*[ \t]*$"  # types
-    r"|[a-z]+(?:-[a-z]+)*-v?\d[\d.]*[ \t]*$"  # names of versions
+    r"|[a-z]+(?:-[a-z]+)*-v?\d[\d.]*[ \t]*$"  # versioned names
     r")"
 )
 _UNQUOTED = rf"(?=[^\s#]{{0,400}}\d){_NOT_ONE}([^\s\"'`,;()\[\]{{}}<>$]{{8,400}})[ \t]*(?:#.*)?$"
-# What a name goes on with that is of something else: how many tokens, where they come from, how long they live.
+# Ends of names that are not secrets: counts, locations and lifetimes of tokens.
 _OF_ANOTHER = re.compile(
     r"[\w.-]{0,30}?(?:name|ur[il]|path|file|dir|limit|timeout|count|type|length|size|ttl|version|expir\w{0,6}|prefix)s?\b"
     r"|s\b|iz",
@@ -99,7 +100,7 @@ _LINES = tuple(
 
 
 def mask(text: str, filler: str = _FILLER) -> str:
-    """The text, each secret in it replaced by as many crosses; line ends within one stay."""
+    """Replace every character of each secret in a text; keep line ends."""
     for hints, pattern in _PATTERNS:
         if any(hint in text for hint in hints):
             text = pattern.sub(partial(_cross_out, filler=filler), text)
@@ -111,9 +112,9 @@ def mask(text: str, filler: str = _FILLER) -> str:
 
 
 def _find_assigned(text: str) -> Iterator[tuple[int, int]]:
-    """Where values stand that are secrets by the name they are given to, in order."""
+    """Yield, in order, the ranges of values that are secrets by their name."""
     lowered = text.lower()
-    if len(lowered) != len(text):  # of a few letters the small form is two
+    if len(lowered) != len(text):  # some letters have two characters in lower case
         lowered = "".join(c if len(c.lower()) > 1 else c.lower() for c in text)
     names = sorted({(at, name) for name in _NAMES for at in _find_all(lowered, name)})
     done = line_end = 0
@@ -131,7 +132,7 @@ def _find_assigned(text: str) -> Iterator[tuple[int, int]]:
             if begin or not near:
                 match = next(filter(None, (pattern.match(text, begin, line_end) for pattern in _LINES)), None)
             if match is not None and at >= match.start(1):
-                match = None  # the name is in the value
+                match = None  # the name is inside the value
         if match is not None:
             done = match.end()
             yield match.span(1)
@@ -146,25 +147,25 @@ def _find_all(text: str, word: str) -> Iterator[int]:
 
 @lru_cache(maxsize=48)
 def hide_whole(text: str) -> str:
-    """A whole document for who looks for code in it: secrets are of characters that stand in no code (``HIDDEN``)."""
+    """Mask a document for n-gram matching: with a character that does not occur in code (``HIDDEN``)."""
     return mask(text, HIDDEN)
 
 
 def mask_whole(text: str) -> str:
-    """``mask`` of a whole document that is read for others, which mostly stays as it is: it is looked through once."""
+    """Mask a document that is read for others; cached, since such a document rarely changes."""
     hidden = hide_whole(text)
     return text if hidden == text else hidden.replace(HIDDEN, _FILLER)
 
 
 def has_secret(text: str) -> bool:
-    """Whether ``mask`` would change a text."""
+    """Return whether ``mask`` would change a text."""
     return mask(text) != text
 
 
 def reveals(before: str, text: str) -> bool:
-    """Whether ``text`` offered behind ``before``, the cursor's line up to it, would say a secret from elsewhere.
+    """Return whether offering ``text`` after ``before``, the start of the cursor's line, would show a secret.
 
-    What ends within a literal counts as if the literal ended there.
+    A text that ends within a literal counts as if the literal ended there.
     """
     line = before + text
     is_key = any(_KEY_LINE.fullmatch(part.strip()) for part in line.splitlines())

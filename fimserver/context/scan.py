@@ -1,8 +1,8 @@
-"""What is open at the end of a piece of code: brackets, a string, a comment. Lexical, so it works on broken code.
+"""Find the brackets, string or comment open at the end of a piece of code; lexical, so it works on broken code.
 
     scan(code, language)              -> OpenState
-    find_string_end(code, ...)        where a string ends that is open already
-    python_parses(text)               the strict question: whether Python's own parser takes the whole
+    find_string_end(code, ...)        return where an already open string ends
+    python_parses(text)               return whether Python's own parser accepts the whole text
 
 Knows:  characters, the lexical tables of ``languages.py``.  Never: trees, documents.
 """
@@ -16,20 +16,19 @@ from functools import cache, lru_cache
 from fimserver.context.languages import Language, Quote
 from fimserver.text import common_prefix_length
 
-_MAX_REMEMBERED = 32  # texts of a language: one daemon serves many windows
-_MAX_CHARACTERS = 16_000_000  # of all of them
-CLOSER_OF = {"(": ")", "[": "]", "{": "}", '"': '"', "`": "`"}  # of a string, where code in it is open
+_MAX_REMEMBERED = 32  # texts per language: one daemon serves many windows
+_MAX_CHARACTERS = 16_000_000  # of all remembered texts
+CLOSER_OF = {"(": ")", "[": "]", "{": "}", '"': '"', "`": "`"}  # quotes: strings around interpolated code
 
 
 @dataclass(frozen=True, slots=True)
 class OpenState:
-    """What is open at the end: ``brackets`` outermost first, ``quote`` of an unfinished string, a comment.
+    """The open brackets, string or comment at the end of a piece of code.
 
-    Among the brackets is the quote of a string around code that is open (``"a ${b``).
-    ``offsets`` are where the brackets stand, -1 of those around the code; ``unmatched`` is the offset of the first
-    closing bracket that nothing opened, or ``None``; ``text_start`` is where the unfinished string or the comment
-    begins.
-    ``comment`` is what began the comment.
+    ``brackets`` are outermost first and include the quote of a string around open code (``"a ${b``). ``offsets`` are
+    their positions, -1 for those around the code. ``unmatched`` is the offset of the first closing bracket without an
+    opening one, or ``None``. ``quote`` opens an unfinished string, ``comment`` an unfinished comment; ``text_start`` is
+    where either begins.
     """
 
     brackets: str
@@ -42,28 +41,28 @@ class OpenState:
 
     @property
     def in_comment(self) -> bool:
-        """Whether a comment is open."""
+        """Return whether a comment is open."""
         return bool(self.comment)
 
     @property
     def closers(self) -> str:
-        """Text that closes everything that is open."""
+        """Return text that closes everything that is open."""
         return self.closing_quote + "".join(CLOSER_OF[b] for b in reversed(self.brackets))
 
 
 def scan(code: str, language: Language, outer: str = "") -> OpenState:
-    """State at the end of code that begins outside any string and comment, within the brackets ``outer``."""
+    """Return the state at the end of code that begins outside strings and comments, within the brackets ``outer``."""
     return _scan(code, 0, language, None, outer)[0]
 
 
 def find_string_end(code: str, position: int, quote: str, language: Language) -> int | None:
-    """Offset behind the string that ``quote`` opened before ``position``; ``None`` when it is open."""
+    """Return the offset after the string that ``quote`` opened before ``position``; ``None`` if it is unclosed."""
     return _scan(code, position, language, _quote(language, quote))[1]
 
 
 @dataclass(slots=True)
 class _Opened:
-    """A bracket that is open, or a string around code that is: ``"a ${b``."""
+    """An open bracket, or a string around open code: ``"a ${b``."""
 
     closer: str
     offset: int
@@ -80,9 +79,9 @@ def _scan(  # noqa: C901, PLR0912, PLR0913  one branch a kind of token
     *,
     sees_brackets: bool = True,
 ) -> tuple[OpenState, int | None]:
-    """State at the end of code that begins in the string ``first``, and where that string ends.
+    """Return the state at the end of code that begins in the string ``first``, and where that string ends.
 
-    Without ``sees_brackets`` only those count that are in code within a string: less to look at.
+    Without ``sees_brackets`` only brackets of code within strings count, which is faster.
     """
     every, fewer = _token_pattern(language), _token_pattern(language, has_brackets=sees_brackets)
     stack = [_Opened(CLOSER_OF[mark], -1, mark) for mark in outer]
@@ -143,7 +142,7 @@ def _scan(  # noqa: C901, PLR0912, PLR0913  one branch a kind of token
 
 @dataclass(slots=True)
 class _Scanned:
-    """A text that was scanned, and line starts in it where neither string nor comment is open."""
+    """A scanned text, and its line starts outside strings and comments."""
 
     text: str
     closed: list[int]
@@ -154,9 +153,9 @@ _recently_scanned: dict[Language, list[_Scanned]] = {}
 
 
 def find_open_text(text: str, language: Language) -> int | None:
-    """Where the string or comment begins that is open at the end of a text, which ends at a line's end.
+    """Return where the string or comment open at the end of a text begins; the text ends at a line end.
 
-    What was scanned before and is the same still is not scanned again: typing below costs what was typed.
+    Unchanged text that was scanned before is not scanned again: after an edit, only the edited part costs time.
     """
     recent = _recently_scanned.setdefault(language, [])
     known = max(recent, key=lambda r: common_prefix_length(r.text, text), default=_Scanned("", [0]))
@@ -164,7 +163,7 @@ def find_open_text(text: str, language: Language) -> int | None:
     closed = [place for place in known.closed if place <= same]
     opened = _scan_on(text, closed, language)
     if same == len(text) < len(known.text):
-        return opened  # what is remembered reaches farther
+        return opened  # the remembered text is longer
     if known in recent:
         recent.remove(known)
     recent.append(_Scanned(text, closed))
@@ -174,7 +173,7 @@ def find_open_text(text: str, language: Language) -> int | None:
 
 
 def _scan_on(text: str, closed: list[int], language: Language) -> int | None:
-    """Scan from the last place that is known to be closed; adds such places, gives where open text begins."""
+    """Scan from the last position in ``closed``, extend ``closed``, and return where open text begins."""
     start, length = closed[-1], _CHUNK
     while start < len(text):
         stop = text.rfind("\n", start, start + length) + 1
@@ -192,13 +191,13 @@ def _scan_on(text: str, closed: list[int], language: Language) -> int | None:
 
 
 def without_comment(line: str, language: Language) -> str:
-    """A line of code without the comment at its end."""
+    """Return a line of code without the comment at its end."""
     state = scan(line, language)
     return line[: state.text_start] if state.in_comment else line
 
 
 def _quote(language: Language, mark: str) -> Quote:
-    """The kind of string that a mark opens; a here-document ends with the word that its mark names."""
+    """Return the kind of string that a mark opens; a here-document ends with the word in its mark."""
     if mark.startswith("<<"):
         return Quote(mark, re.findall(r"\w+", mark)[0], multiline=True, escapes=False)
     return next(quote for quote in language.quotes if quote.open == mark)
@@ -206,7 +205,7 @@ def _quote(language: Language, mark: str) -> Quote:
 
 @cache
 def _token_pattern(language: Language, *, has_brackets: bool = True) -> re.Pattern[str]:
-    """One token: a comment, a quote, a bracket (unless without), or a run of anything else."""
+    """Match one token: a comment, a quote, a bracket (if ``has_brackets``), or a run of anything else."""
     parts = []
     if language.literals:
         parts.append(f"(?:{language.literals})")
@@ -237,7 +236,7 @@ def _token_pattern(language: Language, *, has_brackets: bool = True) -> re.Patte
 
 @cache
 def _string_end(quote: Quote) -> re.Pattern[str]:
-    """Up to the closing mark or to code inside; a line's end closes a string that may not have one."""
+    """Match up to the closing mark or to interpolated code; a line end closes a single-line string."""
     close = re.escape(quote.close)
     if quote.open.startswith("<<"):
         return re.compile(rf"[\s\S]*?^[ \t]*{close}\b(?P<code>)", re.MULTILINE)
@@ -249,9 +248,9 @@ def _string_end(quote: Quote) -> re.Pattern[str]:
 
 @lru_cache(maxsize=4)
 def python_parses(text: str) -> bool:
-    """Whether Python's own parser takes the text."""
+    """Return whether Python's own parser accepts the text."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # an odd escape sequence is the person's business
+        warnings.simplefilter("ignore")  # invalid escape sequences do not matter here
         try:
             ast.parse(text)
         except (SyntaxError, ValueError, RecursionError, MemoryError):

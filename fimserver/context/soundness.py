@@ -1,4 +1,4 @@
-"""Whether the code is no more broken with a completion in it than without.
+"""Check that a completion adds no errors to the code.
 
     is_sound(snapshot, middle, tree, replaced)
 
@@ -19,7 +19,7 @@ from fimserver.context.scan import python_parses
 from fimserver.context.syntax import SyntaxTree, parse
 from fimserver.datatypes import Snapshot
 
-# Nodes whose children are statements, members or items, in all grammars: the names do not collide.
+# Nodes of all grammars whose children are statements, members or items; the names do not collide.
 _BODIES = words(
     "module block program source_file statement_block compound_statement class_body declaration_list "
     "field_declaration_list enum_body enum_member_declaration_list interface_body object_type object array "
@@ -34,14 +34,14 @@ _BODIES = words(
 )
 _NAMES = {"identifier", "type_identifier", "command_name"}
 _AT_MARGIN = re.compile(r"^(?![)\]}\s])", re.MULTILINE)
-_SMALL_BYTES = 1_500  # half a millisecond of Python's parser
+_SMALL_BYTES = 1_500  # Python's parser takes half a millisecond
 _STAND_INS = (b"pass", b"if True:", b"except Exception: pass", b"except Exception:", b"else:", b"try:", b"@property")
 
 
 def is_sound(snapshot: Snapshot, middle: str, tree: SyntaxTree | None, replaced: int = 0) -> bool:
-    """Whether ``middle`` may be put at the snapshot's cursor in place of the ``replaced`` characters behind it.
+    """Return whether ``middle`` may replace the ``replaced`` characters after the snapshot's cursor.
 
-    Without a tree nothing can be said: ``True``.
+    Without a tree this cannot be checked: ``True``.
     """
     if tree is None:
         return True
@@ -52,7 +52,7 @@ def is_sound(snapshot: Snapshot, middle: str, tree: SyntaxTree | None, replaced:
         return True
     start = new.to_byte(snapshot.cursor)
     end = new.to_byte(snapshot.cursor + len(middle))
-    # A middle on a line of its own begins a statement; otherwise it goes on with the one before the cursor.
+    # A middle on its own line begins a statement; otherwise it continues the one before the cursor.
     own_line = not before[before.rfind("\n") + 1 :].strip()
     blanks = len(middle) - len(middle.lstrip()) if own_line else -1
     statement = find_statement(new, new.to_byte(snapshot.cursor + blanks), end)
@@ -64,8 +64,8 @@ def is_sound(snapshot: Snapshot, middle: str, tree: SyntaxTree | None, replaced:
 
 
 def _is_sound_nearby(snapshot: Snapshot, middle: str, tree: SyntaxTree, replaced: int) -> bool:
-    """The same of the statement at the margin alone, where an error holds more than that already."""
-    if tree.language.id in {"php", "python"}:  # the one is code only behind a tag, the other has its own parser
+    """Check only the top-level statement, if an older error already extends beyond it."""
+    if tree.language.id in {"php", "python"}:  # PHP is code only after a tag, Python has its own parser
         return False
     text, cursor = snapshot.text, snapshot.cursor
     line_end = text.find("\n", cursor + replaced)
@@ -81,7 +81,7 @@ def _is_sound_nearby(snapshot: Snapshot, middle: str, tree: SyntaxTree, replaced
 
 
 def _takes_a_word_for_a_name(new: SyntaxTree, start: int, end: int) -> bool:
-    """Whether a name in ``[start, end)`` is a word of the language: some grammars read any word as a name."""
+    """Return whether a name in ``[start, end)`` is a keyword: some grammars read any word as a name."""
     reserved = words(new.language.reserved)
     stack = [new.tree.root_node] if reserved else []
     while stack:
@@ -95,9 +95,9 @@ def _takes_a_word_for_a_name(new: SyntaxTree, start: int, end: int) -> bool:
 
 
 def parses_where_the_rest_does(new: SyntaxTree, statement: "Statement", middle: slice, old_text: str) -> bool:
-    """Whether Python's parser takes the new text, or would not take the rest of it either.
+    """Return whether Python's parser accepts the new text, or would reject the rest of it, too.
 
-    The rest is what stands around the statement, or around the lines that the bytes ``middle`` stand in.
+    The rest is the text around the statement, or around the lines of the bytes ``middle``.
     """
     region = find_region(new, statement)
     head = new.source[region.start : statement.start]
@@ -120,7 +120,7 @@ def _parses(source: bytes) -> bool:
 
 
 def find_region(new: SyntaxTree, statement: "Statement") -> slice:
-    """Bytes that Python's parser has to look at: the statement with those around it, whole, or a small file."""
+    """Return the bytes for Python's parser: the statement with complete neighbours, or a whole small file."""
     if len(new.source) <= _SMALL_BYTES:
         return slice(0, len(new.source))
     node = new.tree.root_node.named_descendant_for_byte_range(statement.start, max(statement.start, statement.end - 1))
@@ -147,11 +147,10 @@ def _begins_line(tree: SyntaxTree, node: Node) -> bool:
 
 @lru_cache(maxsize=4)
 def rest_parses(head: bytes, tail: bytes) -> bool:
-    """Whether the file parses with anything simple in the statement's place.
+    """Return whether the file parses with a simple stand-in for the statement.
 
-    Then a middle that leaves it broken is at fault, and not the rest of the file. Tried with the lines behind
-    the statement, and without those that are deeper: its body, or the arguments that the file had there before
-    its first line was changed.
+    If so, an error is the middle's fault. Tried with the lines after the statement, and without the deeper ones: its
+    body, or the arguments that the file had there before its first line was changed.
     """
     line = head[head.rfind(b"\n") + 1 :]
     indent = len(line) - len(line.lstrip())
@@ -175,9 +174,9 @@ class Statement:
 
 
 def find_statement(new: SyntaxTree, start: int, end: int) -> Statement | None:
-    """The statements that hold ``[start, end)``; of one whose body follows, the header only.
+    """Return the statements that hold ``[start, end)``; only the header of one whose body follows.
 
-    ``None`` when an error holds them.
+    ``None`` if they are in an error node.
     """
     first, last = _statement_at(new, start), _statement_at(new, max(start, end - 1))
     if first is None or last is None:
@@ -199,7 +198,7 @@ def _statement_at(new: SyntaxTree, byte: int) -> Node | None:
 
 
 def no_new_errors(old: SyntaxTree, new: SyntaxTree, statement: Statement, *, at: int, added: int) -> bool:
-    """No error touches the statement; each one elsewhere lies within one that was there before."""
+    """Return whether no error touches the statement and each error elsewhere lies within an older one."""
 
     def shifted(byte: int) -> int:
         return byte + added if byte >= at else byte

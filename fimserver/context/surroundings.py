@@ -1,12 +1,12 @@
-"""Brackets around the cursor: what is open before it, and what the text behind it closes.
+"""Find the brackets around the cursor: the open ones before it, and the closers after it.
 
     open_before(text, language)      -> Place: where the cursor's line begins, and the brackets open there
-    closed_behind(suffix, language)  -> the closers that nothing behind the cursor opened
-    is_closed(opened, closers)       whether the innermost bracket is closed behind the cursor
-    lacks_closers(opened, ...)       whether brackets stay open if nothing is put at the cursor
+    closed_behind(suffix, language)  -> the closers without an opening bracket after the cursor
+    is_closed(opened, closers)       return whether the innermost bracket is closed after the cursor
+    lacks_closers(opened, ...)       return whether brackets stay open if nothing is inserted at the cursor
 
-Windows are cut and files are broken: a bracket is believed only where indentation agrees, and what is not known
-counts as fitting.
+Windows are cut and files are broken: a bracket counts only where indentation agrees, and unknown parts count as
+matching.
 
 Knows:  characters, lexical tables.  Never: trees, documents, tokens.
 """
@@ -19,7 +19,7 @@ from fimserver.context.languages import BlockStyle, Language
 from fimserver.context.scan import CLOSER_OF, scan
 from fimserver.text import leading_whitespace
 
-_REACH = 2_000  # characters behind the cursor that are looked at
+_REACH = 2_000  # characters after the cursor that are scanned
 _MAX_CLOSERS = 8
 _FAR_RIGHT = 1_000  # the depth of a closer on the cursor's own line
 TAB = 4
@@ -27,7 +27,7 @@ TAB = 4
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """An open bracket, how deep its line is, whether that is the cursor's, and whether lines below agree."""
+    """An open bracket: its line's depth, whether it is on the cursor's line, whether the lines below agree."""
 
     mark: str
     indent: int
@@ -37,7 +37,7 @@ class Opened:
 
 @dataclass(frozen=True, slots=True)
 class Closer:
-    """A closer behind the cursor, how deep its line is, and whether it begins that line."""
+    """A closer after the cursor, its line's depth, and whether it begins that line."""
 
     mark: str
     indent: int
@@ -47,9 +47,9 @@ class Closer:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where scanning may begin anew for the cursor: outside any string and comment, within ``outer``.
+    """A position outside strings and comments, within ``outer``, from which the cursor's line can be scanned.
 
-    ``indent`` is that of the line; ``statement`` that of the line on which what the brackets hold begins.
+    ``indent`` is the line's; ``statement`` is that of the line on which the outermost bracket's statement begins.
     """
 
     offset: int
@@ -59,12 +59,12 @@ class Place:
 
 
 def width(line: str) -> int:
-    """How deep a line is indented."""
+    """Return the depth of a line in columns."""
     return len(leading_whitespace(line).expandtabs(TAB))
 
 
 def open_before(text: str, language: Language) -> Place:
-    """The brackets open where the last line of a text begins, or the string that is open there."""
+    """Return the brackets open where the last line of a text begins, or the start of a string open there."""
     start = text.rfind("\n") + 1
     state = scan(text[:start], language)
     lines = text[:start].split("\n")[:-1]
@@ -89,7 +89,7 @@ def open_before(text: str, language: Language) -> Place:
 
 
 def closed_behind(suffix: str, language: Language) -> tuple[Closer, ...]:
-    """Closers that nothing behind the cursor opened, in order, as far as they are known."""
+    """Return the closers that nothing after the cursor opened, in order, as far as they are known."""
     code, position = suffix[:_REACH], 0
     found: list[Closer] = []
     while len(found) < _MAX_CLOSERS:
@@ -98,7 +98,7 @@ def closed_behind(suffix: str, language: Language) -> tuple[Closer, ...]:
             break
         offset = position + state.unmatched
         if scan(code[position:offset], language).brackets:
-            break  # of another kind than what is open: no telling what goes with what
+            break  # does not match the open bracket: pairs are unknown from here on
         line_start = code.rfind("\n", 0, offset) + 1
         at_cursor = not line_start
         indent = _FAR_RIGHT if at_cursor else width(code[line_start:])
@@ -108,7 +108,7 @@ def closed_behind(suffix: str, language: Language) -> tuple[Closer, ...]:
 
 
 def is_closed(opened: Sequence[Opened], closers: Sequence[Closer], language: Language) -> bool:
-    """Whether the innermost open bracket is closed behind the cursor already."""
+    """Return whether the innermost open bracket is already closed after the cursor."""
     if not opened or not closers:
         return False
     top, first = opened[-1], closers[0]
@@ -125,7 +125,7 @@ def is_closed(opened: Sequence[Opened], closers: Sequence[Closer], language: Lan
 
 
 def lacks_closers(opened: Sequence[Opened], closers: Sequence[Closer], suffix: str, language: Language) -> bool:
-    """Whether a bracket of the statement at the cursor stays open if nothing is put there."""
+    """Return whether a bracket of the statement at the cursor stays open if nothing is inserted there."""
     openers, behind = _of_one_statement(opened, closers, language)
     if not openers or not all(o.is_sure for o in openers):
         return False
@@ -137,7 +137,7 @@ def lacks_closers(opened: Sequence[Opened], closers: Sequence[Closer], suffix: s
 def _of_one_statement(
     opened: Sequence[Opened], closers: Sequence[Closer], language: Language
 ) -> tuple[list[Opened], list[Closer]]:
-    """Brackets of the statement at the cursor alone, innermost first: braces hold other statements."""
+    """Return the brackets of the cursor's statement, innermost first: braces hold other statements."""
     braces = language.style is BlockStyle.BRACE
     openers = list(takewhile(lambda o: not (braces and o.mark == "{"), reversed(opened)))
     return openers, list(takewhile(lambda c: not (braces and c.mark == "}"), closers))
@@ -148,7 +148,7 @@ def _fit(openers: Sequence[Opened], closers: Sequence[Closer]) -> bool:
 
 
 def _ends_behind(suffix: str, indent: int) -> bool:
-    """Whether a line behind the cursor begins something new, so that what is open before it ends above."""
+    """Return whether a line after the cursor begins something new, so that what is open before it ends above."""
     below = [line for line in suffix[:_REACH].split("\n")[1:] if line.strip()]
     if not below:
         return not suffix.strip()

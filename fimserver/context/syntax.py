@@ -1,9 +1,9 @@
-"""Syntax trees that follow the text: parsed once, then only where an edit touched them.
+"""Keep syntax trees of changing text: parse once, then only the edited part.
 
     parse(text, language_id, old)   -> SyntaxTree, or None for a language without a grammar here
 
 Knows:  tree-sitter, UTF-8 bytes.  Never: holes, LSP.
-Offsets: code points outside, bytes inside; ``to_byte`` leads from one to the other.
+Offsets: code points outside, bytes inside; ``to_byte`` converts.
 """
 
 import importlib
@@ -18,13 +18,13 @@ from tree_sitter import Node, Parser, Tree
 from fimserver.context.languages import Language, find_language
 from fimserver.text import common_prefix_length, common_suffix_length
 
-GRAMMAR_ERRORS = (ImportError, OSError, ValueError, TypeError, AttributeError)  # of a broken or missing package
+GRAMMAR_ERRORS = (ImportError, OSError, ValueError, TypeError, AttributeError)  # a broken or missing package
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class SyntaxTree:
-    """The tree of one text. ``source`` is the text in UTF-8."""
+    """The tree of one text; ``source`` is the text in UTF-8."""
 
     text: str
     source: bytes
@@ -33,11 +33,11 @@ class SyntaxTree:
     is_exact: bool = True
 
     def to_byte(self, offset: int) -> int:
-        """Byte of a code point offset."""
+        """Return the byte offset of a code point offset."""
         return offset if len(self.source) == len(self.text) else len(_encode(self.text[:offset]))
 
     def ancestors(self, offset: int) -> Iterator[Node]:
-        """The smallest node that ends at or holds ``offset``, then its parents."""
+        """Yield the smallest node that ends at or holds ``offset``, then its parents."""
         byte = self.to_byte(offset)
         node = self.tree.root_node.descendant_for_byte_range(max(0, byte - 1), byte)
         while node is not None:
@@ -45,7 +45,7 @@ class SyntaxTree:
             node = node.parent
 
     def errors(self) -> list[tuple[int, int]]:
-        """Byte ranges of error and missing nodes, outermost only, in order."""
+        """Return the byte ranges of error and missing nodes, outermost only, in order."""
         found: list[tuple[int, int]] = []
         stack = [self.tree.root_node]
         while stack:
@@ -58,11 +58,11 @@ class SyntaxTree:
 
 
 def parse(text: str, language_id: str, old: SyntaxTree | None = None, *, exact: bool = True) -> SyntaxTree | None:
-    """Tree of a text; ``old`` is any earlier tree of the same document, of which the unchanged part is kept.
+    """Parse a text; ``old`` is any earlier tree of the same document, whose unchanged part is reused.
 
-    Of a text with errors a parser makes one tree after an edit and another from scratch, since it mends where it
-    happens to look first. With ``exact`` such a text is parsed from scratch, so that a tree depends on nothing but
-    its text; what is parsed here is a focus, of a few thousand characters.
+    Of a text with errors, tree-sitter makes another tree after an edit than from scratch, since its error recovery
+    depends on where it starts. With ``exact`` such a text is parsed from scratch, so that a tree depends only on its
+    text; the text is a focus of a few thousand characters.
     """
     language = find_language(language_id)
     parser = _parser(language)
@@ -72,7 +72,7 @@ def parse(text: str, language_id: str, old: SyntaxTree | None = None, *, exact: 
     if old is not None and old.language is language:
         if old.source == source and (old.is_exact or not exact):
             return old
-        if not exact or not old.tree.root_node.has_error:  # what was broken mostly still is
+        if not exact or not old.tree.root_node.has_error:  # old errors mostly remain
             tree = parser.parse(source, _edited(old, source))
             if not exact or not tree.root_node.has_error:
                 return SyntaxTree(text, source, tree, language, is_exact=exact)
@@ -80,7 +80,7 @@ def parse(text: str, language_id: str, old: SyntaxTree | None = None, *, exact: 
 
 
 def _edited(old: SyntaxTree, source: bytes) -> Tree:
-    """A copy of the old tree with one edit that spans everything that differs."""
+    """Return a copy of the old tree with one edit that spans all differences."""
     start = common_prefix_length(old.source, source)
     longest_tail = min(len(old.source), len(source)) - start
     tail = common_suffix_length(old.source, source, longest_tail)
@@ -107,7 +107,7 @@ def _encode(text: str) -> bytes:
 
 @cache
 def _parser(language: Language) -> Parser | None:
-    """A parser with the language's grammar, which is loaded now; without it a language is completed by its lines."""
+    """Return a parser for the language, or ``None`` if its grammar does not load: lines are used then."""
     if language.grammar is None:
         return None
     try:
@@ -118,7 +118,7 @@ def _parser(language: Language) -> Parser | None:
 
 
 def load_parser(language: Language) -> Parser:
-    """A parser with the language's grammar. Raises one of ``GRAMMAR_ERRORS``."""
+    """Load the language's grammar and return its parser. Raises one of ``GRAMMAR_ERRORS``."""
     assert language.grammar is not None
     module, function = language.grammar
     return Parser(tree_sitter.Language(getattr(importlib.import_module(module), function)()))

@@ -1,11 +1,11 @@
-"""What a person would have written instead, where the model lost count: the candidates that are tried in turn.
+"""Repair an answer with unbalanced brackets or a missing end: yield variants that are tried in turn.
 
     find_variants(variant, hole, snapshot, language)
-        the text itself, over the closers that an editor typed where it closes them and goes on
-        without a stray closer; with the missing ones; with what ends a statement, an item or a header's body
-        cut back to where its last line was whole; with fewer lines
+        the text itself, over auto-closed characters where it closes them and continues
+        without an unmatched closer; with the missing ones; with the end of a statement, an item or a header's body
+        cut back to where its last line was complete; with fewer lines
 
-Each has to pass the same check (``soundness.py``): a variant costs nothing but time.
+Every variant has to pass the same check (``soundness.py``), so a wrong one only costs time.
 
 Knows:  characters, lexical tables.  Never: trees, tokens.
 """
@@ -27,7 +27,7 @@ _CLOSING_LINE = re.compile(
 _BRACE_AT_END = re.compile(r"\{\s*(?:\|[^|]*\|)?\s*$")
 _CLOSING_RUN = re.compile(r"[)\]}\"'`]*")
 _INDENT_WIDTH = 4
-_REACH = 20_000  # characters behind the cursor that are searched for a closing tag
+_REACH = 20_000  # characters after the cursor that are searched for a closing tag
 _TERMINATED = {"java", "c", "cpp", "csharp", "rust", "php", "css"}  # statements end with a semicolon
 _MARKUP = {"html", "javascript", "typescriptreact"}
 _TAG = re.compile(rf"<(/?)(?!(?:{VOID_ELEMENTS})\b)([A-Za-z][\w.-]*)(?:\s[^<>]*?)?(?<!/)>")
@@ -35,7 +35,7 @@ _TAG = re.compile(rf"<(/?)(?!(?:{VOID_ELEMENTS})\b)([A-Za-z][\w.-]*)(?:\s[^<>]*?
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """Text in place of the ``replaced`` characters behind the cursor."""
+    """Text in place of the ``replaced`` characters after the cursor."""
 
     text: str
     replaced: int = 0
@@ -43,7 +43,7 @@ class Variant:
 
 @dataclass(frozen=True, slots=True)
 class _Site:
-    """The cursor's line, the header of the body that the hole is in (its own line or one above), what follows."""
+    """The cursor's line, the header of the body around the hole (that line or one above), and what follows."""
 
     before: str
     after: str
@@ -55,13 +55,13 @@ class _Site:
 
     @property
     def is_open(self) -> bool:
-        """Whether no line below belongs to the header's body, nor closes it."""
+        """Return whether no line below belongs to the header's body or closes it."""
         depth, below = indent_width(self.header), indent_width(self.next)
         return below < depth or (below == depth and not closes_something(self.next)) or not self.next
 
 
 def find_variants(first: Variant, hole: Hole, snapshot: Snapshot, language: Language) -> Iterator[Variant]:
-    """The variant and its mended forms, none twice."""
+    """Yield the variant and its repaired forms, without duplicates."""
     before, after = line_around(snapshot.text, snapshot.cursor)
     if first.replaced:
         after, hole = after[first.replaced :], replace(hole, replaceable=0)
@@ -78,7 +78,7 @@ def find_variants(first: Variant, hole: Hole, snapshot: Snapshot, language: Lang
 
 
 def _forms(variant: Variant, hole: Hole, site: _Site) -> Iterator[Variant]:
-    """A variant and what it may become with an end, the likelier first."""
+    """Yield a variant and its forms with an end added, the likelier first."""
     standing = site.after[: hole.replaceable]
     if not site.after.strip():
         closed = [Variant(text) for text in _closed(variant.text, hole, site)]
@@ -93,12 +93,12 @@ def _forms(variant: Variant, hole: Hole, site: _Site) -> Iterator[Variant]:
 
 
 def closes_something(line: str) -> bool:
-    """Whether a line begins with what closes a body or goes on with the statement above."""
+    """Return whether a line begins with a closer or continues the statement above."""
     return _CLOSING_LINE.match(line) is not None
 
 
 def _line_above(snapshot: Snapshot, width: int) -> str:
-    """The nearest line above the cursor that is indented by less than ``width``."""
+    """Return the nearest line above the cursor that is indented by less than ``width``."""
     above = to_newlines(snapshot.text[: snapshot.cursor]).split("\n")[:-1]
     return next((line for line in reversed(above) if line.strip() and indent_width(line) < width), "")
 
@@ -124,7 +124,7 @@ def _variants(middle: str, hole: Hole, before: str, after: str, language: Langua
 
 
 def _over_closers(middle: str, replaceable: int, after: str, language: Language) -> Variant | None:
-    """The middle in place of closers behind the cursor, where it closes them itself and goes on."""
+    """Let the middle replace the closers after the cursor, if it closes them itself and continues."""
     standing = after[:replaceable]
     unmatched = scan(middle, language).unmatched
     if not standing or unmatched is None or not middle.startswith(standing, unmatched):
@@ -134,7 +134,7 @@ def _over_closers(middle: str, replaceable: int, after: str, language: Language)
 
 
 def _balanced(part: str, before: str, after: str, language: Language) -> Iterator[str]:
-    """Text with its brackets closed, or cut where one too many was closed, or where its last line was whole."""
+    """Yield a text with its brackets closed, cut at an unmatched closer, or cut where its last line was complete."""
     unmatched = scan(before + part, language).unmatched
     if unmatched is not None and unmatched >= len(before):
         part = part[: unmatched - len(before)].rstrip()
@@ -151,7 +151,7 @@ def _balanced(part: str, before: str, after: str, language: Language) -> Iterato
 
 
 def _closed(variant: str, hole: Hole, site: _Site) -> Iterator[str]:
-    """A variant with what closes the body that it is in, the tags or the declaration that its line opened."""
+    """Yield a variant with the end of its body, or of the tags or declaration that its line opened."""
     language = site.language
     if language.id == "css" and site.before.strip() and variant[-1:] not in {*";{}"}:
         yield f"{variant};"
@@ -171,13 +171,13 @@ def _closed(variant: str, hole: Hole, site: _Site) -> Iterator[str]:
 
 
 def _ends_with(word: str, variant: str, header: str) -> bool:
-    """Whether the last line is the header's own end."""
+    """Return whether the last line is the header's own end."""
     _, newline, last = variant.rpartition("\n")
     return re.search(rf"\b{word}\W*$", last) is not None and (not newline or indent_width(last) <= indent_width(header))
 
 
 def open_tags(line: str) -> list[str]:
-    """The tags that a line opens and does not close."""
+    """Return the tags that a line opens and does not close."""
     found: list[str] = []
     for match in _TAG.finditer(line):
         if not match[1]:
@@ -188,7 +188,7 @@ def open_tags(line: str) -> list[str]:
 
 
 def _ended(variant: str, hole: Hole, site: _Site) -> Iterator[str]:
-    """A variant with what its statement, its item or its header still needs to stand by itself."""
+    """Yield a variant with the end that its statement, item or header still needs."""
     language = site.language
     if language.id in _TERMINATED and variant and variant[-1] not in ";{},":
         yield f"{variant};"
@@ -201,15 +201,15 @@ def _ended(variant: str, hole: Hole, site: _Site) -> Iterator[str]:
 
 
 def overlap_with(middle: str, after: str) -> int:
-    """How many last characters of the middle are the first of the rest of the line."""
+    """Return how many last characters of the middle are the first of the rest of the line."""
     tail = after.rstrip()
     return next((n for n in range(min(len(middle), len(tail)), 0, -1) if middle.endswith(tail[:n])), 0)
 
 
 def missing_closers(code: str, after: str, language: Language) -> str:
-    """What has to be added behind ``code`` so that the rest of the line closes only what is still open.
+    """Return what to append to ``code`` so that the rest of the line closes only what is still open.
 
-    A bracket that was opened on an earlier line of ``code`` is closed on a line of its own.
+    A bracket that was opened on an earlier line of ``code`` is closed on its own line.
     """
     state = scan(code, language)
     run = _CLOSING_RUN.match(after.strip())
@@ -228,7 +228,7 @@ def missing_closers(code: str, after: str, language: Language) -> str:
 
 
 def _cuts(line: str) -> Iterator[str]:
-    """Ever shorter beginnings of a line, cut before a separator or an opening bracket."""
+    """Yield ever shorter beginnings of a line, cut before a separator or an opening bracket."""
     places = [m.start() for m in re.finditer(r"[,;(\[{]| (?:and|or|if|for|in|is|[-+*/%=<>|&]+)(?= |$)", line)]
     for place in reversed(places[:6]):
         if line[:place].strip():
@@ -236,7 +236,7 @@ def _cuts(line: str) -> Iterator[str]:
 
 
 def indent_unit(text: str) -> str:
-    """What one level of indentation is in a text: a tab, or its narrowest blanks."""
+    """Return one level of indentation of a text: a tab, or its narrowest spaces."""
     widths = {leading_whitespace(line) for line in text.splitlines() if line.strip()} - {""}
     if any(width.startswith("\t") for width in widths):
         return "\t"
@@ -244,5 +244,5 @@ def indent_unit(text: str) -> str:
 
 
 def indent_width(line: str) -> int:
-    """Columns of a line's indentation."""
+    """Return the columns of a line's indentation."""
     return len(leading_whitespace(line).expandtabs(_INDENT_WIDTH))

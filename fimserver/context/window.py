@@ -1,10 +1,10 @@
-"""Cut the text around the cursor to what the model may read.
+"""Cut the text around the cursor to the size that the model may read.
 
-    build_context(snapshot, hole, budget, snippets, guesses)   -> FimContext
+    build_context(snapshot, hole, budget, snippets, matches)   -> FimContext
 
-What the window does not reach but the code in it needs stands in its head: imports, and the headers of the scopes
-around the cursor. Both ends are cut at lines. The start moves in strides of a quarter of the budget counted from the
-file's start, not at every keystroke: the prompt's head stays the same and its KV cache is kept.
+The head holds what the code needs from above the window: imports, and the headers of the scopes around the cursor.
+Both ends are cut at lines. The start moves in strides of a quarter of the budget counted from the file's start, not at
+every keystroke: the start of the prompt stays the same and its KV cache is reused.
 
 Knows:  text, budgets in characters.  Never: tokens, LSP.
 """
@@ -21,15 +21,15 @@ from fimserver.context.scan import scan
 from fimserver.datatypes import FimContext, Hole, Match, Snapshot, Snippet
 from fimserver.text import leading_whitespace, to_newlines
 
-_CHARACTERS_PER_TOKEN = 5  # more than code has, about 3 to 4: the engine cuts exactly
-_FEWEST_CHARACTERS_PER_TOKEN = 2  # of dense code, with a suffix that takes a third of the prompt
+_CHARACTERS_PER_TOKEN = 5  # more than in code, about 3 to 4: the engine cuts exactly
+_FEWEST_CHARACTERS_PER_TOKEN = 2  # dense code, with a suffix of a third of the prompt
 _CUTS_PER_BUDGET = 4
 _SCOPE_REACH = 1_000_000
 _IMPORT_REACH = 20_000  # characters from a file's start that are searched for imports
 _LONGEST_IMPORT = 600
 _MAX_IMPORTS = 4_000
-_SECRET_REACH = 8_000  # characters outside the window, where a key in it may begin or end
-_KEY_REACH = 200_000  # as _SECRET_REACH, for a private key
+_SECRET_REACH = 8_000  # characters outside the window where a secret may begin or end
+_KEY_REACH = 200_000  # the same for a private key
 _KEY_BEGINS, _KEY_ENDS = "-----BEGIN ", "-----END "
 
 
@@ -42,7 +42,7 @@ class Budget:
 
 
 def budget_for(max_prompt_tokens: int) -> Budget:
-    """Characters that surely fill a prompt of so many tokens."""
+    """Return a number of characters that surely fills a prompt of so many tokens."""
     characters = max_prompt_tokens * _CHARACTERS_PER_TOKEN
     return Budget(prefix=characters, suffix=characters // 2)
 
@@ -54,7 +54,7 @@ def build_context(
     snippets: tuple[Snippet, ...] = (),
     matches: Sequence[Match] = (),
 ) -> FimContext:
-    r"""What the engine is told of a snapshot; line ends become ``\n``, secrets crosses."""
+    r"""Return the engine's input for a snapshot; line ends become ``\n``, secrets are masked."""
     text, cursor = snapshot.text, snapshot.cursor
     start, language = cut_start(text, cursor, budget.prefix), find_language(snapshot.language_id)
     end = cut_end(text, cursor, budget.suffix)
@@ -68,25 +68,25 @@ def build_context(
         hole=hole,
         head=mask(to_newlines(find_head(text, surely_reached(text, cursor, budget), cursor, language))),
         snippets=tuple(Snippet(snippet.path, mask(snippet.text)) for snippet in snippets),
-        matches=tuple(guess for guess in matches if not has_secret(guess.text)),
+        matches=tuple(ngram_match for ngram_match in matches if not has_secret(ngram_match.text)),
     )
 
 
 def _above_keys(text: str, start: int) -> int:
-    """Where to begin with crossing out: what is cut may be the middle of a key, or a token at the cursor."""
+    """Return where masking has to begin: the cut may be in the middle of a key, or of a token at the cursor."""
     begin = text.rfind(_KEY_BEGINS, max(0, start - _KEY_REACH), start)
     return begin if begin >= 0 and text.find(_KEY_ENDS, begin, start) < 0 else start
 
 
 def surely_reached(text: str, cursor: int, budget: Budget) -> int:
-    """Where a prefix begins that fits the prompt whatever its tokens are: the engine may cut more than this room."""
+    """Return the start of a prefix that fits the prompt with any tokenizer: the engine may cut further."""
     return cut_start(text, cursor, budget.prefix * _FEWEST_CHARACTERS_PER_TOKEN // _CHARACTERS_PER_TOKEN)
 
 
 def find_head(text: str, start: int, cursor: int, language: Language) -> str:
-    """What a window that begins at ``start`` does not reach: the lines that bring in names, and the headers around.
+    """Return what a window from ``start`` on lacks: the import lines, and the headers around it.
 
-    Empty for a window that begins at the file's start. It stays the same while one types in the same scope.
+    Empty for a window that begins at the file's start. It stays the same while the user types in one scope.
     """
     if not start:
         return ""
@@ -98,7 +98,7 @@ def find_head(text: str, start: int, cursor: int, language: Language) -> str:
 
 @lru_cache(maxsize=8)
 def _import_lines(head: str, language: Language) -> tuple[str, ...]:
-    """The lines at a file's top that bring in names, with those they go on to."""
+    """Return the complete import statements at a file's top."""
     found: list[str] = []
     size = 0
     for match in language.import_pattern.finditer(head):
@@ -115,13 +115,13 @@ def _import_lines(head: str, language: Language) -> tuple[str, ...]:
 
 
 def _told_path(snapshot: Snapshot) -> str:
-    """The path, where it is of a file of the language: not of a notebook or of a buffer without a name."""
+    """Return the path if its file name fits the language; empty for a notebook or a buffer without a name."""
     path = path_of(snapshot.uri)
     return path if find_language(language_of_path(path)) is find_language(snapshot.language_id) else ""
 
 
 def path_of(uri: str) -> str:
-    """Path within a URI, decoded; the URI itself where it is none."""
+    """Return the decoded path within a URI; the URI itself if it has none."""
     try:
         return unquote(urlsplit(uri).path)
     except ValueError:
@@ -129,7 +129,7 @@ def path_of(uri: str) -> str:
 
 
 def cut_start(text: str, cursor: int, budget: int) -> int:
-    """Where the prefix begins: at a line, and the same for every cursor within a stride."""
+    """Return where the prefix begins: at a line, and the same for every cursor within a stride."""
     excess = cursor - budget
     if excess <= 0:
         return 0
@@ -140,7 +140,7 @@ def cut_start(text: str, cursor: int, budget: int) -> int:
 
 
 def cut_end(text: str, cursor: int, budget: int) -> int:
-    """Where the suffix ends: behind the last whole line within the budget, or in its only line."""
+    """Return where the suffix ends: after the last whole line within the budget, or in its only line."""
     if len(text) - cursor <= budget:
         return len(text)
     newline = text.rfind("\n", cursor, cursor + budget)

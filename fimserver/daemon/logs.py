@@ -42,6 +42,12 @@ def configure_logs(*, as_json: bool) -> None:
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
 
 
+def silence_dependencies() -> None:
+    """Keep other packages' messages out of the log: they quote parameters, which are the user's code."""
+    for name in ("pygls", "asyncio", "cattrs"):
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+
+
 def _without_traceback(_logger: Any, _name: str, event: Any) -> Any:
     """What raised is said by whoever logs it; a traceback quotes lines, and values of other people's errors."""
     for name in ("exc_info", "stack_info"):

@@ -1,13 +1,23 @@
-"""``fimserver lsp``: joins an editor's stdio to the daemon, and holds what a new daemon has to be told.
+"""Relay an editor's stdio to the daemon (``fimserver lsp``), and tell a new daemon what it has to know.
 
     editor --stdin--> from_editor --socket--> daemon
     editor <--stdout-- from_daemon <--socket-- daemon
 
-One of these runs in every editor window, so it is small and starts at once: standard library alone, three threads. It
-keeps the text of each open document (``replica.py``). Where the daemon ends, by whatever cause, another is started and
-told all: the editor's ``initialize``, its settings, its documents as they are now, and the requests that are still
-unanswered. A completion whose document has changed meanwhile is answered with nothing instead, so that no answer is
-stale. The person is told of a daemon that hangs.
+States of the link to the daemon (``_TRANSITIONS``):
+
+    CONNECTED -> HANDING_OVER, RECONNECTING, STOPPED
+    HANDING_OVER -> RECONNECTING
+    RECONNECTING -> CONNECTED, STOPPED
+    STOPPED -> RECONNECTING
+
+HANDING_OVER: the daemon said that a newer build takes its place, which gets a moment to do so. STOPPED: the user stopped
+the daemon, or none can be started; the editor's next edit or request starts another. RECONNECTING: the daemon is gone.
+
+One relay runs for each editor window, so it is small and starts at once: standard library only, three threads. It keeps
+the text of each open document (``replica.py``). When the daemon ends, for whatever reason, another is started and gets
+the editor's ``initialize``, its settings, its documents as they are now, and the requests that are still unanswered. A
+completion whose document has changed since is answered with nothing instead, so no answer is stale. The user is told
+about a daemon that does not respond.
 
 Knows:  LSP's messages as JSON.  Never: what a completion is, dataclasses (2 MB and some milliseconds).
 """
@@ -19,12 +29,15 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from enum import Enum
 from typing import Any, BinaryIO
 
 from fimserver.daemon.replica import Replica, to_notification
 from fimserver.daemon.transport import KEY, NO_ANSWER, Stream
 from fimserver.errors import FimserverError
 from fimserver.framing import MAX_BODY_BYTES, read_body, to_frame
+from fimserver.lsp.snooze import parse_minutes
+from fimserver.states import StateMachine, Transitions
 from fimserver.text import Encoding
 
 Connect = Callable[[], Stream]
@@ -50,7 +63,6 @@ _PING = b'{"jsonrpc": "2.0", "id": "fimserver-relay-ping", "method": "fimserver/
 _SILENCE_S = 10.0  # behind a request, before the daemon is asked whether it is there
 _PING_S = 5.0  # that it has to say so
 _LOOK_S = 0.5
-_SNOOZE_MINUTES = 5.0  # the server's own, unless told
 _STATUS, _DID_CLOSE = "didChangeStatus", "textDocument/didClose"
 _NEAR_END = 4096  # bytes
 _TEXT = rb'("(?:[^"\\]|\\.)*")'
@@ -65,6 +77,24 @@ def _find(pattern: "re.Pattern[bytes]", text: bytes) -> Any:
     with suppress(ValueError):
         return json.loads(matches[-1]) if matches else None
     return None
+
+
+class LinkState(Enum):
+    """The relay's link to the daemon."""
+
+    CONNECTED = "connected"
+    HANDING_OVER = "handing over"
+    RECONNECTING = "reconnecting"
+    STOPPED = "stopped"
+
+
+_TRANSITIONS: Transitions[LinkState] = {
+    LinkState.CONNECTED: frozenset({LinkState.HANDING_OVER, LinkState.RECONNECTING, LinkState.STOPPED}),
+    LinkState.HANDING_OVER: frozenset({LinkState.RECONNECTING}),
+    LinkState.RECONNECTING: frozenset({LinkState.CONNECTED, LinkState.STOPPED}),
+    LinkState.STOPPED: frozenset({LinkState.RECONNECTING}),
+}
+_GOODBYES = {"stop": LinkState.STOPPED, "hand_over": LinkState.HANDING_OVER}  # reasons that a daemon gives
 
 
 class Pending:
@@ -89,8 +119,7 @@ class Relay:
         self._write_lock = threading.Lock()
         self._wake = threading.Event()
         self._stream: Stream | None = None
-        self._waits = False  # for the editor's next message, before a daemon is started again
-        self._hands_over = False
+        self._link = StateMachine(LinkState.CONNECTED, _TRANSITIONS)
         self._shown = ""
         self._unheard_since: float | None = None  # of time.monotonic: a request, and nothing from the daemon since
         self._num_heard = 0  # messages from daemons
@@ -147,7 +176,7 @@ class Relay:
                     self._has_asked.set()
                 with suppress(OSError):  # whoever reads from it sees its end too, and everything is sent again
                     self._stream.send(body)
-            elif self._waits and message.get("method") == "shutdown":
+            elif self._link.state is LinkState.STOPPED and message.get("method") == "shutdown":
                 for number in [number for number, asked in self._pending.items() if asked.method == "shutdown"]:
                     self._answer_nothing(self._pending.pop(number), number)
                 return
@@ -228,8 +257,7 @@ class Relay:
             minutes = given[0] if isinstance(given, list) and given else None
         else:
             return
-        good = isinstance(minutes, int | float) and not isinstance(minutes, bool)
-        self._snoozed_until = time.monotonic() + 60 * (float(minutes) if good else _SNOOZE_MINUTES)  # type: ignore[arg-type]
+        self._snoozed_until = time.monotonic() + 60 * parse_minutes(minutes)
 
     def _make_stale(self, uri: str) -> None:
         """The text that completions were asked for is no more."""
@@ -272,10 +300,11 @@ class Relay:
                 self._on_lost()
             if self._ended.is_set():
                 return
-            if self._waits:
+            if self._link.state is LinkState.STOPPED:
                 self._wake.wait()
-            time.sleep(_HAND_OVER_S if self._hands_over else _PAUSES_S[min(failures, len(_PAUSES_S) - 1)])
-            self._waits = self._hands_over = False
+            pause_s = _PAUSES_S[min(failures, len(_PAUSES_S) - 1)]
+            time.sleep(_HAND_OVER_S if self._link.state is LinkState.HANDING_OVER else pause_s)
+            self._move(LinkState.RECONNECTING)
             try:
                 self._replay(self._connect())
             except FimserverError as error:
@@ -301,8 +330,9 @@ class Relay:
         method, message_id = message.get("method"), message.get("id")
         if KEY in message:
             self._wake.clear()
-            self._waits = message.get(KEY) == "bye" and message.get("reason") == "stop"
-            self._hands_over = message.get(KEY) == "bye" and message.get("reason") == "hand_over"
+            reason = _GOODBYES.get(str(message.get("reason"))) if message.get(KEY) == "bye" else None
+            if reason is not None and self._link.state is LinkState.CONNECTED:
+                self._move(reason)
             return
         with self._lock:
             is_wanted = method is not None or self._note_answer(message)
@@ -343,6 +373,12 @@ class Relay:
 
     # Between two daemons
 
+    def _move(self, state: LinkState) -> None:
+        """Go to another state, unless the link is in it; the editor's thread reads the state meanwhile."""
+        with self._lock:
+            if self._link.state is not state:
+                self._link.move(state)
+
     def _on_lost(self) -> None:
         """The daemon is gone: what it began in the editor is ended."""
         with self._lock:
@@ -351,9 +387,10 @@ class Relay:
             tokens = list(self._progress)
             self._progress.clear()
             says = self._initialized is not None and not self._ended.is_set()
-            stopped = list(self._pending.items()) if self._waits else []
+            is_stopped = self._link.state is LinkState.STOPPED
+            stopped = list(self._pending.items()) if is_stopped else []
             for pending in self._pending.values():
-                pending.num_deaths += not self._hands_over
+                pending.num_deaths += self._link.state is not LinkState.HANDING_OVER
                 pending.is_stale = pending.is_stale or pending.num_deaths >= _MOST_DEATHS
             for number, _ in stopped:
                 del self._pending[number]
@@ -362,8 +399,8 @@ class Relay:
         for token in tokens:
             self._notify("$/progress", {"token": token, "value": {"kind": "end"}})
         if says:
-            text = "fimserver was stopped; it starts again as you type" if self._waits else "fimserver starts again"
-            self._notify(_STATUS, {"kind": "Normal", "busy": not self._waits, "message": text})
+            text = "fimserver was stopped; it starts again as you type" if is_stopped else "fimserver starts again"
+            self._notify(_STATUS, {"kind": "Normal", "busy": not is_stopped, "message": text})
 
     def _replay(self, stream: Stream) -> None:
         """Tell a new daemon all that the last one knew. Raises ``OSError`` when it is gone already."""
@@ -395,6 +432,7 @@ class Relay:
             for number in stale:
                 del self._pending[number]
             self._stream, self._shown = stream, ""
+            self._link.move(LinkState.CONNECTED)
         for number, pending in stale.items():
             self._answer_nothing(pending, number)
 
@@ -404,7 +442,7 @@ class Relay:
             unanswered = list(self._pending.items())
             self._pending.clear()
             self._wake.clear()
-            self._waits = True
+            self._link.move(LinkState.STOPPED)
         if reason != self._shown:  # once, however often it is tried
             self._shown = reason
             self._show(1, f"fimserver gives no completions: {reason}")

@@ -1,10 +1,12 @@
-"""An editor's open documents and notebooks, kept by its messages: what a new daemon is to be told of them.
+"""Follow an editor's documents and notebooks by its messages, so that a new daemon can be told what is open.
 
-    note          a message about a document or a notebook
-    lose          what it said cannot be known: no later daemon is told a text that it has not
-    to_messages   all of it, for a daemon that knows nothing
+    note          follow a message about a document or a notebook
+    lose          forget documents whose text is no longer known
+    to_messages   everything that is open, for a daemon that knows nothing
 
-Knows:  LSP's messages as JSON, texts.  Never: the daemon, dataclasses (2 MB and some milliseconds).
+A document whose edit cannot be read is forgotten: a later daemon must not get a text that the editor does not have.
+
+Knows:  LSP's messages as JSON, the document store.  Never: the daemon, dataclasses (2 MB and some milliseconds).
 """
 
 import json
@@ -12,50 +14,36 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
+from fimserver.lsp.documents import Document, DocumentStore, parse_edits
 from fimserver.text import Encoding, LineIndex
 
-
-class Opened:
-    """An open document as the editor has it."""
-
-    __slots__ = ("index", "language_id", "version")
-
-    def __init__(self, language_id: str, version: int, index: LineIndex) -> None:
-        self.language_id, self.version, self.index = language_id, version, index
-
-    def apply(self, changes: list[Any], encoding: Encoding) -> None:
-        """Edits, as the daemon reads them (``convert.py: apply_changes``). Raises for what is no edit."""
-        index = self.index
-        for change in changes:
-            place = change.get("range")
-            if place is None:
-                index = LineIndex(str(change["text"]))
-                continue
-            start, end = (
-                index.to_nearest_offset(int(at["line"]), int(at["character"]), encoding)
-                for at in (place["start"], place["end"])
-            )
-            index = index.replaced(start, end, str(change["text"]))
-        self.index = index
+_UNREADABLE = (KeyError, TypeError, ValueError, AttributeError)
 
 
 class Replica:
-    """Documents and notebooks as the editor has them; ``on_change`` gets the URI of each whose text is another."""
+    """The editor's documents and notebooks; ``on_change`` gets the URI of each document whose text changed."""
 
     def __init__(self, on_change: Callable[[str], None]) -> None:
         self._on_change = on_change
-        self.encoding = Encoding.UTF16  # of positions in edits
-        self._documents: dict[str, Opened] = {}
-        self._notebooks: dict[str, dict[str, Any]] = {}  # as they are opened, with the cells they have now
+        self._store = DocumentStore()
+
+    @property
+    def encoding(self) -> Encoding:
+        """Encoding of positions in edits."""
+        return self._store.encoding
+
+    @encoding.setter
+    def encoding(self, encoding: Encoding) -> None:
+        self._store.encoding = encoding
 
     def note(self, method: str, params: Any) -> None:
-        """Note an edit; of a document whose edit cannot be read, no later daemon is told a text that it has not."""
+        """Follow a message. The daemon reports what is wrong with one that cannot be read."""
         try:
             if method.startswith("notebookDocument/"):
                 self._note_notebook(method, params)
             else:
                 self._note_document(method, params)
-        except (KeyError, TypeError, ValueError, AttributeError):  # the daemon says what is wrong with it
+        except _UNREADABLE:
             with suppress(KeyError, TypeError, AttributeError):
                 if method == "notebookDocument/didChange":
                     self._forget(params["notebookDocument"]["uri"])
@@ -74,21 +62,19 @@ class Replica:
     def _note_notebook(self, method: str, params: Any) -> None:
         notebook = params["notebookDocument"]
         if method == "notebookDocument/didOpen":
-            own = [{**cell, "document": str(cell["document"])} for cell in notebook["cells"]]
-            self._notebooks[notebook["uri"]] = {**notebook, "cells": own}
+            self._store.open_notebook(notebook)
             for item in params["cellTextDocuments"]:
                 self._open(item)
         elif method == "notebookDocument/didClose":
             self._forget(notebook["uri"])
-        elif method == "notebookDocument/didChange" and notebook["uri"] in self._notebooks:
+        elif method == "notebookDocument/didChange" and notebook["uri"] in self._store.notebooks:
             cells = params["change"].get("cells") or {}
-            known = self._notebooks[notebook["uri"]]
+            known = self._store.notebooks[notebook["uri"]]
             known["version"] = notebook.get("version", known.get("version", 0))
             if structure := cells.get("structure"):
                 array = structure["array"]
                 start, count = int(array["start"]), int(array["deleteCount"])
-                added = [{**cell, "document": str(cell["document"])} for cell in array.get("cells") or []]
-                known["cells"][start : start + count] = added
+                self._store.change_cells(notebook["uri"], start, count, array.get("cells") or [])
                 for item in structure.get("didOpen") or []:
                     self._open(item)
                 for item in structure.get("didClose") or []:
@@ -98,61 +84,62 @@ class Replica:
 
     def _open(self, item: Any) -> None:
         index = LineIndex(str(item["text"]))
-        self._documents[item["uri"]] = Opened(str(item["languageId"]), int(item["version"]), index)
+        self._store.open(Document(item["uri"], str(item["languageId"]), int(item["version"]), index))
         self._on_change(item["uri"])
 
     def _change(self, item: Any, changes: list[Any]) -> None:
         self._on_change(item["uri"])
-        document = self._documents[item["uri"]]
-        document.version = int(item.get("version") or document.version)
-        document.apply(changes, self.encoding)
+        version = item.get("version")
+        self._store.change(item["uri"], parse_edits(changes), int(version) if version else None)
 
     def _close(self, uri: str) -> None:
-        self._documents.pop(uri, None)
+        self._store.close(uri)
         self._on_change(uri)
 
     def lose(self, uri: str | None) -> list[str]:
-        """Forget a document or a notebook's cells, or (``None``) everything; URIs of the documents that were closed."""
-        known = [uri] if uri is not None else [*self._notebooks, *self._documents]
+        """Forget a document or a notebook's cells, or everything (``None``); return the URIs that were closed."""
+        known = [uri] if uri is not None else [*self._store.notebooks, *self._store.documents]
         return list(dict.fromkeys(closed for each in known for closed in self._forget(each)))
 
     def _forget(self, uri: str) -> list[str]:
-        """Close a document, or a notebook's cells; their URIs."""
-        closed = [cell["document"] for cell in self._notebooks.pop(uri, {"cells": []})["cells"]] or [uri]
+        """Close a document, or a notebook's cells; return their URIs."""
+        closed = self._store.close_notebook(uri) or [uri]
         for each in closed:
             self._close(each)
         return closed
 
     def to_messages(self) -> Iterator[bytes]:
-        """``didOpen`` of every document and notebook as they are now."""
-        cells = {cell["document"] for notebook in self._notebooks.values() for cell in notebook["cells"]}
-        for uri, opened in self._documents.items():
+        """Return ``didOpen`` of every document and notebook as they are now."""
+        notebooks = self._store.notebooks.values()
+        cells = {cell["document"] for notebook in notebooks for cell in notebook["cells"]}
+        for uri, document in self._store.documents.items():
             if uri not in cells:
-                yield to_did_open(uri, opened)
-        for notebook in self._notebooks.values():
+                yield to_did_open(document)
+        for notebook in notebooks:
             yield self._did_open_notebook(notebook)
 
     def _did_open_notebook(self, notebook: dict[str, Any]) -> bytes:
         uris = [cell["document"] for cell in notebook["cells"]]
-        items = [_to_item(uri, self._documents[uri]) for uri in uris if uri in self._documents]
+        documents = self._store.documents
+        items = [_to_item(documents[uri]) for uri in uris if uri in documents]
         return to_notification("notebookDocument/didOpen", {"notebookDocument": notebook, "cellTextDocuments": items})
 
 
-def _to_item(uri: str, document: Opened) -> dict[str, Any]:
+def _to_item(document: Document) -> dict[str, Any]:
     return {
-        "uri": uri,
+        "uri": document.uri,
         "languageId": document.language_id,
         "version": document.version,
-        "text": document.index.text,
+        "text": document.text,
     }
 
 
-def to_did_open(uri: str, document: Opened) -> bytes:
-    """The message that opens a document as it is."""
-    return to_notification("textDocument/didOpen", {"textDocument": _to_item(uri, document)})
+def to_did_open(document: Document) -> bytes:
+    """Return the message that opens a document as it is."""
+    return to_notification("textDocument/didOpen", {"textDocument": _to_item(document)})
 
 
 def to_notification(method: str, params: dict[str, Any]) -> bytes:
-    """A message for the daemon: no more bytes than its text has, lone surrogates and all."""
+    """Return a notification in as many bytes as its text has; lone surrogates survive."""
     message = {"jsonrpc": "2.0", "method": method, "params": params}
     return json.dumps(message, ensure_ascii=False).encode("utf-8", "surrogatepass")

@@ -1,12 +1,23 @@
-"""The daemon: one engine for all editors of one person, one language server object for each connection.
+"""Serve all editors of one user: one engine, and one language server object for each connection.
 
-    run_daemon   take the lock, listen, serve until nobody is left
+    run_daemon   take the lock, listen, serve until no editor is left
     Daemon       connections, commands, the end
 
-Of the connections the oldest decides with which settings the engine runs, as an editor alone would; when it leaves, the
-next one does. A connection that ends, by whatever cause, leaves the others and the engine alone.
+Phases of a daemon (``_TRANSITIONS``):
 
-Knows:  connections, the engine's client.  Never: what a message says, torch.
+    LISTENING -> ENDING
+    ENDING -> RELEASED
+    RELEASED -> CLOSED
+    CLOSED -> (end)
+
+ENDING has a reason: stop, restart, hand_over (a newer build takes its place) or idle. RELEASED: socket and lock are free
+for the next daemon, and the editors were told why. CLOSED: the worker has ended. On a hand-over the process that asked
+for it is told before the worker ends, so that the next daemon starts sooner.
+
+The longest-connected editor decides with which settings the engine runs; when it leaves, the next one does. A connection
+that ends, for whatever reason, leaves the others and the engine alone.
+
+Knows:  connections, the engine's client.  Never: what a message means, torch.
 """
 
 import asyncio
@@ -15,12 +26,14 @@ import logging
 import os
 import signal
 import socket
+import statistics
 import time
 import zlib
 from collections import Counter, deque
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +42,7 @@ import structlog
 from fimserver import __version__
 from fimserver.daemon.build import read_build
 from fimserver.daemon.launch import log_file
-from fimserver.daemon.logs import configure_logs, is_written_to, rotate
+from fimserver.daemon.logs import configure_logs, is_written_to, rotate, silence_dependencies
 from fimserver.daemon.transport import (
     GREETING_TIMEOUT_S,
     KEY,
@@ -42,12 +55,13 @@ from fimserver.daemon.transport import (
     listen,
     prove,
 )
+from fimserver.datatypes import to_plain
 from fimserver.engine.client import EngineClient
 from fimserver.errors import DaemonError
-from fimserver.frames import to_plain
-from fimserver.framing import MAX_BODY_BYTES, to_frame
-from fimserver.lsp.features import create_server, silence_others
+from fimserver.framing import read_body_async, to_frame
+from fimserver.lsp.features import create_server
 from fimserver.lsp.server import FimLanguageServer
+from fimserver.states import StateMachine, Transitions
 
 LINGER_S = 300.0
 _MOST_UNSENT_BYTES = 64 * 2**20
@@ -57,6 +71,23 @@ _LOCK_TIMEOUT_S = 1.0  # who only looks whether the lock is held, holds it for a
 _LOG_LOOK_S = 30.0
 _LISTEN_FDS_START = 3  # systemd's
 _logger = logging.getLogger(__name__)
+
+
+class DaemonPhase(Enum):
+    """How far a daemon is on its way to the end."""
+
+    LISTENING = "listening"
+    ENDING = "ending"
+    RELEASED = "released"
+    CLOSED = "closed"
+
+
+_TRANSITIONS: Transitions[DaemonPhase] = {
+    DaemonPhase.LISTENING: frozenset({DaemonPhase.ENDING}),
+    DaemonPhase.ENDING: frozenset({DaemonPhase.RELEASED}),
+    DaemonPhase.RELEASED: frozenset({DaemonPhase.CLOSED}),
+    DaemonPhase.CLOSED: frozenset(),
+}
 
 
 @dataclass(eq=False)
@@ -92,7 +123,8 @@ class Daemon:
         self.counters: Counter[str] = Counter()  # of connections that ended
         self._listener, self._lock, self._linger_s = listener, lock, linger_s
         self._begin = time.monotonic()
-        self._done = asyncio.Event()
+        self._phase = StateMachine(DaemonPhase.LISTENING, _TRANSITIONS)
+        self._done = asyncio.Event()  # the phase is not LISTENING any more
         self._reason = ""
         self._count = 0
         self._handling_ms: deque[float] = deque(maxlen=_TIMES_KEPT)  # of messages; nobody else is served meanwhile
@@ -118,18 +150,28 @@ class Daemon:
         for connection in list(self.connections):
             connection.write(to_frame(json.dumps({KEY: "bye", "reason": self._reason}).encode()))
             connection.close()
+        self._phase.move(DaemonPhase.RELEASED)
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=GREETING_TIMEOUT_S)
-        if self._reason != "hand_over":  # who makes room for another is waited for no longer
+        if self._reason == "hand_over":
+            self._release_askers()
             self.engine.close(f"the daemon ended ({self._reason})")
+        else:
+            self.engine.close(f"the daemon ended ({self._reason})")
+            self._release_askers()
+        self._phase.move(DaemonPhase.CLOSED)
+
+    def _release_askers(self) -> None:
+        """Close the connections of the commands that asked for the end: they take that for the end."""
         for writer in self._askers:
             writer.close()
-        self.engine.close(f"the daemon ended ({self._reason})")
 
     def end(self, reason: str) -> None:
         """End: ``stop`` until somebody types again, ``restart`` and ``hand_over`` make editors look for another."""
-        self._reason = self._reason or reason
-        self._done.set()
+        if self._phase.state is DaemonPhase.LISTENING:
+            self._phase.move(DaemonPhase.ENDING)
+            self._reason = reason
+            self._done.set()
 
     async def _on_connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -177,7 +219,7 @@ class Daemon:
             answer("older")
         elif hello.get("protocol") != PROTOCOL:
             answer("refused", reason=f"it speaks protocol {PROTOCOL}; install the same fimserver everywhere")
-        elif self._done.is_set():
+        elif self._phase.state is not DaemonPhase.LISTENING:
             answer("ending")
         else:
             answer("welcome")
@@ -201,7 +243,7 @@ class Daemon:
             server.decide()
         protocol = server.protocol
         try:
-            while (body := await _read_body(reader)) is not None:
+            while (body := await read_body_async(reader)) is not None:
                 begin = time.perf_counter()
                 try:
                     protocol.handle_message(json.loads(body, object_hook=protocol.structure_message))
@@ -218,11 +260,11 @@ class Daemon:
         """What is said to a command that leaves everything as it is."""
         if command == "save":
             for connection in self.connections:
-                connection.server.save_counts()
+                connection.server.usage.save()
             return "saved", {}
         if command == "forget":
             for connection in self.connections:
-                connection.server.forget_counts()
+                connection.server.usage.reset()
             return "forgotten", {}
         if command == "explain":
             return "records", {"records": self.records()}
@@ -234,7 +276,7 @@ class Daemon:
 
     def _on_left(self) -> None:
         """Somebody left: the next decides; behind the last the end is near."""
-        if self._done.is_set():
+        if self._phase.state is not DaemonPhase.LISTENING:
             return
         if self.connections:
             self.connections[0].server.decide()
@@ -307,7 +349,7 @@ class Daemon:
             "queue": engine.num_pending,
             "cache": sum(session.cache.count() for session in sessions),
             "counters": dict(counters),
-            "message_ms": {"p50": _quantile(self._handling_ms, 0.5), "p95": _quantile(self._handling_ms, 0.95)},
+            "message_ms": _to_percentiles(self._handling_ms),
         }
 
 
@@ -317,9 +359,12 @@ async def _keep_log_small() -> None:
         await asyncio.sleep(_LOG_LOOK_S)
 
 
-def _quantile(values: Iterable[float], share: float) -> float | None:
-    ordered = sorted(values)
-    return round(ordered[int(share * (len(ordered) - 1))], 2) if ordered else None
+def _to_percentiles(times_ms: Iterable[float]) -> dict[str, float | None]:
+    times = list(times_ms)
+    if len(times) < 2:  # noqa: PLR2004  what quantiles needs
+        return dict.fromkeys(("p50", "p95"), round(times[0], 2) if times else None)
+    ranks = statistics.quantiles(times, n=100, method="inclusive")
+    return {"p50": round(ranks[49], 2), "p95": round(ranks[94], 2)}
 
 
 def resident_bytes(pid: int) -> int | None:
@@ -337,31 +382,17 @@ def _to_build(value: Any) -> tuple[int, ...]:
 
 
 async def _read_hello(reader: asyncio.StreamReader) -> dict[str, Any]:
-    body = await _read_body(reader, _LARGEST_HELLO_BYTES)
+    body = await read_body_async(reader, _LARGEST_HELLO_BYTES)
     hello = json.loads(body) if body is not None else None
     if not isinstance(hello, dict) or hello.get(KEY) != "hello":
         raise EOFError
     return hello
 
 
-async def _read_body(reader: asyncio.StreamReader, most: int = MAX_BODY_BYTES) -> bytes | None:
-    """The next body of a relay, which writes whole frames; ``None`` at the end. Raises ``ValueError``, ``EOFError``."""
-    header = await reader.readline()
-    if not header:
-        return None
-    name, _, digits = header.partition(b":")
-    length = int(digits)
-    if name.lower() != b"content-length" or not 0 <= length <= most:
-        msg = "no frame"
-        raise ValueError(msg)
-    await reader.readline()
-    return await reader.readexactly(length)
-
-
 def run_daemon(linger_s: float = LINGER_S) -> int:
     """Serve this user's editors until nobody is left; 0, also where another daemon does. Raises ``DaemonError``."""
     configure_logs(as_json=is_written_to(log_file()))
-    silence_others()
+    silence_dependencies()
     lock = Lock("daemon.lock")
     if not lock.acquire(_LOCK_TIMEOUT_S):
         _logger.info("another daemon runs already")

@@ -1,4 +1,4 @@
-"""Speak with an instruction-tuned model: what its turns say, and what of its answer is code.
+"""Write the prompt of an instruction-tuned model, and extract the code from its answer.
 
     <bos><turn>user
     instruction, file, snippets, the code after the cursor<turn end>
@@ -6,13 +6,13 @@
     ```python
     the code before the cursor
 
-The canvas goes on with that code, so the answer is what stands before the fence that closes the block. A text with
-fences of its own is put between longer ones.
+The canvas continues that code, so the answer ends before the fence that closes the block. A text with fences of its
+own is put between longer ones.
 
 Knows:   texts.  Never: token ids, tensors, documents.
-Source:  turns of Gemma 4 (``<|turn>``, ``<turn|>``, roles "user" and "model", a line end behind a role and behind a
-         turn): ai.google.dev/gemma/docs/core/prompt-formatting-gemma4. Thinking is off where no system turn wants it;
-         Gemma 4 has an empty thought in front of such an answer, the templates now published for DiffusionGemma do not.
+Source:  turns of Gemma 4 (``<|turn>``, ``<turn|>``, roles "user" and "model", a newline after a role and after a
+         turn): ai.google.dev/gemma/docs/core/prompt-formatting-gemma4. Thinking is off unless a system turn asks for
+         it; Gemma 4 puts an empty thought before such an answer, the templates published for DiffusionGemma do not.
 """
 
 import re
@@ -26,18 +26,19 @@ INSTRUCTION = (
     "and then only what is missing at the cursor. Do not repeat the code after the cursor. Do not explain."
 )
 NOTHING_FOLLOWS = "\n\nNothing follows the cursor."
-_TAGS = {"javascriptreact": "jsx", "typescriptreact": "tsx", "shellscript": "bash"}  # of a block, where not the id
+# tags that differ from the language id
+_TAGS = {"javascriptreact": "jsx", "typescriptreact": "tsx", "shellscript": "bash"}
 _MARKS = "```"
-_LEAST_REPEATED = 8  # characters of a line that is taken for a repeat, not for code that says the same twice
+_LEAST_REPEATED = 8  # characters; a shorter repeated line may be code that is meant twice
 _BLANKS = " \t\r"
 
 
 @dataclass(frozen=True, slots=True)
 class Fence:
-    """The open code block that an answer goes on with.
+    """The open code block that an answer continues.
 
-    ``line`` is what stands before the cursor in its line, ``last_line`` the last line before the cursor that is not
-    blank. ``is_inside``: the code before the cursor has opened a fenced block itself, as Markdown files do.
+    ``line`` is the cursor's line before the cursor, ``last_line`` the last non-empty line before the cursor.
+    ``is_inside``: the code before the cursor has opened a fenced block itself, as in Markdown files.
     """
 
     marks: str
@@ -48,13 +49,13 @@ class Fence:
 
     @property
     def opening(self) -> str:
-        """The line that opens the block, without its end."""
+        """The line that opens the block, without its newline."""
         return self.marks + self.tag
 
     def find_end(self, text: str, *, is_whole: bool) -> int:
-        """Where the line begins that closes the block; the text's length where none does.
+        """Return the start of the line that closes the block, or the text's length.
 
-        Unless the text ``is_whole``, its last line may still become another.
+        Unless the text ``is_whole``, its last line may be incomplete and does not count as a closing fence.
         """
         is_inside, place = self.is_inside, 0
         lines = text.split("\n")
@@ -74,14 +75,14 @@ class Fence:
         return len(text)
 
     def clean(self, text: str) -> str:
-        """An answer without what closes its block and what follows, and without what it repeats at its beginning."""
+        """Remove the closing fence, the text after it, and code repeated at the answer's beginning."""
         text = text[: self.find_end(text, is_whole=True)]
         first, _, rest = text.lstrip("\r\n").partition("\n")
         is_anew = self._is_opening(first)
         return self._drop_repeat(rest if is_anew else text, is_anew=is_anew)
 
     def _is_opening(self, line: str) -> bool:
-        """Whether a line opens the block once more; in Markdown, or in a block, it may be the file's own."""
+        """Return whether a line opens the block once more; in Markdown, or in a block, it may be the file's own."""
         is_own = self.is_inside or self.tag in {"", "markdown"}
         return not is_own and line.rstrip(_BLANKS) in {self.opening, _MARKS + self.tag}
 
@@ -99,7 +100,7 @@ class Fence:
 
 
 def open_fence(context: FimContext) -> Fence:
-    """The block that a context's prefix stands in at the prompt's end."""
+    """Return the block that contains a context's prefix at the prompt's end."""
     lines = context.prefix.split("\n")
     return Fence(
         marks_around([context.prefix, context.head]),
@@ -111,12 +112,12 @@ def open_fence(context: FimContext) -> Fence:
 
 
 def tag_of(language_id: str) -> str:
-    """What the opening fence of a language's block says; nothing that would end its line."""
+    """Return the tag for the opening fence of a language's block, without characters that would end its line."""
     return _TAGS.get(language_id, re.sub(r"[^\w+#.-]", "", language_id))
 
 
 def marks_around(texts: Iterable[str]) -> str:
-    """A fence that no text between two such can close."""
+    """Return a fence longer than any fence in the texts."""
     longest = max((len(run) for text in texts for run in re.findall(r"`{3,}", text)), default=0)
     return "`" * max(len(_MARKS), longest + 1)
 

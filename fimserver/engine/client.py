@@ -1,18 +1,32 @@
-"""The server's side of the engine worker: starts it, talks to it, starts it again when it dies.
+"""Run the engine worker from the server's side: start it, talk to it, start it again when it dies.
 
-    start()      spawns the worker; state goes LOADING -> READY or FAILED
-    complete()   a future of a Generation; drafts come through a callback
-    restart()    another worker with other options; open requests go over to it
-    unload_if_idle()   ends a worker that nobody used for long; touch() or complete() starts it again
-    close()      ends the worker, and every open request with a reason
+    start()            start the worker process
+    complete()         ask for a completion; returns a future of a Generation, partial answers go to a callback
+    restart()          start another worker with other options; open requests wait for it
+    unload_if_idle()   end a worker that was not used for a while; touch() or complete() starts it again
+    close()            end the worker, and every open request with a reason
 
-What was waiting when a worker died is asked of the next one; the request that it was computing is asked once
-more, and ended after a second death. A worker that dies ``MAX_DEATHS`` times within ``DEATH_WINDOW_S``, or while it
-loads for the first time, is given up: FAILED, with the reason.
+Phases of a worker (``_TRANSITIONS``):
 
-Knows:   processes, frames, threads.  Never: torch, LSP.
-Threads: any may call, and none waits for the worker. Each worker has a thread that reads and one that writes;
-         one watchdog kills a worker that gives no sign. Callbacks must not block.
+    STOPPED -> FAILED, LOADING
+    LOADING -> FAILED, LOADING, READY, RETRYING, STOPPED
+    RETRYING -> FAILED, LOADING, READY, STOPPED
+    READY -> FAILED, LOADING, RELOADING, STOPPED, UNLOADED
+    RELOADING -> FAILED, LOADING, READY, RELOADING, STOPPED
+    UNLOADED -> FAILED, LOADING, RELOADING, STOPPED
+    FAILED -> FAILED, LOADING
+
+LOADING is the first load with these options: a worker that dies then has failed, except that one that was killed is
+started once more (RETRYING). RELOADING follows a worker that had loaded with these options: a death then says nothing
+about them. A worker that dies ``MAX_DEATHS`` times within ``DEATH_WINDOW_S`` is not started again: FAILED, with the
+reason. ``restart`` leads to LOADING from everywhere.
+
+Requests that were waiting when a worker died go to the next one. The request that it was computing is sent once more,
+and fails after a second death.
+
+Knows:   processes, messages, threads.  Never: torch, LSP.
+Threads: any thread may call, and no call waits for the worker. Each worker has a thread that reads and one that
+         writes; one watchdog kills a worker that gives no sign. Callbacks must not block.
 """
 
 import json
@@ -30,11 +44,12 @@ from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any, BinaryIO, cast
 
-from fimserver.datatypes import FimContext, Generation, ModelInfo, PartialAnswer, Sampling
+from fimserver.datatypes import FimContext, Generation, ModelInfo, PartialAnswer, Sampling, from_plain, to_plain
 from fimserver.engine.schedule import Schedule, Ticket
 from fimserver.errors import CompletionCancelledError, EngineError
-from fimserver.frames import from_plain, read_frame, to_plain, write_frame
+from fimserver.framing import read_message, write_message
 from fimserver.settings import Settings
+from fimserver.states import StateMachine, Transitions
 
 MAX_DEATHS = 3
 DEATH_WINDOW_S = 60.0
@@ -55,6 +70,68 @@ class EngineState(StrEnum):
     LOADING = "loading"
     READY = "ready"
     FAILED = "failed"
+
+
+class WorkerPhase(StrEnum):
+    """Where the worker is in its life, as far as the next step depends on it."""
+
+    STOPPED = "stopped"
+    LOADING = "loading"
+    RETRYING = "retrying"
+    READY = "ready"
+    RELOADING = "reloading"
+    UNLOADED = "unloaded"
+    FAILED = "failed"
+
+
+_TRANSITIONS: Transitions[WorkerPhase] = {
+    WorkerPhase.STOPPED: frozenset({WorkerPhase.LOADING, WorkerPhase.FAILED}),
+    WorkerPhase.LOADING: frozenset({
+        WorkerPhase.LOADING,
+        WorkerPhase.READY,
+        WorkerPhase.RETRYING,
+        WorkerPhase.FAILED,
+        WorkerPhase.STOPPED,
+    }),
+    WorkerPhase.RETRYING: frozenset({
+        WorkerPhase.READY,
+        WorkerPhase.LOADING,
+        WorkerPhase.FAILED,
+        WorkerPhase.STOPPED,
+    }),
+    WorkerPhase.READY: frozenset({
+        WorkerPhase.RELOADING,
+        WorkerPhase.UNLOADED,
+        WorkerPhase.LOADING,
+        WorkerPhase.FAILED,
+        WorkerPhase.STOPPED,
+    }),
+    WorkerPhase.RELOADING: frozenset({
+        WorkerPhase.READY,
+        WorkerPhase.RELOADING,
+        WorkerPhase.LOADING,
+        WorkerPhase.FAILED,
+        WorkerPhase.STOPPED,
+    }),
+    WorkerPhase.UNLOADED: frozenset({
+        WorkerPhase.RELOADING,
+        WorkerPhase.LOADING,
+        WorkerPhase.FAILED,
+        WorkerPhase.STOPPED,
+    }),
+    WorkerPhase.FAILED: frozenset({WorkerPhase.LOADING, WorkerPhase.FAILED}),
+}
+_SEEN_AS = {  # by listeners
+    WorkerPhase.STOPPED: EngineState.STOPPED,
+    WorkerPhase.UNLOADED: EngineState.STOPPED,
+    WorkerPhase.LOADING: EngineState.LOADING,
+    WorkerPhase.RETRYING: EngineState.LOADING,
+    WorkerPhase.RELOADING: EngineState.LOADING,
+    WorkerPhase.READY: EngineState.READY,
+    WorkerPhase.FAILED: EngineState.FAILED,
+}
+# A worker that is started in one of these phases has loaded with these options before.
+_HAS_LOADED = (WorkerPhase.READY, WorkerPhase.RELOADING, WorkerPhase.UNLOADED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,14 +212,13 @@ class EngineClient:
     ) -> None:
         self._clock = clock
         self.options = options or EngineOptions()
-        self.state = EngineState.STOPPED
+        self._phase = StateMachine(WorkerPhase.STOPPED, _TRANSITIONS)
         self.detail = "the engine was not started"
         self.info: ModelInfo | None = None
         self.device_bytes: int | None = None  # of the card's memory; None where there is no card
         self.ready_since = 0.0  # of its clock, as all times here
         self._took_s: deque[float] = deque(maxlen=_ANSWERS_KEPT)  # the last answers, with their wait for others
         self._listeners = [on_state]
-        self.is_unloaded = False
         self._last_used = self._clock()
         self._changed = threading.Condition(threading.RLock())
         self._worker: _Worker | None = None
@@ -151,10 +227,18 @@ class EngineClient:
         self._sent: PendingCompletion | None = None  # the worker has one at a time: which is next, is decided here
         self._next_id = 1
         self._deaths: list[float] = []
-        self._was_killed = False  # while it loaded with these options; once that is no verdict on them either
-        self._has_loaded = False  # with these options: then a death while loading is no verdict on them
         self._deadline: float | None = None  # when the watchdog ends the worker
         self._watchdog: threading.Thread | None = None
+
+    @property
+    def state(self) -> EngineState:
+        """What the rest of the server sees of the worker's phase."""
+        return _SEEN_AS[self._phase.state]
+
+    @property
+    def is_unloaded(self) -> bool:
+        """Whether the worker was ended because it was idle."""
+        return self._phase.state is WorkerPhase.UNLOADED
 
     @property
     def pid(self) -> int | None:
@@ -205,9 +289,8 @@ class EngineClient:
             if remaining_s > 0:
                 return remaining_s
             self._worker = self._deadline = self.info = self.device_bytes = None
-            self.is_unloaded = True
             minutes = self.options.idle_unload_minutes
-            self._set_state(EngineState.STOPPED, f"the model was unloaded after {minutes:g} idle minutes")
+            self._move(WorkerPhase.UNLOADED, f"the model was unloaded after {minutes:g} idle minutes")
         _end(worker)
         return None
 
@@ -223,9 +306,8 @@ class EngineClient:
             old, self._worker = self._worker, None
             self.options = options
             self._deaths.clear()
-            self._has_loaded = self._was_killed = False
             self._requeue()
-            self._spawn()
+            self._spawn(WorkerPhase.LOADING)
         if old is not None:
             _end(old)
 
@@ -234,9 +316,10 @@ class EngineClient:
         with self._changed:
             worker, self._worker = self._worker, None
             self._deadline = None
-            self.is_unloaded = False
-            if self.state is not EngineState.FAILED:
-                self._set_state(EngineState.STOPPED, reason)
+            if self._phase.state is WorkerPhase.STOPPED:
+                self._announce(reason)
+            elif self._phase.state is not WorkerPhase.FAILED:
+                self._move(WorkerPhase.STOPPED, reason)
             self._finish_all(reason)
         if worker is not None:
             _end(worker)
@@ -309,31 +392,42 @@ class EngineClient:
 
     # From here on: called with the lock held, or by a worker's own threads.
 
-    def _set_state(self, state: EngineState, detail: str) -> None:
-        self.state, self.detail = state, detail
+    def _move(self, phase: WorkerPhase, detail: str) -> None:
+        self._phase.move(phase)
+        self._announce(detail)
+
+    def _announce(self, detail: str) -> None:
+        self.detail = detail
         self._changed.notify_all()
+        state = self.state
         for listener in self._listeners:
             listener(state, detail)
 
-    def _spawn(self) -> None:
+    def _spawn(self, phase: WorkerPhase | None = None) -> None:
+        """Start a worker; ``phase`` is LOADING or RELOADING by what went before, unless given."""
+        if phase is None:
+            phase = WorkerPhase.RELOADING if self._phase.state in _HAS_LOADED else WorkerPhase.LOADING
         self.info = self.device_bytes = None
-        self.is_unloaded = False
         self._took_s.clear()
         try:
-            process = subprocess.Popen(  # noqa: S603  our own interpreter
-                [*self.options.command, json.dumps(self.options.arguments)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-            )
+            self._worker = self._start_worker()
         except OSError as error:
-            self._set_state(EngineState.FAILED, f"the engine cannot be started: {error}")
+            self._move(WorkerPhase.FAILED, f"the engine cannot be started: {error}")
             self._finish_all(self.detail)
             return
-        worker = self._worker = _Worker(process)
-        self._set_state(EngineState.LOADING, f"loading model {self.options.model}")
+        self._move(phase, f"loading model {self.options.model}")
         self._expect_sign(LOAD_TIMEOUT_S)
+
+    def _start_worker(self) -> _Worker:
+        process = subprocess.Popen(  # noqa: S603  our own interpreter
+            [*self.options.command, json.dumps(self.options.arguments)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        worker = _Worker(process)
         threading.Thread(target=self._read, args=(worker,), daemon=True).start()
         threading.Thread(target=_write, args=(worker,), daemon=True).start()
+        return worker
 
     def _expect_sign(self, within_s: float) -> None:
         self._deadline = self._clock() + within_s
@@ -389,7 +483,7 @@ class EngineClient:
     def _read(self, worker: _Worker) -> None:
         """Handle what a worker says until it ends. Nonsense from it ends it."""
         with suppress(Exception):  # whatever a message was, the worker that sent it cannot be trusted
-            while (message := read_frame(cast("BinaryIO", worker.process.stdout))) is not None:
+            while (message := read_message(cast("BinaryIO", worker.process.stdout))) is not None:
                 self._on_message(worker, message)
         _end(worker)
         worker.process.wait()
@@ -406,11 +500,11 @@ class EngineClient:
             if kind == "ready":
                 self._on_ready(from_plain(ModelInfo, message["info"]))
             elif kind == "loading":
-                self._set_state(EngineState.LOADING, f"loading model {self.options.model}, {message['share']:.0%}")
+                self._announce(f"loading model {self.options.model}, {message['share']:.0%}")
                 self._expect_sign(LOAD_TIMEOUT_S)
                 return
             elif kind == "failed":
-                self._set_state(EngineState.FAILED, message["message"])
+                self._move(WorkerPhase.FAILED, message["message"])
             elif kind == "started":
                 worker.current = message["id"]
             elif kind in _ENDINGS:
@@ -426,9 +520,9 @@ class EngineClient:
                 pending.on_partial(from_plain(PartialAnswer, message["partial"]))
 
     def _on_ready(self, info: ModelInfo) -> None:
-        self.info, self._has_loaded = info, True
+        self.info = info
         self._last_used = self.ready_since = self._clock()
-        self._set_state(EngineState.READY, f"{info.name} on {info.device}")
+        self._move(WorkerPhase.READY, f"{info.name} on {info.device}")
 
     def _on_death(self, worker: _Worker) -> None:
         with self._changed:
@@ -438,15 +532,16 @@ class EngineClient:
             now = self._clock()
             self._deaths = [t for t in self._deaths if now - t < DEATH_WINDOW_S] + [now]
             code = worker.process.returncode
-            is_first_load = self.state is EngineState.LOADING and not self._has_loaded
-            if is_first_load and not worker.is_hung and not self._was_killed and code is not None and code < 0:
-                self._was_killed = True  # by whom, nobody says
-            elif is_first_load:
+            phase, was_killed = self._phase.state, code is not None and code < 0 and not worker.is_hung
+            next_phase = None
+            if phase is WorkerPhase.LOADING and was_killed:
+                next_phase = WorkerPhase.RETRYING  # the system may have killed it for a reason that is gone
+            elif phase in {WorkerPhase.LOADING, WorkerPhase.RETRYING}:
                 why = "; it was killed, mostly for want of memory: see fimserver doctor" if code == _KILLED else ""
-                self._set_state(EngineState.FAILED, f"the engine ended with code {code} while loading{why}")
-            elif self.state is not EngineState.FAILED and len(self._deaths) >= MAX_DEATHS:
-                self._set_state(
-                    EngineState.FAILED,
+                self._move(WorkerPhase.FAILED, f"the engine ended with code {code} while loading{why}")
+            elif phase is not WorkerPhase.FAILED and len(self._deaths) >= MAX_DEATHS:
+                self._move(
+                    WorkerPhase.FAILED,
                     f"the engine died {MAX_DEATHS} times within {DEATH_WINDOW_S:.0f} s (last code {code}); "
                     "run `fimserver doctor`, then restart the server",
                 )
@@ -460,7 +555,7 @@ class EngineClient:
                 culprit.num_deaths += 1
                 if culprit.num_deaths >= _MAX_ATTEMPTS:
                     self._finish(culprit, EngineError("the engine died twice on this request"))
-            self._spawn()
+            self._spawn(next_phase)
 
     def _finish_all(self, reason: str) -> None:
         for pending in list(self._pending.values()):
@@ -493,7 +588,7 @@ def _write(worker: _Worker) -> None:
     stream = cast("BinaryIO", worker.process.stdin)
     with suppress(OSError, ValueError):  # it has just died: the reader sees that too
         while (message := worker.outgoing.get()) is not None:
-            write_frame(stream, message)
+            write_message(stream, message)
     with suppress(OSError):
         stream.close()
 

@@ -1,11 +1,11 @@
-"""One completion, start to end, inside the worker: context in, text of the middle out.
+"""Compute one completion inside the worker: context in, text of the middle out.
 
     complete(context, sampling)
-        build_prompt          ids for the encoder, the cut word taken off
-        PromptCache.encode    only what is new since a prompt that is held
-        Denoiser              parallel denoising      (mode diffusion)
-        fill_speculative         drafts, verified        (mode verified)
-        fill_autoregressive    one token a pass        (mode autoregressive)
+        build_prompt          ids for the encoder, without the healed word
+        PromptCache.encode    only the tokens that no cached prompt shares
+        Denoiser              parallel denoising                 (mode diffusion)
+        fill_speculative      draft tokens, then verification    (mode speculative)
+        fill_autoregressive   one token per pass                 (mode autoregressive)
 
 Knows:   texts of the context, token ids.  Never: LSP, files other than weights, processes.
 Raises:  CompletionCancelledError within one step of ``cancelled`` turning true.
@@ -47,22 +47,22 @@ from fimserver.engine.prompt import build_prompt, find_anchor
 from fimserver.engine.vocabulary import Vocabulary
 from fimserver.errors import WeightsError
 
-_TOKENS_A_LINE = 24  # what an answer may take for each line that its hole has
+_TOKENS_A_LINE = 24  # token limit of an answer per line of its hole
 _MAX_TOKENS = 1024
-_SIDE_CANVASES, _SIDE_CANVAS_TOKENS = 2, 8  # of a pass that denoises from the left
-_CONDITIONING_TOP = 64  # likeliest tokens that condition the next step
-_EARLIER_TOKENS = 512  # of earlier answers that drafts are taken from,
-_MATCHED_TOKENS = 4  # and of what stood before each
+_SIDE_CANVASES, _SIDE_CANVAS_TOKENS = 2, 8  # canvases per pass when denoising from the left, and their length
+_CONDITIONING_TOP = 64  # most likely tokens that condition the next step
+_EARLIER_TOKENS = 512  # of earlier answers, as a source of drafts
+_MATCHED_TOKENS = 4  # kept before each earlier answer
 
 
 class Engine:
-    """A loaded model with the caches of its last prompts. Not safe for use by several threads."""
+    """A loaded model with the caches of its last prompts. Not thread-safe."""
 
     def __init__(self, model: Model, vocabulary: Vocabulary, load_ms: float = 0.0) -> None:
         if vocabulary.size > model.vocab_size:
             msg = (
                 f"tokenizer.json has {vocabulary.size} tokens, the model {model.vocab_size}: "
-                "they are of different models; copy the folder again"
+                "they belong to different models; copy the folder again"
             )
             raise WeightsError(msg)
         self.model = model
@@ -72,7 +72,7 @@ class Engine:
         self._row_cost: float | None = None
         self._load_ms = load_ms
         self._is_text = [vocabulary.is_text(i) for i in range(model.vocab_size)]
-        self._earlier: list[int] = []  # answers given, and the tokens before them
+        self._earlier: list[int] = []  # earlier answers, each after its last prompt tokens
         self._last_prefix = self._last_text = ""
 
     @classmethod
@@ -85,9 +85,9 @@ class Engine:
         *,
         fp4_activations: bool = False,
     ) -> "Engine":
-        """Engine of a shipped model's name, an added model's or a folder. Raises ``WeightsError``, ``EngineError``.
+        """Load a shipped model's name, an added model's or a folder. Raises ``WeightsError``, ``EngineError``.
 
-        ``report`` gets bytes of weights read, and all there are; ``fp4_activations`` as for ``Model.load``.
+        ``report`` gets bytes of weights read and total bytes; ``fp4_activations`` as for ``Model.load``.
         """
         begin = time.perf_counter()
         folder = find_model(name)
@@ -96,23 +96,23 @@ class Engine:
         return cls(model, vocabulary, load_ms=(time.perf_counter() - begin) * 1e3)
 
     def probe(self) -> None:
-        """Choose how much is drafted by what a wide pass costs here; a tenth of a second on a CPU."""
+        """Choose the number of drafts by the measured cost of a wide pass; takes 0.1 s on a CPU."""
         self._row_cost = measure_row_cost(self.model)
         self.draft_options = choose_drafts(self._row_cost)
 
     def forget(self) -> None:
-        """Drop all that earlier requests left: caches and answers."""
+        """Drop the caches and answers of earlier requests."""
         self.prompt_cache.clear()
         self._earlier.clear()
         self._last_prefix = self._last_text = ""
 
     def device_bytes(self) -> int | None:
-        """Memory of the card that is held; ``None`` on a processor."""
+        """Return the GPU memory in use; ``None`` on a CPU."""
         return memory_held(self.model.device)
 
     @property
     def info(self) -> ModelInfo:
-        """What the server may know of the model."""
+        """Description of the model for the server."""
         metadata = self.model.metadata
         network = self.model.reference
         return ModelInfo(
@@ -132,7 +132,7 @@ class Engine:
         )
 
     def options(self, sampling: Sampling) -> DenoisingOptions:
-        """The model's own decoding numbers, with what the person chose instead."""
+        """Return the model's own decoding options, overridden by the request's."""
         metadata = self.model.metadata
         fixed = None if sampling.temperature is None else max(sampling.temperature, LEAST_TEMPERATURE)
         return DenoisingOptions(
@@ -159,7 +159,7 @@ class Engine:
         cancelled: Callable[[], bool] = lambda: False,
         on_partial: OnPartial = lambda _draft: None,
     ) -> Generation:
-        """The middle of a context. Drafts are called out as they come."""
+        """Return the middle of a context; ``on_partial`` gets partial answers as they grow."""
         clock = Clock(sampling.max_latency_ms, cancelled)
         job = self._prepare(context, sampling, clock, on_partial)
         clock.lap("prompt")
@@ -185,12 +185,12 @@ class Engine:
             prompt_text=self.vocabulary.show_all(job.prompt.token_ids) if sampling.trace else "",
             confidence=best.probability,
             alternatives=tuple(Alternative(c.text, c.probability) for c in others if c.text.strip()),
-            is_match=best.guess is not None,
+            is_match=best.match is not None,
         )
 
     @torch.inference_mode()
     def score(self, context: FimContext) -> Scored:
-        """What the model says, and how likely it finds that and each guess; nothing earlier counts."""
+        """Return the model's answer and log-probabilities of it and all matches, independent of earlier requests."""
         self.forget()
         job = self._prepare(context, Sampling(seed=0), Clock(None, lambda: False), lambda _draft: None)
         _, filled = self._verify(job)
@@ -203,9 +203,9 @@ class Engine:
         return Scored(job.to_text(filled.token_ids), filled.log_probability, len(filled.token_ids), is_whole, matches)
 
     def _rank(self, job: Job, filled: Filled, mode: Mode) -> list[Candidate]:
-        """The answers and the guesses, the likeliest first; answers alone where the model is not calibrated.
+        """Rank the answers and the matches, the most likely first; answers only if the model is not calibrated.
 
-        The first is one that leaves no error in the code around it, where there is such a one.
+        If any candidate leaves no error in the code around it, the most likely of those comes first.
         """
         calibration = self.model.metadata.calibration
         ranked: list[Candidate] = []
@@ -248,7 +248,7 @@ class Engine:
         )
 
     def _denoise(self, job: Job) -> tuple[Encoded, Filled]:
-        """In parallel: one canvas after another."""
+        """Denoise in parallel, one canvas after another."""
         encoded = self.prompt_cache.encode(job.prompt.token_ids, between=job.clock.check_cancelled)
         job.clock.lap("encode")
         options = self.options(job.sampling)
@@ -277,7 +277,7 @@ class Engine:
         filled = denoiser.fill(self.prompt_cache.cache, job.answer_start, drafts=drafts)
         answer, passes, total = list(filled.token_ids), filled.passes, filled.log_probability
         while filled.is_open and filled.finish != "latency" and len(answer) < job.max_tokens:
-            self.prompt_cache.append(filled.token_ids, last_only=True)  # commit: the next canvas stands behind it
+            self.prompt_cache.append(filled.token_ids, last_only=True)  # the next canvas comes after it
             start = AnswerStart(job.answer_end, "", min_tokens=0, vocab_size=self.model.vocab_size)
             filled = denoiser.fill(self.prompt_cache.cache, start, before=tuple(answer))
             answer += filled.token_ids
@@ -287,8 +287,8 @@ class Engine:
         return encoded, replace(filled, token_ids=tuple(answer[: job.max_tokens]), passes=passes)
 
     def _initial_canvases(self, job: Job) -> list[list[int]]:
-        """What canvases begin with: guesses, and the last answer moved on by what was typed since; or noise alone."""
-        texts = [guess.text for guess in job.matches]
+        """Return initial canvases: matches, and the last answer without what was typed since; or one of pure noise."""
+        texts = [match.text for match in job.matches]
         typed = job.context.prefix.removeprefix(self._last_prefix)
         is_near = self._last_prefix and typed != job.context.prefix and len(typed) < len(self._last_text)
         if is_near and job.takes_earlier:
@@ -298,7 +298,7 @@ class Engine:
         return [[*self.vocabulary.encode(job.prompt.healed + text), end] for text in unique] or [[]]
 
     def _write(self, job: Job) -> tuple[Encoded, Filled]:
-        """Left to right, one token a pass."""
+        """Decode autoregressively, one token per pass."""
         encoded = self.prompt_cache.encode(job.prompt.token_ids, between=job.clock.check_cancelled)
         job.clock.lap("encode")
         filled = fill_autoregressive(
@@ -316,7 +316,7 @@ class Engine:
         return encoded, filled
 
     def _denoise_from_left(self, job: Job) -> tuple[Encoded, Filled]:
-        """Canvases one behind the other, each taken as far as it is sure; left to right and drafts where it is not."""
+        """Commit canvases from the left where they are sure; decode speculatively where they are not."""
         step = 0
 
         def on_canvas(answer: Sequence[int], logits: torch.Tensor) -> None:
@@ -336,7 +336,7 @@ class Engine:
         return self._verify(job, options, self.options(job.sampling).max_denoising_steps, on_canvas)
 
     def _drafts_of(self, job: Job) -> DraftOptions:
-        """As many as this machine likes; under a seed, as many as by default."""
+        """Return the measured draft options; the defaults under a seed, so that results are reproducible."""
         return self.draft_options if job.sampling.seed is None else DraftOptions()
 
     def _verify(
@@ -346,7 +346,7 @@ class Engine:
         max_steps: int = sys.maxsize,
         on_canvas: Callable[[Sequence[int], torch.Tensor], None] = lambda _answer, _logits: None,
     ) -> tuple[Encoded, Filled]:
-        """Left to right, drafts ahead; the prompt's last tokens are read in the first pass."""
+        """Decode speculatively; the first pass also reads the prompt's last tokens."""
         ids = job.prompt.token_ids
         encoded = self.prompt_cache.encode_but_last(ids, between=job.clock.check_cancelled)
         job.clock.lap("encode")
@@ -355,7 +355,7 @@ class Engine:
         if job.takes_earlier:
             lookup.extend(self._earlier)
         lookup.extend(before)
-        matches = [self.vocabulary.encode(job.prompt.healed + guess.text) for guess in job.matches]
+        matches = [self.vocabulary.encode(job.prompt.healed + match.text) for match in job.matches]
         wanted = options or self._drafts_of(job)
         options = replace(
             wanted,
@@ -363,7 +363,8 @@ class Engine:
             max_canvases=wanted.max_canvases if job.has("canvases") else 0,
         )
 
-        shows_canvases = options.commit_probability <= 1 and job.sampling.trace  # which have the answer's tokens too
+        # their partial answers include the answer's tokens
+        shows_canvases = options.commit_probability <= 1 and job.sampling.trace
 
         def fill(pending: Sequence[int], first: RunnerUp | None = None) -> Filled:
             is_quiet = shows_canvases or first is not None

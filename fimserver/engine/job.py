@@ -1,4 +1,4 @@
-"""One completion under way: what was asked, the rules that its answer has to keep, its deadline.
+"""Describe one completion in progress: the request, the rules for its answer, its deadline.
 
 Knows:  texts of the context, token ids, time.  Never: tensors, weights.
 """
@@ -17,7 +17,7 @@ from fimserver.engine.prompt import Prompt
 from fimserver.errors import CompletionCancelledError
 
 OnPartial = Callable[[PartialAnswer], None]
-LEAST_TEMPERATURE = 1e-4  # as good as none, and nothing overflows
+LEAST_TEMPERATURE = 1e-4  # nearly greedy, without overflow
 
 
 class Clock:
@@ -30,13 +30,13 @@ class Clock:
         self._laps: dict[str, float] = {}
 
     def lap(self, name: str) -> None:
-        """Note the time since the last lap under a name."""
+        """Record the time since the last lap under a name."""
         now = time.perf_counter()
         self._laps[name] = (now - self._last) * 1e3
         self._last = now
 
     def timings_ms(self) -> dict[str, float]:
-        """All laps and the total."""
+        """Return all laps and the total."""
         total = (time.perf_counter() - self._begin) * 1e3
         return {name: round(ms, 2) for name, ms in {**self._laps, "total": total}.items()}
 
@@ -46,7 +46,7 @@ class Clock:
             raise CompletionCancelledError
 
     def is_over(self) -> bool:
-        """Whether the time is spent; raises when the request is cancelled."""
+        """Return whether the deadline has passed. Raises ``CompletionCancelledError`` if the request is cancelled."""
         self.check_cancelled()
         elapsed_ms = (time.perf_counter() - self._begin) * 1e3
         return self._max_latency_ms is not None and elapsed_ms > self._max_latency_ms
@@ -54,7 +54,7 @@ class Clock:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One completion under way: what was asked, the prompt, and the rules its answer has to keep."""
+    """One completion in progress: the request, the prompt, and the rules for its answer."""
 
     context: FimContext
     sampling: Sampling
@@ -66,33 +66,33 @@ class Job:
     to_text: Callable[[Sequence[int]], str]
     clock: Clock
     on_partial: OnPartial
-    others: list[Filled] = field(default_factory=list)  # answers beside the first
+    others: list[Filled] = field(default_factory=list)  # further answers
 
     def has(self, part: str) -> bool:
-        """Whether a part of the decoder is not left out."""
+        """Return whether a part of the decoder is enabled."""
         return part not in self.sampling.without
 
     def rules(self) -> LexicalRules | None:
-        """What the language allows from left to right."""
+        """Return the language's rules for autoregressive decoding, if enabled."""
         return LexicalRules(self.context, self.prompt.healed, self.answer_end) if self.has("grammar") else None
 
     @property
     def matches(self) -> tuple[Match, ...]:
-        """The context's guesses, where they are wanted."""
+        """The context's n-gram matches, if enabled."""
         return self.context.matches if self.has("matches") else ()
 
     @property
     def takes_earlier(self) -> bool:
-        """Whether earlier answers may be drafted again; with a seed nothing but the request decides."""
+        """Return whether earlier answers may be used as drafts; not with a seed, which makes a request reproducible."""
         return self.sampling.seed is None and self.has("earlier")
 
     @property
     def temperature(self) -> float:
-        """Of left-to-right decoding; 0 takes the likeliest."""
+        """Temperature of autoregressive decoding; 0 is greedy."""
         return max(self.sampling.temperature, LEAST_TEMPERATURE) if self.sampling.temperature else 0.0
 
     def on_answer(self, answer: Sequence[int]) -> None:
-        """Call out an answer that grew from left to right."""
-        num_open = max(0, len(self.answer_end.anchor) - 1)  # tokens that may turn out to be the line below
+        """Report an autoregressive answer so far."""
+        num_open = max(0, len(self.answer_end.anchor) - 1)  # these tokens may turn out to repeat the line below
         settled = self.to_text(answer[: max(0, len(answer) - num_open)])
         self.on_partial(PartialAnswer(len(answer), self.to_text(answer), num_settled=len(settled)))

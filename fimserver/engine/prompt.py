@@ -1,17 +1,17 @@
-"""Write the prompt: which ids the encoder reads before a canvas.
+"""Write the prompt: the ids that the encoder reads before a canvas.
 
 Layout "fim":  ``<bos><file> language path <sep> snippet <suf> suffix <pre> prefix <mid>``, canvas = middle, ``<eos>``,
-pads. What changes least comes first and the prefix last, so that typing extends the prompt at its end and the KV
-cache survives. Language and path are told to a model that knows ``<file>``, snippets of other files to one that reads
-them. A prefix that does not fit is cut in front; the context's head (imports, headers of open scopes) then stands
-before what is left of it.
+pads. The parts that change least come first and the prefix last, so that typing extends the prompt at its end and the
+KV cache stays valid. Language and path are included for a model that knows ``<file>``, snippets of other files for one
+that was trained on them. A prefix that does not fit is cut at its start; the context's head (imports, headers of open
+scopes) then comes before the rest of it.
 
-Layout "chat", for an instruction-tuned model: the user's turn says the same in words and code blocks, the model's turn
-opens a block and repeats the prefix, so that the canvas goes on with it (``chat.py``). The prefix is last here too.
-Which layout a model gets, its ``fimserver.json`` says.
+Layout "chat", for an instruction-tuned model: the user's turn has the same parts in words and code blocks, the model's
+turn opens a block and repeats the prefix, so that the canvas continues it (``chat.py``). The prefix is last here too.
+A model's ``fimserver.json`` names its layout.
 
-Token healing: the word that the cursor cuts comes off the prompt and must begin the answer, because a
-tokenizer would never have cut there (``healed``). So does a single blank: tokens of words begin with theirs.
+Token healing: the word before the cursor is taken off the prompt and must begin the answer, because a tokenizer would
+not have split the text there (``healed``). A single space is healed too: tokens of words begin with theirs.
 
 Knows:  token ids, the context's texts.  Never: tensors, documents.
 """
@@ -25,18 +25,18 @@ from fimserver.datatypes import FimContext
 from fimserver.engine.chat import INSTRUCTION, NOTHING_FOLLOWS, Fence, marks_around, open_fence
 from fimserver.engine.vocabulary import Vocabulary
 
-_MAX_HEALED_TOKENS = 8  # a word that takes more would leave the answer no room
+_MAX_HEALED_TOKENS = 8  # a longer word would leave the answer no room
 _LEAST_ANCHOR = 6  # characters of code
 _MAX_ANCHOR_TOKENS = 8
-_PATH_PARTS = 3  # of a path, the last ones: what stands before them is the person's own
-_CUTS_PER_BUDGET = 4  # a prefix that is too long loses quarters of its budget, or each key would move the cut
+_PATH_PARTS = 3  # the last ones; earlier parts of a path are private
+_CUTS_PER_BUDGET = 4  # a long prefix is cut by quarters of its budget, so that the cut does not move with every key
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Ids for the encoder; ``healed`` is text that the answer must begin with and that was typed already.
+    """Ids for the encoder; ``healed`` is typed text that the answer must begin with.
 
-    ``fence`` is the code block that the answer goes on with, for a model that writes such.
+    ``fence`` is the code block that the answer continues, for an instruction-tuned model.
     """
 
     token_ids: tuple[int, ...]
@@ -44,13 +44,13 @@ class Prompt:
     fence: Fence | None = None
 
     def to_answer(self, text: str) -> str:
-        """What a decoded answer says behind the cursor."""
+        """Return the part of a decoded answer after the cursor."""
         own = text[len(self.healed) :]
         return own if self.fence is None else self.fence.clean(own)
 
 
 def build_prompt(context: FimContext, vocabulary: Vocabulary, metadata: ModelMetadata) -> Prompt:
-    """Prompt of a context, at most ``max_prompt_tokens`` long."""
+    """Build the prompt of a context, at most ``max_prompt_tokens`` long."""
     head, healed = split_last_word(context.prefix)
     if len(vocabulary.encode(healed)) > _MAX_HEALED_TOKENS:
         head, healed = context.prefix, ""
@@ -63,7 +63,7 @@ def build_prompt(context: FimContext, vocabulary: Vocabulary, metadata: ModelMet
         suffix, special = _encode_suffix(context.suffix, vocabulary, metadata), metadata.special_tokens
         before = [special["bos"], *about, special["suffix"], *suffix, special["prefix"]]
         after = [special["middle"]]
-    # The answer spells a healed word again; a fixed reserve for it keeps the cut where it is while typing.
+    # The answer spells a healed word again; a fixed reserve for it keeps the cut in place while typing.
     budget = metadata.max_prompt_tokens - len(before) - len(after) - _MAX_HEALED_TOKENS
     above = vocabulary.encode(context.head)[-metadata.max_head_tokens :] if metadata.max_head_tokens else []
     prefix = vocabulary.encode(head)
@@ -77,7 +77,7 @@ def _encode_suffix(text: str, vocabulary: Vocabulary, metadata: ModelMetadata) -
 
 
 def _write_turns(context: FimContext, fence: Fence, vocabulary: Vocabulary, metadata: ModelMetadata) -> list[int]:
-    """The user's turn, and the model's up to the prefix; less of the suffix where the prefix had no room."""
+    """Write the user's turn, and the model's up to the prefix; shorten the suffix if the prefix has no room."""
     special, encode = metadata.special_tokens, vocabulary.encode
     begin = [special["bos"], special["turn"], *encode(f"user\n{INSTRUCTION}")]
     begin += _name_file(context, vocabulary, metadata)
@@ -110,7 +110,7 @@ def _quote_snippets(context: FimContext, vocabulary: Vocabulary, metadata: Model
 
 
 def describe_file(context: FimContext, vocabulary: Vocabulary, metadata: ModelMetadata) -> list[int]:
-    """``<file>``, the language and the end of the path; nothing for a model that was not told them."""
+    """Return ``<file>``, the language and the end of the path; empty for a model without that token."""
     if not metadata.max_file_tokens:
         return []
     ids = vocabulary.encode(_describe(context))[-metadata.max_file_tokens :]
@@ -118,14 +118,14 @@ def describe_file(context: FimContext, vocabulary: Vocabulary, metadata: ModelMe
 
 
 def encode_snippets(context: FimContext, vocabulary: Vocabulary, metadata: ModelMetadata) -> list[int]:
-    """``<sep>``, its file's name and its text for each snippet that fits, the first one cut where it does not."""
+    """Return ``<sep>``, file name and text of each snippet that fits; the first that does not is shortened."""
     room = metadata.max_snippet_tokens
     named = (f"{_name_of(snippet.path)}\n{snippet.text}" for snippet in (context.snippets if room else ()))
     return _fit(([metadata.special_tokens["snippet"], *vocabulary.encode(text)] for text in named), room)
 
 
 def _fit(pieces: Iterable[list[int]], room: int, closing: Sequence[int] = ()) -> list[int]:
-    """The pieces that fit, ``closing`` behind each, the first one cut where it does not fit."""
+    """Join the pieces that fit, each followed by ``closing``; the first one that does not fit is shortened."""
     found: list[int] = []
     for ids in pieces:
         left = room - len(found) - len(closing)
@@ -135,7 +135,7 @@ def _fit(pieces: Iterable[list[int]], room: int, closing: Sequence[int] = ()) ->
 
 
 def _describe(context: FimContext) -> str:
-    """The language and the end of the path."""
+    """Return the language and the end of the path."""
     return " ".join((context.language_id, "/".join(_parts_of(context.path)[-_PATH_PARTS:]))).rstrip()
 
 
@@ -144,12 +144,12 @@ def _name_of(path: str) -> str:
 
 
 def _parts_of(path: str) -> list[str]:
-    """Names in a path, which an untitled document on Windows writes with backslashes."""
+    """Split a path; untitled documents on Windows use backslashes."""
     return [part for part in PurePosixPath(path.replace("\\", "/")).parts if part != "/"]
 
 
 def find_anchor(suffix: str, vocabulary: Vocabulary) -> tuple[int, ...]:
-    """Tokens of a suffix's first line of code, its line end before it; none where that line says too little."""
+    """Return the tokens of a suffix's first line of code after its newline; empty if that line is too short."""
     lines = suffix.split("\n")
     place = next((i for i, line in enumerate(lines) if i and line.strip()), None)
     if place is None or lines[0].strip() or len(lines[place].strip()) < _LEAST_ANCHOR:
@@ -158,7 +158,7 @@ def find_anchor(suffix: str, vocabulary: Vocabulary) -> tuple[int, ...]:
 
 
 def trim_front(token_ids: list[int], budget: int) -> list[int]:
-    """At most ``budget`` of the last ids, cut at a stride, so that the next keystroke keeps the cut."""
+    """Return at most ``budget`` of the last ids, cut at a stride, so that the next keystroke keeps the cut."""
     excess = len(token_ids) - budget
     if excess <= 0:
         return token_ids
@@ -167,9 +167,9 @@ def trim_front(token_ids: list[int], budget: int) -> list[int]:
 
 
 def split_last_word(prefix: str) -> tuple[str, str]:
-    """The prefix without the word before the cursor and the blank before that, and what was taken off.
+    """Split off the word before the cursor with the space before it.
 
-    A blank alone is taken off too, since a word's token begins with it; indentation never is.
+    A single space is split off too, since a word's token begins with it; indentation never is.
     """
     start = len(prefix)
     while start and (prefix[start - 1].isalpha() or prefix[start - 1] == "_"):

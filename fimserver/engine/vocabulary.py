@@ -1,8 +1,8 @@
-"""The tokenizer as the engine needs it: ids, and the bytes each id stands for.
+"""Map text to token ids and back, with the bytes of each id.
 
 Bytes, not text, because a token may be half a character; healing and joining stay exact. Two kinds of tokenizer are
-read: byte-level ones (GPT-2's table), and those of SentencePiece (Gemma's), where U+2581 stands for a blank and
-``<0x0A>`` for a byte that no other token spells.
+supported: byte-level ones (GPT-2's table), and SentencePiece (Gemma's), where U+2581 stands for a space and ``<0x0A>``
+for a byte that no other token spells.
 
 Knows:  token ids and bytes.  Never: tensors, documents.
 """
@@ -21,7 +21,7 @@ from fimserver.errors import WeightsError
 
 
 def _byte_of_character() -> dict[str, int]:
-    """GPT-2's table of printable stand-ins for bytes (openai/gpt-2, ``bytes_to_unicode``)."""
+    """Return GPT-2's table of printable stand-ins for bytes (openai/gpt-2, ``bytes_to_unicode``)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     table = {chr(b): b for b in printable}
     table.update({chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in printable)})
@@ -33,9 +33,9 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class Vocabulary:
-    """Text to ids and back; ``special_ids`` never stand for text, and no text becomes one of them.
+    """Text to ids and back; ``special_ids`` never stand for text, and no text is encoded as one of them.
 
-    What the tokenizer itself calls special is so too.
+    The tokenizer's own special tokens are special too.
     """
 
     def __init__(self, tokenizer: Tokenizer, special_ids: Iterable[int]) -> None:
@@ -48,20 +48,20 @@ class Vocabulary:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._tokenizer.encode_special_tokens = True  # which a pickled tokenizer forgets
+        self._tokenizer.encode_special_tokens = True  # not saved when a tokenizer is pickled
 
     @classmethod
     def load(cls, path: Path, special_ids: Iterable[int]) -> "Vocabulary":
-        """Vocabulary of a ``tokenizer.json``. Raises ``WeightsError``."""
+        """Load a ``tokenizer.json``. Raises ``WeightsError``."""
         try:
             tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises bare Exception
+        except Exception as error:  # tokenizers raises plain Exception
             msg = f"{path} cannot be read as a tokenizer ({error}); copy the model folder again"
             raise WeightsError(msg) from error
         return cls(tokenizer, special_ids)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text; lone surrogates become U+FFFD."""
+        """Return the ids of a text; lone surrogates become U+FFFD."""
         clean = text.encode("utf-8", "replace").decode("utf-8") if not text.isascii() else text
         encoding = self._tokenizer.encode(clean, add_special_tokens=False)
         if self.special_ids.isdisjoint(encoding.ids):
@@ -69,28 +69,28 @@ class Vocabulary:
         return self._spell(clean, encoding)
 
     def _spell(self, text: str, encoding: Encoding) -> list[int]:
-        """Ids of a text that names special tokens which the tokenizer does not know to be such, as ``<unused7>``."""
+        """Return the ids of a text that contains special tokens unknown to the tokenizer, such as ``<unused7>``."""
         ids: list[int] = []
         begin = 0
         for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
             if token_id in self.special_ids:
-                is_name = end - start > 1  # otherwise a character that the tokenizer cannot spell
+                is_name = end - start > 1  # a single character may be one that the tokenizer cannot spell
                 ids += self.encode(text[begin : start + 1] if is_name else text[begin:start])
                 begin = start + 1
         return ids + self.encode(text[begin:])
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids; special ids are left out, a half character at either end too."""
+        """Return the text of ids, without special ids and without half characters at either end."""
         return b"".join(self.token_bytes[i] for i in ids).decode("utf-8", "ignore")
 
     def show(self, token_id: int) -> str:
-        """One token for a person: special tokens by name."""
+        """Return one token for display: special tokens by name."""
         if not self.is_text(token_id):
             return self._tokenizer.id_to_token(token_id) or f"<{token_id}>"
         return self.token_bytes[token_id].decode("utf-8", "replace")
 
     def show_all(self, ids: Sequence[int]) -> str:
-        """Ids for a person: characters that several tokens spell are whole."""
+        """Return ids for display: characters that several tokens spell are joined."""
         runs = [list(run) for _, run in groupby(ids, key=self.is_text)]
         return "".join(self.decode(r) if self.is_text(r[0]) else "".join(map(self.show, r)) for r in runs)
 
@@ -116,23 +116,23 @@ class Vocabulary:
 
     @cached_property
     def fence_ids(self) -> frozenset[int]:
-        """Tokens with a mark that code blocks are fenced with."""
+        """Tokens that contain a fence mark."""
         return frozenset(i for i, written in enumerate(self.token_bytes) if b"`" in written)
 
     @cached_property
     def _in_order(self) -> tuple[list[bytes], list[int]]:
-        """Texts of all tokens that have one, sorted, and their ids."""
+        """Bytes of all text tokens, sorted, and their ids."""
         pairs = sorted((text, i) for i, text in enumerate(self.token_bytes) if text)
         return [text for text, _ in pairs], [i for _, i in pairs]
 
     def starting_with(self, beginning: bytes) -> list[int]:
-        """Ids of the tokens whose bytes begin so."""
+        """Return the ids of the tokens that start with these bytes."""
         texts, ids = self._in_order
         first = bisect_left(texts, beginning)
         return ids[first : bisect_right(texts, beginning, lo=first, key=lambda text: text[: len(beginning)])]
 
     def beginning_of(self, text: bytes) -> list[int]:
-        """Ids of the tokens whose bytes are a part of a text, from its first on, and not all of it."""
+        """Return the ids of the tokens that are a proper prefix of a text."""
         texts, ids = self._in_order
         found: list[int] = []
         for length in range(1, len(text)):
@@ -142,9 +142,9 @@ class Vocabulary:
 
     @cached_property
     def num_newlines(self) -> list[int]:
-        """Line ends in each token."""
+        """Number of newlines in each token."""
         return [b.count(b"\n") + b.count(b"\r") - b.count(b"\r\n") for b in self.token_bytes]
 
     def is_text(self, token_id: int) -> bool:
-        """Whether an id stands for text: not special, and not one that only the model's matrices have."""
+        """Return whether an id stands for text: not special, and part of the tokenizer."""
         return token_id < self.size and token_id not in self.special_ids

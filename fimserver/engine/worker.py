@@ -1,4 +1,4 @@
-"""The engine in a process of its own: frames in, frames out, one completion at a time, newest first.
+"""Run the engine in a process of its own: frames in, frames out, one completion at a time, newest first.
 
     from the server   complete {id, context, sampling}   cancel {id}
     to the server     ready {info, device_bytes} | failed {message}
@@ -7,7 +7,7 @@
                       cancelled {id}      error {id, message}
 
 Frames use private copies of the standard streams; file descriptor 1 then points at stderr, so a stray print
-cannot corrupt them. The end of the input ends the process: no worker outlives its server.
+cannot corrupt them. End of input ends the process: no worker outlives its server.
 
 Knows:  the engine, frames.  Never: LSP, documents.
 """
@@ -24,22 +24,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from fimserver.datatypes import FimContext, Hole, HoleKind, PartialAnswer, Sampling
+from fimserver.datatypes import FimContext, Hole, HoleKind, PartialAnswer, Sampling, from_plain, to_plain
 from fimserver.errors import CompletionCancelledError, FimserverError
-from fimserver.frames import from_plain, read_frame, to_plain, write_frame
+from fimserver.framing import read_message, write_message
 
 if TYPE_CHECKING:
     from fimserver.engine.engine import Engine
 
-_SIGN_S = 1.0  # a long request says so often that it is alive
+_SIGN_S = 1.0  # between signs of life during a long request
 _LOAD_SIGN_S = 0.5
-_NICENESS = 5  # the editor's own processes go first
+_NICENESS = 5  # gives way to the editor's own processes
 _logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Inbox:
-    """Requests that wait; shared by the thread that reads and the one that computes."""
+    """Waiting requests, shared by the reading and the computing thread."""
 
     waiting: list[dict[str, Any]] = field(default_factory=list)
     cancelled: set[int] = field(default_factory=set)
@@ -62,7 +62,7 @@ class Inbox:
             return request
 
     def cancel(self, request_id: int) -> bool:
-        """Cancel a request; ``True`` when it was waiting and has to be answered by the caller."""
+        """Cancel a request; return whether it was still waiting, so that the caller has to answer it."""
         with self.changed:
             if request_id == self.current:
                 self.cancelled.add(request_id)
@@ -72,7 +72,7 @@ class Inbox:
             return len(self.waiting) < before
 
     def is_cancelled(self, request_id: int) -> bool:
-        """Whether a running request should end."""
+        """Return whether a running request should end."""
         return request_id in self.cancelled
 
     def forget(self, request_id: int) -> None:
@@ -89,16 +89,16 @@ class Outbox:
         self._lock = threading.Lock()
 
     def send(self, kind: str, **values: Any) -> None:
-        """Send one message; a server that is gone ends the process."""
+        """Send one message; end the process if the server is gone."""
         try:
             with self._lock:
-                write_frame(self._stream, {"type": kind, **values})
+                write_message(self._stream, {"type": kind, **values})
         except OSError:
             os._exit(0)
 
 
 def main() -> int:
-    """Entry point; ``argv[1]`` is a JSON object with the arguments of ``load_engine``."""
+    """Run the worker; ``argv[1]`` is a JSON object with the arguments of ``load_engine``."""
     stream_in, stream_out = take_private_streams()
     logging.basicConfig(stream=sys.stderr, level=logging.ERROR, format="fimserver engine: %(message)s")
     logging.getLogger("fimserver").setLevel(logging.WARNING)
@@ -122,7 +122,7 @@ def main() -> int:
 
 
 def take_private_streams() -> tuple[BinaryIO, BinaryIO]:
-    """Copies of stdin and stdout for frames; the originals become nothing and stderr."""
+    """Return copies of stdin and stdout for frames; redirect the originals to the null device and stderr."""
     stream_in, stream_out = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     with Path(os.devnull).open("rb") as nothing:
         os.dup2(nothing.fileno(), 0)
@@ -131,7 +131,7 @@ def take_private_streams() -> tuple[BinaryIO, BinaryIO]:
 
 
 def lower_priority() -> None:
-    """Let the editor have the processor first, where the system knows how."""
+    """Lower this process's priority below the editor's, on systems that support it."""
     if hasattr(os, "nice"):
         os.nice(_NICENESS)
 
@@ -139,7 +139,7 @@ def lower_priority() -> None:
 def read_requests(stream: BinaryIO, inbox: Inbox, outbox: Outbox) -> None:
     """Read frames until the server closes the pipe, then end the process."""
     try:
-        while (message := read_frame(stream)) is not None:
+        while (message := read_message(stream)) is not None:
             if message["type"] == "complete":
                 inbox.put(message)
             elif message["type"] == "cancel" and inbox.cancel(message["id"]):
@@ -149,13 +149,13 @@ def read_requests(stream: BinaryIO, inbox: Inbox, outbox: Outbox) -> None:
 
 
 class LoadSigns:
-    """Tells the server how much of a large model is read, twice a second at most."""
+    """Reports the progress of loading a large model, at most twice a second."""
 
     def __init__(self, outbox: Outbox) -> None:
         self._outbox, self._last = outbox, time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
-        """``done`` bytes of ``total`` are read."""
+        """Report that ``done`` bytes of ``total`` are read."""
         now = time.monotonic()
         if now - self._last >= _LOAD_SIGN_S and done < total:
             self._last = now
@@ -173,15 +173,15 @@ def load_engine(  # noqa: PLR0913  the options of an engine
 ) -> "Engine":
     """Import torch, load the model and run it once, so that the first request is as fast as the next.
 
-    ``report`` gets bytes read, and all there are; ``fp4_activations`` as for ``Model.load``. Raises
-    ``FimserverError``; an import that fails is one too.
+    ``report`` gets bytes read and total bytes; ``fp4_activations`` as for ``Model.load``. Raises ``FimserverError``,
+    also for a failed import.
     """
-    os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is fetched, whatever a library would like
+    os.environ["HF_HUB_OFFLINE"] = "1"  # no library may download anything
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
         import torch  # noqa: PLC0415  seconds of import, and only this process pays them
 
-        logging.getLogger("torch").setLevel(logging.ERROR)  # transformers imports what else is installed, loudly
+        logging.getLogger("torch").setLevel(logging.ERROR)  # transformers imports optional packages, which log warnings
         from fimserver.engine.engine import Engine  # noqa: PLC0415
     except ImportError as error:
         msg = f"a package is missing ({error}); install again with: pip install fimserver"
@@ -196,7 +196,7 @@ def load_engine(  # noqa: PLR0913  the options of an engine
 
 
 def count_physical_cores() -> int:
-    """Cores this process may use, hyper-threads counted once; 1 at least."""
+    """Return the cores this process may use, hyper-threads counted once; at least 1."""
     usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     cores = set()
     for cpu in usable:
@@ -209,7 +209,7 @@ def count_physical_cores() -> int:
 
 
 def answer(engine: "Engine", request: dict[str, Any], inbox: Inbox, outbox: Outbox) -> None:
-    """Compute one request and send what came of it. Errors are sent without the texts they are about."""
+    """Compute one request and send its result. Errors are sent without the user's text."""
     request_id = request["id"]
 
     last_sign = time.monotonic()
@@ -241,7 +241,7 @@ def answer(engine: "Engine", request: dict[str, Any], inbox: Inbox, outbox: Outb
         _logger.error("request %s failed: %s at %s", request_id, type(error).__name__, where)  # noqa: TRY400  a traceback could quote code
         outbox.send("error", id=request_id, message=f"the engine failed on this request ({type(error).__name__})")
         if "CUDA error" in str(error):
-            os._exit(3)  # the CUDA context is lost for good: a new process gets a new one
+            os._exit(3)  # the CUDA context cannot be used again; a new process gets a new one
     else:
         plain = to_plain(generation)
         outbox.send("generation", id=request_id, generation=plain, device_bytes=engine.device_bytes())

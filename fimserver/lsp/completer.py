@@ -1,12 +1,13 @@
-"""A request from its snapshot to its answer: gates, cache, guesses, then the model.
+"""Find the answer to a request: policy, completion cache, n-gram matches, then the model.
 
-    answer    -> the completions and where they came from; raises ``RefusedError`` with the reason for none
-    on_edit   a document's text changed: what is computed for another text than is being typed is ended
+    answer    the completions and where they came from; raises ``RefusedError`` with the reason if there are none
+    on_edit   a document's text changed: an in-flight completion that the new text contradicts is cancelled
 
-Who types on while the model works at a completion gets the rest of it, as long as what was typed is how it begins; the
-first contradiction ends it. Who has waited long gets its first line, and the rest when asking again.
+The steps themselves are ``pipeline.py``'s. A request joins an in-flight completion while the typed text is a prefix of its
+answer; the first contradiction cancels it. A request that has waited long gets the first line of its answer, and the next
+request gets the rest.
 
-Knows:  sessions, requests, the engine's client, context/.  Never: LSP types, connections.
+Knows:  sessions, requests, the engine's client, the pipeline.  Never: LSP types, connections.
 """
 
 import asyncio
@@ -15,21 +16,20 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from fimserver.context.gather import find_matches, find_snippets, without_secrets
-from fimserver.context.place import Answer, Place, offer_match, to_answer
-from fimserver.context.redaction import hide_whole, mask_whole
-from fimserver.context.window import budget_for, build_context
-from fimserver.datatypes import Completion, Match, NoCompletion, PartialAnswer, Snapshot
+from fimserver import pipeline
+from fimserver.context.place import Answer
+from fimserver.datatypes import Completion, NoCompletion, PartialAnswer, Snapshot
 from fimserver.engine.client import EngineClient, EngineState, Turn
 from fimserver.errors import CompletionCancelledError, EngineError
-from fimserver.lsp.acceptance import SURE_MATCH, Acceptance, Kind
 from fimserver.lsp.completion_cache import CLOSERS, rest_of, rests_of, typed_since
 from fimserver.lsp.inflight import InflightCompletion
 from fimserver.lsp.policy import RequestPolicy
 from fimserver.lsp.records import Replay
 from fimserver.lsp.requests import CHANGED, RefusedError, Request, unless_ended
 from fimserver.lsp.session import Session
-from fimserver.settings import to_sampling
+from fimserver.lsp.usage.acceptance import SURE_MATCH, Kind
+from fimserver.lsp.usage.tracker import Usage
+from fimserver.pipeline import Found
 
 _GRACE_S = 0.05  # between an editor's edit, its cancel and its next request
 _LATE_S = 0.25  # that an answer may come after its longest time
@@ -41,25 +41,19 @@ _logger = logging.getLogger(__name__)
 class Completer:
     """The completions of one connection."""
 
-    def __init__(
-        self,
-        session: Session,
-        engine: EngineClient,
-        policy: RequestPolicy,
-        acceptance: Acceptance,
-    ) -> None:
+    def __init__(self, session: Session, engine: EngineClient, policy: RequestPolicy, usage: Usage) -> None:
         self._session = session
         self._engine = engine
         self._policy = policy
-        self._acceptance = acceptance
+        self._usage = usage
         self._running: list[InflightCompletion] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def answer(self, request: Request) -> tuple[list[Completion], str]:
-        """The completions of a request, in offsets of the document as it is now, and their source.
+        """Return the completions of a request, in offsets of the document as it is now, and their source.
 
-        At least one; more only where the person asked. The source is cache, guess, model or first_line. Raises
-        ``RefusedError``.
+        There is at least one, and more only for an invoked request. The source is cache, match, model or first_line.
+        Raises ``RefusedError``.
         """
         completions, source = await self._find_answer(request)
         return completions[: self._session.settings.candidates if request.invoked else 1], source
@@ -69,7 +63,8 @@ class Completer:
         if request.stale:
             raise RefusedError(NoCompletion("stale", "the request names a version of the text that is not here"))
         self._policy.check(request)
-        place = self._session.find_place(snapshot, invoked=request.invoked)
+        query = self._session.to_query(snapshot, invoked=request.invoked)
+        place = pipeline.find_hole_at(query)
         request.notes.facts |= {"invoked": request.invoked}
         request.notes.timings_ms["place"] = (time.monotonic() - begin) * 1e3
         request.notes.timings_ms["place_cpu"] = (time.thread_time() - worked) * 1e3  # without waiting for a processor
@@ -78,37 +73,27 @@ class Completer:
         request.notes.facts["hole"] = place.hole.kind
         if cached := self._session.cache.find(snapshot):
             return cached, "cache"
-        matches = self._find_matches(snapshot, place)
-        if (guess := offer_match(matches, place)) is not None:
-            self._session.cache.remember(snapshot, guess)
-            self._acceptance.know(guess, Kind.MATCH, SURE_MATCH)
-            return [guess], "match"
-        return await self._answer_by_model(request, place, matches)
+        found = pipeline.find_matches_for(query, place)
+        if (match := found.sure) is not None:
+            self._session.cache.remember(snapshot, match)
+            self._usage.know(match, Kind.MATCH, SURE_MATCH)
+            return [match], "match"
+        return await self._answer_by_model(request, found)
 
-    def _find_matches(self, snapshot: Snapshot, place: Place) -> list[Match]:
-        """What followed the same text elsewhere; nothing under a seed, with which the text alone decides."""
-        if self._session.settings.seed is not None:
-            return []
-        others = [hide_whole(text) for text in self._session.other_texts(snapshot)]
-        found = find_matches(snapshot, place.hole, others)
-        return without_secrets(snapshot, found)
-
-    async def _answer_by_model(
-        self, request: Request, place: Place, matches: list[Match]
-    ) -> tuple[list[Completion], str]:
+    async def _answer_by_model(self, request: Request, found: Found) -> tuple[list[Completion], str]:
         joined = self._find_running(request)
         if joined is None:
-            await self._policy.wait_until_due(request, place)
+            await self._policy.wait_until_due(request, found.place)
         elif (answer := await self._wait_for(request, joined)) is not None:
             request.notes.facts["joined"] = True
             return answer
         self._policy.check(request)
-        answer = await self._wait_for(request, self._begin(request, place, matches))
+        answer = await self._wait_for(request, self._begin(request, found))
         if answer is None:
             raise RefusedError(request.why_ended or CHANGED)
         return answer
 
-    # Computations
+    # In-flight completions
 
     def on_edit(self, uri: str, text: str) -> None:
         """The text of a document changed."""
@@ -140,29 +125,17 @@ class Completer:
                 return running
         return None
 
-    def _begin(self, request: Request, place: Place, matches: list[Match]) -> InflightCompletion:
-        """Ask the engine. Raises ``RefusedError`` where it takes no request."""
-        for idle in [c for c in self._running if c.snapshot.uri == request.snapshot.uri and not c.users]:
-            idle.end()
-        info = self._engine.info  # read once: the engine's threads may take it away
-        settings = self._session.settings
-        num_candidates = settings.candidates if request.invoked else 1
-        sampling = to_sampling(settings, min_tokens=1 if request.invoked else 0, num_candidates=num_candidates)
-        reads = info is not None and info.reads_snippets
-        others = self._session.other_documents(request.snapshot) if reads else []
-        context = build_context(
-            self._session.with_cells_above(place.seen),
-            place.hole,
-            budget_for(info.max_prompt_tokens if info else 0),
-            find_snippets(request.snapshot, [(path, mask_whole(text)) for path, text in others]),
-            matches,
-        )
+    def _begin(self, request: Request, found: Found) -> InflightCompletion:
+        """Send a request to the engine. Raises ``RefusedError`` if there is none."""
+        query = self._session.to_query(request.snapshot, invoked=request.invoked)  # other documents may have changed
+        context = pipeline.to_context(query, found, self._engine.info)
+        sampling = pipeline.sampling_for(query)
         loop = asyncio.get_running_loop()
         inflight: InflightCompletion
 
-        def on_partial(draft: PartialAnswer) -> None:
-            if draft.num_settled:
-                loop.call_soon_threadsafe(lambda: inflight.take(draft))
+        def on_partial(partial: PartialAnswer) -> None:
+            if partial.num_settled:
+                loop.call_soon_threadsafe(lambda: inflight.take(partial))
 
         try:
             turn = Turn(id(self._session), request.snapshot.uri, request.invoked)
@@ -171,12 +144,13 @@ class Completer:
             raise RefusedError(NoCompletion("engine", str(error))) from error
         inflight = InflightCompletion(
             snapshot=request.snapshot,
-            place=place,
+            query=query,
+            found=found,
             epoch=self._session.epoch,
             invoked=request.invoked,
             pending=pending,
             replay=Replay(context, sampling),
-            deadline=time.monotonic() + settings.max_latency_ms / 1e3 + _LATE_S,
+            deadline=time.monotonic() + query.settings.max_latency_ms / 1e3 + _LATE_S,
             outcome=loop.create_future(),
             line=loop.create_future(),
         )
@@ -201,12 +175,7 @@ class Completer:
                 inflight.note(generation)
                 if inflight.outcome.done():
                     return
-                outcome = to_answer(
-                    generation,
-                    inflight.place,
-                    shown=inflight.shown,
-                    min_confidence=self._session.settings.min_confidence,
-                )
+                outcome = pipeline.read_answer(inflight.query, inflight.found, generation, shown=inflight.shown)
             except Exception as error:  # noqa: BLE001  whoever waits has to hear of it, or would wait for good
                 _logger.error("an answer could not be taken: %s", type(error).__name__)  # noqa: TRY400  a traceback could quote code
                 outcome = NoCompletion("error", f"the answer could not be taken ({type(error).__name__})")
@@ -222,7 +191,7 @@ class Completer:
         inflight.is_remembered = True
         self._session.cache.remember(inflight.snapshot, *answer.completions)
         for completion, confidence in zip(answer.completions, answer.confidences, strict=True):
-            self._acceptance.know(completion, Kind.MODEL, confidence)
+            self._usage.know(completion, Kind.MODEL, confidence)
 
     async def _wait_for(self, request: Request, inflight: InflightCompletion) -> tuple[list[Completion], str] | None:
         """What a computation has for a request; ``None`` where that does not begin with what was typed.
@@ -273,7 +242,7 @@ class Completer:
         settings = self._session.settings
         asks_again = inflight.shown is not None and request.snapshot.cursor == inflight.snapshot.cursor
         is_judged = settings.min_confidence > 0  # by what only the whole answer tells
-        waits = asks_again or is_judged or inflight.place.hole.max_lines == 1 or settings.seed is not None
+        waits = asks_again or is_judged or inflight.found.place.hole.max_lines == 1 or settings.seed is not None
         if waits or settings.first_line_ms is None:
             return None
         pause_s = request.received + settings.first_line_ms / 1e3 - time.monotonic()

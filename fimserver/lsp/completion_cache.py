@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from fimserver.datatypes import Completion, Snapshot
 
-_AROUND = 64
+AROUND = 64
 _MAX_REMEMBERED = 8
 
 
@@ -33,8 +33,8 @@ def typed_since(snapshot: Snapshot, text: str) -> str | None:
     old, cursor = snapshot.text, snapshot.cursor
     added = len(text) - len(old)
     end = cursor + added
-    near = slice(max(0, cursor - _AROUND), cursor)
-    if added < 0 or text[near] != old[near] or text[end : end + _AROUND] != old[cursor : cursor + _AROUND]:
+    near = slice(max(0, cursor - AROUND), cursor)
+    if added < 0 or text[near] != old[near] or text[end : end + AROUND] != old[cursor : cursor + AROUND]:
         return None
     same = text is old or (text.startswith(old[:cursor]) and text.endswith(old[cursor:]))
     return text[cursor:end] if same else None

@@ -11,27 +11,12 @@ from urllib.parse import unquote, urlsplit
 from lsprotocol import types as lsp
 
 from fimserver.datatypes import Completion, Snapshot
+from fimserver.lsp.documents import Document, Edit
 from fimserver.text import Encoding, LineIndex
 from fimserver.text import replace as replace_text
 
 ACCEPT_COMMAND = "fimserver.didAcceptCompletion"
 _LONGEST_LABEL = 60
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """One open document as the editor last described it; ``index`` holds its text."""
-
-    uri: str
-    language_id: str
-    version: int
-    index: LineIndex
-    writable: bool = True
-
-    @property
-    def text(self) -> str:
-        """The whole text."""
-        return self.index.text
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,23 +44,16 @@ def take_snapshot(document: Document, position: lsp.Position, encoding: Encoding
     return Snapshot(document.uri, document.version, document.language_id, document.text, cursor)
 
 
-def apply_changes(
-    document: Document,
-    changes: Sequence[lsp.TextDocumentContentChangeEvent],
-    *,
-    version: int,
-    encoding: Encoding,
-) -> Document:
-    """The document after ``changes``, in order; positions that do not exist mean the nearest that does."""
-    index = document.index
+def to_edits(changes: Sequence[lsp.TextDocumentContentChangeEvent]) -> list[Edit]:
+    """Return LSP's content changes as edits of the document store."""
+    edits: list[Edit] = []
     for change in changes:
         if isinstance(change, lsp.TextDocumentContentChangePartial):
-            start = index.to_nearest_offset(change.range.start.line, change.range.start.character, encoding)
-            end = index.to_nearest_offset(change.range.end.line, change.range.end.character, encoding)
-            index = index.replaced(start, end, change.text)
+            start, end = change.range.start, change.range.end
+            edits.append((((start.line, start.character), (end.line, end.character)), change.text))
         else:
-            index = LineIndex(change.text)
-    return replace(document, index=index, version=version)
+            edits.append((None, change.text))
+    return edits
 
 
 def find_selection(index: LineIndex, info: lsp.SelectedCompletionInfo | None, encoding: Encoding) -> Selection | None:

@@ -1,20 +1,20 @@
-"""Which LSP methods and commands lead where, and the server over stdio.
+"""Register one handler for each LSP method and command, and create the server of a connection.
 
-    run_stdio -> create_server -> FimLanguageServer with every feature and command registered
+    create_server -> FimLanguageServer with every feature and command registered
 
 Knows:  pygls' registration, names of methods and commands.  Never: how a request is answered.
 """
 
-import logging
 from typing import Any
 
 from lsprotocol import types as lsp
 
-from fimserver.daemon.logs import configure_logs
+from fimserver.checkpoints.consent import is_elsewhere
 from fimserver.engine.client import EngineClient
 from fimserver.lsp.completer import FIRST_LINE
+from fimserver.lsp.configuration import RESTART_COMMAND, Source
 from fimserver.lsp.convert import ACCEPT_COMMAND
-from fimserver.lsp.server import RESTART_COMMAND, FimLanguageServer
+from fimserver.lsp.server import FimLanguageServer
 
 EXPLAIN_COMMAND = "fimserver.cli.explain"
 TRUST_NOTIFICATION = "fimserver/didChangeWorkspaceTrust"
@@ -52,13 +52,13 @@ def _register_features(server: FimLanguageServer) -> None:
 
     @server.feature(lsp.INITIALIZE)
     def initialize(params: lsp.InitializeParams) -> None:
-        server.on_initialize(params)
+        server.initialize(params)
         if server.wants_menu(params.capabilities):
             _register_menu(server)
 
     @server.feature(lsp.INITIALIZED)
     def initialized(_params: lsp.InitializedParams) -> None:
-        server.on_initialized()
+        server.begin()
 
     @server.feature(lsp.SHUTDOWN)
     def shutdown(_params: None) -> None:
@@ -66,7 +66,13 @@ def _register_features(server: FimLanguageServer) -> None:
 
     @server.feature(lsp.WORKSPACE_DID_CHANGE_CONFIGURATION)
     def did_change_configuration(params: lsp.DidChangeConfigurationParams) -> None:
-        server.on_did_change_configuration(params)
+        configuration = server.configuration
+        if isinstance(params.settings, dict) and params.settings:
+            server.apply_settings(configuration.configure(params.settings, Source.CHANGE))
+        elif server.asks_for_settings:
+            server.apply_settings(configuration.set_layer(Source.CHANGE, {}))
+        if server.asks_for_settings:
+            server.keep(server.pull_settings())
 
     # Without the options object pygls does not advertise the capability.
     @server.feature(lsp.TEXT_DOCUMENT_INLINE_COMPLETION, lsp.InlineCompletionOptions())
@@ -99,7 +105,7 @@ def _register_own(server: FimLanguageServer) -> None:
 
     @server.feature("fimserver/snooze")
     def snooze(params: Any) -> dict[str, Any]:
-        server.snooze(getattr(params, "minutes", None))
+        server.session.snooze(getattr(params, "minutes", None))
         return {"minutes": server.session.snoozed_minutes()}
 
     @server.feature("fimserver/status")
@@ -111,7 +117,7 @@ def _register_own(server: FimLanguageServer) -> None:
         server.session.counters["didChangeWorkspaceTrust"] += 1
         trusted = getattr(params, "trusted", None)
         if isinstance(trusted, bool):
-            server.set_trust(trusted=trusted)
+            server.apply_settings(server.configuration.set_trust(trusted=trusted))
 
 
 def _register_copilots(server: FimLanguageServer) -> None:
@@ -121,20 +127,20 @@ def _register_copilots(server: FimLanguageServer) -> None:
     def did_show(params: Any) -> None:
         server.session.counters["didShowCompletion"] += 1
         if (completion := _find_completion(params)) is not None:
-            server.acceptance.on_told_shown(completion)
+            server.usage.acceptance.on_told_shown(completion)
 
     @server.feature("textDocument/didPartiallyAcceptCompletion")
     def did_accept_partially(params: Any) -> None:
         server.session.counters["didPartiallyAcceptCompletion"] += 1
         if (completion := _find_completion(params)) is not None:
             length = getattr(params, "acceptedLength", None)
-            server.acceptance.on_told_accepted(completion, length if isinstance(length, int) else None)
+            server.usage.acceptance.on_told_accepted(completion, length if isinstance(length, int) else None)
 
     @server.feature("textDocument/didFocus")
     def did_focus(params: Any) -> None:
         server.session.counters["didFocus"] += 1
         server.engine.focus(id(server.session), _find_uri(params))
-        server.wake_engine()
+        server.link.wake()
 
 
 def _register_menu(server: FimLanguageServer) -> None:
@@ -150,7 +156,7 @@ def _register_commands(server: FimLanguageServer) -> None:
     def accept(*arguments: Any) -> None:
         server.session.counters["accepted"] += 1
         if arguments and isinstance(arguments[0], str):
-            server.acceptance.on_told_accepted(arguments[0])
+            server.usage.acceptance.on_told_accepted(arguments[0])
 
     @server.command(EXPLAIN_COMMAND)
     def explain(*arguments: Any) -> dict[str, Any]:
@@ -160,27 +166,11 @@ def _register_commands(server: FimLanguageServer) -> None:
 
     @server.command(SNOOZE_COMMAND)
     def snooze(*arguments: Any) -> None:
-        server.snooze(arguments[0] if arguments else None)
+        server.session.snooze(arguments[0] if arguments else None)
 
     @server.command(RESTART_COMMAND)
     def restart(*_arguments: Any) -> None:
-        server.ask_again()
-        server.restart_engine()
-
-
-def silence_others() -> None:
-    """Nothing of other packages in the log: their messages quote parameters, which are people's code."""
-    for name in ("pygls", "asyncio", "cattrs"):
-        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
-
-
-def run_stdio(overrides: dict[str, Any] | None = None) -> int:
-    """Serve one editor over stdio until it leaves; 0 after an orderly ``shutdown``, else 1."""
-    configure_logs(as_json=False)
-    silence_others()
-    server = create_server(overrides)
-    try:
-        server.start_io()
-    finally:
-        server.leave("the server ended")
-    return 0 if server.protocol.is_shut_down else 1
+        model = server.configuration.refused_model
+        if model is not None and not is_elsewhere(model):
+            server.keep(server.ask_for_consent(model))  # also where the user refused before
+        server.link.restart()

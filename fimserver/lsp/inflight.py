@@ -11,12 +11,13 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from fimserver.context.place import Answer, Place, to_line
+from fimserver.context.place import Answer, to_line
 from fimserver.datatypes import Completion, Generation, NoCompletion, PartialAnswer, Snapshot
 from fimserver.engine.client import PendingCompletion
 from fimserver.lsp.completion_cache import CLOSERS
 from fimserver.lsp.records import Replay
 from fimserver.lsp.requests import Request
+from fimserver.pipeline import Found, Query
 from fimserver.text import to_newlines
 
 _FIRST_LINE = re.compile(r"\s*\S[^\n]*(?=\n)")  # the first that says something, and what stands before it
@@ -27,7 +28,8 @@ class InflightCompletion:
     """What the model works at for one snapshot, and the requests that wait for it."""
 
     snapshot: Snapshot
-    place: Place
+    query: Query
+    found: Found
     epoch: int
     invoked: bool
     pending: PendingCompletion
@@ -80,7 +82,7 @@ class InflightCompletion:
     def fit_line(self) -> Completion | None:
         """The settled first line as a completion; ``None`` where it cannot stand for itself as it is."""
         if self._fitted is None:
-            self._fitted = (to_line(self.line.result(), self.place),)
+            self._fitted = (to_line(self.line.result(), self.found.place),)
         return self._fitted[0]
 
     def may_begin_with(self, typed: str) -> bool:

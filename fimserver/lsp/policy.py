@@ -1,42 +1,74 @@
-"""Whether a request is to be answered at all, and when: every refusal has a reason for the person.
+"""Decide whether a request is answered at all, and when: every refusal has a reason that the user can read.
 
-    check            settings, snooze, language, a text that is still the one asked about
-    wait_until_due   a pause in typing (automatic), the model (by hand)
-    refuse_unsure    an answer that the model is not sure enough of
+    RequestPolicy.check             settings, snooze, language, a text that is gone
+    RequestPolicy.wait_until_due    automatic requests wait for a pause in typing; invoked ones wait for the model
+    AdaptiveDebounce                how long the pause has to be: by the user's own pauses and the model's speed
 
-Knows:  sessions, requests, the engine's state.  Never: how an answer is found.
+The model is asked as soon as its answer is as likely as not to come before the next key. Of the pauses in which the user
+has not typed again so far, at least half have to be longer than the answer takes. An automatic request never waits longer
+than ``MAX_PAUSE_S``.
+
+Knows:  requests, sessions, the engine's state.  Never: LSP types, how an answer is found.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import time
+from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 
 from fimserver.context.languages import find_language
 from fimserver.context.place import Answer, Place
 from fimserver.datatypes import NoCompletion
-from fimserver.engine.client import EngineClient, EngineState
-from fimserver.lsp.acceptance import Acceptance
+from fimserver.engine.client import EngineState
+from fimserver.lsp.engine_link import EngineLink
 from fimserver.lsp.requests import CHANGED, RefusedError, Request, unless_ended
 from fimserver.lsp.session import Session
 from fimserver.settings import refuse_unsure
 
+MAX_PAUSE_S = 0.25
+DEFAULT_PAUSE_S = 0.04  # as long as too little is known
+_MIN_PAUSES = 12  # pauses
+_MAX_PAUSES = 100
+_IDLE_S = 3.0  # longer pauses say that there was one, not how long it was
+
+
+class AdaptiveDebounce:
+    """The typing of one person in one editor."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._last: float | None = None
+        self._pauses: deque[float] = deque(maxlen=_MAX_PAUSES)
+
+    def on_edit(self) -> None:
+        """The person typed, here or there."""
+        now = self._clock()
+        if self._last is not None:
+            self._pauses.append(min(now - self._last, _IDLE_S))
+        self._last = now
+
+    def pause_s(self, latency_s: float | None) -> float:
+        """Seconds to wait behind a key for a model that takes ``latency_s`` (``None``: not known yet)."""
+        if latency_s is None or len(self._pauses) < _MIN_PAUSES:
+            return DEFAULT_PAUSE_S
+        waits = [0.0, *sorted(pause for pause in self._pauses if pause < MAX_PAUSE_S)]
+        for wait in waits:
+            remain = [pause for pause in self._pauses if pause > wait]  # no key came while waiting
+            in_time = sum(pause >= wait + latency_s for pause in remain)
+            if 2 * in_time >= len(remain):
+                return wait
+        return MAX_PAUSE_S
+
 
 class RequestPolicy:
-    """The gates of one connection."""
+    """The rules of one connection."""
 
-    def __init__(
-        self,
-        session: Session,
-        engine: EngineClient,
-        wait_for_engine: Callable[[], Awaitable[None]],
-        wake_engine: Callable[[], None],
-        acceptance: Acceptance,
-    ) -> None:
-        self._session = session
-        self._engine = engine
-        self._wait_for_engine = wait_for_engine
-        self._wake_engine = wake_engine
-        self._acceptance = acceptance
+    def __init__(self, session: Session, link: EngineLink, adjust: Callable[[float], float | None]) -> None:
+        """``adjust`` corrects the model's confidence by what the user accepted before."""
+        self._session, self._link, self._engine = session, link, link.engine
+        self._adjust = adjust
+        self.debounce = AdaptiveDebounce()
 
     def check(self, request: Request) -> None:
         """Raises ``RefusedError`` where nothing may be offered."""
@@ -53,7 +85,7 @@ class RequestPolicy:
 
     async def wait_until_due(self, request: Request, place: Place) -> None:
         """Wait for the engine (invoked) or for a pause in typing (automatic)."""
-        self._wake_engine()
+        self._link.wake()
         if not request.invoked:
             if self._engine.state in (EngineState.STOPPED, EngineState.LOADING):
                 raise RefusedError(NoCompletion("loading", "the model is still loading"))
@@ -64,11 +96,11 @@ class RequestPolicy:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(request.ended.wait(), pause_s)
         if self._engine.state is not EngineState.READY:
-            await unless_ended(request, self._wait_for_engine())
+            await unless_ended(request, self._link.wait_until_ready())
 
     def _pause_s(self) -> float:
         chosen_ms = self._session.settings.debounce_ms
-        return self._session.debounce.pause_s(self._engine.typical_s()) if chosen_ms is None else chosen_ms / 1e3
+        return self.debounce.pause_s(self._engine.typical_s()) if chosen_ms is None else chosen_ms / 1e3
 
     def _check_language(self, place: Place) -> None:
         """A model that never saw a language is asked in it by hand only."""
@@ -89,6 +121,6 @@ class RequestPolicy:
             raise RefusedError(NoCompletion("disabled", "set fimserver.enabled to true"))
 
     def refuse_unsure(self, request: Request, answer: Answer) -> NoCompletion | None:
-        """What comes by itself is held against the person's own counts too, what was asked for is not."""
+        """Return why an answer is too unsure to be offered. The user's own counts correct automatic requests only."""
         confidence, settings = answer.confidences[0], self._session.settings
-        return refuse_unsure(confidence, settings, None if request.invoked else self._acceptance.adjusted(confidence))
+        return refuse_unsure(confidence, settings, None if request.invoked else self._adjust(confidence))

@@ -18,34 +18,58 @@ import inspect
 import logging
 import os
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import cattrs
 from lsprotocol import types as lsp
 from pygls.exceptions import JsonRpcException
 from pygls.protocol import LanguageServerProtocol, lsp_method
 
-from fimserver.lsp.convert import Document, apply_changes, is_writable
+from fimserver.lsp.convert import is_writable, to_edits
+from fimserver.lsp.documents import Document
 from fimserver.text import LineIndex
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fimserver.lsp.server import FimLanguageServer
+    from fimserver.lsp.requests import Requests
+    from fimserver.lsp.session import Session
 
 COMPLETION_METHODS = (lsp.TEXT_DOCUMENT_INLINE_COMPLETION, lsp.TEXT_DOCUMENT_COMPLETION)
 _logger = logging.getLogger(__name__)
 
 
+class Connection(Protocol):
+    """What the protocol needs of a connection's server."""
+
+    session: Session
+    requests: Requests
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other connections live in this process."""
+
+    def on_edit(self, uri: str, text: str) -> None:
+        """A document's text changed."""
+
+    def forget(self, uri: str) -> None:
+        """A document was closed, or is opened again."""
+
+    def leave(self, reason: str) -> None:
+        """End the connection."""
+
+
 class FimProtocol(LanguageServerProtocol):
     """One connection's protocol."""
-
-    _server: FimLanguageServer
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._initialized = False
         self._client_versions: dict[int | str, int] = {}
+
+    @property
+    def _connection(self) -> Connection:
+        return cast("Connection", self._server)
 
     @property
     def is_shut_down(self) -> bool:
@@ -83,11 +107,11 @@ class FimProtocol(LanguageServerProtocol):
         """Answer a message that cannot be read; an edit among them leaves its document out of step."""
         _logger.warning("a message was refused: %s", text)
         if data.get("method") == lsp.TEXT_DOCUMENT_DID_CHANGE:
-            self._server.requests.lose_document(data)
+            self._connection.requests.lose_document(data)
         elif data.get("method") == lsp.NOTEBOOK_DOCUMENT_DID_CHANGE:
             with suppress(KeyError, TypeError, AttributeError):
                 for content in data["params"]["change"]["cells"]["textContent"]:
-                    self._server.requests.lose_document({"params": {"textDocument": content["document"]}})
+                    self._connection.requests.lose_document({"params": {"textDocument": content["document"]}})
         elif "method" in data and data.get("id") is not None:
             self._refuse(data["id"], code, text)
 
@@ -106,13 +130,13 @@ class FimProtocol(LanguageServerProtocol):
             if not self._initialized and method != lsp.INITIALIZE:
                 self._refuse(message_id, lsp.ErrorCodes.ServerNotInitialized, "send initialize first")
                 return
-        if method == lsp.EXIT and self._server.is_shared:
+        if method == lsp.EXIT and self._connection.is_shared:
             return  # pygls would end the process, and with it all others' connections
         if method == lsp.INITIALIZE:
             self._initialized = True
         if method in COMPLETION_METHODS:
             version = self._client_versions.pop(message_id, None) if message_id is not None else None
-            self._server.requests.receive(message_id, message.params, version)
+            self._connection.requests.receive(message_id, message.params, version)
         super().handle_message(message)
 
     def _execute_handler(
@@ -148,15 +172,15 @@ class FimProtocol(LanguageServerProtocol):
     def _handle_cancel_notification(self, msg_id: int | str) -> None:
         """Also of a request whose handler has not begun, which pygls cancels without running it."""
         super()._handle_cancel_notification(msg_id)
-        self._server.requests.forget(msg_id)
+        self._connection.requests.forget(msg_id)
 
     def _send_data(self, data: Any) -> None:
         """Send; an editor that no longer listens is gone, and nobody is left to serve."""
         try:
             super()._send_data(data)
         except BrokenPipeError:
-            self._server.leave("the editor is gone")
-            if not self._server.is_shared:
+            self._connection.leave("the editor is gone")
+            if not self._connection.is_shared:
                 os._exit(1)
 
     def _refuse(self, message_id: int | str, code: lsp.ErrorCodes, text: str) -> None:
@@ -180,7 +204,9 @@ class FimProtocol(LanguageServerProtocol):
     @lsp_method(lsp.NOTEBOOK_DOCUMENT_DID_OPEN)
     def lsp_notebook_document__did_open(self, params: lsp.DidOpenNotebookDocumentParams) -> None:
         """Keep a notebook and its cells, each a document."""
-        self._server.session.notebooks.open(params.notebook_document)
+        notebook = params.notebook_document
+        cells = [{"document": cell.document} for cell in notebook.cells]
+        self._connection.session.store.open_notebook({"uri": notebook.uri, "cells": cells})
         for item in params.cell_text_documents:
             self._open(item)
 
@@ -191,7 +217,11 @@ class FimProtocol(LanguageServerProtocol):
         if cells is None:
             return
         if (structure := cells.structure) is not None:
-            self._server.session.notebooks.change(params.notebook_document.uri, structure.array)
+            array, store = structure.array, self._connection.session.store
+            added = [{"document": cell.document} for cell in array.cells or ()]
+            if params.notebook_document.uri not in store.notebooks:
+                store.open_notebook({"uri": params.notebook_document.uri, "cells": []})
+            store.change_cells(params.notebook_document.uri, array.start, array.delete_count, added)
             for item in structure.did_open or ():
                 self._open(item)
             for closed in structure.did_close or ():
@@ -202,34 +232,30 @@ class FimProtocol(LanguageServerProtocol):
     @lsp_method(lsp.NOTEBOOK_DOCUMENT_DID_CLOSE)
     def lsp_notebook_document__did_close(self, params: lsp.DidCloseNotebookDocumentParams) -> None:
         """Forget a notebook and its cells."""
-        cells = self._server.session.notebooks.close(params.notebook_document.uri)
+        cells = self._connection.session.store.close_notebook(params.notebook_document.uri)
         for uri in {*cells, *(document.uri for document in params.cell_text_documents)}:
             self._close(uri)
 
     def _open(self, item: lsp.TextDocumentItem) -> None:
-        self._server.forget(item.uri)
+        self._connection.forget(item.uri)
         index = LineIndex(item.text)
         document = Document(item.uri, item.language_id, item.version, index, writable=is_writable(item.uri))
-        self._server.session.open(document)
+        self._connection.session.open(document)
 
     def _change(
         self, changed: lsp.VersionedTextDocumentIdentifier, changes: Sequence[lsp.TextDocumentContentChangeEvent]
     ) -> None:
-        session = self._server.session
+        session = self._connection.session
         if changed.uri not in session.documents:
             _logger.warning("a document was changed that is not open")
             return
-        old = session.documents[changed.uri]
-        new = apply_changes(old, changes, version=changed.version, encoding=session.encoding)
-        session.change(new)
-        if any(isinstance(change, lsp.TextDocumentContentChangeWholeDocument) for change in changes):
-            session.lost.discard(changed.uri)
+        old, new = session.change(changed.uri, to_edits(changes), changed.version)
         if new.text != old.text:
-            self._server.on_edit(changed.uri, new.text)
+            self._connection.on_edit(changed.uri, new.text)
 
     def _close(self, uri: str) -> None:
-        self._server.forget(uri)
-        self._server.session.close(uri)
+        self._connection.forget(uri)
+        self._connection.session.close(uri)
 
 
 def _drop_null_ranges(message: dict[str, Any]) -> None:

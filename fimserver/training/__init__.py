@@ -1,1 +1,1 @@
-"""What the shipped model is trained on, and with."""
+"""Train the shipped model."""

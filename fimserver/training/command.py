@@ -1,4 +1,4 @@
-"""Run ``fimserver train``: read the corpus, train under a progress bar, report and draw the losses.
+"""Run ``fimserver train``: read the corpus, train with a progress bar, report and plot the losses.
 
 Knows:  the trainer, the terminal.  Never: LSP.
 """
@@ -34,7 +34,10 @@ _SMOOTHING = 0.9
 
 
 def write_losses(log: Path) -> Path | None:
-    """Trained losses (smoothed) and held-out ones over positions, beside the log; ``None`` where nothing is drawn."""
+    """Plot training losses (smoothed) and held-out losses over positions, next to the log.
+
+    Returns the plot's path, or ``None`` if nothing was plotted.
+    """
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415  optional
     except ImportError:
@@ -68,16 +71,16 @@ def _smooth(values: list[float]) -> list[float]:
     return smooth
 
 
-_GPU_ROWS = {"rows_per_step": 64, "rows_at_once": 32}  # a CPU's few rows would leave a GPU waiting
+_GPU_ROWS = {"rows_per_step": 64, "rows_at_once": 32}  # a GPU would idle with a CPU's few rows
 LOCK_FILE = "lock"
 _ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _GPU_WORKERS = 8  # processes that make rows
-_REPORT_STEPS = 50  # where there is no terminal for a bar
+_REPORT_STEPS = 50  # between log lines, without a terminal for a progress bar
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a run came to; losses are of held-out rows, in nats a token."""
+    """The result of a run; losses are of held-out rows, in nats per token."""
 
     model: str
     steps: int
@@ -138,19 +141,19 @@ def _read_material(corpus: Path | None) -> Material:
 
 
 def _choose_recipe(folder: Path, pairs: tuple[str, ...], *, on_gpu: bool) -> Recipe:
-    """That of a run that was begun, or the default, with as many rows at once as the machine likes."""
+    """Return the recipe of a resumed run, or the default with the machine's number of rows at once."""
     known = read_recipe(folder)
     try:
         recipe = Recipe().with_values(known or (_GPU_ROWS if on_gpu else {}))
     except FimserverError as error:
-        msg = f"{folder} was begun by another version ({error}); go on with: --from {folder / MODEL_FOLDER}, elsewhere"
+        msg = f"{folder} was begun by another version ({error}); continue elsewhere: --from {folder / MODEL_FOLDER}"
         raise FimserverError(msg) from error
     at_once = _GPU_ROWS["rows_at_once"] if on_gpu else Recipe().rows_at_once
     return recipe.with_values({"rows_at_once": math.gcd(recipe.rows_per_step, at_once)}).with_pairs(pairs)
 
 
 def _check_shape(pairs: tuple[str, ...], recipe: Recipe, weights: Path) -> None:
-    """Raises ``FimserverError`` where a shape is asked for that weights do not have."""
+    """Raise ``FimserverError`` if a requested shape is not that of the weights."""
     asked = {name: getattr(recipe, name) for name in SHAPE if any(pair.startswith(f"{name}=") for pair in pairs)}
     known = shape_of(read_config(weights), recipe)
     for name, value in asked.items():
@@ -161,19 +164,19 @@ def _check_shape(pairs: tuple[str, ...], recipe: Recipe, weights: Path) -> None:
 
 @contextlib.contextmanager
 def _only_one(folder: Path) -> Iterator[None]:
-    """Nobody else trains in a folder meanwhile. Raises ``FimserverError``."""
+    """Lock a folder against other training processes. Raises ``FimserverError``."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / LOCK_FILE, timeout=0):
             yield
     except Timeout as error:
-        msg = f"another process trains in {folder}; end it, or name another folder"
+        msg = f"another process trains in {folder}; end it, or choose another folder"
         raise FimserverError(msg) from error
 
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[float, Mapping[str, Any]], None]]:
-    """A bar on a terminal, a line now and then elsewhere."""
+    """Yield a function that reports progress: a bar on a terminal, otherwise a line now and then."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as progress:
@@ -190,7 +193,7 @@ def _progress() -> Iterator[Callable[[float, Mapping[str, Any]], None]]:
 
 @contextlib.contextmanager
 def _stop_on_signal() -> Iterator[list[int]]:
-    """Ctrl-C ends a run behind its step: what is saved is whole, and the same command goes on with it."""
+    """Let Ctrl-C end a run after its step; the same command continues the run from a complete checkpoint."""
     received: list[int] = []
     known = {number: signal.signal(number, lambda n, _frame: received.append(n)) for number in _ENDING_SIGNALS}
     try:
@@ -201,16 +204,16 @@ def _stop_on_signal() -> Iterator[list[int]]:
 
 
 def list_experiments() -> list[str]:
-    """A line for each."""
+    """Return one line per experiment."""
     return [f"{name:16} {e.question}  ({', '.join(e.variants)})" for name, e in EXPERIMENTS.items()]
 
 
 def run_experiments(
     names: Sequence[str], *, operations: float, source: str, corpus: Path | None, threads: int
 ) -> list[str]:
-    """Every variant of the named experiments; gives Markdown tables. Raises ``FimserverError``."""
+    """Run every variant of the named experiments; return Markdown tables. Raises ``FimserverError``."""
     for name in names:
-        find_experiment(name)  # before hours are spent on the others
+        find_experiment(name)  # fail on a wrong name before hours of training
     material = _read_material(corpus)
     console, lines = Console(stderr=True), []
     for name in names:

@@ -1,15 +1,15 @@
-"""``fimserver corpus``: the Python files that the shipped model is trained on.
+"""Build the corpus of ``fimserver corpus``: the Python files that the shipped model is trained on.
 
 They come from packages of PyPI, each at one version, from the running Python's standard library and from the
-installed torch. All have permissive licences but hypothesis, which is under the MPL-2.0, a weak copyleft; the manifest
-says so. What is stated in a wheel has to be what this table expects.
+installed torch. All have permissive licences except hypothesis, which is under the MPL-2.0, a weak copyleft; the
+manifest says so. The licence stated in a wheel has to be the one in this table.
 
-Left out: files that are very small or very large, have very long lines, are generated or do not parse; every text but
-its first copy. The packages and modules of the two held-out lists are kept apart, for measuring: nothing of them is
-trained on, nor a copy that another package carries. ``read_documents`` refuses a corpus where that is not so.
+Left out: files that are very small or very large, have very long lines, are generated or do not parse; all but the
+first copy of a text. The packages and modules of the two held-out lists are kept apart, for measuring: the model is
+trained neither on them nor on copies of them in other packages. ``read_documents`` refuses a corpus that violates this.
 
-A folder holds ``manifest.json``, ``documents.jsonl.xz`` (training) and ``held_out.jsonl.xz``. The files are in the
-order of their names, which packs best; ``read_documents`` shuffles, the same way each time.
+A folder holds ``manifest.json``, ``documents.jsonl.xz`` (training) and ``held_out.jsonl.xz``. The files are ordered
+by name, which compresses best; ``read_documents`` shuffles them, the same way each time.
 
 Knows:  wheels, pip, the standard library's folder.  Never: tokens, models. It imports the standard library alone.
 """
@@ -43,11 +43,11 @@ from fimserver.errors import FimserverError
 from fimserver.paths import cache_folder
 
 if TYPE_CHECKING:
-    from email.message import Message  # generic for the type checker alone
+    from email.message import Message  # generic for the type checker only
 
 HELD_OUT_PACKAGES = ("tornado", "flask", "aiohttp", "werkzeug", "click")  # never trained on
 HELD_OUT_MODULES = ("argparse", "textwrap", "heapq", "csv", "zipfile", "shelve")  # of the standard library
-PYTHON = "python"  # the standard library's name among packages
+PYTHON = "python"  # package name of the standard library
 MANIFEST_FILE, DOCUMENTS_FILE, HELD_OUT_FILE = "manifest.json", "documents.jsonl.xz", "held_out.jsonl.xz"
 
 _FORMAT = 1
@@ -56,17 +56,17 @@ _PRESET = 2  # xz
 _FEWEST_BYTES, _MOST_BYTES, _LONGEST_LINE = 400, 300_000, 1000
 _WEAK_COPYLEFT = ("MPL-2.0",)
 _AGAIN = "run: fimserver corpus"
-Report = Callable[[str, int, int], None]  # what is being done, steps done, steps in all
+Report = Callable[[str, int, int], None]  # (current task, steps done, total steps)
 
 
 @dataclass(frozen=True, slots=True)
 class Pin:
-    """A package at one version; ``stated`` is what its metadata calls the licence, where that differs."""
+    """A package at one version; ``stated`` is the licence in its metadata, if that differs."""
 
     name: str
     version: str
     licence: str
-    megabytes: float = 0.0  # of its wheel
+    megabytes: float = 0.0  # size of the wheel
     stated: str = ""
 
 
@@ -99,21 +99,22 @@ PINS = (
     Pin("twisted", "26.10.0", "MIT", 3.3),
     Pin("werkzeug", "3.1.9", "BSD-3-Clause", 0.2),
 )
-INSTALLED = (Pin("torch", "", "BSD-3-Clause"),)  # at the version that is there; its metadata counts what it links, too
+# installed version; its metadata also lists the licences of linked libraries
+INSTALLED = (Pin("torch", "", "BSD-3-Clause"),)
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    r"""One file; the package is a distribution's name, or ``python``; ``\n`` ends a line."""
+    r"""One file; ``package`` is a distribution's name, or ``python``; lines end with ``\n``."""
 
     package: str
-    path: str  # inside the wheel or the standard library, "/" between folders
+    path: str  # in the wheel or the standard library, separated by "/"
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """What was taken from a package, and under which licence; the library has no wheel, nor has what is installed."""
+    """The files taken from a package and their licence; the standard library and installed packages have no wheel."""
 
     name: str
     version: str
@@ -130,7 +131,7 @@ class Package:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a corpus is made of. Files and characters of a package are those trained on; held-out ones count apart."""
+    """Contents of a corpus; a package's files and characters count training files only, held-out ones are separate."""
 
     format: int
     python: str
@@ -139,13 +140,13 @@ class Manifest:
     packages: tuple[Package, ...]
 
     def licence_of(self, document: Document) -> str:
-        """The licence that a document is under."""
+        """Return the licence of a document."""
         return next(package.licence for package in self.packages if package.name == document.package)
 
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """A package, where it is known to come from, and its Python files: paths and what reads each."""
+    """A package, its origin, and its Python files: paths with functions that read them."""
 
     name: str
     version: str
@@ -157,12 +158,12 @@ class _Source:
 
 
 def default_folder() -> Path:
-    """Where the corpus is unless the person says otherwise."""
+    """Return the default corpus folder."""
     return cache_folder() / "corpus"
 
 
 def is_held_out(package: str, path: str) -> bool:
-    """Whether a file is of a held-out package or module, of such a module's tests, or of a copy of such a package."""
+    """Return whether a file is of a held-out package or module, of its tests, or of a copy of such a package."""
     place = PurePosixPath(path)
     if package == PYTHON:
         of_tests = place.parts[0] == "test" and len(place.parts) > 1
@@ -173,7 +174,7 @@ def is_held_out(package: str, path: str) -> bool:
 
 
 def find_missing(wheels: Path, pins: Sequence[Pin] = PINS) -> list[Pin]:
-    """Packages whose wheels are not in a folder."""
+    """Return the packages whose wheels are not in a folder."""
     return [pin for pin in pins if _find_wheel(wheels, pin) is None]
 
 
@@ -186,14 +187,14 @@ def build_corpus(  # noqa: PLR0913  tests give small ones
     library: Path | None = None,
     report: Report = lambda _what, _done, _total: None,
 ) -> Manifest:
-    """Fetch the wheels that are missing, clean all files and write the corpus.
+    """Download missing wheels, clean all files and write the corpus.
 
-    Wheels lie in ``wheels``, or in a folder of that name in the corpus. Raises ``FimserverError`` when pip fails, or
-    when a wheel is not what its name or the table says.
+    Wheels are in ``wheels``, or in a folder of that name in the corpus. Raises ``FimserverError`` if pip fails, or if a
+    wheel does not match its name or the table.
     """
     wheels = folder / "wheels" if wheels is None else wheels
     missing = find_missing(wheels, pins)
-    total = len(missing) + len(pins) + len(installed) + 3  # the library, two files
+    total = len(missing) + len(pins) + len(installed) + 3  # + the standard library and two files
     step = 0
 
     def advance(what: str) -> None:
@@ -204,7 +205,7 @@ def build_corpus(  # noqa: PLR0913  tests give small ones
     for pin in missing:
         advance(f"fetching {pin.name}")
         _download(pin, wheels)
-    # what is held out first: of texts that are equal the first is kept
+    # held-out files first: of equal texts the first is kept
     openers = [functools.partial(_open_wheel, wheels, pin) for pin in pins if pin.name in HELD_OUT_PACKAGES]
     openers.append(functools.partial(_open_library, library or Path(sysconfig.get_paths()["stdlib"])))
     openers += [functools.partial(_open_wheel, wheels, pin) for pin in pins if pin.name not in HELD_OUT_PACKAGES]
@@ -218,7 +219,7 @@ def build_corpus(  # noqa: PLR0913  tests give small ones
         advance(f"reading {source.name}")
         kept = list(_clean(source, seen))
         apart = [document for document in kept if document.package in HELD_OUT_PACKAGES or _is_held_module(document)]
-        # a copy inside another package is neither trained on nor measured with
+        # a copy in another package is used neither for training nor for measuring
         taken = [document for document in kept if not is_held_out(document.package, document.path)]
         training += taken
         held_out += apart
@@ -241,9 +242,9 @@ def build_corpus(  # noqa: PLR0913  tests give small ones
 
 
 def read_documents(folder: Path) -> list[Document]:
-    """What may be trained on, shuffled the same way each time.
+    """Return the training documents, shuffled the same way each time.
 
-    Raises ``FimserverError`` when it is missing or broken, or when anything in it is held out.
+    Raises ``FimserverError`` if the corpus is missing or broken, or holds a held-out file.
     """
     documents = _read_file(folder / DOCUMENTS_FILE)
     for document in documents:
@@ -257,9 +258,9 @@ def read_documents(folder: Path) -> list[Document]:
 
 
 def read_held_out(folder: Path) -> list[Document]:
-    """What is only measured with, in the order of its names.
+    """Return the held-out documents, which are only used for measuring, ordered by name.
 
-    Raises ``FimserverError`` when it is missing or broken.
+    Raises ``FimserverError`` if they are missing or broken.
     """
     documents = _read_file(folder / HELD_OUT_FILE)
     counts = {package.name: package.held_out_files for package in read_manifest(folder).packages}
@@ -268,7 +269,7 @@ def read_held_out(folder: Path) -> list[Document]:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """What a corpus is made of. Raises ``FimserverError`` when that is missing, broken or of another version."""
+    """Return a corpus's manifest. Raises ``FimserverError`` if it is missing, broken or of another version."""
     path = folder / MANIFEST_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -284,7 +285,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise _missing(path) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _broken(path, error) from error
-    msg = f"{path} is of format {values['format']}, and {_FORMAT} is needed; {_AGAIN}"
+    msg = f"{path} has format {values['format']}, not {_FORMAT}; {_AGAIN}"
     raise FimserverError(msg)
 
 
@@ -320,7 +321,7 @@ def _clean(source: _Source, seen: set[bytes]) -> Iterator[Document]:
 
 
 def clean_text(raw: bytes) -> str | None:
-    """A file's text with plain line ends, or ``None`` where there is nothing to learn from it."""
+    r"""Return a file's text with ``\n`` line ends, or ``None`` if the file is not useful for training."""
     if not _FEWEST_BYTES <= len(raw) <= _MOST_BYTES:
         return None
     try:
@@ -333,7 +334,7 @@ def clean_text(raw: bytes) -> str | None:
     if "generated" in head[:400] and "do not edit" in head:
         return None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of escapes in strings
+        warnings.simplefilter("ignore")  # about escapes in strings
         try:
             ast.parse(text)
         except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -352,9 +353,9 @@ def _open_wheel(wheels: Path, pin: Pin) -> _Source:
             about = next(name for name in names if re.fullmatch(r"[^/]+\.dist-info/METADATA", name))
             metadata = email.message_from_bytes(wheel.read(about))
             python_files = sorted(name for name in names if name.endswith(".py"))
-            contents = {name: wheel.read(name) for name in python_files}  # checks each file's sum
+            contents = {name: wheel.read(name) for name in python_files}  # also checks each file's checksum
     except (OSError, zipfile.BadZipFile, StopIteration, NotImplementedError) as error:
-        msg = f"{path} is not a whole wheel ({error or 'no METADATA'}); delete it and {_AGAIN}"
+        msg = f"{path} is not a complete wheel ({error or 'no METADATA'}); delete it and {_AGAIN}"
         raise FimserverError(msg) from error
     found = (_normal(metadata["Name"] or ""), metadata["Version"])
     if found != (_normal(pin.name), pin.version):
@@ -364,7 +365,7 @@ def _open_wheel(wheels: Path, pin: Pin) -> _Source:
     if stated != (pin.stated or pin.licence):
         msg = (
             f"{path} states the licence {stated!r}, and {pin.stated or pin.licence!r} was expected; "
-            f"delete it and {_AGAIN}, or see whether it may be used and change the table in {__name__}"
+            f"delete it and {_AGAIN}, or check whether its licence permits training and change the table in {__name__}"
         )
         raise FimserverError(msg)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -376,9 +377,9 @@ def _open_library(folder: Path) -> _Source:
     apart = {"site-packages", "dist-packages"}
     files = [(path, read) for path, read in _folder_files(folder) if apart.isdisjoint(path.split("/"))]
     if not files:
-        msg = f"{folder} holds no source of the standard library; use a Python that comes with it"
+        msg = f"{folder} holds no source of the standard library; use a Python that includes it"
         raise FimserverError(msg)
-    files.sort(key=lambda file: (not is_held_out(PYTHON, file[0]), file[0]))  # of equal texts the held-out one is kept
+    files.sort(key=lambda file: (not is_held_out(PYTHON, file[0]), file[0]))  # of equal texts, keep the held-out one
     return _Source(PYTHON, platform.python_version(), "PSF-2.0", "PSF-2.0", None, None, files)
 
 
@@ -401,7 +402,7 @@ def _folder_files(folder: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
 
 
 def _stated_licence(metadata: "Message[Any, Any]") -> str:
-    """What a package's metadata calls its licence: an expression, a short name, or classifiers."""
+    """Return the licence in a package's metadata: an expression, a short name, or classifiers."""
     name = str(metadata["License-Expression"] or metadata["License"] or "").strip()
     if name and "\n" not in name:
         return name
@@ -414,7 +415,7 @@ def _normal(name: str) -> str:
 
 
 def _find_wheel(wheels: Path, pin: Pin) -> Path | None:
-    """The first wheel of a package at its version; another platform's has much the same Python files."""
+    """Return the first wheel of a package at its version; its Python files are nearly the same on every platform."""
     start = (_normal(pin.name), pin.version)
     fitting = (path for path in sorted(wheels.glob("*.whl")) if _name_and_version(path) == start)
     return next(fitting, None)
@@ -432,7 +433,7 @@ def _download(pin: Pin, wheels: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  our own interpreter
     if result.returncode or _find_wheel(wheels, pin) is None:
         reason = (result.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
-        msg = f"pip did not fetch {pin.name}=={pin.version}: {reason}; mend that, or put the wheel into {wheels}"
+        msg = f"pip did not download {pin.name}=={pin.version}: {reason}; fix that, or put the wheel into {wheels}"
         raise FimserverError(msg)
 
 
@@ -457,7 +458,7 @@ def _check_counts(path: Path, documents: Iterable[Document], expected: dict[str,
     for name in counts | expected:
         if counts[name] != expected.get(name, 0):
             msg = (
-                f"{path} has {counts[name]} files of {name}, and {MANIFEST_FILE} says {expected.get(name, 0)}; {_AGAIN}"
+                f"{path} has {counts[name]} files of {name}, but {MANIFEST_FILE} says {expected.get(name, 0)}; {_AGAIN}"
             )
             raise FimserverError(msg)
 
@@ -472,7 +473,7 @@ def _broken(path: Path, error: Exception) -> FimserverError:
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A path to write to; what is there takes the place of ``path`` when all is written."""
+    """Yield a path to write to; the written file replaces ``path`` when it is complete."""
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         yield unfinished

@@ -1,9 +1,9 @@
-"""``fimserver experiment``: one part of the recipe changed, at equal compute, measured on the same held-out rows.
+"""Run ``fimserver experiment``: change one part of the recipe, at equal compute, and measure the same held-out rows.
 
-Each variant trains for the same number of floating-point operations, counted from its shape and not by the clock: a
-machine that does other things as well cannot favour one. All begin with the same weights, or all with none, read rows
-of the same seed, and end with a falling rate. Held-out rows are the same too, but where a variant changes what rows
-are. The runs are short: what they say is what helps soon, at this size.
+Each variant trains for the same number of floating-point operations, counted from its shape and not by the clock, so
+other load on the machine favours none. All start from the same weights, or all from none, read rows of the same seed,
+and end with a falling rate. Held-out rows are the same, too, unless a variant changes the rows. The runs are short:
+they show what helps soon, at this size.
 
 Knows:  the trainer, recipes.  Never: LSP.
 """
@@ -29,23 +29,23 @@ _BASE: Mapping[str, float] = {
     "max_snippets": 64,
     "warmup_steps": 5,
 }
-_FRESH: Mapping[str, float] = {"rows_per_step": 4}  # few rows a step teach faster in the beginning
+_FRESH: Mapping[str, float] = {"rows_per_step": 4}  # few rows per step train faster at first
 
 
 @dataclass(frozen=True, slots=True)
 class Experiment:
-    """A question, and what each variant changes; ``fresh`` begins with no weights."""
+    """A question, and the changes of each variant; ``fresh`` starts without weights."""
 
     question: str
     variants: Mapping[str, Mapping[str, float]]
     fresh: bool = False
-    measured: Mapping[str, float] | None = None  # of the rows it is measured on, where variants differ in them
+    measured: Mapping[str, float] | None = None  # changes for the held-out rows, if variants differ in their rows
     longest_middle: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a variant came to."""
+    """The result of a variant."""
 
     experiment: str
     variant: str
@@ -57,7 +57,7 @@ class Outcome:
 
 EXPERIMENTS: dict[str, Experiment] = {
     "noise": Experiment(
-        "Which noise: as decoding meets it, any share of the truth, or both?",
+        "Which noise: as in decoding, any share of the truth, or both?",
         {
             "any share": {"pure_noise": 0.0, "decoding_noise": 0.0, "left_noise": 0.0},
             "as decoded": {"decoding_noise": 1.0, "left_noise": 0.0},
@@ -70,7 +70,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         {"none": {"second_pass": 0.0}, "half": {"second_pass": 0.5}, "all": {}},
     ),
     "near-tokens": Experiment(
-        "Does a canvas token count less, the farther it is behind what is known?",
+        "Does a canvas token weigh less, the farther it is from the known ones?",
         {
             "alike": {},
             "half": {"far_token": 0.5},
@@ -79,7 +79,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         },
     ),
     "canvases": Experiment(
-        "How many canvases beside a row?",
+        "How many canvases per row?",
         {"2": {"canvases": 2}, "6": {}, "12": {"canvases": 12}},
         measured={},
     ),
@@ -94,7 +94,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         longest_middle=15,
     ),
     "next-token": Experiment(
-        "Weight of the next token against denoising's 1?",
+        "Which weight of next-token prediction, with 1 for denoising?",
         {"0.25": {"next_token": 0.25}, "1": {}, "4": {"next_token": 4.0}},
     ),
     "experts": Experiment(
@@ -111,7 +111,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         measured={"clean": 768, "max_suffix": 208, "max_head": 96},
     ),
     "holes": Experiment(
-        "Holes by characters or by syntax? Measured on the mixture.",
+        "Sample holes by characters or by syntax? Measured on the mixture.",
         {
             "characters": {"hole_expression": 0, "hole_statement": 0, "hole_block": 0},
             "mixed": {},
@@ -120,7 +120,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         measured={},
     ),
     "late-weights": Experiment(
-        "A rate that falls, a mean of late weights, or both?",
+        "A falling rate, averaged late weights, or both?",
         {
             "neither": {"fall": 0.0},
             "falls": {},
@@ -129,7 +129,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         },
     ),
     "batch": Experiment(
-        "Rows in a step?",
+        "How many rows per step?",
         {"4": {"rows_per_step": 4}, "8": {}, "16": {"rows_per_step": 16}},
     ),
     "rate": Experiment(
@@ -137,16 +137,16 @@ EXPERIMENTS: dict[str, Experiment] = {
         {"0.01": {"muon_rate": 0.01, "adam_rate": 0.0015}, "0.02": {}, "0.04": {"muon_rate": 0.04, "adam_rate": 0.006}},
     ),
     "own-words": Experiment(
-        "A last phase on what left to right would say, so that drafts are verified more often?",
+        "A last phase on the autoregressive answer, so that more draft tokens are accepted?",
         {"truth": {}, "half": {"own_words": 0.5}, "all": {"own_words": 1.0}},
     ),
     "vocabulary": Experiment(
-        "From nothing: how many tokens has the vocabulary? Measured in bits a character.",
+        "From scratch: how many tokens in the vocabulary? Measured in bits per character.",
         {name: {"vocabulary": int(name)} for name in ("2048", "4096", "8192", "16384")},
         fresh=True,
     ),
     "shape": Experiment(
-        "From nothing: wide and flat, or narrow and deep?",
+        "From scratch: wide and shallow, or narrow and deep?",
         {
             "256 x 8": {},
             "384 x 4": {"hidden": 384, "dense": 768, "expert": 384, "layers": 4, "heads": 6, "key_value_heads": 2},
@@ -159,20 +159,20 @@ EXPERIMENTS: dict[str, Experiment] = {
 
 
 def find_experiment(name: str) -> Experiment:
-    """Raises ``FimserverError`` for a name that there is not."""
+    """Return the experiment of a name. Raises ``FimserverError`` for an unknown name."""
     if name not in EXPERIMENTS:
-        msg = f"there is no experiment {name!r}; there are: {', '.join(EXPERIMENTS)}"
+        msg = f"unknown experiment {name!r}; choose from: {', '.join(EXPERIMENTS)}"
         raise FimserverError(msg)
     return EXPERIMENTS[name]
 
 
 def recipe_of(experiment: Experiment, changes: Mapping[str, float]) -> Recipe:
-    """The recipe of a variant. Raises ``FimserverError``."""
+    """Return the recipe of a variant. Raises ``FimserverError``."""
     return Recipe().with_values({**_BASE, **(_FRESH if experiment.fresh else {}), **changes})
 
 
 def count_operations(recipe: Recipe) -> float:
-    """Floating-point operations of one row, forward and back: products of weights, and attention."""
+    """Return the floating-point operations of one row, forward and backward: weight matmuls and attention."""
     attention = 2 * recipe.hidden * recipe.head_dim * (recipe.heads + recipe.key_value_heads)
     feed_forward = 3 * recipe.hidden * (recipe.dense + recipe.expert * recipe.top_k_experts)
     weights = recipe.layers * (attention + feed_forward)
@@ -194,7 +194,7 @@ def run_experiment(  # noqa: PLR0913  one run's parts
     machine: Machine,
     report: Callable[[Outcome], None] = lambda _outcome: None,
 ) -> list[Outcome]:
-    """Every variant of an experiment, each with ``operations`` to spend. Raises ``FimserverError``."""
+    """Run every variant of an experiment with ``operations`` each. Raises ``FimserverError``."""
     experiment = find_experiment(name)
     outcomes = []
     for label, changes in experiment.variants.items():
@@ -216,7 +216,7 @@ def run_experiment(  # noqa: PLR0913  one run's parts
 
 
 def to_table(outcomes: Sequence[Outcome]) -> list[str]:
-    """Lines of a Markdown table."""
+    """Return the lines of a Markdown table."""
     columns = (*HeldOut.__slots__,)
     lines = [f"| variant | steps | positions | {' | '.join(columns)} |", "|" + "---|" * (3 + len(columns))]
     for outcome in outcomes:

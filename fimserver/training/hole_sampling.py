@@ -1,7 +1,7 @@
-"""Holes in files, as cursors leave them: where a training row's middle begins and ends.
+"""Sample holes as cursors leave them: the start and end of a training row's middle.
 
-The kinds are those that completion meets: the rest of a line, that and lines below, an expression or argument list, a
-statement, a block, and a span inside a line. Brackets and indentation say where syntax ends; no parser is needed.
+The kinds are those of completion: the rest of a line, the same with lines below, an expression or argument list, a
+statement, a block, and a span within a line. Brackets and indentation mark the ends of syntax; no parser is needed.
 
 Knows:  texts.  Never: tokens.
 """
@@ -24,7 +24,7 @@ _MAX_BLOCK_LINES = 6
 
 @dataclass(frozen=True, slots=True)
 class Lines:
-    """A text and where its lines begin."""
+    """A text and the starts of its lines."""
 
     text: str
     lines: list[str] = field(init=False)
@@ -38,25 +38,25 @@ class Lines:
         object.__setattr__(self, "starts", list(accumulate((len(x) + 1 for x in self.lines), initial=0)))
 
     def end_of(self, number: int) -> int:
-        """Offset of a line's end."""
+        """Return the offset of a line's end."""
         return self.starts[number] + len(self.lines[number])
 
     def is_prose(self, offset: int) -> bool:
-        """Whether an offset is inside a comment or a long string."""
+        """Return whether an offset is inside a comment or a long string."""
         place = bisect_right(self.prose, (offset, len(self.text))) - 1
         return place >= 0 and self.prose[place][0] < offset <= self.prose[place][1]
 
     def indent_of(self, number: int) -> int:
-        """Width of a line's indentation."""
+        """Return the width of a line's indentation."""
         return len(self.lines[number]) - len(self.lines[number].lstrip())
 
 
 def pick_hole(
     source: Lines, kinds: Mapping[str, float], rng: random.Random, *, prose: float = 1.0
 ) -> tuple[int, int] | None:
-    """Start and end of a hole, its kind drawn by weight; ``None`` where nothing was found in a few tries.
+    """Return a hole's start and end, its kind drawn by weight; ``None`` if a few tries find none.
 
-    Of holes that would begin in a comment or a long string only the share ``prose`` is taken.
+    Holes that begin in a comment or a long string are kept with probability ``prose``.
     """
     names, weights = list(kinds), list(kinds.values())
     for _ in range(_TRIES):
@@ -72,7 +72,7 @@ def pick_hole(
 
 
 def _cut(source: Lines, number: int, rng: random.Random) -> int:
-    """A cursor in a line: at its indentation, behind a word, or anywhere."""
+    """Return a cursor in a line: at its indentation, after a word, or anywhere."""
     line, indent = source.lines[number], source.indent_of(number)
     if rng.random() < 0.12:  # noqa: PLR2004  a line that is only begun
         return source.starts[number] + indent
@@ -98,7 +98,7 @@ def _span(source: Lines, number: int, rng: random.Random) -> tuple[int, int]:
 
 
 def _expression(source: Lines, number: int, rng: random.Random) -> tuple[int, int] | None:
-    """From behind an assignment, a bracket or a comma to where that ends: what follows in the line stays."""
+    """Return an expression after an assignment, a bracket or a comma; the rest of the line stays."""
     line = source.lines[number]
     found = [m.end() for m in _EXPRESSION_START.finditer(line) if m.end() < len(line)]
     if not found:
@@ -121,7 +121,7 @@ def _expression(source: Lines, number: int, rng: random.Random) -> tuple[int, in
 
 
 def _statement(source: Lines, number: int, _: random.Random) -> tuple[int, int]:
-    """A whole line from its indentation on, with the lines that its brackets hold open."""
+    """Return a line from its indentation on, with the lines up to its closing brackets."""
     depth, last = 0, number
     for last in range(number, min(number + _MAX_BLOCK_LINES, len(source.lines))):
         line = source.lines[last]
@@ -132,7 +132,7 @@ def _statement(source: Lines, number: int, _: random.Random) -> tuple[int, int]:
 
 
 def _block(source: Lines, number: int, rng: random.Random) -> tuple[int, int] | None:
-    """What stands under a header, or the rest of a block from a line on."""
+    """Return the body of a header, or the rest of a block from a line on."""
     first = number + 1 if source.lines[number].rstrip().endswith(":") else number
     if first >= len(source.lines) or not source.lines[first].strip():
         return None

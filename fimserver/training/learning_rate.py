@@ -1,4 +1,4 @@
-"""When a run ends, and its learning rate: flat, then falling over the last part.
+"""Schedule a run: its end, and a learning rate that is flat, then falls over the last part.
 
 Knows:  steps, seconds.  Never: the model.
 """
@@ -10,7 +10,7 @@ from fimserver.training.recipe import Recipe
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Hours by the clock from now on, or steps in all: one of them."""
+    """Either hours of wall time from now on, or the total number of steps."""
 
     hours: float | None = None
     steps: int | None = None
@@ -18,7 +18,7 @@ class Budget:
 
 @dataclass(slots=True)
 class State:
-    """Where a run is; ``warm_steps`` counts from where its rate last rose from nothing."""
+    """Progress of a run; ``warm_steps`` counts from the last warm-up."""
 
     step: int = 0
     rows: int = 0
@@ -37,16 +37,16 @@ class Schedule:
         self._limit = float(budget.steps) if budget.steps is not None else 3600.0 * (budget.hours or 0.0)
 
     def progress(self, state: State) -> float:
-        """Share of the budget that is spent, 1 when it is over."""
+        """Return the spent share of the budget, 1 at its end."""
         return min(1.0, self._used(state) / self._limit) if self._limit > 0 else 1.0
 
     def end_soon(self, state: State) -> None:
-        """Begin the fall now, where it has not begun."""
+        """Begin the fall of the rate now, unless it has begun."""
         if self._recipe.fall < 1:
             self._limit = min(self._limit, self._used(state) / (1 - self._recipe.fall))
 
     def rate(self, state: State) -> float:
-        """Share of the recipe's rates for the next step."""
+        """Return the share of the recipe's rates for the next step."""
         recipe, progress = self._recipe, self.progress(state)
         warm = min(1.0, (state.warm_steps + 1) / max(1, recipe.warmup_steps))
         if progress < 1 - recipe.fall:

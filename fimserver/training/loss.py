@@ -1,9 +1,9 @@
-"""Cross-entropy of softcapped logits over a large vocabulary, a few rows at a time.
+"""Compute the cross-entropy of softcapped logits over a large vocabulary, a few rows at a time.
 
 The logits of a step are its largest values (positions times vocabulary), and reading them back costs more than the
-products. So a chunk of rows is multiplied, its loss and the gradient of its logits are made in one elementwise pass
-while it is in the cache, and nothing of it is kept: the gradients of hidden states and embedding are ready when the
-forward pass ends. Softcapped logits are at most ``CAP``, so their exponents need no maximum.
+matrix products. So each chunk of rows is multiplied, one elementwise pass computes its loss and the gradient of its
+logits while they are in the cache, and none of it is kept: the gradients of hidden states and embedding are ready when
+the forward pass ends. Softcapped logits are at most ``CAP``, so their exponents need no maximum.
 
 Knows:  tensors.  Never: tokens.
 """
@@ -15,24 +15,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-CAP = 30.0  # of the class: final_logit_softcapping
+CAP = 30.0  # final_logit_softcapping of the class
 _CHUNK_ROWS = 512
 
 
 def softcap(logits: Tensor) -> Tensor:
-    """Logits as the class gives them, fp32."""
+    """Return the class's softcapped logits, fp32."""
     return torch.tanh(logits.float() / CAP) * CAP
 
 
 def reference_loss(hidden: Tensor, embedding: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """The same by torch: hidden (N, H), embedding (V, H), targets (N,), weights (N,) -> scalar."""
+    """Compute the reference with torch: hidden (N, H), embedding (V, H), targets (N,), weights (N,) -> scalar."""
     logits = softcap(hidden @ embedding.to(hidden.dtype).mT)
     return (functional.cross_entropy(logits, targets, reduction="none") * weights).sum()
 
 
 def logit_gradients(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss of each row (N,), and the gradient of its weighted loss by the logits (N, V) in their own dtype."""
-    t = 1 - 2 / (torch.exp(logits.float() * (2 / CAP)) + 1)  # tanh, which costs twice as much by its own name
+    """Return the loss of each row (N,), and its weighted loss's gradient by the logits (N, V), in their dtype."""
+    t = 1 - 2 / (torch.exp(logits.float() * (2 / CAP)) + 1)  # equals tanh, at half its cost
     e = torch.exp(t * CAP - CAP)
     total = e.sum(-1, keepdim=True)
     hit = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
@@ -48,7 +48,7 @@ def head_loss(
     weights: Tensor,
     gradients: Callable[..., tuple[Tensor, Tensor]] = logit_gradients,
 ) -> tuple[Tensor, Tensor]:
-    """Sum of weighted losses, and the loss of each row (N,) without gradient; a row without weight costs nothing."""
+    """Return the weighted sum of losses, and each row's loss (N,) without gradient; skip rows of weight 0."""
     return _HeadLoss.apply(hidden, embedding, targets, weights, gradients)  # type: ignore[no-any-return,no-untyped-call]
 
 
@@ -62,7 +62,7 @@ class _HeadLoss(torch.autograd.Function):
         losses = torch.zeros(count + 1, device=hidden.device)
         d_hidden = torch.zeros(count + 1, hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
         d_embedding = torch.zeros_like(embedding)
-        for rows in _chunks(weights):  # one shape for all chunks, or each would be compiled
+        for rows in _chunks(weights):  # all of one shape, to compile only once
             real = rows.clamp(max=count - 1)
             scale = torch.where(rows < count, weights[real], 0.0)
             losses[rows], d_logits = gradients(hidden[real] @ head.mT, targets[real], scale)
@@ -80,7 +80,7 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def _chunks(weights: Tensor) -> tuple[Tensor, ...]:
-    """Indexes of rows with a weight, the last chunk filled up with the index behind the last row."""
+    """Return indexes of rows with a weight, in chunks; the last is padded with the index after the last row."""
     rows = weights.nonzero()[:, 0]
     padded = rows.new_full((-(-len(rows) // _CHUNK_ROWS) * _CHUNK_ROWS,), len(weights))
     padded[: len(rows)] = rows

@@ -1,4 +1,4 @@
-"""What a model in training says of rows that it is never trained on.
+"""Measure a model in training on held-out rows.
 
 Knows:  tensors, rows.  Never: files.
 """
@@ -28,14 +28,14 @@ _HALF_KNOWN = Recipe(decoding_noise=0.0, left_noise=1.0)
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """Losses in nats a token: of every next token, of the middle's from left to right, and of its denoising.
+    """Losses in nats per token: of every next token, of the middle autoregressively, and of its denoising.
 
-    ``held_denoise`` is from pure noise in one pass, ``held_denoise_later`` in the pass behind it, as decoding goes on.
+    ``held_denoise`` is from pure noise in one pass, ``held_denoise_later`` in the second pass, as in decoding.
     ``right`` and ``right_denoised`` are shares of the middle's tokens that are the likeliest, the latter after both
-    passes; ``drafted`` is how many of its first tokens, in a row, the first pass has right, ``drafted_own`` how many
-    are what left to right would say. ``held_goes_on`` is the denoiser's loss of the first token behind a middle's known
-    beginning, ``held_beside`` that of left to right in the same places. ``bits_per_character`` is the loss of every
-    next token over the text's length.
+    passes. ``drafted`` is how many leading tokens of the first pass are right, ``drafted_own`` how many equal the
+    autoregressive answer. ``held_goes_on`` is the denoiser's loss of the first token after a middle's known beginning,
+    ``held_beside`` the autoregressive loss at the same positions. ``bits_per_character`` is the loss of every next
+    token divided by the text's length.
     """
 
     held_next_token: float
@@ -55,7 +55,7 @@ class HeldOut:
 def measure(
     packed: PackedModel, rows: Sequence[Row], metadata: ModelMetadata, vocabulary: Vocabulary, tokens: tuple[int, int]
 ) -> tuple[HeldOut, list[str]]:
-    """Means over all rows, with the same noise each time, and some middles as text beside what was denoised."""
+    """Return means over all rows, with the same noise each time, and samples of middles with their denoised text."""
     draws = torch.Generator().manual_seed(_DRAW_SEED)
     special = metadata.special_tokens
     sums = dict.fromkeys(
@@ -82,10 +82,10 @@ def measure(
     for begin in range(0, len(rows), _ROWS_AT_ONCE):
         part = rows[begin : begin + _ROWS_AT_ONCE]
         clean = torch.stack([r.clean for r in part]).to(device)
-        truth = torch.stack([r.canvases[:1] for r in part]).to(device)  # the first is the middle, from its beginning
+        truth = torch.stack([r.canvases[:1] for r in part]).to(device)  # the first canvas starts the middle
         starts = torch.stack([r.starts[:1] for r in part]).to(device)
         read = packed.read(clean, first_noise(truth, _AS_DECODED, tokens, draws), starts)
-        soft, best, entropy = packed.guess(read.canvases.flatten(0, 1), _TEMPERATURE)
+        soft, best, entropy = packed.predict(read.canvases.flatten(0, 1), _TEMPERATURE)
         found = (best.view(truth.shape), entropy.view(truth.shape))
         soft = soft.view(read.canvases.shape)
         drawn = later_noise(truth, *found, _AS_DECODED, tokens, draws)
@@ -114,7 +114,8 @@ def measure(
             sums["later"] += later_losses.sum().item()
             sums["later_right"] += later_right.sum().item()
             drafted = best.view(truth.shape)[i, 0, :count] == own[place : place + count]
-            as_read = torch.cat((drafted.new_ones(1), next_right[place : place + count - 1]))  # or it read another text
+            # up to the first token that differs from the text read
+            as_read = torch.cat((drafted.new_ones(1), next_right[place : place + count - 1]))
             sums["own"] += (drafted & as_read).long().cumprod(0).sum().item()
             sums["text"] += len(vocabulary.decode(text.tolist()))
             sums["run"] += right.long().cumprod(0).sum().item()
@@ -142,7 +143,7 @@ def measure(
 
 
 def _judge(packed: PackedModel, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss of each token, and whether it is the likeliest."""
+    """Return the loss of each token, and whether it is the likeliest."""
     logits = softcap(hidden.to(packed.dtype) @ packed.embedding.to(packed.dtype).mT)
     return torch.nn.functional.cross_entropy(logits, tokens, reduction="none"), logits.argmax(-1) == tokens
 

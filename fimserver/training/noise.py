@@ -1,11 +1,12 @@
-"""What stands in a canvas that is to be denoised.
+"""Draw the noisy canvases that training denoises.
 
-    first_noise    of a first pass: random tokens alone, as decoding begins, or in place of some of the truth
-    later_noise    of the next one, which is conditioned on the first: what decoding keeps of it (its surest tokens,
-                   right or wrong), the truth up to some place, or some of the truth; new random tokens elsewhere
+    first_noise    of a first pass: random tokens only, as decoding begins, or in place of some of the truth
+    later_noise    of the second pass, which is conditioned on the first: the tokens that decoding keeps (its most
+                   confident ones, right or wrong), the truth up to some position, or some of the truth; new random
+                   tokens elsewhere
 
-Where truth is kept, the condition has to say so: decoding never meets a token that its condition knows nothing of,
-and who is trained on such learns to believe neither. So there the condition is moved to the token (``known``).
+Where truth is kept, self-conditioning has to contain it: in decoding, every kept token has been predicted, and a model
+trained without that learns to trust neither. So the condition is moved to the token there (``known``).
 Noise is uniform over the vocabulary's text tokens.
 
 Knows:  tensors, shares.  Never: the model.
@@ -21,7 +22,7 @@ from fimserver.training.recipe import Recipe
 
 
 def first_noise(truth: Tensor, recipe: Recipe, tokens: tuple[int, int], draws: torch.Generator) -> Tensor:
-    """Canvases (B, K, C) for a first pass; noise is drawn from ``tokens`` (first, end)."""
+    """Return canvases (B, K, C) for a first pass; noise is drawn from ``tokens`` (first, end)."""
     batch, canvases, _ = truth.shape
     share = torch.rand(batch, canvases, 1, generator=draws)
     share[torch.rand(batch, canvases, 1, generator=draws) < recipe.pure_noise] = 1.0
@@ -39,7 +40,7 @@ class Later:
 def later_noise(  # noqa: PLR0913, PLR0917  all that decoding knows
     truth: Tensor, best: Tensor, entropy: Tensor, recipe: Recipe, tokens: tuple[int, int], draws: torch.Generator
 ) -> Later:
-    """Canvases for the pass behind one that found ``best`` (B, K, C) likeliest, with ``entropy`` (B, K, C)."""
+    """Return canvases for the second pass, from the first's tokens ``best`` and their ``entropy`` (B, K, C)."""
     batch, canvases, canvas = truth.shape
     low, high = recipe.least_bound, max(recipe.least_bound, recipe.largest_bound)
     bound = low * (high / low) ** torch.rand(batch, canvases, 1, generator=draws)
@@ -47,7 +48,7 @@ def later_noise(  # noqa: PLR0913, PLR0917  all that decoding knows
     share = torch.rand(batch, canvases, 1, generator=draws)
     random = torch.randint(*tokens, truth.shape, generator=draws).to(truth.device)
     by_decoding = (kind < recipe.decoding_noise).to(truth.device)
-    up_to = torch.arange(canvas) < share.pow(3) * canvas  # mostly near its beginning, as middles are short
+    up_to = torch.arange(canvas) < share.pow(3) * canvas  # mostly near the beginning, as middles are short
     some = torch.rand(truth.shape, generator=draws) >= share
     kept_truth = torch.where(kind < recipe.decoding_noise + recipe.left_noise, up_to, some).to(truth.device)
     kept_best = accept_tokens(entropy.cpu(), bound).to(truth.device)

@@ -1,10 +1,11 @@
-"""Update weights: Muon for matrices, Adam for everything else, under one learning rate.
+"""Update weights: Muon for matrices, Adam for everything else, with one learning rate schedule.
 
-Muon (Jordan 2024) steps along the orthogonalized momentum of a matrix, by five rounds of Newton-Schulz iteration.
+Muon steps along the orthogonalized momentum of a matrix, by five rounds of Newton-Schulz iteration.
 Matrices of one shape are stacked and multiplied together, in bfloat16 where the machine supports it: a fifth of the
 time of one matrix after the other in float32.
 
 Knows:  parameters.  Never: what they are for.
+Source: Muon, Jordan 2024.
 """
 
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from fimserver.training.recipe import Recipe
 
 @lru_cache(maxsize=8)
 def best_dtype(device: torch.device) -> torch.dtype:
-    """bf16 on a GPU and on CPUs with instructions for it, else fp32: without them bf16 is fifty times slower."""
+    """Return bf16 on a GPU and on CPUs with instructions for it, else fp32: there bf16 is fifty times slower."""
     has_it = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()  # noqa: SLF001  as torch's own tests
     return torch.bfloat16 if has_it else torch.float32
 
@@ -30,7 +31,7 @@ _LARGEST_NORM = 1.0
 
 
 class Optimizers:
-    """Both, over the parameters of a decoder by name."""
+    """Muon and Adam over the named parameters of a decoder."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], recipe: Recipe) -> None:
         self._recipe = recipe
@@ -44,7 +45,7 @@ class Optimizers:
             self._by_shape.setdefault(tuple(p.shape), []).append(name)
 
     def step(self, rate: float) -> None:
-        """One step along the gradients, which are dropped; ``rate`` is a share of the recipe's rates."""
+        """Take one step along the gradients and drop them; ``rate`` is a share of the recipe's rates."""
         nn.utils.clip_grad_norm_(self._rest, _LARGEST_NORM)
         for group in self._adam.param_groups:
             group["lr"] = self._recipe.adam_rate * rate
@@ -64,18 +65,18 @@ class Optimizers:
                 self._matrices[name].mul_(1 - rate * self._recipe.muon_decay).add_(direction, alpha=-scale)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a later step depends on."""
+        """Return all that a later step depends on."""
         return {"adam": self._adam.state_dict(), "momentum": self._momentum}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there."""
+        """Continue from a saved state."""
         self._adam.load_state_dict(state["adam"])
         for name, momentum in self._momentum.items():
             momentum.copy_(state["momentum"][name])
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """(n, ..., rows, columns): each with singular values near 1, fp32."""
+    """Return fp32 matrices (n, ..., rows, columns) with singular values near 1."""
     x = matrices.to(best_dtype(matrices.device))
     x = x / (x.float().norm(dim=(-2, -1), keepdim=True).to(x.dtype) + 1e-7)
     flip = x.shape[-2] > x.shape[-1]

@@ -1,18 +1,18 @@
-"""Compute the forward pass of training: clean sequences and the canvases beside them, in one pass.
+"""Compute the forward pass of training: clean sequences and their canvases, in one pass.
 
     clean, canvases -> read(...)      the class's encoder over each sequence and its decoder over each canvas
-    canvases, known -> read(...)      its decoder alone, over other canvases beside the same sequences
+    canvases, known -> read(...)      its decoder alone, over further canvases of the same sequences
 
 A canvas costs only its own rows: the clean sequence, whose next tokens are trained anyway, is its prompt. The result
 equals the class's own forward pass (``tests/training/test_packed_forward.py``). Linear layers and attention run in
-``dtype``; norms, residuals and rotations in float32. What lies between matrix products is compiled where there is a
-compiler: on a CPU it takes longer than the products.
+``dtype``; norms, residuals and rotations in float32. The operations between matrix products are compiled if there is
+a compiler: on a CPU they take longer than the products.
 
-Attention over a clean sequence is causal; a canvas sees the sequence up to its place, and itself. Each part is one call
-of torch's attention. One call over everything with one mask costs more than twice as much, because its backward pass
-knows no structure and most of the mask is empty.
+Attention over a clean sequence is causal; a canvas attends to the sequence before its start, and to itself. Each part
+is one call of torch's attention. One call over everything with one mask costs more than twice as much, because its
+backward pass knows no structure and most of the mask is empty.
 
-Shapes: q (B, heads, rows, d), k and v (B, heads, keys, d) with heads repeated already, scale 1.
+Shapes: q (B, heads, rows, d), k and v (B, heads, keys, d) with heads already repeated, scale 1.
 
 Knows:  tensors, the class's modules.  Never: tokens, files.
 """
@@ -33,20 +33,20 @@ from fimserver.training.noise import Later
 
 
 def attend_clean(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Each position sees itself and those before it."""
+    """Attend causally: each position sees itself and those before it."""
     return functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
 
 
 def attend_canvases(  # noqa: PLR0913, PLR0917  what attention is made of
     q: Tensor, k: Tensor, v: Tensor, clean_k: Tensor, clean_v: Tensor, mask: Tensor
 ) -> Tensor:
-    """Each canvas sees what its row of the mask allows: clean positions before its start, and all of itself."""
+    """Attend where the mask allows: each canvas to clean positions before its start, and to all of itself."""
     k, v = torch.cat((clean_k, k), 2), torch.cat((clean_v, v), 2)
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
 
 
 def canvas_mask(starts: Tensor, clean_length: int, canvas_length: int, dtype: torch.dtype) -> Tensor:
-    """Additive mask (B, 1, K * C, clean_length + K * C) of canvases that start at ``starts`` (B, K)."""
+    """Return the additive mask (B, 1, K * C, clean_length + K * C) of canvases that start at ``starts`` (B, K)."""
     batch, num_canvases = starts.shape
     rows, device = num_canvases * canvas_length, starts.device
     before = torch.arange(clean_length, device=device) < starts.repeat_interleave(canvas_length, 1)[:, :, None]
@@ -62,7 +62,7 @@ _SOFT_CHUNK = 256
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """Keys and values of clean sequences, a pair (B, heads, T, d) for each layer."""
+    """Keys and values of clean sequences, a pair (B, heads, T, d) per layer."""
 
     layers: tuple[tuple[Tensor, Tensor], ...]
 
@@ -77,7 +77,7 @@ class Read:
 
 
 class PackedModel:
-    """Functions over the parameters of one ``DiffusionGemmaForBlockDiffusion``, which stays their owner."""
+    """The forward pass over the parameters of one ``DiffusionGemmaForBlockDiffusion``, which still owns them."""
 
     def __init__(self, model: Any, dtype: torch.dtype = torch.float32, *, compiled: bool = False) -> None:
         self.model = model
@@ -92,7 +92,7 @@ class PackedModel:
 
     @property
     def embedding(self) -> Tensor:
-        """(V, H), which is the head too."""
+        """Return the embedding (V, H), which is also the head."""
         return self.decoder.embed_tokens.weight  # type: ignore[no-any-return]
 
     def read(
@@ -103,10 +103,10 @@ class PackedModel:
         soft: Tensor | None = None,
         known: Known | None = None,
     ) -> Read:
-        """Hidden states of ``clean`` (B, T), or of nothing beside ``known``, and of ``canvases`` (B, K, C).
+        """Return hidden states of ``clean`` (B, T), or of nothing if ``known`` is given, and of ``canvases`` (B, K, C).
 
-        ``starts`` (B, K) is how much of the clean sequence each canvas sees, ``soft`` (B, K * C, H) what
-        self-conditioning is given; ``None`` is nothing, as in a first denoising step.
+        ``starts`` (B, K) is the length of the clean sequence that each canvas sees, ``soft`` (B, K * C, H) the
+        self-conditioning; ``None`` means none, as in a first denoising step.
         """
         batch, num_canvases, canvas = canvases.shape
         rows = num_canvases * canvas
@@ -137,13 +137,13 @@ class PackedModel:
         return Read(x[:, :split] if split else None, x[:, split:], Known(tuple(kept)))
 
     @torch.no_grad()
-    def guess(self, hidden: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-        """Of hidden states (N, H): soft embeddings (N, H), likeliest tokens (N,) and entropies (N,), in nats."""
+    def predict(self, hidden: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+        """Return soft embeddings (N, H), likeliest tokens (N,) and entropies (N,) in nats of hidden states (N, H)."""
         head = self.embedding.to(self.dtype)
         soft = torch.empty_like(hidden)
         best = torch.empty(len(hidden), dtype=torch.long, device=hidden.device)
         entropy = torch.empty(len(hidden), device=hidden.device)
-        cold = torch.tensor(1 / temperature, device=hidden.device)  # a number would be compiled in
+        cold = torch.tensor(1 / temperature, device=hidden.device)  # a Python number would be compiled in
         for rows in torch.split(torch.arange(len(hidden), device=hidden.device), _SOFT_CHUNK):
             p, best[rows], entropy[rows] = self._soften(hidden[rows].to(self.dtype) @ head.mT, cold)
             soft[rows] = (p @ head).float() * self._scale
@@ -151,13 +151,13 @@ class PackedModel:
 
     @torch.no_grad()
     def condition(self, soft: Tensor, drawn: Later) -> Tensor:
-        """Soft embeddings (B, K * C, H), moved to the canvases' own tokens where these are known."""
+        """Move soft embeddings (B, K * C, H) to the canvases' own tokens where these are known."""
         own = functional.embedding(drawn.canvases.flatten(1), self.embedding) * self._scale
         return soft.lerp(own, drawn.known.flatten(1)[:, :, None])
 
     @torch.no_grad()
     def likeliest(self, hidden: Tensor) -> Tensor:
-        """The likeliest token of each hidden state (N, H)."""
+        """Return the likeliest token of each hidden state (N, H)."""
         return (hidden.to(self.dtype) @ self.embedding.to(self.dtype).mT).argmax(-1)
 
     @property
@@ -166,7 +166,7 @@ class PackedModel:
 
     def _embed_canvases(self, tokens: Tensor, soft: Tensor | None) -> Tensor:
         y = functional.embedding(tokens, self.embedding) * self._scale
-        if soft is None:  # a norm of zeros is zeros, and so is all that follows from it
+        if soft is None:  # self-conditioning on zeros adds zeros
             return _rms(y)
         s = self.decoder.self_conditioning
         h = _rms(soft, s.pre_norm.weight)
@@ -199,7 +199,7 @@ class PackedModel:
         return self._combine(x, dense, routed, *after)  # type: ignore[no-any-return]
 
     def _route(self, x: Tensor, h: Tensor, experts: Any, router: Any) -> Tensor:
-        """Each position's experts, an expert after the other."""
+        """Apply each position's experts, one expert after the other."""
         flat = h.reshape(-1, h.shape[-1])
         scores = functional.linear(_rms(x) * router.scale * router.scalar_root_size, router.proj.weight)
         weights, chosen = scores.reshape(-1, scores.shape[-1]).softmax(-1).topk(self._top_k)
@@ -215,7 +215,7 @@ class PackedModel:
 
 @functools.cache
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, compiled for each shape that comes and for as many threads as there are then; once in a process."""
+    """Compile a function once per process, for each shape and for the number of threads of that time."""
     torch._dynamo.config.recompile_limit = 64  # noqa: SLF001  torch has no other name for it
     torch._inductor.config.cpp.dynamic_threads = True  # noqa: SLF001
     return torch.compile(function, dynamic=False)
@@ -256,7 +256,7 @@ def _project(  # noqa: PLR0913, PLR0917  a layer's weights
     head_dim: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values (B, heads, rows, d); keys are values where a layer has no others."""
+    """Return queries, keys and values (B, heads, rows, d); keys serve as values in layers without the latter."""
     batch, rows, _ = x.shape
     h = _rms(x, norm).to(dtype)
     q, k = (_linear(h, w).view(batch, rows, -1, head_dim).float() for w in (q_weight, k_weight))
@@ -275,7 +275,7 @@ def _join(x: Tensor, heads: Tensor, weight: Tensor, norm: Tensor) -> Tensor:
 def _dense(  # noqa: PLR0913, PLR0917
     x: Tensor, norm: Tensor, expert_norm: Tensor, gate: Tensor, up: Tensor, down: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The dense layer's output, and what the experts read."""
+    """Return the dense layer's output, and the experts' input."""
     h = _rms(x)
     return _expert((h * norm).to(dtype), gate, up, down).float(), (h * expert_norm).to(dtype)
 
@@ -291,7 +291,7 @@ def _combine(  # noqa: PLR0913, PLR0917
 
 
 def _soften(logits: Tensor, cold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Probabilities in the logits' dtype, the likeliest token and the entropy of each row."""
+    """Return probabilities in the logits' dtype, the likeliest token and the entropy of each row."""
     capped = softcap(logits) * cold
     log_p = capped - capped.logsumexp(-1, keepdim=True)
     p = log_p.exp()

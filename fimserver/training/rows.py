@@ -1,10 +1,10 @@
-"""Training rows: a file with a hole, written as a prompt by the very code that serves it, and canvases beside it.
+"""Make training rows: a file with a hole, written as a prompt by the code that serves it, and its canvases.
 
     clean     prompt, middle, <eos>, pads        every next token is trained
-    canvases  what stands at K places of it      noised and denoised; the first ones are the middle
+    canvases  the text at K positions of it      noised and denoised; the first ones are the middle
 
-So what the product sends is what training saw: window, head, path, snippets, the cut word taken off the prompt.
-Row ``i`` of a seed is always the same row, whoever asks for it: a run that resumes goes on where it was.
+So training sees what the product sends: window, head, path, snippets, token healing.
+Row ``i`` of a seed is always the same, so a resumed run continues exactly.
 
 Knows:  documents, the prompt.  Never: weights, LSP.
 """
@@ -29,36 +29,36 @@ from fimserver.errors import FimserverError
 from fimserver.training.corpus import Document
 from fimserver.training.hole_sampling import Lines, pick_hole
 
-_MOST_OF_ONE_FILE = 60_000  # characters by which a file's chance to be drawn grows
+_MOST_OF_ONE_FILE = 60_000  # characters up to which a file's chance to be drawn grows
 _HOLE = Hole(HoleKind.SPAN, max_lines=8, estimated_tokens=16)
-_NEIGHBOURS = 3  # files of the same folder that are looked at for snippets
+_NEIGHBOURS = 3  # files of the same folder that are searched for snippets
 _LONGEST_NEIGHBOUR = 20_000
 _FEWEST_PREFIX_TOKENS = 4  # before a canvas in the prefix
 _LONGEST_MIDDLE = 96  # tokens: more than one canvas
-_HEALED_TOKENS = 9  # that the cut word may take again
-_MOST_TRIES = 10_000  # for one row; about every second one fits
+_HEALED_TOKENS = 9  # that token healing may add to the middle
+_MOST_TRIES = 10_000  # per row; about every second one fits
 
 
 @dataclass(frozen=True, slots=True)
 class RowShape:
-    """Tokens of the clean sequence, canvases beside it, tokens of a canvas."""
+    """Tokens of the clean sequence, number of its canvases, tokens per canvas."""
 
     clean: int
     canvases: int
     canvas: int
-    longest_middle: int = 0  # tokens, some for a cut word among them; 0 is 96
+    longest_middle: int = 0  # tokens, including those of a healed word; 0 means 96
 
 
 @dataclass(frozen=True, slots=True)
 class RowMix:
-    """Shares of what rows are made of."""
+    """Shares of the kinds of rows."""
 
     holes: Mapping[str, float]
-    prose: float = 0.1  # of holes that would begin in a comment or docstring stay
-    snippets: float = 0.3  # of rows have pieces of other files
+    prose: float = 0.1  # kept share of holes that begin in a comment or docstring
+    snippets: float = 0.3  # with pieces of other files
     no_path: float = 0.2
-    no_suffix: float = 0.15  # a file that ends at the cursor
-    short_suffix: float = 0.35  # a file that ends soon behind it
+    no_suffix: float = 0.15  # the file ends at the cursor
+    short_suffix: float = 0.35  # the file ends soon after the cursor
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ class RowMaker:
         seed: int,
     ) -> None:
         if not any(document.text for document in documents):
-            msg = "there are no documents to make rows of; run: fimserver corpus"
+            msg = "there are no documents to make rows from; run: fimserver corpus"
             raise FimserverError(msg)
         self._documents, self._vocabulary, self._metadata = documents, vocabulary, metadata
         self.shape, self._mix, self._seed = shape, mix, seed
@@ -95,13 +95,13 @@ class RowMaker:
         self._pad, self._eos = special["pad"], special["eos"]
 
     def make(self, index: int) -> Row:
-        """Row ``index``; files without a hole that fits are passed over. Raises ``FimserverError`` if all are."""
+        """Return row ``index``; skip files without a fitting hole. Raises ``FimserverError`` if none fits."""
         rng = random.Random(f"{self._seed}:{index}")
         for _ in range(_MOST_TRIES):
             row = self._try(rng)
             if row is not None:
                 return row
-        msg = f"no hole was found whose row fits {self.shape.clean} tokens; raise clean, or give longer documents"
+        msg = f"no row fits into {self.shape.clean} tokens; raise clean, or use longer documents"
         raise FimserverError(msg)
 
     def _try(self, rng: random.Random) -> Row | None:
@@ -126,7 +126,7 @@ class RowMaker:
         return self._lay_out(list(prompt.token_ids), middle, rng)
 
     def _what_follows(self, text: str, rng: random.Random) -> str:
-        """What stands behind the hole: all of it, or the rest of its line with some lines below it, or with none."""
+        """Return the suffix: all text after the hole, or the rest of its line with a few or no lines below."""
         chance = rng.random()
         line, newline, below = text.partition("\n")
         if chance < self._mix.no_suffix:
@@ -158,7 +158,7 @@ class RowMaker:
                 skipped = 0 if number == 0 else rng.randint(0, len(middle))
                 canvases.append(answer[skipped : skipped + shape.canvas])
                 starts.append(len(prompt) + skipped)
-            else:  # what goes on somewhere in the prefix
+            else:  # a continuation somewhere in the prefix
                 place = rng.randint(first, last)
                 canvases.append(clean[place : place + shape.canvas])
                 starts.append(place)
@@ -167,7 +167,7 @@ class RowMaker:
 
 
 class RowStream(IterableDataset[tuple[Tensor, Tensor, Tensor]]):
-    """Rows from ``first`` on, for a DataLoader; its workers take turns, so that the order is one."""
+    """Rows from ``first`` on, for a DataLoader; its workers take turns, so that the order is fixed."""
 
     def __init__(self, maker: RowMaker, batch: int, first: int = 0) -> None:
         self._maker, self._batch, self._first = maker, batch, first

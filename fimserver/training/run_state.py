@@ -1,10 +1,10 @@
-"""What a run keeps: a checkpoint to go on from, and a model folder to serve.
+"""Save and load a run: a checkpoint to resume from, and a model folder to serve.
 
-A checkpoint has the model, both optimizers, the step and how many rows were read; rows and noise are drawn from the
-seed and these numbers, so that a run that was interrupted ends as one that was not. A model folder is what
-``fimserver --model FOLDER`` loads: bf16 weights, tokenizer, and budgets of what was trained.
+A checkpoint has the model, both optimizers, the step and the number of rows read; rows and noise are drawn from the
+seed and these numbers, so that an interrupted run ends like an uninterrupted one. A model folder is what
+``fimserver --model FOLDER`` loads: bf16 weights, tokenizer, and the token budgets of training.
 
-Knows:  files, the class.  Never: how training goes.
+Knows:  files, the class.  Never: the training step.
 """
 
 import copy
@@ -37,12 +37,12 @@ _COPIED_FILES = ("tokenizer.json", "generation_config.json")
 
 
 def has_begun(folder: Path) -> bool:
-    """Whether a folder has a run to go on with."""
+    """Return whether a folder has a run to resume."""
     return (folder / CHECKPOINT_FILE).exists()
 
 
 def create_model(recipe: Recipe) -> Any:
-    """A model of the recipe's shape, its weights drawn from torch's own random state."""
+    """Create a model of the recipe's shape, with weights drawn from torch's global random state."""
     layers = recipe.layers
     every = max(1, recipe.full_attention_every)
     text = DiffusionGemmaTextConfig(
@@ -65,7 +65,7 @@ def create_model(recipe: Recipe) -> Any:
         bos_token_id=2,
         max_position_embeddings=4096,
     )
-    vision = {  # the class always has one, and the default weighs 160 M
+    vision = {  # the class requires one, and the default has 160 M parameters
         "model_type": "gemma4_vision",
         "hidden_size": 16,
         "intermediate_size": 16,
@@ -80,10 +80,10 @@ def create_model(recipe: Recipe) -> Any:
 
 
 def prepare_model(folder: Path, recipe: Recipe, source: str | None, base: str) -> tuple[Any, Recipe, Path]:
-    """Model to train (fp32), its recipe, and the folder of its tokenizer. Raises ``FimserverError``.
+    """Return the model to train (fp32), its recipe, and its tokenizer's folder. Raises ``FimserverError``.
 
-    A run that was begun goes on; another begins from ``source``, or from nothing with the tokenizer of ``base``. The
-    shape is that of the weights, if there are any.
+    Resumes a run; a new one starts from ``source``, or from scratch with the tokenizer of ``base``. The shape is that
+    of the weights, if there are any.
     """
     begun = has_begun(folder)
     source_folder = folder / MODEL_FOLDER if begun else find_model(source or base)
@@ -95,17 +95,17 @@ def prepare_model(folder: Path, recipe: Recipe, source: str | None, base: str) -
             model = split_experts(model, recipe)
     else:
         model = create_model(recipe)
-    model.config.canvas_length = recipe.canvas  # of which no weight depends
+    model.config.canvas_length = recipe.canvas  # no weight depends on it
     check_class(model, source_folder)
     window = model.config.get_text_config().sliding_window
     if recipe.clean + recipe.canvas > window:
-        msg = f"clean ({recipe.clean}) and canvas ({recipe.canvas}) are more than the sliding window of {window} tokens"
+        msg = f"clean ({recipe.clean}) and canvas ({recipe.canvas}) exceed the sliding window of {window} tokens"
         raise FimserverError(msg)
     return model, recipe, source_folder
 
 
 def check_class(model: Any, folder: Path) -> None:
-    """Raises ``FimserverError`` for weights that the training pass would read otherwise than the class does."""
+    """Raise ``FimserverError`` for weights that the training pass would read differently from the class."""
     config = model.config.get_text_config()
     layers = (*model.model.decoder.layers, *model.model.encoder.language_model.layers)
     scalars = {float(layer.layer_scalar) for layer in layers}
@@ -116,7 +116,7 @@ def check_class(model: Any, folder: Path) -> None:
 
 
 def prepare_base(folder: Path, source: str, documents: Sequence[Document], vocabulary: int) -> Path:
-    """A folder without weights as ``source``'s, its tokenizer learned anew from documents; gives the folder."""
+    """Write and return a folder like ``source`` without weights, with a new tokenizer learned from documents."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in (*_COPIED_FILES, METADATA_FILE):
         shutil.copyfile(find_model(source) / name, folder / name)
@@ -125,9 +125,9 @@ def prepare_base(folder: Path, source: str, documents: Sequence[Document], vocab
 
 
 def metadata_of(recipe: Recipe, base: ModelMetadata, name: str) -> ModelMetadata:
-    """What a model of this recipe was trained for; how it is decoded stays as it was.
+    """Return the metadata of a model trained with this recipe; the decoding settings stay those of ``base``.
 
-    What weighs it against guesses was fitted to other weights: ``fimserver eval ranking`` fits it anew.
+    The match ranking was fitted to other weights: ``fimserver eval ranking`` fits it again.
     """
     return dataclasses.replace(
         base,
@@ -143,7 +143,7 @@ def metadata_of(recipe: Recipe, base: ModelMetadata, name: str) -> ModelMetadata
 
 
 def shape_of(whole: DiffusionGemmaConfig, recipe: Recipe) -> Recipe:
-    """The recipe with the shape that a model has; more experts than it has stay asked for."""
+    """Return the recipe with a model's shape; a request for more experts is kept."""
     config = whole.get_text_config()
     shape = {
         "vocabulary": config.vocab_size,
@@ -161,14 +161,15 @@ def shape_of(whole: DiffusionGemmaConfig, recipe: Recipe) -> Recipe:
 
 
 def split_experts(model: Any, recipe: Recipe) -> Any:
-    """A model with ``recipe.experts`` copies of each layer's one expert, which a router is to tell apart."""
+    """Copy each layer's one expert ``recipe.experts`` times and add a router."""
     grown, known = create_model(recipe), model.state_dict()
     state = grown.state_dict()
     for name, value in state.items():
         if name not in known:
-            continue  # of the tower for pictures, which a folder need not have
+            continue  # of the vision tower, which is optional
         if "experts." in name:
-            value.copy_(known[name] * (1 + 0.02 * torch.randn(value.shape)))  # alike, they would stay alike
+            # noise, since identical experts would stay identical
+            value.copy_(known[name] * (1 + 0.02 * torch.randn(value.shape)))
         elif name.endswith("router.per_expert_scale"):
             value.fill_(float(known[name][0]))
         elif not name.endswith("router.proj.weight"):
@@ -178,7 +179,7 @@ def split_experts(model: Any, recipe: Recipe) -> Any:
 
 
 def save_checkpoint(folder: Path, values: Mapping[str, Any], recipe: Recipe) -> None:
-    """Write it beside the old one, then put it in its place."""
+    """Write the checkpoint next to the old one, then replace it."""
     path = folder / CHECKPOINT_FILE
     beside = path.with_suffix(".writing")
     torch.save({**values, "recipe": dataclasses.asdict(recipe), "format": _FORMAT}, beside)
@@ -186,7 +187,7 @@ def save_checkpoint(folder: Path, values: Mapping[str, Any], recipe: Recipe) -> 
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """The checkpoint of a run, or ``None`` where it has none yet. Raises ``FimserverError``."""
+    """Return the checkpoint of a run, or ``None`` if there is none yet. Raises ``FimserverError``."""
     path = folder / CHECKPOINT_FILE
     if not path.exists():
         return None
@@ -195,23 +196,23 @@ def read_checkpoint(folder: Path) -> dict[str, Any] | None:
         if values["format"] != _FORMAT:
             raise ValueError(values["format"])  # noqa: TRY301  one message
     except Exception as error:
-        reason = type(error).__name__  # torch's own words advise to read it unsafely
-        msg = f"{path} is damaged or of another version ({reason}); delete it to begin again, or name another folder"
+        reason = type(error).__name__  # torch's message suggests loading it unsafely
+        msg = f"{path} is damaged or of another version ({reason}); delete it to start over, or choose another folder"
         raise FimserverError(msg) from error
     return dict(values)
 
 
 def read_recipe(folder: Path) -> dict[str, Any] | None:
-    """The recipe that a run was begun with, or ``None`` where there is no run. Raises ``FimserverError``."""
+    """Return the recipe that a run was started with, or ``None`` if there is no run. Raises ``FimserverError``."""
     known = read_checkpoint(folder)
     return None if known is None else dict(known["recipe"])
 
 
 def export_model(model: Any, metadata: ModelMetadata, source: Path, folder: Path) -> Path:
-    """Write a model folder with its weights in bf16, the rest from a ``source`` folder; gives the folder."""
+    """Write a model folder with bf16 weights and the other files of ``source``; return its path."""
     half = copy.deepcopy(model)
     for p in half.parameters():
-        p.data = p.data.bfloat16()  # not .bfloat16() on the model, which rounds the frequencies of rotations too
+        p.data = p.data.bfloat16()  # model.bfloat16() would round the rotary frequencies, too
     folder.mkdir(parents=True, exist_ok=True)
     half.save_pretrained(folder)
     for name in _COPIED_FILES if source != folder else ():

@@ -1,7 +1,7 @@
-"""The tokenizer of the shipped model: byte-level BPE, learned from the corpus.
+"""Train the tokenizer of the shipped model: byte-level BPE, learned from the corpus.
 
-A newline and the indentation behind it are one piece, a word carries the blank before it, digits stand alone. Every
-byte is in the vocabulary, so every text comes back as it was.
+A newline and the indentation after it are one piece, a word includes the space before it, digits are single. Every
+byte is in the vocabulary, so every text round-trips.
 
 Knows:  texts.  Never: files, models.
 """
@@ -20,7 +20,7 @@ _ENOUGH = 40_000_000  # characters; more changes little
 
 
 def train_tokenizer(documents: Iterable[Document], vocabulary_size: int = VOCABULARY_SIZE) -> Tokenizer:
-    """The same tokenizer for the same documents in the same order; only the first 40 million characters are read."""
+    """Train a tokenizer, deterministic for the order of documents; it reads only the first 40 million characters."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -1,14 +1,13 @@
 """Train a model: from documents to a model folder.
 
-A step reads a few rows. The model reads each row once with canvases of fresh noise, then once more the canvases alone,
-as decoding does: conditioned on its first result, with the confident tokens kept. The next tokens of the clean
-sequence and both denoisings are trained together. The learning rate is flat and falls at the end, so that any run can
-be continued.
+A step reads a few rows. The model reads each row once with canvases of fresh noise, then the canvases again, as in
+decoding: conditioned on its first result, with the confident tokens kept. The next tokens of the clean sequence and
+both denoisings are trained together. The learning rate is flat and falls at the end, so that any run can be continued.
 
     Trainer.prepare(...)  -> load the data, or resume from a checkpoint
     Trainer.run(budget)   -> train until the budget is used, or a signal arrives
-    Threads               -> the number of threads, found by trying: next to other work a second thread can make a step
-                             many times slower, so a step is made with another number now and then
+    ThreadChoice          -> the number of threads, found by trials: next to other load a second thread can make a
+                             step many times slower, so a step with another number is tried now and then
 
 Knows:  the recipe, rows, tensors.  Never: the terminal.
 """
@@ -49,7 +48,7 @@ _SETTLING = 3  # steps that compile
 
 
 class ThreadChoice:
-    """The number of threads of the next step, from what earlier ones took."""
+    """Chooses the number of threads of the next step from the durations of earlier ones."""
 
     def __init__(self, most: int) -> None:
         self._counts = sorted({1, most})
@@ -70,7 +69,7 @@ class ThreadChoice:
         torch.set_num_threads(self.current)
 
     def end(self, seconds: float) -> None:
-        """Say what the step took."""
+        """Record the duration of a step."""
         if self._steps > _SETTLING:
             known = self._seconds[self.current]
             self._seconds[self.current] = seconds if not known else 0.5 * (known + seconds)
@@ -81,13 +80,13 @@ LOG_FILE, SAMPLES_FILE, STOP_FILE = "log.jsonl", "samples.txt", "stop"
 _HELD_OUT_SEED, _HELD_OUT_ROWS = 5, 48
 _LOG_STEPS, _EVALUATION_STEPS = 10, 100
 _CHECKPOINT_SECONDS = 300.0
-_LEAST_WEIGHT = 1e-6  # of all rows of a kind: where none has any, none is trained
+_LEAST_WEIGHT = 1e-6  # lower bound of a kind's total weight; a kind without weight is not trained
 Batch = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Material:
-    """What is trained on, and what is never trained on."""
+    """Documents to train on, and held-out ones."""
 
     documents: Sequence[Document]
     held_out: Sequence[Document]
@@ -95,12 +94,12 @@ class Material:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Where and how steps are computed; compiled where there is a compiler unless told."""
+    """Where and how steps are computed; compiled if there is a compiler, unless set."""
 
     device: str = "cpu"
-    dtype: torch.dtype | None = None  # bf16 where the machine multiplies it, unless told
+    dtype: torch.dtype | None = None  # default: bf16 if the hardware multiplies it, else fp32
     compiled: bool | None = None
-    threads: int = 0  # at most; 0 is as many as there are cores
+    threads: int = 0  # at most; 0 means all cores
     workers: int = 1  # processes that make rows
 
 
@@ -151,9 +150,9 @@ class Trainer:
         source: str | None = None,
         base: str = "tiny",
     ) -> "Trainer":
-        """A run that goes on from its folder's checkpoint, or begins from ``source``'s weights or from nothing.
+        """Resume a run from its folder's checkpoint, or start one from ``source``'s weights or from scratch.
 
-        A model from nothing has the tokenizer of ``base``. Raises ``FimserverError``.
+        A model from scratch has the tokenizer of ``base``. Raises ``FimserverError``.
         """
         known = files.read_checkpoint(folder)
         model, recipe, source_folder = files.prepare_model(folder, recipe, source, base)
@@ -171,9 +170,9 @@ class Trainer:
         on_step: Callable[[float, Mapping[str, Any]], None] = lambda _progress, _entry: None,
         interrupted: Callable[[State], bool] = lambda _state: False,
     ) -> HeldOut:
-        """Train until the budget is spent; a file ``stop`` in the folder lets the rate fall and then ends it.
+        """Train until the budget is spent; a file ``stop`` in the folder starts the fall of the rate and then ends it.
 
-        Gives what is said of held-out rows at the end.
+        Returns the measures of held-out rows at the end.
         """
         schedule, batches = Schedule(budget, self.state, self.recipe), self._batches()
         begin, saved = time.monotonic() - self.state.seconds, time.monotonic()
@@ -197,14 +196,14 @@ class Trainer:
                 self.save()
                 saved = time.monotonic()
         if schedule.progress(self.state) >= 1:
-            self.state.warm_steps = 0  # who goes on begins with a rate that rises again
+            self.state.warm_steps = 0  # a continued run warms up again
         self.save()
         held_out = self.evaluate(samples=True)
         self._log({**asdict(self.state), **asdict(held_out)})
         return held_out
 
     def step(self, batches: Iterator[Batch], rate: float) -> dict[str, float]:
-        """One step of the optimizers; gives the losses of its rows."""
+        """Take one optimizer step; return the losses of its rows."""
         begin = time.monotonic()
         self._threads.begin()
         passes = self.recipe.rows_per_step // self.recipe.rows_at_once
@@ -228,7 +227,7 @@ class Trainer:
         return {name: round(value, 4) for name, value in sums.items()}
 
     def _losses(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        """Weighted loss of a few rows, and its parts."""
+        """Return the weighted loss of a few rows, and its parts."""
         recipe, packed = self.recipe, self.packed
         clean, truth, starts = (t.to(self._device) for t in batch)
         draws = torch.Generator().manual_seed(recipe.seed * 1_000_003 + self.state.rows)
@@ -243,7 +242,7 @@ class Trainer:
         }
         if goes_on:
             temperature = 1 - (1 - recipe.coldest) * float(torch.rand((), generator=draws))
-            soft, best, entropy = packed.guess(read.canvases.detach().flatten(0, 1), temperature)
+            soft, best, entropy = packed.predict(read.canvases.detach().flatten(0, 1), temperature)
             found = (best.view(truth.shape), entropy.view(truth.shape))
             drawn = later_noise(truth, *found, recipe, self._text_tokens, draws)
             soft = packed.condition(soft.view(read.canvases.shape), drawn)
@@ -263,7 +262,7 @@ class Trainer:
         return loss, parts
 
     def _own_words(self, hidden: Tensor, truth: Tensor, starts: Tensor, draws: torch.Generator) -> Tensor:
-        """The canvases' targets: the truth, and of some what left to right would say where they stand."""
+        """Return the canvases' targets: the truth, for some the autoregressive answer at their position."""
         if not self.recipe.own_words:
             return truth
         batch, canvases, canvas = truth.shape
@@ -287,12 +286,12 @@ class Trainer:
     ) -> "_Aim":
         is_pad = truth == self.metadata.special_tokens["pad"]
         trained = (torch.rand(truth.shape, generator=draws) < self.recipe.pad).to(truth.device) | ~is_pad
-        weights = weigh_canvases(noisy == truth, self.recipe) * trained  # an untrained one costs no logits
+        weights = weigh_canvases(noisy == truth, self.recipe) * trained  # tokens without weight cost no logits
         return _Aim(hidden, truth, weights, share)
 
     @torch.no_grad()
     def evaluate(self, *, samples: bool = False) -> HeldOut:
-        """Losses on held-out rows, the same rows and noise each time; samples go to the run's folder."""
+        """Measure held-out rows, the same rows and noise each time; write samples to the run's folder."""
         if not self._held_out:
             self.measure_on(self.recipe)
         self._swap_averages()
@@ -304,18 +303,18 @@ class Trainer:
         return result
 
     def measure_on(self, recipe: Recipe, *, longest_middle: int = 0) -> None:
-        """Measure on held-out rows of a recipe from now on, whatever rows are trained on."""
+        """Make held-out rows with another recipe from now on, regardless of the training rows."""
         maker = self._maker(self._material.held_out, _HELD_OUT_SEED, recipe, longest_middle)
         self._held_out = [maker.make(i) for i in range(_HELD_OUT_ROWS)]
 
     def _swap_averages(self) -> None:
-        """What is measured and served is the mean of late weights, where one is kept."""
+        """Exchange the weights with their running mean, if there is one: the mean is measured and served."""
         for name, mean in self._averages.items():
             own = self._parameters[name].data
             self._parameters[name].data, self._averages[name] = mean, own
 
     def save(self) -> None:
-        """Write the checkpoint, and the model as it is."""
+        """Write the checkpoint and the model folder."""
         values = {
             "model": {n: p.detach() for n, p in self._parameters.items()},
             "optimizers": self._optimizers.state_dict(),
@@ -330,7 +329,7 @@ class Trainer:
             self.packed.decoder.load_state_dict(known["model"], strict=False)
             self._optimizers.load_state_dict(known["optimizers"])
         except (RuntimeError, KeyError, ValueError) as error:
-            detail = str(error).rsplit("\n", 1)[-1].strip()  # torch names every tensor
+            detail = str(error).rsplit("\n", 1)[-1].strip()  # torch lists every tensor
             msg = f"{self.folder} holds a run of another shape ({detail}); train in another folder"
             raise FimserverError(msg) from error
         for name, mean in self._averages.items():
@@ -339,7 +338,7 @@ class Trainer:
         cut_log(self.folder / LOG_FILE, self.state.step)
 
     def export(self) -> Path:
-        """Write the model folder, of the averaged weights where there are any."""
+        """Write the model folder, with the averaged weights if there are any."""
         self._swap_averages()
         folder = files.export_model(self.packed.model, self.metadata, self._source, self.folder / files.MODEL_FOLDER)
         self._swap_averages()
@@ -361,7 +360,7 @@ class Trainer:
 
 
 def weigh_canvases(known: Tensor, recipe: Recipe) -> Tensor:
-    """Weight of each canvas token's loss, (B, K, C), by how far it is behind the last one that is known there."""
+    """Return the loss weight of each canvas token (B, K, C), by its distance from the last known one before it."""
     at = torch.arange(known.shape[-1], device=known.device)
     last_known = torch.where(known, at, -1).cummax(-1).values
     nearness = torch.exp(-(at - last_known - 1) / recipe.reach)
@@ -369,7 +368,7 @@ def weigh_canvases(known: Tensor, recipe: Recipe) -> Tensor:
 
 
 def cut_log(path: Path, step: int) -> None:
-    """Drop what was logged behind a checkpoint's step, and a line that was not written to its end."""
+    """Drop log lines after a checkpoint's step, and an incomplete line."""
     if not path.exists():
         return
     kept = []
@@ -381,7 +380,7 @@ def cut_log(path: Path, step: int) -> None:
 
 
 class _Aim:
-    """Rows of one kind: hidden states (N, H), the tokens they are to say, weights that sum to 1, their share."""
+    """Rows of one kind: hidden states (N, H), target tokens, weights that sum to 1, the kind's share of the loss."""
 
     def __init__(self, hidden: Tensor, targets: Tensor, weights: Tensor, share: float) -> None:
         self.hidden, self.targets, self.share = hidden.flatten(0, -2), targets.flatten(), share
@@ -389,17 +388,17 @@ class _Aim:
 
 
 def num_cores() -> int:
-    """Cores that this process may run on."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether torch finds what it compiles with, a C++ compiler, and triton for a GPU, and these work."""
+    """Return whether torch can compile: a working C++ compiler, and triton for a GPU."""
     if shutil.which("g++") is None or (device.type == "cuda" and importlib.util.find_spec("triton") is None):
         return False
     try:
         torch.compile(lambda t: t.sin().cos())(torch.ones(64, device=device))
     except Exception as error:  # noqa: BLE001  a compiler fails in its own ways
-        _log.warning("training is not compiled, and so slower: %s", str(error).partition("\n")[0])
+        _log.warning("training is not compiled and therefore slower: %s", str(error).partition("\n")[0])
         return False
     return True

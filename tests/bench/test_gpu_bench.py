@@ -49,7 +49,7 @@ def test_every_stage_runs_simulated(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_peaks_are_written_beside_the_plan() -> None:
     report = measure_gpu("26b", simulate=True, stages=("kernels",))
     measured = replace(report, peak_bytes={"load": 10**9}, reserved_bytes={"load": 2 * 10**9}, planned_bytes=3 * 10**9)
-    assert "GB at most, by stage: {'load': '1.00'}; taken from the driver: 2.00; the plan" in "\n".join(
+    assert "Peak GB by stage: {'load': '1.00'}; reserved from the driver: 2.00; the plan" in "\n".join(
         to_markdown(measured)
     )
 

@@ -157,7 +157,7 @@ def test_a_broken_download_goes_on_in_the_next_run(hub: Hub, copy: Path, monkeyp
         if what == second and hub.break_at is None and not hub.is_down:
             hub.break_at, hub.stays_down = drop, True
 
-    with pytest.raises(WeightsError, match="goes on where it stopped"):
+    with pytest.raises(WeightsError, match="resumes where it stopped"):
         add_model(offer, report=until_the_second)
     assert read_record() == {}
     assert find_added(NAME) is None
@@ -197,7 +197,7 @@ def test_a_connection_that_drops_once_is_taken_up_again(hub: Hub, monkeypatch: p
 
 def test_damage_is_found_before_a_file_gets_its_name(hub: Hub) -> None:
     offer = find_offer(NAME)
-    with pytest.raises(WeightsError, match=r"model\.safetensors came damaged"):
+    with pytest.raises(WeightsError, match=r"model\.safetensors was damaged"):
         add_model(offer, report=lambda *_step: setattr(hub, "damages", True))
     weights = next(f for f in offer.files if f.name == "model.safetensors")
     assert not (offer.folder / "blobs" / weights.blob).exists()

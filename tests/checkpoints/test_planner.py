@@ -230,7 +230,7 @@ def test_the_longest_context_has_room_for_its_masks(large: Checkpoint) -> None:
     """A chunk of 512 tokens sees a quarter of a million in bf16: a mask of 268 MB, once for all heads."""
     plan = plan_on_gpu(large, find_gpu("RTX 5090"), 262_144)
     assert sum_of(plan, "prompt in chunks") > 512 * 262_144 * 2
-    assert sum_of(plan, "masks of recorded passes") > 12 * 96 * 262_144 * 2
+    assert sum_of(plan, "masks of CUDA graphs") > 12 * 96 * 262_144 * 2
 
 
 def test_float8_is_no_remedy_that_is_there(large: Checkpoint) -> None:

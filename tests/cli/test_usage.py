@@ -19,7 +19,7 @@ from support.command import run
 from support.fake_engine import FakeServer
 
 from fimserver.cli.stats_page import by_hole, by_language, to_json_object, to_page
-from fimserver.lsp.usage import (
+from fimserver.lsp.usage.ledger import (
     FOLDER_NAME,
     MOST_MONTHS,
     Day,

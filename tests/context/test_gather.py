@@ -19,7 +19,7 @@ def snapshot_of(marked: str) -> Snapshot:
 
 
 def texts(marked: str, *others: str, hole: Hole = LINE) -> list[str]:
-    return [guess.text for guess in find_matches(snapshot_of(marked), hole, others, max_seconds=math.inf)]
+    return [ngram_match.text for ngram_match in find_matches(snapshot_of(marked), hole, others, max_seconds=math.inf)]
 
 
 def test_what_followed_the_same_text_is_the_guess() -> None:

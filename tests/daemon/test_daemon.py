@@ -32,11 +32,11 @@ NOBODY = 65534
 COMMAND = [sys.executable, "-P", "-m", "fimserver", "daemon"]
 FAKE_WORKER = """
 import os, sys
-from fimserver.frames import read_frame, write_frame
-def send(**message): write_frame(sys.stdout.buffer, message)
+from fimserver.framing import read_message, write_message
+def send(**message): write_message(sys.stdout.buffer, message)
 send(type="ready", info=dict(name="fake", device="cpu", dtype="float32", num_parameters=1, max_prompt_tokens=100,
     canvas_length=4, preferred_mode="diffusion", load_ms=1.0, num_threads=1))
-while r := read_frame(sys.stdin.buffer):
+while r := read_message(sys.stdin.buffer):
     if r["type"] == "complete":
         send(type="started", id=r["id"])
         send(type="generation", id=r["id"], generation=dict(text=str(os.getpid()), mode="diffusion", finish="end",
@@ -715,7 +715,7 @@ def test_a_report_has_no_names_unless_it_is_asked_for(home: Home, tmp_path: Path
     client.complete((tmp_path / "hidden" / "b.py").as_uri(), 0, 4)
     assert "hidden" in run_fimserver(home, "explain", "b.py").stdout
     report = run_fimserver(home, "report")
-    assert "<path> names this file" in report.stdout
+    assert "<path> matches this file" in report.stdout
     for word in ("hidden", "shown_to_none", str(tmp_path), "a.py", "b.py", "x = ", "secret_name"):
         assert word not in report.stdout
     assert json.loads(report.stdout)["requests"][0]["uri"] == "file 1"

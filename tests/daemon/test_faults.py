@@ -29,7 +29,7 @@ from support.lsp_client import RELAY, SERVER, LspClient, has_memory
 
 from fimserver.daemon.launch import ask
 from fimserver.daemon.transport import TRANSPORT_VARIABLE
-from fimserver.lsp.acceptance import FILE_NAME, Kind, read_bins
+from fimserver.lsp.usage.acceptance import FILE_NAME, Kind, read_bins
 from fimserver.paths import HOME_VARIABLE
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals, /proc, mounts and limits of Linux")

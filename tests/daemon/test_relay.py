@@ -13,11 +13,12 @@ from lsprotocol import types as lsp
 from support.relay_editor import URI, Editor, until
 
 from fimserver.daemon import relay
-from fimserver.daemon.replica import Opened, to_did_open
+from fimserver.daemon.replica import to_did_open
 from fimserver.daemon.transport import NO_ANSWER
 from fimserver.errors import DaemonError
 from fimserver.framing import MAX_BODY_BYTES, read_body, to_frame
-from fimserver.lsp.convert import Document, apply_changes
+from fimserver.lsp.convert import to_edits
+from fimserver.lsp.documents import Document, parse_edits
 from fimserver.text import Encoding, LineIndex
 
 
@@ -217,7 +218,7 @@ def test_an_edit_that_cannot_be_read_is_no_text_for_a_later_daemon(editor: Edito
 
 def test_a_large_document_fits_a_message_again() -> None:
     text = "\u65e5" * 1000
-    body = to_did_open(URI, Opened("python", 1, LineIndex(text + "\ud800")))
+    body = to_did_open(Document(URI, "python", 1, LineIndex(text + "\ud800")))
     assert len(body) < 3 * 1000 + 200
     assert json.loads(body.decode("utf-8", "surrogatepass"))["params"]["textDocument"]["text"] == text + "\ud800"
 
@@ -483,8 +484,8 @@ def test_the_relay_and_the_daemon_hold_the_same_text(text: str, edits: list[Any]
                 "end": {"line": end[0], "character": end[1]},
             }
         changes.append(change)
-    opened = Opened("python", 1, LineIndex(text))
-    opened.apply(changes, encoding)
+    document = Document(URI, "python", 1, LineIndex(text))
+    kept_by_relay = document.edited(parse_edits(changes), version=2, encoding=encoding)
     typed = [
         lsp.TextDocumentContentChangePartial(
             range=lsp.Range(lsp.Position(**c["range"]["start"]), lsp.Position(**c["range"]["end"])), text=c["text"]
@@ -493,5 +494,5 @@ def test_the_relay_and_the_daemon_hold_the_same_text(text: str, edits: list[Any]
         else lsp.TextDocumentContentChangeWholeDocument(c["text"])
         for c in changes
     ]
-    document = apply_changes(Document(URI, "python", 1, LineIndex(text)), typed, version=2, encoding=encoding)
-    assert opened.index.text == document.text
+    kept_by_server = document.edited(to_edits(typed), version=2, encoding=encoding)
+    assert kept_by_relay.text == kept_by_server.text

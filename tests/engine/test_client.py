@@ -11,26 +11,37 @@ from pathlib import Path
 
 import pytest
 
-from fimserver.datatypes import FimContext, Generation, Hole, HoleKind, Mode, ModelInfo, PartialAnswer, Sampling
+from fimserver.datatypes import (
+    FimContext,
+    Generation,
+    Hole,
+    HoleKind,
+    Mode,
+    ModelInfo,
+    PartialAnswer,
+    Sampling,
+    from_plain,
+    to_plain,
+)
 from fimserver.engine import client as client_module
 from fimserver.engine.client import LEAST_LATENCY_MS, EngineClient, EngineOptions, EngineState, Turn
 from fimserver.engine.worker import Inbox, LoadSigns, count_physical_cores
 from fimserver.errors import CompletionCancelledError, EngineError, FrameError
-from fimserver.frames import from_plain, read_frame, to_plain, write_frame
+from fimserver.framing import read_message, write_message
 
 CONTEXT = FimContext("x = ", "\n", "a.py", "python", Hole(HoleKind.REST_OF_LINE, 1, 8))
 PREAMBLE = """
     import os, sys, time
     from pathlib import Path
-    from fimserver.frames import read_frame, write_frame
-    def send(**message): write_frame(sys.stdout.buffer, message)
+    from fimserver.framing import read_message, write_message
+    def send(**message): write_message(sys.stdout.buffer, message)
     def ready(): send(type="ready", info=dict(name="fake", device="cpu", dtype="float32", num_parameters=1,
         max_prompt_tokens=10, canvas_length=4, preferred_mode="diffusion", load_ms=1.0, num_threads=1))
     def generation(request, text): send(type="generation", id=request["id"], generation=dict(text=text,
         mode="diffusion", finish="end", num_tokens=1, denoising_steps=1, forward_passes=2, cached_tokens=0,
         prompt_tokens=3, timings_ms={"total": 1.0}, prompt_text=""))
     def receive():
-        message = read_frame(sys.stdin.buffer)
+        message = read_message(sys.stdin.buffer)
         if message and message["type"] == "complete": send(type="started", id=message["id"])
         return message
 """
@@ -439,7 +450,7 @@ def test_bad_frames_are_errors(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "frame"
     path.write_bytes(data)
     with path.open("rb") as stream, pytest.raises(FrameError):
-        read_frame(stream)
+        read_message(stream)
 
 
 def test_frames_round_trip_and_end(tmp_path: Path) -> None:
@@ -447,13 +458,13 @@ def test_frames_round_trip_and_end(tmp_path: Path) -> None:
     messages: list[dict[str, object]] = [{"a": "\u00e9\U0001f40d\n"}, {"b": [1, None]}]
     with path.open("wb") as stream:
         for message in messages:
-            write_frame(stream, message)
+            write_message(stream, message)
     with path.open("rb") as stream:
-        assert [read_frame(stream), read_frame(stream), read_frame(stream)] == [*messages, None]
+        assert [read_message(stream), read_message(stream), read_message(stream)] == [*messages, None]
     path.write_bytes(path.read_bytes()[:-3])
     with path.open("rb") as stream:
-        read_frame(stream)
-        assert read_frame(stream) is None
+        read_message(stream)
+        assert read_message(stream) is None
 
 
 def test_inbox_cancels_what_waits_and_what_runs() -> None:

@@ -12,7 +12,7 @@ import pytest
 from support.fake_engine import FakeServer
 
 from fimserver.datatypes import Completion, Snapshot
-from fimserver.lsp.acceptance import FILE_NAME, Acceptance, Counts, Kind, bin_of, no_bins, posterior, read_bins
+from fimserver.lsp.usage.acceptance import FILE_NAME, Acceptance, Counts, Kind, bin_of, no_bins, posterior, read_bins
 
 URI = "file:///a.py"
 BEFORE, AFTER = "def call(a):\n    return join(", ")\n\n\nprint()\n"
@@ -106,12 +106,12 @@ def test_the_first_line_is_enough(acceptance: Acceptance) -> None:
 
 def test_who_goes_elsewhere_rejects(acceptance: Acceptance) -> None:
     offer(acceptance, INNER)
-    acceptance.look(SNAPSHOT)
+    acceptance.on_request(SNAPSHOT)
     assert counted(acceptance) == OPEN
     acceptance.on_edit(URI, BEFORE + "f" + AFTER)
-    acceptance.look(Snapshot(URI, 2, "python", BEFORE + "f" + AFTER, len(BEFORE) + 1))
+    acceptance.on_request(Snapshot(URI, 2, "python", BEFORE + "f" + AFTER, len(BEFORE) + 1))
     assert counted(acceptance) == OPEN
-    acceptance.look(Snapshot(URI, 2, "python", BEFORE + "f" + AFTER, 3))
+    acceptance.on_request(Snapshot(URI, 2, "python", BEFORE + "f" + AFTER, 3))
     assert counted(acceptance) == REJECTED
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from support.fake_engine import FakeServer, read_journal
 
+from fimserver.checkpoints.consent import ANYWHERE, FILE_NAME, Agreements, find_known, is_elsewhere
 from fimserver.checkpoints.installed import record_file
-from fimserver.lsp.consent import ANYWHERE, FILE_NAME, Agreements, find_known, is_elsewhere
-from fimserver.lsp.session import Session
+from fimserver.lsp.configuration import Configuration
 
 HERE, THERE = "file:///home/me/here", "file:///home/me/there"
 ASK = "window/showMessageRequest"
@@ -257,14 +257,14 @@ def test_a_setting_without_effect_is_not_asked_about(start_fake: Start, home: Pa
     ],
 )
 def test_trust_that_is_not_said_clearly_is_none(options: dict[str, Any]) -> None:
-    session = Session()
-    session.initialize(options)
-    assert not session.is_trusted
-    assert session.settings.threads == 0
+    configuration = Configuration()
+    configuration.initialize(options)
+    assert not configuration.is_trusted
+    assert configuration.settings.threads == 0
 
 
 @pytest.mark.parametrize("options", [None, {}, {"threads": 3}, {"workspaceTrusted": True}, {"fimserver": {}}])
 def test_an_editor_without_trust_is_trusted(options: dict[str, Any] | None) -> None:
-    session = Session()
-    session.initialize(options)
-    assert session.is_trusted
+    configuration = Configuration()
+    configuration.initialize(options)
+    assert configuration.is_trusted

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from fimserver.lsp.debounce import LONGEST_S, UNKNOWN_S, AdaptiveDebounce
+from fimserver.lsp.policy import DEFAULT_PAUSE_S, MAX_PAUSE_S, AdaptiveDebounce
 
 
 def typed(pauses: Iterable[float]) -> AdaptiveDebounce:
@@ -25,8 +25,8 @@ def person(median: float, seed: int = 0, count: int = 100) -> list[float]:
 
 
 def test_at_first_the_usual_pause() -> None:
-    assert typed([0.2] * 50).pause_s(None) == UNKNOWN_S
-    assert typed([0.2] * 3).pause_s(0.1) == UNKNOWN_S
+    assert typed([0.2] * 50).pause_s(None) == DEFAULT_PAUSE_S
+    assert typed([0.2] * 3).pause_s(0.1) == DEFAULT_PAUSE_S
 
 
 @pytest.mark.parametrize("median", [0.12, 0.2, 0.3])
@@ -38,8 +38,8 @@ def test_a_model_that_answers_between_two_keys_is_asked_at_once(median: float) -
 def test_a_slow_model_is_asked_when_typing_stops(median: float) -> None:
     pace = typed(person(median))
     wait = pace.pause_s(0.5)
-    assert median < wait <= LONGEST_S
-    assert wait <= pace.pause_s(0.6) <= LONGEST_S
+    assert median < wait <= MAX_PAUSE_S
+    assert wait <= pace.pause_s(0.6) <= MAX_PAUSE_S
 
 
 def test_it_waits_no_longer_than_it_has_to() -> None:

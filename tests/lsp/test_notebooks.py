@@ -68,9 +68,12 @@ class Watched(EngineClient):
 
     def __init__(self) -> None:
         super().__init__()
-        self.state = EngineState.READY
         self.info = ModelInfo("watched", "cpu", "float32", 1, 100, 4, Mode.DIFFUSION, 1.0, 1)
         self.contexts: list[FimContext] = []
+
+    @property
+    def state(self) -> EngineState:
+        return EngineState.READY
 
     def start(self) -> None:
         pass

@@ -19,9 +19,10 @@ from fimserver.context.languages import words
 from fimserver.context.redaction import has_secret, mask, reveals
 from fimserver.context.window import Budget, build_context
 from fimserver.datatypes import Hole, HoleKind, Match, NoCompletion, Snapshot, Snippet
-from fimserver.lsp.convert import Document
+from fimserver.lsp.configuration import Source
+from fimserver.lsp.documents import Document
 from fimserver.lsp.session import Session
-from fimserver.settings import Settings
+from fimserver.pipeline import find_hole_at
 from fimserver.text import LineIndex
 
 HOLE = Hole(HoleKind.REST_OF_LINE, 1, 1)
@@ -194,7 +195,7 @@ def test_the_model_is_shown_no_secret() -> None:
         [Match(f"'{secret}'", 40, 10), Match("1", 40, 10)],
     )
     assert secret not in repr(context)
-    assert [guess.text for guess in context.matches] == ["1"]
+    assert [match.text for match in context.matches] == ["1"]
     assert context.suffix.startswith("\ny = 'xxxx")
 
 
@@ -308,13 +309,14 @@ def test_the_session_asks(repository: Path) -> None:
         session.open(Document((repository / name).as_uri(), "python", 1, LineIndex(text)))
     uri = (repository / "generated.py").as_uri()
     snapshot = Snapshot((repository / "a.py").as_uri(), 1, "python", texts["a.py"], 4)
-    assert session.other_documents(snapshot) == []
-    place = session.find_place(Snapshot(uri, 1, "python", texts["generated.py"], 8), invoked=True)
+    assert list(session.to_query(snapshot, invoked=True).readable_others()) == []
+    generated = Snapshot(uri, 1, "python", texts["generated.py"], 8)
+    place = find_hole_at(session.to_query(generated, invoked=True))
     assert isinstance(place, NoCompletion)
     assert place.reason == "ignored_file"
     assert "completeIgnored" in place.detail
-    session.settings = Settings(complete_ignored=True)
-    assert len(session.other_documents(snapshot)) == 1
+    session.configuration.set_layer(Source.CONFIG_FILE, {"completeIgnored": True})
+    assert len(list(session.to_query(snapshot, invoked=True).readable_others())) == 1
 
 
 @pytest.mark.parametrize(
@@ -363,8 +365,8 @@ def test_a_key_that_begins_above_the_window_and_a_token_under_the_cursor(lines: 
         ('DB_PASSWORD = "', "hunter2secret99"),
     ],
 )
-def test_a_guess_that_says_a_secret(before: str, guess: str) -> None:
-    assert reveals(before, guess)
+def test_a_guess_that_says_a_secret(before: str, match: str) -> None:
+    assert reveals(before, match)
     assert not reveals("value = ", "compute(1)")
 
 

@@ -10,9 +10,9 @@ import pytest
 from support.lsp_client import LspClient
 
 import fimserver
+from fimserver.lsp.configuration import RESTART_COMMAND
 from fimserver.lsp.convert import ACCEPT_COMMAND
 from fimserver.lsp.features import EXPLAIN_COMMAND, SNOOZE_COMMAND, TRUST_NOTIFICATION
-from fimserver.lsp.server import RESTART_COMMAND
 
 PAGE = Path(fimserver.__file__).parent / "docs" / "protocol.md"
 TEXT = PAGE.read_text(encoding="utf-8")

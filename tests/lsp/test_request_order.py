@@ -186,10 +186,8 @@ class FakeProcess:
 class FakeClient(EngineClient):
     """A client whose workers are moved by hand, without processes and threads."""
 
-    def _spawn(self) -> None:
-        self.info, self.is_unloaded = None, False
-        self._worker = _Worker(FakeProcess())  # type: ignore[arg-type]
-        self._set_state(EngineState.LOADING, "loading")
+    def _start_worker(self) -> _Worker:
+        return _Worker(FakeProcess())  # type: ignore[arg-type]
 
     def _expect_sign(self, within_s: float) -> None:
         self._deadline = self._clock() + within_s
@@ -418,12 +416,12 @@ class LoopClient(FakeClient):
         self.spawned_at = 0.0
         self.at_answer: tuple[int, Callable[[], None]] | None = None  # what happens so many steps of the loop later
 
-    def _spawn(self) -> None:
-        super()._spawn()
-        worker, self.computing, self.spawned_at = self._worker, None, self._clock()
-        assert worker is not None
+    def _start_worker(self) -> _Worker:
+        worker = super()._start_worker()
+        self.computing, self.spawned_at = None, self._clock()
         worker.outgoing = SimpleNamespace(put=lambda message: self.loop.call_soon(self.obey, worker, message))  # type: ignore[assignment]
         self.loop.call_later(LOAD_S, self.say, worker, "ready", {"info": INFO})
+        return worker
 
     def say(self, worker: _Worker, kind: str, values: dict[str, Any]) -> None:
         if worker is self._worker:
@@ -650,7 +648,7 @@ class Editors(RuleBasedStateMachine):
         if kind == "death" and self.client._worker is not None:
             self.client._on_death(self.client._worker)
         elif kind == "reload":
-            self.loop.do(editor.server.restart_engine)
+            self.loop.do(editor.server.link.restart)
         elif kind == "idle":  # so long that the model is unloaded
             self.loop.wait(130)
             assert self.client.state is not EngineState.READY

@@ -13,11 +13,11 @@ from fimserver.lsp.server import FimLanguageServer
 URI = "file:///a.py"
 FAKE_WORKER = """
 import sys
-from fimserver.frames import read_frame, write_frame
-def send(**message): write_frame(sys.stdout.buffer, message)
+from fimserver.framing import read_message, write_message
+def send(**message): write_message(sys.stdout.buffer, message)
 send(type="ready", info=dict(name="fake", device="cpu", dtype="float32", num_parameters=1, max_prompt_tokens=100,
     canvas_length=4, preferred_mode="diffusion", load_ms=1.0, num_threads=1))
-while r := read_frame(sys.stdin.buffer):
+while r := read_message(sys.stdin.buffer):
     if r["type"] == "complete":
         send(type="generation", id=r["id"], generation=dict(text="1", mode="diffusion", finish="end", num_tokens=1,
             denoising_steps=1, forward_passes=2, cached_tokens=0, prompt_tokens=3, timings_ms={"total": 1.0},

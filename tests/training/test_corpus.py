@@ -268,14 +268,14 @@ def test_a_wheel_has_to_be_what_is_expected(tmp_path: Path) -> None:
     with pytest.raises(FimserverError, match=r"is small_package 1\.0, not small-package 1\.1"):
         build(dataclasses.replace(SMALL, version="1.1"))
     spoil_middle(write_wheel(tmp_path, SMALL, {"small/a.py": code("a", 400)}))
-    with pytest.raises(FimserverError, match="is not a whole wheel"):
+    with pytest.raises(FimserverError, match="is not a complete wheel"):
         build(SMALL)
     assert not (tmp_path / "corpus").exists()
 
 
 def test_pip_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(FimserverError, match=r"pip did not fetch small-package==1\.0: ERROR: No matching"):
+    with pytest.raises(FimserverError, match=r"pip did not download small-package==1\.0: ERROR: No matching"):
         build_corpus(tmp_path / "corpus", pins=(SMALL,), installed=())
 
 

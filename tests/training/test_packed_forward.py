@@ -89,7 +89,7 @@ def test_a_conditioned_pass_is_the_class_own(networks: dict[str, DiffusionGemmaF
     packed = PackedModel(network)
     clean, canvases, later = draw(BATCH, LENGTH), draw(BATCH, 3, CANVAS, seed=1), draw(BATCH, 3, CANVAS, seed=2)
     read = packed.read(clean, canvases, STARTS)
-    soft, best, entropy = packed.guess(read.canvases.flatten(0, 1))
+    soft, best, entropy = packed.predict(read.canvases.flatten(0, 1))
     conditioned = packed.read(None, later, STARTS, soft.view(read.canvases.shape), read.known)
     for row in range(BATCH):
         for i, start in enumerate(STARTS[row].tolist()):

@@ -268,7 +268,7 @@ def test_what_cannot_be_begun(tmp_path: Path, recipe: Recipe, material: Material
 
 
 def test_a_row_longer_than_the_window_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FimserverError, match="more than the sliding window of 1024 tokens"):
+    with pytest.raises(FimserverError, match="exceed the sliding window of 1024 tokens"):
         prepare(tmp_path / "run", Recipe().with_pairs(["clean=1000"]), source="tiny")
 
 

@@ -1,9 +1,9 @@
-"""Write the middle left to right with the encoder: the same weights, one token a pass, greedy or drawn.
+"""Write the middle autoregressively with the encoder: one token per pass, greedy or sampled, with the same weights.
 
-The quality mode beside ``denoise``, and the reference for it: the encoder is causal and shares the head.
+The quality mode next to ``denoise``, and the reference for it: the encoder is causal and shares the head.
 
 Knows:   token ids, logits, the cache.  Never: text, files, LSP.
-Stops:   at the answer's end, at ``max_tokens``, or when ``stop`` says so (read before every token).
+Stops:   at the answer's end, at ``max_tokens``, or when ``stop()`` is true (checked before every token).
 """
 
 import math
@@ -17,7 +17,7 @@ from fimserver.engine.decoding.denoise import Filled
 from fimserver.engine.decoding.stopping import AnswerEnd, AnswerStart, confidence_of
 from fimserver.engine.modeling.prompt_cache import PromptCache
 
-_TRIED = 16  # likeliest tokens among which one is looked for that the rules allow
+_TRIED = 16  # the most likely tokens that are tried in search of one that the rules allow
 
 
 def fill_autoregressive(  # noqa: PLR0913  one call has one place
@@ -33,10 +33,10 @@ def fill_autoregressive(  # noqa: PLR0913  one call has one place
     generator: torch.Generator | None = None,
     rules: TokenRules | None = None,
 ) -> Filled:
-    """The answer after a prompt whose last token gave ``logits`` (1, V): the likeliest tokens, or drawn ones.
+    """Return the answer after a prompt whose last token gave ``logits`` (1, V): most likely tokens, or sampled ones.
 
-    What is written stays in the prompt's cache: who accepts it has it encoded already. Its confidence is that of
-    the model at temperature 1; where letters were typed already, among the tokens that spell them.
+    The written tokens stay in the prompt's cache, so an accepted answer is already encoded. The confidence is that of
+    the model at temperature 1; for letters that were already typed, among the tokens that spell them.
     """
     answer: list[int] = []
     log_probabilities: list[torch.Tensor] = []
@@ -80,10 +80,10 @@ def choose_token(
     *,
     may_end: bool = True,
 ) -> int | None:
-    """The likeliest token of logits (V,), or with a temperature above 0 a drawn one; ``None`` ends the answer.
+    """Return the most likely token of logits (V,), or a sampled one if temperature > 0; ``None`` ends the answer.
 
-    One that the rules forbid gives way to the likeliest that they allow; where there is none among the first, it
-    stays.
+    A token that the rules forbid is replaced by the most likely one that they allow; if none of the first ``_TRIED``
+    is allowed, it stays.
     """
     if temperature <= 0:
         best = int(logits.argmax())

@@ -1,7 +1,7 @@
-"""What a language's rules can tell the decoding loops; ``grammar`` has them, the loops need not know how.
+"""Define what the decoding loops ask of a language's rules; ``grammar`` implements it.
 
-    TokenRules         left to right: whether a token may come next
-    CanvasConstraint   in parallel: what of a whole draft is wrong
+    TokenRules         autoregressive: whether a token may come next
+    CanvasConstraint   in parallel: which parts of a whole canvas are wrong
 
 Knows:  token ids.  Never: languages, trees.
 """
@@ -14,20 +14,20 @@ from fimserver.engine.vocabulary import Vocabulary
 
 
 class TokenRules(Protocol):
-    """The rules for one answer, and how far it is."""
+    """The rules for one answer, with the state after its tokens so far."""
 
     def judge(self, token_id: int) -> Verdict:
-        """Whether the answer may go on with a token; a token that ends it is judged too."""
+        """Return whether the answer may continue with a token; a token that ends it is judged too."""
 
     def accept(self, token_id: int) -> None:
-        """Go on with a token."""
+        """Append a token to the answer."""
 
 
 class CanvasConstraint(Protocol):
-    """The rules for whole drafts."""
+    """The rules for whole canvases."""
 
     def error_spans(self, middle: str) -> list[tuple[int, int]]:
-        """Characters of a middle, the healed word included, that its language does not allow there."""
+        """Return the characters of a middle, healed word included, that the language does not allow there."""
 
     def positions_in_error(self, token_ids: Sequence[int], vocabulary: Vocabulary) -> set[int]:
-        """The same as places of tokens."""
+        """Return the same errors as token positions."""

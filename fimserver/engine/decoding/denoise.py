@@ -7,19 +7,19 @@ Takes a prompt that is already in the KV cache; returns the token ids of the mid
         temperature     falls linearly from t_max to t_min
         sample_canvas   one candidate token per position
         accept_tokens   keep the lowest-entropy positions within entropy_bound
-        renoise_tokens  draw every other position anew
+        renoise_tokens  draw every other position again
 
-How this is paid per answer and not per canvas: the canvas is cut behind where the first step sees the answer's end; a
-drafted canvas that the model bears out is done in a step; what stands behind the answer's end has no say. An answer
-that does not end in its canvas goes on in a next one (block autoregressive).
+The cost depends on the answer, not on the canvas: after the first step the canvas is shortened to the answer's end, an
+initial canvas that the model confirms takes one step, and positions after the answer's end do not delay it. An answer
+that does not end in its canvas continues in another one (block autoregressive).
 
 Knows:    token ids, logits, the cache.  Never: text, files, LSP.
 Shapes:   K canvases of C positions side by side, V vocabulary.
-Stops:    the answer (what stands before its end) is stable and confident, or steps_left is 0, or ``stop``
-          says so; ``stop`` is read before every step, so it takes effect within one step.
+Stops:    the answer up to its end is stable and confident, or steps_left is 0, or ``stop()`` is true;
+          ``stop`` is checked before every step, so it takes effect within one step.
 Draws:    in the order of transformers' ``generate``, so that the same seed gives the same canvas there.
-Source:   entropy bound, arXiv 2505.24857; the loop, transformers' DiffusionGemmaGenerationMixin; drafts in place of
-          noise, renoised where the model does not bear them out, arXiv 2512.19004.
+Source:   entropy bound, arXiv 2505.24857; the loop, transformers' DiffusionGemmaGenerationMixin; initial canvases
+          in place of noise, renoised where the model does not confirm them, arXiv 2512.19004.
 """
 
 import math
@@ -34,20 +34,20 @@ from fimserver.engine.modeling.kv_cache import KVCache
 from fimserver.engine.modeling.layers import measured
 from fimserver.engine.modeling.model import Model
 
-_MOST_RENOISINGS = 2  # of one canvas
-_SPARE_TOKENS = 4  # of a canvas that is cut behind where its answer seems to end
+_MOST_RENOISINGS = 2  # per canvas
+_SPARE_TOKENS = 4  # kept after the apparent end of the answer when a canvas is shortened
 
 
 @dataclass(frozen=True, slots=True)
 class DenoisingOptions:
     """Thresholds in nats of entropy; names as in transformers' generation config.
 
-    ``canvas_length`` ``None`` is the model's own. ``is_cut`` shortens a canvas once its end is in sight, to a multiple
-    of ``cut_multiple`` (few lengths, where each is recorded). ``conditioning_top`` conditions a step on so many of the
-    likeliest tokens instead of all. ``left_bias`` counts for so much entropy with each position to the right when
-    tokens are ordered, and ``kept_condition`` moves the condition of an accepted token so far to the token itself: for
-    models that were trained on canvases whose beginning is known. What is accepted is a draw, as in transformers, or
-    the likeliest token where ``takes_likeliest`` says so.
+    ``canvas_length`` ``None`` is the model's own. ``is_cut`` shortens a canvas once the answer's end is found, to a
+    multiple of ``cut_multiple`` (each length needs its own CUDA graph). ``conditioning_top`` conditions a step on that
+    many of the most likely tokens instead of all. ``left_bias`` is the entropy that each position further right adds
+    when tokens are ordered; ``kept_condition`` is the fraction by which the condition of an accepted token moves to the
+    token itself. Both suit models trained on canvases whose beginning is known. With ``takes_likeliest`` the most
+    likely token is accepted; otherwise a sampled one, as in transformers.
     """
 
     max_denoising_steps: int
@@ -69,9 +69,9 @@ class DenoisingOptions:
 class CanvasState:
     """Canvases between two steps.
 
-    ``canvas`` (K, C) goes into the next step; ``best`` (K, C) is the most likely token everywhere and the
-    draft; ``logits`` (K, C, V) condition the next step; ``history`` holds the earlier ``best``, newest last. The
-    first ``num_pinned`` positions stay as they are.
+    ``canvas`` (K, C) is the input of the next step; ``best`` (K, C) is the most likely token at each position, the
+    partial answer; ``logits`` (K, C, V) condition the next step; ``history`` holds earlier ``best``, newest last. The
+    first ``num_pinned`` positions are fixed.
     """
 
     canvas: torch.Tensor
@@ -84,12 +84,12 @@ class CanvasState:
     num_pinned: int = 0
 
     def only(self, index: int) -> "CanvasState":
-        """One of the canvases, still as a batch."""
+        """Return one of the canvases, still as a batch."""
         part = slice(index, index + 1)
         return self._map(lambda t: t[part])
 
     def cut(self, length: int) -> "CanvasState":
-        """The first positions of every canvas."""
+        """Return the state of the first positions of every canvas."""
         return self._map(lambda t: t[:, :length])
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "CanvasState":
@@ -106,7 +106,7 @@ class CanvasState:
 
 @dataclass(frozen=True, slots=True)
 class RunnerUp:
-    """A token that might have begun the answer instead."""
+    """An alternative first token of the answer."""
 
     token_id: int
     log_probability: float
@@ -117,8 +117,8 @@ class Filled:
     """Token ids of the answer, end excluded; ``finish`` is end, length, steps or latency.
 
     ``confidence`` is the geometric mean of its own tokens' probabilities. ``log_probability`` is that of the whole
-    answer, its end included, after what was typed; ``match_log_probabilities`` are those of the guesses, ``None`` for
-    one that was not looked at. ``is_open``: it fills its canvas, and no end is in sight.
+    answer, its end included, after what was typed; ``match_log_probabilities`` are those of the matches, ``None`` for
+    one that was not scored. ``is_open``: the answer fills its canvas without an end.
     """
 
     token_ids: tuple[int, ...]
@@ -134,9 +134,9 @@ class Filled:
 def initialize_canvases(
     model: Model, options: DenoisingOptions, generator: torch.Generator, drafts: Sequence[Sequence[int]] = ((),)
 ) -> CanvasState:
-    """A canvas for each draft; what a draft leaves open is uniform random tokens, the model's noise.
+    """Create one canvas per draft; positions that a draft leaves open get uniform random tokens, the model's noise.
 
-    A draft counts as the step before the first: where the model bears it out, one step settles it.
+    A draft counts as the step before the first: if the model confirms it, one step settles it.
     """
     length = options.canvas_length or model.canvas_length
     canvas = draw_noise(model, generator, (len(drafts), length))
@@ -148,32 +148,32 @@ def initialize_canvases(
 
 
 def draw_noise(model: Model, generator: torch.Generator, shape: tuple[int, int]) -> torch.Tensor:
-    """Random tokens (K, C) over the whole vocabulary."""
+    """Draw random tokens (K, C) from the whole vocabulary."""
     return torch.randint(0, model.vocab_size, shape, generator=generator, device=model.device)
 
 
 def temperature(options: DenoisingOptions, steps_left: int) -> torch.Tensor:
-    """``t_max`` at the first step, towards ``t_min`` at the last; a float32 scalar, rounded as transformers does."""
+    """Return ``t_max`` at the first step, falling to ``t_min``; a float32 scalar, rounded as in transformers."""
     return options.t_min + (options.t_max - options.t_min) * (torch.tensor(steps_left) / options.max_denoising_steps)
 
 
 def sample_canvas(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """One candidate per position, (K, C), from probabilities (K, C, V)."""
-    # As torch.multinomial draws one of each row, but for its checks, which a card would have to be waited for.
+    """Draw one candidate per position, (K, C), from probabilities (K, C, V)."""
+    # The same draw as torch.multinomial, without its checks, which synchronize with the GPU.
     races = torch.empty_like(probabilities).exponential_(generator=generator)
     return torch.div(probabilities, races, out=races).argmax(-1)
 
 
 def token_entropy(probabilities: torch.Tensor) -> torch.Tensor:
-    """Entropy in nats of every position, (K, C), of probabilities (K, C, V)."""
+    """Return the entropy in nats of every position, (K, C), of probabilities (K, C, V)."""
     entropy: torch.Tensor = torch.special.entr(probabilities).sum(-1)
     return entropy
 
 
 def accept_tokens(entropy: torch.Tensor, entropy_bound: float | torch.Tensor, left_bias: float = 0.0) -> torch.Tensor:
-    """Mask (K, C), True = keep: the k lowest entropies whose sum without the last is within the bound.
+    """Return a mask (K, C), True = keep: the k lowest entropies whose sum without the last is within the bound.
 
-    With a bias the leftmost come first among those of like entropy.
+    With a bias, the leftmost of positions with similar entropy come first.
     """
     rank = entropy + left_bias * torch.arange(entropy.shape[-1], device=entropy.device)
     order = torch.argsort(rank, dim=-1)
@@ -191,7 +191,7 @@ def denoising_step(  # noqa: PLR0913, PLR0917  the loop's whole state is its arg
     generator: torch.Generator,
     answer_start: AnswerStart | None = None,
 ) -> CanvasState:
-    """The state one step later."""
+    """Return the state one step later."""
     self_conditioning = (
         None
         if state.logits is None
@@ -206,7 +206,7 @@ def denoising_step(  # noqa: PLR0913, PLR0917  the loop's whole state is its arg
         options, state.steps_left
     )
     with measured("sampling"):
-        if state.num_pinned:  # which began the answer as it must
+        if state.num_pinned:  # the pinned tokens already satisfy answer_start
             kept = state.best[:, : state.num_pinned, None]
             one_hot = logits.new_full((*kept.shape[:2], logits.shape[-1]), -torch.inf).scatter(-1, kept, 0.0)
             logits = torch.cat((one_hot, logits), dim=1)
@@ -231,10 +231,9 @@ def denoising_step(  # noqa: PLR0913, PLR0917  the loop's whole state is its arg
 
 
 def is_settled(state: CanvasState, options: DenoisingOptions, num_positions: int) -> bool:
-    """Whether the first positions are the same as ``stability_threshold`` steps before, and confident: the reference.
+    """Return whether the first positions are unchanged for ``stability_threshold`` steps, and confident: the reference.
 
-    transformers asks this of the whole canvas (``num_positions`` = C); an answer needs only what stands
-    before its end, and the end itself.
+    transformers tests the whole canvas (``num_positions`` = C); an answer needs only its tokens and its end.
     """
     if state.logits is None or len(state.history) < options.stability_threshold:
         return False
@@ -245,7 +244,7 @@ def is_settled(state: CanvasState, options: DenoisingOptions, num_positions: int
 
 
 def renoise(model: Model, state: CanvasState, positions: Iterable[int], generator: torch.Generator) -> CanvasState:
-    """The state with some positions drawn anew, as if nothing had been said of them."""
+    """Return the state with some positions drawn again, without the condition of earlier steps."""
     at = torch.tensor(sorted(positions), device=state.canvas.device)
     canvas, accepted_mask = state.canvas.clone(), state.accepted_mask.clone()
     canvas[:, at] = draw_noise(model, generator, (canvas.shape[0], canvas.shape[1]))[:, at]
@@ -253,15 +252,15 @@ def renoise(model: Model, state: CanvasState, positions: Iterable[int], generato
     logits = state.logits
     if logits is not None:
         logits = logits.clone()
-        logits[:, at] = 0.0  # conditions on every token alike
+        logits[:, at] = 0.0  # uniform: conditions on every token alike
     return replace(state, canvas=canvas, accepted_mask=accepted_mask, logits=logits, history=())
 
 
 @dataclass(frozen=True, slots=True)
 class Readout:
-    """What the host has to know of one canvas after a step: its likeliest tokens, their entropies, which are stable.
+    """One canvas after a step, on the host: its most likely tokens, their entropies, and which are stable.
 
-    ``support`` is how likely, in the mean, the model finds the tokens that it was drafted with.
+    ``support`` is the mean log-probability of the tokens of its initial canvas.
     """
 
     best: list[int]
@@ -270,7 +269,7 @@ class Readout:
     support: float
 
     def is_settled(self, options: DenoisingOptions, num_positions: int) -> bool:
-        """See ``is_settled``."""
+        """Return whether the first positions are stable and confident, as the function ``is_settled``."""
         part = slice(0, num_positions)
         mean = math.fsum(self.entropy[part]) / max(1, len(self.entropy[part]))
         return all(self.is_stable[part]) and mean < options.confidence_threshold
@@ -279,9 +278,9 @@ class Readout:
 def read_out(
     state: CanvasState, options: DenoisingOptions, drafted: torch.Tensor | None = None, lengths: Sequence[int] = ()
 ) -> list[Readout]:
-    """What the host has to know of every canvas, in the only transfer of a step.
+    """Copy what the host needs of every canvas, in the only transfer of a step.
 
-    ``drafted`` (K, C) are tokens that the canvases began with, the first ``lengths`` of each.
+    ``drafted`` (K, C) are the tokens of the initial canvases, the first ``lengths`` of each.
     """
     assert state.logits is not None
     is_stable = torch.full_like(state.accepted_mask, fill_value=len(state.history) >= options.stability_threshold)
@@ -303,7 +302,7 @@ def read_out(
 
 @dataclass(frozen=True, slots=True)
 class Denoiser:
-    """What every canvas of one answer is filled with."""
+    """Fills the canvases of one answer."""
 
     model: Model
     options: DenoisingOptions
@@ -321,11 +320,11 @@ class Denoiser:
         before: Sequence[int] = (),
         drafts: Sequence[Sequence[int]] = ((),),
     ) -> Filled:
-        """Denoise one canvas until its answer is settled; the best draft when time or steps run out.
+        """Denoise one canvas until its answer is settled; the best answer so far when time or steps run out.
 
-        ``before`` is what earlier canvases hold of the answer. Of several drafts the one goes on that the model
-        finds most likely. A settled answer that the constraint finds errors in is drawn anew there and goes on, at most
-        twice.
+        ``before`` are the answer's tokens in earlier canvases. Of several drafts, only the one that the model finds
+        most likely continues. If the constraint finds errors in a settled answer, those positions are drawn again, at
+        most ``_MOST_RENOISINGS`` times.
         """
         options = self.options
         renoisings = 0
@@ -363,7 +362,7 @@ class Denoiser:
         return self._take(state, answer_start, before, finish, passes)
 
     def fill_several(self, cache: KVCache, answer_start: AnswerStart, count: int) -> list[Filled]:
-        """Answers from ``count`` noises side by side, the most confident first, none twice; each takes all passes."""
+        """Return distinct answers from ``count`` noises, the most confident first; each counts all passes."""
         options = self.options
         state = initialize_canvases(self.model, options, self.generator, ((),) * count)
         found: dict[int, Filled] = {}
@@ -388,7 +387,7 @@ class Denoiser:
     def _take(
         self, state: CanvasState, answer_start: AnswerStart, before: Sequence[int], finish: str, passes: int
     ) -> Filled:
-        """The answer that one canvas holds now; nothing before its first step, when it holds but noise."""
+        """Return the current answer of a canvas; empty before its first step, when the canvas is only noise."""
         if state.logits is None:
             return Filled((), finish, passes, confidence=0.0)
         best = state.best[0].tolist()
@@ -400,7 +399,7 @@ class Denoiser:
         return Filled(tuple(answer), finish, passes, confidence, log_probability, is_open=is_open)
 
     def _wrong(self, state: CanvasState, before: Sequence[int], answer: Sequence[int]) -> list[int]:
-        """Positions behind what is pinned that the constraint finds errors at."""
+        """Return the unpinned positions at which the constraint finds errors."""
         if self.constraint is None:
             return []
         found = self.constraint.positions_in_error([*before, *answer], self.answer_end.vocabulary)
@@ -410,7 +409,7 @@ class Denoiser:
         return max(0, self.answer_end.find([*before, *best]) - len(before))
 
     def _pin(self, state: CanvasState, readout: Readout, before: Sequence[int], answer: Sequence[int]) -> CanvasState:
-        """The first line stays as it is once it is settled, so that it can be shown while the rest is denoised."""
+        """Pin the first line once it is settled, so that it can be shown while the rest is denoised."""
         if before or state.num_pinned or self.answer_end.max_lines == 1:
             return state
         end = self.answer_end.first_line(answer)
@@ -420,7 +419,7 @@ class Denoiser:
 
 
 def confidence_in(state: CanvasState, options: DenoisingOptions, positions: Sequence[int]) -> float:
-    """Geometric mean of the best tokens' probabilities in the last step's logits, at temperature 1."""
+    """Return the geometric mean of the best tokens' probabilities in the last step's logits, at temperature 1."""
     if state.logits is None or not positions:
         return 1.0
     logits = state.logits[0, list(positions)].float() * temperature(options, state.steps_left + 1)

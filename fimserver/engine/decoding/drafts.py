@@ -1,7 +1,7 @@
-"""Drafts: what may come next, before the model was asked. Wrong ones cost rows of a pass, never a token.
+"""Draft tokens that may come next, before the model is asked. Wrong ones cost rows of a pass, never a token.
 
-    Lookup     what followed the same tokens in the prompt, in what was written so far, in earlier answers
-    DraftTree  several drafts that share their beginnings, to be looked at in one pass
+    Lookup     continuations of the same tokens in the prompt, in the answer so far, in earlier answers
+    DraftTree  several drafts that share their beginnings, verified in one pass
 
 Known forms: prompt lookup decoding, and the token trees of speculative decoding (arXiv 2305.09781).
 
@@ -12,12 +12,12 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-_DEPTHS = (2, 5, 10, 12)  # tokens that a match of 1, 2, 3, 4 tokens is trusted for
-_BRANCHES = 2  # continuations that are tried for one match
+_DEPTHS = (2, 5, 10, 12)  # draft tokens to take after a match of 1, 2, 3, 4 tokens
+_BRANCHES = 2  # continuations to try for one match
 
 
 class Lookup:
-    """What followed any few tokens; what was added last counts most."""
+    """Index of the tokens that followed each n-gram; the newest occurrence counts most."""
 
     def __init__(self, is_text: Sequence[bool]) -> None:
         self._is_text = is_text
@@ -25,7 +25,7 @@ class Lookup:
         self._ends: dict[tuple[int, ...], list[int]] = defaultdict(list)
 
     def extend(self, token_ids: Sequence[int]) -> None:
-        """Add tokens behind those that are known."""
+        """Append tokens to the indexed text."""
         for token_id in token_ids:
             self._ids.append(token_id)
             end = len(self._ids)
@@ -34,7 +34,7 @@ class Lookup:
                     self._ends[tuple(self._ids[end - n : end])].append(end)
 
     def find(self, before: Sequence[int]) -> Iterator[list[int]]:
-        """Continuations of tokens, the longest match first and of those the newest."""
+        """Yield continuations of tokens, from the longest match, then from the newest."""
         seen: set[int] = set()
         for n in range(min(len(_DEPTHS), len(before)), 0, -1):
             for end in reversed(self._ends.get(tuple(before[-n:]), ())):
@@ -50,7 +50,7 @@ class Lookup:
 
 @dataclass(slots=True)
 class DraftTree:
-    """Drafts as a tree: node i has a token and a parent, -1 for the root, which is the last token that is sure."""
+    """Drafts as a tree: node i has a token and a parent; -1 is the root, the last verified token."""
 
     max_nodes: int
     tokens: list[int] = field(default_factory=list)
@@ -59,7 +59,7 @@ class DraftTree:
     _children: dict[tuple[int, int], int] = field(default_factory=dict)
 
     def add(self, draft: Sequence[int], below: int = -1) -> list[int]:
-        """Add a draft from a node on; the nodes it runs through, fewer than its tokens where room is short."""
+        """Add a draft after a node and return its nodes; fewer than its tokens if the tree is full."""
         node, path = below, []
         for token_id in draft:
             child = self._children.get((node, token_id))
@@ -76,9 +76,9 @@ class DraftTree:
         return path
 
     def child(self, node: int, token_id: int) -> int | None:
-        """The node of a token after a node, where it was drafted."""
+        """Return the child of a node that has this token, or ``None``."""
         return self._children.get((node, token_id))
 
     def depth(self, node: int) -> int:
-        """Tokens from the root to a node; 0 for the root."""
+        """Return the number of tokens from the root to a node; 0 for the root."""
         return self.depths[node] if node >= 0 else 0

@@ -1,9 +1,9 @@
-"""A language's grammar in the decoding loops: the one door from here to ``context/``, opened when it is needed.
+"""Apply a language's grammar in the decoding loops: the only import of ``context/`` from here, made lazily.
 
-    LexicalRules   left to right: brackets, strings, indentation (``context/continuation.py``)
+    LexicalRules   autoregressive: brackets, strings, indentation (``context/continuation.py``)
     TreeRules      in parallel: errors of the syntax tree around the cursor
 
-Both work on the texts of a context alone; importing this file brings no grammar along.
+Both need only the texts of a context; importing this file loads no grammar.
 
 Knows:  texts of the context, token ids, bytes.  Never: documents, tensors.
 """
@@ -16,25 +16,25 @@ from fimserver.datatypes import FimContext, Verdict
 from fimserver.engine.decoding.stopping import AnswerEnd
 from fimserver.engine.vocabulary import Vocabulary
 
-_BEFORE, _BEHIND = 1_600, 900  # characters that are parsed around a middle: about a millisecond
-_MOST_REFUSED = 6  # tokens within which an answer that would not end well has to
+_BEFORE, _BEHIND = 1_600, 900  # characters parsed around a middle; takes about a millisecond
+_MOST_REFUSED = 6  # further tokens after which an answer may end anywhere
 _STAND_INS = ("", "x", "pass", "0", "x: pass", ": pass", "x;", ";")
 
 
 class LexicalRules:
-    """Lexical rules for the tokens of one answer, which begins with the word that was taken off the prompt."""
+    """Lexical rules for the tokens of one answer, which begins with the healed word."""
 
     def __init__(self, context: FimContext, healed: str, answer_end: AnswerEnd) -> None:
-        from fimserver.context.continuation import Continuation  # noqa: PLC0415  the door
+        from fimserver.context.continuation import Continuation  # noqa: PLC0415  lazy
 
         self._continuation = Continuation(context, taken_off=len(healed))
         self._answer_end = answer_end
         self._answer: list[int] = []
         self._ends_by = sys.maxsize
-        self._half = b""  # of a character
+        self._half = b""  # bytes of an incomplete character
 
     def judge(self, token_id: int) -> Verdict:
-        """Whether the answer may go on with a token; one that ends it may come where the answer may end."""
+        """Return whether the answer may continue with a token; one that ends it is allowed where the answer may end."""
         if self._answer_end.find([*self._answer, token_id]) <= len(self._answer):
             if len(self._answer) >= self._ends_by or self._continuation.may_end():
                 return Verdict.ALLOWED
@@ -43,13 +43,13 @@ class LexicalRules:
         return self._continuation.judge(self._text(token_id)[0])
 
     def accept(self, token_id: int) -> None:
-        """Go on with a token."""
+        """Append a token to the answer."""
         text, self._half = self._text(token_id)
         self._answer.append(token_id)
         self._continuation.accept(text)
 
     def _text(self, token_id: int) -> tuple[str, bytes]:
-        """Whole characters up to a token's end, and the bytes of one that is not whole yet."""
+        """Return the complete characters up to a token's end, and the bytes of an incomplete one."""
         written = self._half + self._answer_end.vocabulary.token_bytes[token_id]
         for size in range(4):
             try:
@@ -60,7 +60,7 @@ class LexicalRules:
 
 
 class TreeRules:
-    """Errors that a middle brings into the code around the cursor, as its syntax tree has them."""
+    """Errors that a middle brings into the syntax tree of the code around the cursor."""
 
     def __init__(self, context: FimContext, healed: str) -> None:
         before = context.prefix[: len(context.prefix) - len(healed)]
@@ -72,16 +72,16 @@ class TreeRules:
         self._healed, self._language_id = healed, context.language_id
 
     def error_spans(self, middle: str) -> list[tuple[int, int]]:
-        """Characters of a middle within errors; none where no simple text would be free of them."""
+        """Return the characters of a middle within errors; none if no simple text would be free of errors there."""
         found = self._spans(middle)
         return found if found and self._can_be_sound else []
 
     def has_error(self, middle: str) -> bool:
-        """Whether there is any error with a middle, its own or not."""
+        """Return whether there is any error with a middle, even one that it does not cause."""
         return bool(self._spans(middle))
 
     def positions_in_error(self, token_ids: Sequence[int], vocabulary: Vocabulary) -> set[int]:
-        """Places of the tokens that spell what is wrong."""
+        """Return the positions of the tokens within errors."""
         spans = self.error_spans(vocabulary.decode(token_ids))
         found: set[int] = set()
         start = 0
@@ -94,7 +94,7 @@ class TreeRules:
 
     @cached_property
     def _can_be_sound(self) -> bool:
-        from fimserver.context.languages import find_language  # noqa: PLC0415  the door
+        from fimserver.context.languages import find_language  # noqa: PLC0415  lazy
         from fimserver.context.scan import scan  # noqa: PLC0415
 
         language = find_language(self._language_id)
@@ -108,14 +108,15 @@ class TreeRules:
         )
 
     def _spans(self, middle: str) -> list[tuple[int, int]]:
-        from fimserver.context.syntax import parse  # noqa: PLC0415  the door
+        from fimserver.context.syntax import parse  # noqa: PLC0415  lazy
 
         tree = parse(self._before + middle + self._behind, self._language_id)
         if tree is None:
             return []
         source = middle.encode("utf-8", "surrogatepass")
         start, length = tree.to_byte(len(self._before)), len(source)
-        blanks = len(self._behind) - len(self._behind.lstrip())  # where a middle lacks something, the next word errs
+        # if a middle is incomplete, the error is at the next word
+        blanks = len(self._behind) - len(self._behind.lstrip())
         spans = []
         for first, last in tree.errors():
             if first <= start + length + blanks and last >= start:

@@ -1,7 +1,7 @@
-"""How dear a wide pass is on this machine: decides how much is drafted for one.
+"""Measure the cost of a wide pass on this machine, which decides how many tokens are drafted for one.
 
 On a GPU a pass over sixty rows takes as long as one over a single row, since both wait for the weights. On a CPU every
-row costs arithmetic, and a draft has to be likely to be worth its row.
+row costs arithmetic, so only likely drafts are worth their row.
 
 Knows:  the model, a clock.  Never: text, answers.
 """
@@ -15,12 +15,12 @@ from fimserver.engine.modeling.network import causal_rows
 
 _WIDE = 32
 _REPEATS = 10
-_CHEAP = 0.01  # of a pass over one row, for one more row: there canvases pay
+_CHEAP = 0.01  # cost of one more row, in passes over one row, up to which canvases pay off
 _MAX_NODES = 48
 
 
 def measure_row_cost(model: Model) -> float:
-    """What one more row adds to a pass, in passes over one row; the least of some tries, because others disturb."""
+    """Return the cost of one more row in passes over one row; the minimum of several runs, to exclude interruptions."""
     cache = model.new_cache()
     cache.reserve(_WIDE)
 
@@ -39,7 +39,7 @@ def measure_row_cost(model: Model) -> float:
 
 
 def choose_drafts(row_cost: float) -> DraftOptions:
-    """Drafts worth their rows: at most about one pass's worth of them, and canvases only where rows are cheap."""
+    """Return options whose draft rows cost at most about one pass; canvases only if rows are cheap."""
     nodes = min(_MAX_NODES, max(4, int(1 / max(row_cost, 1e-3))))
     if row_cost > _CHEAP:
         return DraftOptions(max_nodes=nodes)

@@ -1,14 +1,13 @@
-"""How likely an answer is right, and whether a guess is likelier: the model and the cache of repeated code, mixed.
+"""Estimate how likely an answer and its n-gram matches are right: the model and the cache of repeated code, mixed.
 
-Two logistic models, fitted on holes of packages that the model was never trained on; their weights stand in the
-model's ``fimserver.json`` (``calibration``), since how far probabilities can be trusted is the model's own. Neither
-side can veto alone: a guess that is long matched wins over a model that is unsure, and one that the model finds
-absurd does not.
+Two logistic models, fitted on holes of packages that the model was never trained on; their weights are in the
+model's ``fimserver.json`` (``calibration``), since each model's probabilities need their own calibration. Neither
+side can veto alone: a long match wins over an unsure model, and a match that the model finds absurd does not.
 
-    rank(filled, text, guesses, calibration) -> candidates, the likeliest first
+    rank(filled, text, matches, calibration) -> candidates, the most likely first
 
-Knows:  texts of answers, log-probabilities, what is known of guesses.  Never: tokens, tensors.
-Source: cache models beside language models, Hellendoorn and Devanbu 2017; weights by ``fimserver eval ranking``.
+Knows:  texts of answers, log-probabilities, facts about matches.  Never: tokens, tensors.
+Source: cache models next to language models, Hellendoorn and Devanbu 2017; weights by ``fimserver eval ranking``.
 """
 
 import math
@@ -17,21 +16,21 @@ from dataclasses import dataclass
 
 from fimserver.datatypes import Match
 
-_LEAST = -40.0  # log-probabilities below are all the same: out of the question
+_LEAST = -40.0  # log-probabilities below are clipped to this
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A text for the middle and the probability that it is right; ``guess`` where the model did not say it."""
+    """A text for the middle and the probability that it is right; ``match`` is set if it is not the model's own."""
 
     text: str
     probability: float
-    guess: Match | None = None
+    match: Match | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """What decoding says of an answer: natural logarithms of whole texts' probabilities, ends included."""
+    """The scores of an answer from decoding: natural logarithms of whole texts' probabilities, ends included."""
 
     text: str
     log_probability: float
@@ -41,20 +40,20 @@ class Scored:
 
 
 def rank(scored: Scored, calibration: Mapping[str, Sequence[float]]) -> list[Candidate]:
-    """The model's answer and the guesses, the likeliest first, each text once."""
+    """Return the model's answer and the matches, the most likely first, each text once."""
     candidates = [
         Candidate(scored.text, _probability(calibration["answer"], answer_features(scored))),
         *(
-            Candidate(guess.text, _probability(calibration["match"], features), guess)
-            for guess, features in match_features(scored)
+            Candidate(match.text, _probability(calibration["match"], features), match)
+            for match, features in match_features(scored)
         ),
     ]
     return sorted(candidates, key=lambda c: -c.probability)
 
 
 def answer_features(scored: Scored) -> list[float]:
-    """Features of the model's own answer, in the order of ``ANSWER_FEATURES``."""
-    known = [guess for guess, log_probability in scored.matches if log_probability is not None]
+    """Return the features of the model's own answer, in the order of ``ANSWER_FEATURES``."""
+    known = [match for match, log_probability in scored.matches if log_probability is not None]
     same = next((g for g in known if g.text.strip() == scored.text.strip()), None)
     other = 0 if same else max((g.match_length for g in known), default=0)
     return [
@@ -69,24 +68,24 @@ def answer_features(scored: Scored) -> list[float]:
 
 
 def match_features(scored: Scored) -> list[tuple[Match, list[float]]]:
-    """Guesses that say something else than the model, with features in the order of ``MATCH_FEATURES``."""
-    known = [(guess, value) for guess, value in scored.matches if value is not None]
+    """Return the matches that differ from the model's answer, with features in the order of ``MATCH_FEATURES``."""
+    known = [(match, value) for match, value in scored.matches if value is not None]
     return [
         (
-            guess,
+            match,
             [
                 1.0,
                 max(log_probability, _LEAST),
-                math.log1p(guess.match_length),
-                float(guess.agreement > 0),
-                math.log(guess.count),
+                math.log1p(match.match_length),
+                float(match.agreement > 0),
+                math.log(match.count),
                 max(scored.log_probability, _LEAST),
                 float(place == 0),
-                math.log1p(len(guess.text)),
+                math.log1p(len(match.text)),
             ],
         )
-        for place, (guess, log_probability) in enumerate(known)
-        if guess.text.strip() != scored.text.strip()
+        for place, (match, log_probability) in enumerate(known)
+        if match.text.strip() != scored.text.strip()
     ]
 
 

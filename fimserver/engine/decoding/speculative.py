@@ -1,21 +1,21 @@
-"""Draft ahead, verify from left to right: the autoregressive answer in a fraction of the passes.
+"""Draft tokens ahead and verify them in one pass: the autoregressive answer in a fraction of the passes.
 
-One pass reads what is sure, drafts of what follows as a tree, and behind them canvases of pure noise:
+One pass reads the verified tokens, a tree of draft tokens, and after them canvases of pure noise:
 
-    sure tokens        causal, as the encoder reads them (in the first pass: the end of the prompt)
+    verified tokens    causal, as the encoder reads them (in the first pass: the end of the prompt)
     draft tree         causal along each branch: logits after every node verify the next
-    canvases           bidirectional, one behind each of the nodes: they draft what the next pass verifies
+    canvases           bidirectional, each after one of the nodes: they draft what the next pass verifies
 
-The walk from the root takes at each node the token that left to right would take; where a draft has it, the walk goes
-on for free. So the answer is that of ``fill_autoregressive`` to the token, whatever the drafts were worth; in float32,
-that is: a bfloat16 pass rounds by its number of rows, and tokens that are as good as tied may change places.
+Verification starts at the root and takes the autoregressive token at each node; it continues while a draft has that
+token. So the answer equals that of ``fill_autoregressive`` token by token, whatever the drafts were, in float32. In
+bfloat16, rounding depends on the number of rows, and nearly tied tokens may swap.
 
-With ``commit_probability`` it is denoising from the left: where no draft goes on, the canvas behind the walk's last
-node does, as far as it says the same next token and is that sure of each behind it. Such tokens are written unverified:
-fewer passes, and another text where the canvas is wrong.
+With ``commit_probability`` it is denoising from the left: where no draft continues, the canvas after the last verified
+node does, as long as it has the same next token and is that sure of each following one. Such tokens are written
+unverified: fewer passes, and a different text where the canvas is wrong.
 
 Knows:   token ids, logits, the cache.  Never: text, files, LSP.
-Stops:   as ``fill_autoregressive`` does; ``stop`` is read before every pass.
+Stops:   as ``fill_autoregressive`` does; ``stop`` is checked before every pass.
 Source:  self-speculation of a model that is causal and bidirectional in one pass, TiDAR (arXiv 2511.08923); trees,
          arXiv 2305.09781; parallel decoding by a threshold of confidence, arXiv 2505.22618.
 """
@@ -36,15 +36,15 @@ from fimserver.engine.modeling.model import Model
 from fimserver.engine.modeling.network import Rows
 from fimserver.engine.modeling.prompt_cache import PromptCache
 
-_RUNNERS_UP = 3  # first tokens of other answers
-_MATCH_NODES = 40  # of the first pass, which ranks all guesses
+_RUNNERS_UP = 3  # alternative first tokens
+_MATCH_NODES = 40  # nodes added in the first pass, which scores all matches
 
 
 @dataclass(frozen=True, slots=True)
 class DraftOptions:
-    """How much is drafted for one pass: nodes of the tree, and canvases of ``canvas_length`` behind the nodes.
+    """Limits of the drafts of one pass: nodes of the tree, and canvases of ``canvas_length`` after the nodes.
 
-    A canvas token that is at least ``commit_probability`` likely is written without being verified; above 1 none is.
+    A canvas token of at least ``commit_probability`` is written without verification; above 1 none is.
     """
 
     max_nodes: int = 12
@@ -56,7 +56,7 @@ class DraftOptions:
 
 @dataclass
 class Drafter:
-    """All sources of drafts for one answer."""
+    """Sources of drafts for one answer."""
 
     options: DraftOptions
     lookup: Lookup
@@ -64,12 +64,12 @@ class Drafter:
     from_canvas: list[int] = field(default_factory=list)
 
     def draft(self, before: Sequence[int], answer: Sequence[int]) -> tuple[DraftTree, list[int]]:
-        """A tree of what may follow ``before``, the answer so far its end; and the nodes that get canvases."""
+        """Return a tree of drafts after ``before``, which ends with the answer so far; and its nodes with canvases."""
         written = len(answer)
         tree = DraftTree(self.options.max_nodes + (0 if written else _MATCH_NODES))
-        for guess in self.matches:
-            if len(guess) > written and list(guess[:written]) == list(answer):
-                tree.add(guess[written:])
+        for match in self.matches:
+            if len(match) > written and list(match[:written]) == list(answer):
+                tree.add(match[written:])
         tree.max_nodes = min(tree.max_nodes, len(tree.tokens) + self.options.max_nodes)
         main = tree.add(self.from_canvas)
         if self.options.lookup:
@@ -100,12 +100,12 @@ def fill_speculative(  # noqa: PLR0913  one call has one place
     max_steps: int = sys.maxsize,
     on_canvas: Callable[[Sequence[int], torch.Tensor], None] = lambda _answer, _logits: None,
 ) -> Filled:
-    """The answer after a prompt whose last tokens ``pending`` are not in the cache yet.
+    """Return the answer after a prompt whose last tokens ``pending`` are not in the cache yet.
 
-    ``before`` are the tokens that the answer stands behind, for drafts. What is written stays in the cache. With
-    ``first`` it is the answer that begins with that token, the only one in ``pending`` then. ``max_steps``
-    are passes for each canvas full of tokens. ``on_canvas`` gets the answer so far and logits (C, V) of what a canvas
-    says behind it, after each pass; none where no canvas stands there.
+    ``before`` are the tokens before the answer, for drafts. The written tokens stay in the cache. With ``first`` the
+    answer begins with that token, which is then the only one in ``pending``. ``max_steps`` limits the passes per
+    canvas length of tokens. After each pass ``on_canvas`` gets the answer so far and the logits (C, V) of the canvas
+    after it, or no logits if there is no canvas.
     """
     verification = _Verification(answer_end, answer_start, max_tokens, on_token, temperature, generator, rules)
     if first is not None:
@@ -153,7 +153,7 @@ def to_rows(  # noqa: PLR0913, PLR0917  everything one pass reads
     cached: int,
     noise: torch.Generator,
 ) -> Rows:
-    """Sure tokens, the tree below the last of them, and a canvas behind each node of ``canvases``."""
+    """Return the verified tokens, the tree below the last of them, and a canvas after each node of ``canvases``."""
     num_sure, num_nodes, num_canvas = len(pending), len(tree.tokens), len(canvases) * canvas_length
     if not num_nodes and not num_canvas and num_sure == 1:
         ids = torch.tensor(list(pending), device=model.device)
@@ -171,7 +171,7 @@ def to_rows(  # noqa: PLR0913, PLR0917  everything one pass reads
     origins: list[int] = []
     for i, node in enumerate(canvases):
         rows = slice(num_sure + num_nodes + i * canvas_length, num_sure + num_nodes + (i + 1) * canvas_length)
-        sees[rows] = sees[num_sure + node]  # the root, -1, is the last sure token
+        sees[rows] = sees[num_sure + node]  # for the root, -1, this is the last verified token
         sees[rows, rows] = True
         begin = root + 1 + tree.depth(node)
         positions += range(begin, begin + canvas_length)
@@ -186,7 +186,7 @@ def to_rows(  # noqa: PLR0913, PLR0917  everything one pass reads
 
 
 class _Verification:
-    """The answer so far, and the rules that every token of it has to pass."""
+    """The answer so far, and the rules that each of its tokens has to pass."""
 
     def __init__(  # noqa: PLR0913, PLR0917
         self,
@@ -220,7 +220,7 @@ class _Verification:
         self._beginning = self._answer_start.after(self._beginning, token_id)
 
     def note_runners_up(self, row: torch.Tensor) -> None:
-        """The tokens that might have begun the answer in place of the one that does."""
+        """Record the alternatives to the answer's first token."""
         constrained = self._answer_start.constrain(row, self._answer_start.beginning)
         values, ids = torch.log_softmax(constrained, dim=-1).topk(_RUNNERS_UP + 1)
         taken = self.answer[:1]
@@ -231,16 +231,16 @@ class _Verification:
         )
 
     def score_matches(self, logits: torch.Tensor, tree: DraftTree, matches: Sequence[Sequence[int]]) -> None:
-        """How likely the model finds each whole guess, its end included, after the word that was typed."""
-        for guess in matches:
+        """Record the log-probability of each whole match, its end included, after the healed word."""
+        for match in matches:
             beginning, node, total = self._answer_start.beginning, -1, 0.0
-            for token_id in guess:
+            for token_id in match:
                 child = tree.child(node, token_id)
                 if child is None:
                     break
                 total += self._log_probability(logits[node + 1], token_id, beginning)
                 beginning, node = self._answer_start.after(beginning, token_id), child
-            if not guess or tree.depth(node) < len(guess):
+            if not match or tree.depth(node) < len(match):
                 self._match_log_probabilities.append(None)
             else:
                 self._match_log_probabilities.append(total + self._answer_end.log_probability(logits[node + 1]))
@@ -250,9 +250,9 @@ class _Verification:
         return float(torch.log_softmax(scored, dim=-1)[token_id])
 
     def take(self, logits: torch.Tensor, tree: DraftTree) -> tuple[list[int], str]:
-        """Tokens along the tree until a draft fails: the nodes that were right, and how it finished, if it did.
+        """Write tokens along the tree until a draft fails; return the accepted nodes, and the finish or ``""``.
 
-        ``logits`` begin with the root's, the nodes' follow.
+        ``logits`` start with the root's, then one row per node.
         """
         node = -1
         taken: list[int] = []
@@ -275,9 +275,9 @@ class _Verification:
             taken.append(node)
 
     def commit(self, canvas: torch.Tensor, least: float) -> tuple[torch.Tensor, str]:
-        """Write what a canvas is sure of behind the token that was written last; what is left of it, and the finish.
+        """Write the tokens that a canvas is sure of after the last one; return the rest of it, and the finish.
 
-        ``canvas`` (C, V) are logits, the first ones of the place of that token.
+        ``canvas`` (C, V) are logits; the first row is at the position of the last written token.
         """
         if least > 1 or self._temperature > 0 or int(canvas[0].argmax()) != self.answer[-1]:
             return canvas[1:], ""
@@ -299,13 +299,13 @@ class _Verification:
         return canvas[:0], ""
 
     def _ends(self, row: torch.Tensor, constrained: torch.Tensor, token_id: int | None) -> bool:
-        """Whether a chosen token ends the answer, which then loses what stands behind its end."""
+        """Return whether a token ends the answer; if so, drop the tokens after its end."""
         end = len(self.answer) if token_id is None else self._answer_end.find([*self.answer, token_id])
         if token_id is not None and end > len(self.answer):
             return False
         ended_by = int(constrained.argmax()) if token_id is None else token_id
         self._end_log_probability = self._answer_end.log_probability(row, ended_by)
-        self._end_log_probability += sum(self._log_probabilities[end:])  # of an anchor's beginning
+        self._end_log_probability += sum(self._log_probabilities[end:])  # tokens that turned out to begin an anchor
         del self.answer[end:], self._log_probabilities[end:]
         return True
 

@@ -1,8 +1,8 @@
-"""Where an answer ends, and how it must begin: the two rules that every decoding loop shares.
+"""Decide where an answer ends and how it must begin: the two rules that all decoding loops share.
 
-    AnswerEnd   the answer stands before the first end token, before the newline that is one too many, or before the
-                fence that closes the code block it is in
-    AnswerStart the answer's first bytes repeat the word that was taken off the prompt
+    AnswerEnd   the answer stops before the first end token, before the first newline over the limit, or before the
+                fence that closes its code block
+    AnswerStart the answer's first bytes repeat the healed word
 
 Knows:   token ids, bytes, logits.  Never: prompts, caches, steps.
 Shapes:  C positions, V vocabulary.
@@ -18,16 +18,16 @@ import torch
 from fimserver.engine.chat import Fence
 from fimserver.engine.vocabulary import Vocabulary
 
-_MANY_LINES = 16  # no token has so many line ends
-_MOST_BLANKS = 3  # tokens of blanks before the first of an answer that has to say something
+_MANY_LINES = 16  # more line ends than any token has
+_MOST_BLANKS = 3  # whitespace tokens allowed before the first visible one, if the answer must not be empty
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerEnd:
-    """An answer has at most ``max_lines - 1`` newlines; a special token ends it.
+    """Ends an answer at a special token or at ``max_lines`` newlines.
 
-    It ends before ``anchor`` too, the tokens of the line that stands below the hole: what comes then is there already;
-    and where the code block ``fence`` is closed. A token that writes code and the fence is the answer's last.
+    It also ends before ``anchor``, the tokens of the line below the hole, which would only repeat that line; and where
+    the code block ``fence`` is closed. A token that holds both code and the fence is the answer's last.
     """
 
     vocabulary: Vocabulary
@@ -36,12 +36,12 @@ class AnswerEnd:
     fence: Fence | None = None
 
     def find(self, token_ids: Sequence[int]) -> int:
-        """How many leading ids belong to the answer; ``len(token_ids)`` when no end is in sight."""
+        """Return how many leading ids belong to the answer; ``len(token_ids)`` if it has no end yet."""
         end = self._find_token(token_ids)
         if self.fence is None or self.vocabulary.fence_ids.isdisjoint(token_ids[:end]):
             return end
         written = [self.vocabulary.token_bytes[i] for i in token_ids[:end]]
-        text = b"".join(written).decode("latin-1")  # a character for each byte
+        text = b"".join(written).decode("latin-1")  # one character per byte
         room = self.fence.find_end(text, is_whole=end < len(token_ids))
         if room == len(text):
             return end
@@ -61,7 +61,7 @@ class AnswerEnd:
         return len(token_ids)
 
     def log_probability(self, logits: torch.Tensor, ended_by: int | None = None) -> float:
-        """Of the answer ending here, by whichever token, ``ended_by`` among them: logits (V,)."""
+        """Return the log-probability that the answer ends here by any end token or ``ended_by``; logits (V,)."""
         ends = _end_mask(self.vocabulary, min(self.max_lines, _MANY_LINES), len(logits), logits.device)
         if ended_by is not None and not ends[ended_by]:
             ends = ends.clone()
@@ -69,28 +69,28 @@ class AnswerEnd:
         return float(torch.logsumexp(logits[ends], dim=-1) - torch.logsumexp(logits, dim=-1))
 
     def first_line(self, token_ids: Sequence[int]) -> int | None:
-        """How many ids the first line takes, its line end included; ``None`` where it has none."""
+        """Return the number of ids in the first line, line end included; ``None`` if it has no end."""
         return next((i + 1 for i, t in enumerate(token_ids) if self.vocabulary.num_newlines[t]), None)
 
 
 @dataclass(frozen=True, slots=True)
 class Beginning:
-    """What the start of an answer still owes: bytes to spell, and a token beyond them."""
+    """What the start of an answer still needs: bytes to spell, and possibly a token after them."""
 
     rest: bytes
     needs_more: bool
 
     @property
     def is_whole(self) -> bool:
-        """Whether nothing is owed: the answer may end."""
+        """Return whether nothing is missing, so the answer may end."""
         return not self.rest and not self.needs_more
 
 
 class AnswerStart:
-    """Masks the vocabulary so that the first tokens spell the healed word, and may go on.
+    """Masks the vocabulary so that the first tokens spell the healed word; the last of them may continue past it.
 
-    With ``min_tokens`` 1 the answer does not end before it has a token of its own that is not blank. Where no
-    token can spell the rest, the logits are left alone.
+    With ``min_tokens`` 1 the answer does not end before a token of its own that is not whitespace. If no token can
+    spell the rest, the logits are unchanged.
     """
 
     def __init__(self, answer_end: AnswerEnd, healed: str, *, min_tokens: int, vocab_size: int) -> None:
@@ -100,25 +100,25 @@ class AnswerStart:
         self.beginning = Beginning(healed.encode("utf-8", "replace"), needs_more=min_tokens > 0)
 
     def allowed_mask(self, beginning: Beginning, device: torch.device) -> torch.Tensor:
-        """Tokens that may come next, (V,) bool."""
+        """Return the tokens that may come next, (V,) bool."""
         max_lines = min(self._answer_end.max_lines, _MANY_LINES)
         return _spelling_mask(self._answer_end.vocabulary, beginning.rest, max_lines, self._vocab_size, device)
 
     def constrain(self, logits: torch.Tensor, beginning: Beginning) -> torch.Tensor:
-        """Logits (V,) with every token that may not come next at minus infinity."""
+        """Return logits (V,) with every token that may not come next at minus infinity."""
         if not beginning.rest and not beginning.needs_more:
             return logits
         mask = self.allowed_mask(beginning, logits.device)
         return logits.masked_fill(~mask, -torch.inf) if bool(mask.any()) else logits
 
     def after(self, beginning: Beginning, token_id: int) -> Beginning:
-        """What is still owed once a token is written."""
+        """Return what is still missing after a token is written."""
         written = self._tokens[token_id] if token_id < len(self._tokens) else b""
         own = written[len(beginning.rest) :]
         return Beginning(beginning.rest[len(written) :], beginning.needs_more and not own.strip())
 
     def own_positions(self, token_ids: Sequence[int]) -> list[int]:
-        """Positions of the tokens that say more than the healed word."""
+        """Return the positions of the tokens that add text after the healed word."""
         beginning, own = self.beginning, []
         for i, token_id in enumerate(token_ids):
             written = self._tokens[token_id] if token_id < len(self._tokens) else b""
@@ -128,10 +128,10 @@ class AnswerStart:
         return own
 
     def constrain_canvases(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits (K, C, V) whose best first tokens begin the answers as they must: ``constrain_canvas``, on a device.
+        """Constrain logits (K, C, V) so that the best tokens begin with the healed word, on a device.
 
-        What is still owed is a number on the device, how many bytes are spelled; each has its mask. So nothing is read
-        back, and the number of positions looked at is the most that can be needed.
+        Equals ``constrain_canvas``. The number of bytes spelled so far stays on the device and selects a mask, so
+        nothing is read back; always as many positions are processed as can be needed.
         """
         if self.beginning.is_whole:
             return logits
@@ -155,15 +155,15 @@ class AnswerStart:
         return logits
 
     def _tables(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """For each number of bytes spelled: tokens that may come next, and those that say nothing of their own."""
+        """Return, by number of bytes spelled: tokens that may come next, and those that add no visible text."""
         vocabulary, owed = self._answer_end.vocabulary, self.beginning.rest
         max_lines = min(self._answer_end.max_lines, _MANY_LINES)
         return _beginning_tables(vocabulary, owed, max_lines, self._vocab_size, device)
 
     def constrain_canvas(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits (C, V) whose best first tokens begin the answer as they must, position by position: the reference.
+        """Constrain logits (C, V) so that the best tokens begin with the healed word: the reference.
 
-        A position that spells only a part is settled on its best token, since the next one depends on it.
+        A position that spells only a part is fixed to its best token, since the next one depends on it.
         """
         beginning = self.beginning
         if not beginning.rest and not beginning.needs_more:
@@ -183,7 +183,7 @@ class AnswerStart:
 
 @lru_cache(maxsize=64)
 def _end_mask(vocabulary: Vocabulary, max_lines: int, vocab_size: int, device: torch.device) -> torch.Tensor:
-    """Tokens (V,) bool that end an answer of so many lines where it begins."""
+    """Return the tokens (V,) bool that end an answer of at most ``max_lines - 1`` newlines at its beginning."""
     newlines = vocabulary.num_newlines
     ends = [not vocabulary.is_text(i) or newlines[i] >= max_lines for i in range(vocabulary.size)]
     return torch.tensor(ends + [True] * (vocab_size - len(ends)), device=device)
@@ -193,7 +193,7 @@ def _end_mask(vocabulary: Vocabulary, max_lines: int, vocab_size: int, device: t
 def _beginning_tables(
     vocabulary: Vocabulary, owed: bytes, max_lines: int, vocab_size: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(R + 1, V) bool twice, and the bytes of each token (V,), for R bytes that an answer begins with."""
+    """Return (R + 1, V) bool twice, and the bytes of each token (V,), for R bytes that an answer begins with."""
     rests = [owed[spelled:] for spelled in range(len(owed) + 1)]
     masks = torch.stack([_spelling_mask(vocabulary, rest, max_lines, vocab_size, device) for rest in rests])
     lengths, solid = _token_sizes(vocabulary, vocab_size, device)
@@ -202,7 +202,7 @@ def _beginning_tables(
 
 @lru_cache(maxsize=4)
 def _token_sizes(vocabulary: Vocabulary, vocab_size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bytes of each token (V,), and how many there are up to its last that is not blank."""
+    """Return the size in bytes of each token (V,), and its size without trailing whitespace."""
     sizes = torch.zeros(2, vocab_size, dtype=torch.int64)
     texts = vocabulary.token_bytes
     sizes[:, : len(texts)] = torch.tensor([[len(t) for t in texts], [len(t.rstrip()) for t in texts]])
@@ -218,7 +218,7 @@ def _spelling_mask(
     vocab_size: int,
     device: torch.device,
 ) -> torch.Tensor:
-    """Tokens (V,) bool that spell the beginning of ``rest``, or go on; where nothing is left, any that ends nothing."""
+    """Return the tokens (V,) bool that spell or start with the beginning of ``rest``; if empty, all but ends."""
     if not rest:
         return ~_end_mask(vocabulary, max_lines, vocab_size, device)
     mask = torch.zeros(vocab_size, dtype=torch.bool)
@@ -227,5 +227,5 @@ def _spelling_mask(
 
 
 def confidence_of(log_probabilities: torch.Tensor) -> float:
-    """Geometric mean of probabilities (N,), given as logarithms; 1 for none."""
+    """Return the geometric mean of probabilities (N,), given as logarithms; 1 for none."""
     return float(log_probabilities.float().mean().exp()) if log_probabilities.numel() else 1.0

@@ -1,18 +1,18 @@
-"""Which kernels multiply by weights in 4 bits on this machine: those that are right here, and of them the fastest.
+"""Choose the kernels that multiply by 4-bit weights on this machine: the fastest of those that compute correctly here.
 
-    choose_matmul   a device, and what a model multiplies -> MatmulBackend; each is tried on the card before it is trusted
-    find_matmul_work     what a model multiplies
-    Trial             what a backend gets wrong, by comparing with plain torch, and how long it takes
+    choose_matmul     device and work of a model -> MatmulBackend; each is tested on the GPU before use
+    find_matmul_work  the matrix shapes that a model multiplies
+    Trial             compares a backend with plain torch, and times it
 
-A processor has the plain way alone, which expands. Wrong results of kernels on new cards are on record, and a wrong
-kernel says nothing: so each is compared at start, and one that differs is left out with a warning. Compared is at the
-model's own shapes, since kernels are compiled for each, for one token and for many, and as recorded on the card.
+A CPU has only the plain backend, which expands weights. Kernels are known to give wrong results on new GPUs without an
+error: so each is compared at start, and one that differs is left out with a warning. The comparison uses the model's
+own shapes, since kernels are compiled for each, one token and many, and CUDA graph replay.
 
-Backends that come with fimserver take any shape. Others, taken where they are installed, have an order of their own for
-weights that stay, and leave the rest to the best of these. One that rounds activations to 4 bits is tried where the
-person asked for it (``fp4Activations``), and compared with plain torch that rounds them too.
+fimserver's own backends take any shape. Those of other packages, used if installed, reorder weights that stay and leave
+the rest to the best of ours. A backend that rounds activations to 4 bits is tried only if the user asked for it
+(``fp4Activations``), and compared with plain torch that rounds them too.
 
-Knows:  names of backends, times.  Never: what a model says.
+Knows:  names of backends, times.  Never: the model's outputs.
 """
 
 import logging
@@ -34,21 +34,21 @@ from fimserver.engine.modeling.layers import find_packed_projections
 from fimserver.errors import EngineError
 
 _logger = logging.getLogger(__name__)
-_TOLERANCE = 0.02  # of the largest number in a result: what sums of bf16 may differ by
-_ROUNDED_TOLERANCE = 0.05  # a tie may go either way, and a number between two products with it
-_TOKENS = (1, 19, 64, 300)  # of a trial: one, no multiple of a tile, a canvas, a piece of a prompt
+_TOLERANCE = 0.02  # fraction of a result's largest number; bf16 sums differ by less
+_ROUNDED_TOLERANCE = 0.05  # larger, since ties and numbers between two codes may round either way
+_TOKENS = (1, 19, 64, 300)  # of a trial: one, an odd number, a canvas, a chunk of a prompt
 _TIMED_TOKENS = 64
 _ROUNDS = 5
-_LEAST_SCALE = 0x20  # an eighth, as a byte of e4m3
+_LEAST_SCALE = 0x20  # 1/8 as an e4m3 byte
 _Run = Callable[[], torch.Tensor]
 _Record = Callable[[_Run], _Run]
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """The products of a model: projections (N, K), and experts (E, I, H) of which a token chooses some.
+    """The matmuls of a model: projections (N, K), and experts (E, I, H), of which a token chooses ``num_chosen``.
 
-    Experts that do not ``stay`` are in the places of an ``ExpertCache``, and are multiplied as they are stored.
+    Experts that do not ``stay`` are in the slots of an ``ExpertCache``, and are multiplied as they are stored.
     """
 
     projections: tuple[tuple[int, int], ...] = ()
@@ -57,20 +57,20 @@ class Work:
     stay: bool = True
 
     def for_others(self) -> "Work":
-        """What a backend with an order of its own has to do with."""
+        """Return the work for a backend that reorders weights."""
         return self if self.stay else replace(self, experts=None)
 
 
-# No multiple of a tile, so that edges are tried too.
+# Not multiples of a tile, so that edges are tested too.
 EDGES = Work(projections=((272, 192),), experts=(8, 144, 192), num_chosen=3)
 
 
 @dataclass(frozen=True, slots=True)
 class BackendCandidate:
-    """A way to multiply; ``make`` raises what it likes where it cannot be had.
+    """A backend to try; ``make`` raises any exception if it is not available.
 
-    ``make`` gets the dtype of activations, and for what a backend does not take itself the best that takes any shape.
-    ``package`` is another project's, which is installed apart.
+    ``make`` gets the dtype of activations, and the best backend for any shape as a fallback. ``package`` is the PyPI
+    package of another project.
     """
 
     name: str
@@ -80,13 +80,13 @@ class BackendCandidate:
 
     @property
     def takes_any_shape(self) -> bool:
-        """Whether it reads all weights as they are stored: ours do."""
+        """Return whether the backend reads all weights as they are stored: ours do."""
         return not self.package
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What was chosen, and what was said of every backend that was tried."""
+    """The chosen backend, and the result for every backend that was tried."""
 
     matmul: MatmulBackend
     tried: dict[str, str] = field(default_factory=dict)
@@ -132,10 +132,10 @@ def choose_matmul(  # noqa: PLR0913  two of which have no default
     fp4_activations: bool = False,
     sign: Callable[[], None] = lambda: None,
 ) -> Choice:
-    """The fastest backend that is right on a device; plain torch, with a warning, where none is.
+    """Return the fastest correct backend on a device; plain torch, with a warning, if there is none.
 
-    ``sign`` is called now and then: compiling kernels takes minutes the first time. Raises ``EngineError`` where
-    another package's kernels leave the card unusable for this process.
+    ``sign`` is called now and then: compiling kernels takes minutes the first time. Raises ``EngineError`` if
+    another package's kernels leave the GPU unusable for this process.
     """
     if device.type == "cpu":
         return Choice(PLAIN)
@@ -147,7 +147,7 @@ def choose_matmul(  # noqa: PLR0913  two of which have no default
         edges, own = Trial(device, dtype, EDGES, sign), Trial(device, dtype, work, sign)
         others = own if work.stay else Trial(device, dtype, work.for_others(), sign)
     except torch.OutOfMemoryError:
-        _logger.warning("the card has no room to compare kernels, so weights in 4 bits are expanded, which is slow")
+        _logger.warning("no GPU memory is left to compare kernels, so weights in 4 bits are expanded, which is slow")
         return Choice(plain)
     for backend in backends:
         if backend.rounds_activations and not fp4_activations:
@@ -161,9 +161,9 @@ def choose_matmul(  # noqa: PLR0913  two of which have no default
                 matmul = backend.make(dtype, _fastest(any_shape, plain))
                 fault = next(filter(None, (trial.find_fault(matmul, backend) for trial in trials)), "")
                 seconds = 0.0 if fault else trials[-1].measure(matmul)
-        except Exception as error:  # others' packages, drivers and compilers fail in their own ways
+        except Exception as error:  # packages, drivers and compilers of others may raise anything
             if backend.package and "CUDA error" in str(error):
-                msg = f"{backend.name}'s kernels broke the card's context ({error}); pip uninstall {backend.package}"
+                msg = f"{backend.name}'s kernels broke the CUDA context ({error}); pip uninstall {backend.package}"
                 raise EngineError(msg) from error
             is_missing = isinstance(error, ImportError) and not backend.takes_any_shape
             tried[backend.name] = "not installed" if is_missing else f"{type(error).__name__}: {error}"
@@ -178,12 +178,12 @@ def choose_matmul(  # noqa: PLR0913  two of which have no default
         any_shape += times[-1:] if backend.takes_any_shape else []
         tried[backend.name] = f"{seconds * 1e6:.0f} us"
     if not times:
-        _logger.warning("weights in 4 bits are expanded for every product, which is slow; see fimserver doctor")
+        _logger.warning("weights in 4 bits are expanded for every matmul, which is slow; see fimserver doctor")
     return Choice(_fastest(times, plain), tried)
 
 
 def _kept_stream(device: torch.device) -> AbstractContextManager[Any]:
-    """A recording that fails leaves its own stream in the place of the current one: that is put back behind it."""
+    """Restore the current stream on exit; a failed capture leaves its own stream as the current one."""
     if device.type != "cuda":
         return nullcontext()
     stream: AbstractContextManager[Any] = torch.cuda.stream(torch.cuda.current_stream(device))
@@ -195,7 +195,7 @@ def _fastest(times: Sequence[tuple[float, MatmulBackend]], otherwise: MatmulBack
 
 
 def find_matmul_work(model: Any) -> Work:
-    """The products by weights in 4 bits of transformers' model."""
+    """Return the matmuls with 4-bit weights in transformers' model."""
     config = model.config.text_config
     projections, packed = tuple(find_packed_projections(model)), find_packed_experts(model)
     if not packed:
@@ -207,13 +207,13 @@ def find_matmul_work(model: Any) -> Work:
 
 
 def _run_once(run: _Run) -> _Run:
-    """In the place of a recording, which runs first too."""
+    """Replace ``capture`` on a CPU; runs once, as a capture does."""
     run()
     return run
 
 
 class Trial:
-    """Weights and tokens of a comparison, all made on the device: codes and scales of any kind, the same each time."""
+    """Weights and tokens of a comparison, made on the device: all codes and scales, the same each time."""
 
     def __init__(
         self,
@@ -237,7 +237,7 @@ class Trial:
         self._num_chosen = work.num_chosen
 
     def find_fault(self, matmul: MatmulBackend, backend: BackendCandidate | None = None) -> str:
-        """How a backend's results differ from plain torch's; nothing when they are the same but for rounding."""
+        """Return how a backend's results differ from plain torch's; empty if they differ only by rounding."""
         rounds = backend is not None and backend.rounds_activations
         plain: MatmulBackend = RoundedMatmul() if rounds else PLAIN
         tolerance = _ROUNDED_TOLERANCE if rounds else _TOLERANCE
@@ -245,18 +245,18 @@ class Trial:
             self._sign()
             expected, ways = expect(*inputs), {"": partial(run, *inputs)}
             if not matmul.reads_choices:
-                ways[", recorded"] = partial(self._replay, run, inputs)
+                ways[", replayed"] = partial(self._replay, run, inputs)
             for kind, way in ways.items():
                 found = way()
                 if found.shape != expected.shape:
                     return f"{what}{kind} came out with shape {tuple(found.shape)}, not {tuple(expected.shape)}"
                 difference = (found.float() - expected).abs().max() / expected.abs().max()
-                if not float(difference) <= tolerance:  # NaN is none
-                    return f"{what}{kind} differed from plain torch by {float(difference):.1%} on this card"
+                if not float(difference) <= tolerance:  # also true for NaN
+                    return f"{what}{kind} differed from plain torch by {float(difference):.1%} on this GPU"
         return ""
 
     def measure(self, matmul: MatmulBackend) -> float:
-        """Seconds of all these products for a canvas, recorded where that can be; of each the best of some rounds."""
+        """Return the seconds of all matmuls for a canvas, as CUDA graphs if possible; the best round of each."""
         total = 0.0
         for _, run, inputs, _ in self._runs(matmul, PLAIN, (_TIMED_TOKENS,)):
             self._sign()
@@ -273,17 +273,17 @@ class Trial:
         return total
 
     def _replay(self, run: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor]) -> torch.Tensor:
-        """What a recording gives that was made of other numbers, and other choices, in the same tensors."""
+        """Replay a graph that was captured with other numbers, and other choices, in the same tensors."""
         held = [t.roll(1, 0).flip(-1) for t in inputs]
         again = self._record(partial(run, *held))
         for tensor, wanted in zip(held, inputs, strict=True):
             tensor.copy_(wanted)
-        return again().clone()  # its memory goes with the recording
+        return again().clone()  # the result's memory belongs to the graph
 
     def _runs(
         self, matmul: MatmulBackend, plain: MatmulBackend, tokens: Sequence[int] = _TOKENS
     ) -> Iterator[tuple[str, Callable[..., torch.Tensor], tuple[torch.Tensor, ...], Callable[..., torch.Tensor]]]:
-        """Each product: its name, how it is run, with what, and what should come of that, in float32."""
+        """Yield each matmul's name, function, inputs, and a function for the expected float32 result."""
         for weights in self._projections:
             linear = matmul.prepare_linear(weights)
             for count in tokens:
@@ -314,7 +314,7 @@ class Trial:
         return torch.randn(*shape, generator=self._generator, device=self.device).to(self._dtype)
 
     def _choose(self, tokens: int, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Choices and their shares: one expert is nobody's, one everybody's."""
+        """Return choices and their shares: no token chooses one of the experts, all choose another."""
         spread = torch.randn(tokens, num_experts, generator=self._generator, device=self.device)
         spread[:, num_experts // 2] = -9
         spread[:, num_experts // 4] = 9
@@ -322,7 +322,7 @@ class Trial:
         return chosen, shares
 
     def _to_weights(self, *shape: int) -> NVFP4Tensor:
-        """Any codes, scales from 1/8 to 2, a global scale for each matrix."""
+        """Return random codes, scales from 1/8 to 2, and a global scale for each matrix."""
         packed, scales = draw_codes(shape, self._generator, _LEAST_SCALE)
         step = torch.rand(*shape[:-2], 1, generator=self._generator, device=self.device) + 0.5
         return NVFP4Tensor(packed, scales, step / (4 * shape[-1] ** 0.5)).with_row_scales()

@@ -1,14 +1,15 @@
-"""Experts in NVFP4 by flashinfer's cuTile kernels, where ``flashinfer-python`` is installed: on sm89, sm90 and sm12x.
+"""Run experts in NVFP4 with flashinfer's cuTile kernels, if ``flashinfer-python`` is installed: sm89, sm90, sm12x.
 
-    FlashinferMatmul   the interface of ``products.py``; experts that stay are put in flashinfer's order once
+    FlashinferMatmul   the interface of ``matmul.py``; experts that stay are put in flashinfer's order once
 
-Activations are bf16 (W4A16); with ``rounds`` they are in 4 bits too (W4A4), which only sm12x multiplies and which
-differs by some 10% (``products.py: RoundedMatmul``): an experiment that a person asks for. Projections, and experts
-that change, are another backend's.
+Activations are bf16 (W4A16); with ``rounds`` they are in 4 bits too (W4A4), which only sm12x supports and which differs
+by some 10% (``matmul.py: RoundedMatmul``): an experiment that the user has to ask for. Projections, and experts that
+change, are left to another backend.
 
-Shapes:  T tokens, E experts, I inner size, H hidden size, k experts a token.
-Source:  flashinfer-python 0.7.2 (Apache 2.0): ``flashinfer.fused_moe``, whose gate and up are in the order up, gate.
-Tested:  up to the kernels, with plain torch in their place (tests/engine/kernels/test_optional_kernels.py): these need a card.
+Shapes:  T tokens, E experts, I inner size, H hidden size, k experts per token.
+Source:  flashinfer-python 0.7.2 (Apache 2.0): ``flashinfer.fused_moe``, which orders the halves up, gate.
+Tested:  up to the kernels, with plain torch in their place (tests/engine/kernels/test_optional_kernels.py): the
+         kernels themselves need a GPU.
 """
 
 from typing import Any
@@ -18,16 +19,16 @@ import torch
 from fimserver.engine.kernels.matmul import Experts, MatmulBackend
 from fimserver.engine.kernels.nvfp4 import NVFP4Tensor, split_by_scale
 
-_MOST_TOKENS = 8192  # of one call: what its work memory is made for
+_MOST_TOKENS = 8192  # of one call, which sizes the work memory
 
 
 class FlashinferMatmul:
-    """flashinfer's experts; all else is the ``rest``'s."""
+    """flashinfer's experts; ``rest`` does everything else."""
 
     reads_choices = False
 
     def __init__(self, rest: MatmulBackend, dtype: torch.dtype = torch.bfloat16, *, rounds: bool = False) -> None:
-        """Raises ``ImportError`` where flashinfer is not installed, ``TypeError`` for activations that are not bf16."""
+        """Raise ``ImportError`` without flashinfer, and ``TypeError`` for activations other than bf16."""
         import flashinfer.fused_moe as moe  # noqa: PLC0415  optional
 
         if dtype is not torch.bfloat16:
@@ -36,7 +37,7 @@ class FlashinferMatmul:
         self.name = "flashinfer, activations in 4 bits" if rounds else "flashinfer"
         self.dtype, self._moe, self._rounds = dtype, moe, rounds
         self._config = moe.CuTileNvfp4Config() if rounds else moe.CuTileNvfp4Bf16Config()
-        self._layers: dict[tuple[int, ...], Any] = {}  # one for all experts of a shape: it has the work memory
+        self._layers: dict[tuple[int, ...], Any] = {}  # by the experts' shape, since each holds the work memory
         self.linear, self.experts, self.prepare_linear = rest.linear, rest.experts, rest.prepare_linear
 
     def prepare_experts(self, gate_up: NVFP4Tensor, down: NVFP4Tensor) -> Experts:
@@ -91,7 +92,7 @@ class FlashinferMatmul:
 
 
 def _swapped(gate_up: NVFP4Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes and scales with up before gate, and a global scale for both of them (E, 2) in that order."""
+    """Return codes and scales with up before gate, and their global scales (E, 2) in that order."""
     gate, up = (_half(gate_up, half) for half in (0, 1))
     return (
         torch.cat((up.packed, gate.packed), dim=1),
@@ -107,9 +108,9 @@ def _half(gate_up: NVFP4Tensor, half: int) -> NVFP4Tensor:
 
 
 def _one_scale(stack: NVFP4Tensor) -> torch.Tensor:
-    """The global scale of each matrix (E, 1). Raises ``ValueError`` where its rows have several."""
+    """Return the global scale of each matrix (E, 1). Raises ``ValueError`` if its rows have several."""
     parts = split_by_scale(stack)
     if len(parts) > 1:
-        msg = f"flashinfer has one global scale for a matrix, and the rows of these have {len(parts)}"
+        msg = f"flashinfer takes one global scale per matrix; the rows of these have {len(parts)}"
         raise ValueError(msg)
     return parts[0].global_scale.float().contiguous()

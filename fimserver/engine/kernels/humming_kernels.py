@@ -1,15 +1,16 @@
-"""NVFP4 products by Humming's kernels, where ``humming-kernels`` is installed: W4A16 on cards from sm80 on.
+"""Multiply by NVFP4 weights with Humming's kernels, if ``humming-kernels`` is installed: W4A16 on GPUs from sm80 on.
 
-    HummingMatmul   the interface of ``products.py``; weights that stay are repacked once, by Humming on the card
+    HummingMatmul   the interface of ``matmul.py``; Humming repacks weights that stay once, on the GPU
 
-Humming compiles a kernel for each shape when it is met first, and chooses tiles by the number of tokens. A layer of it
-has one global scale for a matrix, so rows of several origins are several layers. Experts are products of tokens sorted
-by expert, with a table of where each expert's begin; no number of it is waited for by the host.
+Humming compiles a kernel for each new shape, and chooses tiles by the number of tokens. Its layers have one global
+scale for a matrix, so rows with several become several layers. Experts are matmuls of tokens sorted by expert, with a
+table of each expert's first row; the host never waits for its numbers.
 
-Shapes:  T tokens, K columns, N rows; E experts, I inner size, H hidden size, k experts a token.
+Shapes:  T tokens, K columns, N rows; E experts, I inner size, H hidden size, k experts per token.
 Source:  humming-kernels 0.1.19 (Apache 2.0): ``humming.layer.HummingLayer`` with ModelOpt's weights, and its
-         ``grouped_contiguous`` products.
-Tested:  up to the kernels, with plain torch in their place (tests/engine/kernels/test_optional_kernels.py): these need a card.
+         ``grouped_contiguous`` matmuls.
+Tested:  up to the kernels, with plain torch in their place (tests/engine/kernels/test_optional_kernels.py): the
+         kernels themselves need a GPU.
 """
 
 from typing import Any
@@ -20,18 +21,18 @@ from torch.nn import functional
 from fimserver.engine.kernels.matmul import Experts, MatmulBackend, Projection, gate_by_gelu, sort_choices
 from fimserver.engine.kernels.nvfp4 import NVFP4Tensor, split_by_scale
 
-_MOST_PARTS = 4  # of one matrix, each with a call of its own
+_MOST_PARTS = 4  # of one matrix, each a separate call
 _GROUPED = {"gemm_type": "grouped_contiguous"}
 
 
 class HummingMatmul:
-    """Humming's kernels for weights that stay; those that change are the ``rest``'s."""
+    """Humming's kernels for weights that stay; ``rest`` multiplies those that change."""
 
     name = "Humming"
     reads_choices = False
 
     def __init__(self, rest: MatmulBackend, dtype: torch.dtype = torch.bfloat16) -> None:
-        """Raises ``ImportError`` where Humming is not installed."""
+        """Raise ``ImportError`` if Humming is not installed."""
         from humming.layer import HummingLayer  # noqa: PLC0415  optional
 
         self.dtype, self._layer = dtype, HummingLayer
@@ -48,7 +49,7 @@ class HummingMatmul:
     def _to_layers(self, weights: NVFP4Tensor) -> list[Any]:
         parts = split_by_scale(weights)
         if len(parts) > _MOST_PARTS:
-            msg = f"Humming has one global scale for a matrix, and the rows of this one have {len(parts)}"
+            msg = f"Humming takes one global scale per matrix; the rows of this one have {len(parts)}"
             raise ValueError(msg)
         return [self._to_layer(part) for part in parts]
 
@@ -73,13 +74,13 @@ class HummingMatmul:
 
 
 class _Matrix:
-    """Layers whose results stand side by side."""
+    """Layers whose results are concatenated."""
 
     def __init__(self, layers: list[Any]) -> None:
         self._layers = layers
 
     def __call__(self, x: torch.Tensor, **routing: Any) -> torch.Tensor:
-        """``x`` (..., K) to (..., N)."""
+        """Multiply ``x`` (..., K) to (..., N)."""
         flat = x.reshape(-1, x.shape[-1]).contiguous()
         results = [layer(flat, **routing) for layer in self._layers]
         joined = results[0] if len(results) == 1 else torch.cat(results, dim=-1)
@@ -94,7 +95,7 @@ class _SortedExperts:
         self._num_experts = num_experts
 
     def __call__(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Tokens (T, H), each once for an expert that it chose, in the order of the experts: (T, H) float32."""
+        """Run tokens (T, H) through their chosen experts, sorted by expert: (T, H) float32."""
         tokens, per_token = chosen.shape
         order, counts = sort_choices(chosen.flatten(), self._num_experts)
         routing = {"expert_layout": functional.pad(counts.cumsum(0), (1, 0)), "compute_config": _GROUPED}

@@ -1,13 +1,13 @@
-"""MatmulBackend with weights in 4 bits, behind one interface; in plain torch, the reference for every kernel.
+"""Define matmul backends for 4-bit weights, and the plain torch ones, the reference for every kernel.
 
-    MatmulBackend   linear, and experts with routing; by weights as they are stored, or prepared once
-    AsStored   of which a backend is that reads them as they are stored
-    PLAIN      expands the weights at every call; RoundedMatmul rounds activations to 4 bits too
+    MatmulBackend   linear, and experts with routing; with weights as they are stored, or prepared once
+    AsStored        base of backends that read weights as they are stored
+    PLAIN           expands the weights at every call; RoundedMatmul rounds activations to 4 bits too
 
-Weights are NVFP4, activations bf16 on a card (W4A16) and float32 here; sums are float32. Gate and up are one matrix,
-its first half the gate; between them and down is GELU in its tanh form, as the class has it.
+Weights are NVFP4, activations bf16 on a GPU (W4A16) and float32 here; sums are float32. Gate and up are one matrix, its
+first half the gate; the activation is the tanh form of GELU, as in the model class.
 
-Shapes:  T tokens, K columns, N rows; E experts, I their inner size, H hidden size, k experts a token.
+Shapes:  T tokens, K columns, N rows; E experts, I their inner size, H hidden size, k experts per token.
 """
 
 from collections.abc import Callable
@@ -24,11 +24,11 @@ Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # 
 
 
 class MatmulBackend(Protocol):
-    """What a backend has to do; ``name`` is for a person, ``dtype`` that of activations.
+    """The interface of a backend; ``name`` is for display, ``dtype`` that of activations.
 
-    ``reads_choices`` says that the host looks at which experts were chosen, so that a pass cannot be recorded. Weights
-    that stay are prepared once, for which a backend may copy them into an order of its own; those that change, in the
-    places of an ``ExpertCache``, are multiplied as they are stored.
+    ``reads_choices`` says that the host reads which experts were chosen, so a pass cannot be captured. Weights that
+    stay are prepared once, and a backend may copy them into an order of its own; those that change, in the slots of an
+    ``ExpertCache``, are multiplied as they are stored.
     """
 
     name: str
@@ -36,7 +36,7 @@ class MatmulBackend(Protocol):
     reads_choices: bool
 
     def linear(self, weights: NVFP4Tensor, x: torch.Tensor) -> torch.Tensor:
-        """``x`` (..., K) times weights (N, K): (..., N) in the dtype of ``x``."""
+        """Multiply ``x`` (..., K) by weights (N, K): (..., N) in the dtype of ``x``."""
 
     def experts(
         self,
@@ -46,17 +46,17 @@ class MatmulBackend(Protocol):
         chosen: torch.Tensor,
         weights: torch.Tensor,
     ) -> torch.Tensor:
-        """``x`` (T, H) through the ``chosen`` experts (T, k), added by ``weights`` (T, k): (T, H) float32."""
+        """Run ``x`` (T, H) through the ``chosen`` experts (T, k), added by ``weights`` (T, k): (T, H) float32."""
 
     def prepare_linear(self, weights: NVFP4Tensor) -> Projection:
-        """``linear`` by these weights; they may go afterwards."""
+        """Return ``linear`` with these weights, which may be freed afterwards."""
 
     def prepare_experts(self, gate_up: NVFP4Tensor, down: NVFP4Tensor) -> Experts:
-        """``experts`` by these weights; they may go afterwards."""
+        """Return ``experts`` with these weights, which may be freed afterwards."""
 
 
 class AsStored:
-    """A backend that reads weights as they are stored has nothing to prepare."""
+    """Base of backends that read weights as they are stored and prepare nothing."""
 
     def prepare_linear(self: MatmulBackend, weights: NVFP4Tensor) -> Projection:
         """See ``MatmulBackend``."""
@@ -68,7 +68,7 @@ class AsStored:
 
 
 class PlainMatmul(AsStored):
-    """Expand, then multiply: of experts only those that a token chose."""
+    """Expands weights, then multiplies; of experts only those that a token chose."""
 
     name = "plain torch"
     reads_choices = True
@@ -98,14 +98,14 @@ class PlainMatmul(AsStored):
         )
 
     def _take(self, x: torch.Tensor) -> torch.Tensor:
-        """Activations as they are multiplied."""
+        """Return activations as they are multiplied."""
         return x
 
 
 class RoundedMatmul(PlainMatmul):
-    """The same with activations in 4 bits too (W4A4), as cards that multiply 4 bits have them: what these should say.
+    """Also rounds activations to 4 bits (W4A4): the reference for GPUs that multiply in 4 bits.
 
-    Activations have a scale for each 16 and none for all; those between gate, up and down are rounded too.
+    Activations have a scale per 16 and no global one; those between gate, up and down are rounded too.
     """
 
     name = "plain torch, activations in 4 bits"
@@ -115,12 +115,12 @@ class RoundedMatmul(PlainMatmul):
 
 
 def gate_by_gelu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """What goes into down, by the class's activation."""
+    """Return the input of down, by the class's activation."""
     return functional.gelu(gate, approximate="tanh") * up
 
 
 def round_activations(x: torch.Tensor) -> torch.Tensor:
-    """Activations (..., K) as they are in 4 bits."""
+    """Round activations (..., K) to 4 bits and expand them."""
     one = torch.ones(1, device=x.device)
     return quantize(x, global_scale=one).dequantize(x.dtype)
 
@@ -132,9 +132,9 @@ def run_experts(
     chosen: torch.Tensor,
     weights: torch.Tensor,
 ) -> torch.Tensor:
-    """Experts one after the other, each by its gate and up (2 I, H) and its down (H, I): (T, H) float32.
+    """Run experts one by one, each with its gate and up (2 I, H) and its down (H, I): (T, H) float32.
 
-    ``join`` makes of gate and up what goes into down.
+    ``join`` computes the input of down from gate and up.
     """
     result = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in sorted(set(chosen.flatten().tolist())):
@@ -147,14 +147,14 @@ def run_experts(
 
 
 def sort_choices(slots: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choices (T k,) in the order of their experts, and how many each expert has (E,); nothing is read back."""
+    """Return choices (T k,) sorted by expert, and the number for each expert (E,); nothing is read back."""
     counts = torch.zeros(num_experts, dtype=torch.int64, device=slots.device)
     counts.scatter_add_(0, slots, torch.ones_like(slots))
     return torch.argsort(slots, stable=True), counts
 
 
 def expert_of(stack: NVFP4Tensor, expert: int, dtype: torch.dtype) -> torch.Tensor:
-    """One expert's matrix of a stack, expanded."""
+    """Expand one expert's matrix of a stack."""
     return NVFP4Tensor(stack.packed[expert], stack.scales[expert], stack.global_scale[expert]).dequantize(dtype)
 
 

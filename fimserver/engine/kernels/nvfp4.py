@@ -1,19 +1,19 @@
-"""NVFP4 in plain torch: weights as 4-bit floats, one scale for 16 of them, one more for the matrix.
+"""Convert weights to and from NVFP4 in plain torch: 4-bit floats, one scale per 16, and a global scale.
 
     quantize          weights -> NVFP4Tensor: nearest codes, or scales searched for the least squared error
     dequantize        NVFP4Tensor -> weights
-    encode, decode    e2m1 codes of numbers and back; pack, unpack two of them to a byte
-    draw_codes        random ones, where only time or rounding is of interest
-    concatenate       matrices of the same K as one; split_by_scale: and back into parts of one global scale
+    encode, decode    numbers to e2m1 codes and back; pack, unpack: two codes per byte
+    draw_codes        random codes and scales, for tests of time or rounding
+    concatenate       matrices of the same K as one; split_by_scale: back into parts of one global scale
     to_parts          NVFP4Tensor -> the tensors of a checkpoint, by ModelOpt's or compressed-tensors' names
     from_parts        and back
 
 A weight is ``code * scale * global_scale``. Codes are e2m1 (0, .5, 1, 1.5, 2, 3, 4, 6; bit 3 is the sign), two in a
-byte along K with the even one in the low half; scales are float8 e4m3, one for each 16 weights of a row.
+byte along K with the even one in the low half; scales are float8 e4m3, one per 16 weights of a row.
 
 Shapes:  (..., N, K) weights; packed (..., N, K/2) uint8, scales (..., N, K/16), global_scale (..., 1) or (..., N).
 Equal:   to ModelOpt, compressed-tensors and torchao, byte for byte (tests/engine/kernels/test_nvfp4_interop.py).
-Raises:  ``WeightsError`` for what has no such form: NaN, infinity, rows that are no whole blocks.
+Raises:  ``WeightsError`` for weights that NVFP4 cannot hold: NaN, infinity, rows that are not whole blocks.
 Source:  NVIDIA's description of NVFP4; ModelOpt's and compressed-tensors' checkpoints for the names.
 """
 
@@ -29,16 +29,16 @@ from fimserver.errors import WeightsError
 BLOCK = 16
 E2M1_MAX = 6.0
 E4M3_MAX = 448.0
-LEAST_SCALE = 2.0**-9  # the smallest of e4m3 above zero
+LEAST_SCALE = 2.0**-9  # the smallest positive e4m3
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_TOP_SCALE_IN_SEARCH = 256.0  # room for a searched scale to be larger than the nearest
-_SEARCHED = range(-4, 10)  # distances, in e4m3 codes, from the scale that takes the largest weight to 6
+_TOP_SCALE_IN_SEARCH = 256.0  # below the largest e4m3, so that a searched scale may exceed the nearest
+_SEARCHED = range(-4, 10)  # offsets in e4m3 codes from the scale that maps the largest weight to 6
 _SIGN, _NAN_CODE = 8, 0x7F
-_TWO = 0x40  # as a byte of e4m3
+_TWO = 0x40  # 2.0 as an e4m3 byte
 
 
 class Dialect(StrEnum):
-    """Whose names a checkpoint has."""
+    """The project whose names a checkpoint uses."""
 
     MODELOPT = "modelopt"
     COMPRESSED_TENSORS = "compressed-tensors"
@@ -46,7 +46,7 @@ class Dialect(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class NVFP4Tensor:
-    """Weights (..., N, K) in 4 bits; ``global_scale`` is one number for all rows of a matrix, or one for each."""
+    """Weights (..., N, K) in 4 bits; ``global_scale`` is one number per matrix, or one per row."""
 
     packed: torch.Tensor
     scales: torch.Tensor
@@ -63,20 +63,20 @@ class NVFP4Tensor:
         return self.packed.nbytes + self.scales.nbytes + self.global_scale.nbytes
 
     def to(self, device: torch.device) -> "NVFP4Tensor":
-        """The same on another device."""
+        """Copy the tensor to a device."""
         return NVFP4Tensor(self.packed.to(device), self.scales.to(device), self.global_scale.to(device))
 
     def with_row_scales(self) -> "NVFP4Tensor":
-        """The same with a global scale for each row, as matrices of several origins need it."""
+        """Return the tensor with one global scale per row, as concatenated matrices need it."""
         return replace(self, global_scale=self.global_scale.expand(self.packed.shape[:-1]).contiguous())
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The weights (..., N, K); products are made in float32 and rounded once."""
+        """Return the weights (..., N, K), computed in float32 and rounded once."""
         return dequantize(self, dtype)
 
 
 def concatenate(tensors: Sequence[NVFP4Tensor]) -> NVFP4Tensor:
-    """Matrices of the same K as one, the rows of each behind those of the last."""
+    """Join the rows of matrices of the same K."""
     rows = [t.with_row_scales() for t in tensors]
     return NVFP4Tensor(
         torch.cat([t.packed for t in rows], dim=-2),
@@ -86,9 +86,9 @@ def concatenate(tensors: Sequence[NVFP4Tensor]) -> NVFP4Tensor:
 
 
 def split_by_scale(tensor: NVFP4Tensor) -> list[NVFP4Tensor]:
-    """Rows (..., N, K) in runs that have one global scale each (..., 1), in the order of the rows.
+    """Split rows (..., N, K) into runs that have one global scale each (..., 1), in row order.
 
-    Stacks are cut where any of their matrices' scale changes, so gate and up of experts are two runs, or one.
+    Stacks are split wherever the scale of any of their matrices changes: gate and up of experts give one or two runs.
     """
     scale = tensor.with_row_scales().global_scale
     changes = (scale[..., 1:] != scale[..., :-1]).reshape(-1, scale.shape[-1] - 1).any(0)
@@ -106,17 +106,17 @@ def quantize(
     searched: bool = False,
     importance: torch.Tensor | None = None,
 ) -> NVFP4Tensor:
-    """Weights (..., N, K) in 4 bits, each matrix with its own global scale unless one (..., 1) is given.
+    """Quantize weights (..., N, K) to 4 bits, each matrix with its own global scale unless one (..., 1) is given.
 
-    ``searched`` takes for each block the scale whose squared error is least; ``importance`` (K,) weighs the columns,
-    by the mean square of what they are multiplied with.
+    ``searched`` takes for each block the scale with the least squared error; ``importance`` (K,) weighs the columns, by
+    the mean square of their inputs.
     """
     if weight.shape[-1] % BLOCK:
         msg = f"NVFP4 needs rows of whole blocks of {BLOCK}; these are {weight.shape[-1]} long"
         raise WeightsError(msg)
     exact = weight.float()
     if not bool(torch.isfinite(exact).all()):
-        msg = "NVFP4 has no NaN and no infinity; mend these weights before they are quantized"
+        msg = "NVFP4 cannot hold NaN or infinity; fix these weights before quantizing them"
         raise WeightsError(msg)
     blocks = to_blocks(exact)
     highest = blocks.abs().amax(-1)
@@ -131,7 +131,7 @@ def quantize(
 
 
 def draw_codes(shape: Sequence[int], generator: torch.Generator, least_scale: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes of random weights (..., N, K) and scales from one, by its byte, to below 2, on the generator's device."""
+    """Draw codes of random weights (..., N, K), and scales from the byte ``least_scale`` to below 2."""
     *rows, columns = shape
     packed = torch.empty(*rows, columns // 2, dtype=torch.uint8, device=generator.device)
     packed.random_(0, 256, generator=generator)
@@ -141,27 +141,27 @@ def draw_codes(shape: Sequence[int], generator: torch.Generator, least_scale: in
 
 
 def find_global_scale(highest: torch.Tensor, *, searched: bool = False) -> torch.Tensor:
-    """The scale of matrices whose largest weights are ``highest``; 1 for a matrix of zeros."""
+    """Return the global scale of matrices with largest absolute weights ``highest``; 1 for a matrix of zeros."""
     scale = highest.float() / (E2M1_MAX * (_TOP_SCALE_IN_SEARCH if searched else E4M3_MAX))
     return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
 def to_scales(highest: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
-    """Scales (..., N, K/16) e4m3 that take the largest weight of each block to the largest code."""
+    """Return scales (..., N, K/16) e4m3 that map the largest weight of each block to the largest code."""
     exact = highest / (E2M1_MAX * global_scale[..., None])
-    exact = torch.where(exact > 0, exact, torch.ones_like(exact))  # of a block of zeros: anything
+    exact = torch.where(exact > 0, exact, torch.ones_like(exact))  # blocks of zeros: any scale will do
     return exact.clamp(LEAST_SCALE, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
 def dequantize(tensor: NVFP4Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The weights (..., N, K) of a quantized tensor."""
+    """Return the weights (..., N, K) of a quantized tensor."""
     values = to_blocks(decode(unpack(tensor.packed)))
     step = tensor.scales.float() * tensor.global_scale[..., None]
     return (values * step[..., None]).flatten(-2).to(dtype)
 
 
 def encode(values: torch.Tensor) -> torch.Tensor:
-    """e2m1 codes (uint8) nearest to numbers, ties to the even code, what is beyond 6 to 6; NaN has none."""
+    """Return the nearest e2m1 codes (uint8), ties to the even code, clipped to 6; NaN is not supported."""
     size = values.abs()
     code = (size > 0.25).to(torch.uint8)  # noqa: PLR2004  half way from each magnitude to the next
     for bound, takes_tie in ((0.75, True), (1.25, False), (1.75, True), (2.5, False), (3.5, True), (5.0, False)):
@@ -170,30 +170,30 @@ def encode(values: torch.Tensor) -> torch.Tensor:
 
 
 def decode(codes: torch.Tensor) -> torch.Tensor:
-    """Numbers (float32) of e2m1 codes; code 8 is minus zero."""
+    """Return the numbers (float32) of e2m1 codes; code 8 is minus zero."""
     table = torch.tensor([*_MAGNITUDES, *(-m for m in _MAGNITUDES)], device=codes.device)
     return table[codes.int()]
 
 
 def pack(codes: torch.Tensor) -> torch.Tensor:
-    """Codes (..., K) as bytes (..., K/2)."""
+    """Pack codes (..., K) to bytes (..., K/2)."""
     return codes[..., 0::2] | (codes[..., 1::2] << 4)
 
 
 def unpack(packed: torch.Tensor) -> torch.Tensor:
-    """Bytes (..., K/2) as codes (..., K)."""
+    """Unpack bytes (..., K/2) to codes (..., K)."""
     return torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)
 
 
 def to_blocks(rows: torch.Tensor) -> torch.Tensor:
-    """Rows (..., K) as blocks (..., K/16, 16)."""
+    """Reshape rows (..., K) to blocks (..., K/16, 16)."""
     return rows.reshape(*rows.shape[:-1], -1, BLOCK)
 
 
 def _search(
     blocks: torch.Tensor, nearest: torch.Tensor, global_scale: torch.Tensor, importance: torch.Tensor | None
 ) -> torch.Tensor:
-    """Scales of the least squared error among the codes around the nearest ones."""
+    """Return the scales of the least squared error among the codes around the nearest ones."""
     weights = None if importance is None else to_blocks(importance.float())
     best, least = nearest, torch.full(nearest.shape, torch.inf, device=nearest.device)
     middle = nearest.view(torch.uint8).int()
@@ -209,9 +209,9 @@ def _search(
 
 
 def to_parts(module: str, tensor: NVFP4Tensor, dialect: Dialect) -> dict[str, torch.Tensor]:
-    """The tensors of one matrix (N, K) as a checkpoint names them; one global scale for all its rows."""
+    """Return the tensors of one matrix (N, K) by a checkpoint's names; all rows share one global scale."""
     if tensor.global_scale.shape != (1,):
-        msg = f"{module}: a checkpoint holds one global scale for a matrix, not {tuple(tensor.global_scale.shape)}"
+        msg = f"{module}: a checkpoint holds one global scale per matrix, not {tuple(tensor.global_scale.shape)}"
         raise WeightsError(msg)
     if dialect is Dialect.MODELOPT:
         return {
@@ -227,7 +227,7 @@ def to_parts(module: str, tensor: NVFP4Tensor, dialect: Dialect) -> dict[str, to
 
 
 def from_parts(module: str, parts: Mapping[str, torch.Tensor]) -> NVFP4Tensor:
-    """The matrix of a checkpoint's tensors, by whichever names; every scale is held to be finite and above zero.
+    """Return the matrix of a checkpoint's tensors, by either dialect; checks that scales are finite and positive.
 
     ``parts`` are named without the module: weight or weight_packed, weight_scale, weight_scale_2 or
     weight_global_scale.

@@ -1,15 +1,15 @@
-"""Weights that stay in 4 bits, as modules in place of transformers' own.
+"""Hold weights in 4 bits, as modules that replace transformers' own.
 
-    put_weight        a weight into a model: a parameter, or for an NVFP4Tensor a module that holds it
-    place_weight      which of two memories a weight is for
-    tie_weight        the encoder's weight is the decoder's
-    PackedLinear      nn.Linear's place
-    PackedExperts     the place of all experts of a layer, on the device or (``expert_cache.py``) in host memory
+    put_weight        set a model's weight: a parameter, or for an NVFP4Tensor a module that holds it
+    place_weight      move a weight to the device or to host memory
+    tie_weight        share the decoder's weight with the encoder
+    PackedLinear      replaces nn.Linear
+    PackedExperts     replaces all experts of a layer, on the device or (``expert_cache.py``) in host memory
 
-Their ``forward`` expands the weights at every call: the plain reference, slow, right on any device. ``network.py``
-takes the tensors out of them and multiplies by kernels where there are some.
+Their ``forward`` expands the weights at every call: the plain reference, slow, correct on any device. ``network.py``
+takes the tensors out of them and multiplies with kernels where available.
 
-Shapes:  T tokens, H hidden size, E experts, I an expert's inner size, k experts a token.
+Shapes:  T tokens, H hidden size, E experts, I an expert's inner size, k experts per token.
 """
 
 import math
@@ -35,16 +35,16 @@ class PackedLinear(nn.Module):
 
     @property
     def weights(self) -> NVFP4Tensor:
-        """The tensor, until it is let go."""
+        """The weights, until they are released."""
         assert self._weights is not None
         return self._weights
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``x`` (..., K) to (..., N)."""
+        """Project ``x`` (..., K) to (..., N)."""
         return PLAIN.linear(self.weights, x)
 
     def release_weights(self) -> None:
-        """Hold no weights any more."""
+        """Drop the weights."""
         self._weights = None
 
 
@@ -59,38 +59,38 @@ class PackedExperts(nn.Module):
         self.cache: ExpertCache | None = None
 
     def stay_on_host(self, num_slots: int, device: torch.device) -> None:
-        """Leave all experts where they are, and have room for some of them on a device."""
+        """Keep all experts in host memory, with slots for ``num_slots`` of them on a device."""
         self.cache = ExpertCache(*self.stacks(), min(num_slots, self.num_experts), device)
 
     def stacks(self) -> tuple[NVFP4Tensor, NVFP4Tensor]:
-        """Both tensors, which are there once the model is loaded."""
+        """Return both tensors of a loaded model."""
         assert self.gate_up is not None
         assert self.down is not None
         return self.gate_up, self.down
 
     def forward(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """``x`` (T, H) through the ``chosen`` experts (T, k), their results added by ``weights`` (T, k)."""
+        """Run ``x`` (T, H) through the ``chosen`` experts (T, k), their results added by ``weights`` (T, k)."""
         if self.cache is not None:
             return self.cache.run(PLAIN, x, chosen, weights)
         return PLAIN.experts(*self.stacks(), x, chosen, weights)
 
     def release_weights(self) -> None:
-        """Hold no weights any more."""
+        """Drop the weights."""
         self.gate_up = self.down = self.cache = None
 
 
 def is_packed(*modules: nn.Module) -> bool:
-    """Whether a part of these modules is in 4 bits."""
+    """Return whether any part of these modules is in 4 bits."""
     return any(isinstance(m, PackedLinear | PackedExperts) for module in modules for m in module.modules())
 
 
 def find_packed_experts(model: nn.Module) -> list[PackedExperts]:
-    """The experts of each layer that are in 4 bits; those that encoder and decoder share once."""
+    """Return the 4-bit experts of each layer; those that encoder and decoder share once."""
     return [m for m in model.modules() if isinstance(m, PackedExperts)]
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Weights of a model, in whichever format; those that two parts share once."""
+    """Count a model's weights in any format; shared ones once."""
     packed = {id(m): m for m in model.modules() if isinstance(m, PackedLinear | PackedExperts)}
     count = sum(p.numel() for p in model.parameters())
     for module in packed.values():
@@ -100,7 +100,7 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def put_weight(model: nn.Module, name: str, weight: torch.Tensor | NVFP4Tensor) -> None:
-    """Make a tensor the weight of that name in a model whose own is not there yet."""
+    """Set the weight of that name in a model without weights."""
     owner_name, _, leaf = name.rpartition(".")
     owner = model.get_submodule(owner_name)
     if isinstance(weight, torch.Tensor):
@@ -121,20 +121,20 @@ def put_weight(model: nn.Module, name: str, weight: torch.Tensor | NVFP4Tensor) 
 
 
 def is_stack(name: str) -> bool:
-    """Whether a weight of this name is all experts of a layer."""
+    """Return whether a weight of this name holds all experts of a layer."""
     owner, _, leaf = name.rpartition(".")
     return leaf in _STACKS and owner.endswith(".experts")
 
 
 def count_stack_bytes(shape: Sequence[int]) -> int:
-    """Memory of experts in 4 bits: half a byte a weight, a scale for 16, four bytes a row."""
+    """Return the memory of experts in 4 bits: half a byte per weight, a scale per 16, four bytes per row."""
     return math.prod(shape) // 2 + math.prod(shape) // BLOCK + 4 * math.prod(shape[:-1])
 
 
 def place_weight(name: str, weight: torch.Tensor | NVFP4Tensor, device: torch.device) -> torch.Tensor | NVFP4Tensor:
-    """A weight on the device; packed experts in main memory, pinned where a card is to copy from it.
+    """Move a weight to the device; packed experts to main memory, pinned if a GPU copies from it.
 
-    Pinned memory comes in powers of two; ``checkpoints.memory.pinned_stack_bytes`` counts it so.
+    Pinned memory is allocated in powers of two, as ``checkpoints.memory.pinned_stack_bytes`` counts it.
     """
     if not (is_stack(name) and isinstance(weight, NVFP4Tensor)):
         return weight.to(device)
@@ -146,7 +146,7 @@ def place_weight(name: str, weight: torch.Tensor | NVFP4Tensor, device: torch.de
 
 
 def tie_weight(model: nn.Module, name: str, source: str) -> None:
-    """Make the weight of one name that of another; where that is packed, its module."""
+    """Share the weight of ``source`` under another name; if it is packed, share its module."""
     owner_name, _, leaf = name.rpartition(".")
     source_name, _, source_leaf = source.rpartition(".")
     source_owner = model.get_submodule(source_name)

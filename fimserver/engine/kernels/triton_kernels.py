@@ -1,18 +1,18 @@
-"""NVFP4 products on a card, in Triton: weights are read as 4 bits, once, and expanded in registers.
+"""Multiply by NVFP4 weights on a GPU, in Triton: weights are read as 4 bits, once, and expanded in registers.
 
-    TritonMatmul    the interface of ``products.py``
+    TritonMatmul      the interface of ``matmul.py``
     _linear_kernel    x (T, K) times weights (N, K)
-    _gate_up_kernel   tokens through gate and up of the experts that they chose, GELU and product
-    _down_kernel      and through down, each result weighed
-    group_tokens      tokens sorted by expert, in tiles of 16 rows; no number of it is waited for by the host
+    _gate_up_kernel   tokens through gate and up of their chosen experts, GELU and multiplication
+    _down_kernel      and through down, each result weighted
+    group_tokens      tokens sorted by expert, in tiles of 16 rows; the host never waits for its numbers
 
 A tile of weights is BLOCK_N rows of BLOCK_K / 2 bytes: low and high halves of a byte are joined, a code becomes a
 float by its bits (``code << 9`` is an fp16 that is 2^14 times too small), times its block's scale (``scale << 7``, 2^8
-times too small). The product of both is exact in bf16, the sum is float32, and the global scale of each row comes last.
+times too small). Their product is exact in bf16, the sum is float32, and the global scale of each row comes last.
 
-Shapes:  T tokens, K columns, N rows; E experts, I inner size, H hidden size, k experts a token; M tiles.
-Equal:   to ``PlainMatmul``: 1e-6 where EXACT makes the product in float32 (tests/engine/kernels/test_triton_kernels.py).
-Source:  Triton's tutorials on matrix products; fp4 to fp16 by shifting, Marlin (arXiv 2408.11743).
+Shapes:  T tokens, K columns, N rows; E experts, I inner size, H hidden size, k experts per token; M tiles.
+Equal:   to ``PlainMatmul``: 1e-6 if EXACT multiplies in float32 (tests/engine/kernels/test_triton_kernels.py).
+Source:  Triton's tutorials on matrix multiplication; fp4 to fp16 by shifting, Marlin (arXiv 2408.11743).
 """
 
 from dataclasses import dataclass
@@ -24,14 +24,14 @@ import triton.language as tl
 from fimserver.engine.kernels.matmul import AsStored, sort_choices
 from fimserver.engine.kernels.nvfp4 import NVFP4Tensor
 
-ROWS = 16  # of a tile: what a tensor core takes at least
-_CODE_SCALE = tl.constexpr(float(2**22))  # what both shifts have made too small
+ROWS = 16  # of a tile: the minimum of a tensor core
+_CODE_SCALE = tl.constexpr(float(2**22))  # reverts both shifts: 2^14 * 2^8
 _BLOCK = tl.constexpr(16)
 
 
 @triton.jit
 def _expand(codes, scales, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Weights (BLOCK_N, BLOCK_K) float32 of bytes (BLOCK_N, BLOCK_K / 2) and scales (BLOCK_N, BLOCK_K / 16) uint8."""
+    """Expand bytes (BLOCK_N, BLOCK_K / 2) and scales (BLOCK_N, BLOCK_K / 16) uint8 to (BLOCK_N, BLOCK_K) float32."""
     low = codes & 0xF
     high = codes >> 4
     both = tl.reshape(tl.join(low, high), (BLOCK_N, BLOCK_K)).to(tl.uint16)
@@ -56,7 +56,7 @@ def _accumulate(
     BLOCK_K: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """``total`` (ROWS, BLOCK_N) and ``x`` (ROWS, BLOCK_K) times a tile of weights that begins at ``column``."""
+    """Add ``x`` (ROWS, BLOCK_K) times the tile of weights at ``column`` to ``total`` (ROWS, BLOCK_N)."""
     bytes_at = column // 2 + tl.arange(0, BLOCK_K // 2)
     scales_at = column // _BLOCK + tl.arange(0, BLOCK_K // _BLOCK)
     codes = tl.load(
@@ -90,7 +90,7 @@ def _linear_kernel(
     BLOCK_K: tl.constexpr,
     EXACT: tl.constexpr,
 ) -> None:
-    """A tile (ROWS, BLOCK_N) of x (T, K) times weights (N, K)."""
+    """Compute a tile (ROWS, BLOCK_N) of x (T, K) times weights (N, K)."""
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     token_mask, row_mask = token < T, row < N
@@ -125,7 +125,7 @@ def _gate_up_kernel(
     BLOCK_K: tl.constexpr,
     EXACT: tl.constexpr,
 ) -> None:
-    """``gelu(gate) * up`` (T k, I) of a tile's tokens by its expert; a slot is a token's choice of an expert."""
+    """Compute ``gelu(gate) * up`` (T k, I) of a tile's slots by its expert; a slot is a token's choice of an expert."""
     expert = tl.load(tile_experts + tl.program_id(0))
     if expert < 0:
         return
@@ -144,7 +144,7 @@ def _gate_up_kernel(
         up = _accumulate(up, tile, packed, scales, first + I + inner, column, K, inner_mask, BLOCK_N, BLOCK_K, EXACT)
     gate *= tl.load(row_scales + first + inner, mask=inner_mask, other=0.0)[None, :]
     up *= tl.load(row_scales + first + I + inner, mask=inner_mask, other=0.0)[None, :]
-    cubic = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)  # twice the root of 2 / pi
+    cubic = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)  # 2 * sqrt(2 / pi)
     value = gate / (1.0 + tl.exp(tl.minimum(-cubic, 80.0))) * up
     tl.store(
         out + slot[:, None] * I + inner[None, :],
@@ -171,7 +171,7 @@ def _down_kernel(
     BLOCK_K: tl.constexpr,
     EXACT: tl.constexpr,
 ) -> None:
-    """What an expert says of each slot (T k, N), by the weight that its token gave the expert."""
+    """Compute the expert's output for each slot (T k, N), times the weight that the token gave the expert."""
     expert = tl.load(tile_experts + tl.program_id(0))
     if expert < 0:
         return
@@ -192,9 +192,9 @@ def _down_kernel(
 
 @dataclass(frozen=True, slots=True)
 class Groups:
-    """Slots in tiles of 16, all of a tile of one expert.
+    """Slots in tiles of 16; all slots of a tile belong to one expert.
 
-    ``slots`` (M * 16,), where ``num_slots`` is nobody's place, and ``tile_experts`` (M,), where -1 is nobody's tile.
+    ``slots`` (M * 16,), ``num_slots`` in unused rows; ``tile_experts`` (M,), -1 for unused tiles.
     """
 
     slots: torch.Tensor
@@ -203,12 +203,12 @@ class Groups:
 
     @property
     def num_tiles(self) -> int:
-        """How many tiles there may be, used or not."""
+        """Number of tiles, used or not."""
         return len(self.tile_experts)
 
 
 def count_tiles(num_slots: int, num_experts: int, rows: int = ROWS) -> int:
-    """The most tiles that so many slots can need, however they are spread."""
+    """Return the maximum number of tiles for ``num_slots`` in any distribution over experts."""
     return min(num_slots, (num_slots + num_experts * (rows - 1)) // rows)
 
 
@@ -231,7 +231,7 @@ def group_tokens(chosen: torch.Tensor, num_experts: int, rows: int = ROWS) -> Gr
 
 
 class TritonMatmul(AsStored):
-    """Kernels on one card; ``exact`` makes products in float32, for tests."""
+    """Kernels on one GPU; ``exact`` multiplies in float32, for tests."""
 
     name = "Triton"
     reads_choices = False
@@ -295,5 +295,5 @@ class TritonMatmul(AsStored):
 
 
 def _bytes_of(weights: NVFP4Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What kernels read: codes, scales as bytes, a global scale for each row."""
+    """Return what kernels read: codes, scales as bytes, a global scale for each row."""
     return weights.packed, weights.scales.view(torch.uint8), weights.with_row_scales().global_scale

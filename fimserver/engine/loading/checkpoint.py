@@ -1,17 +1,17 @@
-"""The tensors of a model folder, whatever their names and formats are, by the names of transformers' class.
+"""Read the tensors of a model folder, in any names and formats, by the names of transformers' class.
 
-    Checkpoint.open   reads headers alone: what is stored, where it belongs, what is missing or too much
-    Checkpoint.read   one weight of the model after the other, put together of its pieces
+    Checkpoint.open   reads only headers: what is stored, where it belongs, what is missing or unexpected
+    Checkpoint.read   one weight of the model after the other, assembled from its pieces
 
-What a tensor is, the file says: its dtype and the scales beside it. So any mix can be read:
+The format of a tensor follows from its dtype and the scales stored next to it. So any mix can be read:
 
     floats            bf16, fp16, fp32
     NVFP4             ModelOpt's names or compressed-tensors'; kept as it is, or expanded
     float8 e4m3       one scale for a matrix, a row or a square of it; expanded on the device, slice by slice
 
-and all names that are in use: under the encoder's path or the decoder's, one tensor for all experts of a layer or one
-for each, gate and up apart or as one. Scales of activations and of a KV cache are not read, activations stay in bf16
-here: a file that has zeros there, of experts that no calibration text reached, is as good as any.
+and all names in use: under the encoder's path or the decoder's, one tensor for all experts of a layer or one for each,
+gate and up separate or joined. Scales of activations and of a KV cache are ignored, since activations stay in bf16
+here; so zeros there, from experts that no calibration text reached, do no harm.
 
 Knows:   files, tensors.  Never: modules, kernels.
 Raises:  ``WeightsError`` that names the tensor and the remedy: missing, unused, misshapen, not finite, a scale of zero.
@@ -33,7 +33,7 @@ from fimserver.engine.loading.tensor_files import Stored, TensorFiles, read_head
 from fimserver.errors import WeightsError
 
 _FP8_BLOCK = 128
-_FP8_SLICE = 2**22  # numbers that are float32 at a time while they are expanded
+_FP8_SLICE = 2**22  # elements that are expanded to float32 at a time
 ENCODER, DECODER = "model.encoder.language_model.", "model.decoder."
 _VISION = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
 _HEAD, _EMBEDDING = "lm_head.weight", "model.decoder.embed_tokens.weight"
@@ -47,7 +47,7 @@ _EXPERT_TARGETS = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
 
 
 class Format(StrEnum):
-    """How a stored matrix is written."""
+    """Storage format of a matrix."""
 
     FLOAT = "float"
     NVFP4 = "NVFP4"
@@ -60,12 +60,12 @@ _TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.floa
 
 @dataclass(slots=True)
 class Piece:
-    """One stored matrix, and which part of which weight it is: an expert's, and of its rows all, or gate, or up."""
+    """One stored matrix and its place in a weight: the expert, and all rows, gate or up."""
 
     module: str
     expert: int | None = None
     rows: str = ""
-    parts: dict[str, str] = field(default_factory=dict)  # to names in the file
+    parts: dict[str, str] = field(default_factory=dict)  # part to its name in the file
 
     @property
     def main(self) -> str | None:
@@ -75,7 +75,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One weight of the model, its shape, and what it is put together of, in order."""
+    """One weight of the model, its shape, and its pieces in order."""
 
     name: str
     shape: tuple[int, ...]
@@ -84,12 +84,12 @@ class Target:
 
     @property
     def is_nvfp4(self) -> bool:
-        """Whether all of it is in 4 bits."""
+        """Return whether all pieces are in 4 bits."""
         return self.formats == {Format.NVFP4}
 
 
 class Checkpoint:
-    """The headers of a folder's safetensors, held against what a model needs; the data is read piece by piece."""
+    """The headers of a folder's safetensors, matched with the weights of a model; data is read piece by piece."""
 
     def __init__(self, stored: Mapping[str, Stored], targets: Mapping[str, Target]) -> None:
         self.stored, self.targets = stored, targets
@@ -97,19 +97,19 @@ class Checkpoint:
         self._count()
 
     def _count(self) -> None:
-        """How much is to be read of each file, which is let go after its last tensor."""
+        """Count the reads of each file, which is closed after its last tensor."""
         self._unread = Counter(self.stored[name].path for t in self.targets.values() for name in self._names(t))
 
     @classmethod
     def open(cls, folder: Path, expected: Mapping[str, tuple[int, ...]]) -> "Checkpoint":
-        """The checkpoint of a folder; ``expected`` are the model's weights, tied ones once. Raises ``WeightsError``."""
+        """Open a folder; ``expected`` are the model's weights, tied ones once. Raises ``WeightsError``."""
         stored = read_headers(weight_files(folder))
         pieces = _to_pieces(stored, expected)
         targets = {}
         for name, shape in expected.items():
             if name not in pieces:
                 if name.startswith(_VISION):
-                    continue  # text alone is served
+                    continue  # only text is served
                 missing = sorted(n for n in expected if n not in pieces and not n.startswith(_VISION))
                 msg = f"{folder}: tensor {missing[0]} is missing ({len(missing)} in all); {DAMAGED}"
                 raise WeightsError(msg)
@@ -118,11 +118,11 @@ class Checkpoint:
 
     @property
     def has_vision(self) -> bool:
-        """Whether the tower for pictures is there."""
+        """Return whether the folder has the vision tower."""
         return any(name.startswith(_VISION) for name in self.targets)
 
     def leave_out_vision(self) -> None:
-        """Do not read the tower for pictures."""
+        """Skip the vision tower."""
         self.targets = {name: target for name, target in self.targets.items() if not name.startswith(_VISION)}
         self._count()
 
@@ -134,9 +134,9 @@ class Checkpoint:
         keeps_nvfp4: bool,
         report: Callable[[int, int], None] = lambda _done, _total: None,
     ) -> Iterator[tuple[str, torch.Tensor | NVFP4Tensor]]:
-        """Every weight once, on ``device``, in the order of the files: floats in ``dtype`` (their own for ``None``).
+        """Yield every weight once, on ``device``, in file order: floats in ``dtype`` (their own for ``None``).
 
-        ``keeps_nvfp4`` leaves what is wholly in 4 bits so. ``report`` gets bytes read, and all there are.
+        ``keeps_nvfp4`` keeps weights in 4 bits if all their pieces are. ``report`` gets bytes read and total bytes.
         """
         done, total = 0, sum(self.stored[n].num_bytes for t in self.targets.values() for n in self._names(t))
         order = sorted(self.targets.values(), key=lambda t: str(self.stored[t.pieces[0].main or ""].path))
@@ -147,19 +147,19 @@ class Checkpoint:
             report(done, total)
 
     def can_stay_nvfp4(self, target: Target) -> bool:
-        """Whether a weight need not be expanded: projections wholly in 4 bits, experts with their other stack."""
+        """Return whether a weight can stay in 4 bits: projections wholly in 4 bits, experts with their other stack."""
         is_projection = not any(name in target.name for name in (".router.", "embed_tokens", "lm_head"))
         return is_projection and target.is_nvfp4 and self._twin_of(target).is_nvfp4
 
     def formats(self) -> Iterator[tuple[str, Format]]:
-        """Every stored matrix of the text's projections by its module's name, with what it is written in."""
+        """Yield every stored matrix of the text's projections: its module's name and its format."""
         for target in self.targets.values():
             if _PROJECTION.search(target.name):
                 for piece in target.pieces:
                     yield piece.module, _FORMATS[self.stored[piece.main or ""].dtype]
 
     def _twin_of(self, target: Target) -> Target:
-        """The other stack of a layer's experts, which are packed together or not at all; itself for other weights."""
+        """Return the other stack of a layer's experts, since both are packed or none; for other weights, the target."""
         layer, _, leaf = target.name.rpartition(".")
         other = {"gate_up_proj": "down_proj", "down_proj": "gate_up_proj"}.get(leaf, leaf)
         return self.targets.get(f"{layer}.{other}", target)
@@ -186,7 +186,7 @@ class Checkpoint:
         return whole
 
     def _stack_nvfp4(self, target: Target, device: torch.device) -> NVFP4Tensor:
-        """The experts of a layer as one tensor, filled expert by expert; a global scale for each row."""
+        """Read the experts of a layer into one tensor, expert by expert; a global scale for each row."""
         experts, rows, columns = target.shape
         whole = NVFP4Tensor(
             torch.empty(experts, rows, columns // 2, dtype=torch.uint8, device=device),
@@ -202,7 +202,7 @@ class Checkpoint:
         return whole
 
     def _read_nvfp4(self, piece: Piece) -> NVFP4Tensor:
-        """A matrix in 4 bits; of a stack that has a global scale for each expert, one for each row."""
+        """Read a matrix in 4 bits; a stack with one global scale per expert gets one per row."""
         parts = {part: self._tensor(name) for part, name in piece.parts.items()}
         scale = parts.get("weight_scale_2", parts.get("weight_global_scale"))
         main = parts.get("weight", parts.get("weight_packed"))
@@ -240,7 +240,7 @@ class Checkpoint:
         return placed
 
     def _tensor(self, name: str) -> torch.Tensor:
-        """A tensor of a file, mapped; the file is let go after its last one."""
+        """Return a tensor of a file, mapped; the file is closed after its last one."""
         tensor, path = self._files.tensor(name), self.stored[name].path
         self._unread[path] -= 1
         if self._unread[path] <= 0:
@@ -249,7 +249,7 @@ class Checkpoint:
 
 
 def _to_pieces(stored: Mapping[str, Stored], expected: Mapping[str, tuple[int, ...]]) -> dict[str, list[Piece]]:
-    """Pieces by the weight that they belong to, without scales that are not used."""
+    """Group stored tensors to pieces by their weight, without unused scales."""
     found: dict[str, dict[str, Piece]] = defaultdict(dict)
     for name in stored:
         module, part = _split(name)
@@ -258,7 +258,7 @@ def _to_pieces(stored: Mapping[str, Stored], expected: Mapping[str, tuple[int, .
                 raise _foreign(stored[name].path, name)
             continue
         if name.startswith(_VISION) and name not in expected:
-            continue  # of a picture's part that the configuration does not tell of
+            continue  # part of a vision tower that the configuration does not describe
         target, piece = _place(module, part, expected)
         if target is None:
             raise _foreign(stored[name].path, name)
@@ -272,14 +272,14 @@ def _foreign(path: Path, name: str) -> WeightsError:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Module and part of a stored name; what has no part is a weight by itself."""
+    """Split a stored name into module and part; a name without part is a weight of its own."""
     if match := _STACKED_PART.match(name) or _PART.match(name):
         return match[1], match[2]
     return name, "weight"
 
 
 def _place(module: str, part: str, expected: Mapping[str, tuple[int, ...]]) -> tuple[str | None, Piece]:
-    """Which weight a module is, or a piece of."""
+    """Return the weight that a module is, or is a piece of."""
     for path in (module, module.replace(ENCODER, DECODER, 1)):
         if match := _EXPERT.match(path):
             layer, expert, projection = match[1], int(match[2]), match[3]
@@ -296,7 +296,7 @@ def _place(module: str, part: str, expected: Mapping[str, tuple[int, ...]]) -> t
 
 
 def _to_target(name: str, shape: tuple[int, ...], pieces: list[Piece], stored: Mapping[str, Stored]) -> Target:
-    """A weight with its pieces in order, every one of them there once, and of the right shape."""
+    """Return a weight with its pieces in order, after checking that each is there once and has the right shape."""
     formats = set()
     for piece in pieces:
         if piece.main is None:
@@ -325,7 +325,7 @@ def _to_target(name: str, shape: tuple[int, ...], pieces: list[Piece], stored: M
 
 
 def _only(name: str, pieces: list[Piece], stored: Mapping[str, Stored]) -> Piece:
-    """The piece, or of copies that a file holds under several names one, when they are the same."""
+    """Return the only piece; if a file holds copies under several names, one of them, if they are equal."""
     first, *others = pieces
     for other in others:
         for part, stored_name in other.parts.items():
@@ -355,7 +355,7 @@ def _shape_of(piece: Piece, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _check_piece(piece: Piece, stored: Mapping[str, Stored], shape: tuple[int, ...]) -> Format:
-    """The format of a stored matrix that has this shape. Raises ``WeightsError``."""
+    """Return the format of a stored matrix of this shape. Raises ``WeightsError``."""
     name = piece.main or ""
     main = stored[name]
     kind = _FORMATS.get(main.dtype)
@@ -369,7 +369,7 @@ def _check_piece(piece: Piece, stored: Mapping[str, Stored], shape: tuple[int, .
         raise WeightsError(msg)
     scales = piece.parts.keys() - {"weight", "weight_packed"}
     if kind is Format.FLOAT and scales:
-        msg = f"{piece.module} has {main.dtype} weights and a {min(scales)} beside them; {DAMAGED}"
+        msg = f"{piece.module} has {main.dtype} weights together with a {min(scales)}; {DAMAGED}"
         raise WeightsError(msg)
     needed = {
         Format.FLOAT: (),
@@ -384,7 +384,7 @@ def _check_piece(piece: Piece, stored: Mapping[str, Stored], shape: tuple[int, .
 
 
 def _rows_of(whole: torch.Tensor, rows: str) -> torch.Tensor:
-    """The rows of an expert's matrix that a piece is: all, the first half (gate) or the second (up)."""
+    """Return the rows of an expert's matrix that a piece holds: all, the first half (gate) or the second (up)."""
     if not rows:
         return whole
     half = len(whole) // 2
@@ -392,12 +392,12 @@ def _rows_of(whole: torch.Tensor, rows: str) -> torch.Tensor:
 
 
 def _expand_fp8(module: str, parts: Mapping[str, torch.Tensor], whole: torch.Tensor) -> torch.Tensor:
-    """``whole`` (..., N, K), filled on its device with the weights of float8; bytes go there, slice by slice.
+    """Fill ``whole`` (..., N, K) on its device with float8 weights; bytes are copied there, slice by slice.
 
     The scale is for all, for rows, or for equal rectangles.
     """
     scale, shape = parts.get("weight_scale", parts.get("weight_scale_inv")), tuple(whole.shape)
-    assert scale is not None  # or the headers would have been refused
+    assert scale is not None  # checked with the headers
     step = scale.float()
     if not bool((torch.isfinite(step) & (step > 0)).all()):
         msg = f"{module}: its weight_scale has values that are zero, negative or not finite; {DAMAGED}"
@@ -428,7 +428,7 @@ def _expand_fp8(module: str, parts: Mapping[str, torch.Tensor], whole: torch.Ten
 
 
 def _slices(shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
-    """Parts of a matrix or a stack of them that are small enough to be float32: some rows of one matrix each."""
+    """Yield parts of a matrix or stack that are small enough for float32: some rows of one matrix each."""
     rows = max(1, _FP8_SLICE // shape[-1])
     for matrix in range(shape[0]) if len(shape) > 2 else (None,):  # noqa: PLR2004  a stack
         for first in range(0, shape[-2], rows):
@@ -437,7 +437,7 @@ def _slices(shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
 
 
 def _fp8_block(size: int, count: int) -> int:
-    """Numbers along an axis that share a scale: 128, the last block shorter, or an equal part; 0 where none fits."""
+    """Return the elements per scale along an axis: 128, the last block shorter, or an equal part; 0 if none fits."""
     if -(-size // _FP8_BLOCK) == count:
         return _FP8_BLOCK
     return size // count if count and not size % count else 0

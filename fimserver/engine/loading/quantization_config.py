@@ -1,13 +1,13 @@
-"""What a folder says of its quantization: ``hf_quant_config.json``, or ``quantization_config`` in ``config.json``.
+"""Read a folder's quantization: ``hf_quant_config.json``, or ``quantization_config`` in ``config.json``.
 
     read_quantization -> Quantization, or None for a checkpoint of floats
 
-ModelOpt writes both files, compressed-tensors the second. How each tensor is stored, its own dtype and scales say
-(``checkpoint.py``); this is where kinds that are not read at all are refused by name, and what ``fimserver doctor``
-shows. Activations stay in bf16, whatever was calibrated for them.
+ModelOpt writes both files, compressed-tensors the second. Each tensor's format is read from its own dtype and scales
+(``checkpoint.py``); this module rejects unsupported kinds by name, and feeds ``fimserver doctor``. Activations stay in
+bf16, even if calibrated for another format.
 
-Raises:  ``WeightsError`` for a method, a number format or a block size that cannot be read, and says what can.
-Source:  ModelOpt's and compressed-tensors' written checkpoints.
+Raises:  ``WeightsError`` for an unsupported method, number format or block size; it lists the supported ones.
+Source:  checkpoints written by ModelOpt and compressed-tensors.
 """
 
 import re
@@ -30,12 +30,12 @@ _READ = {
     "FP8": "float8",
     "FP8_PER_CHANNEL_PER_TOKEN": "float8",
 }
-_CAN_BE_READ = "NVFP4 and FP8 can be read, and checkpoints of bf16"
+_CAN_BE_READ = "NVFP4, FP8 and bf16 checkpoints are supported"
 
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """Who wrote a checkpoint, in which number format, and what was left in floats.
+    """The method of a checkpoint, its number format, and the modules left in floats.
 
     ``layers`` are the modules that have a format of their own; ``excluded`` may hold wildcards.
     """
@@ -46,7 +46,7 @@ class Quantization:
     layers: Mapping[str, str] = field(default_factory=dict)
 
     def format_of(self, module: str) -> str | None:
-        """The number format that the configuration gives a module; ``None`` for floats."""
+        """Return the configured number format of a module; ``None`` for floats."""
         if module in self.layers:
             return _READ[self.layers[module]]
         if self.algorithm == _MIXED or any(_matches(module, pattern) for pattern in self.excluded):
@@ -55,7 +55,7 @@ class Quantization:
 
 
 def read_quantization(folder: Path) -> Quantization | None:
-    """What a folder says of its quantization; ``None`` where it says nothing. Raises ``WeightsError``."""
+    """Read a folder's quantization; ``None`` if it declares none. Raises ``WeightsError``."""
     config_file, own_file = folder / "config.json", folder / QUANT_CONFIG_FILE
     if own_file.exists():
         values = read_json(own_file).get("quantization")
@@ -65,7 +65,7 @@ def read_quantization(folder: Path) -> Quantization | None:
         return None
     where = f"{config_file}: quantization_config"
     if not isinstance(values, dict):
-        msg = f"{where} is no object; {_CAN_BE_READ}"
+        msg = f"{where} is not an object; {_CAN_BE_READ}"
         raise WeightsError(msg)
     method = values.get("quant_method")
     if method == "modelopt":
@@ -114,13 +114,13 @@ def _from_compressed_tensors(where: str, values: Mapping[str, Any]) -> Quantizat
 
 
 def _check_block(where: Path | str, size: Any) -> None:
-    if size not in (None, BLOCK, 128):  # 128: float8's squares
+    if size not in (None, BLOCK, 128):  # 128 for the squares of float8
         msg = f"{where} has blocks of {size} weights; NVFP4 has {BLOCK}"
         raise WeightsError(msg)
 
 
 def _matches(module: str, pattern: str) -> bool:
-    """Whether an exclude pattern names a module: exactly, as a folder above it, by wildcards, or by ``re:``."""
+    """Return whether an exclude pattern names a module: exactly, as a parent, by wildcards, or by ``re:``."""
     if pattern.startswith("re:"):
         return re.match(pattern[3:], module) is not None
     return module == pattern or module.startswith(f"{pattern}.") or fnmatchcase(module, pattern)

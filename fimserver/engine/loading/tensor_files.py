@@ -1,7 +1,7 @@
-"""Tensors of safetensors files: headers first, then one after the other, mapped.
+"""Read tensors of safetensors files: headers first, then one tensor after the other, mapped.
 
-    read_headers   what is stored where, without its data
-    TensorFiles    the data; maps count as memory, so files are let go when much of them was read
+    read_headers   which tensors are stored where, without their data
+    TensorFiles    the data; maps count as memory, so files are closed after many bytes
 
 Knows:   files.  Never: what a tensor is for.
 Raises:  ``WeightsError`` that names the file.
@@ -25,7 +25,7 @@ _ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2}
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """One tensor of a file, by its header."""
+    """The header of one tensor in a file."""
 
     path: Path
     dtype: str
@@ -33,12 +33,12 @@ class Stored:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of its data."""
+        """Size of the data."""
         return _ITEM_BYTES.get(self.dtype, 1) * math.prod(self.shape)
 
 
 def read_headers(paths: list[Path]) -> dict[str, Stored]:
-    """Every tensor of some files by its name."""
+    """Read the header of every tensor in some files, by name."""
     stored: dict[str, Stored] = {}
     for path in paths:
         try:
@@ -56,7 +56,7 @@ def read_headers(paths: list[Path]) -> dict[str, Stored]:
 
 
 class TensorFiles:
-    """The data of stored tensors; all files are let go after 256 MB, or all that they have would stay resident."""
+    """The data of stored tensors; files are closed after every 256 MB, or all mapped pages would stay resident."""
 
     def __init__(self, stored: Mapping[str, Stored]) -> None:
         self._stored = stored
@@ -64,7 +64,7 @@ class TensorFiles:
         self._mapped_bytes = 0
 
     def tensor(self, name: str, index: int | None = None) -> torch.Tensor:
-        """A tensor, or one of those that are stacked in it, mapped."""
+        """Return a tensor, or one element of a stack, mapped."""
         path = self._stored[name].path
         if self._mapped_bytes > _MOST_MAPPED_BYTES:
             self._files.clear()
@@ -81,5 +81,5 @@ class TensorFiles:
         return tensor
 
     def release_weights(self, path: Path) -> None:
-        """Close a file; tensors that were read stay."""
+        """Close a file; tensors already read stay valid."""
         self._files.pop(path, None)

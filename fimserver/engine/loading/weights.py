@@ -1,4 +1,4 @@
-"""Load a model folder, or say which tensor is wrong. Nothing is ever filled with random numbers.
+"""Load a model folder, or report which tensor is wrong. Nothing is ever filled with random numbers.
 
 A folder holds ``config.json``, ``generation_config.json``, ``model.safetensors`` (or shards with an index),
 ``tokenizer.json`` and ``fimserver.json`` (``checkpoints/metadata.py``).
@@ -46,14 +46,14 @@ def load_weights(  # noqa: PLR0913  what a load can differ in
     experts_on_device: int | None = None,
     report: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> DiffusionGemmaForBlockDiffusion:
-    """The model of a folder on a device, from any checkpoint that ``checkpoint.py`` can read.
+    """Load a folder onto a device, from any checkpoint that ``checkpoint.py`` supports.
 
-    Read a weight at a time, each checked, straight to the device. With ``keeps_nvfp4`` what is in 4 bits stays so
-    (``packed.py``), otherwise it is expanded to ``dtype`` once. The tower for pictures is left out but where
-    ``keeps_vision`` asks for what the folder has of it. ``report`` gets bytes read, and all there are.
+    Weights are read and checked one at a time, straight to the device. With ``keeps_nvfp4`` 4-bit weights stay so
+    (``packed.py``), otherwise they are expanded to ``dtype`` once. The vision tower is skipped unless ``keeps_vision``
+    is set. ``report`` gets bytes read and total bytes.
 
-    With ``experts_on_device`` experts are in main memory and so many of each layer on the device, at least 1
-    (``expert_cache.py``); that takes experts in 4 bits that stay so.
+    With ``experts_on_device`` the experts are in main memory and that many of each layer, at least 1, on the device
+    (``expert_cache.py``); this requires experts that stay in 4 bits.
     """
     config = read_config(folder)
     model = _create_empty(folder, config)
@@ -80,7 +80,7 @@ def load_weights(  # noqa: PLR0913  what a load can differ in
 def create_model(
     config: DiffusionGemmaConfig, weights: Iterable[tuple[str, torch.Tensor | NVFP4Tensor]], device: torch.device
 ) -> DiffusionGemmaForBlockDiffusion:
-    """A model of weights that come from elsewhere, by the names of ``expected_shapes``; without its vision."""
+    """Create a model without vision from given weights, by the names of ``expected_shapes``."""
     with torch.device("meta"):
         model = DiffusionGemmaForBlockDiffusion(config)
     model.model.encoder.vision_tower = model.model.encoder.embed_vision = None
@@ -93,7 +93,7 @@ def _fill(
     device: torch.device,
     source: Path | str,
 ) -> DiffusionGemmaForBlockDiffusion:
-    """Put weights where a model has none yet, and tie what is tied; every one has to be there in the end."""
+    """Put weights into an empty model, and tie what is tied; raise if one is missing in the end."""
     _make_constants(model, device)
     for name, weight in weights:
         put_weight(model, name, weight)
@@ -121,7 +121,7 @@ def _shapes_of(model: DiffusionGemmaForBlockDiffusion) -> dict[str, tuple[int, .
 
 
 def _make_constants(module: Any, device: torch.device, owner: Any = None) -> None:
-    """Buffers that no checkpoint holds, computed as the class does it: rotary frequencies, the embedding's scale."""
+    """Compute buffers that no checkpoint holds, as the class does: rotary frequencies, the embedding's scale."""
     owner = module if hasattr(module, "_init_weights") else owner
     if names := module._non_persistent_buffers_set:  # noqa: SLF001  torch has no other way to ask
         for name in names:
@@ -134,45 +134,45 @@ def _make_constants(module: Any, device: torch.device, owner: Any = None) -> Non
 
 
 def _compare_formats(said: Quantization | None, checkpoint: Checkpoint) -> None:
-    """Warn of matrices whose format is not what the configuration says; loaded is what the file holds."""
+    """Warn of matrices whose stored format differs from the configuration; the stored format is loaded."""
     if said is None:
         return
     wrong = []
     for module, found in checkpoint.formats():
-        # compressed-tensors names its targets by class, which leaves open what is in floats.
+        # compressed-tensors names its targets by class, which does not tell which modules are in floats.
         if found is Format.FLOAT and said.method != "modelopt":
             continue
         paths = {module, module.replace(ENCODER, DECODER, 1), module.replace(DECODER, ENCODER, 1)}
         asked = {said.format_of(path) for path in paths}
-        if len(asked) > 1:  # one path alone is named: as having a format, or as being left out
+        if len(asked) > 1:  # only one of the tied paths is named, as having a format or as excluded
             asked -= {None} if said.layers else {*asked} - {None}
         if (None if found is Format.FLOAT else found.value) not in asked:
             wrong.append((module, found.value))
     if wrong:
         logger.warning(
-            "the folder's quantization config says otherwise of %d matrices than the file, which is believed: "
-            "%s is %s there, for one",
+            "the folder's quantization config and its files differ on the format of %d matrices; the files are used: "
+            "for example, %s is %s there",
             len(wrong),
             *wrong[0],
         )
 
 
 def _check_room(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, *, keeps_nvfp4: bool) -> None:
-    """Refuse what cannot fit before the machine begins to swap; say what expanding takes."""
+    """Reject weights that do not fit before the machine begins to swap; log how much expanding takes."""
     if keeps_nvfp4 or device.type != "cpu":
         return
-    # All but several experts are there twice: transposed for the network, and as the modules have them.
+    # All weights but several experts exist twice: transposed for the network, and in the modules.
     twice = [
         math.prod(t.shape) * (1 if t.shape[0] > 1 and is_stack(t.name) else 2) for t in checkpoint.targets.values()
     ]
     needed = sum(twice) * dtype.itemsize
     if any(Format.NVFP4 in target.formats for target in checkpoint.targets.values()):
         gigabytes = f"{needed / 1e9:.1f} GB"
-        logger.warning("weights in 4 bits are expanded for this processor; all weights take %s", gigabytes)
+        logger.warning("weights in 4 bits are expanded for this CPU; all weights take %s", gigabytes)
     free = available_bytes()
     if free is not None and needed > free:
         msg = (
-            f"its weights take {needed / 1e9:.1f} GB of memory on a processor, and {free / 1e9:.1f} GB are free; "
+            f"its weights take {needed / 1e9:.1f} GB of memory on a CPU, and {free / 1e9:.1f} GB are free; "
             "set fimserver.device to a GPU, or fimserver.model to a smaller model"
         )
         raise WeightsError(msg)
@@ -181,13 +181,13 @@ def _check_room(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
 def _check_host_experts(
     folder: Path, checkpoint: Checkpoint, experts_on_device: int, *, keeps_nvfp4: bool, device: torch.device
 ) -> None:
-    """Refuse what cannot stay in main memory, or does not fit into it."""
+    """Reject experts that cannot stay in main memory, or do not fit into it."""
     if experts_on_device < 1:
-        msg = f"experts_on_device is {experts_on_device}; at least 1 of each layer has to be there to be computed with"
+        msg = f"experts_on_device is {experts_on_device}; it has to be at least 1 per layer"
         raise WeightsError(msg)
     stacks = [target for target in checkpoint.targets.values() if is_stack(target.name)]
     if not keeps_nvfp4 or not stacks or not all(target.is_nvfp4 for target in stacks):
-        msg = f"{folder}: only experts in 4 bits that stay so can be in main memory; see fimserver quantize"
+        msg = f"{folder}: only experts that stay in 4 bits can be in main memory; see fimserver quantize"
         raise WeightsError(msg)
     count = pinned_stack_bytes if device.type == "cuda" else count_stack_bytes
     needed = sum(count(target.shape) for target in stacks)
@@ -201,7 +201,7 @@ def _check_host_experts(
 
 
 def available_bytes() -> int | None:
-    """Memory that the machine has to give; ``None`` where it does not say."""
+    """Return the machine's available memory; ``None`` if unknown."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:
@@ -210,13 +210,13 @@ def available_bytes() -> int | None:
 
 
 def read_config(folder: Path) -> DiffusionGemmaConfig:
-    """Parse ``config.json``. Raises ``WeightsError`` when it is another class of model."""
+    """Parse ``config.json``. Raises ``WeightsError`` for another class of model."""
     path = folder / "config.json"
     values = read_json(path)
     if values.get("model_type") != DiffusionGemmaConfig.model_type:
         msg = f"{path}: model_type is {values.get('model_type')!r}; only 'diffusion_gemma' can be served"
         raise WeightsError(msg)
-    read_quantization(folder)  # or say that it is of a kind that cannot be read
+    read_quantization(folder)  # raises for an unsupported quantization
     try:
         return DiffusionGemmaConfig.from_dict({k: v for k, v in values.items() if k != "quantization_config"})
     except (TypeError, ValueError, KeyError) as error:
@@ -225,11 +225,11 @@ def read_config(folder: Path) -> DiffusionGemmaConfig:
 
 
 def expected_shapes(config: DiffusionGemmaConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor a checkpoint must hold; tied weights are listed once."""
+    """Return name and shape of every tensor a checkpoint must hold; tied weights are listed once."""
     with torch.device("meta"):
         return _shapes_of(DiffusionGemmaForBlockDiffusion(config))
 
 
 def check_weights(folder: Path) -> None:
-    """Compare the tensors that a folder's files name with the model's. Raises ``WeightsError`` that names one."""
+    """Compare the tensors in a folder's files with the model's. Raises ``WeightsError`` that names one."""
     Checkpoint.open(folder, expected_shapes(read_config(folder)))

@@ -1,10 +1,10 @@
-"""What a device has to be asked for."""
+"""Query and synchronize a device."""
 
 import torch
 
 
 def memory_held(device: torch.device) -> int | None:
-    """Bytes of the card's memory that this process holds, what it keeps for later included; ``None`` of a processor."""
+    """Return the bytes of GPU memory that this process holds, including torch's reserve; ``None`` for other devices."""
     if device.type == "cuda":
         return torch.cuda.memory_reserved(device)
     if device.type == "mps":
@@ -13,7 +13,7 @@ def memory_held(device: torch.device) -> int | None:
 
 
 def wait_for(device: torch.device) -> None:
-    """Wait until a device has done what it was given; a processor always has."""
+    """Wait until a device has finished its queued work; a CPU always has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

@@ -1,22 +1,22 @@
-"""A layer's experts in host memory, and on the device those of them that passes keep asking for.
+"""Keep a layer's experts in host memory, and the most requested of them on the device.
 
-    ExpertCache.run   tokens through the experts that they chose, fetched first where the device lacks them
-    Traffic           what was there, what was fetched, and what a step of it costs over a bus
+    ExpertCache.run   tokens through the experts that they chose; missing experts are fetched first
+    Traffic           counts of hits and fetches, and the copy time of a step over a bus
     add_up            the traffic of a model's layers
 
-    read     the host learns which experts the pass needs: one read for each layer, so no pass is recorded as a graph
-    fetch    those that are not there, into places of experts that this pass does not need, the coldest first
-    compute  products over the places, the choices translated
+    read     the host reads which experts the pass needs: once per layer, so no pass can be captured as a graph
+    fetch    copy the missing ones into slots of experts that this pass does not need, the coldest first
+    compute  multiply with the slots, choices translated to slot numbers
 
-A pass that needs more experts than there are places goes in rounds, first those that are there; results are added.
-Later rounds take half of the places and the hottest are fetched last, so that what is hot stays. How hot an expert is:
-in how many passes it was needed, halved every 64 passes, then how lately. Copies and products are in the order of one
-stream, so no place is written while it is read; nor do they overlap. Experts are chosen by what the layer before said:
-nothing is fetched ahead.
+A pass that needs more experts than there are slots runs in rounds, resident experts first; results are added. Later
+rounds use half of the slots and fetch the hottest experts last, so that they stay. An expert is hotter the more passes
+needed it (halved every 64 passes), then the more recent its last use. Copies and matmuls are queued on one stream, so
+no slot is written while it is read; nor do they overlap. Experts are chosen from the previous layer's output, so
+nothing is prefetched.
 
-Knows:   tensors on two memories.  Never: routers, modules, files.
-Shapes:  T tokens, H hidden size, E experts, S places (slots), k experts a token.
-Equal:   to all experts on the device, but for the order of sums (tests/engine/modeling/test_expert_cache.py).
+Knows:   tensors in two memories.  Never: routers, modules, files.
+Shapes:  T tokens, H hidden size, E experts, S slots, k experts per token.
+Equal:   to all experts on the device, except for the order of sums (tests/engine/modeling/test_expert_cache.py).
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,7 +32,7 @@ _HALVED_EVERY_PASSES = 64
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Counts over some passes, of one layer or of all: experts that were there, that were fetched, bytes copied."""
+    """Counts over some passes, of one layer or of all: experts found, experts fetched, bytes copied."""
 
     passes: int = 0
     rounds: int = 0
@@ -41,35 +41,36 @@ class Traffic:
     bytes_copied: int = 0
 
     def since(self, earlier: "Traffic") -> "Traffic":
-        """What was added to earlier counts."""
+        """Return the difference to earlier counts."""
         return Traffic(*(now - then for now, then in zip(astuple(self), astuple(earlier), strict=True)))
 
     @property
     def bytes_per_pass(self) -> float:
-        """Bytes that a pass copies from the host; a denoising step is a pass."""
+        """Bytes that a pass copies from the host; a denoising step is one pass."""
         return self.bytes_copied / self.passes if self.passes else 0.0
 
     @property
     def hit_share(self) -> float:
-        """Of the experts that passes needed, those that were there; 1 where none was needed."""
+        """Fraction of the needed experts that were on the device; 1 if none was needed."""
         needed = self.hits + self.misses
         return self.hits / needed if needed else 1.0
 
     def copy_ms_per_pass(self, bus_gb_per_s: float) -> float:
-        """What these copies add to a pass at least, by the rate that the bus reaches; reads by the host come on top."""
+        """Return the minimum copy time per pass at the bus's measured rate; reads by the host are extra."""
         return 1e3 * self.bytes_per_pass / (bus_gb_per_s * 1e9)
 
 
 class ExpertCache:
-    """Gate and up (E, 2 I, H) and down (E, H, I) of all experts on the host, of S experts on the device."""
+    """Gate and up (E, 2 I, H) and down (E, H, I): all E experts on the host, S of them on the device."""
 
     def __init__(self, gate_up: NVFP4Tensor, down: NVFP4Tensor, num_slots: int, device: torch.device) -> None:
-        """Both stacks are on the host, in pinned memory where the device is a card; 1 <= S <= E."""
+        """Take both stacks on the host, in pinned memory if the device is a GPU; 1 <= S <= E."""
         self.num_experts, self.num_slots = gate_up.packed.shape[0], num_slots
         self.host = gate_up, down
         self.slots = _empty_slots(gate_up, num_slots, device), _empty_slots(down, num_slots, device)
-        self._table = torch.full((self.num_experts,), -1, dtype=torch.int64, device=device)  # expert to slot
-        self._slot_of = [-1] * self.num_experts  # the same, for the host
+        # expert to slot, -1 if absent
+        self._table = torch.full((self.num_experts,), -1, dtype=torch.int64, device=device)
+        self._slot_of = [-1] * self.num_experts  # the host's copy of _table
         self._expert_in: list[int | None] = [None] * num_slots
         self._uses = [0.0] * self.num_experts
         self._last_use = [-1] * self.num_experts
@@ -88,11 +89,11 @@ class ExpertCache:
 
     @property
     def resident(self) -> frozenset[int]:
-        """Experts that are on the device."""
+        """Experts that are on the device now."""
         return frozenset(expert for expert in self._expert_in if expert is not None)
 
     def run(self, matmul: MatmulBackend, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """``x`` (T, H) through the ``chosen`` experts (T, k), added by ``weights`` (T, k): (T, H) float32."""
+        """Run ``x`` (T, H) through the ``chosen`` experts (T, k), added by ``weights`` (T, k): (T, H) float32."""
         needed = self._read_needed(chosen)
         self._count_uses(needed)
         missing = [e for e in needed if self._slot_of[e] < 0]
@@ -118,7 +119,7 @@ class ExpertCache:
         return torch.zeros(x.shape, dtype=torch.float32, device=x.device) if result is None else result
 
     def _read_needed(self, chosen: torch.Tensor) -> list[int]:
-        """Experts that anyone chose, in order. The host waits here for what the device has computed so far."""
+        """Return the chosen experts in ascending order. The host waits here for the device."""
         is_needed: list[bool] = self._mark_chosen(chosen).tolist()
         return [expert for expert, needed in enumerate(is_needed) if needed]
 
@@ -143,7 +144,7 @@ class ExpertCache:
         return self._uses[expert], self._last_use[expert]
 
     def _fetch_in_rounds(self, needed: Sequence[int], missing: Sequence[int]) -> Iterator[list[int]]:
-        """Groups of the needed experts, each on the device when it is given out, and all of them once."""
+        """Yield groups of the needed experts that cover each once; a group is on the device when it is yielded."""
         waiting = sorted(missing, key=self._heat)
         members = [e for e in needed if self._slot_of[e] >= 0]
         room = self.num_slots - len(members)
@@ -154,7 +155,7 @@ class ExpertCache:
             members, room = [], max(1, self.num_slots // 2)
 
     def _fetch(self, experts: Sequence[int], keep: frozenset[int]) -> None:
-        """Copy experts into empty slots, then into those of the coldest experts that are not to be kept."""
+        """Copy experts into empty slots, then into those of the coldest experts outside ``keep``."""
         if not experts:
             return
         places = sorted((s for s in range(self.num_slots) if self._expert_in[s] not in keep), key=self._heat_of_slot)
@@ -172,7 +173,7 @@ class ExpertCache:
 
 
 def add_up(caches: Sequence[ExpertCache]) -> Traffic:
-    """The traffic of all layers, whose passes are the same; none of no layer."""
+    """Add up the traffic of all layers, which share their passes; zero for no layer."""
     each = [cache.traffic for cache in caches]
     return Traffic(
         max((t.passes for t in each), default=0),
@@ -192,7 +193,7 @@ def _empty_slots(stack: NVFP4Tensor, num_slots: int, device: torch.device) -> NV
 
 
 def _pair(slots: NVFP4Tensor, stack: NVFP4Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Each part of the slots with that of all experts."""
+    """Yield each part of the slots with the same part of the whole stack."""
     yield slots.packed, stack.packed
     yield slots.scales.view(torch.uint8), stack.scales.view(torch.uint8)
     yield slots.global_scale, stack.global_scale

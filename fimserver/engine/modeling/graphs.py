@@ -1,12 +1,12 @@
-"""Denoising passes of fixed shape, so that a card can be given one of them in a single call.
+"""Run denoising passes of fixed shape, so that the GPU replays each of them in a single call.
 
-    FixedPasses   a pass for each shape that was met; the hidden states of canvases over a cache
-    FixedPass     tensors that stay where they are, and what is done with them
-    capture       records a pass as a CUDA graph; without a card it is simply run
+    FixedPasses   one pass per shape met; returns the hidden states of canvases over a cache
+    FixedPass     tensors at fixed addresses, and the computation over them
+    capture       captures a pass as a CUDA graph; tests replace it and run the pass directly
 
-A pass over a canvas is some thousand small kernels; calling them one by one takes a processor longer than a card needs
-for them. What changes between passes is copied into tensors that stay: token ids, the condition, and when the prompt
-has changed, places, masks and rotations. Masks hide what a buffer holds no keys in, so buffers are read whole.
+A pass over a canvas is about a thousand small kernels; launching them takes the CPU longer than the GPU needs to run
+them. Inputs that change between passes are copied into fixed tensors: token ids, the condition, and, when the prompt
+has changed, slots, masks and rotations. Masks hide the places of a buffer that hold no keys, so buffers are read whole.
 
 Knows:   tensors, the network.  Never: sampling, prompts, stopping.
 Shapes:  N canvas rows, H hidden size, P places in a layer's buffers.
@@ -25,14 +25,14 @@ from fimserver.engine.modeling.kv_cache import KVCache
 from fimserver.engine.modeling.layers import AttentionPlan
 from fimserver.engine.modeling.network import Network, canvas_rows
 
-_MOST_PASSES = 12  # shapes that a recording is kept for, of one cache
+_MOST_PASSES = 12  # CUDA graphs kept per cache
 _WARM_UPS = 2
 _Run = Callable[[], torch.Tensor]
 
 
 @lru_cache(maxsize=1)
 def _anchor() -> Any:
-    """A recording that is kept: the memory of a pool that nobody holds any more cannot be recorded in again."""
+    """Keep one CUDA graph alive, so that its memory pool stays usable for capture."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         torch.zeros(1, device="cuda")
@@ -40,14 +40,15 @@ def _anchor() -> Any:
 
 
 def capture(run: _Run, *, shares: bool = True) -> _Run:
-    """A pass recorded on the card; running the result runs it there in one call, on the same tensors.
+    """Capture a pass as a CUDA graph; the returned function replays it on the same tensors in one call.
 
-    All that ``shares`` work in the same memory: one runs at a time, and what it gives is used before the next.
+    All captures that ``shares`` use one memory pool: only one may run at a time, and its result must be used before
+    the next one runs.
     """
     stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(_WARM_UPS):  # what compiles or allocates at first does it here
+        for _ in range(_WARM_UPS):  # first runs compile and allocate, which a capture must not
             run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -73,7 +74,7 @@ class FixedPass:
         *,
         self_conditioning: bool,
     ) -> None:
-        self._network, self._cache = network, weakref.ref(cache)  # which must be free to go
+        self._network, self._cache = network, weakref.ref(cache)  # weak, so that the cache can be freed
         self.generation = cache.generation
         self._shape = canvases.shape
         self._rows = canvas_rows(canvases.clone(), cache.length)
@@ -93,7 +94,7 @@ class FixedPass:
         self._run = capture(self._compute)
 
     def move(self, cache: KVCache) -> None:
-        """Stand behind the prompt as it is now, in buffers as they are now."""
+        """Update positions, masks and slots to the cache's current prompt and buffers."""
         if (place := (cache.length, cache.base)) == self._place:
             return
         self._place, length = place, cache.length
@@ -111,7 +112,7 @@ class FixedPass:
             plan.mask.copy_(self._network.mask_places(rows, kind, cache, plan.end))
 
     def __call__(self, canvases: torch.Tensor, self_conditioning: torch.Tensor | None) -> torch.Tensor:
-        """Hidden states (N, H) float32; they stay until the next call."""
+        """Return hidden states (N, H) float32, which the next call overwrites."""
         self._rows.token_ids.copy_(canvases.flatten())
         if self._self_conditioning is not None and self_conditioning is not None:
             self._self_conditioning.copy_(self_conditioning)
@@ -119,12 +120,12 @@ class FixedPass:
 
     def _compute(self) -> torch.Tensor:
         cache = self._cache()
-        assert cache is not None  # whose buffers these are
+        assert cache is not None  # FixedPasses keeps passes only as long as their cache
         return self._network.run(self._rows, cache, self._self_conditioning, self._rotary, self._plans)
 
 
 class FixedPasses:
-    """A fixed pass for each shape of canvases and each cache, recorded when it is met first; gone with its buffers."""
+    """One fixed pass per cache and shape of canvases, captured at first use and dropped with the cache's buffers."""
 
     def __init__(self, network: Network, capture: Callable[[_Run], _Run] = capture) -> None:
         self._network, self._capture = network, capture
@@ -134,15 +135,15 @@ class FixedPasses:
 
     @property
     def num_held(self) -> int:
-        """How many recordings there are."""
+        """Number of passes kept."""
         return sum(map(len, self._passes.values()))
 
     def run(self, canvases: torch.Tensor, cache: KVCache, self_conditioning: torch.Tensor | None) -> torch.Tensor:
-        """What ``Network.forward`` gives for canvases (K, C) over a cache: (K C, H) float32."""
+        """Return the result of ``Network.forward`` for canvases (K, C) over a cache: (K C, H) float32."""
         cache.reserve(canvases.numel())
         held = self._passes.setdefault(cache, OrderedDict())
         for key in [key for key, fixed in held.items() if fixed.generation != cache.generation]:
-            del held[key]  # its buffers are no more
+            del held[key]  # its buffers were replaced
         key = (tuple(canvases.shape), self_conditioning is not None)
         fixed = held.get(key)
         if fixed is None:

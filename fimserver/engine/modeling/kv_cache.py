@@ -1,12 +1,12 @@
-"""Keys and values of one prompt: all of them for full layers, a window and a margin for sliding ones.
+"""Hold the keys and values of one prompt: all of them for full layers, a window and a margin for sliding ones.
 
-    reserve   room for the rows of a pass behind the prompt
-    keep      rows of the last pass become the prompt's continuation
-    trim      forget what stands behind some of the first tokens
+    reserve   make room after the prompt for the rows of a pass
+    keep      make rows of the last pass the prompt's continuation
+    trim      forget all but the first tokens
 
-A sliding layer looks ``window`` tokens back, so what is older can go. Of the margin one half is for what may be deleted
-again before the prompt has to be read anew, the other for what is written next. The memory of sliding layers is
-bounded so, whatever the context.
+A sliding layer sees ``window`` tokens back, so older ones can be dropped. Half of the margin is for tokens that may be
+deleted before the prompt has to be encoded again, the other half for tokens written next. This bounds the memory of
+sliding layers for any context length.
 
 Knows:   tensors.  Never: token ids, layers' weights.
 Shapes:  keys and values (heads, capacity, D) of every layer.
@@ -19,12 +19,12 @@ import torch
 from torch.nn import functional
 
 MARGIN_TOKENS = 1024
-_GROWTH_TOKENS, _MOST_GROWTH_TOKENS = 256, 4096  # buffers grow by half, but by no less and no more
+_GROWTH_TOKENS, _MOST_GROWTH_TOKENS = 256, 4096  # buffers grow by half, within these limits
 
 
 @dataclass(frozen=True, slots=True)
 class CacheShape:
-    """Heads and head size of one layer, and how far back it looks; ``None`` is all the way."""
+    """Heads, head size and window of one layer; a window of ``None`` is unlimited."""
 
     num_heads: int
     head_size: int
@@ -32,9 +32,9 @@ class CacheShape:
 
 
 class KVCache:
-    """Keys and values of every layer; the first ``length`` tokens are the prompt's, passes write behind them.
+    """Keys and values of every layer; the first ``length`` tokens are the prompt's, passes write after them.
 
-    Sliding layers hold the tokens from ``base`` on. ``generation`` counts how often buffers were made anew.
+    Sliding layers hold the tokens from ``base`` on. ``generation`` counts reallocations of the buffers.
     """
 
     def __init__(
@@ -56,12 +56,12 @@ class KVCache:
         return sum(t.nbytes for t in (*self.keys, *self.values))
 
     def start_of(self, layer: int) -> int:
-        """The first token that a layer's buffers hold."""
+        """Return the first token that a layer's buffers hold."""
         return 0 if self._shapes[layer].window is None else self.base
 
     @torch.inference_mode()
     def reserve(self, num_rows: int) -> None:
-        """Room for so many rows behind the prompt; sliding layers let go what is beyond window and margin."""
+        """Make room for ``num_rows`` rows after the prompt; sliding layers drop tokens beyond window and margin."""
         if self._window is not None and self.length - self.base + num_rows > self._window + self._margin:
             self._slide(max(self.base, self.length - self._window - self._margin // 2))
         for layer, shape in enumerate(self._shapes):
@@ -77,7 +77,7 @@ class KVCache:
                 buffers[layer] = functional.pad(buffers[layer], (0, 0, 0, wanted - capacity))
 
     def _slide(self, base: int) -> None:
-        """Sliding layers hold the tokens from ``base`` on, at the front of their buffers."""
+        """Move the tokens from ``base`` on to the front of the sliding layers' buffers."""
         dropped, held = base - self.base, self.length - base
         for layer, shape in enumerate(self._shapes):
             if shape.window is not None and dropped:
@@ -98,18 +98,18 @@ class KVCache:
 
     @torch.inference_mode()
     def pretend(self, length: int, generator: torch.Generator) -> None:
-        """Hold so many tokens of noise: what a measurement of long contexts needs."""
+        """Fill the cache with ``length`` tokens of noise, to measure long contexts."""
         self.length, self.base = length, 0 if self._window is None else max(0, length - self._window)
         self.reserve(0)
         for buffer in (*self.keys, *self.values):
             buffer.normal_(generator=generator)
 
     def can_trim(self, length: int) -> bool:
-        """Whether the first ``length`` tokens can be gone on from: sliding layers still hold all that is seen there."""
+        """Return whether sliding layers still hold all keys that are visible after the first ``length`` tokens."""
         return self._window is None or self.base == 0 or length - self._window >= self.base
 
     def trim(self, length: int) -> int:
-        """Forget what stands behind the first ``length`` tokens; how many are left, none where they cannot be."""
+        """Forget the tokens after the first ``length``; return how many remain, 0 if ``can_trim`` is false."""
         if length < self.length:
             self.length = length if self.can_trim(length) else 0
         if not self.length:

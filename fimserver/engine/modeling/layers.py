@@ -1,10 +1,11 @@
-"""One layer of the forward pass: attention over a cache, and the dense part beside the experts.
+"""Compute one layer of the forward pass: attention over a cache, and the dense part next to the experts.
 
-    Layer.attend         rows over the keys and values of a cache, theirs written behind it
+    Layer.attend         rows over the keys and values of a cache; writes theirs after it
     Layer.feed_forward   dense part and experts, added
-    AttentionPlan                where the keys of rows go, and which keys they see
+    AttentionPlan        where the keys of rows are written, and which keys each row sees
 
-Several projections of one input are one matrix. What is in 4 bits is multiplied by ``MatmulBackend``, the rest by torch.
+Several projections of one input are one matrix. Weights in 4 bits are multiplied by a ``MatmulBackend``, others by
+torch.
 
 Knows:   tensors, weights.  Never: rows' meaning, prompts.
 Shapes:  N rows, P cached tokens, H hidden size, D head size; the residual stream is float32.
@@ -27,16 +28,16 @@ from fimserver.engine.kernels.packed import PackedExperts, PackedLinear, is_pack
 from fimserver.engine.modeling.kv_cache import KVCache
 
 _NOTHING = nullcontext()
-MASK_ALIGNMENT = 8  # numbers
-_LARGEST_REPEATED = 2**25  # numbers of a mask; 64 MB in bf16
+MASK_ALIGNMENT = 8  # elements
+_LARGEST_REPEATED = 2**25  # elements of a mask; 64 MB in bf16
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
     """Where the keys of N rows are written in a layer's buffers, and which keys each row sees.
 
-    ``slots`` (N,) are places in the buffers; ``None`` is ``begin`` and those behind it. Read are the places from
-    ``first`` up to ``end``; ``mask`` (N, end - first) is additive, ``None`` for rows that see them all.
+    ``slots`` (N,) are places in the buffers; ``None`` means consecutive places from ``begin``. Rows read the places
+    from ``first`` up to ``end``; ``mask`` (N, end - first) is additive, ``None`` if each row sees them all.
     """
 
     begin: int
@@ -54,9 +55,9 @@ class AttentionPlan:
 
 
 def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Attention of ``queries`` (heads, N, D) over keys and values (fewer heads, P, D), scale 1: (heads, N, D).
+    """Attend with ``queries`` (heads, N, D) over keys and values (fewer heads, P, D), scale 1: (heads, N, D).
 
-    On a card the heads that share keys are rows of one product: torch's own grouping copies the keys for each.
+    On a GPU the heads that share keys are rows of one matmul: torch's own grouping copies the keys for each.
     """
     if queries.device.type == "cpu":
         return functional.scaled_dot_product_attention(
@@ -68,10 +69,10 @@ def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask
 def attend_grouped(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """The same with every head of a group as further rows of one, so that keys are read once for all of them.
+    """Attend with all heads of a group as rows of one matmul, which reads the keys once for all of them.
 
-    For that a mask is repeated. One that is too large is not, as a chunk of a long prompt has it: then a group is a
-    batch that shares keys and mask, which reads them for each head, beside products that take longer.
+    This repeats the mask. If the repeated mask would be too large, as for a chunk of a long prompt, a group is a batch
+    that shares keys and mask: they are read for each head, which costs little next to the larger matmuls.
     """
     heads, rows, size = queries.shape
     group = heads // len(keys)
@@ -89,7 +90,7 @@ def attend_grouped(
 
 
 def _repeat(mask: torch.Tensor, times: int) -> torch.Tensor:
-    """A mask (N, P) below itself, (times N, P), whose rows begin where kernels can read (``network.py``)."""
+    """Stack a mask (N, P) to (times N, P); its rows stay aligned for the kernels (``network.py``)."""
     rows, keys = mask.shape
     padded = mask.new_empty(times, rows, -(-keys // MASK_ALIGNMENT) * MASK_ALIGNMENT)[..., :keys]
     return padded.copy_(mask).flatten(0, 1)
@@ -124,7 +125,7 @@ class Layer:
 
     @property
     def reads_choices(self) -> bool:
-        """Whether the host has to know which experts were chosen."""
+        """Return whether the host reads which experts were chosen."""
         return isinstance(self._inner, _RoutedExperts) and self._inner.reads_choices
 
     def attend(
@@ -135,7 +136,7 @@ class Layer:
         rotary: tuple[torch.Tensor, torch.Tensor],
         plan: AttentionPlan,
     ) -> torch.Tensor:
-        """The residual stream (N, H) after attention over what a sight shows of the cache and these rows."""
+        """Return the residual stream (N, H) after attention over the planned keys of the cache and these rows."""
         n, num_qk = len(x), self.num_heads + self.num_kv_heads
         heads = self._project(rms(x, self._eps).to(self._project.dtype)).float().view(n, -1, self.head_size)
         heads = rms(heads, self._eps)
@@ -153,9 +154,9 @@ class Layer:
         return torch.addcmul(x, rms(out, self._eps), self._after_attention)
 
     def feed_forward(self, x: torch.Tensor, num_canvas: int = 0) -> torch.Tensor:
-        """The residual stream (N, H) after the dense part and the experts, side by side; canvas rows are last.
+        """Return the residual stream (N, H) after the dense part and the experts; canvas rows are last.
 
-        The last factor is the only weight of a layer that encoder and decoder may have apart.
+        The last factor is the only weight of a layer that may differ between encoder and decoder.
         """
         dense, experts = self._inner(x)
         both = rms(dense, self._eps) * self._after_both[0]
@@ -168,7 +169,7 @@ class Layer:
 
 
 class _OneExpert:
-    """Dense part and the only expert: their first projections share an input and are one matrix."""
+    """Dense part and the only expert: their first projections share an input and are joined to one matrix."""
 
     def __init__(self, module: Any) -> None:
         mlp, experts = module.mlp, module.experts
@@ -196,7 +197,7 @@ class _OneExpert:
 
 
 class _RoutedExperts:
-    """Dense part, router and experts; the router decides in float32."""
+    """Dense part, router and experts; the router computes in float32."""
 
     def __init__(self, module: Any, matmul: MatmulBackend) -> None:
         mlp, router = module.mlp, module.router
@@ -237,7 +238,7 @@ class _RoutedExperts:
 def project(
     modules: Sequence[Any], matmul: MatmulBackend, norm: torch.Tensor | None = None
 ) -> "Linear | _PackedProjection":
-    """Projections of one input as one; the weight of the norm before them goes into their columns where it can."""
+    """Join projections of one input; the preceding norm's weight is folded into their columns where possible."""
     if any(isinstance(m, PackedLinear) for m in modules):
         return _PackedProjection(modules, matmul, norm)
     joined = torch.cat([m.weight for m in modules]) if len(modules) > 1 else modules[0].weight
@@ -269,7 +270,7 @@ class _PackedProjection:
 
 
 def find_packed_projections(model: Any) -> Iterator[tuple[int, int]]:
-    """Shapes (N, K) of the projections in 4 bits of transformers' model, joined as ``Network`` does; each once."""
+    """Yield each distinct shape (N, K) of the 4-bit projections of transformers' model, joined as in ``Network``."""
     decoder = model.model.decoder
     owners = [decoder.self_conditioning, *(layer.mlp for layer in decoder.layers)]
     groups = [group for owner in owners for group in ((owner.gate_proj, owner.up_proj), (owner.down_proj,))]
@@ -292,17 +293,17 @@ def _rows_of(module: Any) -> int:
 
 
 def release_weights(module: Any) -> None:
-    """Free what a layer's weights take; who reads them afterwards finds nothing."""
+    """Free a layer's weights; the layer cannot be used afterwards."""
     for part in module.modules():
         if isinstance(part, PackedLinear | PackedExperts):
             part.release_weights()
     for parameter in module.parameters():
-        if parameter.dim() > 1:  # norms are small, and read where they are
+        if parameter.dim() > 1:  # norms are small and still used in place
             parameter.data = parameter.data.new_empty(0)
 
 
 class Linear:
-    """A projection; on a CPU the matrix is kept as its transpose, which takes few rows faster."""
+    """A projection; on a CPU the matrix is stored transposed, which is faster for few rows."""
 
     def __init__(self, weight: torch.Tensor, dtype: torch.dtype | None = None) -> None:
         self.dtype = dtype or weight.dtype
@@ -310,13 +311,13 @@ class Linear:
         self._matrix = transposed.contiguous() if weight.device.type == "cpu" else transposed
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """``x`` (..., K) to (..., N)."""
+        """Project ``x`` (..., K) to (..., N)."""
         projected: torch.Tensor = x @ self._matrix
         return projected
 
 
 def rms(x: torch.Tensor, eps: float) -> torch.Tensor:
-    """Rows over their root mean square, with ``eps`` under the root; float32."""
+    """Divide rows by their root mean square, with ``eps`` under the root; float32."""
     size = x.shape[-1]
     length: torch.Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     scale: torch.Tensor = size**0.5 / torch.hypot(length, _least_length(size, eps, x.device))
@@ -329,5 +330,5 @@ def _least_length(size: int, eps: float, device: torch.device) -> torch.Tensor:
 
 
 def measured(name: str) -> AbstractContextManager[Any]:
-    """A range of this name in a profile; nothing, and nothing's cost, where none is taken."""
+    """Return a range of this name in a profile; free of cost without a profiler."""
     return record_function(f"fim::{name}") if torch._C._autograd._profiler_enabled() else _NOTHING  # noqa: SLF001

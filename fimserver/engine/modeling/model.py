@@ -1,8 +1,8 @@
-"""One DiffusionGemma on one device: the causal encoder and the bidirectional decoder, without text.
+"""Run one DiffusionGemma on one device: the causal encoder and the bidirectional decoder, without text.
 
-    encode   prompt tokens into a KV cache   -> next-token logits
-    decode   a canvas over that cache        -> logits of every canvas position
-    forward_rows  drafted tokens and canvases     -> hidden states; what is right is kept, the rest forgotten
+    encode        prompt tokens into a KV cache   -> next-token logits
+    decode        canvases over that cache        -> logits of every canvas position
+    forward_rows  draft tokens and canvases       -> hidden states; the caller keeps the accepted rows
 
 Knows:   tensors, devices.  Never: text, prompts, stopping.
 Shapes:  T prompt tokens, K canvases of C positions, V vocabulary, H hidden size; one prompt at a time.
@@ -32,11 +32,11 @@ from fimserver.engine.modeling.network import Network, Rows, canvas_rows, causal
 from fimserver.errors import EngineError, WeightsError
 
 _logger = logging.getLogger(__name__)
-_CAPTURED_LENGTHS = 16  # of canvases, a multiple of it
+_CAPTURED_LENGTHS = 16  # lengths of captured canvases are multiples of this
 
 
 class Model:
-    """The network and what its folder says of it."""
+    """The network and its folder's metadata."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class Model:
         consumes: bool = False,
         capture: Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]] | None = None,
     ) -> None:
-        """``consumes`` empties ``reference`` of its layers' weights; ``record`` makes passes of fixed shape."""
+        """Build from ``reference``; ``consumes`` frees its layers' weights, ``captures`` runs passes as CUDA graphs."""
         self.reference = reference
         self.num_parameters = count_parameters(reference)
         self.choice = choice or Choice(PLAIN)
@@ -70,18 +70,18 @@ class Model:
         *,
         fp4_activations: bool = False,
     ) -> "Model":
-        """Model of a folder on ``device``: fp32 on CPU and MPS; on CUDA bf16, and what is in 4 bits stays so.
+        """Load a folder on ``device``: fp32 on CPU and MPS; on CUDA bf16, and 4-bit weights stay in 4 bits.
 
-        Where a card cannot hold all experts, they are in main memory and as many of each layer on it as fit.
-        ``report`` gets bytes read, and all there are; ``context_tokens`` limits prompts. ``fp4_activations`` tries
-        kernels that round activations to 4 bits. Raises ``WeightsError``.
+        If a GPU cannot hold all experts, they stay in main memory and as many of each layer as fit are on the GPU.
+        ``report`` gets bytes read and total bytes; ``context_tokens`` limits prompts. ``fp4_activations`` tries kernels
+        that round activations to 4 bits. Raises ``WeightsError``.
         """
         metadata = limit_context(read_metadata(folder), context_tokens)
         if device.type != "cuda":
             network = load_weights(folder, dtype=torch.float32, report=report)
             return cls(network.to(device), metadata)
         if device.index is not None:
-            torch.cuda.set_device(device)  # kernels and recordings are made for the current one
+            torch.cuda.set_device(device)  # kernels and CUDA graphs belong to the current device
         on_device = find_experts_on_device(folder, metadata.max_prompt_tokens, torch.cuda.mem_get_info(device)[0])
         network = load_weights(
             folder,
@@ -104,48 +104,48 @@ class Model:
 
     @property
     def kernels(self) -> str:
-        """What multiplies by weights in 4 bits, and what was found of every way to; nothing without a choice."""
+        """Description of the matmul backend for 4-bit weights and of every one tried; empty without a choice."""
         tried = ", ".join(f"{name}: {found}" for name, found in self.choice.tried.items())
         return f"{self.choice.matmul.name} ({tried})" if tried else ""
 
     @property
     def cut_multiple(self) -> int:
-        """What lengths of canvases are rounded up to: each length of a recorded pass is recorded for itself."""
+        """Multiple that canvas lengths are rounded up to, since each length needs its own CUDA graph."""
         return _CAPTURED_LENGTHS if self._fixed is not None else 1
 
     def without_graphs(self) -> "Model":
-        """The same model, whose passes are called kernel by kernel."""
+        """Return the same model without CUDA graphs."""
         other = copy.copy(self)
         other._fixed = None  # noqa: SLF001  its own copy
         return other
 
     @property
     def expert_traffic(self) -> Traffic | None:
-        """What passes have copied from main memory so far; ``None`` where all experts are on the device."""
+        """Return the traffic of experts from main memory so far; ``None`` if all experts are on the device."""
         return add_up(self._expert_caches) if self._expert_caches else None
 
     def new_cache(self) -> KVCache:
-        """An empty KV cache."""
+        """Create an empty KV cache."""
         return self.network.new_cache()
 
     @torch.inference_mode()
     def encode(self, token_ids: Sequence[int], cache: KVCache) -> torch.Tensor:
-        """Write ``token_ids`` behind what ``cache`` holds; logits after the last one, (1, V) float32."""
+        """Append ``token_ids`` to ``cache``; return the logits after the last one, (1, V) float32."""
         return self.network.to_logits(self._encode(token_ids, cache)[-1:])
 
     @torch.inference_mode()
     def encode_all(self, token_ids: Sequence[int], cache: KVCache) -> torch.Tensor:
-        """Like ``encode``; logits after each token, (T, V) float32."""
+        """Append ``token_ids`` as ``encode`` does; return the logits after each token, (T, V) float32."""
         return self.network.to_logits(self._encode(token_ids, cache))
 
     @torch.inference_mode()
     def decode(
         self, canvases: torch.Tensor, cache: KVCache, self_conditioning: torch.Tensor | None, *, first: int = 0
     ) -> torch.Tensor:
-        """Denoise canvases (K, C) once, side by side over a cache, which stays as it is; logits (K, C, V) float32.
+        """Denoise canvases (K, C) once over a cache, which stays as it is; return logits (K, C, V) float32.
 
-        ``soft`` (K * C, H), from ``Network.to_self_conditioning``, is the self-conditioning. Positions before ``first`` are settled:
-        there are no logits of them.
+        ``self_conditioning`` (K * C, H) comes from ``Network.to_self_conditioning``. Positions before ``first`` are
+        settled and get no logits.
         """
         with measured("decode"):
             if self._fixed is not None:
@@ -158,13 +158,13 @@ class Model:
 
     @torch.inference_mode()
     def forward_rows(self, rows: Rows, cache: KVCache) -> torch.Tensor:
-        """Hidden states (N, H) of any rows; ``cache.keep`` then keeps those that are right."""
+        """Return hidden states (N, H) of any rows; ``cache.keep`` then keeps the accepted ones."""
         with measured("decode" if rows.num_canvas else "encode"):
             return self.network.forward(rows, cache)
 
     @torch.inference_mode()
     def to_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (N, V) float32 of hidden states (N, H)."""
+        """Return logits (N, V) float32 of hidden states (N, H)."""
         return self.network.to_logits(hidden)
 
     def _encode(self, token_ids: Sequence[int], cache: KVCache) -> torch.Tensor:
@@ -175,10 +175,10 @@ class Model:
 
 
 def find_experts_on_device(folder: Path, context_tokens: int, free_bytes: int) -> int | None:
-    """How many experts of each layer a card has room for beside all else, by the planner; ``None`` is all of them.
+    """Return how many experts of each layer fit on a GPU next to everything else, by the planner; ``None`` for all.
 
-    Also where experts are not in 4 bits, and for a folder of which only ``load_weights`` can say what is wrong.
-    Raises ``WeightsError`` where not even one fits.
+    Also ``None`` if the experts are not in 4 bits, and for a damaged folder, which ``load_weights`` reports.
+    Raises ``WeightsError`` if not even one fits.
     """
     try:
         checkpoint = read_folder(folder)
@@ -194,13 +194,13 @@ def find_experts_on_device(folder: Path, context_tokens: int, free_bytes: int) -
     if found < 1:
         least = plan.total_bytes - checkpoint.bytes_of(Role.EXPERTS) * (shape.num_experts - 1) // shape.num_experts
         msg = (
-            f"{folder.name} needs {least / 1e9:.1f} GB of a card even with experts in main memory "
-            f"and {free_bytes / 1e9:.1f} GB are free; close what else uses the card, or see fimserver doctor --gpu"
+            f"{folder.name} needs {least / 1e9:.1f} GB of GPU memory even with experts in main memory "
+            f"and {free_bytes / 1e9:.1f} GB are free; close other programs on the GPU, or see fimserver doctor --gpu"
         )
         raise WeightsError(msg)
     _logger.warning(
-        "%d of %d experts of each layer fit on the card; the others are copied from main memory when they are needed, "
-        "which is slower (fimserver doctor --gpu says how much)",
+        "%d of %d experts of each layer fit on the GPU; the others are copied from main memory when they are needed, "
+        "which is slower (fimserver doctor --gpu shows how much)",
         found,
         shape.num_experts,
     )
@@ -208,7 +208,7 @@ def find_experts_on_device(folder: Path, context_tokens: int, free_bytes: int) -
 
 
 def find_device(name: str) -> torch.device:
-    """Device of a torch name; ``auto`` takes CUDA, then MPS, then the CPU. Raises ``EngineError``."""
+    """Return the device of a torch name; ``auto`` takes CUDA, then MPS, then the CPU. Raises ``EngineError``."""
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -216,14 +216,14 @@ def find_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        msg = f"device {name!r} is none of torch's names; use auto, cpu, cuda, cuda:N or mps"
+        msg = f"device {name!r} is unknown to torch; use auto, cpu, cuda, cuda:N or mps"
         raise EngineError(msg) from error
     if device.type not in ("cpu", "cuda", "mps"):
         msg = f"device {name!r} is not supported; use auto, cpu, cuda, cuda:N or mps"
         raise EngineError(msg)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
-        msg = f"device {name!r}: torch sees {count} CUDA devices; use auto or cpu, or install CUDA torch"
+        msg = f"device {name!r}: torch finds {count} CUDA devices; use auto or cpu, or install CUDA torch"
         raise EngineError(msg)
     if device.type == "mps" and not torch.backends.mps.is_available():
         msg = "device 'mps': torch has no MPS on this machine; use auto or cpu"

@@ -1,11 +1,11 @@
-"""The class's forward pass, written for one person's requests: few tokens, one sequence, any pattern of sight.
+"""Compute the class's forward pass for interactive requests: few tokens, one sequence, any attention mask.
 
-    Rows       tokens of one pass: ids, positions, who sees whom; the last ones may be canvases
-    Network    rows over a cache -> hidden states; written behind the prompt, kept only when asked
+    Rows       tokens of one pass: ids, positions, mask; the last ones may be canvases
+    Network    rows over a cache -> hidden states; keys are written after the prompt, kept only on request
 
 transformers' modules serve batches, any mask and training, and take two to three times as long for one token on a
-CPU. Encoder and decoder share their weights, so one pass may hold both: drafted tokens to be verified from left to
-right, and canvases behind them that draft what follows (the training pass is packed so too).
+CPU. Encoder and decoder share their weights, so one pass may hold both: draft tokens to verify, and canvases after
+them that draft what follows (the training pass is packed the same way).
 
 Knows:   tensors, weights.  Never: text, prompts, stopping.
 Shapes:  N rows, P cached tokens, H hidden size, D head size.
@@ -34,17 +34,17 @@ from fimserver.engine.modeling.layers import (
 )
 from fimserver.errors import WeightsError
 
-_ACTIVATION = "gelu_pytorch_tanh"  # of the kernels in nvfp4_kernels.py and others
-_MOST_TABLED = 16384  # positions; those of a quarter of a million would take 1.6 GB
+_ACTIVATION = "gelu_pytorch_tanh"  # the activation in triton_kernels.py and the other backends
+_MOST_TABLED = 16384  # positions; tables for 262,144 would take 1.6 GB
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What one pass reads.
+    """Input of one pass.
 
-    ``num_positions`` is above every position. ``sees`` (N, N) says which rows a row sees beside the whole cache;
-    ``None`` is all of them. The last ``num_canvas`` rows are canvas positions, in canvases that begin at ``origins``: a
-    sliding window is counted from a token's own position, for a canvas from where it begins.
+    ``num_positions`` is above every position. ``sees`` (N, N) marks the rows that each row sees in addition to the
+    whole cache; ``None`` is all of them. The last ``num_canvas`` rows are canvas positions, in canvases that begin at
+    ``origins``: a sliding window counts from a token's own position, for a canvas from its beginning.
     """
 
     token_ids: torch.Tensor
@@ -56,7 +56,7 @@ class Rows:
 
 
 def causal_rows(token_ids: Sequence[int], cached: int, device: torch.device) -> Rows:
-    """Rows that follow the cache, each seeing those before it."""
+    """Return rows after the cache, each seeing those before it."""
     n = len(token_ids)
     sees = torch.ones(n, n, dtype=torch.bool, device=device).tril() if n > 1 else None
     positions = torch.arange(cached, cached + n, device=device)
@@ -64,7 +64,7 @@ def causal_rows(token_ids: Sequence[int], cached: int, device: torch.device) -> 
 
 
 def canvas_rows(canvases: torch.Tensor, cached: int) -> Rows:
-    """Canvases (K, C) behind the cache, side by side: each sees the cache and itself."""
+    """Return canvases (K, C) after the cache, side by side: each sees the cache and itself."""
     num_canvases, length = canvases.shape
     positions = torch.arange(cached, cached + length, device=canvases.device).repeat(num_canvases)
     sees = None
@@ -81,9 +81,9 @@ class Network:
     def __init__(
         self, reference: DiffusionGemmaForBlockDiffusion, matmul: MatmulBackend = PLAIN, *, consumes: bool = False
     ) -> None:
-        """``products`` multiply by what is in 4 bits; ``consumes`` lets the reference's layers go as they are read.
+        """Build from ``reference``; ``matmul`` multiplies by 4-bit weights, ``consumes`` frees layers as they are read.
 
-        Raises ``WeightsError`` for experts in 4 bits with another activation than the class's.
+        Raises ``WeightsError`` if experts in 4 bits have another activation than the class's.
         """
         decoder = reference.model.decoder
         encoder = reference.model.encoder.language_model
@@ -119,18 +119,18 @@ class Network:
         if consumes:
             release_weights(conditioning)
             if self.device.type == "cuda":
-                torch.cuda.empty_cache()  # what the layers' own copies took is kept by torch, for nobody else
+                torch.cuda.empty_cache()  # torch would keep the freed memory of the layers' copies
 
     def new_cache(self, margin_tokens: int = MARGIN_TOKENS) -> KVCache:
-        """An empty cache."""
+        """Create an empty cache."""
         windows = {"sliding_attention": self._window}
         shapes = [CacheShape(a.num_kv_heads, a.head_size, windows.get(a.kind)) for a in self._layers]
         return KVCache(shapes, self.dtype, self.device, margin_tokens)
 
     def forward(self, rows: Rows, cache: KVCache, self_conditioning: torch.Tensor | None = None) -> torch.Tensor:
-        """Hidden states (N, H) float32 of rows over a cache, which then holds their keys and values uncommitted.
+        """Return hidden states (N, H) float32 of rows over a cache, which then holds their keys and values uncommitted.
 
-        ``soft`` (num_canvas, H) are the embeddings that canvases are conditioned on; ``None`` is no condition.
+        ``self_conditioning`` (num_canvas, H) are the embeddings that condition canvases; ``None`` is no condition.
         """
         cache.reserve(len(rows.token_ids))
         return self.run(rows, cache, self_conditioning, self.rotate(rows), self._plans(rows, cache))
@@ -143,7 +143,7 @@ class Network:
         rotary: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
         plans: Mapping[str, AttentionPlan],
     ) -> torch.Tensor:
-        """``forward`` once it is known where keys go and which are seen."""
+        """Compute ``forward`` with given rotations and attention plans."""
         with measured("embed"):
             x = self.embed(rows.token_ids)
         if rows.num_canvas:
@@ -157,17 +157,17 @@ class Network:
         return rms(x, self._eps) * self._norm
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Embeddings (N, H) float32 of token ids (N,)."""
+        """Return embeddings (N, H) float32 of token ids (N,)."""
         return functional.embedding(token_ids, self._embedding).float() * self._scale
 
     def to_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Head and soft cap: (N, H) to (N, V) float32."""
+        """Apply head and soft cap: (N, H) to (N, V) float32."""
         with measured("lm_head"):
             logits = self._head(hidden.to(self.dtype)).float()
             return torch.tanh(logits / self._softcap) * self._softcap
 
     def to_self_conditioning(self, logits: torch.Tensor, top: int | None = None) -> torch.Tensor:
-        """Embeddings (C, H) that logits (C, V) amount to; of the ``top`` likeliest tokens alone where that is asked."""
+        """Return the mean embeddings (C, H) under logits (C, V); with ``top``, under the most likely tokens only."""
         with measured("self_conditioning"):
             if top is None:
                 probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
@@ -179,7 +179,7 @@ class Network:
                 self_conditioning = (weights[:, None, :] @ functional.embedding(ids, self._embedding))[:, 0]
                 self_conditioning = self_conditioning * (
                     values[:, :1] > values[:, -1:]
-                )  # where nothing is likelier, nothing is said
+                )  # uniform logits give no condition
             return self_conditioning.float() * self._scale
 
     def _condition(self, x: torch.Tensor, self_conditioning: torch.Tensor | None) -> torch.Tensor:
@@ -196,16 +196,16 @@ class Network:
 
     @property
     def is_fixed(self) -> bool:
-        """Whether passes of one shape always run the same kernels: not where experts in floats are gone through."""
+        """Return whether passes of one shape always run the same kernels; experts in floats do not."""
         return not any(layer.reads_choices for layer in self._layers)
 
     def first_layers(self) -> dict[int, str]:
-        """The first layer of each kind, whose buffers are as long as those of all others of its kind."""
+        """Return the first layer of each kind; all layers of a kind have buffers of equal length."""
         kinds = [layer.kind for layer in self._layers]
         return {kinds.index(kind): kind for kind in dict.fromkeys(kinds)}
 
     def mask_places(self, rows: Rows, kind: str, cache: KVCache, num_places: int) -> torch.Tensor:
-        """What canvas rows see of a layer's whole buffers, additive (N, P): nothing where they hold no keys."""
+        """Return the additive mask (N, P) of canvas rows over a layer's whole buffers; it hides places without keys."""
         n, cached = len(rows.token_ids), cache.length
         base = cache.base if kind == "sliding_attention" else 0
         held = cached - base + n
@@ -219,11 +219,11 @@ class Network:
         return mask
 
     def rotate(self, rows: Rows) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Cosines and signed sines (N, 1, D) for each kind of layer."""
+        """Return cosines and signed sines (N, 1, D) for each kind of layer."""
         return self._rotate_by(rows.positions, rows.num_positions)
 
     def _rotate_by(self, positions: torch.Tensor, needed: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """The same from tables that grow, up to a size; ``needed`` is above every position."""
+        """Return the same, from tables that grow up to a limit; ``needed`` is above every position."""
         kinds = {layer.kind for layer in self._layers}
         if needed > _MOST_TABLED:
             return {kind: self._compute_rotation(kind, positions) for kind in kinds}
@@ -240,12 +240,12 @@ class Network:
         return cosines[0, :, None].float().contiguous(), signed[:, None].float().contiguous()
 
     def _plans(self, rows: Rows, cache: KVCache) -> dict[str, AttentionPlan]:
-        """For each kind of layer what its rows see, from the first key on that anyone does."""
+        """Return the attention plan of each kind of layer, from the first key that any row sees."""
         n, cached = len(rows.token_ids), cache.length
         whole = AttentionPlan(cached, 0, cached + n, self._mask_rows(rows, 0, cached))
         if cached + n < self._window:
-            return {"full_attention": whole, "sliding_attention": whole}  # nothing was let go yet
-        first = max(0, cached - self._window + 1)  # no row begins before the cache ends
+            return {"full_attention": whole, "sliding_attention": whole}  # sliding layers have not dropped anything yet
+        first = max(0, cached - self._window + 1)  # every row is at or after the end of the cache
         near = self._near(rows, torch.arange(first, cached, device=self.device))
         mask = self._mask_rows(rows, first, cached)
         mask = (self._new_mask(*near.shape) if mask is None else mask).masked_fill_(~near, -torch.inf)
@@ -256,18 +256,18 @@ class Network:
         }
 
     def _near(self, rows: Rows, cached_positions: torch.Tensor) -> torch.Tensor:
-        """Which keys (cached ones, then the rows' own) are within the window of each row, (N, P + N) bool."""
+        """Return which keys (cached ones, then the rows' own) are within each row's window, (N, P + N) bool."""
         origins = rows.positions.clone()
         if rows.num_canvas and rows.origins is not None:
             origins[-rows.num_canvas :] = rows.origins
         at = torch.cat((cached_positions, rows.positions))
         near = at[None] > origins[:, None] - self._window
         if rows.num_canvas:
-            near[-rows.num_canvas :, -rows.num_canvas :] = True  # a canvas sees all of itself, however long
+            near[-rows.num_canvas :, -rows.num_canvas :] = True  # a canvas sees itself at any length
         return near
 
     def _mask_rows(self, rows: Rows, first: int, cached: int) -> torch.Tensor | None:
-        """What rows see of the cached keys from ``first`` on, all, and of their own; ``None`` for all of those too."""
+        """Return the mask over the cached keys from ``first``, all visible, and the rows' own; ``None`` if all are."""
         if rows.sees is None:
             return None
         n = len(rows.token_ids)
@@ -276,6 +276,6 @@ class Network:
         return mask
 
     def _new_mask(self, num_rows: int, num_keys: int) -> torch.Tensor:
-        """A mask that hides nothing; its rows begin where kernels can read, which would copy it whole otherwise."""
+        """Return a mask that hides nothing; its rows are aligned, or kernels would copy it whole."""
         width = -(-num_keys // MASK_ALIGNMENT) * MASK_ALIGNMENT
         return torch.zeros(num_rows, width, dtype=self.dtype, device=self.device)[:, :num_keys]

@@ -1,9 +1,9 @@
-"""KV caches of the last prompts: while the user types, only what is new is encoded.
+"""Keep the KV caches of the last prompts, so that only new tokens are encoded while the user types.
 
-    encode(model, ids)   takes the prompt that shares most, trims it to what is shared, encodes the rest
+    encode(model, ids)   takes the prompt with the longest common prefix, trims it to that, encodes the rest
 
-The encoder is causal, so keys and values of a common prefix are exact whatever follows. Several prompts are held,
-one for each place that somebody works at; the one that was used least recently goes first when memory is short.
+The encoder is causal, so keys and values of a common prefix are exact whatever follows. Several prompts are kept, one
+per place that is being edited; the least recently used one is dropped first when memory is short.
 
 Knows:   token ids, keys, values.  Never: text, canvases.
 Equal:   to a fresh encode within float rounding (tests/engine/modeling/test_prompt_cache.py states the tolerance).
@@ -17,15 +17,15 @@ import torch
 from fimserver.engine.modeling.kv_cache import KVCache
 from fimserver.engine.modeling.model import Model
 
-CHUNK_TOKENS = 512  # a cancel is seen after so many
+CHUNK_TOKENS = 512  # per pass; cancellation is checked between passes
 MAX_PROMPTS = 8
 MAX_BYTES = 512 * 2**20
-_WORTH_TOKENS = 16  # a prompt that shares fewer with what is held gets a cache of its own
+_WORTH_TOKENS = 16  # a prompt with a shorter common prefix gets a cache of its own
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A prompt in the cache: ``logits`` (1, V) after its last token, and what it took."""
+    """An encoded prompt: ``logits`` (1, V) after its last token, and its costs."""
 
     logits: torch.Tensor
     cached_tokens: int
@@ -34,13 +34,13 @@ class Encoded:
 
 @dataclass(eq=False)
 class _Held:
-    """One prompt's cache and the ids it was made of."""
+    """One prompt's cache and the ids in it."""
 
     cache: KVCache
     token_ids: list[int] = field(default_factory=list)
 
     def count_shared(self, wanted: Sequence[int]) -> int:
-        """Leading tokens that need not be encoded again: none where sliding layers have lost what they would need."""
+        """Return the number of leading tokens to reuse: 0 if sliding layers have dropped keys they would need."""
         common = common_prefix_length(self.token_ids, wanted)
         return common if common == len(self.token_ids) or self.cache.can_trim(common) else 0
 
@@ -54,34 +54,34 @@ class PromptCache:
         self.clear()
 
     def clear(self) -> None:
-        """Forget everything."""
-        self._held = [_Held(self._model.new_cache())]  # the last one used stands last
+        """Drop all prompts."""
+        self._held = [_Held(self._model.new_cache())]  # in order of use, the most recent last
 
     @property
     def cache(self) -> KVCache:
-        """Keys and values of the prompt that was encoded last."""
+        """Keys and values of the last encoded prompt."""
         return self._held[-1].cache
 
     @property
     def token_ids(self) -> list[int]:
-        """Ids of the prompt that was encoded last, and of what was kept behind it."""
+        """Ids of the last encoded prompt and of the tokens kept after it."""
         return self._held[-1].token_ids
 
     @property
     def num_prompts(self) -> int:
-        """How many prompts are held."""
+        """Number of prompts kept."""
         return len(self._held)
 
     @property
     def num_bytes(self) -> int:
-        """Memory of all of them."""
+        """Memory of all prompts."""
         return sum(held.cache.num_bytes for held in self._held)
 
     def encode(self, token_ids: Sequence[int], *, between: Callable[[], None] = lambda: None) -> Encoded:
         """Bring a cache to ``token_ids``; ``between`` is called between passes and may raise.
 
-        At least the last token is always encoded, because its logits are asked for. Long prompts take a pass
-        for every ``CHUNK_TOKENS``; what was encoded when ``between`` raised stays.
+        At least the last token is always encoded, because its logits are needed. Long prompts take a pass
+        for every ``CHUNK_TOKENS``; tokens that were encoded before ``between`` raised stay.
         """
         encoded = self.encode_but_last(token_ids, between=between)
         if encoded.passes:
@@ -91,7 +91,7 @@ class PromptCache:
         return Encoded(logits, encoded.cached_tokens, encoded.passes + 1)
 
     def encode_but_last(self, token_ids: Sequence[int], *, between: Callable[[], None] = lambda: None) -> Encoded:
-        """Bring a cache so near to ``token_ids`` that one pass is left to be made; no logits."""
+        """Bring a cache so close to ``token_ids`` that one more pass completes it; returns no logits."""
         reused, passes = self.reuse(token_ids), 0
         for start in range(reused, len(token_ids) - CHUNK_TOKENS, CHUNK_TOKENS):
             if passes:
@@ -102,7 +102,7 @@ class PromptCache:
         return Encoded(torch.empty(0), reused, passes)
 
     def reuse(self, token_ids: Sequence[int]) -> int:
-        """Trim the prompt that shares most to what it shares, short of the last token; how many tokens that keeps."""
+        """Trim the best prompt to its common prefix, at most all but the last token; return how many tokens remain."""
         wanted = token_ids[:-1]
         common = [held.count_shared(wanted) for held in self._held]
         best = max(range(len(common)), key=lambda i: (common[i], i))
@@ -118,7 +118,7 @@ class PromptCache:
         return common[best]
 
     def append(self, token_ids: Sequence[int], *, last_only: bool = False) -> torch.Tensor:
-        """Encode more tokens behind the prompt; logits after each (T, V), or after the last (1, V)."""
+        """Encode more tokens after the prompt; return the logits after each (T, V), or after the last (1, V)."""
         held = self._held[-1]
         encode = self._model.encode if last_only else self._model.encode_all
         logits = encode(list(token_ids), held.cache)
@@ -137,6 +137,6 @@ class PromptCache:
 
 
 def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many leading items two sequences share."""
+    """Return the length of the common prefix of two sequences."""
     shortest = min(len(a), len(b))
     return next((i for i in range(shortest) if a[i] != b[i]), shortest)

@@ -1,4 +1,4 @@
-"""What the matrices of a model are multiplied with, over a text: weighs the errors of quantizing them.
+"""Measure the inputs of a model's matrices over a text, which weigh the errors of quantization.
 
 Knows:   the model in bf16, modules only to watch their inputs.  Never: files of weights.
 """
@@ -19,15 +19,15 @@ from fimserver.errors import FimserverError
 
 Report = Callable[[str, int, int], None]
 _WINDOW_TOKENS, _MOST_WINDOWS, _SEED = 512, 128, 0
-_LEAST_IMPORTANCE = 1e-4  # of the mean: no column is free to be wrong
+_LEAST_IMPORTANCE = 1e-4  # fraction of the mean, so that the error of every column counts
 
 
 def measure_inputs(
     folder: Path, text_file: Path, *, report: Report = lambda _what, _done, _total: None
 ) -> dict[str, torch.Tensor]:
-    """Mean square of each column (K,) that a matrix is multiplied with, by the matrix' name, over a text.
+    """Return the mean square (K,) of each matrix's input columns over a text, by the matrix's name.
 
-    Runs the bf16 model: the causal encoder over windows of the text, then twice a canvas of noise behind each, the
+    Runs the bf16 model: the causal encoder over windows of the text, then twice a canvas of noise after each, the
     second time conditioned on the first. One number serves all experts of a layer: few of them see much of a text.
     """
     metadata = read_metadata(folder)
@@ -41,7 +41,7 @@ def measure_inputs(
     starts = list(range(0, len(ids), window))
     starts = starts[:: math.ceil(len(starts) / _MOST_WINDOWS) or 1]
     if not starts:
-        msg = f"the calibration text {text_file} is empty; give some pages of what the model will read"
+        msg = f"the calibration text {text_file} is empty; give some pages of typical input"
         raise FimserverError(msg)
     network = load_weights(folder, dtype=torch.bfloat16)
     sums: dict[str, torch.Tensor] = {}

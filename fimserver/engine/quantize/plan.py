@@ -1,13 +1,13 @@
-"""What is quantized of a model, what is copied, and into which files: by headers alone.
+"""Plan which matrices of a model are quantized and which tensors copied, and into which files: by headers alone.
 
     Plan.make(folder, options) -> layers by file; each has bundles of matrices that share a global scale, and copies
 
-Experts alone, or with ``everything`` also attention, dense MLPs and self-conditioning. Embeddings, norms, routers and
-vision stay as they are. Matrices that one input goes through (gate and up; q, k and v) share a global scale, as
-published checkpoints have it and servers that fuse them need it.
+Only experts, or with ``everything`` also attention, dense MLPs and self-conditioning. Embeddings, norms, routers and
+vision stay as they are. Matrices with the same input (gate and up; q, k and v) share a global scale, as in published
+checkpoints, and as servers that fuse them require.
 
 Knows:   names and shapes of tensors.  Never: their values.
-Raises:  ``WeightsError`` for what is no checkpoint of floats.
+Raises:  ``WeightsError`` for anything but a checkpoint of floats.
 """
 
 import math
@@ -36,23 +36,23 @@ _SHARES = {"gate_proj": "gate_up", "up_proj": "gate_up", "q_proj": "qkv", "k_pro
 
 @dataclass(frozen=True, slots=True)
 class QuantizerOptions:
-    """What is quantized, how it is rounded, and by whose names it is written."""
+    """Which matrices are quantized, how they are rounded, and by which project's names they are written."""
 
     everything: bool = False
     dialect: Dialect = Dialect.MODELOPT
     searched: bool = True
-    calibration: Path | None = None  # a text
-    single_bytes: int = 10**9  # what is smaller is one file
+    calibration: Path | None = None  # path of a text
+    single_bytes: int = 10**9  # smaller models are written as one file
 
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """One matrix to quantize: its module, and the tensor it is, or the part of one: an expert, gate or up."""
+    """One matrix to quantize: its module, and the tensor or part of one that holds it: an expert, gate or up."""
 
     module: str
     stored: str
     shape: tuple[int, int]
-    inputs: str  # whose mean squares weigh its columns
+    inputs: str  # the matrix name under which its input's mean squares are measured
     expert: int | None = None
     rows: str = ""
 
@@ -65,7 +65,7 @@ class Matrix:
 
 @dataclass(slots=True)
 class Layer:
-    """What is written together: ``bundles`` of matrices that share a global scale, and names to copy."""
+    """Tensors that are written together: ``bundles`` of matrices that share a global scale, and names to copy."""
 
     name: str
     bundles: dict[str, list[Matrix]] = field(default_factory=lambda: defaultdict(list))
@@ -73,21 +73,21 @@ class Layer:
 
     @property
     def matrices(self) -> list[Matrix]:
-        """All that are quantized."""
+        """All matrices to quantize."""
         return [m for bundle in self.bundles.values() for m in bundle]
 
     def source_bytes(self, stored: Mapping[str, Stored]) -> int:
-        """What is read for it."""
+        """Return the bytes to read."""
         return sum(stored[name].num_bytes for name in {*self.copied, *(m.stored for m in self.matrices)})
 
     def written_bytes(self, stored: Mapping[str, Stored]) -> int:
-        """What is written for it."""
+        """Return the bytes to write."""
         return sum(m.written_bytes for m in self.matrices) + sum(stored[name].num_bytes for name in self.copied)
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Layers by the file that they are written to; modules that stay in floats."""
+    """Layers by output file; modules that stay in floats."""
 
     shards: Mapping[str, tuple[Layer, ...]]
     floats: tuple[str, ...]
@@ -98,7 +98,7 @@ class Plan:
 
     @classmethod
     def make(cls, source: Path, options: QuantizerOptions) -> "Plan":
-        """From headers alone. Raises ``WeightsError`` for what is no checkpoint of floats."""
+        """Plan from headers alone. Raises ``WeightsError`` for anything but a checkpoint of floats."""
         checkpoint = _open_floats(source)
         layers: dict[str, Layer] = {}
         taken: set[str] = set()
@@ -106,7 +106,7 @@ class Plan:
         for target in checkpoint.targets.values():
             chosen = _is_chosen(target.name, everything=options.everything)
             if chosen and target.shape[-1] % BLOCK:
-                rows = f"rows of {target.shape[-1]} are no whole blocks of {BLOCK}"
+                rows = f"rows of {target.shape[-1]} are not whole blocks of {BLOCK}"
                 notes.append(f"{target.name.removesuffix('.weight')} stays in floats: {rows}")
             elif chosen:
                 for matrix in _matrices_of(target):
@@ -136,15 +136,15 @@ class Plan:
 
 
 def _open_floats(source: Path) -> Checkpoint:
-    """The checkpoint of a folder that is not quantized yet. Raises ``WeightsError``."""
-    advice = "quantize the checkpoint of floats that it was made of"
+    """Open a folder that is not quantized yet. Raises ``WeightsError``."""
+    advice = "quantize the float checkpoint that it was made from"
     if (found := read_quantization(source)) is not None:
-        msg = f"{source} is quantized already ({found.method}, {found.algorithm}); {advice}"
+        msg = f"{source} is already quantized ({found.method}, {found.algorithm}); {advice}"
         raise WeightsError(msg)
     checkpoint = Checkpoint.open(source, expected_shapes(read_config(source)))
     for target in checkpoint.targets.values():
         if target.formats != {Format.FLOAT}:
-            msg = f"{source} is quantized already ({target.name} is {', '.join(sorted(target.formats))}); {advice}"
+            msg = f"{source} is already quantized ({target.name} is {', '.join(sorted(target.formats))}); {advice}"
             raise WeightsError(msg)
     return checkpoint
 
@@ -160,12 +160,12 @@ def _is_vision(name: str) -> bool:
 
 
 def _is_copy(name: str, taken: set[str]) -> bool:
-    """Whether a tensor is a quantized one once more, under the other path of tied weights."""
+    """Return whether a tensor is a copy of a quantized one, under the other path of tied weights."""
     return name.replace(ENCODER, DECODER, 1) in taken or name.replace(DECODER, ENCODER, 1) in taken
 
 
 def _matrices_of(target: Target) -> Iterator[Matrix]:
-    """The matrices that a weight is, named apart: each expert, and of it gate, up, down."""
+    """Yield the matrices of a weight by separate names: each expert's gate, up and down."""
     inputs = target.name.removesuffix(".weight")
     rows, columns = target.shape[-2:]
     for piece in target.pieces:
@@ -186,7 +186,7 @@ def _matrices_of(target: Target) -> Iterator[Matrix]:
 
 
 def _modules_of(target: Target) -> Iterator[str]:
-    """Modules of a weight that stays in floats, as a reader that looks for linear layers names them."""
+    """Yield the modules of a weight that stays in floats, by the names of linear layers."""
     if _EXPERTS.search(target.name) and not _is_vision(target.name):
         yield from (matrix.module for matrix in _matrices_of(target))
     elif len(target.shape) > 1:

@@ -1,14 +1,14 @@
-"""Write a model folder anew with its matrices in 4 bits, a shard at a time.
+"""Write a copy of a model folder with its matrices in 4 bits, a shard at a time.
 
     quantize_folder -> QuantizerReport
-        quantizer_plan   which matrices are quantized, what is copied, into which files
-        calibration      with a calibration text: mean squares of what each matrix is multiplied with
-        a shard          read a matrix, quantize, write beside, rename, note it in quantize.json
+        plan             which matrices are quantized, which tensors copied, into which files
+        calibration      with a calibration text: mean squares of each matrix's input
+        a shard          read a matrix, quantize, write a temporary file, rename, record it in quantize.json
         the rest         configuration, tokenizer, licence; the index last, so no half folder can be loaded
 
 Knows:   files, tensors.  Never: kernels, requests.
 Memory:  one layer in 4 bits and 256 MB of the source; a model below 1 GB whole; the bf16 model while calibrating.
-Resumes: a shard that quantize.json names stays, when source and options are the same; otherwise it is an error.
+Resumes: shards named in quantize.json stay if source and options are the same; otherwise it is an error.
 Raises:  ``WeightsError`` that names the folder or tensor and the remedy.
 """
 
@@ -43,12 +43,12 @@ _COPIED = (
     *("generation_config.json", "tokenizer*", "fimserver.json", "special_tokens_map.json", "chat_template*"),
     *("*processor_config.json", "README*", "MODEL_CARD*", "LICEN[CS]E*", "NOTICE*"),
 )
-_ALGORITHM = "W4A16_NVFP4"  # of weights alone: no scale of activations is written
+_ALGORITHM = "W4A16_NVFP4"  # weights only: no scales of activations are written
 
 
 @dataclass(frozen=True, slots=True)
 class LayerReport:
-    """What rounding changed in one layer; errors are relative.
+    """Relative rounding errors of one layer.
 
     ``weight_error`` is |W - W'| / |W|; ``output_error`` the same with each column weighed by the mean square of its
     input, which is the error of outputs as far as inputs are uncorrelated.
@@ -64,7 +64,7 @@ class LayerReport:
 
 @dataclass(frozen=True, slots=True)
 class QuantizerReport:
-    """All layers, sizes of all weights before and after, and what stayed in floats against the rule."""
+    """All layers, sizes of all weights before and after, and exceptions that stayed in floats."""
 
     model: str
     dialect: str
@@ -81,11 +81,11 @@ def quantize_folder(
     *,
     report: Report = lambda _what, _done, _total: None,
 ) -> QuantizerReport:
-    """Write the model ``source``, a name or a folder, to the folder ``target`` in 4 bits, or go on with it."""
+    """Write the model ``source``, a name or a folder, to the folder ``target`` in 4 bits, or resume."""
     options = options or QuantizerOptions()
     folder = find_model(source)
     if target.resolve().is_relative_to(folder.resolve()):
-        msg = f"{target} is in the model's own folder {folder}; write to a folder beside it"
+        msg = f"{target} is in the model's own folder {folder}; write to a folder outside it"
         raise WeightsError(msg)
     plan = Plan.make(folder, options)
     state = _State.open(folder, target, options)
@@ -112,7 +112,7 @@ def quantize_folder(
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """What every shard needs, and how far all is when it begins."""
+    """State shared by all shards, and the progress at a shard's begin."""
 
     options: QuantizerOptions
     importance: Mapping[str, torch.Tensor]
@@ -141,20 +141,20 @@ class _Sums:
 
 
 class _Source:
-    """Matrices of the source's files, all of them finite."""
+    """Matrices of the source's files, checked to be finite."""
 
     def __init__(self, stored: Mapping[str, Stored]) -> None:
         self._stored, self._files = stored, TensorFiles(stored)
 
     def matrix(self, matrix: Matrix) -> torch.Tensor:
-        """Weights (N, K) float32."""
+        """Return weights (N, K) float32."""
         whole = self._read(matrix.stored, matrix.expert)
         if matrix.rows:
             whole = whole.chunk(2)[0 if matrix.rows == "gate" else 1]
         return whole.float()
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A tensor as it is, held in memory."""
+        """Return an unchanged tensor, read into memory."""
         return self._read(name, None).clone()
 
     def _read(self, name: str, expert: int | None) -> torch.Tensor:
@@ -167,19 +167,19 @@ class _Source:
 
 
 class _Buffer:
-    """One allocation for all that a layer keeps.
+    """One allocation for all tensors that a layer keeps.
 
-    Many small ones between large ones that come and go leave holes, measured as more than a layer's own size.
+    Many small allocations between large temporary ones leave holes, measured as more than a layer's own size.
     """
 
     def __init__(self, layer: Layer) -> None:
-        parts = 3  # of a matrix
+        parts = 3  # tensors per matrix
         size = sum(matrix.written_bytes + parts * _ALIGNMENT for matrix in layer.matrices)
         self._bytes = torch.empty(size, dtype=torch.uint8)
         self._end = 0
 
     def keep(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Copies in here."""
+        """Copy tensors into the buffer."""
         kept = {}
         for name, tensor in tensors.items():
             place = self._bytes[self._end : self._end + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
@@ -220,7 +220,7 @@ def _write_shard(name: str, layers: tuple[Layer, ...], plan: Plan, state: "_Stat
         beside.replace(path)
     except (SafetensorError, OSError) as error:
         beside.unlink(missing_ok=True)
-        msg = f"{path} cannot be written ({error}); mend that and run the same command, which goes on"
+        msg = f"{path} cannot be written ({error}); fix that and run the same command, which resumes"
         raise WeightsError(msg) from error
     state.finished[name] = {
         "bytes": path.stat().st_size,
@@ -231,7 +231,7 @@ def _write_shard(name: str, layers: tuple[Layer, ...], plan: Plan, state: "_Stat
 
 
 def _quantize_bundle(bundle: list[Matrix], source: _Source, sums: _Sums, work: _Work) -> dict[str, torch.Tensor]:
-    """The written tensors of matrices that share a global scale."""
+    """Quantize matrices that share a global scale; return the tensors to write."""
     weights = [source.matrix(matrix) for matrix in bundle]
     highest = torch.stack([w.abs().max() for w in weights]).max().reshape(1)
     scale = find_global_scale(highest, searched=work.options.searched)
@@ -245,21 +245,21 @@ def _quantize_bundle(bundle: list[Matrix], source: _Source, sums: _Sums, work: _
 
 
 class _State:
-    """``quantize.json`` of a folder: from what, how, and which shards are done."""
+    """``quantize.json`` of a folder: its source, options, and finished shards."""
 
     def __init__(self, folder: Path, begun: Mapping[str, Any], finished: dict[str, Any]) -> None:
         self.folder, self._begun, self.finished = folder, begun, finished
 
     @classmethod
     def open(cls, source: Path, folder: Path, options: QuantizerOptions) -> "_State":
-        """A new folder's, or that of a run with the same source and options. Raises ``WeightsError``."""
+        """Start a new folder, or resume a run with the same source and options. Raises ``WeightsError``."""
         begun = {"source": _identity_of(source), "options": _to_values(options)}
         path = folder / STATE_FILE
         if not path.exists():
             found = list(folder.iterdir()) if folder.is_dir() else [folder] if folder.exists() else []
-            begun_files = [p for p in found if p.suffix == ".writing"]  # of a run that was ended in its first shard
+            begun_files = [p for p in found if p.suffix == ".writing"]  # left by a run that ended in its first shard
             if len(begun_files) < len(found):
-                msg = f"{folder} is there and holds something else; name a new folder"
+                msg = f"{folder} exists and holds something else; choose a new folder"
                 raise WeightsError(msg)
             for begun_file in begun_files:
                 begun_file.unlink()
@@ -268,8 +268,8 @@ class _State:
         for what in ("source", "options"):
             if values.get(what) != begun[what]:
                 msg = (
-                    f"{folder} was begun with other {'weights' if what == 'source' else 'options'} "
-                    f"({_difference(values.get(what), begun[what])}); name a new folder, or delete this one"
+                    f"{folder} was started with other {'weights' if what == 'source' else 'options'} "
+                    f"({_difference(values.get(what), begun[what])}); choose a new folder, or delete this one"
                 )
                 raise WeightsError(msg)
         finished = {
@@ -280,13 +280,13 @@ class _State:
         return cls(folder, begun, finished)
 
     def save(self, summary: QuantizerReport | None = None) -> None:
-        """Write it whole or not at all; with ``summary`` the run is done."""
+        """Write the file atomically; with ``summary`` the run is done."""
         values = {**self._begun, "finished": dict(sorted(self.finished.items()))}
         _write_json(self.folder / STATE_FILE, values | ({"report": dataclasses.asdict(summary)} if summary else {}))
 
 
 def _identity_of(source: Path) -> dict[str, list[int]]:
-    """Sizes and times of the files that the result depends on."""
+    """Return sizes and times of the files that the result depends on."""
     files = (source / "config.json", *weight_files(source))
     return {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in files}
 
@@ -308,7 +308,7 @@ def _difference(before: Any, now: Mapping[str, Any]) -> str:
 
 
 def _write_rest(source: Path, target: Path, plan: Plan, options: QuantizerOptions, state: _State) -> None:
-    """All but the weights; what makes the folder one that loads comes last."""
+    """Write everything but the weights; the file that makes the folder loadable comes last."""
     config = read_json(source / "config.json")
     if options.dialect is Dialect.MODELOPT:
         own = {
@@ -353,21 +353,21 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
         beside.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         beside.replace(path)
     except OSError as error:
-        msg = f"{path} cannot be written ({error}); mend that and run the same command, which goes on"
+        msg = f"{path} cannot be written ({error}); fix that and run the same command, which resumes"
         raise WeightsError(msg) from error
 
 
 def _check_space(target: Path, plan: Plan, unfinished: list[str]) -> None:
-    """Make the folder, where the disk has room for what is still to be written."""
+    """Create the folder if the disk has room for the remaining shards."""
     needed = sum(layer.written_bytes(plan.stored) for name in unfinished for layer in plan.shards[name])
     try:
         target.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(target).free
     except OSError as error:
-        msg = f"the folder {target} cannot be made ({error}); name another"
+        msg = f"the folder {target} cannot be created ({error}); choose another"
         raise WeightsError(msg) from error
     if needed > free:
-        msg = f"{target}: {needed / 1e9:.1f} GB are to be written and {free / 1e9:.1f} GB are free; name another disk"
+        msg = f"{target}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; choose another disk"
         raise WeightsError(msg)
 
 

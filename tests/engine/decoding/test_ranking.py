@@ -33,9 +33,9 @@ def scored(answer: float, *matches: tuple[Match, float | None], text: str = "x +
 def test_a_long_match_wins_over_an_unsure_model_and_loses_to_a_sure_one() -> None:
     long = Match("value)", 80, 8, count=3)
     unsure = rank(scored(-9.0, (long, -3.0)), CALIBRATION)
-    assert [c.guess for c in unsure] == [long, None]
+    assert [c.match for c in unsure] == [long, None]
     sure = rank(scored(-0.05, (Match("value)", 5, 0), -6.0)), CALIBRATION)
-    assert sure[0].guess is None
+    assert sure[0].match is None
     assert sure[0].probability > 0.5 > sure[1].probability
 
 

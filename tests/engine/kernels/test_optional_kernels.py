@@ -117,7 +117,7 @@ def test_humming_takes_rows_of_several_origins(humming: Any) -> None:
     matmul = HummingMatmul(PLAIN, torch.bfloat16)
     weights, x = to_rows(random(48, 64), 5 * random(16, 64), random(16, 64)), random(2, 7, 64)
     torch.testing.assert_close(matmul.prepare_linear(weights)(x), PLAIN.linear(weights, x))
-    with pytest.raises(ValueError, match="one global scale for a matrix, and the rows of this one have 5"):
+    with pytest.raises(ValueError, match="one global scale per matrix; the rows of this one have 5"):
         matmul.prepare_linear(to_rows(*(random(16, 64) * n for n in range(1, 6))))
     assert matmul.linear == PLAIN.linear, "weights that change are not repacked"
     assert matmul.experts == PLAIN.experts
@@ -283,7 +283,7 @@ def test_flashinfer_refuses_what_it_cannot_hold(flashinfer: Any) -> None:
 
     matmul = FlashinferMatmul(PLAIN, torch.bfloat16)
     gate_up, halves = quantize(random(4, 128, 64)), to_rows(random(4, 32, 64), 3 * random(4, 32, 64))
-    with pytest.raises(ValueError, match="one global scale for a matrix, and the rows of these have 2"):
+    with pytest.raises(ValueError, match="one global scale per matrix; the rows of these have 2"):
         matmul.prepare_experts(gate_up, halves)
     with pytest.raises(TypeError, match=r"take bfloat16, not torch\.float32"):
         FlashinferMatmul(PLAIN, torch.float32)

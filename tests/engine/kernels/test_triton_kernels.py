@@ -315,8 +315,8 @@ def test_a_wrong_kernel_is_left_out_with_a_warning(
         BackendCandidate("Stale", of(Stale)),
     )
     assert chosen.matmul.name == "plain torch"
-    assert chosen.tried["Wrong"] == "experts of 1 tokens differed from plain torch by 10.0% on this card"
-    assert chosen.tried["Stale"].startswith("experts of 1 tokens, recorded differed from plain torch by")
+    assert chosen.tried["Wrong"] == "experts of 1 tokens differed from plain torch by 10.0% on this GPU"
+    assert chosen.tried["Stale"].startswith("experts of 1 tokens, replayed differed from plain torch by")
     assert "Wrong is not used for weights in 4 bits: experts of 1 tokens differed" in caplog.text
     assert "Broken cannot be used for weights in 4 bits: RuntimeError: no compiler" in caplog.text
     assert "which is slow" in caplog.text
@@ -401,7 +401,7 @@ def test_kernels_that_break_the_card_are_named(monkeypatch: pytest.MonkeyPatch) 
         msg = "CUDA error: an illegal memory access was encountered"
         raise RuntimeError(msg)
 
-    with pytest.raises(EngineError, match=r"Theirs's kernels broke the card's context .*; pip uninstall theirs"):
+    with pytest.raises(EngineError, match=r"Theirs's kernels broke the CUDA context .*; pip uninstall theirs"):
         choose(monkeypatch, BackendCandidate("Theirs", break_it, "theirs"))
 
 

@@ -270,7 +270,7 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     ),
     "scales beside floats": (
         lambda t: t.update({"model.decoder.layers.0.mlp.up_proj.weight_scale": torch.ones(())}),
-        r"layers\.0\.mlp\.up_proj has BF16 weights and a weight_scale beside them",
+        r"layers\.0\.mlp\.up_proj has BF16 weights together with a weight_scale",
     ),
     "stored twice": (
         lambda t: t.update({f"{EXPERT[:-2]}.gate_up_proj": torch.ones(8, 64, 64).bfloat16()}),
@@ -312,7 +312,7 @@ def test_a_configuration_that_contradicts_the_file_is_not_believed(
     own["quantization"]["exclude_modules"] = [*agreeing, f"{EXPERT}.*"]
     folder = write_checkpoint(tmp_path / "b", random_folder, tensors, own_file=own)
     check_equals(folder, expanded(state, EXPERTS_ONLY))
-    assert "config says otherwise of 3 matrices than the file" in caplog.text
+    assert "config and its files differ on the format of 3 matrices" in caplog.text
     assert f"{EXPERT}.gate_proj is NVFP4 there" in caplog.text or f"{EXPERT}.down_proj is NVFP4 there" in caplog.text
 
 
@@ -330,7 +330,7 @@ WHOLE_NUMBERS = {"g": {"weights": {"num_bits": 4, "type": "int"}}}
         (None, {"quant_method": "gptq"}, r"config\.json: quantization_config has the method 'gptq'"),
         (None, {"quant_method": "compressed-tensors", "config_groups": WHOLE_NUMBERS}, "g has int weights of 4 bits"),
         (None, {"quant_method": "compressed-tensors"}, "has no config_groups"),
-        (None, [], "is no object"),
+        (None, [], "is not an object"),
     ],
 )  # fmt: skip
 def test_kinds_that_cannot_be_read_are_refused(
@@ -408,7 +408,7 @@ def test_weights_that_no_memory_holds_are_refused(
 ) -> None:
     folder = write_checkpoint(tmp_path / "m", random_folder, quantized(state, Dialect.MODELOPT))
     monkeypatch.setattr("fimserver.engine.loading.weights.available_bytes", lambda: 1_000_000)
-    with pytest.raises(WeightsError, match=r"take 0\.0 GB of memory on a processor, and 0\.0 GB are free"):
+    with pytest.raises(WeightsError, match=r"take 0\.0 GB of memory on a CPU, and 0\.0 GB are free"):
         load_weights(folder, dtype=torch.float32)
 
 
@@ -417,7 +417,7 @@ def test_expanding_says_what_it_takes(
 ) -> None:
     folder = write_checkpoint(tmp_path / "m", random_folder, quantized(state, Dialect.MODELOPT))
     load_weights(folder, dtype=torch.float32)
-    assert "weights in 4 bits are expanded for this processor; all weights take 0.0 GB" in caplog.text
+    assert "weights in 4 bits are expanded for this CPU; all weights take 0.0 GB" in caplog.text
     caplog.clear()
     load_weights(random_folder, dtype=torch.float32)
     assert not caplog.text

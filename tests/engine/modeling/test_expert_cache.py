@@ -338,7 +338,7 @@ def test_a_card_gets_as_many_as_fit(folder: Path, random_folder: Path) -> None:
     assert find_experts_on_device(folder, 256, total - 1) == 7
     assert find_experts_on_device(folder, 256, rest + 3 * experts // 8) == 3
     assert find_experts_on_device(folder, 256, rest + 4 * experts // 8 - 1) == 3
-    with pytest.raises(WeightsError, match=r"needs 1\.\d GB of a card even with experts in main memory"):
+    with pytest.raises(WeightsError, match=r"needs 1\.\d GB of GPU memory even with experts in main memory"):
         find_experts_on_device(folder, 256, rest)
     assert find_experts_on_device(random_folder, 256, 0) is None, "its experts are not in 4 bits"
 

@@ -266,10 +266,10 @@ def test_another_run_in_the_same_folder_is_refused(tmp_path: Path, random_folder
     source = write_checkpoint(tmp_path / "m", random_folder, state)
     quantize_folder(str(source), tmp_path / "q")
     before = bytes_of(tmp_path / "q")
-    with pytest.raises(WeightsError, match=r"was begun with other options \(everything\); name a new folder"):
+    with pytest.raises(WeightsError, match=r"was started with other options \(everything\); choose a new folder"):
         quantize_folder(str(source), tmp_path / "q", QuantizerOptions(everything=True))
     write_checkpoint(tmp_path / "m", random_folder, {n: t * 2 for n, t in state.items()})
-    with pytest.raises(WeightsError, match=r"was begun with other weights \(.*model\.safetensors"):
+    with pytest.raises(WeightsError, match=r"was started with other weights \(.*model\.safetensors"):
         quantize_folder(str(source), tmp_path / "q")
     assert bytes_of(tmp_path / "q") == before
 
@@ -277,7 +277,7 @@ def test_another_run_in_the_same_folder_is_refused(tmp_path: Path, random_folder
 def test_folders_that_are_not_ours_are_left_alone(tmp_path: Path, source: Path) -> None:
     (tmp_path / "q").mkdir()
     (tmp_path / "q" / "novel.txt").write_text("mine")
-    with pytest.raises(WeightsError, match="holds something else; name a new folder"):
+    with pytest.raises(WeightsError, match="holds something else; choose a new folder"):
         quantize_folder(str(source), tmp_path / "q")
     assert [p.name for p in (tmp_path / "q").iterdir()] == ["novel.txt"]
     for inside in (source, source / "q"):
@@ -287,13 +287,13 @@ def test_folders_that_are_not_ours_are_left_alone(tmp_path: Path, source: Path) 
 
 def test_what_is_quantized_is_not_quantized_again(tmp_path: Path, source: Path) -> None:
     quantize_folder(str(source), tmp_path / "q")
-    with pytest.raises(WeightsError, match=r"is quantized already \(modelopt, W4A16_NVFP4\)"):
+    with pytest.raises(WeightsError, match=r"is already quantized \(modelopt, W4A16_NVFP4\)"):
         quantize_folder(str(tmp_path / "q"), tmp_path / "r")
     (tmp_path / "q" / "hf_quant_config.json").unlink()
     config = json.loads((tmp_path / "q" / "config.json").read_text())
     del config["quantization_config"]
     (tmp_path / "q" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(WeightsError, match=r"is quantized already \(model\.decoder\.layers\.0\.experts"):
+    with pytest.raises(WeightsError, match=r"is already quantized \(model\.decoder\.layers\.0\.experts"):
         quantize_folder(str(tmp_path / "q"), tmp_path / "r")
     assert not (tmp_path / "r").exists()
 
@@ -310,7 +310,7 @@ def test_weights_that_are_no_numbers_are_named(tmp_path: Path, random_folder: Pa
 
 def test_a_full_disk_is_said_before_it_is_full(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fimserver.engine.quantize.quantizer.shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(WeightsError, match=r"GB are to be written and 0\.0 GB are free; name another disk"):
+    with pytest.raises(WeightsError, match=r"GB are needed and 0\.0 GB are free; choose another disk"):
         quantize_folder(str(source), tmp_path / "q")
 
 
@@ -334,7 +334,7 @@ def test_rows_that_are_no_whole_blocks_stay_in_floats(tmp_path: Path, random_fol
     source = write_checkpoint(tmp_path / "m", tmp_path / "c", tensors)
     report = quantize_folder(str(source), tmp_path / "q")
     name = "model.decoder.layers.0.experts.down_proj"
-    assert f"{name} stays in floats: rows of 24 are no whole blocks of 16" in report.notes
+    assert f"{name} stays in floats: rows of 24 are not whole blocks of 16" in report.notes
     found = tensors_of(tmp_path / "q")
     assert torch.equal(found[name], tensors[name])
     assert "model.decoder.layers.0.experts.0.gate_proj.weight_scale" in found
@@ -365,7 +365,7 @@ def test_the_command_shows_a_table_and_says_what_is_wrong(tmp_path: Path, source
     assert "all weights:" in shown.stdout
     refused = CliRunner().invoke(main, [*command, "--all"])
     assert refused.exit_code == 1
-    assert "was begun with other options (everything)" in refused.stderr
+    assert "was started with other options (everything)" in refused.stderr
 
 
 PEAK = """

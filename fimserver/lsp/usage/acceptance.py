@@ -219,7 +219,7 @@ class Acceptance:
         if self.is_on():
             self._shown[snapshot.uri] = _Shown(snapshot, completion, others)
 
-    def look(self, snapshot: Snapshot) -> None:
+    def on_request(self, snapshot: Snapshot) -> None:
         """The person is at a place now: what is shown at another one was left."""
         last = self._shown.get(snapshot.uri)
         if last is not None and snapshot.cursor != last.completion.replace_start + last.typed:

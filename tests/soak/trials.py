@@ -1,4 +1,4 @@
-"""``fimserver bench soak --each N``: each fault that can be made from outside, so many times, with the real model.
+"""``python -m tests.soak --each N``: each fault that can be made from outside, so many times, with the real model.
 
 Two editors: one with a function of a few lines, another with a file of 10,000 that it types into meanwhile. The first
 has a request open where the fault is in the middle of one; both ask by hand right behind the fault. What is counted:
@@ -31,11 +31,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from fimserver.bench.soak import count_different, is_there, own_home, read_pid, until, wait_until_ready
-from fimserver.bench.windows import Counts, Window
 from fimserver.daemon.launch import end_daemon
 from fimserver.errors import FimserverError
 from fimserver.framing import to_frame
+from soak.editors import count_different, is_there, own_home, read_pid, until, wait_until_ready
+from soak.windows import Counts, Window
 
 _RECOVERED_S = 180.0
 _STOPPED_S = 1.0

@@ -1,4 +1,4 @@
-"""``fimserver bench soak``: many editors at one daemon, all of them edited, and everything killed now and then.
+"""``python -m tests.soak``: many editors at one daemon, all of them edited, and everything killed now and then.
 
 Each editor (``windows.py``) types functions of held-out modules into files of 10,000 lines (``typist.py``), mistypes
 and takes that back, breaks the file elsewhere and undoes it; or, torn, edits a file at random (insertions, deletions,
@@ -38,11 +38,11 @@ from pathlib import Path
 from rich.progress import Progress
 
 from fimserver.bench.metrics import percentile
-from fimserver.bench.windows import Counts, Manner, Window
 from fimserver.daemon.launch import ask, end_daemon, read_status
 from fimserver.daemon.server import resident_bytes
 from fimserver.errors import FimserverError
 from fimserver.paths import HOME_VARIABLE
+from soak.windows import Counts, Manner, Window
 
 NIGHTLY_EDITS, NIGHTLY_FAULTS = 20_000, 60
 _LEAST_EDITS = 1500  # that are looked at: fewer say more of starting

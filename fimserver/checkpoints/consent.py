@@ -1,14 +1,14 @@
-"""Which model folders an editor's settings may name: those that the person agreed to, once for each workspace.
+"""Record which model folders an editor's settings may name: those that the user agreed to, once per workspace.
 
-A server cannot tell a person's own settings from those that came with a repository: an editor merges them. So whatever
-an editor's settings name beside a shipped model and those that were added by name (``fimserver model add``) is loaded
-only after the person said so, whether it is there by now or not: until then nobody looks for it, since a name can reach
-another machine. What ``config.toml`` or the command line says needs no agreement.
+A server cannot tell the user's own settings from those that came with a repository: an editor merges them. So if an
+editor's settings name anything but a shipped model or one added by name (``fimserver model add``), it is loaded only
+after the user agreed, whether it exists yet or not. Until then its path is not even accessed, since a name can reach
+another machine. Models named in ``config.toml`` or on the command line need no agreement.
 
-    find_known      what a name needs no agreement for; ``None`` for every other
-    Agreements      what was agreed and what was refused, in a file of the person's
+    find_known      the model of a name that needs no agreement, or ``None``
+    Agreements      agreements and refusals, in a file of the user's
 
-What was agreed is the folder as it was then: a link that is moved later leads nowhere else.
+An agreement records the resolved folder: a link that is moved later leads nowhere else.
 
 Knows:  names of models, folders, the state folder.  Never: LSP, weights.
 """
@@ -33,29 +33,29 @@ _logger = logging.getLogger(__name__)
 
 
 def find_known(model: str) -> str | None:
-    """What to load for a name that needs no agreement: a shipped model's name, or the folder of an added one."""
+    """Return the model of a name that needs no agreement: a shipped name, or the folder of an added one."""
     if model in shipped_names():
         return model
     try:
         added = find_recorded(model)
-    except WeightsError:  # a damaged record, as who loads a model will say
+    except WeightsError:  # a damaged record is reported when the model is loaded
         return None
     return added.folder if added is not None else None
 
 
 def to_key(model: str) -> str:
-    """A name as it is compared: without looking at any disk."""
+    """Normalize a name for comparison, without accessing any disk."""
     return model if is_hub_name(model.partition("@")[0]) else os.path.normpath(os.path.expanduser(model))  # noqa: PTH111
 
 
 def is_elsewhere(model: str) -> bool:
-    """Whether a name is of another machine's folder, which no editor's settings may say."""
+    """Return whether a name is a folder on another machine, which an editor's settings must not name."""
     return model.replace("\\", "/").startswith("//")
 
 
 @dataclass(slots=True)
 class _Answer:
-    """Where a model may be loaded and where not, and the folder that was meant."""
+    """The folder of a model, and the workspaces that may and may not load it."""
 
     folder: str
     agreed: list[str] = field(default_factory=list)
@@ -63,36 +63,36 @@ class _Answer:
 
 
 class Agreements:
-    """What was agreed and what was refused, by workspace."""
+    """Agreements and refusals, by workspace."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def find_folder(self, model: str, workspaces: Sequence[str]) -> str | None:
-        """What to load for a model in each of these workspaces (URIs); ``None`` where nobody agreed to that."""
+        """Return the folder agreed to for a model in all of these workspaces (URIs), or ``None``."""
         answer = self._read().get(to_key(model))
         return answer.folder if answer is not None and _covers(answer.agreed, workspaces) else None
 
     def is_refused(self, model: str, workspaces: Sequence[str]) -> bool:
-        """Whether the person said no, in each of these workspaces."""
+        """Return whether the user refused a model in each of these workspaces."""
         answer = self._read().get(to_key(model))
         return answer is not None and _covers(answer.refused, workspaces)
 
     def agree(self, model: str, workspaces: Sequence[str]) -> None:
-        """The person agreed: in these workspaces, or ``ANYWHERE``. Raises ``OSError``."""
+        """Record the user's agreement: in these workspaces, or ``ANYWHERE``. Raises ``OSError``."""
         added = find_added(model) if is_hub_name(model.partition("@")[0]) else None
         folder = str(added or Path(model).expanduser().resolve())
         self._change(model, folder, agreed=workspaces)
 
     def refuse(self, model: str, workspaces: Sequence[str]) -> None:
-        """The person said no. Raises ``OSError``."""
+        """Record the user's refusal. Raises ``OSError``."""
         self._change(model, "", refused=workspaces or [ANYWHERE])
 
     def _change(self, model: str, folder: str, *, agreed: Sequence[str] = (), refused: Sequence[str] = ()) -> None:
         answers = self._read()
         answer = answers.pop(to_key(model), _Answer(folder))
         if folder and folder != answer.folder:
-            answer = _Answer(folder)  # what was agreed before was another one
+            answer = _Answer(folder)  # the earlier agreement was to another folder
         answer.agreed = [*(name for name in answer.agreed if name not in refused), *agreed][-_MOST:]
         answer.refused = [*(name for name in answer.refused if name not in agreed), *refused][-_MOST:]
         answers[to_key(model)] = answer

@@ -1,23 +1,30 @@
-"""A short soak: a few editors, the real model, things killed. The long one: ``fimserver bench soak --nightly``."""
+"""A short soak: a few editors, the real model, things killed. The long one: ``python -m tests.soak --nightly``."""
 
 import json
+import subprocess
+import sys
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
-from support.command import run
 
-from fimserver.bench.soak import Summary
-from fimserver.bench.windows import fits
 from fimserver.text import LineIndex
+from soak.editors import Summary
+from soak.windows import fits
 
 CLEAN = ("errors", "unanswered", "doubled", "misplaced", "stale", "different_texts", "orphans", "files_left")
 NUMBERS: dict[str, Any] = dict.fromkeys((field.name for field in fields(Summary)), 1) | dict.fromkeys(CLEAN, 0)
 GOOD = Summary(**(NUMBERS | {"megabytes_per_1000_edits": 0.4, "growth_edits": 20_000}))
 
 
+def run_soak(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "tests.soak", *arguments]
+    return subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+
+
 def test_a_short_soak() -> None:
-    result = run("bench", "soak", *["--editors", "3", "--edits", "200", "--faults", "5", "--seed", "3", "--json"])
+    result = run_soak(*["--editors", "3", "--edits", "200", "--faults", "5", "--seed", "3", "--json"])
     assert result.returncode == 0, result.stdout + result.stderr
     summary = json.loads(result.stdout)
     assert summary["edits"] >= 600
@@ -30,7 +37,7 @@ def test_a_short_soak() -> None:
 
 
 def test_the_daemons_memory_does_not_grow() -> None:
-    result = run("bench", "soak", *["--editors", "2", "--edits", "1800", "--faults", "0", "--seed", "4", "--json"])
+    result = run_soak(*["--editors", "2", "--edits", "1800", "--faults", "0", "--seed", "4", "--json"])
     assert result.returncode == 0, result.stdout + result.stderr
     summary = json.loads(result.stdout)
     assert summary["growth_edits"] >= 1500
@@ -39,7 +46,7 @@ def test_the_daemons_memory_does_not_grow() -> None:
 
 
 def test_people_who_type_are_answered_between_their_keys() -> None:
-    result = run("bench", "soak", *["--editors", "2", "--edits", "60", "--faults", "0", "--human", "--json"])
+    result = run_soak(*["--editors", "2", "--edits", "60", "--faults", "0", "--human", "--json"])
     assert result.returncode == 0, result.stdout + result.stderr
     summary = json.loads(result.stdout)
     assert summary["seconds"] > 60 * 0.18, "as long as the keys take"
@@ -50,7 +57,7 @@ def test_people_who_type_are_answered_between_their_keys() -> None:
 
 
 def test_a_fault_is_tried_and_timed() -> None:
-    result = run("bench", "soak", *["--each", "1", "--only", "relay killed in its middle", "--json"])
+    result = run_soak(*["--each", "1", "--only", "relay killed in its middle", "--json"])
     assert result.returncode == 0, result.stdout + result.stderr
     (case,) = json.loads(result.stdout)["cases"]
     assert case["tries"] == 1
@@ -61,12 +68,12 @@ def test_a_fault_is_tried_and_timed() -> None:
 
 
 def test_only_goes_with_each() -> None:
-    assert "--only goes with --each" in run("bench", "soak", "--only", "relay").stderr
+    assert "--only goes with --each" in run_soak("--only", "relay").stderr
 
 
 @pytest.mark.parametrize("other", [["--torn"], ["--each", "1"]])
 def test_people_neither_tear_files_nor_try_faults(other: list[str]) -> None:
-    assert "--human goes neither with" in run("bench", "soak", "--human", *other).stderr
+    assert "--human goes neither with" in run_soak("--human", *other).stderr
 
 
 @pytest.mark.parametrize(

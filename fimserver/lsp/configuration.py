@@ -1,0 +1,190 @@
+"""Put together the settings of one connection, and ask for consent where a repository might have made them.
+
+    Source          config.toml, then the editor's three ways to send settings, then the command line: the last one wins
+    Configuration   the layers, the settings they make, the editor's word on workspace trust
+    ConsentPrompt   asks the user about a model that only an editor's settings name
+
+An editor merges the user's settings with those of a repository, and the server cannot tell them apart. So an editor's
+settings may name only models that the user installed or agreed to (``checkpoints/consent.py``), and a workspace that the
+editor does not trust decides nothing about the engine.
+
+Knows:  settings, consent.  Never: documents, the engine, LSP types except messages to the user.
+"""
+
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from enum import StrEnum
+from typing import Any
+
+from fimserver.checkpoints.consent import ANYWHERE, Agreements, find_known, is_elsewhere
+from fimserver.checkpoints.consent import FILE_NAME as AGREEMENTS_NAME
+from fimserver.paths import config_file, state_folder
+from fimserver.settings import BY_WIRE_NAME, ENGINE_SETTINGS, Settings, read_settings
+
+TRUST_OPTION = "workspaceTrusted"  # of initializationOptions
+RESTART_COMMAND = "fimserver.restart"
+_NOT_AN_OBJECT = 'the fimserver section of the settings is not an object; use {"maxLines": 8} and the like'
+
+
+class Source(StrEnum):
+    """Where settings come from; a later source wins."""
+
+    CONFIG_FILE = "config.toml"
+    INITIALIZATION = "initializationOptions"
+    WORKSPACE = "workspace/configuration"
+    CHANGE = "workspace/didChangeConfiguration"
+    COMMAND_LINE = "command line"
+
+
+_EDITORS = (Source.INITIALIZATION, Source.WORKSPACE, Source.CHANGE)  # a repository may have made these
+
+
+class Configuration:
+    """The layers of settings of one connection, and the settings that follow from them.
+
+    ``find_model`` returns what to load for a model's name in an editor's settings, or ``None`` without consent;
+    ``on_change`` is called when the settings change. Methods that take settings return one sentence for each value that
+    is wrong.
+    """
+
+    def __init__(
+        self,
+        find_model: Callable[[str], str | None] = lambda _model: None,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.settings = Settings()
+        self.is_trusted = True  # the workspace, as the editor says
+        self.refused_model: str | None = None  # the name that would be used if the user had agreed to it
+        self._layers: dict[Source, dict[str, Any]] = {}
+        self._find_model = find_model
+        self._on_change = on_change
+
+    def initialize(self, options: object) -> list[str]:
+        """Take ``initializationOptions``, bare or under ``fimserver``."""
+        section = options.get("fimserver", options) if isinstance(options, dict) else {}
+        trust = [part[TRUST_OPTION] for part in (options, section) if isinstance(part, dict) and TRUST_OPTION in part]
+        self.is_trusted = all(value is True for value in trust)
+        if not isinstance(section, dict):
+            return [_NOT_AN_OBJECT]
+        return self.set_layer(Source.INITIALIZATION, {key: section[key] for key in section if key != TRUST_OPTION})
+
+    def configure(self, values: dict[str, Any], source: Source) -> list[str]:
+        """Replace an editor's settings, bare or under ``fimserver``.
+
+        A setting that is missing or null is left to the other sources. An object with sections of other tools alone
+        changes nothing.
+        """
+        section = values.get("fimserver", values)
+        if section is None:
+            section = {}
+        if not isinstance(section, dict):
+            return [_NOT_AN_OBJECT]
+        if section is values and source is Source.CHANGE and not BY_WIRE_NAME.keys() & values.keys():
+            return []
+        return self.set_layer(source, {name: value for name, value in section.items() if value is not None})
+
+    def set_layer(self, source: Source, values: dict[str, Any]) -> list[str]:
+        """Replace the values of one source."""
+        self._layers[source] = values
+        return self.reread()
+
+    def set_trust(self, *, trusted: bool) -> list[str]:
+        """Take the editor's word on workspace trust, which decides which settings count."""
+        self.is_trusted = trusted
+        return self.reread()
+
+    def reread(self) -> list[str]:
+        """Put the settings together again: trust or consent may have changed."""
+        settings, problems = Settings(), []
+        self.refused_model = None
+        for source in Source:
+            values = self._layers.get(source, {})
+            if "model" in values:
+                self.refused_model = None  # a later source decides
+            if source in _EDITORS:
+                values = self._allowed(values)
+            settings, more = read_settings(values, settings)
+            problems += more
+        if settings != self.settings:
+            self.settings = settings
+            self._on_change()
+        return problems
+
+    def _allowed(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Return an editor's settings without those that a repository must not decide alone."""
+        if not self.is_trusted:
+            return {name: value for name, value in values.items() if name not in ENGINE_SETTINGS}
+        model = values.get("model")
+        if not isinstance(model, str) or not model:
+            return values  # reported as a wrong value when it is read
+        if (folder := self._find_model(model)) is not None:
+            return {**values, "model": folder}
+        self.refused_model = model
+        return {name: value for name, value in values.items() if name != "model"}
+
+
+class ConsentPrompt:
+    """The question whether a model may be loaded that only an editor's settings name.
+
+    ``show_choices`` shows a message with buttons and returns the title that was clicked; ``workspaces`` returns the URIs
+    of the open folders.
+    """
+
+    def __init__(
+        self,
+        workspaces: Callable[[], list[str]],
+        show_choices: Callable[[str, list[str]], Awaitable[str | None]],
+        warn: Callable[[str], None],
+    ) -> None:
+        self._agreements = Agreements(state_folder() / AGREEMENTS_NAME)
+        self._workspaces, self._show_choices, self._warn = workspaces, show_choices, warn
+        self._asked_about: set[str] = set()
+
+    def find_model(self, model: str) -> str | None:
+        """Return what to load for a name in an editor's settings; ``None`` if the user did not agree to it."""
+        if (known := find_known(model)) is not None:
+            return known
+        return None if is_elsewhere(model) else self._agreements.find_folder(model, self._workspaces())
+
+    def may_ask(self, model: str) -> bool:
+        """Return whether to ask about a model that was refused; warn where it must not be loaded at all.
+
+        Each model is asked about once, until ``forget_answer``.
+        """
+        if model in self._asked_about:
+            return False
+        self._asked_about.add(model)
+        needs_none = f"fimserver.model in {config_file()} needs no consent"
+        if is_elsewhere(model):
+            self._warn(f"fimserver.model is a folder of another machine, which editors may not name; {needs_none}")
+        elif self._agreements.is_refused(model, self._workspaces()):
+            self._warn(
+                f"fimserver.model is {model!r}, which you did not want here; remove the setting, or run the command "
+                f"{RESTART_COMMAND} to be asked again"
+            )
+        else:
+            return True
+        return False
+
+    async def ask(self, model: str, is_still_wanted: Callable[[], bool]) -> bool:
+        """Ask the user, and store the answer; return whether it may have changed the settings."""
+        here, everywhere, never = "Load it in this workspace", "Load it everywhere", "Do not load it"
+        titles = [here, everywhere, never] if self._workspaces() else [everywhere, never]
+        text = (
+            f"The settings name a model that fimserver does not know: {model}. A repository can bring such a setting "
+            f"with it, so it is loaded only if you agree. (fimserver.model in {config_file()} needs no consent.)"
+        )
+        answer: str | None = None
+        with suppress(Exception):  # an editor that cannot ask cannot give consent
+            answer = await self._show_choices(text, titles)
+        if answer is None or not is_still_wanted():
+            return False
+        try:
+            if answer == never:
+                self._agreements.refuse(model, self._workspaces())
+            elif answer in {here, everywhere}:
+                self._agreements.agree(model, [ANYWHERE] if answer == everywhere else self._workspaces())
+        except (OSError, RuntimeError) as error:
+            self._warn(f"{state_folder() / AGREEMENTS_NAME} cannot be written ({error}); fix its folder")
+            return False
+        return True

@@ -1,0 +1,70 @@
+"""``python -m tests.soak``: many editors at one daemon, and processes that are killed."""
+
+import sys
+
+import click
+
+from fimserver.cli.options import run_measurement
+from soak.editors import NIGHTLY_EDITS, NIGHTLY_FAULTS, Summary, soak
+from soak.trials import Trials, print_trials, try_each
+from soak.windows import Manner
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--editors", type=click.IntRange(min=1, max=64), default=8, show_default=True, metavar="N", help="Windows."
+)
+@click.option("--edits", type=click.IntRange(min=1), metavar="N", help="Of each.  [default: 1000]")
+@click.option("--faults", type=click.IntRange(min=0), metavar="N", help="Kills and stops.  [default: 10]")
+@click.option("--nightly", is_flag=True, help="20,000 edits and 60 faults, which say more of memory.")
+@click.option("--each", type=click.IntRange(min=1), metavar="N", help="Instead: try each fault N times.")
+@click.option("--only", metavar="TEXT", help="With --each: those whose name has it.")
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of all that is drawn.")
+@click.option("--torn", is_flag=True, help="Edit at random, until the files are no code any more.")
+@click.option("--human", is_flag=True, help="Type with a person's pauses, and ask at each key.")
+@click.option("--speed", type=click.FloatRange(min=0.1, max=20), default=1.0, show_default=True, metavar="X", help="Of the typist.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def main(  # noqa: PLR0913
+    *,
+    editors: int,
+    edits: int | None,
+    faults: int | None,
+    nightly: bool,
+    each: int | None,
+    only: str | None,
+    seed: int,
+    torn: bool,
+    human: bool,
+    speed: float,
+    as_json: bool,
+) -> None:
+    """Many editors at one daemon, edits with hardly a pause, kills now and then: what is lost, late or left behind.
+
+    Exit code 1 where anything was, or where the daemon's memory grows.
+    """
+    if only is not None and each is None:
+        msg = "--only goes with --each"
+        raise click.UsageError(msg)
+    if human and (torn or each is not None):
+        msg = "--human goes neither with --torn nor with --each"
+        raise click.UsageError(msg)
+    if each is not None:
+        tried: list[Trials] = []
+
+        def measure_each() -> Trials:
+            tried.append(try_each(each, only or ""))
+            return tried[0]
+
+        run_measurement(measure_each, as_json=as_json, show=print_trials)
+        sys.exit(0 if tried and tried[0].is_good else 1)
+    manner = Manner(is_torn=torn, speed=speed if human else None)
+    found: list[Summary] = []
+
+    def measure() -> Summary:
+        defaults = (NIGHTLY_EDITS, NIGHTLY_FAULTS) if nightly else (1000, 10)
+        length = (edits or defaults[0], defaults[1] if faults is None else faults)
+        found.append(soak(editors, *length, seed, manner))
+        return found[0]
+
+    run_measurement(measure, as_json=as_json)
+    sys.exit(0 if found and found[0].is_good else 1)
