@@ -44,6 +44,10 @@ class Mode(StrEnum):
     SPECULATIVE = "speculative"
     AUTOREGRESSIVE = "autoregressive"
 
+    @classmethod
+    def _missing_(cls, value: object) -> "Mode | None":
+        return cls.SPECULATIVE if value == "verified" else None  # an alias, in settings and model folders
+
 
 class Verdict(StrEnum):
     """A language's verdict on text that would continue an answer.

@@ -111,6 +111,7 @@ class Outcome:
     """What came of a query, and each step on the way; ``refusal`` says why nothing is offered."""
 
     completions: tuple[Completion, ...] = ()
+    num_candidates: int = 1  # how many there may be
     refusal: NoCompletion | None = None
     source: str | None = None  # "match" or "model"
     hole: Hole | None = None
@@ -196,7 +197,7 @@ def conclude(query: Query, found: Found, generation: Generation) -> Answer | NoC
 
 def complete(query: Query, get_engine: Callable[[], EngineClient], *, trace: bool = False) -> Outcome:
     """Run every step and wait for the engine. ``get_engine`` is called once there is something for it to fill."""
-    outcome = Outcome()
+    outcome = Outcome(num_candidates=query.num_candidates)
     begin = time.perf_counter()
     found = find(query)
     context_ms = (time.perf_counter() - begin) * 1e3

@@ -21,10 +21,9 @@ from fimserver.paths import read_bytes
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 MODES = {
     "auto": Mode.AUTO,
-    "fast": Mode.AUTO,
-    "quality": Mode.SPECULATIVE,
     "diffusion": Mode.DIFFUSION,
     "speculative": Mode.SPECULATIVE,
+    "verified": Mode.SPECULATIVE,  # an alias
     "autoregressive": Mode.AUTOREGRESSIVE,
 }
 ANY_LANGUAGE = "*"
@@ -63,9 +62,9 @@ class Settings:
     max_lines: int = _setting(default=8, doc="Longest completion, in lines.", low=1, high=200)
     mode: str = _setting(
         default="auto",
-        doc="How the middle is decoded: in parallel (diffusion), left to right (autoregressive), left to right with "
-        "drafts that are verified (verified: the same text in fewer passes), or what the model is better at (auto). "
-        "fast is auto, quality is verified.",
+        doc="How the middle is decoded: many tokens at once (diffusion), one token after the other "
+        "(autoregressive), the autoregressive text in fewer passes by draft tokens that are verified "
+        "(speculative), or what the model is better at (auto). verified is an older name of speculative.",
         choices=tuple(MODES),
     )
     max_denoising_steps: int | None = _setting(
@@ -76,92 +75,98 @@ class Settings:
     )
     temperature: float | None = _setting(
         default=None,
-        doc="How freely tokens are drawn; 0 takes the likeliest. null is the model's own: the likeliest left to right, "
-        "its schedule in parallel.",
+        doc="How freely tokens are drawn; 0 takes the most likely. null is the model's own: the most likely "
+        "token, or the model's schedule in diffusion.",
         low=0,
         high=2,
     )
     seed: int | None = _setting(
         default=None,
-        doc="Seed of all that is drawn: the same text then gives the same answer, so that guesses from elsewhere, "
-        "early first lines and your own counts are left out in an editor. null draws a new one each time.",
+        doc="Seed of all random draws. With a seed the text alone decides, so an editor gets no matches from "
+        "elsewhere and no early first lines, and your own counts are not used. null draws a new seed each "
+        "time.",
         low=0,
         high=2**63 - 1,
     )
     min_confidence: float = _setting(
         default=0.0,
-        doc="Nothing is offered where the model is less sure of its answer; 0 offers everything. For automatic "
-        "requests your own counts (learnFromUse) correct how sure it is. Above 0 no first line comes early "
+        doc="Nothing is offered if the model is less sure of its answer; 0 offers everything. For automatic "
+        "requests your own counts (learnFromUse) correct the confidence. Above 0 no first line comes early "
         "(firstLineMs).",
         low=0,
         high=1,
     )
     learn_from_use: bool = _setting(
         default=True,
-        doc="Count what is offered, accepted and rejected, on this machine only: to judge how sure is sure enough, "
-        "and for fimserver stats.",
+        doc="Count what is offered, accepted and rejected, on this machine only: to judge which confidence is "
+        "enough, and for fimserver stats.",
     )
     candidates: int = _setting(
         default=2,
-        doc="Most completions that are offered side by side where you ask by hand; automatic requests have one.",
+        doc="Most completions that are offered side by side when you request them; automatic requests have one.",
         low=1,
         high=3,
     )
     first_line_ms: int | None = _setting(
         default=150,
-        doc="After so long a wait the first line of a longer completion is offered, once it is certain; its rest comes "
-        "with the next request. null, or more than maxLatencyMs, always waits for the whole.",
+        doc="After this wait the first line of a longer completion is offered, once it is certain; the rest comes"
+        " with the next request. null, or more than maxLatencyMs, always waits for the whole completion.",
         low=0,
         high=60000,
     )
     debounce_ms: int | None = _setting(
         default=None,
-        doc="Pause in typing before an automatic request is computed; null adapts it (at most 250) to how fast the "
-        "model answers and you type.",
+        doc="Pause in typing before an automatic request is computed; null adapts it (up to 250) to how fast the "
+        "model answers and how fast you type.",
         low=0,
         high=2000,
     )
     max_latency_ms: int = _setting(
         default=1500,
-        doc="Longest model time, with the wait for other editors' requests; then the best draft is the answer. An "
-        "automatic request gets nothing after three times as long.",
+        doc="Longest model time, the wait for other editors' requests included; then the best partial answer is "
+        "used. An automatic request gets nothing after three times as long.",
         low=50,
         high=60000,
     )
     completion_items: str = _setting(
         default="auto",
-        doc="Offer completions in the editor's completion menu (textDocument/completion): auto where the editor has "
-        "no inline completion.",
+        doc="Offer completions in the editor's completion menu (textDocument/completion); auto does so if the "
+        "editor has no inline completion.",
         choices=("auto", "on", "off"),
     )
     model: str = _setting(
         default="tiny",
-        doc="The shipped model's name, or the folder of a DiffusionGemma checkpoint.",
+        doc="The shipped model's name, the name of a model that was added, or the folder of a DiffusionGemma "
+        "checkpoint.",
         engine=True,
     )
     device: str = _setting(
         default="auto", doc="auto, cpu, cuda, cuda:N or mps (torch's names).", pattern=_DEVICE, engine=True
     )
     threads: int = _setting(
-        default=0, doc="CPU threads of the model; 0 means physical cores less one.", low=0, high=1024, engine=True
+        default=0,
+        doc="CPU threads of the model; 0 means one less than the physical cores.",
+        low=0,
+        high=1024,
+        engine=True,
     )
     context_tokens: int | None = _setting(
         default=None,
-        doc="Longest prompt in tokens, never more than what the model knows; null means what it usually gets.",
+        doc="Longest prompt in tokens, never more than the model supports; null means the model's usual length.",
         low=64,
         high=262144,
         engine=True,
     )
     fp4_activations: bool = _setting(
         default=False,
-        doc="An experiment, for cards that multiply 4 bits (RTX 50xx) and models in NVFP4, where flashinfer is "
-        "installed: activations are rounded to 4 bits too, which makes answers worse, if a trial at start finds it "
-        "faster.",
+        doc="Experimental, for GPUs that multiply 4-bit numbers (RTX 50xx) and models in NVFP4, if flashinfer is "
+        "installed: activations are rounded to 4 bits too, which makes answers worse, if a trial at start "
+        "finds it faster.",
         engine=True,
     )
     idle_unload_minutes: float = _setting(
         default=30.0,
-        doc="The model's memory is given back after so long without a request or an edit; the next one loads it "
+        doc="The model's memory is released after this time without a request or an edit; the next one loads it "
         "again. 0 means never.",
         low=0,
         high=1440,
@@ -169,8 +174,8 @@ class Settings:
     )
     log_level: str = _setting(
         default="warning",
-        doc="What is written to the log, by the daemon for all editors: the most talkative of them counts. Code never "
-        "is.",
+        doc="What is written to the log, by the daemon for all editors: the most verbose editor decides. Code "
+        "never is.",
         choices=("error", "warning", "info", "debug"),
     )
 

@@ -59,7 +59,7 @@ def test_every_default_is_allowed(wire_name: str) -> None:
         ("maxLines", True, ["maxLines", "True"]),
         ("maxLines", "8", ["maxLines", "'8'"]),
         ("maxLines", None, ["maxLines", "None"]),
-        ("mode", "slow", ["mode", "'slow'", "auto | fast | quality | diffusion | verified | autoregressive"]),
+        ("mode", "slow", ["mode", "'slow'", "auto | diffusion | speculative | verified | autoregressive"]),
         ("languages", {"python": 1}, ["languages", "'python': 1", "language ids"]),
         ("languages", {"": True}, ["languages", "language ids"]),
         ("languages", ["python"], ["languages", "['python']"]),
@@ -125,8 +125,7 @@ def test_languages(languages: dict[str, bool], language: str, *, allowed: bool) 
     ("name", "mode"),
     [
         ("auto", Mode.AUTO),
-        ("fast", Mode.AUTO),
-        ("quality", Mode.SPECULATIVE),
+        ("verified", Mode.SPECULATIVE),
         ("speculative", Mode.SPECULATIVE),
         ("diffusion", Mode.DIFFUSION),
         ("autoregressive", Mode.AUTOREGRESSIVE),

@@ -1,10 +1,10 @@
 """Draw the holes of a measurement: from HumanEval-Infilling, and from Python files.
 
-    read_items     HumanEval-Infilling (github.com/openai/human-eval-infilling), from local files: single lines,
-                   multiple lines, random spans, light random spans; ``task_id`` begins with the item's kind
-    cut_lines      rests of code lines of standard library files that the shipped model was not trained on
-    find_cuts      holes of five kinds: rest of a line, expression, statement, block, identifier
-    draw_holes     line ends for ``bench decode`` and ``bench profile``; every third middle has LONG_TOKENS or more
+    read_items         HumanEval-Infilling (github.com/openai/human-eval-infilling), from local files: single lines,
+                       multiple lines, random spans, light random spans; ``task_id`` begins with the item's kind
+    cut_lines          rests of code lines of standard library files that the shipped model was not trained on
+    draw_syntax_holes  holes of five kinds: rest of a line, expression, statement, block, identifier
+    draw_holes         line ends for ``bench decode`` and ``bench profile``; every third middle has LONG_TOKENS or more
 
 The same arguments give the same holes: all draws have a fixed seed.
 

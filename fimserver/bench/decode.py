@@ -214,7 +214,7 @@ class _Partials:
     def put(self, value: torch.Tensor) -> None:
         """Ignore the prompt and the finished canvas: neither is a partial answer."""
 
-    def put_partial(self, value: torch.Tensor) -> None:
+    def put_draft(self, value: torch.Tensor) -> None:
         self.watch.note(value[0].tolist())
 
     def end(self) -> None:

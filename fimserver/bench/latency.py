@@ -155,9 +155,9 @@ class TypingSummary:
     ``by_model`` (including first lines), ``reused`` (the rest of what was offered before) and ``guessed`` (n-gram
     matches) are the shown by source.
     ``asked`` counts the requests to the engine, ``wasted`` those whose answer no LSP request received, cancelled or
-    not; both also in seconds of engine time. Times to the answer are from the key to the ghost text. ``right_so_far`` is
-    the share of the shown whose first word, or sign, was typed next; for the reused, all that was typed before was
-    right, too.
+    not; both also in seconds of engine time. Times to the answer are from the key to the ghost text.
+    ``right_so_far`` is the share of the shown whose first word, or sign, was typed next; for the reused, all that was
+    typed before was right, too.
     """
 
     keystrokes: int

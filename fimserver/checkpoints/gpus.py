@@ -51,7 +51,7 @@ GPUS = (
 )
 
 
-NO_GPU = Gpu("this card", 0, 1, 0, "")  # for a plan's memory, which does not depend on the GPU
+NO_GPU = Gpu("this GPU", 0, 1, 0, "")  # for a plan's memory, which does not depend on the GPU
 
 
 def find_gpu(name: str) -> Gpu:

@@ -117,7 +117,7 @@ def find_offer(text: str) -> Offer:
     """Return the hub's offer under ``owner/name[@revision]``. Raises ``WeightsError``."""
     name, revision = parse_name(text)
     prepare_hub()
-    from huggingface_hub import HfApi, constants  # noqa: PLC0415  only who asks the hub pays for it
+    from huggingface_hub import HfApi, constants  # noqa: PLC0415  slow to import
 
     with _explained(name, revision):
         info = HfApi(library_name="fimserver").model_info(name, revision=revision, files_metadata=True)

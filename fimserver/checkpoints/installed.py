@@ -113,7 +113,7 @@ def find_added(text: str) -> Path | None:
 
 
 def _find_cached(name: str, revision: str) -> Path | None:
-    from huggingface_hub import snapshot_download  # noqa: PLC0415  imported for a name not in the record alone
+    from huggingface_hub import snapshot_download  # noqa: PLC0415  slow to import
     from huggingface_hub.errors import HFValidationError  # noqa: PLC0415
 
     try:
@@ -216,6 +216,7 @@ def read_record() -> dict[str, AddedModel]:
 
 
 def change_record(change: Callable[[dict[str, AddedModel]], Mapping[str, AddedModel]]) -> None:
+    """Replace the record by ``change`` of it, under a file lock."""
     from filelock import FileLock  # noqa: PLC0415
 
     path = record_file()

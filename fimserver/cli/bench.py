@@ -63,7 +63,7 @@ def lines(limit: int, as_json: bool, matches: bool, others: tuple[str, ...], **o
     from fimserver.bench.lines import evaluate_lines  # noqa: PLC0415
     from fimserver.cli.complete import read_others  # noqa: PLC0415
 
-    settings = read_options(options)
+    settings = read_options(options, seed=None)  # as in an editor
     run_measurement(
         lambda: evaluate_lines(settings, limit=limit, matches=matches, others=read_others(others)), as_json=as_json
     )

@@ -168,7 +168,7 @@ def to_json(outcome: Outcome, target: Target) -> dict[str, Any]:
         "confidence": round(generation.confidence, 4) if generation else None,
         "timings_ms": {name: round(ms, 1) for name, ms in outcome.timings_ms.items()},
         "model": dataclasses.asdict(outcome.model) if outcome.model else None,
-        "alternatives": [other.middle for other in outcome.completions[1:]],
+        **({"alternatives": [c.middle for c in outcome.completions[1:]]} if outcome.num_candidates > 1 else {}),
     }
 
 

@@ -104,7 +104,7 @@ def complete(  # noqa: PLR0913, PLR0917  one parameter an option
     """
     from fimserver.cli.complete import Target, complete_target, parse_file, parse_target, print_outcome, read_others  # noqa: PLC0415
 
-    settings = read_options(options, pairs)
+    settings = read_options(options, pairs, seed=None)  # as in an editor
     if watch and target.startswith("-:"):
         msg = "--watch needs a file, not standard input"
         raise click.UsageError(msg)

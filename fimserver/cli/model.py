@@ -30,7 +30,6 @@ def add(name: str, yes: bool) -> None:  # noqa: FBT001
     """
     from fimserver.checkpoints.hub import add_model, find_offer, parse_name  # noqa: PLC0415
     from fimserver.checkpoints.installed import to_gigabytes  # noqa: PLC0415
-    from fimserver.engine.loading.weights import check_weights, read_config  # noqa: PLC0415
 
     try:
         parse_name(name)
@@ -55,10 +54,25 @@ def add(name: str, yes: bool) -> None:  # noqa: FBT001
                 raise click.UsageError(msg)
             click.confirm("Fetch it?", abort=True, err=True)
         added = with_progress(
-            lambda report: add_model(offer, check_config=read_config, check_weights=check_weights, report=report)
+            lambda report: add_model(offer, check_config=_check_config, check_weights=_check_weights, report=report)
         )
         click.echo(f"added {added.name}, {added.folder}")
         click.echo(f'Set fimserver.model to "{added.name}", or say: --model {added.name}', err=True)
+
+
+# Both import transformers, and with it huggingface_hub, which must not be imported before it was told what not to send.
+
+
+def _check_config(folder: Path) -> None:
+    from fimserver.engine.loading.weights import read_config  # noqa: PLC0415
+
+    read_config(folder)
+
+
+def _check_weights(folder: Path) -> None:
+    from fimserver.engine.loading.weights import check_weights  # noqa: PLC0415
+
+    check_weights(folder)
 
 
 @model.command(name="list")

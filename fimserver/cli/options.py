@@ -18,7 +18,7 @@ from fimserver.errors import FimserverError, SettingsError
 from fimserver.paths import config_file
 from fimserver.settings import MODES, Settings, parse_settings, read_config_file, to_wire_name
 
-SEED = 0  # of commands: the same answer each time
+SEED = 0  # of measurements: the same answers each time
 
 
 def engine_options(command: Any) -> Any:
@@ -41,7 +41,10 @@ def decoding_options(command: Any) -> Any:
     for option in (
         click.option("--mode", type=click.Choice(list(MODES)), help="How the middle is decoded."),
         click.option(
-            "--seed", type=int, metavar="N", help=f"Seed of all that is drawn; {SEED} unless config.toml says."
+            "--seed",
+            type=int,
+            metavar="N",
+            help="Seed of all random draws. With a seed the text alone decides: no matches from elsewhere are offered.",
         ),
         click.option("--max-denoising-steps", type=int, metavar="N", help="Most steps for one canvas."),
     ):

@@ -108,7 +108,7 @@ def print_profile(profile: "Profile", console: Console | None = None) -> None:
 def print_quality(quality: "Quality", console: Console | None = None) -> None:
     """A table for each model, then its modes and the models against each other."""
     console = console or Console(width=160, highlight=False)
-    matches = "with matches" if quality.matches else "without guesses"
+    matches = "with matches" if quality.matches else "without matches"
     console.print(f"{quality.data}: {quality.files} files, {matches}, seed {quality.seed}")
     for scores in quality.models:
         table = Table(title=f"{scores.model} ({scores.name})", box=SIMPLE, pad_edge=False, collapse_padding=True)

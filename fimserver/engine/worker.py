@@ -111,7 +111,7 @@ def main() -> int:
     except FimserverError as error:
         outbox.send("failed", message=str(error))
         return 1
-    except Exception as error:  # noqa: BLE001  the outermost handler: whatever it is, the server has to hear of it
+    except Exception as error:  # noqa: BLE001  the outermost handler: reports every failure to the server
         outbox.send("failed", message=f"the engine cannot load: {type(error).__name__}: {error}")
         return 1
     outbox.send("ready", info=to_plain(engine.info), device_bytes=engine.device_bytes())
@@ -179,7 +179,7 @@ def load_engine(  # noqa: PLR0913  the options of an engine
     os.environ["HF_HUB_OFFLINE"] = "1"  # no library may download anything
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
-        import torch  # noqa: PLC0415  seconds of import, and only this process pays them
+        import torch  # noqa: PLC0415  importing takes seconds
 
         logging.getLogger("torch").setLevel(logging.ERROR)  # transformers imports optional packages, which log warnings
         from fimserver.engine.engine import Engine  # noqa: PLC0415
@@ -234,7 +234,7 @@ def answer(engine: "Engine", request: dict[str, Any], inbox: Inbox, outbox: Outb
         )
     except CompletionCancelledError:
         outbox.send("cancelled", id=request_id)
-    except Exception as error:  # noqa: BLE001  the outermost handler: one request fails, the worker goes on
+    except Exception as error:  # noqa: BLE001  the outermost handler: only this request fails
         engine.forget()
         frames = traceback.extract_tb(error.__traceback__)[-3:]
         where = " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in reversed(frames))

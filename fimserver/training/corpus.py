@@ -285,7 +285,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise _missing(path) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _broken(path, error) from error
-    msg = f"{path} has format {values['format']}, not {_FORMAT}; {_AGAIN}"
+    msg = f"{path} is of format {values['format']}, not {_FORMAT}; {_AGAIN}"
     raise FimserverError(msg)
 
 

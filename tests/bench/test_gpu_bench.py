@@ -80,9 +80,9 @@ def test_the_reduced_model_is_of_the_same_kind() -> None:
 
 
 def test_errors_say_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(FimserverError, match="no stage 'swim'; there are: kernels, load"):
+    with pytest.raises(FimserverError, match="unknown stage 'swim'; choose from: kernels, load"):
         measure_gpu("26b", simulate=True, stages=("swim",))
-    with pytest.raises(FimserverError, match="no synthetic model '7b'; there are: 26b"):
+    with pytest.raises(FimserverError, match="unknown synthetic model '7b'; choose from: 26b"):
         measure_gpu("7b", simulate=True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(FimserverError, match=r"no CUDA device; .*--simulate"):

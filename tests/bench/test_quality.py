@@ -209,7 +209,7 @@ def test_scores_of_known_answers() -> None:
 
 
 def test_modes_are_parsed() -> None:
-    assert parse_modes(" diffusion,verified,diffusion") == (Mode.DIFFUSION, Mode.SPECULATIVE)
+    assert parse_modes(" diffusion,speculative,diffusion") == (Mode.DIFFUSION, Mode.SPECULATIVE)
     assert len(parse_modes(None)) == 3
     with pytest.raises(FimserverError, match="--modes auto"):
         parse_modes("auto")
@@ -261,7 +261,7 @@ def test_end_to_end_against_another_model(folder: Path, random_folder: Path) -> 
 
 def test_table_and_plots(folder: Path) -> None:
     pytest.importorskip("matplotlib")
-    result = command("--data", folder, "--limit", "2", "--plots", folder / "plots", "--guesses")
+    result = command("--data", folder, "--limit", "2", "--plots", folder / "plots", "--matches")
     assert result.exit_code == 0, result.output
     for word in (
         "speculative",

@@ -215,7 +215,7 @@ def change_config(folder: Path, **changes: Any) -> None:
     ("changes", "words"),
     [
         ({"model_type": "llama"}, "model_type is 'llama'; only 'diffusion_gemma'"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "'gptq'; NVFP4 and FP8 can be read"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "'gptq'; NVFP4, FP8 and bf16 checkpoints are supported"),
     ],
 )
 def test_a_wrong_config_is_refused_before_weights(hub: Hub, copy: Path, changes: dict[str, Any], words: str) -> None:
@@ -435,7 +435,7 @@ def test_a_damaged_record_is_said(hub: Hub) -> None:
 def test_the_hub_is_imported_for_an_unknown_name_alone(hub: Hub) -> None:
     add_model(find_offer(NAME))
     code = (
-        "import sys; from fimserver.checkpoints.hub import find_added;"
+        "import sys; from fimserver.checkpoints.installed import find_added;"
         "print(find_added(sys.argv[1]) is not None, 'huggingface_hub' in sys.modules, 'torch' in sys.modules)"
     )
     for name, expected in ((NAME, "True False False"), ("/no/such", "False False False"), ("a/b", "False True False")):

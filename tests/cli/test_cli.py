@@ -203,4 +203,4 @@ def test_a_sure_guess_needs_no_model(tmp_path: Path) -> None:
 def test_guesses_can_be_left_out_of_an_evaluation() -> None:
     result = run("eval", "lines", "--limit", "12", "--no-matches", "--json")
     assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout)["guessed"] == 0
+    assert json.loads(result.stdout)["matched"] == 0

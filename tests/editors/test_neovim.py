@@ -717,8 +717,8 @@ def test_the_server_is_told_of_the_focus_and_of_settings(start: Start, stub: Stu
     terminal.command("buffer a.py")
     wait_until(lambda: stub.received("textDocument/didFocus"), "told")
     assert stub.received("initialize")[0]["initializationOptions"] == {"maxLines": 3}
-    terminal.command("Fimserver mode fast")
-    wanted = {"settings": {"fimserver": {"maxLines": 3, "mode": "fast"}}}
+    terminal.command("Fimserver mode diffusion")
+    wanted = {"settings": {"fimserver": {"maxLines": 3, "mode": "diffusion"}}}
     wait_until(lambda: wanted in stub.received("workspace/didChangeConfiguration"), "settings are sent")
 
 

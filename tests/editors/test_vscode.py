@@ -250,8 +250,8 @@ def test_off_and_on_by_the_menu(window: Window, workbench: Workbench) -> None:
     window.choose("Turn on in this workspace")
     window.wait_for_status("Ready")
     window.menu()
-    window.choose("Quality")
-    wait_until(lambda: workbench.settings().get("fimserver.mode") == "quality", "the mode is chosen")
+    window.choose("Speculative mode")
+    wait_until(lambda: workbench.settings().get("fimserver.mode") == "speculative", "the mode is chosen")
     workbench.set(mode=None, languages=None)
     window.begin(file)
 

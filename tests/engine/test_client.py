@@ -263,21 +263,21 @@ def test_an_error_of_one_request_leaves_the_worker(worker: Worker) -> None:
     assert client.complete(CONTEXT, Sampling()).future.result(10).text == "fine"
 
 
-def test_drafts_come_before_the_answer(worker: Worker) -> None:
+def test_partials_come_before_the_answer(worker: Worker) -> None:
     client = worker(
         """
         ready()
         r = receive()
         canvas = [dict(text='t', accepted=True, entropy=0.5)]
-        for i in range(3): send(type='draft', id=r['id'], draft=dict(step=i, text=str(i), canvas=canvas))
+        for i in range(3): send(type='partial', id=r['id'], partial=dict(step=i, text=str(i), canvas=canvas))
         generation(r, 'done')
         receive()
         """
     )
-    drafts: list[PartialAnswer] = []
-    assert client.complete(CONTEXT, Sampling(), on_partial=drafts.append).future.result(10).text == "done"
-    assert [d.text for d in drafts] == ["0", "1", "2"]
-    assert drafts[0].canvas[0].accepted is True
+    partials: list[PartialAnswer] = []
+    assert client.complete(CONTEXT, Sampling(), on_partial=partials.append).future.result(10).text == "done"
+    assert [p.text for p in partials] == ["0", "1", "2"]
+    assert partials[0].canvas[0].accepted is True
 
 
 def test_close_ends_requests_with_the_reason(worker: Worker) -> None:
@@ -318,7 +318,7 @@ def test_real_worker_takes_the_newest_first() -> None:
     long = replace(CONTEXT, hole=Hole(HoleKind.BLOCK, max_lines=8, estimated_tokens=64))
     begun = threading.Event()
     sampling = Sampling(Mode.DIFFUSION, seed=0, max_denoising_steps=48, min_tokens=1, without=("cut",))
-    first = client.complete(long, sampling, on_partial=lambda _draft: begun.set())
+    first = client.complete(long, sampling, on_partial=lambda _partial: begun.set())
     assert begun.wait(30)  # it is being computed
     others = [client.complete(CONTEXT, Sampling(Mode.AUTOREGRESSIVE)) for _ in range(3)]
     names = ["first", "second", "third", "fourth"]
@@ -378,11 +378,11 @@ def test_a_callback_that_raises_loses_nothing(worker: Worker) -> None:
     client = worker("""
         ready()
         while r := receive():
-            send(type='draft', id=r['id'], draft=dict(step=1, text='', canvas=[]))
+            send(type='partial', id=r['id'], partial=dict(step=1, text='', canvas=[]))
             generation(r, 'x')
         """)
 
-    def fail(_draft: PartialAnswer) -> None:
+    def fail(_partial: PartialAnswer) -> None:
         msg = "mine"
         raise RuntimeError(msg)
 
@@ -428,8 +428,8 @@ def test_waiting_in_the_queue_is_no_hang(worker: Worker, monkeypatch: pytest.Mon
 
 def test_values_survive_the_wire() -> None:
     info = ModelInfo("m", "cpu", "float32", 5, 384, 32, Mode.DIFFUSION, 1.5, 2)
-    draft = PartialAnswer(1, "x")
-    for value in (CONTEXT, Sampling(seed=3), info, draft):
+    partial = PartialAnswer(1, "x")
+    for value in (CONTEXT, Sampling(seed=3), info, partial):
         assert from_plain(type(value), to_plain(value)) == value
     generation = Generation("t", Mode.AUTOREGRESSIVE, "end", 1, 0, 2, 3, 4, {"total": 1.0})
     revived = from_plain(Generation, to_plain(generation))

@@ -18,7 +18,7 @@ def test_a_short_session_adds_up() -> None:
     values = json.loads(result.stdout)
     assert values["keystrokes"] == 40
     assert values["shown"] + sum(values["empty"].values()) + values["cancelled"] == 40
-    assert values["by_model"] + values["reused"] + values["guessed"] == values["shown"]
+    assert values["by_model"] + values["reused"] + values["matched"] == values["shown"]
     assert values["shown"] > 0
     assert 0 <= values["wasted"] <= values["asked"] <= 40
     assert values["asked"] >= values["by_model"]

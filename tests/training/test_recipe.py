@@ -22,7 +22,7 @@ from fimserver.training.trainer import _SETTLING, _TRIAL_EVERY, ThreadChoice
 @pytest.mark.parametrize(
     ("pair", "message"),
     [
-        ("layer=2", r"no 'layer'; it has: vocabulary, hidden, layers"),
+        ("layer=2", r"unknown recipe field 'layer'; choose from: vocabulary, hidden, layers"),
         ("layers", r"layers of a recipe has to be a whole number of at least 0, for instance layers=8"),
         ("layers=", r"layers .* whole number"),
         ("layers=2.5", r"layers .* whole number"),

@@ -192,7 +192,7 @@ def test_shares_of_suffixes(vocabulary: Vocabulary, metadata: ModelMetadata) -> 
 
 def test_texts_without_a_hole_that_fits_are_an_error(vocabulary: Vocabulary, metadata: ModelMetadata) -> None:
     """Not a loop without end."""
-    with pytest.raises(FimserverError, match="no hole"):
+    with pytest.raises(FimserverError, match="no row fits"):
         maker_of(vocabulary, metadata, documents=[Document("one", "a.py", "\n" * 500)]).make(0)
     with pytest.raises(FimserverError, match="no documents"):
         maker_of(vocabulary, metadata, documents=[])

@@ -245,7 +245,7 @@ def test_what_cannot_be_gone_on_with(tmp_path: Path) -> None:
     for spoiled in (raw[:1000], b"", b"nothing"):
         path.write_bytes(spoiled)
         with pytest.raises(
-            FimserverError, match=r"checkpoint\.pt is damaged or of another version .*; delete it to begin again"
+            FimserverError, match=r"checkpoint\.pt is damaged or of another version .*; delete it to start over"
         ):
             prepare(tmp_path / "run")
     torch.save({"format": 0}, path)

@@ -98,7 +98,7 @@ export type Action =
   | { readonly kind: "snooze"; readonly minutes: number }
   | { readonly kind: "language"; readonly id: string; readonly on: boolean }
   | { readonly kind: "enabled"; readonly on: boolean }
-  | { readonly kind: "mode"; readonly mode: "fast" | "quality" }
+  | { readonly kind: "mode"; readonly mode: "auto" | "speculative" }
   | { readonly kind: "explain" | "stats" | "restart" | "log" | "doctor" | "settings" | "install" | "locate" };
 
 export interface MenuItem {
@@ -138,16 +138,17 @@ function ofServing(view: View, language: Language | undefined, hasWorkspace: boo
         : { label: `$(check) Turn on for ${language.id}`, action: { kind: "language", id: language.id, on: true } },
     );
   }
+  const isSpeculative = view.mode === "speculative" || view.mode === "verified";
   items.push({ label: "mode" });
   items.push({
-    label: "$(rocket) Fast",
-    description: view.mode === "quality" ? "" : "as the model does best; in use",
-    action: { kind: "mode", mode: "fast" },
+    label: "$(rocket) Automatic mode",
+    description: isSpeculative ? "what the model does best" : "what the model does best; in use",
+    action: { kind: "mode", mode: "auto" },
   });
   items.push({
-    label: "$(target) Quality",
-    description: view.mode === "quality" ? "every token verified; in use" : "every token verified",
-    action: { kind: "mode", mode: "quality" },
+    label: "$(target) Speculative mode",
+    description: isSpeculative ? "every token verified; in use" : "every token verified",
+    action: { kind: "mode", mode: "speculative" },
   });
   items.push({ label: "insight" });
   items.push({ label: "$(question) Why was there no completion?", action: { kind: "explain" } });

@@ -20,7 +20,7 @@ from fimserver.engine.modeling.prompt_cache import PromptCache
 _TRIED = 16  # the most likely tokens that are tried in search of one that the rules allow
 
 
-def fill_autoregressive(  # noqa: PLR0913  one call has one place
+def fill_autoregressive(  # noqa: PLR0913  the options of one call
     prompt_cache: PromptCache,
     logits: torch.Tensor,
     *,

@@ -81,7 +81,7 @@ class Drafter:
         return tree, nodes[: self.options.max_canvases]
 
 
-def fill_speculative(  # noqa: PLR0913  one call has one place
+def fill_speculative(  # noqa: PLR0913  the options of one call
     model: Model,
     prompt_cache: PromptCache,
     pending: Sequence[int],
@@ -144,7 +144,7 @@ def fill_speculative(  # noqa: PLR0913  one call has one place
         drafter.from_canvas = behind.argmax(-1).tolist()
 
 
-def to_rows(  # noqa: PLR0913, PLR0917  everything one pass reads
+def to_rows(  # noqa: PLR0913, PLR0917  the inputs of one pass
     model: Model,
     pending: Sequence[int],
     tree: DraftTree,

@@ -123,7 +123,7 @@ BACKENDS = (
 )
 
 
-def choose_matmul(  # noqa: PLR0913  two of which have no default
+def choose_matmul(  # noqa: PLR0913  only two without a default
     device: torch.device,
     dtype: torch.dtype,
     work: Work = EDGES,

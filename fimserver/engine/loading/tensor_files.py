@@ -43,7 +43,7 @@ def read_headers(paths: list[Path]) -> dict[str, Stored]:
     for path in paths:
         try:
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118  safe_open is no mapping
+                for name in file.keys():  # noqa: SIM118  safe_open is not a mapping
                     if name in stored:
                         msg = f"tensor {name} is in {stored[name].path.name} and in {path.name}; {DAMAGED}"
                         raise WeightsError(msg)

@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 logger = logging.getLogger(__name__)
 
 
-def load_weights(  # noqa: PLR0913  what a load can differ in
+def load_weights(  # noqa: PLR0913  the options of a load
     folder: Path,
     *,
     dtype: torch.dtype,
@@ -123,7 +123,7 @@ def _shapes_of(model: DiffusionGemmaForBlockDiffusion) -> dict[str, tuple[int, .
 def _make_constants(module: Any, device: torch.device, owner: Any = None) -> None:
     """Compute buffers that no checkpoint holds, as the class does: rotary frequencies, the embedding's scale."""
     owner = module if hasattr(module, "_init_weights") else owner
-    if names := module._non_persistent_buffers_set:  # noqa: SLF001  torch has no other way to ask
+    if names := module._non_persistent_buffers_set:  # noqa: SLF001  torch has no public equivalent
         for name in names:
             module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")  # noqa: SLF001
         owner._init_weights(module)  # noqa: SLF001  its weights are on the meta device, and stay unwritten

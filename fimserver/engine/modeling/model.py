@@ -116,7 +116,7 @@ class Model:
     def without_graphs(self) -> "Model":
         """Return the same model without CUDA graphs."""
         other = copy.copy(self)
-        other._fixed = None  # noqa: SLF001  its own copy
+        other._fixed = None  # noqa: SLF001  a copy of this class
         return other
 
     @property

@@ -83,7 +83,7 @@ def run_theirs(model: Model, prompt: list[int], options: DenoisingOptions, seed:
 
     class Drafts:
         def put(self, _value: torch.Tensor) -> None: ...
-        def put_partial(self, value: torch.Tensor) -> None:
+        def put_draft(self, value: torch.Tensor) -> None:
             steps.append(value[0].tolist())
 
         def end(self) -> None: ...

@@ -70,7 +70,7 @@ def test_a_calibration_of_another_size_is_refused(model_folder: Path, name: str,
 
 
 def test_engine_says_the_guess_that_is_likelier(tiny_engine: Engine) -> None:
-    """Out of many cut lines a guess wins in some, and more answers are right than without guesses."""
+    """Out of many cut lines a guess wins in some, and more answers are right than without matches."""
     right = {"with": 0, "without": 0}
     matches = 0
     for line in cut_lines(60):

@@ -375,9 +375,9 @@ def test_what_cannot_be_on_the_host_is_refused(
         with pytest.raises(WeightsError, match=says):
             load_weights(source, dtype=torch.float32, keeps_nvfp4=keeps_nvfp4, experts_on_device=experts_on_device)
 
-    refuse(folder, "experts_on_device is 0; at least 1", 0)
-    refuse(folder, "only experts in 4 bits that stay so", 3, keeps_nvfp4=False)
-    refuse(random_folder, "only experts in 4 bits that stay so", 3)
+    refuse(folder, "experts_on_device is 0; it has to be at least 1", 0)
+    refuse(folder, "only experts that stay in 4 bits", 3, keeps_nvfp4=False)
+    refuse(random_folder, "only experts that stay in 4 bits", 3)
     needed = read_folder(folder).bytes_of(Role.EXPERTS)
     monkeypatch.setattr("fimserver.engine.loading.weights.available_bytes", lambda: needed - 1)
     refuse(folder, r"its experts take 0\.0 GB of main memory, and 0\.0 GB are free", 3)
