@@ -38,11 +38,10 @@ from fimserver.checkpoints.metadata import ModelMetadata, read_metadata
 from fimserver.checkpoints.planner import plan_on_gpu, step_bytes
 from fimserver.engine.decoding.denoise import DenoisingOptions, denoising_step, initialize_canvases, read_out
 from fimserver.engine.kernels.backends import Choice, Trial, Work, choose_matmul
+from fimserver.engine.kernels.devices import capture, wait_for
 from fimserver.engine.kernels.matmul import PlainMatmul
 from fimserver.engine.kernels.nvfp4 import NVFP4Tensor, draw_codes
 from fimserver.engine.loading.weights import create_model, expected_shapes
-from fimserver.engine.modeling.devices import wait_for
-from fimserver.engine.modeling.graphs import capture
 from fimserver.engine.modeling.model import Model
 from fimserver.engine.modeling.prompt_cache import PromptCache
 from fimserver.errors import FimserverError

@@ -174,7 +174,7 @@ def plan_on_cpu(checkpoint: Checkpoint, memory_bytes: int, context_tokens: int =
 def count_experts_on_gpu(checkpoint: Checkpoint, context_tokens: int, memory_bytes: int) -> int:
     """Return how many experts of each layer fit on a GPU next to everything else; below 1 if not one fits.
 
-    Missing experts are fetched into slots of these (engine/modeling/expert_cache.py), so they need no memory of
+    Missing experts are fetched into slots of these (engine/kernels/expert_cache.py), so they need no memory of
     their own.
     """
     experts = checkpoint.bytes_of(Role.EXPERTS)

@@ -86,39 +86,49 @@ class WorkerPhase(StrEnum):
 
 _TRANSITIONS: Transitions[WorkerPhase] = {
     WorkerPhase.STOPPED: frozenset({WorkerPhase.LOADING, WorkerPhase.FAILED}),
-    WorkerPhase.LOADING: frozenset({
-        WorkerPhase.LOADING,
-        WorkerPhase.READY,
-        WorkerPhase.RETRYING,
-        WorkerPhase.FAILED,
-        WorkerPhase.STOPPED,
-    }),
-    WorkerPhase.RETRYING: frozenset({
-        WorkerPhase.READY,
-        WorkerPhase.LOADING,
-        WorkerPhase.FAILED,
-        WorkerPhase.STOPPED,
-    }),
-    WorkerPhase.READY: frozenset({
-        WorkerPhase.RELOADING,
-        WorkerPhase.UNLOADED,
-        WorkerPhase.LOADING,
-        WorkerPhase.FAILED,
-        WorkerPhase.STOPPED,
-    }),
-    WorkerPhase.RELOADING: frozenset({
-        WorkerPhase.READY,
-        WorkerPhase.RELOADING,
-        WorkerPhase.LOADING,
-        WorkerPhase.FAILED,
-        WorkerPhase.STOPPED,
-    }),
-    WorkerPhase.UNLOADED: frozenset({
-        WorkerPhase.RELOADING,
-        WorkerPhase.LOADING,
-        WorkerPhase.FAILED,
-        WorkerPhase.STOPPED,
-    }),
+    WorkerPhase.LOADING: frozenset(
+        {
+            WorkerPhase.LOADING,
+            WorkerPhase.READY,
+            WorkerPhase.RETRYING,
+            WorkerPhase.FAILED,
+            WorkerPhase.STOPPED,
+        }
+    ),
+    WorkerPhase.RETRYING: frozenset(
+        {
+            WorkerPhase.READY,
+            WorkerPhase.LOADING,
+            WorkerPhase.FAILED,
+            WorkerPhase.STOPPED,
+        }
+    ),
+    WorkerPhase.READY: frozenset(
+        {
+            WorkerPhase.RELOADING,
+            WorkerPhase.UNLOADED,
+            WorkerPhase.LOADING,
+            WorkerPhase.FAILED,
+            WorkerPhase.STOPPED,
+        }
+    ),
+    WorkerPhase.RELOADING: frozenset(
+        {
+            WorkerPhase.READY,
+            WorkerPhase.RELOADING,
+            WorkerPhase.LOADING,
+            WorkerPhase.FAILED,
+            WorkerPhase.STOPPED,
+        }
+    ),
+    WorkerPhase.UNLOADED: frozenset(
+        {
+            WorkerPhase.RELOADING,
+            WorkerPhase.LOADING,
+            WorkerPhase.FAILED,
+            WorkerPhase.STOPPED,
+        }
+    ),
     WorkerPhase.FAILED: frozenset({WorkerPhase.LOADING, WorkerPhase.FAILED}),
 }
 _SEEN_AS = {  # by listeners

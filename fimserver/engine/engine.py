@@ -40,7 +40,7 @@ from fimserver.engine.decoding.ranking import Candidate, Scored, rank
 from fimserver.engine.decoding.speculative import Drafter, DraftOptions, fill_speculative
 from fimserver.engine.decoding.stopping import AnswerEnd, AnswerStart
 from fimserver.engine.job import LEAST_TEMPERATURE, Clock, Job, OnPartial
-from fimserver.engine.modeling.devices import memory_held
+from fimserver.engine.kernels.devices import memory_held
 from fimserver.engine.modeling.model import Model, find_device
 from fimserver.engine.modeling.prompt_cache import Encoded, PromptCache
 from fimserver.engine.prompt import build_prompt, find_anchor
@@ -301,18 +301,7 @@ class Engine:
         """Decode autoregressively, one token per pass."""
         encoded = self.prompt_cache.encode(job.prompt.token_ids, between=job.clock.check_cancelled)
         job.clock.lap("encode")
-        filled = fill_autoregressive(
-            self.prompt_cache,
-            encoded.logits,
-            max_tokens=job.max_tokens,
-            answer_end=job.answer_end,
-            answer_start=job.answer_start,
-            stop=job.clock.is_over,
-            on_token=job.on_answer,
-            temperature=job.temperature,
-            generator=job.generator,
-            rules=job.rules(),
-        )
+        filled = fill_autoregressive(self.prompt_cache, encoded.logits, job.to_request())
         return encoded, filled
 
     def _denoise_from_left(self, job: Job) -> tuple[Encoded, Filled]:
@@ -372,17 +361,10 @@ class Engine:
                 self.model,
                 self.prompt_cache,
                 pending,
+                job.to_request(is_quiet=is_quiet),
                 drafter=Drafter(options, lookup, matches),
                 before=before,
-                max_tokens=job.max_tokens,
-                answer_end=job.answer_end,
-                answer_start=job.answer_start,
-                stop=job.clock.is_over,
-                on_token=(lambda _answer: None) if is_quiet else job.on_answer,
-                temperature=job.temperature,
-                generator=job.generator,
                 first=first,
-                rules=job.rules(),
                 max_steps=max_steps,
                 on_canvas=on_canvas if first is None else lambda _answer, _logits: None,
             )

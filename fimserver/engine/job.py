@@ -12,6 +12,7 @@ import torch
 from fimserver.datatypes import FimContext, Match, PartialAnswer, Sampling
 from fimserver.engine.decoding.denoise import Filled
 from fimserver.engine.decoding.grammar import LexicalRules
+from fimserver.engine.decoding.request import DecodeRequest
 from fimserver.engine.decoding.stopping import AnswerEnd, AnswerStart
 from fimserver.engine.prompt import Prompt
 from fimserver.errors import CompletionCancelledError
@@ -75,6 +76,19 @@ class Job:
     def rules(self) -> LexicalRules | None:
         """Return the language's rules for autoregressive decoding, if enabled."""
         return LexicalRules(self.context, self.prompt.healed, self.answer_end) if self.has("grammar") else None
+
+    def to_request(self, *, is_quiet: bool = False) -> DecodeRequest:
+        """Return what a decoding loop has to keep to; partial answers are reported unless ``is_quiet``."""
+        return DecodeRequest(
+            max_tokens=self.max_tokens,
+            answer_end=self.answer_end,
+            answer_start=self.answer_start,
+            stop=self.clock.is_over,
+            on_token=(lambda _answer: None) if is_quiet else self.on_answer,
+            temperature=self.temperature,
+            generator=self.generator,
+            rules=self.rules(),
+        )
 
     @property
     def matches(self) -> tuple[Match, ...]:

@@ -13,6 +13,7 @@ from fimserver.checkpoints.installed import find_model
 from fimserver.checkpoints.metadata import limit_context, read_metadata
 from fimserver.datatypes import FimContext, Hole, HoleKind, Match, Mode, PartialAnswer, Sampling, Snippet
 from fimserver.engine.decoding.autoregressive import fill_autoregressive
+from fimserver.engine.decoding.request import DecodeRequest
 from fimserver.engine.decoding.stopping import AnswerEnd, AnswerStart, Beginning, confidence_of
 from fimserver.engine.engine import Engine
 from fimserver.engine.job import Clock
@@ -551,13 +552,13 @@ def test_confidence_left_to_right_is_that_of_one_plain_pass(model: Model, vocabu
     filled = fill_autoregressive(
         prompt_cache,
         prompt_cache.encode(prompt).logits,
-        max_tokens=8,
-        answer_end=end,
-        answer_start=AnswerStart(end, "", min_tokens=1, vocab_size=model.vocab_size),
-        stop=lambda: False,
-        on_token=lambda _answer: None,
-        temperature=1.0,
-        generator=torch.Generator().manual_seed(1),
+        DecodeRequest(
+            max_tokens=8,
+            answer_end=end,
+            answer_start=AnswerStart(end, "", min_tokens=1, vocab_size=model.vocab_size),
+            temperature=1.0,
+            generator=torch.Generator().manual_seed(1),
+        ),
     )
     written = list(filled.token_ids)
     assert written

@@ -7,32 +7,20 @@ Stops:   at the answer's end, at ``max_tokens``, or when ``stop()`` is true (che
 """
 
 import math
-from collections.abc import Callable, Sequence
 
 import torch
 
 from fimserver.datatypes import Verdict
 from fimserver.engine.decoding.constraint import TokenRules
 from fimserver.engine.decoding.denoise import Filled
-from fimserver.engine.decoding.stopping import AnswerEnd, AnswerStart, confidence_of
+from fimserver.engine.decoding.request import DecodeRequest
+from fimserver.engine.decoding.stopping import confidence_of
 from fimserver.engine.modeling.prompt_cache import PromptCache
 
 _TRIED = 16  # the most likely tokens that are tried in search of one that the rules allow
 
 
-def fill_autoregressive(  # noqa: PLR0913  the options of one call
-    prompt_cache: PromptCache,
-    logits: torch.Tensor,
-    *,
-    max_tokens: int,
-    answer_end: AnswerEnd,
-    answer_start: AnswerStart,
-    stop: Callable[[], bool],
-    on_token: Callable[[Sequence[int]], None],
-    temperature: float = 0.0,
-    generator: torch.Generator | None = None,
-    rules: TokenRules | None = None,
-) -> Filled:
+def fill_autoregressive(prompt_cache: PromptCache, logits: torch.Tensor, request: DecodeRequest) -> Filled:
     """Return the answer after a prompt whose last token gave ``logits`` (1, V): most likely tokens, or sampled ones.
 
     The written tokens stay in the prompt's cache, so an accepted answer is already encoded. The confidence is that of
@@ -40,21 +28,21 @@ def fill_autoregressive(  # noqa: PLR0913  the options of one call
     """
     answer: list[int] = []
     log_probabilities: list[torch.Tensor] = []
-    beginning = answer_start.beginning
-    passes = 0
+    beginning = request.answer_start.beginning
+    passes, rules = 0, request.rules
 
     def filled(finish: str, of_end: float = 0.0) -> Filled:
-        own = [log_probabilities[i] for i in answer_start.own_positions(answer)]
+        own = [log_probabilities[i] for i in request.answer_start.own_positions(answer)]
         confidence = confidence_of(torch.stack(own) if own else torch.empty(0))
         return Filled(tuple(answer), finish, passes, confidence, float(sum(log_probabilities)) + of_end)
 
     while True:
-        constrained = answer_start.constrain(logits[0], beginning)
-        token_id = choose_token(constrained, temperature, generator, rules, may_end=beginning.is_whole)
-        if token_id is None or (end := answer_end.find([*answer, token_id])) <= len(answer):
+        constrained = request.answer_start.constrain(logits[0], beginning)
+        token_id = choose_token(constrained, request.temperature, request.generator, rules, may_end=beginning.is_whole)
+        if token_id is None or (end := request.answer_end.find([*answer, token_id])) <= len(answer):
             end = len(answer) if token_id is None else end
             ended_by = int(constrained.argmax()) if token_id is None else token_id
-            of_end = answer_end.log_probability(logits[0], ended_by) + float(sum(log_probabilities[end:]))
+            of_end = request.answer_end.log_probability(logits[0], ended_by) + float(sum(log_probabilities[end:]))
             del answer[end:], log_probabilities[end:]
             return filled("end", of_end)
         answer.append(token_id)
@@ -62,11 +50,11 @@ def fill_autoregressive(  # noqa: PLR0913  the options of one call
             rules.accept(token_id)
         scored = constrained if beginning.rest else logits[0]
         log_probabilities.append(torch.log_softmax(scored, dim=-1)[token_id])
-        beginning = answer_start.after(beginning, token_id)
-        on_token(answer)
-        if len(answer) >= max_tokens:
+        beginning = request.answer_start.after(beginning, token_id)
+        request.on_token(answer)
+        if len(answer) >= request.max_tokens:
             return filled("length")
-        if stop():
+        if request.stop():
             return filled("latency")
         logits = prompt_cache.append([token_id])
         passes += 1

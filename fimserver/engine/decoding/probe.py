@@ -9,7 +9,7 @@ Knows:  the model, a clock.  Never: text, answers.
 import time
 
 from fimserver.engine.decoding.speculative import DraftOptions
-from fimserver.engine.modeling.devices import wait_for
+from fimserver.engine.kernels.devices import wait_for
 from fimserver.engine.modeling.model import Model
 from fimserver.engine.modeling.network import causal_rows
 

@@ -28,10 +28,10 @@ from dataclasses import dataclass, field
 import torch
 
 from fimserver.engine.decoding.autoregressive import choose_token
-from fimserver.engine.decoding.constraint import TokenRules
 from fimserver.engine.decoding.denoise import Filled, RunnerUp
 from fimserver.engine.decoding.drafts import DraftTree, Lookup
-from fimserver.engine.decoding.stopping import AnswerEnd, AnswerStart, Beginning, confidence_of
+from fimserver.engine.decoding.request import DecodeRequest
+from fimserver.engine.decoding.stopping import Beginning, confidence_of
 from fimserver.engine.modeling.model import Model
 from fimserver.engine.modeling.network import Rows
 from fimserver.engine.modeling.prompt_cache import PromptCache
@@ -85,18 +85,11 @@ def fill_speculative(  # noqa: PLR0913  the options of one call
     model: Model,
     prompt_cache: PromptCache,
     pending: Sequence[int],
+    request: DecodeRequest,
     *,
     drafter: Drafter,
     before: Sequence[int],
-    max_tokens: int,
-    answer_end: AnswerEnd,
-    answer_start: AnswerStart,
-    stop: Callable[[], bool],
-    on_token: Callable[[Sequence[int]], None],
-    temperature: float = 0.0,
-    generator: torch.Generator | None = None,
     first: RunnerUp | None = None,
-    rules: TokenRules | None = None,
     max_steps: int = sys.maxsize,
     on_canvas: Callable[[Sequence[int], torch.Tensor], None] = lambda _answer, _logits: None,
 ) -> Filled:
@@ -107,13 +100,13 @@ def fill_speculative(  # noqa: PLR0913  the options of one call
     canvas length of tokens. After each pass ``on_canvas`` gets the answer so far and the logits (C, V) of the canvas
     after it, or no logits if there is no canvas.
     """
-    verification = _Verification(answer_end, answer_start, max_tokens, on_token, temperature, generator, rules)
+    verification = _Verification(request)
     if first is not None:
         verification.begin(first)
     noise = torch.Generator(model.device).manual_seed(0)
     passes, pending, num_read = 0, list(pending), len(verification.answer)
     while True:
-        if passes and stop():
+        if passes and request.stop():
             return verification.filled("latency", passes)
         if passes >= max_steps * (1 + len(verification.answer) // model.canvas_length):
             return verification.filled("steps", passes)
@@ -124,7 +117,7 @@ def fill_speculative(  # noqa: PLR0913  the options of one call
         logits = model.to_logits(hidden[len(pending) - 1 :])
         if passes == 1 and first is None:
             verification.score_matches(logits, tree, drafter.matches)
-        nodes, finish = verification.take(logits, tree)
+        nodes, finish = verification.follow(logits, tree)
         if passes == 1 and first is None:
             verification.note_runners_up(logits[0])
         kept = [*range(len(pending)), *(len(pending) + n for n in nodes)]
@@ -188,21 +181,12 @@ def to_rows(  # noqa: PLR0913, PLR0917  the inputs of one pass
 class _Verification:
     """The answer so far, and the rules that each of its tokens has to pass."""
 
-    def __init__(  # noqa: PLR0913, PLR0917
-        self,
-        answer_end: AnswerEnd,
-        answer_start: AnswerStart,
-        max_tokens: int,
-        on_token: Callable[[Sequence[int]], None],
-        temperature: float,
-        generator: torch.Generator | None,
-        rules: TokenRules | None,
-    ) -> None:
+    def __init__(self, request: DecodeRequest) -> None:
         self.answer: list[int] = []
-        self._answer_end, self._answer_start = answer_end, answer_start
-        self._max_tokens, self._on_token = max_tokens, on_token
-        self._temperature, self._generator, self._rules = temperature, generator, rules
-        self._beginning = answer_start.beginning
+        self._answer_end, self._answer_start = request.answer_end, request.answer_start
+        self._max_tokens, self._on_token = request.max_tokens, request.on_token
+        self._temperature, self._generator, self._rules = request.temperature, request.generator, request.rules
+        self._beginning = self._answer_start.beginning
         self._log_probabilities: list[float] = []
         self._end_log_probability = 0.0
         self._match_log_probabilities: list[float | None] = []
@@ -249,7 +233,7 @@ class _Verification:
         scored = self._answer_start.constrain(row, beginning) if beginning.rest else row
         return float(torch.log_softmax(scored, dim=-1)[token_id])
 
-    def take(self, logits: torch.Tensor, tree: DraftTree) -> tuple[list[int], str]:
+    def follow(self, logits: torch.Tensor, tree: DraftTree) -> tuple[list[int], str]:
         """Write tokens along the tree until a draft fails; return the accepted nodes, and the finish or ``""``.
 
         ``logits`` start with the root's, then one row per node.

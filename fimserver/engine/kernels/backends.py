@@ -25,12 +25,10 @@ from typing import Any
 
 import torch
 
+from fimserver.engine.kernels.devices import capture, wait_for
 from fimserver.engine.kernels.matmul import PLAIN, MatmulBackend, PlainMatmul, RoundedMatmul
 from fimserver.engine.kernels.nvfp4 import NVFP4Tensor, concatenate, draw_codes
-from fimserver.engine.kernels.packed import find_packed_experts
-from fimserver.engine.modeling.devices import wait_for
-from fimserver.engine.modeling.graphs import capture
-from fimserver.engine.modeling.layers import find_packed_projections
+from fimserver.engine.kernels.packed import find_packed_experts, find_packed_projections
 from fimserver.errors import EngineError
 
 _logger = logging.getLogger(__name__)

@@ -13,14 +13,16 @@ Shapes:  T tokens, H hidden size, E experts, I an expert's inner size, k experts
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any
 
 import torch
 from torch import nn
 
+from fimserver.engine.kernels.expert_cache import ExpertCache
 from fimserver.engine.kernels.matmul import PLAIN
 from fimserver.engine.kernels.nvfp4 import BLOCK, NVFP4Tensor
-from fimserver.engine.modeling.expert_cache import ExpertCache
 from fimserver.errors import WeightsError
 
 _STACKS = {"gate_up_proj": "gate_up", "down_proj": "down"}
@@ -159,3 +161,27 @@ def tie_weight(model: nn.Module, name: str, source: str) -> None:
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
+
+
+def find_packed_projections(model: Any) -> Iterator[tuple[int, int]]:
+    """Yield each distinct shape (N, K) of the 4-bit projections of transformers' model, joined as in ``Network``."""
+    decoder = model.model.decoder
+    owners = [decoder.self_conditioning, *(layer.mlp for layer in decoder.layers)]
+    groups = [group for owner in owners for group in ((owner.gate_proj, owner.up_proj), (owner.down_proj,))]
+    for layer in decoder.layers:
+        own = layer.self_attn
+        groups += [tuple(p for p in (own.q_proj, own.k_proj, own.v_proj) if p is not None), (own.o_proj,)]
+    seen = set()
+    for group in groups:
+        for packed, run in groupby(group, key=lambda m: isinstance(m, PackedLinear)):
+            members = list(run)
+            shape = (sum(num_rows_of(m) for m in members), members[0].weights.shape[1]) if packed else None
+            if shape is not None and shape not in seen:
+                seen.add(shape)
+                yield shape
+
+
+def num_rows_of(module: Any) -> int:
+    """Return the number of output rows of a projection, packed or not."""
+    weights = module.weights if isinstance(module, PackedLinear) else module.weight
+    return int(weights.shape[0])

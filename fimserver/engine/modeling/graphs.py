@@ -2,7 +2,6 @@
 
     FixedPasses   one pass per shape met; returns the hidden states of canvases over a cache
     FixedPass     tensors at fixed addresses, and the computation over them
-    capture       captures a pass as a CUDA graph; tests replace it and run the pass directly
 
 A pass over a canvas is about a thousand small kernels; launching them takes the CPU longer than the GPU needs to run
 them. Inputs that change between passes are copied into fixed tensors: token ids, the condition, and, when the prompt
@@ -16,50 +15,16 @@ Equal:   to ``Network.forward`` (tests/engine/modeling/test_graphs.py).
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import lru_cache
-from typing import Any
 
 import torch
 
+from fimserver.engine.kernels.devices import capture
 from fimserver.engine.modeling.kv_cache import KVCache
 from fimserver.engine.modeling.layers import AttentionPlan
 from fimserver.engine.modeling.network import Network, canvas_rows
 
 _MOST_PASSES = 12  # CUDA graphs kept per cache
-_WARM_UPS = 2
 _Run = Callable[[], torch.Tensor]
-
-
-@lru_cache(maxsize=1)
-def _anchor() -> Any:
-    """Keep one CUDA graph alive, so that its memory pool stays usable for capture."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        torch.zeros(1, device="cuda")
-    return graph
-
-
-def capture(run: _Run, *, shares: bool = True) -> _Run:
-    """Capture a pass as a CUDA graph; the returned function replays it on the same tensors in one call.
-
-    All captures that ``shares`` use one memory pool: only one may run at a time, and its result must be used before
-    the next one runs.
-    """
-    stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(_WARM_UPS):  # first runs compile and allocate, which a capture must not
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=_anchor().pool() if shares else None):
-        found = run()
-
-    def replay() -> torch.Tensor:
-        graph.replay()
-        return found
-
-    return replay
 
 
 class FixedPass:

@@ -11,7 +11,7 @@ Knows:   tensors, weights.  Never: rows' meaning, prompts.
 Shapes:  N rows, P cached tokens, H hidden size, D head size; the residual stream is float32.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -24,7 +24,7 @@ from torch.profiler import record_function
 
 from fimserver.engine.kernels.matmul import Experts, MatmulBackend, Projection, run_experts
 from fimserver.engine.kernels.nvfp4 import concatenate
-from fimserver.engine.kernels.packed import PackedExperts, PackedLinear, is_packed
+from fimserver.engine.kernels.packed import PackedExperts, PackedLinear, is_packed, num_rows_of
 from fimserver.engine.modeling.kv_cache import KVCache
 
 _NOTHING = nullcontext()
@@ -103,8 +103,8 @@ class Layer:
         attention = module.self_attn
         self.kind: str = attention.layer_type
         self.head_size: int = attention.head_dim
-        self.num_heads: int = _rows_of(attention.q_proj) // self.head_size
-        self.num_kv_heads: int = _rows_of(attention.k_proj) // self.head_size
+        self.num_heads: int = num_rows_of(attention.q_proj) // self.head_size
+        self.num_kv_heads: int = num_rows_of(attention.k_proj) // self.head_size
         self._eps = eps
         self._own_values = attention.v_proj is not None
         parts = [p for p in (attention.q_proj, attention.k_proj, attention.v_proj) if p is not None]
@@ -267,29 +267,6 @@ class _PackedProjection:
             x = (x.float() * self._norm).to(self.dtype)
         results = [part(x) for part in self._parts]
         return results[0] if len(results) == 1 else torch.cat(results, dim=-1)
-
-
-def find_packed_projections(model: Any) -> Iterator[tuple[int, int]]:
-    """Yield each distinct shape (N, K) of the 4-bit projections of transformers' model, joined as in ``Network``."""
-    decoder = model.model.decoder
-    owners = [decoder.self_conditioning, *(layer.mlp for layer in decoder.layers)]
-    groups = [group for owner in owners for group in ((owner.gate_proj, owner.up_proj), (owner.down_proj,))]
-    for layer in decoder.layers:
-        own = layer.self_attn
-        groups += [tuple(p for p in (own.q_proj, own.k_proj, own.v_proj) if p is not None), (own.o_proj,)]
-    seen = set()
-    for group in groups:
-        for packed, run in groupby(group, key=lambda m: isinstance(m, PackedLinear)):
-            members = list(run)
-            shape = (sum(_rows_of(m) for m in members), members[0].weights.shape[1]) if packed else None
-            if shape is not None and shape not in seen:
-                seen.add(shape)
-                yield shape
-
-
-def _rows_of(module: Any) -> int:
-    weights = module.weights if isinstance(module, PackedLinear) else module.weight
-    return int(weights.shape[0])
 
 
 def release_weights(module: Any) -> None:

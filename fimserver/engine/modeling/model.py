@@ -21,11 +21,12 @@ from fimserver.checkpoints.memory import Format, Role, read_folder
 from fimserver.checkpoints.metadata import ModelMetadata, limit_context, read_metadata
 from fimserver.checkpoints.planner import count_experts_on_gpu, plan_on_gpu
 from fimserver.engine.kernels.backends import Choice, choose_matmul, find_matmul_work
+from fimserver.engine.kernels.devices import capture
+from fimserver.engine.kernels.expert_cache import Traffic, add_up
 from fimserver.engine.kernels.matmul import PLAIN
 from fimserver.engine.kernels.packed import count_parameters, find_packed_experts, is_packed
 from fimserver.engine.loading.weights import load_weights
-from fimserver.engine.modeling.expert_cache import Traffic, add_up
-from fimserver.engine.modeling.graphs import FixedPasses, capture
+from fimserver.engine.modeling.graphs import FixedPasses
 from fimserver.engine.modeling.kv_cache import KVCache
 from fimserver.engine.modeling.layers import measured
 from fimserver.engine.modeling.network import Network, Rows, canvas_rows, causal_rows

@@ -13,6 +13,7 @@ from fimserver.context.gather import find_matches
 from fimserver.datatypes import FimContext, Hole, HoleKind, Match, Mode, Sampling
 from fimserver.engine.decoding.autoregressive import fill_autoregressive
 from fimserver.engine.decoding.ranking import Scored, rank
+from fimserver.engine.decoding.request import DecodeRequest
 from fimserver.engine.decoding.stopping import AnswerEnd, AnswerStart
 from fimserver.engine.engine import Engine
 from fimserver.engine.modeling.model import Model
@@ -144,11 +145,7 @@ def test_alternatives_are_what_left_to_right_goes_on_with(model: Model, vocabula
         filled = fill_autoregressive(
             cache,
             cache.encode([*prompt, token_id]).logits,
-            max_tokens=max(model.canvas_length, 24) - 1,
-            answer_end=end,
-            answer_start=behind,
-            stop=lambda: False,
-            on_token=lambda _answer: None,
+            DecodeRequest(max_tokens=max(model.canvas_length, 24) - 1, answer_end=end, answer_start=behind),
         )
         expected.add(vocabulary.decode([token_id, *filled.token_ids]))
     engine = Engine(model, vocabulary)

@@ -14,6 +14,7 @@ from fimserver.engine.decoding.autoregressive import fill_autoregressive
 from fimserver.engine.decoding.denoise import Filled, RunnerUp
 from fimserver.engine.decoding.drafts import DraftTree, Lookup
 from fimserver.engine.decoding.probe import choose_drafts, measure_row_cost
+from fimserver.engine.decoding.request import DecodeRequest
 from fimserver.engine.decoding.speculative import Drafter, DraftOptions, _Verification, fill_speculative
 from fimserver.engine.decoding.stopping import AnswerEnd, AnswerStart
 from fimserver.engine.engine import Engine
@@ -65,28 +66,24 @@ def decode(
     options: DraftOptions = WIDE,
     seed: int | None = None,
 ) -> tuple[Filled, Filled]:
-    """The same answer left to right and verified."""
+    """The same answer by autoregressive and by speculative decoding."""
     end = AnswerEnd(vocabulary, 3)
     answers = []
-    for verified in (False, True):
+    for is_speculative in (False, True):
         cache = PromptCache(model)
-        common: dict[str, Any] = {
-            "max_tokens": 12,
-            "answer_end": end,
-            "answer_start": AnswerStart(end, "", min_tokens=1, vocab_size=model.vocab_size),
-            "stop": lambda: False,
-            "temperature": 0.0 if seed is None else 1.0,
-            "generator": None if seed is None else torch.Generator().manual_seed(seed),
-        }
-        if verified:
+        request = DecodeRequest(
+            max_tokens=12,
+            answer_end=end,
+            answer_start=AnswerStart(end, "", min_tokens=1, vocab_size=model.vocab_size),
+            temperature=0.0 if seed is None else 1.0,
+            generator=None if seed is None else torch.Generator().manual_seed(seed),
+        )
+        if is_speculative:
             lookup = Lookup([vocabulary.is_text(i) for i in range(model.vocab_size)])
             drafter = Drafter(options, lookup, matches)
-            answer = fill_speculative(
-                model, cache, list(prompt), drafter=drafter, before=prompt, on_token=lambda _a: None, **common
-            )
+            answer = fill_speculative(model, cache, list(prompt), request, drafter=drafter, before=prompt)
         else:
-            logits = cache.encode(prompt).logits
-            answer = fill_autoregressive(cache, logits, on_token=lambda _a: None, **common)
+            answer = fill_autoregressive(cache, cache.encode(prompt).logits, request)
         answers.append(answer)
     return answers[0], answers[1]
 

@@ -18,11 +18,11 @@ from fimserver.checkpoints.metadata import read_metadata
 from fimserver.checkpoints.planner import HostPlan, plan_on_gpu
 from fimserver.datatypes import FimContext, Hole, HoleKind, Mode, Sampling
 from fimserver.engine.engine import Engine
+from fimserver.engine.kernels.expert_cache import ExpertCache, Traffic, add_up
 from fimserver.engine.kernels.matmul import PLAIN, AsStored, MatmulBackend
 from fimserver.engine.kernels.nvfp4 import Dialect, NVFP4Tensor, quantize
 from fimserver.engine.kernels.packed import find_packed_experts
 from fimserver.engine.loading.weights import CPU, load_weights
-from fimserver.engine.modeling.expert_cache import ExpertCache, Traffic, add_up
 from fimserver.engine.modeling.model import Model, find_experts_on_device
 from fimserver.engine.vocabulary import Vocabulary
 from fimserver.errors import WeightsError
