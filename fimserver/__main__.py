@@ -1,4 +1,4 @@
-"""The ``fimserver`` command's first step: an editor's window must not wait for what only other commands need.
+"""Start the ``fimserver`` command without imports that only other commands need: an editor waits for it.
 
 lsp            the relay, with the standard library alone
 all others     ``cli/main.py``
@@ -24,12 +24,12 @@ def main() -> None:
 
 
 def _parse(arguments: list[str]) -> dict[str, object] | None:
-    """Settings among the options; ``None`` where the whole command line has to speak: for help, and what is wrong."""
+    """Return the settings among the options; ``None`` if the full command line is needed, for help and for errors."""
     values: dict[str, object] = {}
     rest = list(arguments)
     while rest:
         name, equals, value = rest.pop(0).partition("=")
-        if name == "--stdio":  # what some editors' clients add
+        if name == "--stdio":  # some editors' clients add this option
             continue
         if name not in _SETTINGS or not (equals or rest):
             return None

@@ -1,8 +1,8 @@
-"""Every error a person can meet: one sentence on what is wrong, one on how to mend it."""
+"""Define every error that users can see: one sentence on what is wrong, one on how to fix it."""
 
 
 class FimserverError(Exception):
-    """An error with a message for the person at the editor."""
+    """An error with a message for the user."""
 
 
 class SettingsError(FimserverError):
@@ -10,7 +10,7 @@ class SettingsError(FimserverError):
 
 
 class PositionError(FimserverError):
-    """A line or column lies outside the text, or inside one character."""
+    """A line or column is outside the text, or inside one character."""
 
 
 class WeightsError(FimserverError):
@@ -26,11 +26,11 @@ class CompletionCancelledError(FimserverError):
 
 
 class FrameError(FimserverError):
-    """A message between two of our processes is not framed as it should be."""
+    """A message between two of fimserver's processes has an invalid frame."""
 
 
 class PathError(FimserverError):
-    """A file or folder of fimserver's own cannot be used; the message names it."""
+    """One of fimserver's files or folders cannot be used; the message names it."""
 
 
 class DaemonError(FimserverError):

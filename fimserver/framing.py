@@ -1,4 +1,4 @@
-"""Read and write messages behind a Content-Length header: the editor, the relay, the daemon and the worker use it.
+"""Read and write messages with a Content-Length header: the editor, the relay, the daemon and the worker use it.
 
     to_frame              a body with its header
     read_body             the next body of a stream; what is not a frame is skipped, a frame too large is reported
@@ -34,10 +34,10 @@ def to_frame(body: bytes) -> bytes:
 def read_body(
     stream: BinaryIO, on_skipped: Callable[[int, bytes, bytes], None] = lambda _size, _begin, _end: None
 ) -> bytes | None:
-    """Return the next body; ``None`` where the stream ends, also in the middle of one.
+    """Return the next body; ``None`` if the stream ends, also in the middle of one.
 
-    A line that is not part of a header is skipped. A body of more than ``MAX_BODY_BYTES`` is
-    read past, and ``on_skipped`` gets its size, how it begins and how it ends: the stream continues after it.
+    A line that is not part of a header is skipped. A body of more than ``MAX_BODY_BYTES`` is skipped too, and
+    ``on_skipped`` gets its size, its beginning and its end: the stream continues after it.
     """
     while True:
         length = _read_header(stream)
@@ -101,7 +101,7 @@ def write_message(stream: BinaryIO, message: Mapping[str, Any]) -> None:
 
 
 def _read_header(stream: BinaryIO, on_junk: Callable[[bytes], None] = lambda _line: None) -> int | None:
-    """Return the length of the next body, its header read to the end; ``None`` where the stream ends."""
+    """Return the length of the next body after reading its whole header; ``None`` if the stream ends."""
     length = None
     while line := stream.readline(_MAX_HEADER_BYTES):
         found = _parse_length(line)

@@ -1,8 +1,8 @@
-"""Where fimserver keeps files of its own: the system's folders, or all under ``FIMSERVER_HOME``.
+"""Locate fimserver's own files: in the system's folders, or all under ``FIMSERVER_HOME``.
 
-The runtime folder needs the standard library alone: the relay, which every editor starts, asks for nothing else.
+The runtime and log folders need only the standard library: the relay, which every editor starts, needs no others.
 
-Knows:  the environment, platformdirs.  Never: what the files hold.
+Knows:  the environment, platformdirs.  Never: what the files contain.
 """
 
 import errno
@@ -17,31 +17,31 @@ from pathlib import Path
 from fimserver.errors import PathError
 
 HOME_VARIABLE = "FIMSERVER_HOME"
-_LONGEST_SOCKET_NAME = 99  # bytes; systems take 103 to 107
+_LONGEST_SOCKET_NAME = 99  # bytes; systems allow 103 to 107
 
 
 def config_file() -> Path:
-    """The person's settings; there need not be one."""
+    """Return the path of the user's settings; the file is optional."""
     return config_folder() / "config.toml"
 
 
 def config_folder() -> Path:
-    """What a person writes."""
+    """Return the folder of files that the user writes."""
     return _folder("config")
 
 
 def data_folder() -> Path:
-    """What is worth keeping."""
+    """Return the folder of data that cannot be recreated."""
     return _folder("data")
 
 
 def state_folder() -> Path:
-    """What is kept from one run to the next, logs among it."""
+    """Return the folder of files kept between runs, logs among them."""
     return _folder("state")
 
 
 def log_folder() -> Path:
-    """The daemon's log; found by the standard library alone, as the runtime folder is."""
+    """Return the folder of the daemon's log; like the runtime folder, found with the standard library only."""
     if home := os.environ.get(HOME_VARIABLE):
         return Path(home).expanduser().absolute() / "state"
     if sys.platform == "win32":
@@ -52,12 +52,12 @@ def log_folder() -> Path:
 
 
 def cache_folder() -> Path:
-    """What can be made again."""
+    """Return the folder of files that can be recreated."""
     return _folder("cache")
 
 
 def runtime_folder() -> Path:
-    """Sockets and locks of what runs now; there need not be an ``XDG_RUNTIME_DIR``."""
+    """Return the folder of sockets and locks of running processes; works without ``XDG_RUNTIME_DIR``."""
     if home := os.environ.get(HOME_VARIABLE):
         return Path(home).expanduser().absolute() / "runtime"
     if sys.platform == "win32":
@@ -69,7 +69,7 @@ def runtime_folder() -> Path:
 
 
 def socket_path() -> Path:
-    """The daemon's socket, short enough for a socket's name wherever the runtime folder is."""
+    """Return the path of the daemon's socket, short enough for a socket's name wherever the runtime folder is."""
     path = runtime_folder() / "daemon.sock"
     if len(os.fsencode(path)) <= _LONGEST_SOCKET_NAME or sys.platform == "win32":
         return path
@@ -81,7 +81,7 @@ def _temporary_folder(suffix: str) -> Path:
 
 
 def write_private(path: Path, text: str) -> None:
-    """Put a file with a text in the place of the last, whole or not at all, for its owner only. Raises ``OSError``."""
+    """Replace a file atomically, readable by its owner only. Raises ``OSError``."""
     new = path.with_name(f"{path.name}.{os.getpid()}")
     with suppress(FileNotFoundError):
         new.unlink()
@@ -97,32 +97,32 @@ def write_private(path: Path, text: str) -> None:
 
 
 def create_private(path: Path, text: str) -> None:
-    """Write a new file for its owner only. Raises ``OSError``, also if the file exists."""
+    """Write a new file, readable by its owner only. Raises ``OSError``, also if the file exists."""
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as stream:
         stream.write(text)
 
 
 def read_plain(path: Path, most: int = 16 * 2**20) -> str:
-    """The text of a file of ours, as UTF-8 as may be. Raises ``OSError``, also of what is no file."""
+    """Return a file's text with invalid UTF-8 replaced. Raises ``OSError``, also if ``path`` is not a file."""
     return read_bytes(path, most).decode("utf-8", "replace")
 
 
 def read_bytes(path: Path, most: int = 16 * 2**20) -> bytes:
-    """What a file of ours holds. Raises ``OSError``, also of what is no file: a pipe would be waited for for ever."""
+    """Return a file's bytes. Raises ``OSError``, also if ``path`` is not a file: a pipe could block forever."""
     file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     with os.fdopen(file, "rb") as stream:
         found = os.fstat(file)
         if not stat.S_ISREG(found.st_mode):
-            raise OSError(errno.EINVAL, "it is no file")
+            raise OSError(errno.EINVAL, "it is not a file")
         if found.st_size > most:
-            raise OSError(errno.EFBIG, f"it has more than {most // 2**20} MB")
+            raise OSError(errno.EFBIG, f"it is larger than {most // 2**20} MB")
         return stream.read()
 
 
 def make_private(folder: Path) -> Path:
-    """Make a folder that nobody else can enter, or see that it is one. Raises ``PathError``.
+    """Create a folder that only its owner can enter, or check that it is one. Raises ``PathError``.
 
-    A link, another's folder, or what is no folder is refused: somebody may have put it there first.
+    A link, another user's folder, or a file is refused: somebody may have put it there first.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +130,7 @@ def make_private(folder: Path) -> Path:
             folder.mkdir(mode=0o700)
         found = folder.lstat()
         if not stat.S_ISDIR(found.st_mode):
-            msg = f"{folder} is no folder; remove it, or set {HOME_VARIABLE} to a folder of your own"
+            msg = f"{folder} is not a folder; remove it, or set {HOME_VARIABLE} to a folder of your own"
             raise PathError(msg)
         if sys.platform == "win32":
             return folder
@@ -140,7 +140,7 @@ def make_private(folder: Path) -> Path:
         if stat.S_IMODE(found.st_mode) & 0o077:
             folder.chmod(0o700)
     except OSError as error:
-        msg = f"{folder} cannot be made ({error.strerror}); set {HOME_VARIABLE} to a folder that can be written"
+        msg = f"{folder} cannot be created ({error.strerror}); set {HOME_VARIABLE} to a writable folder"
         raise PathError(msg) from error
     return folder
 
@@ -151,6 +151,6 @@ def _folder(kind: str) -> Path:
     import platformdirs  # noqa: PLC0415  only who asks for a folder pays for it
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a session without XDG_RUNTIME_DIR gets a folder elsewhere, which is well
+        warnings.simplefilter("ignore")  # platformdirs warns without XDG_RUNTIME_DIR, but its fallback is fine
         folder: Path = getattr(platformdirs.PlatformDirs("fimserver", appauthor=False), f"user_{kind}_path")
     return folder

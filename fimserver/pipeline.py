@@ -77,7 +77,7 @@ class Query:
 
     @property
     def num_candidates(self) -> int:
-        """How many completions may be offered: several only on an explicit request."""
+        """Return how many completions may be offered: several only on an explicit request."""
         return self.settings.candidates if self.invoked else 1
 
     def refuse(self, uri: str) -> NoCompletion | None:
@@ -108,7 +108,7 @@ class Found:
 
 @dataclass(slots=True)
 class Outcome:
-    """What came of a query, and each step on the way; ``refusal`` says why nothing is offered."""
+    """The outcome of a query and of each step on the way; ``refusal`` is the reason if nothing is offered."""
 
     completions: tuple[Completion, ...] = ()
     num_candidates: int = 1  # how many there may be
@@ -124,7 +124,7 @@ class Outcome:
 
     @property
     def completion(self) -> Completion | None:
-        """The completion that is offered first."""
+        """Return the completion that is offered first."""
         return self.completions[0] if self.completions else None
 
 
@@ -138,9 +138,7 @@ def find_hole_at(query: Query) -> Place | NoCompletion:
     """Return the place of a query, or the reason why nothing may be filled there."""
     if (refusal := query.refuse(query.snapshot.uri)) is not None:
         return refusal
-    return find_place(
-        query.snapshot, query.settings, query.trees, invoked=query.invoked, writable=query.writable
-    )
+    return find_place(query.snapshot, query.settings, query.trees, invoked=query.invoked, writable=query.writable)
 
 
 def find_matches_for(query: Query, place: Place) -> Found:
@@ -171,7 +169,7 @@ def to_context(query: Query, found: Found, info: ModelInfo | None) -> FimContext
 
 
 def sampling_for(query: Query, *, trace: bool = False) -> Sampling:
-    """Return how the engine is to decode: an explicit request gets at least one token, and several candidates."""
+    """Return how the engine decodes: an explicit request gets at least one token, and several candidates."""
     return to_sampling(
         query.settings, min_tokens=1 if query.invoked else 0, trace=trace, num_candidates=query.num_candidates
     )
@@ -196,7 +194,7 @@ def conclude(query: Query, found: Found, generation: Generation) -> Answer | NoC
 
 
 def complete(query: Query, get_engine: Callable[[], EngineClient], *, trace: bool = False) -> Outcome:
-    """Run every step and wait for the engine. ``get_engine`` is called once there is something for it to fill."""
+    """Run every step and wait for the engine. ``get_engine`` is called only once there is a hole to fill."""
     outcome = Outcome(num_candidates=query.num_candidates)
     begin = time.perf_counter()
     found = find(query)

@@ -1,8 +1,8 @@
-"""Every setting, in one place: its name, type, default, range and meaning.
+"""Define every setting: its name, type, default, range and meaning.
 
-``Settings`` is the table; docs/settings.md is written from it (``python -m fimserver.settings``) and a test
-compares the two. Names are the same word everywhere: ``fimserver.maxLines`` in an editor, ``maxLines`` on the
-wire, ``max_lines`` in Python.
+``Settings`` is the table; docs/settings.md is written from it (``python -m fimserver.settings``) and a test compares
+the two. A setting has the same name everywhere: ``fimserver.maxLines`` in an editor, ``maxLines`` on the wire,
+``max_lines`` in Python.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ def _setting(  # noqa: PLR0913  the columns of the table
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What a person may choose. Every default works with none of them set."""
+    """The settings of a user. Every default works with none of them set."""
 
     enabled: bool = _setting(default=True, doc="Offer completions at all.")
     languages: tuple[tuple[str, bool], ...] = _setting(
@@ -180,13 +180,13 @@ class Settings:
     )
 
     def allows(self, language_id: str) -> bool:
-        """Whether completions are wanted in a language: its own entry, else that of ``*``, else yes."""
+        """Return whether completions are wanted in a language: its own entry, else that of ``*``, else yes."""
         languages = dict(self.languages)
         return languages.get(language_id, languages.get(ANY_LANGUAGE, True))
 
 
 def to_wire_name(name: str) -> str:
-    """``max_lines`` as ``maxLines``."""
+    """Return ``max_lines`` as ``maxLines``."""
     head, *rest = name.split("_")
     return head + "".join(word.capitalize() for word in rest)
 
@@ -196,7 +196,7 @@ ENGINE_SETTINGS = tuple(name for name, f in BY_WIRE_NAME.items() if f.metadata["
 
 
 def to_wire_value(value: Any) -> Any:
-    """A setting's value as it is written in JSON or TOML."""
+    """Return a setting's value as it is written in JSON or TOML."""
     if isinstance(value, tuple):
         return dict(value)
     return int(value) if isinstance(value, float) and value.is_integer() else value
@@ -207,7 +207,7 @@ def _is_fraction(setting: "dataclasses.Field[Any]") -> bool:
 
 
 def allowed_values(setting: "dataclasses.Field[Any]") -> str:
-    """What a setting may be, in words: for errors and for the table."""
+    """Return the allowed values of a setting in words: for errors and for the table."""
     m = setting.metadata
     null = " or null" if "None" in str(setting.type) else ""
     if m["choices"]:
@@ -244,7 +244,7 @@ def _is_allowed(setting: "dataclasses.Field[Any]", value: Any) -> bool:
 def _parse(wire_name: str, value: Any) -> Any:
     setting = BY_WIRE_NAME[wire_name]
     if not _is_allowed(setting, value):
-        msg = f"fimserver.{wire_name} is {value!r}; it may be: {allowed_values(setting)}"
+        msg = f"fimserver.{wire_name} is {value!r}; allowed: {allowed_values(setting)}"
         raise SettingsError(msg)
     if isinstance(value, Mapping):
         return tuple(sorted(value.items()))
@@ -252,21 +252,21 @@ def _parse(wire_name: str, value: Any) -> Any:
 
 
 def parse_settings(values: Mapping[str, Any], base: Settings | None = None) -> Settings:
-    """Settings from wire names over ``base``.
+    """Return the settings in ``values`` (by wire name) over ``base``.
 
-    Raises ``SettingsError`` that names key, value and allowed range.
+    Raises ``SettingsError``, which names the key, the value and the allowed range.
     """
     changes = {}
     for wire_name, value in values.items():
         if wire_name not in BY_WIRE_NAME:
-            msg = f"fimserver.{wire_name} is not a setting; there are: {', '.join(BY_WIRE_NAME)}"
+            msg = f"fimserver.{wire_name} is not a setting; the settings are: {', '.join(BY_WIRE_NAME)}"
             raise SettingsError(msg)
         changes[BY_WIRE_NAME[wire_name].name] = _parse(wire_name, value)
     return dataclasses.replace(base or Settings(), **changes)
 
 
 def read_settings(values: Mapping[str, Any], base: Settings | None = None) -> tuple[Settings, list[str]]:
-    """Settings, and one sentence for each value that was wrong and left at ``base``."""
+    """Return settings, and one sentence for each wrong value, which is left at ``base``."""
     settings, problems = base or Settings(), []
     for wire_name, value in values.items():
         try:
@@ -277,9 +277,9 @@ def read_settings(values: Mapping[str, Any], base: Settings | None = None) -> tu
 
 
 def read_config_file(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """The good values of a ``config.toml``, by wire name, and one sentence for each thing to mend in it.
+    """Return the valid values of a ``config.toml``, by wire name, and one sentence for each problem in it.
 
-    No file is no values; one that cannot be read counts for nothing.
+    A missing or unreadable file has no values.
     """
     try:
         values = tomllib.loads(read_bytes(path).decode("utf-8-sig"))
@@ -288,9 +288,9 @@ def read_config_file(path: Path) -> tuple[dict[str, Any], list[str]]:
     except OSError as error:
         return {}, [f"{path} cannot be read ({error.strerror}); make it a readable file or remove it"]
     except UnicodeDecodeError as error:
-        return {}, [f"{path} is not UTF-8 (byte {error.start}); convert it, its settings are not used until then"]
+        return {}, [f"{path} is not UTF-8 (byte {error.start}); convert it, its settings are ignored until then"]
     except (tomllib.TOMLDecodeError, RecursionError) as error:
-        return {}, [f"{path} is not TOML ({error}); mend it, its settings are not used until then"]
+        return {}, [f"{path} is not TOML ({error}); fix it, its settings are ignored until then"]
     good, problems = {}, []
     for wire_name, value in values.items():
         try:
@@ -303,7 +303,7 @@ def read_config_file(path: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def to_sampling(settings: Settings, *, min_tokens: int, trace: bool = False, num_candidates: int = 1) -> Sampling:
-    """How the engine is to decode under these settings."""
+    """Return how the engine decodes under these settings."""
     return Sampling(
         mode=MODES[settings.mode],
         seed=settings.seed,
@@ -317,14 +317,14 @@ def to_sampling(settings: Settings, *, min_tokens: int, trace: bool = False, num
 
 
 def refuse_unsure(confidence: float, settings: Settings, adjusted: float | None = None) -> NoCompletion | None:
-    """Why an answer is not offered of which the model is not sure enough; ``None`` for one that may be.
+    """Return why an answer is too unsure to be offered, or ``None``.
 
-    ``adjusted`` is its confidence after what the person accepted and rejected before, and then decides.
+    ``adjusted`` is the confidence corrected by what the user accepted and rejected before; if given, it decides.
     """
     counts = confidence if adjusted is None else adjusted
     if counts >= settings.min_confidence:
         return None
-    own = "" if adjusted is None else f", {adjusted:.2f} by what you accepted before"
+    own = "" if adjusted is None else f", {adjusted:.2f} after what you accepted before"
     return NoCompletion(
         "low_confidence",
         f"the model's confidence is {confidence:.2f}{own}; lower fimserver.minConfidence "
@@ -333,7 +333,7 @@ def refuse_unsure(confidence: float, settings: Settings, adjusted: float | None 
 
 
 def to_markdown() -> str:
-    """The table of docs/settings.md."""
+    """Return the table of docs/settings.md."""
     rows = ["| setting | default | may be | belongs to | meaning |", "|---|---|---|---|---|"]
     for wire_name, setting in BY_WIRE_NAME.items():
         default = json.dumps(to_wire_value(setting.default)).strip('"')

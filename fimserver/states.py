@@ -1,4 +1,4 @@
-"""Hold one state at a time, and allow only the transitions that a table names.
+"""Hold one state at a time, and allow only the transitions in a table.
 
 Standard library only: the relay imports it.
 """
@@ -19,7 +19,7 @@ class StateMachine(Generic[S]):
         self._transitions = transitions
 
     def move(self, state: S) -> None:
-        """Go to another state. Raises ``RuntimeError`` for a transition that the table does not name."""
+        """Move to another state. Raises ``RuntimeError`` for a transition that is not in the table."""
         if state not in self._transitions[self.state]:
             msg = f"{type(state).__name__} cannot go from {self.state.name} to {state.name}"
             raise RuntimeError(msg)

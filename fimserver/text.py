@@ -1,7 +1,7 @@
-r"""Lines, positions and edits of a text. Standard library only.
+r"""Find lines, convert positions, and apply edits. Standard library only.
 
-A line ends at ``\n``, ``\r\n`` or ``\r`` and nowhere else (not at a form feed, not at U+2028), as LSP
-has it. Offsets are code points; columns are units of the negotiated encoding.
+A line ends at ``\n``, ``\r\n`` or ``\r`` and nowhere else (not at a form feed or U+2028), as in LSP. Offsets are code
+points; columns are units of the negotiated encoding.
 
 Knows:  str.  Never: LSP types, documents, files.
 """
@@ -15,11 +15,11 @@ from typing import AnyStr
 from fimserver.errors import PositionError
 
 _LINE_END = re.compile(r"\r\n|\n|\r")
-_OFFSETS = "I"  # four bytes: texts have fewer characters
+_OFFSETS = "I"  # 4 bytes: offsets below 2**32
 
 
 class Encoding(StrEnum):
-    """Unit of a column: bytes, UTF-16 code units, or code points."""
+    """The unit of a column: bytes, UTF-16 code units, or code points."""
 
     UTF8 = "utf-8"
     UTF16 = "utf-16"
@@ -27,7 +27,7 @@ class Encoding(StrEnum):
 
 
 def count_units(text: str, encoding: Encoding) -> int:
-    """Length of ``text`` in units of ``encoding``; a lone surrogate counts as it would on the wire."""
+    """Return the length of ``text`` in units of ``encoding``; a lone surrogate counts as it would on the wire."""
     if encoding is Encoding.UTF32 or text.isascii():
         return len(text)
     if encoding is Encoding.UTF8:
@@ -36,7 +36,7 @@ def count_units(text: str, encoding: Encoding) -> int:
 
 
 def _find_starts(text: str) -> "array[int]":
-    """Offsets at which lines begin; half the time of a pattern where each line ends with a newline."""
+    """Return the offsets at which lines begin; twice as fast as a pattern if all line ends are newlines."""
     if text.count("\r") != text.count("\r\n"):
         return array(_OFFSETS, (0, *(m.end() for m in _LINE_END.finditer(text))))
     starts, start = array(_OFFSETS, (0,)), text.find("\n") + 1
@@ -47,10 +47,10 @@ def _find_starts(text: str) -> "array[int]":
 
 
 class LineIndex:
-    """Where each line of one text begins; immutable like the text it belongs to.
+    """The offsets at which the lines of one text begin; immutable like the text.
 
-    ``_starts`` are the lines' beginnings, but for those from line ``_moved_from`` on, which stand ``_moved`` farther:
-    who types within a line moves all lines below and writes nothing. An array takes a ninth of a list's memory.
+    ``_starts`` are these offsets, except that ``_moved`` must be added from line ``_moved_from`` on: an edit within a
+    line moves all lines below without writing anything. An array takes a ninth of a list's memory.
     """
 
     __slots__ = ("_moved", "_moved_from", "_starts", "text")
@@ -67,12 +67,12 @@ class LineIndex:
         return index
 
     def __len__(self) -> int:
-        """Number of lines; a text without any line end has one."""
+        """Return the number of lines; a text without any line end has one."""
         return len(self._starts)
 
     @property
     def starts(self) -> list[int]:
-        """Offsets at which lines begin."""
+        """Return the offsets at which lines begin."""
         return self._settled().tolist()
 
     def _settled(self) -> "array[int]":
@@ -85,28 +85,27 @@ class LineIndex:
         return self._starts[line] + (self._moved if line >= self._moved_from else 0)
 
     def line_of(self, offset: int) -> int:
-        """Line that holds ``offset``."""
+        """Return the line that contains ``offset``."""
         first = self._moved_from
         if first < len(self._starts) and offset >= self._start(first):
             return bisect_right(self._starts, offset - self._moved, first) - 1
         return bisect_right(self._starts, offset, 0, first) - 1
 
     def line_range(self, line: int) -> tuple[int, int]:
-        """``[start, end)`` of a line without its line end."""
+        """Return ``[start, end)`` of a line without its line end."""
         start = self._start(line)
         end = self._start(line + 1) if line + 1 < len(self) else len(self.text)
         return start, start + len(self.text[start:end].rstrip("\r\n"))
 
     def to_position(self, offset: int, encoding: Encoding) -> tuple[int, int]:
-        """``(line, column)`` of an offset."""
+        """Return ``(line, column)`` of an offset."""
         line = self.line_of(offset)
         return line, count_units(self.text[self._start(line) : offset], encoding)
 
     def to_offset(self, line: int, column: int, encoding: Encoding) -> int:
-        """Offset of a position; a column past the line's end means its end, as LSP has it.
+        """Return the offset of a position; a column past the line's end means its end, as in LSP.
 
-        Raises ``PositionError`` for a line outside the text, a negative number, or a column inside one
-        character.
+        Raises ``PositionError`` for a line outside the text, a negative number, or a column inside one character.
         """
         if line < 0 or column < 0:
             msg = f"position {line}:{column} is negative: lines and columns count from 0"
@@ -114,17 +113,17 @@ class LineIndex:
         if line >= len(self):
             msg = (
                 f"line {line} is outside the document, which has {len(self)} lines: "
-                "the editor and the server hold different texts; close and open the file again"
+                "the editor and the server have different texts; close and open the file again"
             )
             raise PositionError(msg)
         offset, exact = self._find(line, column, encoding)
         if not exact:
-            msg = f"column {column} of line {line} lies inside a character ({encoding} columns)"
+            msg = f"column {column} of line {line} is inside a character ({encoding} columns)"
             raise PositionError(msg)
         return offset
 
     def to_nearest_offset(self, line: int, column: int, encoding: Encoding) -> int:
-        """Offset of the nearest position that exists: for edits, of which none may be lost."""
+        """Return the offset of the nearest valid position: for edits, none of which may be lost."""
         if line < 0:
             return 0
         if line >= len(self):
@@ -132,7 +131,7 @@ class LineIndex:
         return self._find(line, max(column, 0), encoding)[0]
 
     def replaced(self, start: int, end: int, new: str) -> "LineIndex":
-        """The index of ``replace(text, start, end, new)``; only the lines around the edit are looked at."""
+        """Return the index of ``replace(text, start, end, new)``; reads only the lines around the edit."""
         end = max(start, end)
         text = replace(self.text, start, end, new)
         moved = len(text) - len(self.text)
@@ -153,7 +152,7 @@ class LineIndex:
         return self._of(text, starts, len(starts), 0)
 
     def _is_inside(self, line: int, start: int, end: int, new: str) -> bool:
-        """Whether an edit changes no line's end: nor one of its own, nor the one it may stand beside."""
+        """Return whether an edit changes no line end: neither the line's own nor an adjacent one."""
         first, last = self.line_range(line)
         joins = self.text[first - 1 : first] == "\r" and last - first == end - start and not new
         return first <= start and end <= last and not joins and not _LINE_END.search(new)
@@ -165,7 +164,7 @@ class LineIndex:
             return start + min(column, len(content)), True
         if column >= count_units(content, encoding):
             return end, True
-        low, high = 0, len(content)  # the characters before the column: halved, since counting is left to C
+        low, high = 0, len(content)  # bisects the number of characters before the column, so that counting runs in C
         units = 0
         while low < high:
             middle = (low + high + 1) // 2
@@ -178,28 +177,28 @@ class LineIndex:
 
 
 def replace(text: str, start: int, end: int, new: str) -> str:
-    """The text with ``[start, end)`` replaced; an end before the start is taken as the start."""
+    """Return the text with ``[start, end)`` replaced; an end before the start counts as the start."""
     return "".join((text[:start], new, text[max(start, end) :]))
 
 
 def line_ending(text: str) -> str:
-    r"""The line end a text uses: that of its first line, ``\n`` for a single line."""
+    r"""Return the line end of the text's first line, ``\n`` for a single line."""
     match = _LINE_END.search(text)
     return match.group() if match else "\n"
 
 
 def to_newlines(text: str) -> str:
-    r"""The text with every line end as ``\n``."""
+    r"""Return the text with every line end as ``\n``."""
     return _LINE_END.sub("\n", text) if "\r" in text else text
 
 
 def leading_whitespace(line: str) -> str:
-    """Blanks and tabs a line begins with."""
+    """Return the spaces and tabs at the start of a line."""
     return line[: len(line) - len(line.lstrip(" \t"))]
 
 
 def common_prefix_length(a: AnyStr, b: AnyStr) -> int:
-    """How many leading characters or bytes two strings share; halving, so that comparing is left to C."""
+    """Return how many leading characters or bytes two strings share; bisects, so that comparing runs in C."""
     low, high = 0, min(len(a), len(b))
     while low < high:
         middle = (low + high + 1) // 2
@@ -211,7 +210,7 @@ def common_prefix_length(a: AnyStr, b: AnyStr) -> int:
 
 
 def common_suffix_length(a: AnyStr, b: AnyStr, longest: int) -> int:
-    """How many trailing characters or bytes two strings share, at most ``longest``."""
+    """Return how many trailing characters or bytes two strings share, at most ``longest``."""
     low, high = 0, longest
     while low < high:
         middle = (low + high + 1) // 2
@@ -223,7 +222,7 @@ def common_suffix_length(a: AnyStr, b: AnyStr, longest: int) -> int:
 
 
 def line_around(text: str, offset: int) -> tuple[str, str]:
-    """The line that holds an offset, before and behind it, without its line end."""
+    """Return the parts of an offset's line before and after the offset, without the line end."""
     start = text.rfind("\n", 0, offset) + 1
     start = max(start, text.rfind("\r", start, offset) + 1)
     end = text.find("\n", offset)

@@ -30,7 +30,7 @@ from fimserver.text import replace
 class Summary:
     """Shares of all holes; ``broken`` counts offers after which a file no longer parses; model time in ms.
 
-    ``guessed`` were answered without the model, ``matched_exact`` of them rightly.
+    ``matched`` were answered by an n-gram match without the model, ``matched_exact`` of them exactly.
     """
 
     holes: int
@@ -52,9 +52,9 @@ class Summary:
 def evaluate_lines(
     settings: Settings, *, limit: int, matches: bool = True, others: Sequence[OtherDocument] = ()
 ) -> Summary:
-    """Complete every line as an invoked request, or by the model alone.
+    """Complete every line as an invoked request, or with the model alone.
 
-    Raises ``FimserverError`` when the model does not load.
+    Raises ``FimserverError`` if the model does not load.
     """
     engine = EngineClient(EngineOptions().under(settings))
     refusals: Counter[str] = Counter()

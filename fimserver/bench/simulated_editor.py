@@ -139,7 +139,7 @@ class TimedEngine(EngineClient):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The server's answer, its time, and what ``fimserver.cli.explain`` then reported of its last request."""
+    """The server's answer, its time, and what ``fimserver.explain`` then reported of its last request."""
 
     message: dict[str, Any]
     at: float

@@ -140,8 +140,8 @@ def find_offer(text: str) -> Offer:
 
 
 def _licence_of(info: Any) -> str:
-    gpu = info.card_data
-    named = [str(v) for key in ("license", "license_name", "license_link") if gpu and (v := gpu.get(key))]
+    card = info.card_data
+    named = [str(v) for key in ("license", "license_name", "license_link") if card and (v := card.get(key))]
     if not named:
         named = [tag.removeprefix("license:") for tag in info.tags or [] if tag.startswith("license:")]
     return ", ".join(named) or "not named; read its page"

@@ -1,4 +1,4 @@
-"""The ``fimserver`` command: one module for each group of commands.
+"""Define the ``fimserver`` command: one module for each group of commands.
 
-Knows:  options, the terminal.  Never: how the work behind a command is done.
+Knows:  options, the terminal.  Never: how the work of a command is done.
 """

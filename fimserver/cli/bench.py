@@ -1,4 +1,4 @@
-"""``fimserver eval`` and ``fimserver bench``: quality and time, measured.
+"""Define ``fimserver eval`` and ``fimserver bench``: measurements of quality and time.
 
 Knows:  options.  Never: how anything is measured (bench/).
 """
@@ -24,13 +24,13 @@ def evaluate() -> None:
     required=True,
     multiple=True,
     type=click.Path(exists=True, path_type=Path),
-    help="HumanEval-Infilling items, .jsonl or .jsonl.gz, or the folder of its files; may be given several times.",
+    help="HumanEval-Infilling tasks: .jsonl or .jsonl.gz, or a folder of such files; may be repeated.",
 )
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N items of each file.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Use only the first N tasks of each file.")
 @click.option(
     "--execute",
     is_flag=True,
-    help="Also pass@1. THIS RUNS GENERATED CODE, in a child process with limits that guard against accidents only.",
+    help="Also measure pass@1. THIS RUNS GENERATED CODE in a child process whose limits only guard against accidents.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @decoding_options
@@ -42,7 +42,10 @@ def infilling(
     as_json: bool,  # noqa: FBT001
     **options: Any,
 ) -> None:
-    """Fill the holes of HumanEval-Infilling: exact match, edit similarity, calibration, pass@1, time; by kind."""
+    """Fill the holes of HumanEval-Infilling.
+
+    Reports exact match, edit similarity, calibration, time and, with --execute, pass@1 for each kind of hole.
+    """
     from fimserver.bench.infilling import evaluate_files, to_lines  # noqa: PLC0415
 
     settings = read_options(options)
@@ -52,18 +55,23 @@ def infilling(
 
 
 @evaluate.command()
-@click.option("--limit", type=click.IntRange(min=1), default=100, show_default=True, metavar="N", help="Holes.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), default=100, show_default=True, metavar="N", help="Number of holes."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @decoding_options
 @engine_options
-@click.option("--matches/--no-matches", default=True, help="Offer what followed the same text elsewhere, or never.")
+@click.option("--matches/--no-matches", default=True, help="Offer n-gram matches too, or use the model alone.")
 @open_option
 def lines(limit: int, as_json: bool, matches: bool, others: tuple[str, ...], **options: Any) -> None:  # noqa: FBT001
-    """Complete cut code lines of the standard library, as an editor would ask: answered, exact, sound, time."""
+    """Complete lines of the standard library, each cut at a random column.
+
+    Sends the requests of an editor. Reports the shares of answered, exact and parsing completions, and the time.
+    """
     from fimserver.bench.lines import evaluate_lines  # noqa: PLC0415
     from fimserver.cli.complete import read_others  # noqa: PLC0415
 
-    settings = read_options(options, seed=None)  # as in an editor
+    settings = read_options(options, seed=None)  # no seed, as in an editor
     run_measurement(
         lambda: evaluate_lines(settings, limit=limit, matches=matches, others=read_others(others)), as_json=as_json
     )
@@ -76,11 +84,16 @@ def lines(limit: int, as_json: bool, matches: bool, others: tuple[str, ...], **o
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="A folder of Python files that the model was not trained on.",
 )
-@click.option("--limit", type=click.IntRange(min=1), default=1500, show_default=True, metavar="N", help="Lines drawn.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), default=1500, show_default=True, metavar="N", help="Number of lines."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @engine_options
 def ranking(data: Path, limit: int, as_json: bool, **options: Any) -> None:  # noqa: FBT001
-    """Fit the weights that choose between the model and guesses, and say what they are worth."""
+    """Fit the weights that choose between the model and n-gram matches.
+
+    Reports how much the fitted weights improve the choice.
+    """
     from fimserver.bench.ranking_fit import fit_ranking  # noqa: PLC0415
 
     settings = read_options(options)
@@ -91,21 +104,35 @@ def ranking(data: Path, limit: int, as_json: bool, **options: Any) -> None:  # n
 @click.option(
     "--data",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="A folder of Python files that the model was not trained on; the corpus' held-out files unless given.",
+    help="A folder of Python files that the model was not trained on. [default: the held-out files of the corpus]",
 )
 @click.option(
-    "--limit", type=click.IntRange(min=1), default=100, show_default=True, metavar="N", help="Holes of each kind."
+    "--limit",
+    type=click.IntRange(min=1),
+    default=100,
+    show_default=True,
+    metavar="N",
+    help="Number of holes of each kind.",
 )
 @click.option(
-    "--corpus", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="FOLDER", help="Where it is."
+    "--corpus",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    help="Folder of the corpus.",
 )
-@click.option("--kinds", metavar="A,B", help="Only these of rest_of_line, expression, statement, block, identifier.")
-@click.option("--modes", metavar="A,B", help="Only these of verified, diffusion, autoregressive.")
-@click.option("--against", metavar="NAME|FOLDER", help="Another model, filling the same holes.")
-@click.option("--matches/--no-matches", default=False, help="Give the engine what followed the same text elsewhere.")
-@click.option("--plots", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="Write pictures.")
+@click.option(
+    "--kinds",
+    metavar="A,B",
+    help="Fill only these kinds of holes: rest_of_line, expression, statement, block, identifier.",
+)
+@click.option("--modes", metavar="A,B", help="Use only these modes: speculative, diffusion, autoregressive.")
+@click.option("--against", metavar="NAME|FOLDER", help="Compare with another model on the same holes.")
+@click.option("--matches/--no-matches", default=False, help="Pass n-gram matches to the engine.")
+@click.option(
+    "--plots", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="Write plots to FOLDER."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--seed", type=int, metavar="N", help="Seed of all that is drawn.")
+@click.option("--seed", type=int, metavar="N", help="Seed of all random draws.")
 @engine_options
 def holes(  # noqa: PLR0913, PLR0917  one parameter an option
     data: Path | None,
@@ -119,7 +146,10 @@ def holes(  # noqa: PLR0913, PLR0917  one parameter an option
     as_json: bool,  # noqa: FBT001
     **options: Any,
 ) -> None:
-    """Fill holes of five kinds in every mode: exact match, passes, calibration, time; two models on the same holes."""
+    """Fill holes of five kinds in every mode.
+
+    Reports exact match, forward passes, calibration and time; with --against, two models on the same holes.
+    """
     from fimserver.bench.quality import evaluate_holes, parse_kinds, parse_modes  # noqa: PLC0415
     from fimserver.cli.tables import print_quality  # noqa: PLC0415
 
@@ -152,21 +182,25 @@ _speed_option = click.option(
     default=1.0,
     show_default=True,
     metavar="X",
-    help="Pauses of --human are so many times shorter.",
+    help="Divide the pauses of --human by X.",
 )
 
 
 @bench.command()
 @click.option(
-    "--limit", type=click.IntRange(min=1), metavar="N", help="Keystrokes; 600, or 300 with --human, unless given."
+    "--limit", type=click.IntRange(min=1), metavar="N", help="Number of keystrokes. [default: 600, or 300 with --human]"
 )
-@click.option("--human", is_flag=True, help="With a person's pauses: what is shown before the next key. 2 minutes.")
+@click.option(
+    "--human",
+    is_flag=True,
+    help="Type with human pauses and report what is shown before the next key. Takes 2 minutes.",
+)
 @_speed_option
 @click.option(
     "--debounce",
     type=click.IntRange(0, 2000),
     metavar="MS",
-    help="With --human: always wait so long behind a key. [default: it adapts]",
+    help="With --human: wait a fixed time after each key. [default: adaptive debounce]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @decoding_options
@@ -179,16 +213,17 @@ def keystroke(
     as_json: bool,  # noqa: FBT001
     **options: Any,
 ) -> None:
-    """Type in a file of 10,000 lines: server time without the model, model time, tokens encoded again.
+    """Measure the time per keystroke in a file of 10,000 lines.
 
-    With --human: how many completions come before the next key, from where, how soon, and how many begin right.
+    Reports server time without the model, model time, and the tokens that were encoded again. With --human: how many
+    completions arrive before the next key, their source, their delay, and how many begin correctly.
     """
     from fimserver.bench.latency import (
         measure_typing,
         replay_typing,
     )
 
-    settings = read_options(options, seed=None)  # as in an editor
+    settings = read_options(options, seed=None)  # no seed, as in an editor
     if human:
         settings = replace(settings, debounce_ms=debounce)
         run_measurement(lambda: replay_typing(settings, limit=limit or 300, speed=speed), as_json=as_json)
@@ -197,14 +232,21 @@ def keystroke(
 
 
 @bench.command()
-@click.option("--limit", type=click.IntRange(min=1), default=102, show_default=True, metavar="N", help="Holes.")
-@click.option("--modes", metavar="A,B", help="Only these decoders, for instance diffusion,autoregressive,generate.")
-@click.option("--plots", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="Write pictures.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), default=102, show_default=True, metavar="N", help="Number of holes."
+)
+@click.option("--modes", metavar="A,B", help="Use only these decoders, for instance diffusion,autoregressive,generate.")
+@click.option(
+    "--plots", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="Write plots to FOLDER."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--seed", type=int, metavar="N", help="Seed of all that is drawn.")
+@click.option("--seed", type=int, metavar="N", help="Seed of all random draws.")
 @engine_options
 def decode(limit: int, modes: str | None, plots: Path | None, as_json: bool, **options: Any) -> None:  # noqa: FBT001
-    """Fill holes in every mode, with transformers' generate and token by token: time, passes, exact match."""
+    """Compare all modes with transformers' generate on the same holes.
+
+    Reports time, forward passes and exact match.
+    """
     from fimserver.bench.decode import compare_ways, parse_decoders  # noqa: PLC0415
     from fimserver.cli.tables import print_comparison  # noqa: PLC0415
 
@@ -217,17 +259,24 @@ def decode(limit: int, modes: str | None, plots: Path | None, as_json: bool, **o
 
 
 @bench.command()
-@click.option("--synthetic", default="26b", show_default=True, metavar="NAME", help="Which model, of random weights.")
+@click.option(
+    "--synthetic", default="26b", show_default=True, metavar="NAME", help="Shape of the model; its weights are random."
+)
 @click.option("--context", default=8192, show_default=True, type=click.IntRange(min=64), metavar="TOKENS")
-@click.option("--stages", metavar="A,B", help="Only these of kernels, load, steps, encode, requests, profile.")
+@click.option("--stages", metavar="A,B", help="Run only these stages: kernels, load, steps, encode, requests, profile.")
 @click.option(
     "--generate/--no-generate",
     default=None,
-    help="Transformers' generate in bf16, which takes 52 GB. [default: where there is room]",
+    help="Also run transformers' generate in bf16, which takes 52 GB. [default: if it fits]",
 )
-@click.option("--simulate", is_flag=True, help="Every stage on this machine at a reduced size: nothing is measured.")
 @click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="Write gpu.json, gpu.md."
+    "--simulate", is_flag=True, help="Run every stage on this machine at a reduced size, without measuring anything."
+)
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    help="Write gpu.json and gpu.md to FOLDER.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def gpu(  # noqa: PLR0913, PLR0917  one parameter an option
@@ -239,7 +288,10 @@ def gpu(  # noqa: PLR0913, PLR0917  one parameter an option
     out: Path | None,
     as_json: bool,  # noqa: FBT001
 ) -> None:
-    """Measure a CUDA card with a model of the 26B's size: memory, steps beside their floor, prompts, requests."""
+    """Measure a CUDA GPU with random weights in the shape of the 26B model.
+
+    Reports memory, decoding steps compared with their lower bound, prompt encoding, and whole requests.
+    """
     from fimserver.bench.gpu import STAGES, measure_gpu, to_markdown  # noqa: PLC0415
 
     chosen = tuple(stages.split(",")) if stages else STAGES
@@ -264,12 +316,14 @@ def gpu(  # noqa: PLR0913, PLR0917  one parameter an option
 
 
 @bench.command()
-@click.option("--limit", type=click.IntRange(min=1), default=12, show_default=True, metavar="N", help="Requests.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), default=12, show_default=True, metavar="N", help="Number of requests."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @decoding_options
 @engine_options
 def profile(limit: int, as_json: bool, **options: Any) -> None:  # noqa: FBT001
-    """Say where one request's time goes, and how far that is from what this machine could do."""
+    """Profile requests: the time in each part, compared with the limit of this machine."""
     from fimserver.bench.profiling import profile_requests  # noqa: PLC0415
     from fimserver.cli.tables import print_profile  # noqa: PLC0415
 

@@ -1,4 +1,4 @@
-"""``fimserver complete``: one place of one file, through the same rooms as an editor's request.
+"""Complete at one position of a file with the same steps as for an editor's request (``fimserver complete``).
 
 Knows:  files, context/, the engine's client, the terminal.  Never: LSP.
 """
@@ -30,23 +30,23 @@ from fimserver.settings import Settings
 from fimserver.text import Encoding, LineIndex, line_around
 
 LOAD_TIMEOUT_S = 300.0
-_SHOWN = 400  # characters of context on either side in a trace
-_LONGEST_RUN = 3  # equal canvas tokens in a row before a trace counts them
+_SHOWN = 400  # characters of context on each side in a trace
+_LONGEST_RUN = 3  # a trace abbreviates longer runs of equal canvas tokens to a count
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A place in a text, as the person named it."""
+    """A position in a text, and the name that the user gave the text."""
 
     name: str
     snapshot: Snapshot
 
 
 def parse_target(target: str, path: str | None, stdin: BinaryIO) -> Target:
-    """Read ``FILE:LINE:COL`` (or ``-:LINE:COL``). Raises ``PositionError`` with what to write instead."""
+    """Read ``FILE:LINE:COL`` (or ``-:LINE:COL``). Raises ``PositionError`` with the correct form."""
     parts = target.rsplit(":", 2)
     if len(parts) != 3 or not parts[0] or not all(p.isascii() and p.isdigit() for p in parts[1:]):  # noqa: PLR2004
-        msg = f"{target!r} is no place in a file; write FILE:LINE:COL, for instance app.py:12:5"
+        msg = f"{target!r} is not a position in a file; write FILE:LINE:COL, for instance app.py:12:5"
         raise PositionError(msg)
     name, line, column = parts[0], int(parts[1]), int(parts[2])
     if name == "-":
@@ -66,18 +66,18 @@ def parse_target(target: str, path: str | None, stdin: BinaryIO) -> Target:
 
 
 def parse_file(name: str) -> Target:
-    """The end of the file ``name``, for a place that nobody named. Raises ``PositionError``."""
+    """Return the end of the file ``name``, for a target without a position. Raises ``PositionError``."""
     text = read_text(name)
     return to_target(name, text, len(text.rstrip()))
 
 
 def to_target(name: str, text: str, cursor: int) -> Target:
-    """A place in a text that is called ``name``."""
+    """Return the target at offset ``cursor`` of a text named ``name``."""
     return Target(name, Snapshot(Path(name).absolute().as_uri(), 0, language_of_path(name), text, cursor))
 
 
 def read_text(name: str) -> str:
-    """A file's text. Raises ``PositionError``."""
+    """Return the text of a file. Raises ``PositionError``."""
     try:
         return _decode(name, Path(name).read_bytes())
     except OSError as error:
@@ -89,12 +89,12 @@ def _decode(name: str, data: bytes) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        msg = f"{name} is not UTF-8 (byte {error.start}); convert it first"
+        msg = f"{name} is not UTF-8 (byte {error.start}); convert it to UTF-8"
         raise PositionError(msg) from error
 
 
 def read_others(names: Iterable[str]) -> list[OtherDocument]:
-    """Return files as documents that are open next to the target, in the given order. Raises ``PositionError``."""
+    """Return files, in the given order, as documents that are open next to the target. Raises ``PositionError``."""
     targets = [to_target(name, read_text(name), 0) for name in names]
     return [OtherDocument(t.snapshot.uri, t.snapshot.language_id, t.snapshot.text) for t in targets]
 
@@ -102,7 +102,7 @@ def read_others(names: Iterable[str]) -> list[OtherDocument]:
 def complete_target(
     target: Target, settings: Settings, *, trace: bool, others: Sequence[OtherDocument] = ()
 ) -> Outcome:
-    """Complete as for an explicit request; an engine is started if one is needed, and ended."""
+    """Complete as for an invoked request; start an engine if one is needed, and end it."""
     engine = EngineClient(EngineOptions().under(settings))
 
     def get_engine() -> EngineClient:
@@ -120,7 +120,7 @@ def complete_target(
 
 
 def print_outcome(outcome: Outcome, target: Target, *, as_json: bool, trace: bool) -> None:
-    """The completion on stdout (on a terminal within its line), a reason on stderr."""
+    """Print the completion to stdout (on a terminal within its line), or the reason for none to stderr."""
     if trace:
         print_trace(outcome, Console(stderr=as_json, highlight=False, soft_wrap=True))
     if as_json:
@@ -136,7 +136,7 @@ def print_outcome(outcome: Outcome, target: Target, *, as_json: bool, trace: boo
 
 
 def to_ghost_line(completion: Completion | None, snapshot: Snapshot) -> Text:
-    """The cursor's line as an editor would show it, the completion in place of what it replaces."""
+    """Return the cursor's line as an editor would show it, with the completion in place of the text it replaces."""
     before, after = line_around(snapshot.text, snapshot.cursor)
     if completion is None:
         return Text(before + after, style="dim")
@@ -145,7 +145,7 @@ def to_ghost_line(completion: Completion | None, snapshot: Snapshot) -> Text:
 
 
 def to_json(outcome: Outcome, target: Target) -> dict[str, Any]:
-    """The object that ``--json`` prints; lines and columns count from 1, as in the argument."""
+    """Return the object that ``--json`` prints; lines and columns count from 1, as in the argument."""
     index = LineIndex(target.snapshot.text)
 
     def place(offset: int) -> dict[str, int]:
@@ -173,7 +173,7 @@ def to_json(outcome: Outcome, target: Target) -> dict[str, Any]:
 
 
 def print_trace(outcome: Outcome, console: Console) -> None:
-    """Hole, context, prompt, the canvas after every step, timings."""
+    """Print the hole, the context, the prompt, the canvas after every step, and timings."""
 
     def heading(text: str) -> None:
         console.print(Text(text, style="bold underline"))
@@ -181,7 +181,7 @@ def print_trace(outcome: Outcome, console: Console) -> None:
     heading("hole")
     if outcome.hole is not None:
         hole = outcome.hole
-        console.print(f"{hole.kind}, lines at most {hole.max_lines}, tokens about {hole.estimated_tokens}")
+        console.print(f"{hole.kind}, at most {hole.max_lines} lines, about {hole.estimated_tokens} tokens")
     if outcome.context is not None:
         prefix, suffix = outcome.context.prefix, outcome.context.suffix
         heading(f"context ({len(prefix)} characters before, {len(suffix)} after)")
@@ -226,6 +226,6 @@ def _canvas_text(partial: PartialAnswer) -> list[Any]:
 
 def _print_matches(outcome: Outcome, heading: Callable[[str], None], console: Console) -> None:
     if outcome.matches:
-        heading("guesses (what followed the same text elsewhere)")
+        heading("n-gram matches (text that followed the same words elsewhere)")
     for match in outcome.matches:
         console.print(Text(f"{match.match_length:4d} characters matched, {match.count} times: {match.text!r}"))

@@ -1,6 +1,6 @@
-"""``fimserver daemon`` with its commands, ``fimserver explain``, ``fimserver report`` and ``fimserver stats``.
+"""Define ``fimserver daemon`` and its commands, ``fimserver explain``, ``fimserver report`` and ``fimserver stats``.
 
-Knows:  the launcher, what the daemon says of itself.  Never: LSP.
+Knows:  the launcher, the daemon's status.  Never: LSP.
 """
 
 import json
@@ -23,7 +23,7 @@ _FOLLOW_S = 0.3
 
 
 class _Sentences:
-    """Errors of a command are a sentence, not a traceback."""
+    """Print a command's errors as one sentence, without a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         with exit_on_error():
@@ -31,18 +31,18 @@ class _Sentences:
 
 
 class _Group(_Sentences, click.Group):
-    """A group whose errors are sentences."""
+    """A group that prints errors without a traceback."""
 
 
 class _Command(_Sentences, click.Command):
-    """A command whose errors are sentences."""
+    """A command that prints errors without a traceback."""
 
 
 @click.group(cls=_Group)
 def daemon() -> None:
-    """The process that serves all editors.
+    """Manage the background process that serves all editors.
 
-    It starts by itself with the first editor and ends five minutes after the last.
+    The daemon starts automatically with the first editor and ends five minutes after the last one has disconnected.
     """
 
 
@@ -51,10 +51,10 @@ def daemon() -> None:
     "--linger",
     type=click.FloatRange(min=0),
     metavar="S",
-    help="End so long after the last editor left; 0 stays. [default: 300]",
+    help="Seconds to stay after the last editor has disconnected; 0 stays forever. [default: 300]",
 )
 def run_command(linger: float | None) -> None:
-    """Serve in the foreground: what start does in the background."""
+    """Run the daemon in the foreground."""
     from fimserver.daemon.server import LINGER_S, run_daemon  # noqa: PLC0415  only this command pays for pygls
 
     sys.exit(run_daemon(LINGER_S if linger is None else linger))
@@ -62,22 +62,22 @@ def run_command(linger: float | None) -> None:
 
 @daemon.command(name="start")
 def start_command() -> None:
-    """Start it, unless it runs."""
+    """Start the daemon in the background, unless it is running."""
     start()
     _print_pid()
 
 
 @daemon.command()
-@click.option("--force", is_flag=True, help="Kill it where it does not answer.")
+@click.option("--force", is_flag=True, help="Kill the daemon if it does not respond.")
 def stop(force: bool) -> None:  # noqa: FBT001  click hands flags over by name
-    """End it and the model. Editors that are open start it again with the next keystroke."""
-    click.echo("stopped" if end_daemon("stop", force=force) else "no daemon runs")
+    """Stop the daemon and the model. Open editors start it again at the next keystroke."""
+    click.echo("stopped" if end_daemon("stop", force=force) else "no daemon is running")
 
 
 @daemon.command()
-@click.option("--force", is_flag=True, help="Kill it where it does not answer.")
+@click.option("--force", is_flag=True, help="Kill the daemon if it does not respond.")
 def restart(force: bool) -> None:  # noqa: FBT001
-    """End it and start it anew; open editors go on with the new one."""
+    """Stop the daemon and start it again. Open editors reconnect to the new one."""
     end_daemon("restart", force=force)
     start()
     _print_pid()
@@ -86,12 +86,12 @@ def restart(force: bool) -> None:  # noqa: FBT001
 @daemon.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def status(as_json: bool) -> None:  # noqa: FBT001
-    """What runs, for whom, and what it takes. Exit code 1 where nothing runs."""
+    """Show whether the daemon is running, its editors, and its memory. Exits with 1 if no daemon is running."""
     found = read_status()
     if as_json:
         click.echo(json.dumps(found or {"pid": None}, indent=2))
     elif found is None:
-        click.echo("no daemon runs; the first editor starts it, or: fimserver daemon start")
+        click.echo("no daemon is running; the first editor starts it, or run: fimserver daemon start")
     else:
         for line in to_lines(found):
             click.echo(line)
@@ -100,23 +100,28 @@ def status(as_json: bool) -> None:  # noqa: FBT001
 
 @daemon.command()
 @click.option(
-    "-n", "--lines", type=click.IntRange(min=1), default=50, show_default=True, help="How many, from the end."
+    "-n",
+    "--lines",
+    type=click.IntRange(min=1),
+    default=50,
+    show_default=True,
+    help="Number of lines from the end of the log.",
 )
-@click.option("-f", "--follow", is_flag=True, help="Go on with what is written from now on; Ctrl-C ends it.")
-@click.option("--json", "as_json", is_flag=True, help="As they are in the file: one JSON object a line.")
+@click.option("-f", "--follow", is_flag=True, help="Keep printing new lines until Ctrl-C.")
+@click.option("--json", "as_json", is_flag=True, help="Print lines as they are in the file: one JSON object per line.")
 def logs(lines: int, follow: bool, as_json: bool) -> None:  # noqa: FBT001
-    """The end of the daemon's log. It never holds code.
+    """Print the end of the daemon's log. The log never contains code.
 
-    With fimserver.logLevel at info it has a line for each request, with the id that fimserver explain knows it by.
+    If fimserver.logLevel is info, the log has one line per request, with the request id that fimserver explain shows.
     """
     from fimserver.daemon.logs import to_line  # noqa: PLC0415  only this command reads one
     from fimserver.daemon.service_units import is_installed  # noqa: PLC0415
 
     path = log_file()
     if sys.platform == "linux" and is_installed():
-        click.echo("systemd starts the daemon, so its log is there: journalctl --user -u fimserver", err=True)
+        click.echo("systemd starts the daemon and keeps its log; run: journalctl --user -u fimserver", err=True)
     if not path.is_file():
-        click.echo(f"there is no log yet at {path}", err=True)
+        click.echo(f"there is no log at {path} yet", err=True)
         return
     click.echo(f"{path}:", err=True)
     with suppress(KeyboardInterrupt):
@@ -125,7 +130,7 @@ def logs(lines: int, follow: bool, as_json: bool) -> None:  # noqa: FBT001
 
 
 def _lines_of(path: Path, last: int, *, follow: bool) -> Iterator[str]:
-    """The last lines of a file; to ``follow`` it, also what comes, in whichever file has that name then."""
+    """Return the last lines of a file; to ``follow`` it, also new lines, even after another file took its name."""
     file = path.open(encoding="utf-8", errors="replace")
     try:
         yield from deque(file, last)
@@ -135,7 +140,7 @@ def _lines_of(path: Path, last: int, *, follow: bool) -> Iterator[str]:
             try:
                 found = path.stat()
             except OSError:
-                continue  # it was put aside, and nothing was written since
+                continue  # the log was rotated, and nothing was written since
             if found.st_ino != os.fstat(file.fileno()).st_ino:
                 file.close()
                 file = path.open(encoding="utf-8", errors="replace")
@@ -147,7 +152,7 @@ def _lines_of(path: Path, last: int, *, follow: bool) -> Iterator[str]:
 
 @daemon.command()
 def install() -> None:
-    """Have the system start it: systemd (when the first editor connects) or launchd (at login)."""
+    """Let the system start the daemon: systemd (when the first editor connects) or launchd (at login)."""
     from fimserver.daemon.service_units import write_units  # noqa: PLC0415
 
     paths, command = write_units()
@@ -158,7 +163,7 @@ def install() -> None:
 
 @daemon.command()
 def uninstall() -> None:
-    """Remove what install wrote."""
+    """Remove the service files that install wrote."""
     from fimserver.daemon.service_units import remove_units  # noqa: PLC0415
 
     paths, command = remove_units()
@@ -170,12 +175,13 @@ def uninstall() -> None:
 @click.command(cls=_Command)
 @click.argument("file", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
-@click.option("-n", "--last", type=click.IntRange(min=1), default=20, show_default=True, help="How many requests.")
-@click.option("--replay", metavar="REQUEST", help="Ask the model again what it was asked then, and show all it did.")
+@click.option("-n", "--last", type=click.IntRange(min=1), default=20, show_default=True, help="Number of requests.")
+@click.option("--replay", metavar="REQUEST", help="Send the same request to the model again, and show every step.")
 def explain(file: str | None, as_json: bool, last: int, replay: str | None) -> None:  # noqa: FBT001
-    """Why there was, or was no, ghost text: the last requests of all editors, or those about FILE.
+    """Explain recent requests: why each one got a completion, or none.
 
-    They are held in the daemon's memory alone. FILE may be the end of a name.
+    Shows the last requests of all editors, or those for FILE, which may be the end of a file name. The daemon keeps
+    them in memory only.
     """
     from fimserver.cli import explain as explaining  # noqa: PLC0415  rich
 
@@ -188,24 +194,29 @@ def explain(file: str | None, as_json: bool, last: int, replay: str | None) -> N
     elif records:
         explaining.print_records(records)
     else:
-        click.echo("no request yet" + (f" about a file {file}" if file else ""))
+        click.echo("no requests yet" + (f" for a file {file}" if file else ""))
 
 
 @click.command(cls=_Command)
-@click.option("--with-code", is_flag=True, help="Also names of files, and the code that the model was shown.")
-@click.option("--write", metavar="FILE", type=click.Path(path_type=Path), help="Write it, after you have seen it.")
-@click.option("--yes", is_flag=True, help="Do not ask before writing.")
+@click.option("--with-code", is_flag=True, help="Include file names and the code that the model was shown.")
+@click.option(
+    "--write",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Print the report, then ask whether to write it to FILE.",
+)
+@click.option("--yes", is_flag=True, help="Write without asking.")
 def report(with_code: bool, write: Path | None, yes: bool) -> None:  # noqa: FBT001
-    """What a developer needs to find a fault: versions, the daemon's state, the last requests. It is sent nowhere.
+    """Print a bug report: versions, the daemon's state, recent requests. Nothing is sent anywhere.
 
-    Without --with-code there are no names of files and no code in it.
+    The report contains no file names and no code, unless --with-code is given.
     """
     from fimserver.cli.explain import to_report  # noqa: PLC0415  rich
     from fimserver.paths import create_private  # noqa: PLC0415
 
     text = to_report(with_code=with_code)
     click.echo(text)
-    if write is not None and (yes or click.confirm(f"write this to {write}?", err=True)):
+    if write is not None and (yes or click.confirm(f"write this report to {write}?", err=True)):
         try:
             create_private(write, text + "\n")
         except OSError as error:
@@ -215,15 +226,17 @@ def report(with_code: bool, write: Path | None, yes: bool) -> None:  # noqa: FBT
 
 
 @click.command(cls=_Command)
-@click.option("--days", type=click.IntRange(min=1), metavar="N", help="Only the last N days, today's included.")
+@click.option("--days", type=click.IntRange(min=1), metavar="N", help="Show only the last N days, including today.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--html", "as_html", is_flag=True, help="Write one page with plots, and print its name.")
-@click.option("--write", metavar="FILE", type=click.Path(path_type=Path), help="Where --html writes it; - prints it.")
-@click.option("--forget", is_flag=True, help="Delete what was counted, and what was learned from it.")
+@click.option("--html", "as_html", is_flag=True, help="Write one HTML page with plots, and print its file name.")
+@click.option(
+    "--write", metavar="FILE", type=click.Path(path_type=Path), help="Write the page of --html to FILE; - prints it."
+)
+@click.option("--forget", is_flag=True, help="Delete all counts, and what was learned from them.")
 def stats(days: int | None, as_json: bool, as_html: bool, write: Path | None, forget: bool) -> None:  # noqa: FBT001
-    """How many completions you took, how long they took, why there were none. It is counted on this machine alone.
+    """Show how many completions you accepted, how long they took, and why requests got none.
 
-    The setting learnFromUse turns the counting off.
+    All counts stay on this machine. The setting learnFromUse turns counting on and off.
     """
     from datetime import date, timedelta  # noqa: PLC0415  only this command needs what follows
 
@@ -233,7 +246,7 @@ def stats(days: int | None, as_json: bool, as_html: bool, write: Path | None, fo
     from fimserver.lsp.usage.ledger import FOLDER_NAME, forget_statistics, read_statistics  # noqa: PLC0415
     from fimserver.paths import make_private, state_folder, write_private  # noqa: PLC0415
 
-    with suppress(DaemonError):  # one that does not answer has written what it had half a minute ago
+    with suppress(DaemonError):  # an unresponsive daemon has saved its counts within the last half minute
         ask("forget" if forget else "save")
     folder = state_folder() / FOLDER_NAME
     if forget:
@@ -244,7 +257,7 @@ def stats(days: int | None, as_json: bool, as_html: bool, write: Path | None, fo
         except OSError as error:
             msg = f"{error.filename} cannot be deleted ({error.strerror})"
             raise PathError(msg) from error
-        click.echo("forgotten: what was counted, and what was learned from it")
+        click.echo("deleted all counts, and what was learned from them")
         return
     found, today = read_statistics(folder), date.today()  # noqa: DTZ011  a person's days are local
     if days is not None:
@@ -256,20 +269,20 @@ def stats(days: int | None, as_json: bool, as_html: bool, write: Path | None, fo
         try:
             write_private(target, to_page(found, today))
         except (OSError, ValueError) as error:
-            why = getattr(error, "strerror", None) or "it is no file's name"
+            why = getattr(error, "strerror", None) or "it is not a file name"
             msg = f"{target} cannot be written ({why}); name another file with --write"
             raise PathError(msg) from error
         click.echo(target)
     elif as_json:
         click.echo(json.dumps(to_json_object(found), indent=2))
     elif not found.days:
-        click.echo("nothing was counted yet; the setting learnFromUse turns the counting off and on")
+        click.echo("nothing has been counted yet; the setting learnFromUse turns counting on and off")
     else:
         print_statistics(found, Console(highlight=False))
 
 
 def to_lines(status_of: dict[str, Any]) -> list[str]:
-    """A status for a person."""
+    """Return a status as lines of text."""
     worker = status_of["worker"]
     offered = status_of["counters"].get("offered", 0)
     empty = sum(count for name, count in status_of["counters"].items() if name.startswith("empty."))
@@ -277,20 +290,20 @@ def to_lines(status_of: dict[str, Any]) -> list[str]:
     if worker["pid"]:
         worker_is += f"; pid {worker['pid']}, {_to_megabytes(worker['resident_bytes'])}"
         if worker["device_bytes"] is not None:
-            worker_is += f", {_to_megabytes(worker['device_bytes'])} of the card's"
+            worker_is += f", {_to_megabytes(worker['device_bytes'])} GPU memory"
     version, up = status_of["version"], _to_duration(status_of["uptime_s"])
     memory = _to_megabytes(status_of["resident_bytes"])
     return [
         f"daemon    pid {status_of['pid']}, fimserver {version}, up {up}, {memory}",
         f"editors   {status_of['connections']}, with {status_of['documents']} documents",
         f"worker    {worker_is}",
-        f"requests  {status_of['queue']} waiting; {offered} offered, {empty} with nothing",
+        f"requests  {status_of['queue']} waiting; {offered} offered, {empty} empty",
     ]
 
 
 def _print_pid() -> None:
     found = read_status()
-    click.echo(f"the daemon runs, pid {found['pid']}" if found else "the daemon was started and ended again")
+    click.echo(f"the daemon is running, pid {found['pid']}" if found else "the daemon started and has ended again")
 
 
 def _to_duration(seconds: float) -> str:

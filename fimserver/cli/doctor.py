@@ -1,4 +1,4 @@
-"""``fimserver doctor``: what is installed, and whether the model loads and answers; with a card, what it would need.
+"""Check the installation and the model, or plan the memory of a model on a GPU (``fimserver doctor``).
 
 Knows:  packages, the machine, the engine's client, plans.  Never: LSP, torch (the engine's process imports it).
 """
@@ -38,14 +38,14 @@ _PACKAGES = (
     "tree-sitter",
     "tree-sitter-python",
 )
-_FEW_STEPS = 20  # a second, below which a digit more is shown
+_FEW_STEPS = 20  # steps per second; slower speeds are shown with one more digit
 _LEAST_FREE_BYTES = 1_500_000_000  # torch, transformers and the shipped model in one process
 _PROBE = "def add(first, second):\n    return first + "
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line: what was looked at, what was found, and how to mend it when it is not good."""
+    """The result of one check: its name, what was found, and how to fix it, or "" if it is good."""
 
     name: str
     found: str
@@ -53,7 +53,7 @@ class Check:
 
 
 def run_checks(settings: Settings) -> bool:
-    """Print every check; whether all are good."""
+    """Print every check; return whether all are good."""
     console = Console(highlight=False, soft_wrap=True)
     good = True
     for check in (check_python, check_packages, check_memory, check_grammar, check_config, check_daemon, check_model):
@@ -67,33 +67,31 @@ def run_checks(settings: Settings) -> bool:
 
 
 def check_python(_settings: Settings) -> Check:
-    """Version and place of the interpreter."""
+    """Return the version and path of the interpreter."""
     return Check(
         "python", f"{platform.python_version()} ({sys.executable}), fimserver {__version__}, {platform.platform()}"
     )
 
 
 def check_packages(_settings: Settings) -> Check:
-    """Versions of what is needed."""
+    """Return the versions of the packages that fimserver needs."""
     found, missing = [], []
     for name in _PACKAGES:
         try:
             found.append(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:
             missing.append(name)
-    remedy = (
-        f"missing: {', '.join(missing)}; install with: {sys.executable} -m pip install fimserver" if missing else ""
-    )
+    remedy = f"missing: {', '.join(missing)}; run: {sys.executable} -m pip install fimserver" if missing else ""
     return Check("packages", ", ".join(found), remedy)
 
 
 def check_memory(_settings: Settings) -> Check:
-    """Main memory, where the system tells."""
+    """Return the size of the main memory, if the system reports it."""
     try:
         page = os.sysconf("SC_PAGE_SIZE")
         total, free = page * os.sysconf("SC_PHYS_PAGES"), page * os.sysconf("SC_AVPHYS_PAGES")
     except (AttributeError, ValueError, OSError):
-        return Check("memory", "the system does not tell")
+        return Check("memory", "not reported by the system")
     found = f"{total / 1e9:.1f} GB, {free / 1e9:.1f} GB unused"
     if total < _LEAST_FREE_BYTES:
         return Check("memory", found, f"the engine needs about {_LEAST_FREE_BYTES / 1e9:.1f} GB")
@@ -101,7 +99,7 @@ def check_memory(_settings: Settings) -> Check:
 
 
 def check_grammar(_settings: Settings) -> Check:
-    """Whether the syntax trees work."""
+    """Return whether the tree-sitter grammars work."""
     found, missing = [], []
     for language in LANGUAGES:
         package = language.grammar[0].replace("_", "-") if language.grammar else ""
@@ -117,7 +115,7 @@ def check_grammar(_settings: Settings) -> Check:
 
 
 def check_config(_settings: Settings) -> Check:
-    """The person's own settings, where there are any."""
+    """Check the user's config.toml, if there is one."""
     path = config_file()
     values, problems = read_config_file(path)
     if problems:
@@ -126,13 +124,13 @@ def check_config(_settings: Settings) -> Check:
 
 
 def check_daemon(_settings: Settings) -> Check:
-    """Whether the process that serves all editors runs, and can be reached."""
+    """Return whether a daemon is running and can be reached."""
     try:
         status = read_status()
     except FimserverError as error:
         return Check("daemon", "cannot be reached", str(error))
     if status is None:
-        return Check("daemon", "none runs; the first editor starts it")
+        return Check("daemon", "not running; the first editor starts it")
     worker = status["worker"]
     count = status["connections"]
     editors = "1 editor" if count == 1 else f"{count} editors"
@@ -143,7 +141,7 @@ def check_daemon(_settings: Settings) -> Check:
 
 
 def check_model(settings: Settings) -> Check:
-    """Whether the model loads and answers one probe, in a process of its own as in real use."""
+    """Load the model in a process of its own, as in real use, and complete one probe."""
     engine = EngineClient(EngineOptions().under(settings))
     hole = Hole(HoleKind.REST_OF_LINE, max_lines=1, estimated_tokens=8)
     try:
@@ -155,22 +153,22 @@ def check_model(settings: Settings) -> Check:
         return Check(
             "model",
             f"{settings.model} on {settings.device}",
-            str(error) or "no answer: kill python processes of fimserver and try again",
+            str(error) or "the model did not answer; end fimserver's python processes and try again",
         )
     finally:
         engine.close()
-    wide = "" if info.row_cost is None else f" (one more row adds {info.row_cost:.0%} to a pass)"
+    wide = "" if info.row_cost is None else f" (one more row adds {info.row_cost:.0%} to a forward pass)"
     found = (
         f"{info.name}, {info.num_parameters / 1e6:.1f} M parameters, {info.dtype} on {info.device}, "
         f"{info.num_threads} threads, mode {info.preferred_mode}{wide}, loaded in {info.load_ms:.0f} ms, "
         f"probe answered in {generation.timings_ms['total']:.0f} ms ({generation.mode})"
-        f"{'; weights in 4 bits by ' + info.kernels if info.kernels else ''}"
+        f"{'; 4-bit weights with ' + info.kernels if info.kernels else ''}"
     )
     return Check("model", found)
 
 
 def plan_model(model: str, gpu: str, context_tokens: int | None) -> Plan:
-    """What a model needs of a card of the table, or of this machine's memory (``cpu``). Raises ``FimserverError``."""
+    """Plan a model's memory on a GPU of the table, or in this machine's memory (``cpu``). Raises ``FimserverError``."""
     checkpoint = find_checkpoint(model)
     if context_tokens is None:
         context_tokens = min(DEFAULT_CONTEXT_TOKENS, checkpoint.shape.longest_context_tokens)
@@ -179,13 +177,13 @@ def plan_model(model: str, gpu: str, context_tokens: int | None) -> Plan:
     try:
         memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError) as error:
-        msg = "this system does not tell how much memory it has; name a card instead of cpu"
+        msg = "this system does not report its memory; name a GPU instead of cpu"
         raise FimserverError(msg) from error
     return plan_on_cpu(checkpoint, memory_bytes, context_tokens)
 
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:
-    """Memory line by line, steps, and what to change where it does not fit."""
+    """Print the memory line by line, the time of a step, and what to change if the model does not fit."""
     console = console or Console(width=120, highlight=False)
     capability = f", compute capability {plan.compute_capability}" if plan.compute_capability else ""
     console.print(f"{plan.model} on {plan.gpu}{capability}")
@@ -201,18 +199,18 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     largest = f"the largest that fits: {plan.largest_context_tokens}" if plan.largest_context_tokens else "none fits"
     console.print(Text.assemble(verdict, f" with a context of {plan.context_tokens} tokens ({largest})"))
     if plan.steps:
-        console.print(f"A step at best, all on the card, {plan.bandwidth_gb_per_s:g} GB/s:")
+        console.print(f"Fastest possible step with all weights on the GPU, {plan.bandwidth_gb_per_s:g} GB/s:")
         console.print(_step_table(plan.steps))
     for host in plan.host_plans:
         console.print(
-            f"{host.change}: {host.experts_on_gpu} of {host.experts_in_all} experts a layer on the card, "
+            f"{host.change}: {host.experts_on_gpu} of {host.experts_in_all} experts per layer on the GPU, "
             f"{host.host_bytes / 1e9:.2f} GB of host memory; misses over a bus of {host.bus_gb_per_s:.1f} GB/s:",
             soft_wrap=True,
         )
         console.print(_step_table(host.steps))
     if plan.host_plans:
-        console.print("Misses are counted as if every expert were equally likely, which is the worst case:")
-        console.print("the hottest ones stay on the card, and real routers prefer some. Nothing overlaps.")
+        console.print("Misses assume that all experts are equally likely, which is the worst case: real routers prefer")
+        console.print("some, and those stay on the GPU. Transfers are not overlapped with computation.")
     for remedy in plan.remedies:
         then = ("fits" if remedy.is_there else "would fit") if remedy.fits else "does not fit either"
         longest = f", up to {remedy.largest_context_tokens} tokens" if remedy.fits else ""

@@ -1,8 +1,8 @@
-"""``fimserver explain``: why there was or was no ghost text, asked of the daemon; and a report for others to read.
+"""Show why requests got a completion or none, from the daemon's records; write a report for developers.
 
     print_records   a table of the last requests
-    replay          what the model was asked, asked again in this shell
-    write_report    what a developer needs to help; without code and names unless the person agrees
+    replay          send the same request to the model again, in this process
+    to_report       a bug report; without code and file names unless the user agrees
 
 Knows:  the daemon's answers, the terminal.  Never: LSP.
 """
@@ -29,13 +29,13 @@ from fimserver.errors import DaemonError
 from fimserver.pipeline import Outcome
 
 LOAD_TIMEOUT_S = 300.0
-NO_DAEMON = "no daemon runs, so there are no requests to explain; an editor starts it"
+NO_DAEMON = "no daemon is running, so there are no requests to explain; open a file in an editor to start it"
 _PATH = re.compile(r"(?<![\w.])(?:[A-Za-z]:)?[~.]{0,2}[\\/](?:[^\n\"';]*[\\/])?[^\s\"';:,)]*")
 _Records = list[dict[str, Any]]
 
 
 def read_records(file: str | None = None) -> _Records:
-    """The last requests, the oldest first; of one file where its name, or the end of it, is given."""
+    """Return the last requests, the oldest first; with ``file``, those for a file whose name ends with it."""
     answer = ask("explain")
     if answer is None:
         raise DaemonError(NO_DAEMON)
@@ -44,8 +44,8 @@ def read_records(file: str | None = None) -> _Records:
 
 
 def print_records(records: Iterable[Mapping[str, Any]]) -> None:
-    """A table, the newest last."""
-    table = Table("request", "when", "file", "by hand", "hole", "came of it", "ms", box=SIMPLE, pad_edge=False)
+    """Print a table of requests, the newest last."""
+    table = Table("request", "when", "file", "invoked", "hole", "outcome", "ms", box=SIMPLE, pad_edge=False)
     for record in records:
         facts, timings = record["facts"], record["timings_ms"]
         if record["outcome"] == "offered":
@@ -68,13 +68,13 @@ def print_records(records: Iterable[Mapping[str, Any]]) -> None:
 
 
 def replay(request: str) -> Outcome:
-    """Ask the model again what it was asked for a request, and trace it. Raises ``DaemonError``, ``EngineError``."""
+    """Send a request to the model again, and trace it. Raises ``DaemonError``, ``EngineError``."""
     answer = ask("replay", request=request)
     if answer is None:
         raise DaemonError(NO_DAEMON)
     asked = answer["replay"]
     if asked is None:
-        msg = f"the model was not asked for request {request!r}, or too long ago; fimserver explain lists requests"
+        msg = f"request {request!r} did not reach the model, or is too old; run fimserver explain to list requests"
         raise DaemonError(msg)
     engine = EngineClient(EngineOptions(**asked["engine"]))
     outcome = Outcome(context=from_plain(FimContext, asked["context"]))
@@ -96,7 +96,7 @@ def replay(request: str) -> Outcome:
 
 
 def to_report(*, with_code: bool) -> str:
-    """What a developer needs to help, as JSON. Raises ``DaemonError`` where no daemon runs."""
+    """Return a bug report as JSON. Raises ``DaemonError`` if no daemon is running."""
     records, status = read_records(), read_status() or {}
     if not with_code:
         for said in (*records, status.get("worker") or {}):
@@ -123,7 +123,7 @@ def to_report(*, with_code: bool) -> str:
 
 
 def _without_names(text: str) -> str:
-    """A sentence without the paths in it; what stands between two of them goes too."""
+    """Return a sentence without its paths; text between two paths may be removed too."""
     return _PATH.sub("<path>", text)
 
 

@@ -1,17 +1,17 @@
-"""The ``fimserver`` command.
+"""Define the ``fimserver`` command.
 
     lsp        serve an editor over stdio
-    daemon     the process behind all editors: start, stop, status, logs
-    explain    why there was or was no ghost text; report: the same for others to read
-    stats      what was offered and taken, and how long it took
-    complete   complete at one place of one file
+    daemon     the background process that serves all editors: start, stop, status, logs
+    explain    why requests got a completion or none; report: a bug report
+    stats      how many completions were offered and accepted, and how long they took
+    complete   complete at one position of a file
     eval       measure quality
     bench      measure time
-    train      train a model of the shipped one's size
-    corpus     gather the files that the shipped model is trained on
-    quantize   write a model's weights in 4 bits
+    train      train a model of the shipped model's size
+    corpus     collect the files that the shipped model is trained on
+    quantize   write a model with 4-bit weights
     model      add published models by name, list and remove them
-    doctor     what is installed, and whether the model answers
+    doctor     check the installation and the model
 
 Exit codes: 0 done, 1 nothing to complete or a check failed (the reason is on stderr), 2 wrong use.
 Standard output is for results; progress, reasons and logs go to stderr.
@@ -48,7 +48,7 @@ from fimserver.settings import Settings
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="fimserver")
 def main() -> None:
-    """Code completion on your own machine: fill the middle with a text-diffusion model."""
+    """Complete code on your own machine with a text-diffusion model that fills the middle."""
 
 
 for command in (bench, daemon, evaluate, explain, model, quantize_model, report, stats):
@@ -59,12 +59,12 @@ for command in (bench, daemon, evaluate, explain, model, quantize_model, report,
 @click.option(
     "--no-daemon",
     is_flag=True,
-    help="All in this process and its worker, shared with no other editor: for containers, and to look for faults.",
+    help="Serve this editor in a process of its own, without the daemon: for containers and for debugging.",
 )
-@click.option("--stdio", is_flag=True, hidden=True)  # what some editors' clients add
+@click.option("--stdio", is_flag=True, hidden=True)  # some editors' clients add this option
 @engine_options
 def lsp(no_daemon: bool, stdio: bool, **options: Any) -> None:  # noqa: ARG001, FBT001  click hands flags over by name
-    """Serve one editor over stdio (LSP 3.18, textDocument/inlineCompletion), by the daemon that serves all."""
+    """Serve one editor over stdio (LSP 3.18, textDocument/inlineCompletion) through the shared daemon."""
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="fimserver: %(levelname)s %(message)s")
     from fimserver.daemon.stdio import serve  # noqa: PLC0415
 
@@ -74,14 +74,20 @@ def lsp(no_daemon: bool, stdio: bool, **options: Any) -> None:  # noqa: ARG001, 
 
 
 @main.command(
-    short_help="Complete at one place of a file.", context_settings={"ignore_unknown_options": True}
-)  # or -:LINE:COL would be taken for one
+    short_help="Complete at one position of a file.", context_settings={"ignore_unknown_options": True}
+)  # click would read -:LINE:COL as an option
 @click.argument("target", metavar="FILE:LINE:COL")
-@click.option("--path", metavar="NAME", help="File name of the text on standard input (FILE is -).")
+@click.option("--path", metavar="NAME", help="File name of the text on standard input (if FILE is -).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--trace", is_flag=True, help="Show hole, context, prompt, every canvas and timings.")
-@click.option("--watch", is_flag=True, help="Go on: show what would be offered as the file is saved.")
-@click.option("--set", "pairs", multiple=True, metavar="NAME=VALUE", help="Any setting; see docs/settings.md.")
+@click.option("--trace", is_flag=True, help="Show the hole, the context, the prompt, every canvas and timings.")
+@click.option("--watch", is_flag=True, help="Complete again each time the file is saved, until Ctrl-C.")
+@click.option(
+    "--set",
+    "pairs",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Change a setting; see docs/settings.md. May be repeated.",
+)
 @open_option
 @decoding_options
 @engine_options
@@ -95,18 +101,18 @@ def complete(  # noqa: PLR0913, PLR0917  one parameter an option
     others: tuple[str, ...],
     **options: Any,
 ) -> None:
-    """Complete at LINE:COL of FILE, for instance app.py:12:5; - reads standard input.
+    """Complete at LINE:COL of FILE, for instance app.py:12:5; FILE - reads standard input.
 
-    With --watch FILE is enough, and the place is where a save changed it.
+    Lines and columns count from 1, columns in characters. The end of a line is its length plus 1. With --json the trace
+    goes to standard error.
 
-    Lines and columns count from 1, columns in characters; the end of a line is its length and 1.
-    With --json the trace goes to standard error.
+    With --watch, FILE alone is enough: each save completes where it changed the text.
     """
     from fimserver.cli.complete import Target, complete_target, parse_file, parse_target, print_outcome, read_others  # noqa: PLC0415
 
-    settings = read_options(options, pairs, seed=None)  # as in an editor
+    settings = read_options(options, pairs, seed=None)  # no seed, as in an editor
     if watch and target.startswith("-:"):
-        msg = "--watch needs a file, not standard input"
+        msg = "--watch cannot read standard input; name a file"
         raise click.UsageError(msg)
     try:
         in_file = watch and Path(target).is_file()
@@ -134,25 +140,26 @@ def _watch(place: Any, settings: Settings, others: Any, *, as_json: bool) -> Non
 
 @main.command()
 @engine_options
-@click.option("--gpu", metavar="NAME", help='Plan instead: what --model needs of this card, say "RTX 5090", or of cpu.')
+@click.option("--gpu", metavar="NAME", help='Plan the memory of --model on a GPU, for instance "RTX 5090", or on cpu.')
 @click.option(
     "--context",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Tokens of the plan's prompt; 8192, or all a shorter model takes, unless given.",
+    help="Prompt length of the plan. [default: 8192, or the model's limit]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as one JSON object.")
 def doctor(gpu: str | None, context: int | None, as_json: bool, **options: Any) -> None:  # noqa: FBT001
-    """Check the installation; every line that fails says how to mend it.
+    """Check the installation. Each failed check says how to fix it.
 
-    With --gpu nothing is checked: --model is a published name, the shipped one or a folder, and need not be here.
+    With --gpu nothing is checked: fimserver plans the memory of --model, which may be a published model that is not
+    downloaded, the shipped model or a folder.
     """
     from fimserver.cli.doctor import plan_model, print_plan, run_checks  # noqa: PLC0415
 
     settings = read_options(options, reports=False)
     if gpu is None:
         if context is not None or as_json:
-            msg = '--context and --json are for plans; say --gpu too, for instance --gpu "RTX 5090"'
+            msg = '--context and --json apply to plans only; add --gpu, for instance --gpu "RTX 5090"'
             raise click.UsageError(msg)
         sys.exit(0 if run_checks(settings) else 1)
     try:
@@ -167,25 +174,25 @@ def doctor(gpu: str | None, context: int | None, as_json: bool, **options: Any) 
 
 @main.command()
 @click.option(
-    "--folder", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="Where the corpus goes."
+    "--folder", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="Write the corpus to FOLDER."
 )
 @click.option(
     "--wheels",
     type=click.Path(file_okay=False, path_type=Path),
     metavar="FOLDER",
-    help="Where wheels are, and go; FOLDER/wheels unless given.",
+    help="Folder of downloaded wheels. [default: FOLDER/wheels]",
 )
-@click.option("--yes", is_flag=True, help="Fetch what is missing without asking.")
+@click.option("--yes", is_flag=True, help="Download missing wheels without asking.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def corpus(folder: Path | None, wheels: Path | None, yes: bool, as_json: bool) -> None:  # noqa: FBT001
-    """Gather the Python files that the shipped model is trained on; wheels that are missing are fetched from PyPI."""
+    """Collect the Python files that the shipped model is trained on. Missing wheels are downloaded from PyPI."""
     from fimserver.training.corpus import build_corpus, default_folder, find_missing  # noqa: PLC0415
 
     folder = folder or default_folder()
     wheels = wheels or folder / "wheels"
     if missing := find_missing(wheels):
         size = sum(pin.megabytes for pin in missing)
-        click.echo(f"pip will fetch {len(missing)} wheels from PyPI, about {size:.0f} MB, into {wheels}", err=True)
+        click.echo(f"pip will download {len(missing)} wheels from PyPI, about {size:.0f} MB, into {wheels}", err=True)
         if not yes:
             click.confirm("Fetch them?", abort=True, err=True)
     run_measurement(
@@ -197,18 +204,30 @@ def corpus(folder: Path | None, wheels: Path | None, yes: bool, as_json: bool) -
 
 @main.command()
 @click.argument("run", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--hours", type=click.FloatRange(min=0, min_open=True), metavar="H", help="Train for so long.")
-@click.option("--steps", type=click.IntRange(min=1), metavar="N", help="Train to step N instead.")
+@click.option("--hours", type=click.FloatRange(min=0, min_open=True), metavar="H", help="Train for H hours.")
+@click.option("--steps", type=click.IntRange(min=1), metavar="N", help="Train until step N.")
 @click.option(
-    "--from", "source", default="tiny", show_default=True, metavar="NAME|FOLDER", help="Weights to begin with."
+    "--from", "source", default="tiny", show_default=True, metavar="NAME|FOLDER", help="Weights to start from."
 )
-@click.option("--fresh", is_flag=True, help="Begin with no weights; the tokenizer is that of --from.")
-@click.option("--set", "pairs", multiple=True, metavar="NAME=VALUE", help="Part of the recipe; see training/recipe.py.")
+@click.option("--fresh", is_flag=True, help="Start from random weights, with the tokenizer of --from.")
 @click.option(
-    "--corpus", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="Where the corpus is."
+    "--set",
+    "pairs",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Change a part of the recipe; see training/recipe.py. May be repeated.",
+)
+@click.option(
+    "--corpus", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="Folder of the corpus."
 )
 @click.option("--device", default="auto", show_default=True, metavar="DEVICE", help="auto, cpu or cuda.")
-@click.option("--threads", type=click.IntRange(min=0), default=0, metavar="N", help="At most; 0 means all cores.")
+@click.option(
+    "--threads",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
+    help="Maximum number of CPU threads; 0 uses all cores.",
+)
 def train(  # noqa: PLR0913, PLR0917  one parameter an option
     run: Path,
     hours: float | None,
@@ -220,15 +239,16 @@ def train(  # noqa: PLR0913, PLR0917  one parameter an option
     device: str,
     threads: int,
 ) -> None:
-    """Train a model in the folder RUN, or go on with the one that is there; RUN/model can be served all the while.
+    """Train a model in the folder RUN, or continue the training there.
 
-    The rate falls over the last fifth of the time; a file RUN/stop lets it fall at once. RUN/log.jsonl has the losses,
-    samples.txt what the model says, losses.png a picture (with matplotlib).
+    RUN/model can be served during training. The learning rate decays over the last fifth of the time; create the
+    file RUN/stop to start the decay at once. RUN/log.jsonl has the losses, samples.txt has completions of the model,
+    losses.png a plot (if matplotlib is installed).
     """
     from fimserver.training.command import train_model  # noqa: PLC0415
 
     if (hours is None) == (steps is None):
-        msg = "say how long: --hours H or --steps N"
+        msg = "the length of the training is missing; add --hours H or --steps N"
         raise click.UsageError(msg)
     run_measurement(
         lambda: train_model(
@@ -246,34 +266,8 @@ def train(  # noqa: PLR0913, PLR0917  one parameter an option
     )
 
 
-@main.command()
-@click.argument("names", nargs=-1, metavar="[NAME]...")
-@click.option(
-    "--operations", type=click.FloatRange(min=1e9), default=2e13, show_default=True, metavar="N", help="Each."
-)
-@click.option(
-    "--from", "source", default="tiny", show_default=True, metavar="NAME|FOLDER", help="Weights to begin with."
-)
-@click.option(
-    "--corpus", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="Where the corpus is."
-)
-@click.option("--threads", type=click.IntRange(min=0), default=0, metavar="N", help="At most; 0 means all cores.")
-def experiment(names: tuple[str, ...], operations: float, source: str, corpus: Path | None, threads: int) -> None:
-    """Change one part of the recipe at equal compute and measure; without NAME, say what there is."""
-    from fimserver.training.command import list_experiments, run_experiments  # noqa: PLC0415
-
-    if not names:
-        click.echo("\n".join(list_experiments()))
-        return
-    run_measurement(
-        lambda: run_experiments(names, operations=operations, source=source, corpus=corpus, threads=threads),
-        as_json=False,
-        to_lines=lambda lines: lines,
-    )
-
-
 def _to_package_lines(manifest: Any) -> Iterator[str]:
-    """A line for each package, and one for all."""
+    """Return a line for each package, and one for the total."""
     for package in manifest.packages:
         files, characters = package.files + package.held_out_files, package.characters + package.held_out_characters
         held_out = f", {package.held_out_files} held out" if package.held_out_files else ""
@@ -281,7 +275,7 @@ def _to_package_lines(manifest: Any) -> Iterator[str]:
         yield f"{what:32} {files:6} files {characters / 1e6:7.2f} MB  {package.licence}{held_out}"
     files = sum(package.files for package in manifest.packages)
     characters = sum(package.characters for package in manifest.packages)
-    yield f"{'to train on':32} {files:6} files {characters / 1e6:7.2f} MB"
+    yield f"{'training set':32} {files:6} files {characters / 1e6:7.2f} MB"
 
 
 if __name__ == "__main__":

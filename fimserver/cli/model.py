@@ -1,6 +1,6 @@
-"""``fimserver model`` with its commands, and ``fimserver quantize``.
+"""Define ``fimserver model`` and its commands, and ``fimserver quantize``.
 
-Knows:  options, what the store and the quantizer say.  Never: the hub, tensors.
+Knows:  options, results of the store and the quantizer.  Never: the hub, tensors.
 """
 
 import dataclasses
@@ -17,16 +17,16 @@ from fimserver.errors import FimserverError
 
 @click.group()
 def model() -> None:
-    """Add published models by name, list and remove them. Nothing but `model add` fetches a model."""
+    """Add published models by name, list and remove them. Only `model add` downloads models."""
 
 
 @model.command(name="add")
 @click.argument("name", metavar="OWNER/NAME[@REVISION]")
-@click.option("--yes", is_flag=True, help="Fetch without asking.")
+@click.option("--yes", is_flag=True, help="Download without asking.")
 def add(name: str, yes: bool) -> None:  # noqa: FBT001
-    """Fetch a published model into the Hugging Face cache; licence and size are shown first.
+    """Download a published model to the Hugging Face cache.
 
-    A download that was interrupted goes on where it stopped.
+    Shows its license and size first. An interrupted download continues where it stopped.
     """
     from fimserver.checkpoints.hub import add_model, find_offer, parse_name  # noqa: PLC0415
     from fimserver.checkpoints.installed import to_gigabytes  # noqa: PLC0415
@@ -37,30 +37,30 @@ def add(name: str, yes: bool) -> None:  # noqa: FBT001
         raise click.UsageError(str(error)) from error
     with exit_on_error():
         offer = find_offer(name)
-        gated = f" (gated: accept the licence on {offer.page})" if offer.is_gated else ""
+        gated = f" (gated: accept the license on {offer.page})" if offer.is_gated else ""
         for label, value in (
             ("model", f"{offer.name} at {offer.commit[:12]}, changed {offer.changed}"),
             ("licence", f"{offer.licence}{gated}"),
             (
                 "size",
-                f"{to_gigabytes(offer.num_bytes)}, of which {to_gigabytes(offer.missing_bytes)} are to be fetched",
+                f"{to_gigabytes(offer.num_bytes)}, {to_gigabytes(offer.missing_bytes)} to download",
             ),
-            ("to", f"{offer.folder}, where {to_gigabytes(offer.free_bytes)} are free"),
+            ("to", f"{offer.folder}, {to_gigabytes(offer.free_bytes)} free"),
         ):
             click.echo(f"{label:8} {value}", err=True)
         if offer.missing_bytes and not yes:
             if not sys.stdin.isatty():
-                msg = "without a terminal nothing is fetched but with --yes"
+                msg = "cannot ask for confirmation without a terminal; add --yes to download"
                 raise click.UsageError(msg)
             click.confirm("Fetch it?", abort=True, err=True)
         added = with_progress(
             lambda report: add_model(offer, check_config=_check_config, check_weights=_check_weights, report=report)
         )
         click.echo(f"added {added.name}, {added.folder}")
-        click.echo(f'Set fimserver.model to "{added.name}", or say: --model {added.name}', err=True)
+        click.echo(f'Set fimserver.model to "{added.name}", or use: --model {added.name}', err=True)
 
 
-# Both import transformers, and with it huggingface_hub, which must not be imported before it was told what not to send.
+# Both import transformers and with it huggingface_hub, which may only be imported after its telemetry is turned off.
 
 
 def _check_config(folder: Path) -> None:
@@ -78,7 +78,7 @@ def _check_weights(folder: Path) -> None:
 @model.command(name="list")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def list_all(as_json: bool) -> None:  # noqa: FBT001
-    """Models that are shipped, were added, or are known and not downloaded."""
+    """List models: shipped, added, and known ones that are not downloaded."""
     from fimserver.checkpoints.installed import list_models, to_gigabytes  # noqa: PLC0415
 
     with exit_on_error():
@@ -87,7 +87,7 @@ def list_all(as_json: bool) -> None:  # noqa: FBT001
         click.echo(json.dumps({"models": [dataclasses.asdict(one) for one in listed]}))
         return
     for one in listed:
-        gone = "its files are gone; add it again" if one.state == "added" and one.num_bytes is None else None
+        gone = "its files are missing; add it again" if one.state == "added" and one.num_bytes is None else None
         place = gone or one.folder or f"not downloaded: fimserver model add {one.name}"
         click.echo(f"{one.name:42} {one.state:8} {to_gigabytes(one.num_bytes):>12}  {place}")
 
@@ -96,7 +96,7 @@ def list_all(as_json: bool) -> None:  # noqa: FBT001
 @click.argument("name", metavar="OWNER/NAME")
 @click.option("--yes", is_flag=True, help="Delete without asking.")
 def remove(name: str, yes: bool) -> None:  # noqa: FBT001
-    """Forget a model that was added, and delete its files from the Hugging Face cache."""
+    """Remove an added model, and delete its files from the Hugging Face cache."""
     from fimserver.checkpoints.installed import find_removal, to_gigabytes  # noqa: PLC0415
 
     with exit_on_error():
@@ -104,7 +104,7 @@ def remove(name: str, yes: bool) -> None:  # noqa: FBT001
         what = f"{to_gigabytes(removal.num_bytes)} in {removal.folder}, which other programs may share"
         if removal.num_bytes and not yes:
             if not sys.stdin.isatty():
-                msg = f"{what}: without a terminal nothing is deleted but with --yes"
+                msg = f"{what}: cannot ask for confirmation without a terminal; add --yes to delete"
                 raise click.UsageError(msg)
             click.confirm(f"Delete {what}?", abort=True, err=True)
         removal.execute()
@@ -115,7 +115,10 @@ def remove(name: str, yes: bool) -> None:  # noqa: FBT001
 @click.argument("source", metavar="SRC")
 @click.argument("target", metavar="DST", type=click.Path(file_okay=False, path_type=Path))
 @click.option(
-    "--all", "everything", is_flag=True, help="Attention, dense MLPs and self-conditioning too, not experts alone."
+    "--all",
+    "everything",
+    is_flag=True,
+    help="Quantize attention, dense MLPs and self-conditioning too, not only the experts.",
 )
 @click.option(
     "--format",
@@ -123,23 +126,23 @@ def remove(name: str, yes: bool) -> None:  # noqa: FBT001
     type=click.Choice(["modelopt", "compressed-tensors"]),
     default="modelopt",
     show_default=True,
-    help="Whose names the file has.",
+    help="Tensor names of the written file.",
 )
 @click.option(
-    "--search/--no-search", "searched", default=True, help="Scales of the least squared error, or the nearest."
+    "--search/--no-search", "searched", default=True, help="Choose scales of least squared error, or the nearest."
 )
 @click.option(
     "--calibrate",
     "calibration",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="A text that says which weights matter; takes the memory of the whole model.",
+    help="A text that shows which weights matter; needs the memory of the whole model.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def quantize_model(source: str, target: Path, dialect: str, as_json: bool, **options: Any) -> None:  # noqa: FBT001
-    """Write the model SRC, a name or a folder, to the new folder DST with its weights in 4 bits (NVFP4).
+    """Write the model SRC (a name or a folder) to the new folder DST with 4-bit weights (NVFP4).
 
-    A run that was stopped goes on when the same command is given again.
+    An interrupted run continues when you repeat the command.
     """
     from fimserver.engine.kernels.nvfp4 import Dialect  # noqa: PLC0415
     from fimserver.engine.quantize.plan import QuantizerOptions  # noqa: PLC0415
@@ -154,7 +157,7 @@ def quantize_model(source: str, target: Path, dialect: str, as_json: bool, **opt
 
 
 def _print_quantized(summary: Any) -> None:
-    """Every layer a row, then sizes and what stayed in floats."""
+    """Print a table row for each layer, then sizes and the layers that stayed in floating point."""
     from rich.box import SIMPLE  # noqa: PLC0415
     from rich.console import Console  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
@@ -169,7 +172,7 @@ def _print_quantized(summary: Any) -> None:
         sizes = (f"{size / 1e6:.1f}" for size in (row.source_bytes, row.written_bytes))
         table.add_row(row.layer, str(row.matrices), f"{row.weight_error:.4f}", output, *sizes)
     console.print(table)
-    console.print("* on the calibration text, as if a layer's inputs were uncorrelated; without --calibrate not known")
+    console.print("* on the calibration text, assuming uncorrelated inputs of a layer; only known with --calibrate")
     console.print(
         f"all weights: {summary.source_bytes / 1e6:.1f} MB before, {summary.written_bytes / 1e6:.1f} MB after"
     )

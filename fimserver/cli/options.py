@@ -1,4 +1,4 @@
-"""What commands share: options of the engine, settings from them, progress, results, errors.
+"""Share code between commands: options of the engine, settings from them, progress, results, errors.
 
 Exit codes: 0 done, 1 the reason is on stderr, 2 wrong use. Results go to standard output, all else to stderr.
 
@@ -18,42 +18,42 @@ from fimserver.errors import FimserverError, SettingsError
 from fimserver.paths import config_file
 from fimserver.settings import MODES, Settings, parse_settings, read_config_file, to_wire_name
 
-SEED = 0  # of measurements: the same answers each time
+SEED = 0  # fixed, so that measurements repeat
 
 
 def engine_options(command: Any) -> Any:
-    """Options that every command with a model has; each is a setting of the same name."""
+    """Add the options of every command that uses a model; each sets the setting of the same name."""
     for option in (
         click.option(
             "--model",
             metavar="NAME|FOLDER",
-            help="The shipped model's name, one that was added, or a checkpoint folder.",
+            help="The shipped model's name, an added model's name, or a checkpoint folder.",
         ),
         click.option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps."),
-        click.option("--threads", type=int, metavar="N", help="CPU threads; 0 means physical cores less one."),
+        click.option("--threads", type=int, metavar="N", help="CPU threads; 0 means one less than the physical cores."),
     ):
         command = option(command)
     return command
 
 
 def decoding_options(command: Any) -> Any:
-    """Options of commands that complete; settings too."""
+    """Add the options of commands that complete; each sets the setting of the same name."""
     for option in (
         click.option("--mode", type=click.Choice(list(MODES)), help="How the middle is decoded."),
         click.option(
             "--seed",
             type=int,
             metavar="N",
-            help="Seed of all random draws. With a seed the text alone decides: no matches from elsewhere are offered.",
+            help="Seed of all random draws. With a seed only the text decides: no n-gram matches are offered.",
         ),
-        click.option("--max-denoising-steps", type=int, metavar="N", help="Most steps for one canvas."),
+        click.option("--max-denoising-steps", type=int, metavar="N", help="Maximum denoising steps per canvas."),
     ):
         command = option(command)
     return command
 
 
 def to_overrides(options: dict[str, Any]) -> dict[str, Any]:
-    """Options that were given, under their settings' names on the wire; a wrong option is wrong use."""
+    """Return the given options by the wire names of their settings. Raises ``UsageError`` for a wrong value."""
     values = _wire_values(options)
     _parse(values, Settings())
     return values
@@ -73,7 +73,7 @@ def _parse(values: dict[str, Any], base: Settings) -> Settings:
 def read_options(
     options: dict[str, Any], pairs: tuple[str, ...] = (), *, reports: bool = True, seed: int | None = SEED
 ) -> Settings:
-    """Settings from config.toml, options and ``--set NAME=VALUE`` pairs; a wrong option is wrong use."""
+    """Return the settings of config.toml, options and ``--set NAME=VALUE``. Raises ``UsageError``."""
     configured, problems = read_config_file(config_file())
     for problem in problems if reports else ():
         click.echo(f"fimserver: {problem}", err=True)
@@ -95,13 +95,13 @@ open_option = click.option(
     "others",
     multiple=True,
     metavar="FILE",
-    help="Another file that is open, as in an editor: matches and snippets may come from it. The last edited first.",
+    help="Another open file, as in an editor, for matches and snippets; may be repeated, the last edited first.",
 )
 
 
 @contextlib.contextmanager
 def exit_on_error() -> Iterator[None]:
-    """What cannot be done is exit 1 with the reason."""
+    """Print a ``FimserverError`` to stderr and exit with 1."""
     try:
         yield
     except FimserverError as error:
@@ -110,7 +110,7 @@ def exit_on_error() -> Iterator[None]:
 
 
 def with_progress(build: Callable[[Callable[[str, int, int], None]], Any]) -> Any:
-    """Do what takes minutes under a bar."""
+    """Run ``build``, which takes minutes, with a progress bar."""
     from rich.console import Console  # noqa: PLC0415  only who waits pays for it
     from rich.progress import Progress  # noqa: PLC0415
 
@@ -126,7 +126,7 @@ def run_measurement(
     to_lines: Callable[[Any], Iterable[str]] | None = None,
     show: Callable[[Any], None] | None = None,
 ) -> None:
-    """Print what was measured or made; what cannot be is exit 1 with the reason."""
+    """Run a measurement and print its result; exit with 1 and the reason if it fails."""
     with exit_on_error():
         summary = measure()
     if as_json:
@@ -139,6 +139,6 @@ def run_measurement(
 
 
 def _to_lines(summary: Any) -> Iterator[str]:
-    """A dataclass of results, a line each."""
+    """Return a dataclass of results as one line for each field."""
     for name, value in dataclasses.asdict(summary).items():
         yield f"{name:36} {f'{value:.3f}' if isinstance(value, float) else value}"

@@ -1,7 +1,7 @@
-"""``fimserver stats``: the counts as a table for the shell, and as one page with plots.
+"""Show usage statistics as tables in the terminal and as an HTML page with plots (``fimserver stats``).
 
     print_statistics   a few tables
-    to_page            HTML with drawings in it: no script, nothing fetched, light or dark as the system is
+    to_page            one HTML page with SVG plots: no scripts, nothing loaded, light or dark as the system
 
 Knows:  counts.  Never: where they come from.
 """
@@ -21,9 +21,9 @@ from fimserver.lsp.usage.ledger import Day, Statistics, Tally, middle_of, percen
 
 SOURCES = {
     "model": "written by the model",
-    "first_line": "first line of a longer one",
-    "cache": "rest of what was shown before",
-    "match": "what followed the same text elsewhere",
+    "first_line": "first line of a longer completion",
+    "cache": "rest of a completion shown before",
+    "match": "match with text elsewhere",
 }
 _SHOWN_DAYS = 30
 _SHOWN_REASONS = 10
@@ -51,12 +51,12 @@ th { color: var(--soft); } td:first-child, th:first-child { text-align: left; pa
 
 
 def by_language(day: Day) -> dict[str, Tally]:
-    """Tallies of all holes together, the most offered first."""
+    """Return a tally for each language over all kinds of holes, the most offered first."""
     return _grouped(day, 0)
 
 
 def by_hole(day: Day) -> dict[str, Tally]:
-    """Tallies of all languages together, the most offered first."""
+    """Return a tally for each kind of hole over all languages, the most offered first."""
     return _grouped(day, 1)
 
 
@@ -68,7 +68,7 @@ def _grouped(day: Day, part: int) -> dict[str, Tally]:
 
 
 def overall(day: Day) -> Tally:
-    """One tally of all."""
+    """Return the sum of all tallies."""
     whole = Tally()
     for tally in day.tallies.values():
         whole.add(tally)
@@ -76,11 +76,11 @@ def overall(day: Day) -> Tally:
 
 
 def print_statistics(statistics: Statistics, console: Console) -> None:
-    """Tables: what was offered and taken, how long it took, why there was nothing."""
+    """Print tables: completions offered and accepted, times, reasons for empty answers."""
     whole = statistics.total()
     total = overall(whole)
     console.print(
-        f"{_span(statistics)}: {total.offered} offered, {_percent(total.acceptance)} of the decided accepted, "
+        f"{_span(statistics)}: {total.offered} offered, {_percent(total.acceptance)} of those decided accepted, "
         f"{total.characters} characters (about {total.tokens:.0f} tokens) you did not type"
     )
     tallies = Table("", "offered", "accepted", "rejected", "share", "characters", "tokens", box=SIMPLE, pad_edge=False)
@@ -105,7 +105,7 @@ def print_statistics(statistics: Statistics, console: Console) -> None:
 
 
 def to_json_object(statistics: Statistics) -> dict[str, object]:
-    """The same for programs: totals, by language, by hole, times in ms by source, reasons for nothing."""
+    """Return the object that ``--json`` prints: counts by language and hole, times in ms, reasons for empty answers."""
     whole = statistics.total()
 
     def plain(tally: Tally) -> dict[str, object]:
@@ -136,7 +136,7 @@ def to_json_object(statistics: Statistics) -> dict[str, object]:
 
 
 def to_page(statistics: Statistics, today: date) -> str:
-    """One page of HTML."""
+    """Return one HTML page."""
     whole = statistics.total()
     total = overall(whole)
     all_times: Counter[int] = sum(whole.times.values(), Counter())
@@ -145,30 +145,30 @@ def to_page(statistics: Statistics, today: date) -> str:
         (_percent(total.acceptance), "accepted, of those decided"),
         (f"{total.characters:,}", "characters you did not type"),
         (f"{total.tokens:,.0f}", "tokens, about"),
-        (_ms(percentile(all_times, 0.5)), "to an answer, half of the time"),
-        (_ms(percentile(all_times, 0.95)), "to an answer, 19 times of 20"),
+        (_ms(percentile(all_times, 0.5)), "median time to an answer"),
+        (_ms(percentile(all_times, 0.95)), "95th percentile of the time to an answer"),
     ]
     sections = [
-        _section("Accepted and rejected, day by day", _draw_days(statistics, today), _key("accepted", "rejected")),
+        _section("Accepted and rejected per day", _draw_days(statistics, today), _key("accepted", "rejected")),
         _section("By language", _draw_shares(by_language(whole)), _table("language", by_language(whole))),
-        _section("By kind of place", _draw_shares(by_hole(whole)), _table("place", by_hole(whole))),
+        _section("By kind of hole", _draw_shares(by_hole(whole)), _table("place", by_hole(whole))),
         _section(
             "Time to an answer",
             _draw_times(whole.times),
-            "<p class=soft>From the request to the answer, in the server; the height is how many took so long.</p>",
+            "<p class=soft>From request to answer, in the server; the height is the number of answers.</p>",
         ),
-        _section("Nothing was offered, because", _draw_counts(whole.empty.most_common(_SHOWN_REASONS))),
+        _section("Reasons for empty answers", _draw_counts(whole.empty.most_common(_SHOWN_REASONS))),
     ]
     boxes = "".join(
         f"<div class=tile><b>{html.escape(value)}</b><span class=soft>{what}</span></div>" for value, what in tiles
     )
-    body = "".join(sections) if whole.times or whole.empty else "<p>Nothing was counted yet: write some code.</p>"
+    body = "".join(sections) if whole.times or whole.empty else "<p>Nothing has been counted yet: write some code.</p>"
     return (
         "<!doctype html>\n<html lang=en><head><meta charset=utf-8><title>fimserver: statistics</title>"
         "<meta name=viewport content='width=device-width'>"
         "<meta http-equiv=Content-Security-Policy content=\"default-src 'none'; style-src 'unsafe-inline'\">"
         f"<style>{_STYLE}</style></head><body><h1>fimserver</h1>"
-        f"<p class=soft>{html.escape(_span(statistics))}. Counted on this machine, and kept on it.</p>"
+        f"<p class=soft>{html.escape(_span(statistics))}. Counts never leave this machine.</p>"
         f"<div class=tiles>{boxes}</div>{body}</body></html>\n"
     )
 
@@ -203,7 +203,7 @@ def _text(x: float, y: float, text: str, anchor: str = "start", kind: str = "") 
 
 
 def _draw_days(statistics: Statistics, today: date) -> str:
-    """Two bars on each other a day, the last thirty days."""
+    """Draw a stacked bar of accepted and rejected completions for each of the last thirty days."""
     days = [today - timedelta(back) for back in reversed(range(_SHOWN_DAYS))]
     tallies = [overall(statistics.days.get(day.isoformat(), Day())) for day in days]
     most = max((tally.accepted + tally.rejected for tally in tallies), default=0) or 1
@@ -216,14 +216,14 @@ def _draw_days(statistics: Statistics, today: date) -> str:
         parts += [_bar("one", x, base - first, (step - 4, first), said)]
         parts += [_bar("two", x, base - first - second, (step - 4, second), said)]
         if (len(days) - 1 - i) % 7 == 0:
-            last = i == len(days) - 1  # its name would not fit below the middle of its bar
+            last = i == len(days) - 1  # a centered date would not fit below the last bar
             at, anchor = (x + step - 4, "end") if last else (x + step / 2, "middle")
             parts.append(_text(at, base + 16, f"{day.day} {day:%b}", anchor, "soft"))
     return _svg(170, "accepted and rejected completions of the last thirty days", parts)
 
 
 def _draw_shares(groups: dict[str, Tally]) -> str:
-    """The share of accepted ones, a bar each."""
+    """Draw the share of accepted completions, one bar for each group."""
     rows = [
         (name, tally.acceptance, f"{tally.accepted} of {tally.accepted + tally.rejected}")
         for name, tally in groups.items()
@@ -238,7 +238,7 @@ def _draw_counts(counts: Sequence[tuple[str, int]]) -> str:
 
 
 def _draw_bars(rows: Sequence[tuple[str, float, str]], most: float) -> str:
-    """A horizontal bar each: its name, its length, what is written behind it."""
+    """Draw horizontal bars; a row is a name, a length, and the text after the bar."""
     parts = []
     for i, (name, value, said) in enumerate(rows):
         y, width = 24.0 * i + 4, 480 * value / most
@@ -248,7 +248,7 @@ def _draw_bars(rows: Sequence[tuple[str, float, str]], most: float) -> str:
 
 
 def _draw_times(times: dict[str, Counter[int]]) -> str:
-    """How often an answer took how long, on a logarithmic axis from 1 ms to 10 s; the model's in the first colour."""
+    """Draw a histogram of times on a logarithmic axis from 1 ms to 10 s; the model's answers in the first color."""
     low, high = 0, math.ceil(math.log(10_000, 1.1))
     by_model = times.get("model", Counter()) + times.get("first_line", Counter())
     others: Counter[int] = sum(
@@ -265,7 +265,7 @@ def _draw_times(times: dict[str, Counter[int]]) -> str:
         parts += [_bar("two", x, base - first - second, (step - 1, second), f"{said}: {others[number]} without it")]
     for ms, name in ((1, "1 ms"), (10, "10 ms"), (100, "100 ms"), (1000, "1 s")):
         parts.append(_text(place(ms), base + 16, name, "middle", "soft"))
-    return _svg(170, "how long answers took", parts) + _key("asked of the model", "without it")
+    return _svg(170, "time to an answer", parts) + _key("with the model", "without it")
 
 
 def _table(what: str, groups: dict[str, Tally]) -> str:
@@ -292,7 +292,7 @@ def _cells(tally: Tally) -> list[str]:
 def _span(statistics: Statistics) -> str:
     days = sorted(statistics.days)
     if not days:
-        return "No day was counted yet"
+        return "No day has been counted yet"
     return days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
 
 

@@ -1,6 +1,6 @@
-"""What measurements say, as tables for a person.
+"""Print the results of measurements as tables.
 
-Knows:  summaries of this room.  Never: how they were measured.
+Knows:  summaries of bench/.  Never: how they were measured.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -49,10 +49,10 @@ _QUALITY_COLUMNS = (
 
 
 def print_comparison(comparison: "Comparison", console: Console | None = None) -> None:
-    """Every way a row, then the ratios."""
+    """Print a table row for each decoder, then the ratios."""
     console = console or Console(width=140, highlight=False)
     table = Table(title=f"{comparison.holes} holes, {comparison.long_holes} of them long")
-    table.add_column("way")
+    table.add_column("decoder")
     for column in _COLUMNS:
         table.add_column(column, justify="right")
     for name, numbers in comparison.modes.items():
@@ -79,9 +79,9 @@ def print_comparison(comparison: "Comparison", console: Console | None = None) -
 
 
 def print_profile(profile: "Profile", console: Console | None = None) -> None:
-    """Every part a row, then the machine's bound."""
+    """Print a table row for each part, then the machine's bound."""
     console = console or Console(width=120, highlight=False)
-    table = Table(title=f"{profile.mode}: {profile.requests} requests, ms of one")
+    table = Table(title=f"{profile.mode}: {profile.requests} requests, ms per request")
     table.add_column("part")
     for column in ("ms", "share", "calls"):
         table.add_column(column, justify="right")
@@ -90,10 +90,10 @@ def print_profile(profile: "Profile", console: Console | None = None) -> None:
     table.add_row("request", f"{profile.profiled_ms:.2f}", "100.0%", "")
     console.print(table)
     if not profile.has_ranges:
-        console.print("This engine names no ranges: its parts are all in the last row; see the operators below.")
+        console.print("This engine names no profiler ranges: the last row has all parts; see the operators below.")
     for operator in profile.operators:
         console.print(f"  {operator.name:34} {operator.ms:9.2f} ms {operator.calls:9.1f} calls")
-    console.print(f"{'not profiled':34} {profile.ms:.1f} ms (the profiler itself: x{profile.overhead:.2f})")
+    console.print(f"{'not profiled':34} {profile.ms:.1f} ms (profiling slows it down x{profile.overhead:.2f})")
     console.print(f"{'one pass':34} {profile.ms_per_pass:.1f} ms, {profile.passes:.1f} passes")
     bound = profile.bound
     console.print(
@@ -106,7 +106,7 @@ def print_profile(profile: "Profile", console: Console | None = None) -> None:
 
 
 def print_quality(quality: "Quality", console: Console | None = None) -> None:
-    """A table for each model, then its modes and the models against each other."""
+    """Print a table for each model, then comparisons between modes and between models."""
     console = console or Console(width=160, highlight=False)
     matches = "with matches" if quality.matches else "without matches"
     console.print(f"{quality.data}: {quality.files} files, {matches}, seed {quality.seed}")
@@ -124,7 +124,7 @@ def print_quality(quality: "Quality", console: Console | None = None) -> None:
             name = f"long: {pair.first} - {pair.second}"
             console.print(f"{name:42} exact {_show_mean(pair.exact_difference, signed=True)}")
             if pair.passes_ratio:
-                console.print(f"{'':42} passes of {pair.second} over it {_show_mean(pair.passes_ratio)}")
+                console.print(f"{'':42} passes ratio {pair.second} / {pair.first} {_show_mean(pair.passes_ratio)}")
     for mode, differences in quality.differences.items():
         for kind, difference in differences.items():
             name = f"{mode} {kind}: this model - the other"
@@ -156,10 +156,10 @@ def _show_some(value: float | None) -> str:
 
 
 def _show_mean(interval: "MeanInterval", *, signed: bool = False) -> str:
-    """Of a difference with its sign, of a ratio without."""
+    """Return a mean with its interval; a difference (``signed``) has a sign, a ratio has none."""
     spec = "+.3f" if signed else ".2f"
     low, high = format(interval.low, spec), format(interval.high, spec)
-    alike = ", which do not tell them apart" if interval.low == interval.high == 0 else ""
+    alike = ", no difference" if interval.low == interval.high == 0 else ""
     return f"{interval.value:{spec}} [{low}, {high}] ({interval.holes} holes{alike})"
 
 
@@ -182,7 +182,7 @@ def _cells(numbers: "WayNumbers") -> list[str]:
 
 def _show_interval(interval: "Interval") -> str:
     if interval.median is None:
-        return "no hole has both"
+        return "no hole was filled by both"
     return f"{interval.median:.2f} [{interval.low:.2f}, {interval.high:.2f}] ({interval.holes} holes)"
 
 

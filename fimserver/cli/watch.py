@@ -1,7 +1,7 @@
-"""``fimserver complete FILE --watch``: ghost text for a file as it is saved, in a terminal beside any editor.
+"""Show ghost text for a file at each save, in a terminal next to any editor (``fimserver complete FILE --watch``).
 
-The cursor is where the last save changed the text: behind what was typed, or where something was deleted. The model
-is loaded once. It ends with Ctrl-C.
+The cursor is where the last save changed the text: after the inserted text, or where text was deleted. The model is
+loaded once. Ctrl-C ends it.
 
 Knows:  files, ``cli/complete.py``, the terminal.  Never: LSP.
 """
@@ -28,10 +28,8 @@ _POLL_S = 0.1
 _LINES_ABOVE = 3
 
 
-def watch_file(
-    target: Target, settings: Settings, *, as_json: bool, others: Sequence[OtherDocument] = ()
-) -> None:
-    """Complete at the target, then wherever a save changes the file, until it is interrupted.
+def watch_file(target: Target, settings: Settings, *, as_json: bool, others: Sequence[OtherDocument] = ()) -> None:
+    """Complete at the target, then wherever a save changes the file, until interrupted.
 
     Raises ``PositionError`` for a file that cannot be read, ``EngineError`` for a model that does not load.
     """
@@ -41,7 +39,7 @@ def watch_file(
         with console.status("loading the model"):
             engine.start()
             engine.wait_until_ready(LOAD_TIMEOUT_S)
-        console.print(f"watching {target.name}; save it to see what would be offered, Ctrl-C ends", highlight=False)
+        console.print(f"watching {target.name}; save it to see a completion, press Ctrl-C to end", highlight=False)
         for snapshot in snapshots_of(target):
             outcome = pipeline.complete(Query(snapshot, settings, others=others), lambda: engine)
             _show(outcome, Target(target.name, snapshot), as_json=as_json)
@@ -50,7 +48,7 @@ def watch_file(
 
 
 def snapshots_of(target: Target) -> Iterator[Snapshot]:
-    """The target's, then one for each save that changes the text, without end."""
+    """Return the target's snapshot, then one for each save that changes the text, without end."""
     last = target.snapshot
     yield last
     for text in _texts(Path(target.name), last.text):
@@ -60,7 +58,7 @@ def snapshots_of(target: Target) -> Iterator[Snapshot]:
 
 
 def _texts(path: Path, text: str) -> Iterator[str]:
-    """The file's texts as they change; a file that is being replaced is waited for."""
+    """Return the texts of a file as it changes; wait while it is being replaced."""
     stamp = None
     while True:
         time.sleep(_POLL_S)
@@ -70,7 +68,7 @@ def _texts(path: Path, text: str) -> Iterator[str]:
                 continue
             new = read_text(str(path))
         except (OSError, PositionError):
-            continue  # between an editor's unlink and its rename, or half written
+            continue  # between an editor's unlink and rename, or half written
         stamp = new_stamp
         if new != text:
             text = new
@@ -78,7 +76,7 @@ def _texts(path: Path, text: str) -> Iterator[str]:
 
 
 def changed_at(old: str, new: str) -> int:
-    """Where a person is who made ``new`` of ``old``: behind what is new."""
+    """Guess the cursor of an edit from ``old`` to ``new``: the end of the inserted text."""
     start = common_prefix_length(old, new)
     tail = common_suffix_length(old, new, min(len(old), len(new)) - start)
     end = len(new) - tail

@@ -1,7 +1,7 @@
-"""Look at one place in a document: the way into this package and out of it.
+"""Find the hole at one place in a document, and fit the engine's answers to it.
 
     find_place(snapshot, settings, tree)   -> Place | NoCompletion
-    offer_match(guesses, place)            -> Completion of an n-gram match that needs no model, or None
+    offer_match(matches, place)            -> Completion of an n-gram match that needs no model, or None
     to_answer(generation, place)           -> Answer | NoCompletion: the distinct completions, the best first
     to_line(text, place)                   -> Completion of a first line that can stand alone, or None
 
@@ -34,18 +34,18 @@ class Place:
 
     @property
     def seen(self) -> Snapshot:
-        """What the model is to read: the document, or the code in it whose language is not the document's."""
+        """Return what the model reads: the document, or the embedded code if the language at the cursor is another."""
         return self.snapshot if self.language_id == self.snapshot.language_id else find_embedded(self.snapshot).snapshot
 
     @property
     def language_id(self) -> str:
-        """The language at the cursor, which in Markdown and HTML is not the document's."""
+        """Return the language at the cursor, which in Markdown and HTML may differ from the document's."""
         return self.focus.snapshot.language_id
 
 
 @dataclass(slots=True)
 class TreeMemory:
-    """The last tree of one document's focus, of which the next keeps what did not change."""
+    """The last tree of one document's focus; the next parse reuses its unchanged parts."""
 
     tree: SyntaxTree | None = None
 
@@ -58,7 +58,7 @@ def find_place(
     invoked: bool = False,
     writable: bool = True,
 ) -> Place | NoCompletion:
-    """What may be filled at the cursor; ``memory`` is brought up to date."""
+    """Return the hole at the cursor with its surroundings; updates ``memory``."""
     if refusal := refuse_document(snapshot, invoked=invoked, writable=writable):
         return refusal
     focus = find_focus(snapshot)
@@ -70,7 +70,7 @@ def find_place(
 
 
 def complete_place(text: str, place: Place) -> Completion | NoCompletion:
-    """What to offer for the engine's ``text``."""
+    """Return the completion for the engine's ``text``."""
     outcome = to_completion(text, place.hole, place.focus.snapshot, place.tree)
     if isinstance(outcome, NoCompletion):
         return outcome
@@ -79,7 +79,7 @@ def complete_place(text: str, place: Place) -> Completion | NoCompletion:
 
 
 def offer_match(matches: Sequence[Match], place: Place) -> Completion | None:
-    """The best guess, if it is sure and fits as it is, but for closers."""
+    """Return the best match if it is sure and fits unchanged, except for closing brackets."""
     if not matches or not is_sure(matches[0]):
         return None
     text = matches[0].text.strip()
@@ -91,19 +91,19 @@ def offer_match(matches: Sequence[Match], place: Place) -> Completion | None:
     return outcome if as_it_is else None
 
 
-_CUT_ENDS = ")]}>\"'`;:, "  # of a line, which may stand behind the cursor already
+_CUT_ENDS = ")]}>\"'`;:, "  # characters at the end of a line that may already follow the cursor
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the model has to offer: at least one completion, the best first, each with how sure it is."""
+    """The model's completions, at least one and the best first, with their confidences."""
 
     completions: tuple[Completion, ...]
     confidences: tuple[float, ...]
 
 
 def to_line(text: str, place: Place) -> Completion | None:
-    """The first line of an answer by itself; ``None`` where it would need a line more, or anything else."""
+    """Return the first line of an answer alone; ``None`` if it would need another line or a change."""
     outcome = complete_place(text, place)
     if isinstance(outcome, NoCompletion):
         return None
@@ -115,9 +115,9 @@ def to_line(text: str, place: Place) -> Completion | None:
 def to_answer(
     generation: Generation, place: Place, *, shown: Completion | None = None, min_confidence: float = 0.0
 ) -> Answer | NoCompletion:
-    """The distinct completions in a generation; ``shown`` is a first line, which the answer has to begin with.
+    """Return the distinct completions in a generation; ``shown`` is a first line that the answer has to begin with.
 
-    Two are the same where they make the same text of the document.
+    Two completions are the same if they give the document the same text.
     """
     first = complete_place(generation.text, place)
     if shown is not None:
@@ -139,7 +139,7 @@ def to_answer(
 
 
 def _going_on(shown: Completion, whole: Completion | NoCompletion) -> Completion:
-    """The whole where it goes on from what was shown, under the same id; else what was shown."""
+    """Return the whole if it continues the shown text, with the same id; else the shown completion."""
     if isinstance(whole, NoCompletion) or not whole.middle.startswith(shown.middle):
         return shown
     return replace(whole, id=shown.id) if whole.replace_end == shown.replace_end else shown

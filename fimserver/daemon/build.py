@@ -1,4 +1,4 @@
-"""Which fimserver this is: so that an editor is never served by the code of another checkout or an older install.
+"""Identify this build, so that an editor is never served by the code of another checkout or an older install.
 
 Knows:  the package's own files.  Never: what they do. Standard library only.
 """
@@ -13,7 +13,7 @@ _PACKAGE = str(Path(__file__).parents[1])
 
 
 def read_build() -> Build:
-    """Numbers of the version, then the time (ns) of the newest Python file; of two builds the greater is newer."""
+    """Return the version's numbers, then the time (ns) of the newest Python file; a greater build is newer."""
     version = tuple(int(part) if part.isdigit() else 0 for part in __version__.split(".")[:3])
     return (*version, _newest(_PACKAGE))
 

@@ -1,11 +1,11 @@
-"""Find the daemon, or start one: ten editors that start at once get the same. Standard library only.
+"""Find the daemon, or start one: editors that start at the same time get the same daemon. Standard library only.
 
     open_editor   a stream for an editor's messages, from a daemon of this build or a newer one
-    ask           one command, one answer; read_status: what it says of itself
-    end_daemon    stop it, or make room for another
-    start         a daemon, in a session of its own, its log in the state folder
+    ask           one command, one answer; read_status: the daemon's status
+    end_daemon    stop the daemon, restart it, or let another take its place
+    start         start a daemon in a session of its own, with its log in the state folder
 
-An older daemon is asked to hand over: it lets go of its socket and lock, and its editors go on with the next one.
+An older daemon is asked to hand over: it releases its socket and lock, and its editors reconnect to the next one.
 
 Knows:  processes, the endpoint.  Never: LSP.
 """
@@ -32,19 +32,19 @@ if TYPE_CHECKING:
 START_TIMEOUT_S = 30.0
 END_TIMEOUT_S = 15.0
 _POLL_S = 0.02
-_PROBE_S = 0.3  # for which nobody holds the lock who only looks
-_MOST_HAND_OVERS = 3  # older relays may have started an older one once more
+_PROBE_S = 0.3  # longer than any probe holds the lock
+_MOST_HAND_OVERS = 3  # older relays may have started an older daemon again
 MAX_LOG_BYTES = 2_000_000
 _started: "subprocess.Popen[bytes] | None" = None
 
 
 def log_file() -> Path:
-    """Where the daemon and its worker write what went wrong; never code."""
+    """Return the path of the log of the daemon and its worker; it never contains code."""
     return log_folder() / "daemon.log"
 
 
 def open_editor(overrides: Mapping[str, Any]) -> Stream:
-    """A stream for an editor; a daemon is started where none is. Raises ``DaemonError``."""
+    """Return a stream for an editor; start a daemon if none is running. Raises ``DaemonError``."""
     build = read_build()
     deadline = time.monotonic() + START_TIMEOUT_S
     hand_overs = 0
@@ -53,7 +53,7 @@ def open_editor(overrides: Mapping[str, Any]) -> Stream:
             stream = connect()
             answer = say_hello(stream, "editor", build, {"overrides": dict(overrides)})
         except (FileNotFoundError, ConnectionError):
-            start()  # of a socket that nobody holds; where a daemon is just ending, it waits for that
+            start()  # also removes a stale socket, and waits for a daemon that is ending
             continue
         if answer[KEY] == "welcome":
             return stream
@@ -62,19 +62,19 @@ def open_editor(overrides: Mapping[str, Any]) -> Stream:
             time.sleep(_POLL_S)
             continue
         if answer[KEY] != "older":
-            msg = f"the daemon refuses this editor: {answer.get('reason', 'it does not say why')}"
+            msg = f"the daemon refuses this editor: {answer.get('reason', 'no reason given')}"
             raise DaemonError(msg)
         if hand_overs == _MOST_HAND_OVERS:
-            msg = "the system starts an older fimserver than this; run with this one: fimserver daemon install"
+            msg = "the system starts an older fimserver; run with this version: fimserver daemon install"
             raise DaemonError(msg)
         hand_overs += 1
         end_daemon("hand_over")
-    msg = f"no daemon could be reached in {START_TIMEOUT_S:.0f} s; see {log_file()}, or run: fimserver daemon restart"
+    msg = f"no daemon responded in {START_TIMEOUT_S:.0f} s; see {log_file()}, or run: fimserver daemon restart"
     raise DaemonError(msg)
 
 
 def ask(command: str, **values: str) -> dict[str, Any] | None:
-    """What the daemon answers to a command; ``None`` where none runs. Raises ``DaemonError`` for no answer."""
+    """Return the daemon's answer to a command; ``None`` if none is running. Raises ``DaemonError`` for no answer."""
     try:
         stream = connect()
         try:
@@ -82,20 +82,20 @@ def ask(command: str, **values: str) -> dict[str, Any] | None:
         finally:
             stream.close()
     except (FileNotFoundError, ConnectionError):
-        return None  # none, or one that is just ending
+        return None  # no daemon, or one that is ending
 
 
 def read_status() -> dict[str, Any] | None:
-    """What the daemon says of itself; ``None`` where none runs. Raises ``DaemonError`` where it does not answer."""
+    """Return the daemon's status; ``None`` if no daemon is running. Raises ``DaemonError`` if it does not respond."""
     answer = ask("status")
     status = answer.get("status") if answer is not None else None
     return status if isinstance(status, dict) else None
 
 
 def end_daemon(command: str, *, force: bool = False) -> bool:
-    """End the daemon by a ``command``: stop, restart, hand_over. ``False`` where none runs.
+    """End the daemon with a ``command``: stop, restart or hand_over. Return ``False`` if none is running.
 
-    With ``force`` one that does not answer is killed. Raises ``DaemonError`` where it goes on.
+    With ``force`` an unresponsive daemon is killed. Raises ``DaemonError`` if it does not end.
     """
     lock, ended = Lock("daemon.lock"), None
     try:
@@ -103,7 +103,7 @@ def end_daemon(command: str, *, force: bool = False) -> bool:
         try:
             ended = say_hello(stream, "control", read_build(), {"command": command}).get("pid")
             stream.set_timeout(END_TIMEOUT_S)
-            stream.read()  # nothing more comes: this is its end
+            stream.read()  # returns when the daemon closes the connection
         finally:
             stream.close()
     except (FileNotFoundError, ConnectionError):
@@ -116,7 +116,7 @@ def end_daemon(command: str, *, force: bool = False) -> bool:
             raise
         _kill()
     deadline = time.monotonic() + END_TIMEOUT_S
-    while _is_held() and (ended is None or lock.read_holder() == ended):  # another may have begun already
+    while _is_held() and (ended is None or lock.read_holder() == ended):  # another daemon may have started already
         if time.monotonic() > deadline:
             msg = f"the daemon has not ended within {END_TIMEOUT_S:.0f} s; kill it with: fimserver daemon stop --force"
             raise DaemonError(msg)
@@ -125,7 +125,7 @@ def end_daemon(command: str, *, force: bool = False) -> bool:
 
 
 def _is_held(timeout_s: float = 0.0) -> bool:
-    """Whether a daemon's process is there, listening or not."""
+    """Return whether a daemon's process is running, listening or not."""
     lock = Lock("daemon.lock")
     if not lock.acquire(timeout_s, is_probe=True):
         return True
@@ -134,7 +134,7 @@ def _is_held(timeout_s: float = 0.0) -> bool:
 
 
 def _kill() -> None:
-    """End the process that holds the daemon's lock; its number is in the file, written by the holder."""
+    """Kill the process that holds the daemon's lock; the holder writes its process id into the lock file."""
     holder = Lock("daemon.lock").read_holder()
     if holder is not None and _is_held(_PROBE_S):
         with suppress(OSError):
@@ -142,7 +142,7 @@ def _kill() -> None:
 
 
 def start() -> None:
-    """Start a daemon unless one is there, and wait until it listens. Raises ``DaemonError``."""
+    """Start a daemon unless one is listening, and wait until it listens. Raises ``DaemonError``."""
     starting = Lock("start.lock")
     if not starting.acquire(START_TIMEOUT_S):
         msg = f"another process has been starting the daemon for {START_TIMEOUT_S:.0f} s; see {log_file()}"
@@ -151,8 +151,8 @@ def start() -> None:
         if _is_listening():
             return
         running = Lock("daemon.lock")
-        if not running.acquire(START_TIMEOUT_S, is_probe=True):  # one that no longer listens is ending
-            msg = f"a daemon that does not answer holds {running.path}; end it with: fimserver daemon stop --force"
+        if not running.acquire(START_TIMEOUT_S, is_probe=True):  # a daemon that no longer listens is ending
+            msg = f"an unresponsive daemon holds {running.path}; end it with: fimserver daemon stop --force"
             raise DaemonError(msg)
         running.release()
         process = _spawn()
@@ -177,7 +177,7 @@ def _spawn() -> "subprocess.Popen[bytes]":
     try:
         log = _open_log(path)
     except OSError as error:
-        msg = f"the log {path} cannot be written ({error.strerror}); remove it, or mend its folder"
+        msg = f"the log {path} cannot be written ({error.strerror}); remove it, or fix its folder"
         raise DaemonError(msg) from error
     if _started is not None:
         _started.poll()
@@ -192,7 +192,7 @@ def _spawn() -> "subprocess.Popen[bytes]":
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            cwd=Path(sys.executable).anchor,  # no folder of the person's is held
+            cwd=Path(sys.executable).anchor,  # keeps no folder of the user busy
             **detached,
         )
     except OSError as error:
@@ -204,21 +204,21 @@ def _spawn() -> "subprocess.Popen[bytes]":
 
 
 def _open_log(path: Path) -> int:
-    """The log, to be written to at its end. Raises ``OSError``, also of a pipe, which might wait for a reader."""
+    """Open the log for appending. Raises ``OSError``, also for a pipe, which could block until somebody reads it."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     log = os.open(path, flags, 0o600)
     if not stat.S_ISREG(os.fstat(log).st_mode):
         os.close(log)
-        raise OSError(errno.EINVAL, "it is no file")
+        raise OSError(errno.EINVAL, "it is not a file")
     if hasattr(os, "set_blocking"):
         os.set_blocking(log, True)
     return log
 
 
 def _rotate(path: Path) -> None:
-    """One earlier log is kept."""
+    """Rename a large log; one earlier log is kept."""
     try:
-        if path.lstat().st_size > MAX_LOG_BYTES:  # a daemon that runs sees to it itself: logs.py
+        if path.lstat().st_size > MAX_LOG_BYTES:  # a running daemon rotates its log in logs.py
             path.replace(path.with_name(f"{path.name}.1"))
     except OSError:
         return

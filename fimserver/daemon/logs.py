@@ -1,10 +1,10 @@
-"""The server's log: one JSON object a line, with the request and the editor it is about; never code.
+"""Write the server's log: one JSON object per line, with its request and editor; never code.
 
-    configure_logs   from now on every logger of this process writes so to stderr
-    rotate           put what was written so far aside once it is large, also under who writes to it
-    to_line          such a line for a person
+    configure_logs   let every logger of this process write to stderr
+    rotate           move a large log aside, even while another process writes to it
+    to_line          format a log line for the terminal
 
-What is logged at level info of a request has its id, which is that of ``fimserver explain``.
+Log lines about a request have its id, which ``fimserver explain`` shows too.
 
 Knows:  log records, files.  Never: what they are about.
 """
@@ -27,7 +27,7 @@ _FRAME = ("timestamp", "level", "event")
 
 
 def configure_logs(*, as_json: bool) -> None:
-    """Write to stderr: JSON for a file, words for an editor that shows its server's stderr."""
+    """Write logs to stderr: JSON for a file, words for an editor that shows its server's stderr."""
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
@@ -49,7 +49,7 @@ def silence_dependencies() -> None:
 
 
 def _without_traceback(_logger: Any, _name: str, event: Any) -> Any:
-    """What raised is said by whoever logs it; a traceback quotes lines, and values of other people's errors."""
+    """Remove the traceback: it quotes lines of code and values, and the code that logs names the error already."""
     for name in ("exc_info", "stack_info"):
         event.pop(name, None)
     record = event.get("_record")
@@ -63,7 +63,7 @@ def _render(_logger: Any, _name: str, event: Any) -> str:
 
 
 def to_words(event: dict[str, Any]) -> str:
-    """An entry in words: when, how grave, what, and what else is known."""
+    """Return a log entry in words: time, level, event, and the other fields."""
     when = str(event.get("timestamp", ""))[11:23]
     names = [*(name for name in _IDS if name in event), *(name for name in event if name not in (*_IDS, *_FRAME))]
     known = [f"{name}={event[name]}" for name in names]
@@ -71,7 +71,7 @@ def to_words(event: dict[str, Any]) -> str:
 
 
 def to_line(line: str) -> str:
-    """A line of the log for a person; what the engine's libraries write is no JSON and stays as it is."""
+    """Return a log line as text; output of the engine's libraries is not JSON and stays as it is."""
     try:
         event = json.loads(line)
     except ValueError:
@@ -80,7 +80,7 @@ def to_line(line: str) -> str:
 
 
 def is_written_to(path: Path) -> bool:
-    """Whether this process' stderr is that file."""
+    """Return whether this process' stderr is that file."""
     try:
         ours, file = os.fstat(sys.stderr.fileno()), path.lstat()
     except (OSError, ValueError):
@@ -89,10 +89,10 @@ def is_written_to(path: Path) -> bool:
 
 
 def rotate(path: Path, most: int = MAX_LOG_BYTES) -> bool:
-    """Copy a log that has become large to ``NAME.1`` and empty it; whether that was done.
+    """Copy a large log to ``NAME.1`` and empty it; return whether that was done.
 
-    Copied, since the worker writes to the same file: all append, so what comes next is at its new end. Not on Windows,
-    where a child does not append but goes on where it was; there the next daemon puts it aside.
+    The log is copied, not renamed, since the worker writes to the same file: both append, so they continue at its new
+    end. Does nothing on Windows, where a child process keeps its offset; there the next daemon moves the log aside.
     """
     if sys.platform == "win32":
         return False
@@ -106,7 +106,7 @@ def rotate(path: Path, most: int = MAX_LOG_BYTES) -> bool:
         with os.fdopen(kept, "wb") as copy, path.open("rb") as log:
             shutil.copyfileobj(log, copy)
         os.truncate(path, 0)
-    except OSError:  # a full disk, say: the log is no reason to end
+    except OSError:  # for instance a full disk, which must not end the process
         with suppress(OSError):
             if path.lstat().st_size > 4 * most:
                 os.truncate(path, 0)

@@ -1,4 +1,4 @@
-"""Relay an editor's stdio to the daemon (``fimserver lsp``), and tell a new daemon what it has to know.
+"""Relay an editor's stdio to the daemon (``fimserver lsp``), and bring a new daemon up to date.
 
     editor --stdin--> from_editor --socket--> daemon
     editor <--stdout-- from_daemon <--socket-- daemon
@@ -10,14 +10,15 @@ States of the link to the daemon (``_TRANSITIONS``):
     RECONNECTING -> CONNECTED, STOPPED
     STOPPED -> RECONNECTING
 
-HANDING_OVER: the daemon said that a newer build takes its place, which gets a moment to do so. STOPPED: the user stopped
-the daemon, or none can be started; the editor's next edit or request starts another. RECONNECTING: the daemon is gone.
+HANDING_OVER: the daemon announced that a newer build takes its place; the relay gives that one a moment to start.
+STOPPED: the user stopped the daemon, or none can be started; the editor's next edit or request starts another.
+RECONNECTING: the daemon has ended.
 
 One relay runs for each editor window, so it is small and starts at once: standard library only, three threads. It keeps
 the text of each open document (``replica.py``). When the daemon ends, for whatever reason, another is started and gets
 the editor's ``initialize``, its settings, its documents as they are now, and the requests that are still unanswered. A
-completion whose document has changed since is answered with nothing instead, so no answer is stale. The user is told
-about a daemon that does not respond.
+completion whose document has changed since is answered with nothing instead, so no answer is stale. The relay warns the
+user about a daemon that does not respond.
 
 Knows:  LSP's messages as JSON.  Never: what a completion is, dataclasses (2 MB and some milliseconds).
 """
@@ -41,8 +42,8 @@ from fimserver.states import StateMachine, Transitions
 from fimserver.text import Encoding
 
 Connect = Callable[[], Stream]
-_PAUSES_S = (0.0, 0.1, 0.5, 2.0, 5.0, 15.0)  # before another try to reach a daemon
-_STABLE_S = 30.0  # a daemon that served for so long did not die of how it was started
+_PAUSES_S = (0.0, 0.1, 0.5, 2.0, 5.0, 15.0)  # before each attempt to reach a daemon
+_STABLE_S = 30.0  # after this time a daemon's death is not a failed start
 _PARSE_ERROR, _INVALID_REQUEST, _INTERNAL_ERROR = -32700, -32600, -32603
 _COMPLETIONS: dict[str, Any] = {"textDocument/inlineCompletion": {"items": []}, "textDocument/completion": None}
 _REPLAYED = (
@@ -52,7 +53,7 @@ _REPLAYED = (
     "workspace/didChangeConfiguration",
 )
 _MOST_DEATHS = 2
-_HAND_OVER_S = 1.0  # that who asked for it has to take the place
+_HAND_OVER_S = 1.0  # grace period for the replacement daemon
 _WAKING = (
     *("textDocument/didOpen", "textDocument/didChange", "textDocument/didFocus"),
     *("notebookDocument/didOpen", "notebookDocument/didChange"),
@@ -60,11 +61,11 @@ _WAKING = (
 _OWN_ID = "fimserver-relay-initialize"
 _OWN_SNOOZE_ID = "fimserver-relay-snooze"
 _PING = b'{"jsonrpc": "2.0", "id": "fimserver-relay-ping", "method": "fimserver/status", "params": {}}'
-_SILENCE_S = 10.0  # behind a request, before the daemon is asked whether it is there
-_PING_S = 5.0  # that it has to say so
+_SILENCE_S = 10.0  # without an answer to a request; then the daemon is pinged
+_PING_S = 5.0  # time limit for the answer to a ping
 _LOOK_S = 0.5
 _STATUS, _DID_CLOSE = "didChangeStatus", "textDocument/didClose"
-_NEAR_END = 4096  # bytes
+_NEAR_END = 4096  # bytes at a message's end
 _TEXT = rb'("(?:[^"\\]|\\.)*")'
 _DOCUMENT_IN = re.compile(rb'"(?:textDocument|notebookDocument)"\s*:\s*\{[^{}]*?"uri"\s*:\s*' + _TEXT)
 _METHOD_IN = re.compile(rb'"method"\s*:\s*' + _TEXT)
@@ -72,7 +73,7 @@ _ID_IN = re.compile(rb'"id"\s*:\s*(\d+|"(?:[^"\\]|\\.)*")\s*[,}]')
 
 
 def _find(pattern: "re.Pattern[bytes]", text: bytes) -> Any:
-    """What a pattern's last match says, as JSON; ``None`` of none."""
+    """Return the last match of a pattern as JSON; ``None`` if there is none."""
     matches = pattern.findall(text)
     with suppress(ValueError):
         return json.loads(matches[-1]) if matches else None
@@ -94,13 +95,14 @@ _TRANSITIONS: Transitions[LinkState] = {
     LinkState.RECONNECTING: frozenset({LinkState.CONNECTED, LinkState.STOPPED}),
     LinkState.STOPPED: frozenset({LinkState.RECONNECTING}),
 }
-_GOODBYES = {"stop": LinkState.STOPPED, "hand_over": LinkState.HANDING_OVER}  # reasons that a daemon gives
+# reasons that a daemon sends before it ends
+_GOODBYES = {"stop": LinkState.STOPPED, "hand_over": LinkState.HANDING_OVER}
 
 
 class Pending:
-    """A request of the editor's without an answer; ``is_stale`` where its document is another by now.
+    """An unanswered request of the editor; ``is_stale`` if its document has changed since.
 
-    ``num_deaths`` counts the daemons that ended while it was open: it may be what they die of.
+    ``num_deaths`` counts the daemons that died while it was open: the request may be the cause.
     """
 
     __slots__ = ("body", "is_stale", "method", "num_deaths", "uri")
@@ -111,19 +113,19 @@ class Pending:
 
 
 class Relay:
-    """One editor's messages, on their way and as far as they have to be remembered."""
+    """The messages of one editor, and the state that a new daemon needs."""
 
     def __init__(self, editor: BinaryIO, to_editor: BinaryIO, connect: Connect) -> None:
         self._editor, self._to_editor, self._connect = editor, to_editor, connect
-        self._lock = threading.Lock()  # of all below, and of what is sent to the daemon
+        self._lock = threading.Lock()  # guards the fields below and sending to the daemon
         self._write_lock = threading.Lock()
         self._wake = threading.Event()
         self._stream: Stream | None = None
         self._link = StateMachine(LinkState.CONNECTED, _TRANSITIONS)
         self._shown = ""
-        self._unheard_since: float | None = None  # of time.monotonic: a request, and nothing from the daemon since
+        self._unheard_since: float | None = None  # time.monotonic of the first request since the daemon's last message
         self._num_heard = 0  # messages from daemons
-        self._status: bytes | None = None  # the daemon's last word on its state
+        self._status: bytes | None = None  # the last status notification
         self._has_asked = threading.Event()
         self._ended = threading.Event()
         self._is_shut_down = False
@@ -132,12 +134,12 @@ class Relay:
         self._replica = Replica(self._make_stale)
         self._pending: dict[int | str, Pending] = {}
         self._replayed: list[tuple[str, bytes]] = []
-        self._snoozed_until = 0.0  # of time.monotonic
-        self._asked: set[int | str] = set()  # requests of this daemon's to the editor
+        self._snoozed_until = 0.0  # time.monotonic
+        self._asked: set[int | str] = set()  # ids of this daemon's requests to the editor
         self._progress: set[int | str] = set()
 
     def run(self, stream: Stream) -> int:
-        """Relay until the editor leaves: 0 after an orderly ``shutdown``, else 1."""
+        """Relay until the editor leaves; return 0 after an orderly ``shutdown``, else 1."""
         self._stream = stream
         threading.Thread(target=self._serve, daemon=True).start()
         threading.Thread(target=self._watch, daemon=True).start()
@@ -146,7 +148,7 @@ class Relay:
                 self.from_editor(body)
         self._ended.set()
         if (stream := self._stream) is not None:
-            stream.close()  # whoever sends to a daemon that does not read holds the lock, and is freed by this
+            stream.close()  # unblocks a thread that holds the lock while it sends to a daemon that does not read
         with self._lock:
             if self._stream is not None:
                 self._stream.close()
@@ -155,14 +157,14 @@ class Relay:
     # From the editor
 
     def from_editor(self, body: bytes) -> None:
-        """Note what a message means for a later daemon, and pass it on."""
+        """Record what a later daemon needs from a message, and forward it."""
         try:
             message = json.loads(body)
         except (ValueError, RecursionError):
-            self._answer_error(None, _PARSE_ERROR, "the message is no JSON in UTF-8")
+            self._answer_error(None, _PARSE_ERROR, "the message is not JSON in UTF-8")
             return
         if not isinstance(message, dict):
-            self._answer_error(None, _INVALID_REQUEST, "a message is an object; batches are not read")
+            self._answer_error(None, _INVALID_REQUEST, "the message is not an object; batches are not supported")
             return
         if message.get("method") == "exit":
             self._ended.set()
@@ -174,7 +176,7 @@ class Relay:
                 if message.get("id") is not None and self._unheard_since is None:
                     self._unheard_since = time.monotonic()
                     self._has_asked.set()
-                with suppress(OSError):  # whoever reads from it sees its end too, and everything is sent again
+                with suppress(OSError):  # the reading thread notices the end too and sends everything again
                     self._stream.send(body)
             elif self._link.state is LinkState.STOPPED and message.get("method") == "shutdown":
                 for number in [number for number, asked in self._pending.items() if asked.method == "shutdown"]:
@@ -184,7 +186,7 @@ class Relay:
                 self._wake.set()
 
     def _watch(self) -> None:
-        """Tell the person of a daemon that does not answer, once for each that hangs."""
+        """Warn the user about a daemon that does not respond, once per daemon."""
         while not self._ended.is_set():
             self._has_asked.wait()
             self._has_asked.clear()
@@ -199,13 +201,13 @@ class Relay:
                         time.sleep(_LOOK_S)
                     if self._stream is stream and self._status is not None:
                         self._write(self._status)
-                    elif self._stream is stream:  # of a new one the person is told elsewhere
-                        self._notify(_STATUS, {"kind": "Normal", "busy": False, "message": "fimserver answers again"})
+                    elif self._stream is stream:  # a new daemon is announced elsewhere
+                        self._notify(_STATUS, {"kind": "Normal", "busy": False, "message": "fimserver responds again"})
 
     def _is_silent(self) -> bool:
-        """Whether a daemon that is there says nothing, though it is asked whether it is there."""
+        """Return whether a connected daemon does not even answer a ping."""
         heard = self._num_heard
-        if self._lock.acquire(timeout=_PING_S):  # who sends to one that does not read holds it
+        if self._lock.acquire(timeout=_PING_S):  # a thread that sends to a daemon that does not read holds it
             try:
                 if self._stream is None:
                     self._unheard_since = None
@@ -218,11 +220,11 @@ class Relay:
         return self._num_heard == heard and self._stream is not None
 
     def _note(self, message: dict[str, Any], body: bytes) -> bool:
-        """Whether a message is to be passed on."""
+        """Record a message; return whether to forward it."""
         method, message_id = message.get("method"), message.get("id")
         if not isinstance(message_id, int | str):
-            message_id = None  # of none that can be answered
-        if method is None:  # an answer, of use to the daemon that asked alone
+            message_id = None  # an id that cannot be answered
+        if method is None:  # an answer: only useful to the daemon that asked
             if message_id in self._asked:
                 self._asked.discard(message_id)
                 return True
@@ -246,7 +248,7 @@ class Relay:
         return True
 
     def _note_snooze(self, method: str, params: Any) -> None:
-        """The next daemon keeps still as long as this one would have."""
+        """Remember a snooze for the next daemon."""
         minutes = None
         if method == "fimserver/snooze" and isinstance(params, dict):
             minutes = params.get("minutes")
@@ -260,18 +262,18 @@ class Relay:
         self._snoozed_until = time.monotonic() + 60 * parse_minutes(minutes)
 
     def _make_stale(self, uri: str) -> None:
-        """The text that completions were asked for is no more."""
+        """Mark a document's completion requests as stale: its text has changed."""
         for pending in self._pending.values():
             if pending.uri == uri and pending.method in _COMPLETIONS:
                 pending.is_stale = True
 
     def _on_skipped(self, size: int, begin: bytes, end: bytes) -> None:
-        """A message was too large: if it was about a document, that one is unknown from now on, here and there.
+        """Drop a message that was too large. If it was about a document, the relay and the daemon forget that document.
 
-        What it was about is looked for where an editor writes that: before the parameters or at the end, and in the
-        parameters' document. Where it cannot be found, every document is unknown until it is opened again.
+        The document's URI is searched where editors write it: before the parameters, at the end, and in the parameters'
+        document. If it is not found, every document is unknown until it is opened again.
         """
-        text = f"a message of {size} bytes was left out: {MAX_BODY_BYTES} are the most; the file is too large for it"
+        text = f"a message of {size} bytes was dropped; the limit is {MAX_BODY_BYTES}, so the file is too large"
         outside = b"\n".join((begin.partition(b'"params"')[0], end[-_NEAR_END:]))
         method, number = _find(_METHOD_IN, outside), _find(_ID_IN, outside)
         with self._lock:
@@ -288,7 +290,7 @@ class Relay:
     # From the daemon
 
     def _serve(self) -> None:
-        """Pass on what daemons say, one after the other, until the editor leaves."""
+        """Forward the messages of one daemon after another, until the editor leaves."""
         failures = 0
         while not self._ended.is_set():
             stream, begin = self._stream, time.monotonic()
@@ -310,16 +312,16 @@ class Relay:
             except FimserverError as error:
                 failures += 1
                 self._give_up(str(error))
-            except (KeyError, TypeError, ValueError, AttributeError) as error:  # of what the editor sent
+            except (KeyError, TypeError, ValueError, AttributeError) as error:  # something that the editor sent
                 failures += 1
-                self._give_up(f"what the editor said cannot be said again ({type(error).__name__})")
-            except OSError as error:  # it is gone again already
+                self._give_up(f"the editor's messages cannot be replayed ({type(error).__name__})")
+            except OSError as error:  # the daemon has ended already
                 failures += 1
                 if failures >= len(_PAUSES_S):
-                    self._give_up(f"the daemon ends as soon as it is spoken to ({error})")
+                    self._give_up(f"the daemon ends as soon as it is contacted ({error})")
 
     def from_daemon(self, body: bytes) -> None:
-        """Note what a message means for the next daemon, and pass it on."""
+        """Record what the next daemon needs from a message, and forward it."""
         try:
             message = json.loads(body)
         except ValueError:
@@ -350,7 +352,7 @@ class Relay:
         self._write(body)
 
     def _note_answer(self, message: dict[str, Any]) -> bool:
-        """Whether the editor waits for it: not for what the relay asked, nor for what was answered already."""
+        """Return whether the editor waits for an answer: not for the relay's own requests or those answered already."""
         message_id = message.get("id")
         asked = self._pending.pop(message_id, None) if message_id is not None else None
         if asked is not None and asked.method == "shutdown":
@@ -374,13 +376,13 @@ class Relay:
     # Between two daemons
 
     def _move(self, state: LinkState) -> None:
-        """Go to another state, unless the link is in it; the editor's thread reads the state meanwhile."""
+        """Move to another state, unless the link is in it; the editor's thread reads the state at the same time."""
         with self._lock:
             if self._link.state is not state:
                 self._link.move(state)
 
     def _on_lost(self) -> None:
-        """The daemon is gone: what it began in the editor is ended."""
+        """Handle the daemon's end: finish the progress reports that it began in the editor."""
         with self._lock:
             self._stream = self._unheard_since = self._status = None
             self._asked.clear()
@@ -394,16 +396,16 @@ class Relay:
                 pending.is_stale = pending.is_stale or pending.num_deaths >= _MOST_DEATHS
             for number, _ in stopped:
                 del self._pending[number]
-        for number, pending in stopped:  # nobody is to wait for a daemon that somebody ended
+        for number, pending in stopped:  # the user stopped the daemon: no request may wait for it
             self._answer_nothing(pending, number)
         for token in tokens:
             self._notify("$/progress", {"token": token, "value": {"kind": "end"}})
         if says:
-            text = "fimserver was stopped; it starts again as you type" if is_stopped else "fimserver starts again"
+            text = "fimserver was stopped; it starts again when you type" if is_stopped else "fimserver is restarting"
             self._notify(_STATUS, {"kind": "Normal", "busy": not is_stopped, "message": text})
 
     def _replay(self, stream: Stream) -> None:
-        """Tell a new daemon all that the last one knew. Raises ``OSError`` when it is gone already."""
+        """Send a new daemon the state that the last one had. Raises ``OSError`` if it has ended already."""
         with self._lock:
             if self._ended.is_set():
                 stream.close()
@@ -437,19 +439,19 @@ class Relay:
             self._answer_nothing(pending, number)
 
     def _give_up(self, reason: str) -> None:
-        """No daemon can be had now: nobody waits for it, and the next message is another try."""
+        """Answer all requests with nothing: no daemon can be reached now. The next message tries again."""
         with self._lock:
             unanswered = list(self._pending.items())
             self._pending.clear()
             self._wake.clear()
             self._link.move(LinkState.STOPPED)
-        if reason != self._shown:  # once, however often it is tried
+        if reason != self._shown:  # once, however often the relay tries
             self._shown = reason
             self._show(1, f"fimserver gives no completions: {reason}")
         self._notify(_STATUS, {"kind": "Error", "busy": False, "message": reason})
         for message_id, pending in unanswered:
             if pending.method == "initialize":
-                self._initialize = None  # the editor may try again
+                self._initialize = None  # the editor may send it again
                 self._answer_error(message_id, _INTERNAL_ERROR, reason)
             else:
                 self._answer_nothing(pending, message_id)
@@ -473,7 +475,7 @@ class Relay:
         self._write(json.dumps({"jsonrpc": "2.0", "method": method, "params": params}).encode())
 
     def _write(self, body: bytes) -> None:
-        with self._write_lock, suppress(OSError, ValueError):  # an editor that is gone: its end is read elsewhere
+        with self._write_lock, suppress(OSError, ValueError):  # the thread that reads from the editor notices its end
             self._to_editor.write(to_frame(body))
             self._to_editor.flush()
 
@@ -485,7 +487,7 @@ def _uri_of(params: Any) -> str | None:
 
 
 def main(overrides: dict[str, Any]) -> int:
-    """Relay stdio to the daemon. Raises ``DaemonError`` before anything is read where none can be had."""
+    """Relay stdio to the daemon. Raises ``DaemonError``, before reading anything, if no daemon can be reached."""
     from fimserver.daemon.launch import open_editor  # noqa: PLC0415  tests relay without starting anything
 
     stream = open_editor(overrides)

@@ -10,12 +10,12 @@ Phases of a daemon (``_TRANSITIONS``):
     RELEASED -> CLOSED
     CLOSED -> (end)
 
-ENDING has a reason: stop, restart, hand_over (a newer build takes its place) or idle. RELEASED: socket and lock are free
-for the next daemon, and the editors were told why. CLOSED: the worker has ended. On a hand-over the process that asked
-for it is told before the worker ends, so that the next daemon starts sooner.
+ENDING has a reason: stop, restart, hand_over (a newer build takes its place) or idle. RELEASED: socket and lock are
+free for the next daemon, and the editors know the reason. CLOSED: the worker has ended. On a hand-over the process
+that asked for it is unblocked before the worker ends, so that the next daemon starts sooner.
 
-The longest-connected editor decides with which settings the engine runs; when it leaves, the next one does. A connection
-that ends, for whatever reason, leaves the others and the engine alone.
+The engine's settings are those of the longest-connected editor; when it leaves, those of the next one. A connection
+that ends, for whatever reason, does not affect the others or the engine.
 
 Knows:  connections, the engine's client.  Never: what a message means, torch.
 """
@@ -67,14 +67,14 @@ LINGER_S = 300.0
 _MOST_UNSENT_BYTES = 64 * 2**20
 _LARGEST_HELLO_BYTES = 65536
 _TIMES_KEPT = 2000
-_LOCK_TIMEOUT_S = 1.0  # who only looks whether the lock is held, holds it for a moment
+_LOCK_TIMEOUT_S = 1.0  # a probe may hold the lock for a moment
 _LOG_LOOK_S = 30.0
-_LISTEN_FDS_START = 3  # systemd's
+_LISTEN_FDS_START = 3  # the first descriptor that systemd passes
 _logger = logging.getLogger(__name__)
 
 
 class DaemonPhase(Enum):
-    """How far a daemon is on its way to the end."""
+    """The stages of a daemon's end."""
 
     LISTENING = "listening"
     ENDING = "ending"
@@ -99,22 +99,22 @@ class Connection:
     number: int
 
     def write(self, data: bytes) -> None:
-        """Pygls' writer: nobody waits; an editor that reads nothing at all is let go."""
+        """Write without blocking, as pygls does; disconnect an editor that does not read at all."""
         transport = self.writer.transport
         if transport.is_closing():
             return
         self.writer.write(data)
         if transport.get_write_buffer_size() > _MOST_UNSENT_BYTES:
-            _logger.warning("an editor reads nothing; its connection is ended")
+            _logger.warning("an editor does not read; it was disconnected")
             transport.abort()
 
     def close(self) -> None:
-        """End it; what was written is sent first."""
+        """Close the connection; what was written is sent first."""
         self.writer.close()
 
 
 class Daemon:
-    """What serves all editors."""
+    """The server of all editors."""
 
     def __init__(self, listener: Listener, lock: Lock, *, engine: EngineClient | None = None, linger_s: float) -> None:
         self.engine = engine or EngineClient()
@@ -124,16 +124,16 @@ class Daemon:
         self._listener, self._lock, self._linger_s = listener, lock, linger_s
         self._begin = time.monotonic()
         self._phase = StateMachine(DaemonPhase.LISTENING, _TRANSITIONS)
-        self._done = asyncio.Event()  # the phase is not LISTENING any more
+        self._done = asyncio.Event()  # set when the phase is no longer LISTENING
         self._reason = ""
         self._count = 0
-        self._handling_ms: deque[float] = deque(maxlen=_TIMES_KEPT)  # of messages; nobody else is served meanwhile
+        self._handling_ms: deque[float] = deque(maxlen=_TIMES_KEPT)  # per message; no other is handled meanwhile
         self._idle_timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._askers: list[asyncio.StreamWriter] = []  # who asked for the end, and sees it when they are closed
+        self._askers: list[asyncio.StreamWriter] = []  # commands that wait for the daemon's end
 
     async def run(self) -> None:
-        """Serve until the end is asked for, or nobody came for a while."""
+        """Serve until a command ends the daemon, or no editor is connected for some time."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             with suppress(NotImplementedError):  # Windows
@@ -162,12 +162,12 @@ class Daemon:
         self._phase.move(DaemonPhase.CLOSED)
 
     def _release_askers(self) -> None:
-        """Close the connections of the commands that asked for the end: they take that for the end."""
+        """Close the connections of the commands that wait for the daemon's end."""
         for writer in self._askers:
             writer.close()
 
     def end(self, reason: str) -> None:
-        """End: ``stop`` until somebody types again, ``restart`` and ``hand_over`` make editors look for another."""
+        """End. After ``stop`` editors wait for an edit; after ``restart`` or ``hand_over`` they reconnect."""
         if self._phase.state is DaemonPhase.LISTENING:
             self._phase.move(DaemonPhase.ENDING)
             self._reason = reason
@@ -195,7 +195,7 @@ class Daemon:
                 writer.close()
 
     async def _prove(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Show that this is the daemon, and see that the other side has read the key. Raises ``EOFError``."""
+        """Prove that this is the daemon, and check that the peer knows the key too. Raises ``EOFError``."""
         nonce = os.urandom(PROOF_BYTES)
         writer.write(prove(self._listener.key, b"daemon", await reader.readexactly(PROOF_BYTES)) + nonce)
         if not is_proof(await reader.readexactly(PROOF_BYTES), self._listener.key, b"client", nonce):
@@ -218,7 +218,7 @@ class Daemon:
         elif _to_build(hello.get("build")) > self.build:
             answer("older")
         elif hello.get("protocol") != PROTOCOL:
-            answer("refused", reason=f"it speaks protocol {PROTOCOL}; install the same fimserver everywhere")
+            answer("refused", reason=f"it uses protocol {PROTOCOL}; install the same fimserver everywhere")
         elif self._phase.state is not DaemonPhase.LISTENING:
             answer("ending")
         else:
@@ -232,7 +232,7 @@ class Daemon:
     ) -> None:
         server = create_server(overrides, self.engine)
         self._count += 1
-        structlog.contextvars.bind_contextvars(editor=self._count)  # of all that this connection begins
+        structlog.contextvars.bind_contextvars(editor=self._count)  # for all log lines of this connection
         connection = Connection(server, writer, self._count)
         server.protocol.set_writer(connection)
         self.connections.append(connection)
@@ -253,11 +253,11 @@ class Daemon:
         finally:
             self.connections.remove(connection)
             self.counters.update(server.session.counters)
-            server.leave("the editor left")
+            server.leave("an editor disconnected")
             self._on_left()
 
     def _control(self, command: str, hello: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-        """What is said to a command that leaves everything as it is."""
+        """Answer a command that does not end the daemon."""
         if command == "save":
             for connection in self.connections:
                 connection.server.usage.save()
@@ -275,7 +275,7 @@ class Daemon:
         return "status", {"status": self.status()}
 
     def _on_left(self) -> None:
-        """Somebody left: the next decides; behind the last the end is near."""
+        """Let the next editor decide the engine's settings; after the last one has left, begin to wait for the end."""
         if self._phase.state is not DaemonPhase.LISTENING:
             return
         if self.connections:
@@ -290,7 +290,7 @@ class Daemon:
             asyncio.get_running_loop().call_later(delay_s, self._unload_when_idle)
 
     def records(self) -> list[dict[str, Any]]:
-        """What came of the last requests of all editors, the oldest first; ids are of an editor and its request."""
+        """Return the last requests of all editors, the oldest first; an id names an editor and its request."""
         found = [(c, record) for c in self.connections for record in c.server.session.records.recent()]
         return [
             {
@@ -303,7 +303,7 @@ class Daemon:
         ]
 
     def texts(self) -> list[dict[str, Any]]:
-        """Checksums of all open documents: whether they are what the editors have."""
+        """Return checksums of all open documents, to compare with the editors' texts."""
         return [
             {
                 "uri": document.uri,
@@ -315,7 +315,7 @@ class Daemon:
         ]
 
     def replay(self, name: str) -> dict[str, Any] | None:
-        """What the model was asked for one of them, and how the engine is set up; ``None`` where that is gone."""
+        """Return a request as the model got it, and the engine's options; ``None`` if it is no longer kept."""
         number, _, request = name.partition(".")
         for connection in self.connections:
             replay = connection.server.session.records.replay(request) if str(connection.number) == number else None
@@ -325,7 +325,7 @@ class Daemon:
         return None
 
     def status(self) -> dict[str, Any]:
-        """What ``fimserver daemon status`` says; counts, never a name of a file."""
+        """Return what ``fimserver daemon status`` shows: counts, never file names."""
         engine, sessions = self.engine, [c.server.session for c in self.connections]
         info = engine.info
         counters = sum((session.counters for session in sessions), Counter(self.counters))
@@ -368,7 +368,7 @@ def _to_percentiles(times_ms: Iterable[float]) -> dict[str, float | None]:
 
 
 def resident_bytes(pid: int) -> int | None:
-    """Memory of a process; ``None`` where the system does not say."""
+    """Return the memory of a process; ``None`` if the system does not report it."""
     try:
         pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1])
     except (OSError, ValueError, IndexError):
@@ -377,7 +377,7 @@ def resident_bytes(pid: int) -> int | None:
 
 
 def _to_build(value: Any) -> tuple[int, ...]:
-    """A build as the other side says it; older than any where it says nonsense."""
+    """Return the peer's build; older than any other if it is not valid."""
     return tuple(value) if isinstance(value, list) and all(type(part) is int for part in value) else ()
 
 
@@ -390,25 +390,25 @@ async def _read_hello(reader: asyncio.StreamReader) -> dict[str, Any]:
 
 
 def run_daemon(linger_s: float = LINGER_S) -> int:
-    """Serve this user's editors until nobody is left; 0, also where another daemon does. Raises ``DaemonError``."""
+    """Serve this user's editors until none is left; return 0, also if another daemon runs. Raises ``DaemonError``."""
     configure_logs(as_json=is_written_to(log_file()))
     silence_dependencies()
     lock = Lock("daemon.lock")
     if not lock.acquire(_LOCK_TIMEOUT_S):
-        _logger.info("another daemon runs already")
+        _logger.info("another daemon is running already")
         return 0
     listener = _inherited() or listen()
-    # The lock stays this process' alone: workers are started with descriptors closed.
+    # Workers do not inherit the lock: they are started with descriptors closed.
     asyncio.run(Daemon(listener, lock, linger_s=linger_s).run())
     return 0
 
 
 def _inherited() -> Listener | None:
-    """The socket that systemd listens on for us."""
+    """Return the socket that systemd passed to this process."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()) or os.environ.get("LISTEN_FDS") != "1":
         return None
     bound = socket.socket(fileno=_LISTEN_FDS_START)
     if bound.family != socket.AF_UNIX:
-        msg = "the socket of the systemd unit is no Unix socket; write the unit anew: fimserver daemon install"
+        msg = "the systemd unit's socket is not a Unix socket; run: fimserver daemon install"
         raise DaemonError(msg)
     return Listener(bound, Path(os.fsdecode(bound.getsockname())), keeps_file=True)

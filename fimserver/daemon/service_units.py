@@ -1,9 +1,9 @@
-"""Units by which the system starts the daemon: systemd's (of the user, started by its socket) and launchd's.
+"""Write units by which the system starts the daemon: systemd (of the user, started by its socket) or launchd.
 
-    write_units    -> the files written, and the command that puts them to work
-    remove_units   -> the files removed, and the command that ends them
+    write_units    -> the files written, and the command that activates them
+    remove_units   -> the files removed, and the command that deactivates them
 
-Without them the first editor starts the daemon, which is enough for most people.
+Units are optional: without them the first editor starts the daemon.
 
 Knows:  folders of the system.  Never: LSP.
 """
@@ -20,7 +20,7 @@ from fimserver.errors import DaemonError
 from fimserver.paths import HOME_VARIABLE, socket_path
 
 LABEL = "org.fimserver.daemon"
-# Which folders are used; XDG_RUNTIME_DIR is the session's own, there too.
+# Environment variables that choose folders; XDG_RUNTIME_DIR is set by the session there too.
 _FOLDER_VARIABLES = ("XDG_CONFIG_HOME", "XDG_STATE_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME", "TMPDIR", "HF_HOME")
 _SOCKET = """[Unit]
 Description=fimserver, code completion: where editors connect
@@ -47,14 +47,14 @@ UMask=0077
 
 
 def write_units() -> tuple[list[Path], str]:
-    """Write the units of this system. Raises ``DaemonError`` where there are none for it."""
+    """Write the units for this system. Raises ``DaemonError`` on a system without units."""
     contents = _units()
     for path, content in contents.items():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
         except OSError as error:
-            msg = f"{path} cannot be written ({error.strerror}); mend that and run the command again"
+            msg = f"{path} cannot be written ({error.strerror}); fix that and run the command again"
             raise DaemonError(msg) from error
     if sys.platform == "darwin":
         return list(contents), f"launchctl bootstrap gui/{os.getuid()} {next(iter(contents))}"
@@ -62,11 +62,11 @@ def write_units() -> tuple[list[Path], str]:
 
 
 def remove_units() -> tuple[list[Path], str]:
-    """Remove what ``write_units`` wrote."""
+    """Remove the files that ``write_units`` wrote."""
     paths = [path for path in _units() if path.exists()]
     for path in paths:
         path.unlink()
-        with suppress(OSError):  # by which systemd starts it with the session
+        with suppress(OSError):  # the link by which systemd starts it with the session
             (path.parent / "sockets.target.wants" / path.name).unlink()
     if sys.platform == "darwin":
         return paths, f"launchctl bootout gui/{os.getuid()}/{LABEL}"
@@ -74,7 +74,7 @@ def remove_units() -> tuple[list[Path], str]:
 
 
 def is_installed() -> bool:
-    """Whether the system starts the daemon by units of ours."""
+    """Return whether units of fimserver are installed."""
     with suppress(DaemonError):
         return all(path.exists() for path in _units())
     return False
@@ -96,7 +96,7 @@ def _units() -> dict[Path, bytes]:
         }
         return {Path.home() / "Library" / "LaunchAgents" / f"{LABEL}.plist": plistlib.dumps(values)}
     if sys.platform == "win32" or uses_tcp():
-        msg = "there are units for systemd and launchd alone; here the first editor starts the daemon"
+        msg = "only systemd and launchd can start the daemon; on this system the first editor starts it"
         raise DaemonError(msg)
     folder = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "systemd" / "user"
     shown = "".join(f"Environment={_quote(f'{name}={value}')}\n" for name, value in environment.items())
@@ -112,6 +112,6 @@ def _escape(text: str) -> str:
 
 
 def _quote(text: str) -> str:
-    """A word of a unit's line."""
+    """Return a word quoted for a unit's command line."""
     escaped = _escape(text).replace("\\", "\\\\").replace('"', '\\"')
     return f'"{escaped}"' if any(c.isspace() or c in "\"'\\;$" for c in text) else escaped

@@ -1,9 +1,9 @@
-"""Serve one editor over stdio: by the daemon if there can be one, else in this process.
+"""Serve one editor over stdio: through the daemon if possible, else in this process.
 
     serve        -> the exit code; the relay if a daemon can be reached or started
     run_stdio    -> the exit code; without a daemon, shared with no other editor
 
-Imports the standard library only, until it is known which of the two it is: the relay has to start at once.
+Imports only the standard library until a daemon is known to be missing: the relay has to start at once.
 
 Knows:  the relay, the language server.  Never: options of the command line.
 """
@@ -21,7 +21,7 @@ def serve(overrides: dict[str, object], *, has_daemon: bool = True) -> int:
 
         try:
             return relay(overrides)
-        except (FimserverError, OSError) as error:  # nothing was read from the editor yet
+        except (FimserverError, OSError) as error:  # nothing has been read from the editor yet
             sys.stderr.write(f"fimserver: {error}\nfimserver: this editor is served without a daemon\n")
     return run_stdio(overrides)
 

@@ -1,16 +1,16 @@
-"""Where the daemon is reached: a socket that only its owner can open. Standard library only; both sides use it.
+"""Connect to the daemon through a socket that only its owner can open. Standard library only; both sides use it.
 
     listen        the daemon's side: one listening socket, bound under a lock that its process holds while it lives
-    connect       the other side: a stream to the daemon, after both have seen that the other is the same person
-    Lock          a file that one process holds; the system lets go of it when that process ends, however it ends
-    say_hello     who is asking, and which build; what the daemon answers
+    connect       the other side: a stream to the daemon, after both have checked that the other has the same user
+    Lock          a file that one process holds; the system releases it when that process ends, however it ends
+    say_hello     send the role and the build, and return the daemon's answer
 
-On Unix a socket with mode 0600 in a folder with mode 0700, and the peer's uid is compared. Elsewhere (or with
-``FIMSERVER_TRANSPORT=tcp``) a loopback port; port and key stand in a file that only its owner can read, and both sides
-prove that they have read it, so that who takes a port that became free learns nothing.
+On Unix: a socket with mode 0600 in a folder with mode 0700, and the peer's uid is compared. Elsewhere (or with
+``FIMSERVER_TRANSPORT=tcp``): a loopback port. Port and key are in a file that only its owner can read, and both sides
+prove that they know the key, so that a process that takes over a free port learns nothing.
 
 Knows:  sockets, files of the runtime folder.  Never: LSP.
-Raises: ``DaemonError`` that says what to do; ``ConnectionError`` and ``FileNotFoundError`` where no daemon is.
+Raises: ``DaemonError`` with a remedy; ``ConnectionError`` and ``FileNotFoundError`` if no daemon is running.
 """
 
 import json
@@ -28,18 +28,18 @@ from fimserver.errors import DaemonError
 from fimserver.framing import read_body, to_frame
 from fimserver.paths import make_private, read_bytes, runtime_folder, socket_path, write_private
 
-PROTOCOL = 1  # of the messages below; both sides have to speak the same
-KEY = "fimserver"  # of a message that is between relay and daemon, not the editor's
+PROTOCOL = 1  # of the messages below; both sides must use the same
+KEY = "fimserver"  # key of messages between relay and daemon, which are not the editor's
 TRANSPORT_VARIABLE = "FIMSERVER_TRANSPORT"
 GREETING_TIMEOUT_S = 5.0
-NO_ANSWER = "the daemon does not answer; end it with: fimserver daemon stop --force"
+NO_ANSWER = "the daemon does not respond; end it with: fimserver daemon stop --force"
 PROOF_BYTES = 32
 _BACKLOG = 64
-_LOCKED_BYTE = 4096  # on Windows, where a locked byte cannot be read: behind the process' number
+_LOCKED_BYTE = 4096  # after the process id: Windows does not let others read a locked byte
 
 
 def uses_tcp() -> bool:
-    """Whether a loopback port takes the socket's place."""
+    """Return whether a loopback port is used instead of a Unix socket."""
     return sys.platform == "win32" or os.environ.get(TRANSPORT_VARIABLE) == "tcp"
 
 
@@ -51,15 +51,15 @@ class Lock:
         self._file: int | None = None
 
     def acquire(self, timeout_s: float = 0.0, *, is_probe: bool = False) -> bool:
-        """Take it; ``False`` where another process holds it for longer.
+        """Take the lock; return ``False`` if another process holds it longer than ``timeout_s``.
 
-        Who holds it says so in the file; a ``is_probe`` only looks whether it can be had.
+        The holder writes its process id into the file; with ``is_probe`` the file is not written.
         """
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
         try:
             file = os.open(self.path, flags, 0o600)
         except OSError as error:
-            msg = f"the lock {self.path} cannot be opened ({error.strerror}); remove it if it is not yours to keep"
+            msg = f"the lock {self.path} cannot be opened ({error.strerror}); check its owner, and remove it"
             raise DaemonError(msg) from error
         deadline = time.monotonic() + timeout_s
         while not _try_lock(file):
@@ -70,20 +70,20 @@ class Lock:
         self._file = file
         if is_probe:
             return True
-        with suppress(OSError):  # of a full disk; the lock itself is the system's
+        with suppress(OSError):  # for instance a full disk; the lock itself holds anyway
             os.ftruncate(file, 0)
             os.write(file, str(os.getpid()).encode())
         return True
 
     def read_holder(self) -> int | None:
-        """The process that said last that it holds the lock."""
+        """Return the process id in the file: the last holder's."""
         try:
             return int(read_bytes(self.path, 64))
         except (OSError, ValueError):
             return None
 
     def release(self) -> None:
-        """Let go of it."""
+        """Release the lock."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
@@ -110,14 +110,14 @@ def _try_lock(file: int) -> bool:
 
 
 class Listener:
-    """A listening socket, and the file by which it is found; ``key`` is what peers of a port have to know."""
+    """A listening socket, and the file that names it; peers of a port must know ``key``."""
 
     def __init__(self, bound: socket.socket, path: Path, key: bytes = b"", *, keeps_file: bool = False) -> None:
         self.socket, self.path, self.key = bound, path, key
         self._identity = None if keeps_file else _identity_of(path)
 
     def close(self) -> None:
-        """Listen no more. The file goes too, unless it is another's by now."""
+        """Stop listening. Remove the file too, unless another daemon has replaced it."""
         if self._identity is not None and _identity_of(self.path) == self._identity:
             with suppress(OSError):
                 self.path.unlink()
@@ -125,7 +125,7 @@ class Listener:
 
 
 def listen() -> Listener:
-    """Listen. To be called with the daemon's lock held: a socket that is there then is nobody's."""
+    """Listen. The caller must hold the daemon's lock: then an existing socket is stale and is removed."""
     if uses_tcp():
         return _listen_on_port()
     path = socket_path()
@@ -139,7 +139,7 @@ def listen() -> Listener:
         bound.listen(_BACKLOG)
     except OSError as error:
         bound.close()
-        msg = f"the socket {path} cannot be made ({error.strerror}); see that its folder can be written"
+        msg = f"the socket {path} cannot be created ({error.strerror}); make its folder writable"
         raise DaemonError(msg) from error
     finally:
         os.umask(mask)
@@ -156,7 +156,7 @@ def _listen_on_port() -> Listener:
         write_private(path, json.dumps({"port": bound.getsockname()[1], "key": key.hex()}))
     except OSError as error:
         bound.close()
-        msg = f"{path} cannot be written ({error.strerror}); see that its folder can be written"
+        msg = f"{path} cannot be written ({error.strerror}); make its folder writable"
         raise DaemonError(msg) from error
     return Listener(bound, path, key)
 
@@ -174,9 +174,9 @@ def _identity_of(path: Path) -> tuple[int, int] | None:
 
 
 def is_same_user(peer: socket.socket) -> bool:
-    """Whether the process at the other end of a Unix socket runs under this user."""
+    """Return whether the process at the other end of a Unix socket runs as this user."""
     if peer.family != getattr(socket, "AF_UNIX", None):
-        return True  # a port's peers prove themselves by the key
+        return True  # peers of a port prove that they know the key
     if hasattr(socket, "SO_PEERCRED"):
         credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
         return bool(struct.unpack("3i", credentials)[1] == os.getuid())
@@ -184,7 +184,7 @@ def is_same_user(peer: socket.socket) -> bool:
         local_peercred = 1
         credentials = peer.getsockopt(0, local_peercred, 76)  # xucred: version, uid, groups
         return bool(struct.unpack_from("2I", credentials)[1] == os.getuid())
-    return True  # the folder's mode is what keeps others out
+    return True  # the folder's mode keeps other users out
 
 
 # The other side
@@ -198,31 +198,31 @@ class Stream:
         self._reader: BinaryIO = connected.makefile("rb")
 
     def read(self) -> bytes | None:
-        """The next body; ``None`` when the daemon is gone."""
+        """Return the next body; ``None`` when the daemon has closed the connection."""
         try:
             return read_body(self._reader)
         except OSError:
             return None
 
     def send(self, *bodies: bytes) -> None:
-        """Send bodies. Raises ``OSError`` when the daemon is gone."""
+        """Send bodies. Raises ``OSError`` when the daemon has closed the connection."""
         self._socket.sendall(b"".join(map(to_frame, bodies)))
 
     def set_timeout(self, timeout_s: float | None) -> None:
-        """How long reading and sending may take."""
+        """Limit the time that reading and sending may take."""
         self._socket.settimeout(timeout_s)
 
     def close(self) -> None:
-        """End the connection; a thread that reads sees its end."""
+        """Close the connection; a thread that reads from it sees the end."""
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
 
 def connect() -> Stream:
-    """Connect to the daemon that runs.
+    """Connect to the running daemon.
 
-    Raises ``FileNotFoundError`` or ``ConnectionError`` where none does, ``DaemonError`` for one of somebody else's.
+    Raises ``FileNotFoundError`` or ``ConnectionError`` if none is running, ``DaemonError`` for another user's.
     """
     if uses_tcp():
         return _connect_to_port()
@@ -237,13 +237,13 @@ def connect() -> Stream:
         stream.close()
         if isinstance(error, FileNotFoundError | ConnectionError):
             raise
-        if isinstance(error, TimeoutError | BlockingIOError):  # more wait to be greeted than there is room for
+        if isinstance(error, TimeoutError | BlockingIOError):  # the backlog of the listening socket is full
             raise DaemonError(NO_ANSWER) from error
-        msg = f"the socket {path} cannot be opened ({error.strerror}); see whose it is, and remove it"
+        msg = f"the socket {path} cannot be opened ({error.strerror}); check its owner, and remove it"
         raise DaemonError(msg) from error
     if not same:
         stream.close()
-        msg = f"the socket {path} belongs to another user's process; remove it, nothing was sent to it"
+        msg = f"the socket {path} belongs to another user's process; nothing was sent, remove the socket"
         raise DaemonError(msg)
     return Stream(stream)
 
@@ -255,9 +255,9 @@ def _connect_to_port() -> Stream:
         if not 0 < port < 2**16:
             raise ConnectionRefusedError
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise ConnectionRefusedError from error  # half written, or damaged: a new daemon writes it anew
+        raise ConnectionRefusedError from error  # half written, or damaged: a new daemon replaces it
     except PermissionError as error:
-        msg = f"{_port_file()} cannot be read; see whose it is, and remove it"
+        msg = f"{_port_file()} cannot be read; check its owner, and remove it"
         raise DaemonError(msg) from error
     try:
         connected = socket.create_connection(("127.0.0.1", port), timeout=GREETING_TIMEOUT_S)
@@ -280,14 +280,14 @@ def _connect_to_port() -> Stream:
 
 
 def prove(key: bytes, role: bytes, nonce: bytes) -> bytes:
-    """What only somebody who has the key can say to a nonce (32 bytes)."""
+    """Return the answer to a nonce (32 bytes) that proves knowledge of the key."""
     import hmac  # noqa: PLC0415  only ports need it
 
     return hmac.digest(key, role + nonce, "sha256")
 
 
 def is_proof(proof: bytes, key: bytes, role: bytes, nonce: bytes) -> bool:
-    """Whether the other side has the key."""
+    """Return whether the proof shows that the other side knows the key."""
     import hmac  # noqa: PLC0415
 
     return hmac.compare_digest(proof, prove(key, role, nonce))
@@ -304,9 +304,9 @@ def _receive(connected: socket.socket, size: int) -> bytes:
 
 
 def say_hello(stream: Stream, role: str, build: tuple[int, ...], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Greet the daemon as an ``editor`` or for ``control``, and give its answer.
+    """Greet the daemon as an ``editor`` or for ``control``, and return its answer.
 
-    Raises ``ConnectionError`` where it is just ending, ``DaemonError`` where it says nothing.
+    Raises ``ConnectionError`` if the daemon is ending, ``DaemonError`` if it does not answer.
     """
     hello = {KEY: "hello", "role": role, "protocol": PROTOCOL, "build": list(build), "pid": os.getpid(), **values}
     stream.set_timeout(GREETING_TIMEOUT_S)

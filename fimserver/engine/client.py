@@ -1,9 +1,9 @@
-"""Run the engine worker from the server's side: start it, talk to it, start it again when it dies.
+"""Run the engine worker from the server's side: start it, exchange messages, restart it when it dies.
 
     start()            start the worker process
-    complete()         ask for a completion; returns a future of a Generation, partial answers go to a callback
+    complete()         request a completion; returns a future of a Generation, partial answers go to a callback
     restart()          start another worker with other options; open requests wait for it
-    unload_if_idle()   end a worker that was not used for a while; touch() or complete() starts it again
+    unload_if_idle()   end a worker that was idle for some time; touch() or complete() starts it again
     close()            end the worker, and every open request with a reason
 
 Phases of a worker (``_TRANSITIONS``):
@@ -16,17 +16,17 @@ Phases of a worker (``_TRANSITIONS``):
     UNLOADED -> FAILED, LOADING, RELOADING, STOPPED
     FAILED -> FAILED, LOADING
 
-LOADING is the first load with these options: a worker that dies then has failed, except that one that was killed is
-started once more (RETRYING). RELOADING follows a worker that had loaded with these options: a death then says nothing
-about them. A worker that dies ``MAX_DEATHS`` times within ``DEATH_WINDOW_S`` is not started again: FAILED, with the
-reason. ``restart`` leads to LOADING from everywhere.
+LOADING is the first load with these options: a worker that dies then has failed, but one that was killed is started
+once more (RETRYING). RELOADING follows a worker that had loaded with these options, so a death is not blamed on them.
+A worker that dies ``MAX_DEATHS`` times within ``DEATH_WINDOW_S`` is not started again: FAILED, with the reason.
+``restart`` leads to LOADING from every phase.
 
 Requests that were waiting when a worker died go to the next one. The request that it was computing is sent once more,
 and fails after a second death.
 
 Knows:   processes, messages, threads.  Never: torch, LSP.
 Threads: any thread may call, and no call waits for the worker. Each worker has a thread that reads and one that
-         writes; one watchdog kills a worker that gives no sign. Callbacks must not block.
+         writes; one watchdog kills a worker that does not respond. Callbacks must not block.
 """
 
 import json
@@ -53,9 +53,9 @@ from fimserver.states import StateMachine, Transitions
 
 MAX_DEATHS = 3
 DEATH_WINDOW_S = 60.0
-HANG_TIMEOUT_S = 90.0  # without any sign while a request is computed
+HANG_TIMEOUT_S = 90.0  # without a message from the worker while it computes a request
 LOAD_TIMEOUT_S = 600.0  # without having loaded
-LEAST_LATENCY_MS = 50  # that a request has, however long it waited
+LEAST_LATENCY_MS = 50  # kept for a request, however long it waited
 _KILLED = -9
 _MAX_ATTEMPTS = 2
 _ENOUGH_ANSWERS = 3
@@ -64,7 +64,7 @@ _ENDINGS = ("generation", "cancelled", "error")
 
 
 class EngineState(StrEnum):
-    """Where the worker is in its life."""
+    """The state of the engine, as listeners see it."""
 
     STOPPED = "stopped"
     LOADING = "loading"
@@ -73,7 +73,7 @@ class EngineState(StrEnum):
 
 
 class WorkerPhase(StrEnum):
-    """Where the worker is in its life, as far as the next step depends on it."""
+    """The phase of a worker: the state of its state machine."""
 
     STOPPED = "stopped"
     LOADING = "loading"
@@ -140,13 +140,13 @@ _SEEN_AS = {  # by listeners
     WorkerPhase.READY: EngineState.READY,
     WorkerPhase.FAILED: EngineState.FAILED,
 }
-# A worker that is started in one of these phases has loaded with these options before.
+# A worker started in one of these phases follows one that had loaded with these options.
 _HAS_LOADED = (WorkerPhase.READY, WorkerPhase.RELOADING, WorkerPhase.UNLOADED)
 
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """What a worker is started with, and how long it may idle; ``command`` is replaced in tests."""
+    """The options of a worker, and how long it may be idle; ``command`` is replaced in tests."""
 
     model: str = "tiny"
     device: str = "auto"
@@ -157,12 +157,12 @@ class EngineOptions:
     command: tuple[str, ...] = (sys.executable, "-P", "-m", "fimserver.engine.worker")
 
     def under(self, settings: Settings) -> "EngineOptions":
-        """These options with what belongs to the engine in a person's settings."""
+        """Return these options with the engine's part of the user's settings."""
         return replace(self, **{name: getattr(settings, name) for name in _CHOSEN})
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What the worker itself is told: two engines with the same are the same."""
+        """Return the worker's arguments: workers with equal arguments are interchangeable."""
         return {name: getattr(self, name) for name in _CHOSEN if name != "idle_unload_minutes"}
 
 
@@ -171,7 +171,7 @@ _CHOSEN = [f.name for f in fields(EngineOptions) if f.name != "command"]
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """Whose request it is, about which document, and whether the person waits for it."""
+    """The client and the document of a request, and whether the user invoked it."""
 
     client: Hashable = None
     document: str = ""
@@ -186,22 +186,22 @@ class PendingCompletion:
     message: dict[str, Any]
     client: "EngineClient"
     on_partial: Callable[[PartialAnswer], None] | None
-    since: float  # of the client's clock
+    since: float  # by the client's clock
     future: "Future[Generation]" = field(default_factory=Future)
-    ticket: Ticket | None = None  # with which it was sent
+    ticket: Ticket | None = None  # of the schedule, once it was sent
     is_cancelled: bool = False
     num_deaths: int = 0
 
     def cancel(self) -> None:
-        """Ask the worker to stop within one step; the future then raises ``CompletionCancelledError``."""
+        """Cancel; the worker stops within one step, and the future raises ``CompletionCancelledError``."""
         self.client.cancel(self.id)
 
 
 @dataclass(eq=False)
 class _Worker:
-    """One process and what is still to be written to it; ``current`` is the request that it computes.
+    """One process and its outgoing messages; ``current`` is the request that it computes.
 
-    ``is_hung`` says that it is ended from here, for want of a sign.
+    ``is_hung``: the watchdog ended it because it did not respond.
     """
 
     process: "subprocess.Popen[bytes]"
@@ -211,7 +211,7 @@ class _Worker:
 
 
 class EngineClient:
-    """One worker process at a time."""
+    """A client of one worker process at a time."""
 
     def __init__(
         self,
@@ -225,16 +225,18 @@ class EngineClient:
         self._phase = StateMachine(WorkerPhase.STOPPED, _TRANSITIONS)
         self.detail = "the engine was not started"
         self.info: ModelInfo | None = None
-        self.device_bytes: int | None = None  # of the card's memory; None where there is no card
-        self.ready_since = 0.0  # of its clock, as all times here
-        self._took_s: deque[float] = deque(maxlen=_ANSWERS_KEPT)  # the last answers, with their wait for others
+        self.device_bytes: int | None = None  # GPU memory; None without a GPU
+        self.ready_since = 0.0  # by the client's clock, like all times here
+        # the last answers, including the wait for other requests
+        self._took_s: deque[float] = deque(maxlen=_ANSWERS_KEPT)
         self._listeners = [on_state]
         self._last_used = self._clock()
         self._changed = threading.Condition(threading.RLock())
         self._worker: _Worker | None = None
         self._pending: dict[int, PendingCompletion] = {}
         self._schedule = Schedule(clock)
-        self._sent: PendingCompletion | None = None  # the worker has one at a time: which is next, is decided here
+        # the worker gets one request at a time, so that the schedule decides the next
+        self._sent: PendingCompletion | None = None
         self._next_id = 1
         self._deaths: list[float] = []
         self._deadline: float | None = None  # when the watchdog ends the worker
@@ -242,51 +244,51 @@ class EngineClient:
 
     @property
     def state(self) -> EngineState:
-        """What the rest of the server sees of the worker's phase."""
+        """Return the worker's phase as the rest of the server sees it."""
         return _SEEN_AS[self._phase.state]
 
     @property
     def is_unloaded(self) -> bool:
-        """Whether the worker was ended because it was idle."""
+        """Return whether the worker was ended because it was idle."""
         return self._phase.state is WorkerPhase.UNLOADED
 
     @property
     def pid(self) -> int | None:
-        """Process id of the worker, if there is one."""
+        """Return the process id of the worker, if there is one."""
         worker = self._worker
         return worker.process.pid if worker else None
 
     @property
     def num_pending(self) -> int:
-        """Requests without an answer."""
+        """Return the number of requests without an answer."""
         return len(self._pending)
 
     def typical_s(self) -> float | None:
-        """Seconds that an answer takes, from asked to there, at the median; ``None`` while too few were seen."""
+        """Return the median seconds from request to answer; ``None`` while too few answers are known."""
         with self._changed:
             return statistics.median(self._took_s) if len(self._took_s) >= _ENOUGH_ANSWERS else None
 
     def listen(self, on_state: Callable[[EngineState, str], None]) -> None:
-        """Tell another of every state from now on."""
+        """Call ``on_state`` at every change of state from now on."""
         with self._changed:
             self._listeners.append(on_state)
 
     def unlisten(self, on_state: Callable[[EngineState, str], None]) -> None:
-        """Tell one who listens nothing more."""
+        """Remove a listener."""
         with self._changed:
             self._listeners = [other for other in self._listeners if other != on_state]
 
     def touch(self) -> None:
-        """Somebody works: a worker that was unloaded is started again."""
+        """Start a worker that was unloaded: the user works again."""
         with self._changed:
             self._last_used = self._clock()
             if self.is_unloaded:
                 self._spawn()
 
     def unload_if_idle(self) -> float | None:
-        """End a loaded worker that was not used for as long as its options say.
+        """End a loaded worker that was idle for as long as its options allow.
 
-        Seconds until it is worth asking again; ``None`` where no worker is loaded or it may stay for ever.
+        Returns the seconds until the next call can do more; ``None`` if no worker is loaded or it may stay forever.
         """
         with self._changed:
             limit_s = self.options.idle_unload_minutes * 60
@@ -305,7 +307,7 @@ class EngineClient:
         return None
 
     def start(self) -> None:
-        """Start a worker unless one is there."""
+        """Start a worker unless one is running."""
         with self._changed:
             if self._worker is None:
                 self._spawn()
@@ -336,7 +338,7 @@ class EngineClient:
             worker.process.wait()
 
     def wait_until_ready(self, timeout_s: float) -> ModelInfo:
-        """Block until the model is loaded. Raises ``EngineError`` with the reason when it is not."""
+        """Block until the model is loaded. Raises ``EngineError`` with the reason if it is not."""
         with self._changed:
             self._changed.wait_for(lambda: self.state is not EngineState.LOADING, timeout_s)
             if self.state is EngineState.READY and self.info:
@@ -352,7 +354,7 @@ class EngineClient:
         on_partial: Callable[[PartialAnswer], None] | None = None,
         turn: Turn | None = None,
     ) -> PendingCompletion:
-        """Ask for a completion. Raises ``EngineError`` when no worker is there or will be."""
+        """Request a completion. Raises ``EngineError`` if no worker is running or starting."""
         turn = turn or Turn()
         with self._changed:
             self.touch()
@@ -366,7 +368,7 @@ class EngineClient:
                 "partials": on_partial is not None,
             }
             pending = PendingCompletion(self._next_id, message, self, on_partial, self._clock())
-            pending.future.set_running_or_notify_cancel()  # only the worker's answer ends it
+            pending.future.set_running_or_notify_cancel()  # from now on future.cancel() does nothing
             self._next_id += 1
             self._pending[pending.id] = pending
             replaced = self._schedule.add(pending.id, turn.client, turn.document, invoked=turn.invoked)
@@ -375,21 +377,21 @@ class EngineClient:
             return pending
 
     def focus(self, client: Hashable, document: str | None) -> None:
-        """A client says which document has the focus: automatic requests about it go before its others."""
+        """Record the document that has a client's focus: its automatic requests go before the client's others."""
         with self._changed:
             self._schedule.focus(client, document)
 
     def forget(self, client: Hashable) -> None:
-        """A client is gone, and so is all that it asked."""
+        """End all requests of a client that has disconnected."""
         with self._changed:
             for number in self._schedule.forget(client):
-                self._finish(self._pending[number], CompletionCancelledError("its editor is gone"))
+                self._finish(self._pending[number], CompletionCancelledError("its editor has disconnected"))
             sent = self._sent
             if sent is not None and sent.ticket is not None and sent.ticket.client == client:
                 self.cancel(sent.id)
 
     def cancel(self, request_id: int) -> None:
-        """Cancel a request; one that was never sent ends at once."""
+        """Cancel a request; one that was not sent yet ends at once."""
         with self._changed:
             pending = self._pending.get(request_id)
             if pending is None or pending.is_cancelled:
@@ -400,7 +402,7 @@ class EngineClient:
             else:
                 self._finish(pending, CompletionCancelledError("cancelled before it was sent"))
 
-    # From here on: called with the lock held, or by a worker's own threads.
+    # The methods below are called with the lock held, or by a worker's own threads.
 
     def _move(self, phase: WorkerPhase, detail: str) -> None:
         self._phase.move(phase)
@@ -414,7 +416,7 @@ class EngineClient:
             listener(state, detail)
 
     def _spawn(self, phase: WorkerPhase | None = None) -> None:
-        """Start a worker; ``phase`` is LOADING or RELOADING by what went before, unless given."""
+        """Start a worker in ``phase``, by default LOADING or RELOADING, depending on what went before."""
         if phase is None:
             phase = WorkerPhase.RELOADING if self._phase.state in _HAS_LOADED else WorkerPhase.LOADING
         self.info = self.device_bytes = None
@@ -447,7 +449,7 @@ class EngineClient:
         self._changed.notify_all()
 
     def _watch(self) -> None:
-        """End a worker that is past its deadline; the reader sees its end and starts another."""
+        """End a worker that is past its deadline; the reading thread notices the end and starts another."""
         with self._changed:
             while self._worker is not None:
                 remaining = None if self._deadline is None else self._deadline - self._clock()
@@ -459,7 +461,7 @@ class EngineClient:
             self._watchdog = None
 
     def _send_next(self) -> None:
-        """Give a worker that has nothing to do the next request."""
+        """Send the next request to an idle worker."""
         if self._worker is None or self.state is not EngineState.READY or self._sent is not None:
             return
         if (ticket := self._schedule.take()) is not None:
@@ -469,7 +471,7 @@ class EngineClient:
             self._expect_sign(HANG_TIMEOUT_S)
 
     def _within_time(self, pending: PendingCompletion) -> dict[str, Any]:
-        """A request's message, with less time for who has waited for others; not for what the loading took."""
+        """Return a request's message: max_latency_ms minus the time spent in the queue, without that of loading."""
         sampling = pending.message["sampling"]
         if sampling["max_latency_ms"] is None:
             return pending.message
@@ -479,10 +481,10 @@ class EngineClient:
 
     def _finish_replaced(self, number: int | None) -> None:
         if number is not None:
-            self._finish(self._pending[number], CompletionCancelledError("a newer one took its place"))
+            self._finish(self._pending[number], CompletionCancelledError("a newer request replaced it"))
 
     def _requeue(self) -> None:
-        """The request that a worker had waits for the next one; one that was cancelled ends now."""
+        """Put the request of a dead worker back for the next one; end it if it was cancelled."""
         pending, self._sent = self._sent, None
         if pending is None or pending.ticket is None or pending.id not in self._pending:
             return
@@ -491,8 +493,8 @@ class EngineClient:
             self._finish(pending, CompletionCancelledError("cancelled"))
 
     def _read(self, worker: _Worker) -> None:
-        """Handle what a worker says until it ends. Nonsense from it ends it."""
-        with suppress(Exception):  # whatever a message was, the worker that sent it cannot be trusted
+        """Handle a worker's messages until it ends. An invalid message ends it."""
+        with suppress(Exception):  # a worker that sent an invalid message cannot be trusted
             while (message := read_message(cast("BinaryIO", worker.process.stdout))) is not None:
                 self._on_message(worker, message)
         _end(worker)
@@ -526,7 +528,7 @@ class EngineClient:
             if self._sent is not None:
                 self._expect_sign(HANG_TIMEOUT_S)
         if kind == "partial" and pending is not None and pending.on_partial is not None:
-            with suppress(Exception):  # a caller's mistake is no reason to lose the worker
+            with suppress(Exception):  # an error in a caller's callback must not end the worker
                 pending.on_partial(from_plain(PartialAnswer, message["partial"]))
 
     def _on_ready(self, info: ModelInfo) -> None:
@@ -545,9 +547,11 @@ class EngineClient:
             phase, was_killed = self._phase.state, code is not None and code < 0 and not worker.is_hung
             next_phase = None
             if phase is WorkerPhase.LOADING and was_killed:
-                next_phase = WorkerPhase.RETRYING  # the system may have killed it for a reason that is gone
+                next_phase = WorkerPhase.RETRYING  # killed once while loading; retry once before failing
             elif phase in {WorkerPhase.LOADING, WorkerPhase.RETRYING}:
-                why = "; it was killed, mostly for want of memory: see fimserver doctor" if code == _KILLED else ""
+                why = (
+                    "; it was killed, probably because memory ran out; run: fimserver doctor" if code == _KILLED else ""
+                )
                 self._move(WorkerPhase.FAILED, f"the engine ended with code {code} while loading{why}")
             elif phase is not WorkerPhase.FAILED and len(self._deaths) >= MAX_DEATHS:
                 self._move(
@@ -594,9 +598,9 @@ def _to_outcome(kind: str, message: dict[str, Any]) -> Generation | Exception:
 
 
 def _write(worker: _Worker) -> None:
-    """Write what is put into a worker's queue; a full pipe holds up this thread alone."""
+    """Write a worker's outgoing messages; only this thread blocks on a full pipe."""
     stream = cast("BinaryIO", worker.process.stdin)
-    with suppress(OSError, ValueError):  # it has just died: the reader sees that too
+    with suppress(OSError, ValueError):  # the worker has died; the reading thread notices that too
         while (message := worker.outgoing.get()) is not None:
             write_message(stream, message)
     with suppress(OSError):
@@ -604,6 +608,6 @@ def _write(worker: _Worker) -> None:
 
 
 def _end(worker: _Worker) -> None:
-    """Kill a worker, which holds nothing that needs saving, and let its writer go."""
+    """Kill a worker, which has nothing to save, and stop its writing thread."""
     worker.process.kill()
     worker.outgoing.put(None)

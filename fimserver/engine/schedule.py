@@ -1,18 +1,17 @@
-"""Which of the waiting requests the worker gets next: fair between clients, quick for who asks by hand.
+"""Choose the request that the worker gets next: fair between clients; invoked requests first.
 
-    1. what was asked by hand, and what has waited longer than ``PATIENCE_S``, goes before what was not
-    2. of several clients the one that was served longest ago; one that is new counts as served when it came
-    3. of one client's that have waited longer than ``PATIENCE_S`` the oldest, before all others
-    4. of one client's others the newest: what it asked before that is likely stale by now; of automatic ones, those of
-       the document that has the focus go before those of others
+    1. requests that were invoked or have waited longer than ``PATIENCE_S`` go before all others
+    2. among clients: the one served longest ago; a new client counts as served when it came
+    3. within a client: requests that have waited longer than ``PATIENCE_S``, the oldest first
+    4. within a client: then the newest, since earlier ones are probably stale; of automatic requests, those for the
+       focused document go before those for others
 
-The focus is where the client last said it is. Without a word it is at the document of the newest request.
+The focus is where the client last reported it, or without a report the document of the newest request.
 
-So a client that asks without pause holds nobody up for longer than one request and its own turn, and nobody waits for
-ever, behind others or behind newer requests of one's own. One automatic request of a document waits at most; a newer
-one takes its place.
+So a client that sends requests without pause delays others by one request at most per turn, and no request waits
+forever. At most one automatic request of a document waits; a newer one replaces it.
 
-Knows:  numbers and times.  Never: what is asked.
+Knows:  numbers and times.  Never: the content of a request.
 """
 
 import time
@@ -24,7 +23,7 @@ PATIENCE_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """A waiting request: whose, about which document, asked by hand or not; ``id`` grows with time."""
+    """A waiting request: its client, its document, and whether it was invoked; ``id`` grows with time."""
 
     id: int
     client: Hashable
@@ -35,7 +34,7 @@ class Ticket:
 
 @dataclass(slots=True)
 class _Client:
-    """Who asks: the number of the last turn, and where the focus is, as was said and as the newest request shows."""
+    """A client: the number of its last turn, the focus it reported, and the document of its newest request."""
 
     served: int
     focused: str | None = None
@@ -43,7 +42,7 @@ class _Client:
 
 
 class Schedule:
-    """Requests that wait for a worker."""
+    """The requests that wait for a worker."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -52,14 +51,14 @@ class Schedule:
         self._turns = 0
 
     def add(self, number: int, client: Hashable, document: str, *, invoked: bool) -> int | None:
-        """Let a request wait; the id of an automatic one about the same document whose place it takes, if any."""
+        """Add a request; return the id of an automatic one for the same document that it replaces, if any."""
         self._know(client).asked = document
         return self.put_back(Ticket(number, client, document, invoked, self._clock()))
 
     def put_back(self, ticket: Ticket) -> int | None:
-        """Let a request that was taken wait again, as long as it did before.
+        """Add a request again, with the time it has waited before.
 
-        Of two automatic ones about a document the older does not wait; its id.
+        Of two automatic requests for a document the older is removed; returns its id.
         """
         self._waiting[ticket.id] = ticket
         if ticket.invoked or not ticket.document:
@@ -73,11 +72,11 @@ class Schedule:
         return older
 
     def focus(self, client: Hashable, document: str | None) -> None:
-        """A client says which document has the focus; ``None`` where it is at none of them."""
+        """Record the document that has the client's focus; ``None`` if no document has it."""
         self._know(client).focused = document
 
     def take(self) -> Ticket | None:
-        """The next request; ``None`` where nobody waits."""
+        """Remove and return the next request; ``None`` if none waits."""
         if not self._waiting:
             return None
         now = self._clock()
@@ -98,11 +97,11 @@ class Schedule:
         return ticket
 
     def remove(self, number: int) -> bool:
-        """A request no longer waits; ``False`` where it did not."""
+        """Remove a request; return ``False`` if it was not waiting."""
         return self._waiting.pop(number, None) is not None
 
     def forget(self, client: Hashable) -> list[int]:
-        """A client is gone; the ids of what it had waiting."""
+        """Remove a client; return the ids of its waiting requests."""
         self._clients.pop(client, None)
         gone = [number for number, ticket in self._waiting.items() if ticket.client == client]
         for number in gone:

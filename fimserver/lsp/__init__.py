@@ -1,4 +1,4 @@
-"""The language server: LSP types, encodings, connections, the life of a request.
+"""Serve LSP: types, encodings, connections, requests.
 
 Knows:  LSP, documents, the engine's client.  Never: tokens, tensors, torch.
 """

@@ -3,9 +3,9 @@
     answer    the completions and where they came from; raises ``RefusedError`` with the reason if there are none
     on_edit   a document's text changed: an in-flight completion that the new text contradicts is cancelled
 
-The steps themselves are ``pipeline.py``'s. A request joins an in-flight completion while the typed text is a prefix of its
-answer; the first contradiction cancels it. A request that has waited long gets the first line of its answer, and the next
-request gets the rest.
+The steps themselves are in ``pipeline.py``. A request joins an in-flight completion while the typed text is a prefix
+of its answer; the first contradiction cancels it. A request that has waited long gets the first line of its answer, and
+the next request gets the rest.
 
 Knows:  sessions, requests, the engine's client, the pipeline.  Never: LSP types, connections.
 """
@@ -31,9 +31,9 @@ from fimserver.lsp.usage.acceptance import SURE_MATCH, Kind
 from fimserver.lsp.usage.tracker import Usage
 from fimserver.pipeline import Found
 
-_GRACE_S = 0.05  # between an editor's edit, its cancel and its next request
-_LATE_S = 0.25  # that an answer may come after its longest time
-_GIVEN_UP = 3  # times that longest time, for who did not ask
+_GRACE_S = 0.05  # for an editor's edit, cancellation and next request to arrive
+_LATE_S = 0.25  # that an answer may come after maxLatencyMs
+_GIVEN_UP = 3  # times maxLatencyMs, the limit for automatic requests
 FIRST_LINE = "first_line"  # the source of an answer whose rest is still being computed
 _logger = logging.getLogger(__name__)
 
@@ -67,7 +67,8 @@ class Completer:
         place = pipeline.find_hole_at(query)
         request.notes.facts |= {"invoked": request.invoked}
         request.notes.timings_ms["place"] = (time.monotonic() - begin) * 1e3
-        request.notes.timings_ms["place_cpu"] = (time.thread_time() - worked) * 1e3  # without waiting for a processor
+        # CPU time of this thread, without waiting for a processor
+        request.notes.timings_ms["place_cpu"] = (time.thread_time() - worked) * 1e3
         if isinstance(place, NoCompletion):
             raise RefusedError(place)
         request.notes.facts["hole"] = place.hole.kind
@@ -96,7 +97,7 @@ class Completer:
     # In-flight completions
 
     def on_edit(self, uri: str, text: str) -> None:
-        """The text of a document changed."""
+        """Cancel in-flight completions that a document's new text contradicts."""
         for running in [c for c in self._running if c.snapshot.uri == uri]:
             typed = typed_since(running.snapshot, text)
             running.typed, running.is_placed = typed or "", False
@@ -104,16 +105,17 @@ class Completer:
                 running.end()
 
     def forget(self, uri: str) -> None:
-        """A document was closed: nobody wants what is computed for it."""
+        """Cancel the in-flight completions of a closed document."""
         for running in [c for c in self._running if c.snapshot.uri == uri]:
             running.end()
 
     def _find_running(self, request: Request) -> InflightCompletion | None:
-        """A computation whose answer may begin with what was typed since it was begun."""
+        """Return an in-flight completion whose answer may begin with what was typed since it began."""
         for running in reversed(self._running):
             if running.snapshot.uri != request.snapshot.uri or running.epoch != self._session.epoch:
                 continue
-            is_lesser = request.invoked and not running.invoked and running.shown is None  # it may come to nothing
+            # an automatic completion may come to nothing
+            is_lesser = request.invoked and not running.invoked and running.shown is None
             if running.outcome.done() or is_lesser:
                 continue
             typed = typed_since(running.snapshot, request.snapshot.text)
@@ -127,6 +129,8 @@ class Completer:
 
     def _begin(self, request: Request, found: Found) -> InflightCompletion:
         """Send a request to the engine. Raises ``RefusedError`` if there is none."""
+        for idle in [c for c in self._running if c.snapshot.uri == request.snapshot.uri and not c.users]:
+            idle.end()
         query = self._session.to_query(request.snapshot, invoked=request.invoked)  # other documents may have changed
         context = pipeline.to_context(query, found, self._engine.info)
         sampling = pipeline.sampling_for(query)
@@ -162,7 +166,7 @@ class Completer:
         return inflight
 
     async def _compute(self, inflight: InflightCompletion) -> None:
-        """Wait for the engine's answer and make an outcome of it."""
+        """Wait for the engine's answer and turn it into an outcome."""
         outcome: Answer | NoCompletion | None
         try:
             generation = await asyncio.wrap_future(inflight.pending.future)
@@ -177,14 +181,14 @@ class Completer:
                     return
                 outcome = pipeline.read_answer(inflight.query, inflight.found, generation, shown=inflight.shown)
             except Exception as error:  # noqa: BLE001  whoever waits has to hear of it, or would wait for good
-                _logger.error("an answer could not be taken: %s", type(error).__name__)  # noqa: TRY400  a traceback could quote code
-                outcome = NoCompletion("error", f"the answer could not be taken ({type(error).__name__})")
+                _logger.error("an answer could not be used: %s", type(error).__name__)  # noqa: TRY400  a traceback could quote code
+                outcome = NoCompletion("error", f"the answer could not be used ({type(error).__name__})")
         inflight.settle(outcome)
         if inflight.shown is not None and isinstance(outcome, Answer):
             self._remember(inflight, outcome)
 
     def _remember(self, inflight: InflightCompletion, answer: Answer) -> None:
-        """Keep an answer for who types it, once."""
+        """Cache an answer, once, for requests after its beginning was typed."""
         is_open = inflight.snapshot.uri in self._session.documents
         if inflight.is_remembered or inflight.epoch != self._session.epoch or not is_open:
             return
@@ -194,7 +198,7 @@ class Completer:
             self._usage.know(completion, Kind.MODEL, confidence)
 
     async def _wait_for(self, request: Request, inflight: InflightCompletion) -> tuple[list[Completion], str] | None:
-        """What a computation has for a request; ``None`` where that does not begin with what was typed.
+        """Return what an in-flight completion has for a request; ``None`` if it does not begin with what was typed.
 
         Raises ``RefusedError`` when the request is ended, or when the model has nothing to offer.
         """
@@ -225,23 +229,23 @@ class Completer:
         return (rests, "model") if rests else None
 
     async def _within_time(self, request: Request, inflight: InflightCompletion) -> Answer | NoCompletion | None:
-        """The outcome. Raises ``RefusedError`` where a model takes far too long, or hangs, for what nobody asked."""
+        """Return the outcome. Raises ``RefusedError`` if the model takes far too long for an automatic request."""
         outcome = asyncio.shield(inflight.outcome)
         limit_s = _GIVEN_UP * self._session.settings.max_latency_ms / 1e3
         while not request.invoked and not outcome.done():
-            begin = max(request.received, self._engine.ready_since)  # a worker that died meanwhile is waited for
+            begin = max(request.received, self._engine.ready_since)  # the time does not count while the worker restarts
             remaining_s = begin + limit_s - time.monotonic()
             if remaining_s <= 0 and self._engine.state is EngineState.READY:
                 detail = f"the model has not answered in {limit_s:g} s, {_GIVEN_UP} times fimserver.maxLatencyMs"
-                raise RefusedError(NoCompletion("late", f"{detail}; fimserver doctor says how fast it is here"))
+                raise RefusedError(NoCompletion("late", f"{detail}; run fimserver doctor to see how fast it is here"))
             await asyncio.wait({outcome}, timeout=max(remaining_s, _GRACE_S))
         return await outcome
 
     async def _wait_for_line(self, request: Request, inflight: InflightCompletion) -> Completion | None:
-        """The settled first line once a request has waited long for it; ``None`` where it is to wait for all."""
+        """Return the settled first line after a request has waited long; ``None`` to wait for the whole answer."""
         settings = self._session.settings
         asks_again = inflight.shown is not None and request.snapshot.cursor == inflight.snapshot.cursor
-        is_judged = settings.min_confidence > 0  # by what only the whole answer tells
+        is_judged = settings.min_confidence > 0  # the confidence is only known for a whole answer
         waits = asks_again or is_judged or inflight.found.place.hole.max_lines == 1 or settings.seed is not None
         if waits or settings.first_line_ms is None:
             return None
@@ -250,7 +254,7 @@ class Completer:
         enough: set[asyncio.Future[Any]] = {inflight.outcome, ended}
         try:
             await asyncio.wait(enough, timeout=max(0.0, pause_s), return_when=asyncio.FIRST_COMPLETED)
-            longest_s = settings.max_latency_ms / 1e3  # then the whole is about to come, or nothing is
+            longest_s = settings.max_latency_ms / 1e3  # after that the whole answer is due
             await asyncio.wait({*enough, inflight.line}, timeout=longest_s, return_when=asyncio.FIRST_COMPLETED)
         finally:
             ended.cancel()
@@ -258,7 +262,7 @@ class Completer:
         return None if waits else inflight.fit_line()
 
     def _typed_on(self, request: Request) -> Snapshot:
-        """The request's snapshot as it is now, after what was typed at its cursor. Raises ``RefusedError``."""
+        """Return the request's snapshot as it is now, after what was typed at its cursor. Raises ``RefusedError``."""
         self._policy.check_wanted(request)
         if self._session.is_current(request.document_snapshot):
             return request.snapshot
@@ -269,7 +273,7 @@ class Completer:
         return replace(request.snapshot, text=document.text, cursor=request.snapshot.cursor + len(typed))
 
     def _leave(self, inflight: InflightCompletion) -> None:
-        """A request no longer waits: what nobody waits for is ended, after a grace where a next one is on its way."""
+        """End an in-flight completion that no request waits for, after a grace period for the next request."""
         if inflight.users or inflight.outcome.done():
             return
         remaining_s = inflight.deadline - time.monotonic() if inflight.shown is not None else 0.0

@@ -1,4 +1,4 @@
-"""Answer from what was offered before, as long as the user types it.
+"""Answer from completions that were offered before, as long as the user types them.
 
     typed_since(snapshot, text)            -> the text typed at a snapshot's cursor, or None if something else changed
     rest_of(snapshot, completion, now)     -> what is left of a completion after its beginning was typed
@@ -22,14 +22,14 @@ CLOSERS = ")]}>\"'`"
 
 @dataclass(frozen=True, slots=True)
 class Remembered:
-    """Completions that were offered side by side, the best first, and the snapshot they belong to."""
+    """Completions that were offered together, the best first, and the snapshot they belong to."""
 
     snapshot: Snapshot
     completions: tuple[Completion, ...]
 
 
 def typed_since(snapshot: Snapshot, text: str) -> str | None:
-    """What was typed at a snapshot's cursor to make ``text`` of its text; ``None`` where something else changed."""
+    """Return what was typed at a snapshot's cursor to get ``text``; ``None`` if anything else changed."""
     old, cursor = snapshot.text, snapshot.cursor
     added = len(text) - len(old)
     end = cursor + added
@@ -41,9 +41,9 @@ def typed_since(snapshot: Snapshot, text: str) -> str | None:
 
 
 def rest_of(snapshot: Snapshot, completion: Completion, now: Snapshot) -> Completion | None:
-    """What is left of a snapshot's completion after its beginning was typed; ``None`` where something else was.
+    """Return what is left of a snapshot's completion after its beginning was typed; ``None`` if other text was typed.
 
-    Closers that an editor added behind the cursor by itself are replaced, or left where the rest ends with them.
+    Closing brackets that an editor added after the cursor are replaced, or kept if the rest ends with them.
     """
     typed_length = now.cursor - snapshot.cursor
     if typed_length < 0 or not completion.middle.startswith(now.text[snapshot.cursor : now.cursor]):
@@ -66,7 +66,7 @@ def rest_of(snapshot: Snapshot, completion: Completion, now: Snapshot) -> Comple
 
 
 def rests_of(snapshot: Snapshot, completions: Iterable[Completion], now: Snapshot) -> list[Completion]:
-    """What is left of each of a snapshot's completions that begins with what was typed since."""
+    """Return what is left of each of a snapshot's completions that begins with what was typed since."""
     rests = (rest_of(snapshot, completion, now) for completion in completions)
     return [rest for rest in rests if rest is not None]
 
@@ -77,7 +77,7 @@ def _holds_in_order(text: str, characters: str) -> bool:
 
 
 class CompletionCache:
-    """The last completions: whoever types what was offered gets its rest without the model."""
+    """The last completions: a user who types one gets its rest without the model."""
 
     def __init__(self) -> None:
         self._entries: deque[Remembered] = deque(maxlen=_MAX_REMEMBERED)
@@ -87,20 +87,20 @@ class CompletionCache:
         self._entries.appendleft(Remembered(snapshot, completions))
 
     def find(self, snapshot: Snapshot) -> list[Completion]:
-        """The rests of completions whose beginning was typed since, or the whole where nothing was; often none."""
+        """Return the rests of completions whose beginning was typed since, or whole ones if nothing was; often none."""
         ours = (entry for entry in self._entries if entry.snapshot.uri == snapshot.uri)
         found = (rests_of(entry.snapshot, entry.completions, snapshot) for entry in ours)
         return next((rests for rests in found if rests), [])
 
     def count(self) -> int:
-        """How many answers are kept."""
+        """Return the number of cached answers."""
         return len(self._entries)
 
     def forget(self, uri: str) -> None:
-        """Drop what belongs to a closed document."""
+        """Drop the answers for a closed document."""
         kept = [e for e in self._entries if e.snapshot.uri != uri]
         self._entries = deque(kept, maxlen=_MAX_REMEMBERED)
 
     def clear(self) -> None:
-        """Drop everything: what was decoded under other settings is not offered under these."""
+        """Drop everything: answers of other settings must not be offered."""
         self._entries.clear()

@@ -5,8 +5,8 @@
     ConsentPrompt   asks the user about a model that only an editor's settings name
 
 An editor merges the user's settings with those of a repository, and the server cannot tell them apart. So an editor's
-settings may name only models that the user installed or agreed to (``checkpoints/consent.py``), and a workspace that the
-editor does not trust decides nothing about the engine.
+settings may name only models that the user installed or agreed to (``checkpoints/consent.py``), and a workspace that
+the editor does not trust decides nothing about the engine.
 
 Knows:  settings, consent.  Never: documents, the engine, LSP types except messages to the user.
 """
@@ -21,9 +21,9 @@ from fimserver.checkpoints.consent import FILE_NAME as AGREEMENTS_NAME
 from fimserver.paths import config_file, state_folder
 from fimserver.settings import BY_WIRE_NAME, ENGINE_SETTINGS, Settings, read_settings
 
-TRUST_OPTION = "workspaceTrusted"  # of initializationOptions
+TRUST_OPTION = "workspaceTrusted"  # key of initializationOptions
 RESTART_COMMAND = "fimserver.restart"
-_NOT_AN_OBJECT = 'the fimserver section of the settings is not an object; use {"maxLines": 8} and the like'
+_NOT_AN_OBJECT = 'the fimserver section of the settings is not an object; write for instance {"maxLines": 8}'
 
 
 class Source(StrEnum):
@@ -111,7 +111,7 @@ class Configuration:
         return problems
 
     def _allowed(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Return an editor's settings without those that a repository must not decide alone."""
+        """Return an editor's settings without those that a repository must not decide."""
         if not self.is_trusted:
             return {name: value for name, value in values.items() if name not in ENGINE_SETTINGS}
         model = values.get("model")
@@ -126,8 +126,8 @@ class Configuration:
 class ConsentPrompt:
     """The question whether a model may be loaded that only an editor's settings name.
 
-    ``show_choices`` shows a message with buttons and returns the title that was clicked; ``workspaces`` returns the URIs
-    of the open folders.
+    ``show_choices`` shows a message with buttons and returns the title that was clicked; ``workspaces`` returns the
+    URIs of the open folders.
     """
 
     def __init__(
@@ -159,7 +159,7 @@ class ConsentPrompt:
             self._warn(f"fimserver.model is a folder of another machine, which editors may not name; {needs_none}")
         elif self._agreements.is_refused(model, self._workspaces()):
             self._warn(
-                f"fimserver.model is {model!r}, which you did not want here; remove the setting, or run the command "
+                f"fimserver.model is {model!r}, which you declined here; remove the setting, or run the command "
                 f"{RESTART_COMMAND} to be asked again"
             )
         else:

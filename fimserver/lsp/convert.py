@@ -1,4 +1,4 @@
-"""Between LSP's types and ours: positions to offsets, snapshots, items. Pure functions.
+"""Convert between LSP's types and ours: positions, snapshots, items. Pure functions.
 
 Knows:  LSP types, encodings, texts.  Never: connections, the engine.
 """
@@ -29,7 +29,7 @@ class Selection:
 
 
 def is_writable(uri: str) -> bool:
-    """Whether a document can be saved, as far as can be told: a file that is there and forbids it cannot."""
+    """Return whether a document can be saved, as far as is known: only an existing read-only file cannot."""
     parts = urlsplit(uri) if uri.startswith("file:///") else None
     path = unquote(parts.path) if parts else ""
     try:
@@ -39,7 +39,7 @@ def is_writable(uri: str) -> bool:
 
 
 def take_snapshot(document: Document, position: lsp.Position, encoding: Encoding) -> Snapshot:
-    """The document with the cursor at ``position``. Raises ``PositionError``."""
+    """Return the document with the cursor at ``position``. Raises ``PositionError``."""
     cursor = document.index.to_offset(position.line, position.character, encoding)
     return Snapshot(document.uri, document.version, document.language_id, document.text, cursor)
 
@@ -57,7 +57,7 @@ def to_edits(changes: Sequence[lsp.TextDocumentContentChangeEvent]) -> list[Edit
 
 
 def find_selection(index: LineIndex, info: lsp.SelectedCompletionInfo | None, encoding: Encoding) -> Selection | None:
-    """The selected item, if there is one. Raises ``PositionError``."""
+    """Return the selected item, if there is one. Raises ``PositionError``."""
     if info is None:
         return None
     start = index.to_offset(info.range.start.line, info.range.start.character, encoding)
@@ -66,7 +66,7 @@ def find_selection(index: LineIndex, info: lsp.SelectedCompletionInfo | None, en
 
 
 def with_selection(snapshot: Snapshot, selection: Selection | None) -> Snapshot:
-    """The snapshot as it would be if the selected item had been accepted."""
+    """Return the snapshot as it would be if the selected item had been accepted."""
     if selection is None:
         return snapshot
     text = replace_text(snapshot.text, selection.start, selection.end, selection.text)
@@ -76,9 +76,9 @@ def with_selection(snapshot: Snapshot, selection: Selection | None) -> Snapshot:
 def to_inline_items(
     completions: Sequence[Completion], index: LineIndex, encoding: Encoding, selection: Selection | None = None
 ) -> list[lsp.InlineCompletionItem]:
-    """An LSP item for each completion, always with a range; ``index`` is the document's, without ``selection``.
+    """Return an LSP item for each completion, always with a range; ``index`` is the document's, without ``selection``.
 
-    Beside a selected item the text begins with that item, since the editor shows only what extends it.
+    With a selected item the text begins with that item, since the editor shows only what extends it.
     """
     return [_to_inline_item(completion, index, encoding, selection) for completion in completions]
 
@@ -95,7 +95,7 @@ def _to_inline_item(
 
 
 def to_menu_items(completion: Completion, index: LineIndex, encoding: Encoding) -> list[lsp.CompletionItem]:
-    """The same for a completion menu: an item that goes on with the word before the cursor, which menus filter by."""
+    """Return a completion as menu items that continue the word before the cursor, which menus filter by."""
     start = completion.replace_start
     while start and (index.text[start - 1].isalnum() or index.text[start - 1] == "_"):
         start -= 1
@@ -108,7 +108,7 @@ def to_menu_items(completion: Completion, index: LineIndex, encoding: Encoding) 
         detail="fimserver",
         documentation=text if "\n" in text.strip() or len(label) > _LONGEST_LABEL else None,
         filter_text=text,
-        sort_text=" ",  # before letters and digits; a NUL ends JSON in Emacs
+        sort_text=" ",  # sorts before letters and digits; a NUL ends JSON in Emacs
         preselect=True,
         insert_text_format=lsp.InsertTextFormat.PlainText,
         text_edit=lsp.TextEdit(_to_range(index, start, completion.replace_end, encoding), text),

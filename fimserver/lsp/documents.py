@@ -32,7 +32,7 @@ class Document:
 
     @property
     def text(self) -> str:
-        """The whole text."""
+        """Return the whole text."""
         return self.index.text
 
     def edited(self, edits: Iterable[Edit], *, version: int, encoding: Encoding) -> "Document":
@@ -51,9 +51,9 @@ class DocumentStore:
     """The open documents and notebooks of one editor. Cells of notebooks are documents like all others."""
 
     def __init__(self) -> None:
-        self.encoding = Encoding.UTF16  # of positions in edits
+        self.encoding = Encoding.UTF16  # unit of columns in edits
         self.documents: dict[str, Document] = {}
-        self.notebooks: dict[str, dict[str, Any]] = {}  # as they were opened, with the cells they have now
+        self.notebooks: dict[str, dict[str, Any]] = {}  # as opened, with their current cells
 
     def open(self, document: Document) -> None:
         """Add a document, in place of an earlier one of the same URI."""
@@ -64,7 +64,7 @@ class DocumentStore:
         """Apply edits; return the document before and after them. Raises ``KeyError`` if it is not open."""
         old = self.documents[uri]
         new = old.edited(edits, version=old.version if version is None else version, encoding=self.encoding)
-        self.open(new)  # the last edited is the last
+        self.open(new)  # moves it to the end: the last edited
         return old, new
 
     def close(self, uri: str) -> None:
@@ -72,7 +72,7 @@ class DocumentStore:
         self.documents.pop(uri, None)
 
     def open_notebook(self, notebook: Mapping[str, Any]) -> None:
-        """Add a notebook: ``uri``, ``cells`` (each with its ``document``), and what else a client has to be told."""
+        """Add a notebook: ``uri``, ``cells`` (each with its ``document``), and what else a client must get."""
         self.notebooks[notebook["uri"]] = {**notebook, "cells": _to_cells(notebook["cells"])}
 
     def change_cells(self, uri: str, start: int, delete_count: int, cells: Iterable[Mapping[str, Any]]) -> None:

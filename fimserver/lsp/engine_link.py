@@ -1,4 +1,4 @@
-"""Link one connection to the engine: start it or join it, follow its state, unload it when nobody works.
+"""Link one connection to the engine: start it or join it, follow its state, unload it when idle.
 
 States of a link (``_TRANSITIONS``):
 
@@ -38,13 +38,13 @@ from fimserver.settings import BY_WIRE_NAME, ENGINE_SETTINGS, to_wire_value
 from fimserver.states import StateMachine, Transitions
 
 LOAD_TIMEOUT_S = 60.0
-STATUS_NOTIFICATION = "didChangeStatus"  # Copilot's name, which clients know already
+STATUS_NOTIFICATION = "didChangeStatus"  # a name that clients of Copilot's server know already
 _PROGRESS_TOKEN = "fimserver.loading"  # noqa: S105  a progress token, not a secret
 _logger = logging.getLogger(__name__)
 
 
 class LinkState(Enum):
-    """What a connection has to do with the engine."""
+    """A connection's relation to the engine."""
 
     CONNECTED = "connected"
     CHOSEN = "chosen"
@@ -86,7 +86,7 @@ class EngineLink:
         self._server, self._configuration = server, configuration
         self._warn_once, self._on_restart = warn_once, on_restart
         self._state = StateMachine(LinkState.CHOSEN if engine is None else LinkState.CONNECTED, _TRANSITIONS)
-        self._wanted: EngineOptions | None = None  # once the settings are known
+        self._wanted: EngineOptions | None = None  # set once the settings are known
         self._idle_timer: asyncio.TimerHandle | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._progress: asyncio.Task[None] | None = None
@@ -94,7 +94,7 @@ class EngineLink:
 
     @property
     def is_serving(self) -> bool:
-        """Whether the connection is between ``initialized`` and its end: only then is the engine started for it."""
+        """Return whether the connection is between ``initialized`` and its end; the engine is started only then."""
         return self._state.state in _SERVING
 
     def attach_loop(self) -> None:
@@ -152,7 +152,7 @@ class EngineLink:
         self.engine.restart(self._options())
 
     def end(self, reason: str, client: object) -> None:
-        """End the connection's engine, or leave a shared one to the others; ``client`` is whose requests go."""
+        """End the connection's engine, or leave a shared one running; requests of ``client`` are dropped."""
         if self._state.state is not LinkState.ENDED:
             self._state.move(LinkState.ENDED)
         if self._idle_timer is not None:
@@ -166,12 +166,12 @@ class EngineLink:
     # Idle times
 
     def wake(self) -> None:
-        """The user works in the editor: start an engine that was unloaded meanwhile."""
+        """Start an engine that was unloaded: the user works in the editor."""
         if self.is_serving and self._configuration.settings.enabled:
             self.engine.touch()
 
     def _watch_idle(self) -> None:
-        """Unload the engine if it was not used for long; look again when that may be so."""
+        """Unload the engine if it was idle long enough; check again when that may be so."""
         if self._idle_timer is not None:
             self._idle_timer.cancel()
             self._idle_timer = None
@@ -195,7 +195,7 @@ class EngineLink:
             raise RefusedError(NoCompletion("engine", self.engine.detail))
 
     def describe(self) -> dict[str, Any]:
-        """Return the engine's state as editors get it."""
+        """Return the engine's state as editors see it."""
         info = self.engine.info
         named = {"model": info.name if info else None, "device": info.device if info else None}
         return {"state": self.engine.state, "detail": self.engine.detail, "pid": self.engine.pid, **named}
@@ -210,7 +210,7 @@ class EngineLink:
         return self.engine.options.under(self._configuration.settings)
 
     def _differences(self) -> list[str]:
-        """Return a sentence for each setting that the running engine has otherwise."""
+        """Return a sentence for each setting that differs in the running engine."""
         mine, running = self._configuration.settings, self.engine.options
         sentences = []
         for wire_name in ENGINE_SETTINGS:
@@ -225,9 +225,9 @@ class EngineLink:
         return sentences
 
     def _on_state(self, state: EngineState, detail: str) -> None:
-        """Take a state from the engine client's threads to the event loop."""
+        """Pass a state from the engine client's threads to the event loop."""
         if self._loop is not None and not self._loop.is_closed():
-            with suppress(RuntimeError):  # the loop closed in between
+            with suppress(RuntimeError):  # the loop was closed meanwhile
                 self._loop.call_soon_threadsafe(self._announce, state, detail)
 
     def _announce(self, state: EngineState, detail: str) -> None:
@@ -262,5 +262,3 @@ class EngineLink:
         progress.end(_PROGRESS_TOKEN, lsp.WorkDoneProgressEnd(message=self.engine.detail))
         progress.tokens.pop(_PROGRESS_TOKEN, None)
         self._progress = None
-
-

@@ -16,16 +16,16 @@ from fimserver.lsp.configuration import RESTART_COMMAND, Source
 from fimserver.lsp.convert import ACCEPT_COMMAND
 from fimserver.lsp.server import FimLanguageServer
 
-EXPLAIN_COMMAND = "fimserver.cli.explain"
+EXPLAIN_COMMAND = "fimserver.explain"
 TRUST_NOTIFICATION = "fimserver/didChangeWorkspaceTrust"
 SNOOZE_COMMAND = "fimserver.snooze"
 _TRIGGERS = [".", "(", "[", "{", "=", ",", " ", ":", "<", '"', "'", "/", "@"]
 
 
 def create_server(overrides: dict[str, Any] | None = None, engine: EngineClient | None = None) -> FimLanguageServer:
-    """A server for one connection; ``overrides`` are settings of the command line, which win over the editor's.
+    """Create the server of one connection; ``overrides`` are settings of the command line, which win over the editor's.
 
-    ``engine`` is one that another connection has started; without it the server starts its own.
+    ``engine`` is shared with other connections; without it the server starts its own.
     """
     server = FimLanguageServer(overrides, engine)
     _register_features(server)
@@ -34,21 +34,19 @@ def create_server(overrides: dict[str, Any] | None = None, engine: EngineClient 
 
 
 def to_sentence(answer: dict[str, Any]) -> str:
-    """An explanation for a person."""
+    """Return the answer of ``fimserver.explain`` as one sentence."""
     engine, last = answer["engine"], answer["last"]
     if last is None:
         return f"fimserver: no request yet; the engine is {engine['state']} ({engine['detail']})"
     if last.get("source") == FIRST_LINE:
-        return (
-            "fimserver: the last request was answered with a completion's first line; the rest comes when it is asked"
-        )
+        return "fimserver: the last request was answered with a completion's first line; the next request gets the rest"
     if last["outcome"] == "offered":
         return "fimserver: the last request was answered with a completion"
     return f"fimserver: nothing was offered, because {last['detail']} ({last['reason']})"
 
 
 def _register_features(server: FimLanguageServer) -> None:
-    """Tie LSP's methods to the server's; pygls reads the capabilities from what is registered."""
+    """Register the handlers of LSP's methods; pygls derives the capabilities from them."""
 
     @server.feature(lsp.INITIALIZE)
     def initialize(params: lsp.InitializeParams) -> None:
@@ -84,20 +82,20 @@ def _register_features(server: FimLanguageServer) -> None:
 
 
 def _find_uri(params: Any) -> str | None:
-    """The document that parameters without a type name."""
+    """Return the document that untyped parameters name."""
     uri = getattr(getattr(params, "textDocument", None), "uri", None)
     return uri if isinstance(uri, str) else None
 
 
 def _find_completion(params: Any) -> str | None:
-    """The completion of an item that parameters without a type hold: the argument of the item's command."""
+    """Return the id of the completion in untyped parameters: an argument of the item's command."""
     arguments = getattr(getattr(getattr(params, "item", None), "command", None), "arguments", None)
     found = arguments[0] if isinstance(arguments, list | tuple) and arguments else None
     return found if isinstance(found, str) else None
 
 
 def _register_own(server: FimLanguageServer) -> None:
-    """Requests of our own, for editors that would rather ask than run a command: docs/protocol.md."""
+    """Register fimserver's own requests, for editors that prefer them to commands: docs/protocol.md."""
 
     @server.feature("fimserver/explain")
     def explain(params: Any) -> dict[str, Any]:
@@ -121,7 +119,7 @@ def _register_own(server: FimLanguageServer) -> None:
 
 
 def _register_copilots(server: FimLanguageServer) -> None:
-    """Notifications that clients of Copilot's server send already, under their names."""
+    """Register notifications that clients of Copilot's server send, under Copilot's names."""
 
     @server.feature("textDocument/didShowCompletion")
     def did_show(params: Any) -> None:
@@ -144,7 +142,10 @@ def _register_copilots(server: FimLanguageServer) -> None:
 
 
 def _register_menu(server: FimLanguageServer) -> None:
-    """For editors without inline completion; pygls reads the capabilities once ``initialize`` was handled."""
+    """Register menu completion for editors without inline completion.
+
+    pygls reads the capabilities after ``initialize`` is handled, so this may happen during it.
+    """
 
     @server.feature(lsp.TEXT_DOCUMENT_COMPLETION, lsp.CompletionOptions(trigger_characters=_TRIGGERS))
     async def completion(_params: lsp.CompletionParams) -> lsp.CompletionList:
@@ -172,5 +173,5 @@ def _register_commands(server: FimLanguageServer) -> None:
     def restart(*_arguments: Any) -> None:
         model = server.configuration.refused_model
         if model is not None and not is_elsewhere(model):
-            server.keep(server.ask_for_consent(model))  # also where the user refused before
+            server.keep(server.ask_for_consent(model))  # also if the user refused before
         server.link.restart()

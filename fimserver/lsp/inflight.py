@@ -1,7 +1,7 @@
-"""What the model works at for one snapshot: who waits for it, what is certain of it, what came of it.
+"""Follow one in-flight completion: the requests that wait for it, its settled text, its outcome.
 
-A computation belongs to no single request: who types how its answer begins gets the rest of it. Only the settled part
-of a draft counts. Once the first line is settled it may be offered by itself.
+An in-flight completion belongs to no single request: while the typed text is a prefix of its answer, the next request
+gets the rest. Only the settled part of a partial answer counts. A settled first line may be offered alone.
 
 Knows:  requests, the engine's client, context/.  Never: settings, LSP types.
 """
@@ -20,12 +20,12 @@ from fimserver.lsp.requests import Request
 from fimserver.pipeline import Found, Query
 from fimserver.text import to_newlines
 
-_FIRST_LINE = re.compile(r"\s*\S[^\n]*(?=\n)")  # the first that says something, and what stands before it
+_FIRST_LINE = re.compile(r"\s*\S[^\n]*(?=\n)")  # the first line that is not empty, with the whitespace before it
 
 
 @dataclass(eq=False)
 class InflightCompletion:
-    """What the model works at for one snapshot, and the requests that wait for it."""
+    """A completion that the engine computes for one snapshot, and the requests that wait for it."""
 
     snapshot: Snapshot
     query: Query
@@ -34,31 +34,31 @@ class InflightCompletion:
     invoked: bool
     pending: PendingCompletion
     replay: Replay
-    deadline: float  # of time.monotonic: until then it may go on for nobody, once its first line was shown
-    outcome: asyncio.Future[Answer | NoCompletion | None]  # None: ended before there was one
+    deadline: float  # time.monotonic; once its first line was shown it continues until then without requests
+    outcome: asyncio.Future[Answer | NoCompletion | None]  # None if it was cancelled
     line: asyncio.Future[str]  # the first line of the raw answer, once it is settled
-    settled: str = ""  # how the raw answer begins, for certain
-    shown: Completion | None = None  # its first line, where that was offered
-    typed: str = ""  # at its cursor since; with closers behind it that an editor may have added
-    is_placed: bool = True  # where in ``typed`` the cursor stands is known: at its end
+    settled: str = ""  # the part of the raw answer that will not change
+    shown: Completion | None = None  # its first line, if that was offered
+    typed: str = ""  # at its cursor since, with closing brackets that an editor may have added after it
+    is_placed: bool = True  # the cursor is known to be at the end of ``typed``
     is_remembered: bool = False
     users: set[Request] = field(default_factory=set)
-    facts: dict[str, Any] = field(default_factory=dict)  # of the answer, for who asks why
+    facts: dict[str, Any] = field(default_factory=dict)  # of the answer, for ``explain``
     timings_ms: dict[str, float] = field(default_factory=dict)
     _fitted: tuple[Completion | None] | None = None
 
     def end(self) -> None:
-        """Nobody wants it any more."""
+        """Cancel the completion."""
         self.pending.cancel()
         self.settle(None)
 
     def settle(self, outcome: Answer | NoCompletion | None) -> None:
-        """What came of it, for those who wait."""
+        """Set the outcome for the requests that wait."""
         if not self.outcome.done():
             self.outcome.set_result(outcome)
 
     def note(self, generation: Generation) -> None:
-        """What the model's answer cost, and how sure it is."""
+        """Record the cost and the confidence of the model's answer."""
         self.facts = {
             "mode": generation.mode,
             "tokens": generation.num_tokens,
@@ -72,7 +72,7 @@ class InflightCompletion:
         self.timings_ms = {f"model_{name}": ms for name, ms in generation.timings_ms.items()}
 
     def take(self, draft: PartialAnswer) -> None:
-        """More of the answer may be certain; an answer that is not what is typed is ended."""
+        """Take over the settled part of a partial answer; cancel if the typed text contradicts it."""
         self.settled = draft.text[: draft.num_settled]
         if not self.line.done() and (found := _FIRST_LINE.match(self.settled)):
             self.line.set_result(found[0])
@@ -80,13 +80,13 @@ class InflightCompletion:
             self.end()
 
     def fit_line(self) -> Completion | None:
-        """The settled first line as a completion; ``None`` where it cannot stand for itself as it is."""
+        """Return the settled first line as a completion; ``None`` if it cannot stand alone."""
         if self._fitted is None:
             self._fitted = (to_line(self.line.result(), self.found.place),)
         return self._fitted[0]
 
     def may_begin_with(self, typed: str) -> bool:
-        """Whether what was typed may be how the answer begins, as far as that is certain."""
+        """Return whether the answer may begin with ``typed``, as far as it is settled."""
         begin = self.settled
         if self.shown is not None:
             begin = self.shown.middle + begin[len(self.line.result()) :]
@@ -96,7 +96,7 @@ class InflightCompletion:
 
     @property
     def is_contradicted(self) -> bool:
-        """Whether what was typed since is not how the answer begins."""
+        """Return whether the answer does not begin with what was typed since."""
         shortest = 1 if not self.is_placed else len(self.typed)
         return not any(
             self.may_begin_with(self.typed[:length])

@@ -4,8 +4,8 @@
     RequestPolicy.wait_until_due    automatic requests wait for a pause in typing; invoked ones wait for the model
     AdaptiveDebounce                how long the pause has to be: by the user's own pauses and the model's speed
 
-The model is asked as soon as its answer is as likely as not to come before the next key. Of the pauses in which the user
-has not typed again so far, at least half have to be longer than the answer takes. An automatic request never waits longer
+An automatic request is computed as soon as its answer probably arrives before the next key: of the user's recent
+pauses that are longer than the wait so far, at least half must be long enough for the answer. It never waits longer
 than ``MAX_PAUSE_S``.
 
 Knows:  requests, sessions, the engine's state.  Never: LSP types, how an answer is found.
@@ -27,14 +27,14 @@ from fimserver.lsp.session import Session
 from fimserver.settings import refuse_unsure
 
 MAX_PAUSE_S = 0.25
-DEFAULT_PAUSE_S = 0.04  # as long as too little is known
-_MIN_PAUSES = 12  # pauses
+DEFAULT_PAUSE_S = 0.04  # while too few pauses are known
+_MIN_PAUSES = 12  # needed to adapt
 _MAX_PAUSES = 100
-_IDLE_S = 3.0  # longer pauses say that there was one, not how long it was
+_IDLE_S = 3.0  # a longer pause counts as one of this length
 
 
 class AdaptiveDebounce:
-    """The typing of one person in one editor."""
+    """The typing rhythm of one user in one editor."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -42,19 +42,19 @@ class AdaptiveDebounce:
         self._pauses: deque[float] = deque(maxlen=_MAX_PAUSES)
 
     def on_edit(self) -> None:
-        """The person typed, here or there."""
+        """Record an edit of any document."""
         now = self._clock()
         if self._last is not None:
             self._pauses.append(min(now - self._last, _IDLE_S))
         self._last = now
 
     def pause_s(self, latency_s: float | None) -> float:
-        """Seconds to wait behind a key for a model that takes ``latency_s`` (``None``: not known yet)."""
+        """Return the seconds to wait after a key for a model that takes ``latency_s`` (``None``: not known yet)."""
         if latency_s is None or len(self._pauses) < _MIN_PAUSES:
             return DEFAULT_PAUSE_S
         waits = [0.0, *sorted(pause for pause in self._pauses if pause < MAX_PAUSE_S)]
         for wait in waits:
-            remain = [pause for pause in self._pauses if pause > wait]  # no key came while waiting
+            remain = [pause for pause in self._pauses if pause > wait]  # pauses without a key during the wait
             in_time = sum(pause >= wait + latency_s for pause in remain)
             if 2 * in_time >= len(remain):
                 return wait
@@ -65,20 +65,20 @@ class RequestPolicy:
     """The rules of one connection."""
 
     def __init__(self, session: Session, link: EngineLink, adjust: Callable[[float], float | None]) -> None:
-        """``adjust`` corrects the model's confidence by what the user accepted before."""
+        """Keep the rules' inputs; ``adjust`` corrects the model's confidence by what the user accepted before."""
         self._session, self._link, self._engine = session, link, link.engine
         self._adjust = adjust
         self.debounce = AdaptiveDebounce()
 
     def check(self, request: Request) -> None:
-        """Raises ``RefusedError`` where nothing may be offered."""
+        """Raise ``RefusedError`` if nothing may be offered."""
         self.check_wanted(request)
         if not request.invoked and (minutes := self._session.snoozed_minutes()):
             detail = f"snoozed for {minutes} more minutes; the command fimserver.snooze with 0 ends it"
             raise RefusedError(NoCompletion("snoozed", detail))
         language = request.snapshot.language_id
         if not self._session.settings.allows(language):
-            detail = f"completions are off in {language!r}; change fimserver.languages to have them"
+            detail = f"completions are off in {language!r}; turn them on in fimserver.languages"
             raise RefusedError(NoCompletion("language_off", detail))
         if not self._session.is_current(request.document_snapshot):
             raise RefusedError(CHANGED)
@@ -103,18 +103,18 @@ class RequestPolicy:
         return self.debounce.pause_s(self._engine.typical_s()) if chosen_ms is None else chosen_ms / 1e3
 
     def _check_language(self, place: Place) -> None:
-        """A model that never saw a language is asked in it by hand only."""
+        """Refuse automatic requests in a language that the model was not trained on."""
         info = self._engine.info
         language = find_language(place.language_id).id
         if info is not None and info.languages and language not in info.languages:
             detail = (
-                f"the model {info.name!r} has learned {', '.join(info.languages)} only, so in {language} only what "
-                "stands elsewhere in your files is offered; ask by hand, or set fimserver.model to another"
+                f"the model {info.name!r} was trained on {', '.join(info.languages)} only, so in {language} only "
+                "matches with your files are offered; invoke a completion manually, or choose another fimserver.model"
             )
             raise RefusedError(NoCompletion("language_not_learned", detail))
 
     def check_wanted(self, request: Request) -> None:
-        """Raises ``RefusedError`` for a request that was ended, and where completions are off."""
+        """Raise ``RefusedError`` for a request that was ended, and where completions are off."""
         if request.why_ended is not None:
             raise RefusedError(request.why_ended)
         if not self._session.settings.enabled:

@@ -1,9 +1,9 @@
-"""pygls' protocol with what it leaves out: an answer to bad requests, and documents of our own.
+"""Extend pygls' protocol: answers to bad requests, and fimserver's own document store.
 
 - A request whose parameters do not fit its type is answered with an error; pygls answers nothing.
-- A request before ``initialize`` or after ``shutdown`` is refused as LSP says.
+- A request before ``initialize`` or after ``shutdown`` is refused as LSP requires.
 - An inline completion's snapshot is taken when its message arrives, not when its handler runs: an edit that is
-  buffered right behind it must not be seen. Its ``textDocument.version``, which Copilot's clients send and
+  buffered right after it must not be seen. Its ``textDocument.version``, which Copilot's clients send and
   lsprotocol drops, is kept.
 - An answer is sent in the step of the loop that found it; pygls sends it in a later one, and an edit may be read first.
 - Documents are kept by ``Session``: pygls splits lines where LSP does not.
@@ -40,20 +40,20 @@ _logger = logging.getLogger(__name__)
 
 
 class Connection(Protocol):
-    """What the protocol needs of a connection's server."""
+    """The part of a connection's server that the protocol uses."""
 
     session: Session
     requests: Requests
 
     @property
     def is_shared(self) -> bool:
-        """Whether other connections live in this process."""
+        """Return whether other connections run in this process."""
 
     def on_edit(self, uri: str, text: str) -> None:
-        """A document's text changed."""
+        """Handle the change of a document's text."""
 
     def forget(self, uri: str) -> None:
-        """A document was closed, or is opened again."""
+        """Forget a document that was closed or is opened again."""
 
     def leave(self, reason: str) -> None:
         """End the connection."""
@@ -73,16 +73,16 @@ class FimProtocol(LanguageServerProtocol):
 
     @property
     def is_shut_down(self) -> bool:
-        """Whether the client asked for ``shutdown``."""
+        """Return whether the client requested ``shutdown``."""
         return self._shutdown
 
     def structure_message(self, data: dict[str, Any]) -> Any:
-        """Typed message of a JSON object; ``None`` for one that was refused here."""
+        """Return the typed message of a JSON object; ``None`` for one that was refused here."""
         if "jsonrpc" not in data:
             return data
         method, message_id = data.get("method"), data.get("id")
         if method is not None and not isinstance(method, str):
-            self._reject(data, lsp.ErrorCodes.InvalidRequest, "the method of a message is a string")
+            self._reject(data, lsp.ErrorCodes.InvalidRequest, "the method of a message is not a string")
             return None
         if method == lsp.TEXT_DOCUMENT_DID_CHANGE:
             _drop_null_ranges(data)
@@ -92,7 +92,7 @@ class FimProtocol(LanguageServerProtocol):
         except JsonRpcException as error:
             message, reasons = None, _reasons(error.__cause__)
         if reasons and self.get_message_type(str(method)) is None:
-            self._reject(data, lsp.ErrorCodes.MethodNotFound, "there is no such method here")
+            self._reject(data, lsp.ErrorCodes.MethodNotFound, "unknown method")
             return None
         if reasons:
             self._reject(data, lsp.ErrorCodes.InvalidParams, f"invalid parameters of {method}: {reasons}")
@@ -104,7 +104,7 @@ class FimProtocol(LanguageServerProtocol):
         return message
 
     def _reject(self, data: dict[str, Any], code: lsp.ErrorCodes, text: str) -> None:
-        """Answer a message that cannot be read; an edit among them leaves its document out of step."""
+        """Answer a message that cannot be read; after an unreadable edit its document is out of sync."""
         _logger.warning("a message was refused: %s", text)
         if data.get("method") == lsp.TEXT_DOCUMENT_DID_CHANGE:
             self._connection.requests.lose_document(data)
@@ -131,7 +131,7 @@ class FimProtocol(LanguageServerProtocol):
                 self._refuse(message_id, lsp.ErrorCodes.ServerNotInitialized, "send initialize first")
                 return
         if method == lsp.EXIT and self._connection.is_shared:
-            return  # pygls would end the process, and with it all others' connections
+            return  # pygls would end the process, and all other connections with it
         if method == lsp.INITIALIZE:
             self._initialized = True
         if method in COMPLETION_METHODS:
@@ -147,7 +147,7 @@ class FimProtocol(LanguageServerProtocol):
         args: tuple[Any, ...] | None = None,
         kwargs: dict[str, Any] | None = None,
     ) -> None:
-        """Run a handler, and give what it returns to ``callback`` before anything else is read."""
+        """Run a handler, and pass its result to ``callback`` before anything else is read."""
         if not inspect.iscoroutinefunction(handler):
             super()._execute_handler(msg_id, handler, callback, args, kwargs)
             return
@@ -167,19 +167,19 @@ class FimProtocol(LanguageServerProtocol):
 
         task = asyncio.get_running_loop().create_task(run())
         task.add_done_callback(send_why_not)
-        self._request_futures[msg_id] = cast("Any", task)  # typed as a thread's, meant for both
+        self._request_futures[msg_id] = cast("Any", task)  # the annotation names a thread's future; both work
 
     def _handle_cancel_notification(self, msg_id: int | str) -> None:
-        """Also of a request whose handler has not begun, which pygls cancels without running it."""
+        """Cancel a request, also before its handler begins: pygls would cancel it without running the handler."""
         super()._handle_cancel_notification(msg_id)
         self._connection.requests.forget(msg_id)
 
     def _send_data(self, data: Any) -> None:
-        """Send; an editor that no longer listens is gone, and nobody is left to serve."""
+        """Send; leave the connection if the editor no longer reads."""
         try:
             super()._send_data(data)
         except BrokenPipeError:
-            self._connection.leave("the editor is gone")
+            self._connection.leave("the editor has disconnected")
             if not self._connection.is_shared:
                 os._exit(1)
 
@@ -188,7 +188,7 @@ class FimProtocol(LanguageServerProtocol):
 
     @lsp_method(lsp.TEXT_DOCUMENT_DID_OPEN)
     def lsp_text_document__did_open(self, params: lsp.DidOpenTextDocumentParams) -> None:
-        """Keep a document."""
+        """Store a document."""
         self._open(params.text_document)
 
     @lsp_method(lsp.TEXT_DOCUMENT_DID_CHANGE)
@@ -203,7 +203,7 @@ class FimProtocol(LanguageServerProtocol):
 
     @lsp_method(lsp.NOTEBOOK_DOCUMENT_DID_OPEN)
     def lsp_notebook_document__did_open(self, params: lsp.DidOpenNotebookDocumentParams) -> None:
-        """Keep a notebook and its cells, each a document."""
+        """Store a notebook and its cells, each as a document."""
         notebook = params.notebook_document
         cells = [{"document": cell.document} for cell in notebook.cells]
         self._connection.session.store.open_notebook({"uri": notebook.uri, "cells": cells})
@@ -212,7 +212,7 @@ class FimProtocol(LanguageServerProtocol):
 
     @lsp_method(lsp.NOTEBOOK_DOCUMENT_DID_CHANGE)
     def lsp_notebook_document__did_change(self, params: lsp.DidChangeNotebookDocumentParams) -> None:
-        """Apply what changed of a notebook's cells and in them."""
+        """Apply changes of a notebook's cells and of their texts."""
         cells = params.change.cells
         if cells is None:
             return
@@ -247,7 +247,7 @@ class FimProtocol(LanguageServerProtocol):
     ) -> None:
         session = self._connection.session
         if changed.uri not in session.documents:
-            _logger.warning("a document was changed that is not open")
+            _logger.warning("a document was changed before it was opened")
             return
         old, new = session.change(changed.uri, to_edits(changes), changed.version)
         if new.text != old.text:
@@ -259,7 +259,7 @@ class FimProtocol(LanguageServerProtocol):
 
 
 def _drop_null_ranges(message: dict[str, Any]) -> None:
-    """A change whose range is null is one without a range: some clients write absent fields so."""
+    """Remove null ranges of changes: some clients write absent fields so."""
     with suppress(KeyError, TypeError, AttributeError):
         for change in message["params"]["contentChanges"]:
             for name in ("range", "rangeLength"):
@@ -268,7 +268,7 @@ def _drop_null_ranges(message: dict[str, Any]) -> None:
 
 
 def _coerced(params: Any) -> str:
-    """What is of a wrong type in an inline completion's parameters and would be converted in silence."""
+    """Return what is wrong with values in an inline completion's parameters that would be converted silently."""
     fields = {
         "position.line": params["position"]["line"],
         "position.character": params["position"]["character"],
@@ -279,7 +279,7 @@ def _coerced(params: Any) -> str:
 
 
 def _reasons(error: BaseException | None) -> str:
-    """What did not fit, by its place in the message; values are never quoted."""
+    """Return what did not fit, by its path in the message; values are never quoted."""
     if error is None:
         return "the message does not fit its type"
     return "; ".join(cattrs.transform_error(error))

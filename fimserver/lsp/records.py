@@ -1,9 +1,9 @@
-"""What came of the last requests, and why: in memory only, for ``fimserver explain``.
+"""Keep the outcome of the last requests, in memory only, for ``fimserver explain``.
 
-    Record    one request: no text of a document, but its name
-    Notes     what is found out about a request on its way
-    Records   the last of each document
-    Replay    what the model was asked, to ask it again; code, so it never leaves this person's processes
+    Record    one request: its document's name, but no text
+    Notes     facts found while a request is answered
+    Records   the last requests of each document
+    Replay    what the model got; it is code, so it never leaves the user's processes
 
 Knows:  outcomes, timings.  Never: LSP.
 """
@@ -22,24 +22,24 @@ _REPLAYS = 16
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One request between its arrival and its answer."""
+    """One request, from its arrival to its answer."""
 
     id: str
     uri: str
     language_id: str
     version: int
-    at: float  # time.time: for a person
-    since: float  # time.monotonic: clocks are set
-    outcome: str  # offered, empty
-    source: str = ""  # of what was offered: model, first_line, guess, cache
-    reason: str = ""  # of nothing
+    at: float  # time.time, to display
+    since: float  # time.monotonic, to measure
+    outcome: str  # offered or empty
+    source: str = ""  # if offered: model, first_line, match, cache
+    reason: str = ""  # if empty
     detail: str = ""
     completion: str = ""  # its id
     facts: dict[str, Any] = field(default_factory=dict)
     timings_ms: dict[str, float] = field(default_factory=dict)
 
     def to_entry(self) -> dict[str, Any]:
-        """As it is told to an editor: fields that say something, the document's name left out."""
+        """Return the record for an editor: the fields that are set, without the document's name."""
         said = {name: getattr(self, name) for name in ("source", "reason", "detail") if getattr(self, name)}
         completion = {"id": self.completion} if self.completion else {}
         return {
@@ -56,7 +56,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """What the model was asked."""
+    """The input of the model."""
 
     context: FimContext
     sampling: Sampling
@@ -64,9 +64,9 @@ class Replay:
 
 @dataclass(slots=True)
 class Notes:
-    """What is found out about a request on its way: plain facts, milliseconds, and what the model was asked."""
+    """Facts found while a request is answered: plain values, milliseconds, and the model's input."""
 
-    id: str = ""  # of the request, as the log has it too
+    id: str = ""  # of the request, as in the log
     facts: dict[str, Any] = field(default_factory=dict)
     timings_ms: dict[str, float] = field(default_factory=dict)
     replay: Replay | None = None
@@ -81,12 +81,12 @@ class Records:
         self._count = 0
 
     def new_id(self) -> str:
-        """An id for a request that has just arrived."""
+        """Return an id for a request that has just arrived."""
         self._count += 1
         return str(self._count)
 
     def add(self, snapshot: Snapshot, outcome: Completion | NoCompletion, source: str, notes: Notes) -> None:
-        """Note what came of a request."""
+        """Record the outcome of a request."""
         said: dict[str, str] = (
             {"outcome": "empty", "reason": outcome.reason, "detail": outcome.detail}
             if isinstance(outcome, NoCompletion)
@@ -113,22 +113,22 @@ class Records:
                 self._replays.popitem(last=False)
 
     def last(self, uri: str | None = None) -> Record | None:
-        """The last request of a document, or of any."""
+        """Return the last request of a document, or of any."""
         if uri is None:
             uri = next(reversed(self._by_uri), "")
         kept = self._by_uri.get(uri)
         return kept[-1] if kept else None
 
     def recent(self, uri: str | None = None) -> list[Record]:
-        """Requests of a document, or of all, the oldest first."""
+        """Return the requests of a document, or of all, the oldest first."""
         kept = [self._by_uri.get(uri, deque())] if uri is not None else list(self._by_uri.values())
         return sorted((record for records in kept for record in records), key=lambda record: int(record.id))
 
     def replay(self, number: str) -> Replay | None:
-        """What the model was asked for a record; ``None`` where it was not, or that was long ago."""
+        """Return the model's input for a record; ``None`` if there was none, or it is no longer kept."""
         return self._replays.get(number)
 
     def forget(self, uri: str) -> None:
-        """A document was closed."""
+        """Drop the records of a closed document."""
         for record in self._by_uri.pop(uri, ()):
             self._replays.pop(record.id, None)

@@ -1,9 +1,9 @@
-"""Requests between their arrival and their answer: of a document's, the newest counts.
+"""Keep requests between their arrival and their answer; only the newest of a document counts.
 
-An automatic request does not end one that the person invoked; everything else newer does, and so does an edit.
+A newer request or an edit ends an earlier request, but an automatic request does not end an invoked one.
 
-    receive   at the message's arrival: snapshot, earlier request of the document superseded
-    take      in the handler: the request, or the error that its parameters deserve
+    receive   at the message's arrival: take the snapshot, supersede the document's earlier request
+    take      in the handler: return the request, or raise the error that its parameters cause
     end       the document's text changed or is gone
 
 Knows:  LSP's parameters, sessions.  Never: how a request is answered.
@@ -32,37 +32,37 @@ CompletionParams = lsp.InlineCompletionParams | lsp.CompletionParams
 
 
 class RefusedError(Exception):
-    """Ends a request with nothing, and says why."""
+    """Raised to end a request without a completion; it has the reason."""
 
     def __init__(self, outcome: NoCompletion) -> None:
         super().__init__(outcome.reason)
         self.outcome = outcome
 
 
-SUPERSEDED = NoCompletion("superseded", "a newer request of this document took its place")
+SUPERSEDED = NoCompletion("superseded", "a newer request for this document replaced it")
 CHANGED = NoCompletion("stale", "the text changed since the request")
 CANCELLED = NoCompletion("cancelled", "the editor cancelled it")
 
 
 @dataclass(eq=False)
 class Request:
-    """One completion between its arrival and its answer."""
+    """One completion request, from its arrival to its answer."""
 
-    snapshot: Snapshot  # as it would be with the selected item accepted
-    document_snapshot: Snapshot  # as the document is
+    snapshot: Snapshot  # as if the selected item were accepted
+    document_snapshot: Snapshot  # of the document as it is
     selection: Selection | None
     invoked: bool
     stale: bool
-    epoch: int  # of the settings it came under
-    index: LineIndex  # of the document
-    received: float  # of time.monotonic
+    epoch: int  # of the settings at its arrival
+    index: LineIndex  # of the document's lines
+    received: float  # time.monotonic
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     why_ended: NoCompletion | None = None
-    notes: Notes = field(default_factory=Notes)  # for who asks why
-    is_computed: bool = False  # the model works for it: what is typed now may be how its answer begins
+    notes: Notes = field(default_factory=Notes)  # for ``explain``
+    is_computed: bool = False  # it waits for the model: text typed now may be the beginning of its answer
 
     def end(self, why: NoCompletion) -> None:
-        """Answer with nothing as soon as can be."""
+        """Answer with nothing as soon as possible."""
         self.why_ended = self.why_ended or why
         self.ended.set()
 
@@ -85,7 +85,7 @@ class Requests:
             self._received[message_id] = JsonRpcInvalidParams(str(error))
             return
         except KeyError:
-            text = "the document is not open here; the editor has to send textDocument/didOpen first"
+            text = "the document is not open; send textDocument/didOpen first"
             self._received[message_id] = JsonRpcInvalidParams(text)
             return
         uri = request.snapshot.uri
@@ -100,31 +100,31 @@ class Requests:
         self._active[uri].append(request)
 
     def take(self, message_id: int | str | None) -> Request:
-        """The request of a message that was received. Raises ``JsonRpcInvalidParams``."""
+        """Return the request of a message that was received. Raises ``JsonRpcInvalidParams``."""
         request = self._received.pop(message_id) if message_id is not None else None
         if not isinstance(request, Request):
-            raise request or JsonRpcInvalidParams("a request needs an id")
+            raise request or JsonRpcInvalidParams("the request has no id")
         return request
 
     def end(self, uri: str) -> None:
-        """A document's text is gone: so are the requests about it."""
+        """End the requests for a document whose text is gone."""
         for request in self._active.get(uri, ()):
             request.end(CHANGED)
 
     def end_all(self) -> None:
-        """The editor is gone: nobody waits for an answer."""
+        """End all requests: the editor has disconnected."""
         for requests in self._active.values():
             for request in requests:
                 request.end(CANCELLED)
 
     def on_edit(self, uri: str, text: str) -> None:
-        """A document's text changed: requests end, but for those whose answer the person may be typing."""
+        """End the requests for a changed document, except those whose answer the user may be typing."""
         for request in self._active.get(uri, ()):
             if not request.is_computed or request.selection or typed_since(request.snapshot, text) is None:
                 request.end(CHANGED)
 
     def forget(self, message_id: int | str) -> None:
-        """A request was cancelled, perhaps before its handler began."""
+        """End a cancelled request, perhaps before its handler began."""
         request = self._received.pop(message_id, None)
         if isinstance(request, Request):
             request.end(CANCELLED)
@@ -132,14 +132,14 @@ class Requests:
             self._session.record(request.snapshot, CANCELLED, notes=request.notes)
 
     def drop(self, request: Request) -> None:
-        """A request was answered."""
+        """Remove an answered request."""
         uri = request.snapshot.uri
         self._active[uri] = [other for other in self._active.get(uri, ()) if other is not request]
         if not self._active[uri]:
             del self._active[uri]
 
     def lose_document(self, message: dict[str, Any]) -> None:
-        """An edit could not be read: until the whole text comes, the document here is not the editor's."""
+        """Mark the document of an unreadable edit as out of sync until its whole text is sent."""
         with suppress(KeyError, TypeError):
             uri = message["params"]["textDocument"]["uri"]
             if uri in self._session.documents:
@@ -168,7 +168,7 @@ class Requests:
 
 
 async def unless_ended(request: Request, awaitable: Awaitable[_T]) -> _T:
-    """What is awaited, or ``RefusedError`` as soon as the request is ended: nobody waits for a busy engine then."""
+    """Return the awaited value, or raise ``RefusedError`` as soon as the request is ended."""
     wanted = asyncio.ensure_future(awaitable)
     ended = asyncio.ensure_future(request.ended.wait())
     try:

@@ -1,10 +1,10 @@
 """Serve one editor: put together what a connection needs, and answer its requests.
 
     FimLanguageServer    the parts of a connection, and the life of it
-    on_inline_completion, on_completion    ask the completer, and put its answer into LSP's words
+    on_inline_completion, on_completion    call the completer, and convert its answer to LSP types
 
-``features.py`` has one handler for each LSP method; ``engine_link.py`` follows the engine; ``configuration.py`` puts the
-settings together; ``usage/`` counts. No handler blocks: the engine is another process, and handlers await it. Every empty
+``features.py`` has one handler for each LSP method; ``engine_link.py`` follows the engine; ``configuration.py`` merges
+the settings; ``usage/`` counts. No handler blocks: the engine is another process, and handlers await it. Every empty
 answer has a reason, which ``fimserver.explain`` returns.
 
 Knows:  LSP, sessions, the engine's client.  Never: tokens, tensors, torch.
@@ -40,9 +40,9 @@ from fimserver.paths import config_file, state_folder
 from fimserver.settings import read_config_file
 from fimserver.text import Encoding, LineIndex
 
-_EXPLAINED = 20  # requests
+_EXPLAINED = 20  # number of requests
 _logger = logging.getLogger(__name__)
-_log_levels: dict[int, int] = {}  # of the connections of this process, which has one log: the most verbose counts
+_log_levels: dict[int, int] = {}  # by connection; the process has one log, so the most verbose level counts
 
 
 def _set_log_level() -> None:
@@ -94,7 +94,7 @@ class FimLanguageServer(LanguageServer):
 
     @property
     def is_shared(self) -> bool:
-        """Whether other connections live in this process."""
+        """Return whether other connections run in this process."""
         return not self.link.owns_engine
 
     def report_server_error(self, error: Exception, source: Any) -> None:
@@ -116,7 +116,7 @@ class FimLanguageServer(LanguageServer):
         self.apply_settings(problems)
 
     def begin(self) -> None:
-        """Start or join the engine; ask for settings if the client is to be asked."""
+        """Start or join the engine; request settings from the client if it supports that."""
         self.link.begin()
         if self.asks_for_settings:
             self.keep(self.pull_settings())
@@ -144,14 +144,14 @@ class FimLanguageServer(LanguageServer):
     # Settings
 
     def wants_menu(self, capabilities: lsp.ClientCapabilities) -> bool:
-        """Return whether to offer completions in the editor's menu: it has no inline completion, or a setting says so."""
+        """Return whether to offer menu completions: the editor has no inline completion, or a setting says so."""
         document = capabilities.text_document
         chosen = self.session.settings.completion_items
         return chosen == "on" or (chosen == "auto" and (document is None or document.inline_completion is None))
 
     @property
     def asks_for_settings(self) -> bool:
-        """Whether the client answers ``workspace/configuration``."""
+        """Return whether the client answers ``workspace/configuration``."""
         workspace = self.client_capabilities.workspace
         return workspace is not None and bool(workspace.configuration)
 
@@ -204,7 +204,7 @@ class FimLanguageServer(LanguageServer):
     # Documents
 
     def on_edit(self, uri: str, text: str) -> None:
-        """A document's text changed."""
+        """Handle the change of a document's text."""
         self.policy.debounce.on_edit()
         self.requests.on_edit(uri, text)
         self.completer.on_edit(uri, text)
@@ -212,7 +212,7 @@ class FimLanguageServer(LanguageServer):
         self.link.wake()
 
     def forget(self, uri: str) -> None:
-        """A document was closed, or is opened again."""
+        """Forget a document that was closed or is opened again."""
         self.requests.end(uri)
         self.completer.forget(uri)
         self.usage.forget(uri)
@@ -245,7 +245,7 @@ class FimLanguageServer(LanguageServer):
         message_id = self.protocol.msg_id
         request = self.requests.take(message_id)
         outcome: list[Completion] | NoCompletion
-        structlog.contextvars.bind_contextvars(request=request.notes.id)  # each request has a task of its own
+        structlog.contextvars.bind_contextvars(request=request.notes.id)  # each request has its own task
         source, begin = "", time.perf_counter()
         try:
             if request.selection is None and self.session.is_current(request.snapshot):

@@ -48,26 +48,26 @@ class Session:
         self.cache = CompletionCache()
         self.counters: Counter[str] = Counter()
         self.records = Records()
-        self.epoch = 0  # counts changes of settings and engines: an answer of another epoch is not remembered
-        self.lost: set[str] = set()  # documents with an edit that could not be read
-        self._snoozed_until = 0.0  # of time.monotonic
+        self.epoch = 0  # number of changes of settings and engines; answers of an earlier epoch are not cached
+        self.lost: set[str] = set()  # documents with an unreadable edit
+        self._snoozed_until = 0.0  # time.monotonic
         self._trees: dict[str, TreeMemory] = {}
         self._ignored = IgnoreRules()
         self._deleted: deque[Deleted] = deque(maxlen=_MAX_DELETED)
 
     @property
     def settings(self) -> Settings:
-        """The settings in effect."""
+        """Return the settings in effect."""
         return self.configuration.settings
 
     @property
     def encoding(self) -> Encoding:
-        """Encoding of positions in messages."""
+        """Return the encoding of positions in messages."""
         return self.store.encoding
 
     @property
     def documents(self) -> dict[str, Document]:
-        """The open documents by URI, the last edited last."""
+        """Return the open documents by URI, the last edited last."""
         return self.store.documents
 
     def open(self, document: Document) -> None:
@@ -80,7 +80,7 @@ class Session:
         """Apply edits to a document; return it before and after them. Raises ``KeyError`` if it is not open."""
         edits = list(edits)
         old, new = self.store.change(uri, edits, version)
-        if any(place is None for place, _ in edits):  # the whole text came
+        if any(place is None for place, _ in edits):  # the whole text was replaced
             self.lost.discard(uri)
         if len(new.text) < len(old.text):
             self._keep_deleted(old, new)
@@ -108,9 +108,7 @@ class Session:
             invoked=invoked,
             writable=document is None or document.writable,
             others=[OtherDocument(d.uri, d.language_id, d.text) for d in reversed(self.documents.values())],
-            deleted=[
-                (d.uri, f"{d.before}{d.text}{d.after}") for d in self._deleted if len(d.text) >= _MIN_DELETED
-            ],
+            deleted=[(d.uri, f"{d.before}{d.text}{d.after}") for d in self._deleted if len(d.text) >= _MIN_DELETED],
             text_above=self._text_above,
             trees=self._trees.setdefault(snapshot.uri, TreeMemory()),
             ignored=self._ignored,
@@ -150,7 +148,7 @@ class Session:
         self._snoozed_until = time.monotonic() + 60 * parse_minutes(minutes)
 
     def snoozed_minutes(self) -> int:
-        """Return the minutes until automatic completions come again, rounded up."""
+        """Return the minutes until the snooze ends, rounded up."""
         return max(0, math.ceil((self._snoozed_until - time.monotonic()) / 60))
 
     def learns_from_use(self) -> bool:
@@ -166,6 +164,6 @@ class Session:
             self.records.add(snapshot, outcome, source, notes or Notes())
 
     def begin_epoch(self) -> None:
-        """Settings or engine changed: forget what was offered before."""
+        """Drop cached completions after a change of settings or engine."""
         self.epoch += 1
         self.cache.clear()

@@ -1,4 +1,4 @@
-"""Read how long the user wants no automatic completions: one rule for the relay and the server.
+"""Read the duration of a snooze: one rule for the relay and the server.
 
 Standard library only: the relay imports it.
 """

@@ -3,6 +3,7 @@
 Knows:  the trainer, the terminal.  Never: LSP.
 """
 
+import argparse
 import contextlib
 import json
 import math
@@ -228,3 +229,34 @@ def run_experiments(
         console.print("\n".join(to_table(outcomes)), soft_wrap=True)
         lines += [f"{name}: {EXPERIMENTS[name].question}", "", *to_table(outcomes), ""]
     return lines
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run experiments from the command line: for those who train models, not a command of users."""
+    parser = argparse.ArgumentParser(prog="python -m fimserver.training.command", description=run_experiments.__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="experiments; without any, list them")
+    parser.add_argument("--operations", type=float, default=2e13, metavar="N", help="FLOPs of each run (2e13)")
+    parser.add_argument("--from", dest="source", default="tiny", metavar="NAME|FOLDER", help="weights to start from")
+    parser.add_argument("--corpus", type=Path, metavar="FOLDER", help="folder of the corpus")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="most CPU threads; 0 uses all cores")
+    given = parser.parse_args(arguments)
+    if not given.names:
+        print("\n".join(list_experiments()))  # noqa: T201  its output
+        return 0
+    try:
+        lines = run_experiments(
+            given.names,
+            operations=given.operations,
+            source=given.source,
+            corpus=given.corpus,
+            threads=given.threads,
+        )
+    except FimserverError as error:
+        print(f"fimserver: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    print("\n".join(lines))  # noqa: T201
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,6 @@
-"""Run ``fimserver experiment``: change one part of the recipe, at equal compute, and measure the same held-out rows.
+"""Change one part of the recipe, at equal compute, and measure the same held-out rows.
+
+``python -m fimserver.training.command`` runs these experiments.
 
 Each variant trains for the same number of floating-point operations, counted from its shape and not by the clock, so
 other load on the machine favours none. All start from the same weights, or all from none, read rows of the same seed,

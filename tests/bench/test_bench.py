@@ -251,7 +251,7 @@ def test_bench_decode_as_a_table() -> None:
     assert result.returncode == 0, result.stderr
     for word in ("diffusion", "autoregressive_ms_over_ours", "machine", "ours"):
         assert word in result.stdout
-    assert "no hole has both" in result.stdout
+    assert "no hole was filled by both" in result.stdout
 
 
 def test_bench_decode_with_a_wrong_way_is_exit_1() -> None:

@@ -416,7 +416,7 @@ def test_the_list_knows_what_is_gone_and_what_could_be(hub: Hub) -> None:
     shutil.rmtree(added.folder)
     gone = next(one for one in list_models() if one.name == NAME)
     assert (gone.state, gone.num_bytes) == ("added", None)
-    assert "its files are gone" in run("model", "list").stdout
+    assert "its files are missing" in run("model", "list").stdout
     with pytest.raises(WeightsError, match=f"fimserver model add {NAME}"):
         find_model(NAME)
     removal = find_removal(NAME)

@@ -152,7 +152,7 @@ def test_cache_of_the_large_model(large: Checkpoint) -> None:
 # ---- cards
 
 
-@pytest.mark.parametrize("card", ["RTX 3090", "RTX 3090 Ti", "RTX 4090"])
+@pytest.mark.parametrize("gpu", ["RTX 3090", "RTX 3090 Ti", "RTX 4090"])
 def test_24_gb_hold_it_at_32k(large: Checkpoint, gpu: str) -> None:
     plan = plan_on_gpu(large, find_gpu(gpu), 32768)
     assert plan.fits
@@ -161,7 +161,7 @@ def test_24_gb_hold_it_at_32k(large: Checkpoint, gpu: str) -> None:
     assert not plan.host_plans
 
 
-@pytest.mark.parametrize("card", [gpu.name for gpu in GPUS if gpu.memory_gib == 16])
+@pytest.mark.parametrize("gpu", [gpu.name for gpu in GPUS if gpu.memory_gib == 16])
 def test_16_gb_need_host_memory(large: Checkpoint, gpu: str) -> None:
     plan = plan_on_gpu(large, find_gpu(gpu), 8192)
     assert not plan.fits
@@ -185,7 +185,7 @@ def test_the_page_says_what_host_plans_cost(large: Checkpoint) -> None:
         for kind in zip(*plans, strict=True)
     ]
     some, more = (f"{min(ms):.0f} to {max(ms):.0f} ms" for ms in costs)
-    assert f"costs a step {some} more on the bus, by the card, and {more} where attention" in page
+    assert f"add {some} to a step; {more} if attention and the dense part are in 4 bits too" in page
 
 
 def test_host_plans_fill_the_card_and_no_more(large: Checkpoint) -> None:
@@ -481,7 +481,7 @@ def test_doctor_plans_offline() -> None:
     assert result.returncode == 0, result.stderr
     plan = json.loads(result.stdout)
     assert plan["fits"] is True
-    assert (plan["card"], plan["context_tokens"]) == ("RTX 5090", 32768)
+    assert (plan["gpu"], plan["context_tokens"]) == ("RTX 5090", 32768)
     assert plan["total_bytes"] == sum(line["num_bytes"] for line in plan["lines"])
 
 
@@ -489,8 +489,8 @@ def test_doctor_says_what_to_change() -> None:
     result = run("doctor", "--model", "diffusiongemma-26b-a4b-it", "--gpu", "RTX 4060 Ti 16 GB")
     assert result.returncode == 0, result.stderr
     assert "DOES NOT FIT with a context of 8192 tokens" in result.stdout
-    assert re.search(r"\d+ of 128 experts a layer on the card", result.stdout)
-    assert "as if every expert were equally likely" in result.stdout
+    assert re.search(r"\d+ of 128 experts per layer on the GPU", result.stdout)
+    assert "all experts are equally likely" in result.stdout
 
 
 def test_doctor_plans_the_shipped_model_for_a_cpu() -> None:

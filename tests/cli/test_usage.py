@@ -273,7 +273,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stats(*options: str) -> Any:
         return run("stats", *options)
 
-    assert "nothing was counted" in stats().stdout
+    assert "nothing has been counted" in stats().stdout
     state = tmp_path / "state"
     for month, counts in some().by_month().items():
         (state / FOLDER_NAME).mkdir(exist_ok=True, parents=True)
@@ -296,6 +296,6 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nameless = stats("--html", "--write", "/")
     assert nameless.returncode == 1
     (state / "acceptance.json").write_text("{}")
-    assert "forgotten" in stats("--forget").stdout
-    assert "nothing was counted" in stats().stdout
+    assert "deleted all counts" in stats("--forget").stdout
+    assert "nothing has been counted" in stats().stdout
     assert not [path for path in state.rglob("*") if path.is_file() and "log" not in path.name]

@@ -79,4 +79,4 @@ def test_watching_needs_a_file() -> None:
     command = [sys.executable, "-P", "-m", "fimserver.cli.main", "complete", "-:1:1", "--watch"]
     result = subprocess.run(command, capture_output=True, text=True, check=False, input="x")
     assert result.returncode == 2
-    assert "needs a file" in result.stderr
+    assert "cannot read standard input" in result.stderr

@@ -161,9 +161,9 @@ def test_a_socket_and_a_lock_that_were_left_behind(home: Home) -> None:
 
 def test_the_commands(home: Home) -> None:
     stopped = home.run("status")
-    assert (stopped.returncode, stopped.stdout.split(";")[0]) == (1, "no daemon runs")
-    assert home.run("stop").stdout == "no daemon runs\n"
-    assert home.run("start").stdout.startswith("the daemon runs, pid ")
+    assert (stopped.returncode, stopped.stdout.split(";")[0]) == (1, "no daemon is running")
+    assert home.run("stop").stdout == "no daemon is running\n"
+    assert home.run("start").stdout.startswith("the daemon is running, pid ")
     assert home.run("start").returncode == 0
     first = home.status()
     assert first["worker"]["state"] == "stopped"
@@ -188,7 +188,7 @@ def test_the_commands(home: Home) -> None:
 
 
 def test_the_doctor_looks_at_it(home: Home) -> None:
-    assert check_daemon(Settings()) == Check("daemon", "none runs; the first editor starts it")
+    assert check_daemon(Settings()) == Check("daemon", "not running; the first editor starts it")
     complete(home.editor())
     check = check_daemon(Settings())
     assert check.remedy == ""
@@ -385,7 +385,7 @@ def test_units_are_written_and_removed(home: Home, tmp_path: Path) -> None:
     home.env |= {"XDG_CONFIG_HOME": str(tmp_path / "a config")}
     written = home.run("install")
     if uses_tcp():
-        assert "first editor starts the daemon" in written.stderr
+        assert "the first editor starts it" in written.stderr
         return
     folder = tmp_path / "a config" / "systemd" / "user"
     assert "systemctl --user enable --now fimserver.socket" in written.stdout
@@ -590,7 +590,7 @@ def test_there_need_not_be_a_runtime_dir(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_folder_of_others_or_a_link_is_refused(tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(tmp_path)
-    with pytest.raises(PathError, match="is no folder"):
+    with pytest.raises(PathError, match="is not a folder"):
         make_private(link)
     theirs = tmp_path / "theirs"
     theirs.mkdir()
@@ -655,7 +655,7 @@ def run_fimserver(home: Home, *arguments: str, answer: str = "") -> "subprocess.
 def test_explain_tells_what_came_of_requests(home: Home, tmp_path: Path) -> None:
     missing = run_fimserver(home, "explain")
     assert missing.returncode == 1
-    assert "no daemon runs" in missing.stderr
+    assert "no daemon is running" in missing.stderr
     client, other = home.editor(), home.editor()
     assert complete(client)
     client.open("file:///c%20d.py", "secret_name = 'in a string\n")

@@ -171,8 +171,8 @@ class Editor(LspClient):
         return self.texts_of(self.send_completion(*place, invoked=invoked), timeout_s)
 
     def last(self) -> dict[str, Any]:
-        """What ``fimserver.cli.explain`` says of the last request."""
-        command = {"command": "fimserver.cli.explain", "arguments": []}
+        """What ``fimserver.explain`` says of the last request."""
+        command = {"command": "fimserver.explain", "arguments": []}
         last: dict[str, Any] = self.request("workspace/executeCommand", command, ANSWER_S)["last"]
         return last
 
@@ -214,7 +214,7 @@ class World:
             patch.setenv(HOME_VARIABLE, str(self.seen_home))
             patch.setenv(TRANSPORT_VARIABLE, self.env[TRANSPORT_VARIABLE])
             found = ask(command)
-        assert found is not None, "no daemon runs"
+        assert found is not None, "no daemon is running"
         return found
 
     def status(self) -> dict[str, Any]:
@@ -812,7 +812,7 @@ def test_damaged_files_leave_the_editor_served(world: World, name: str) -> None:
         command = [sys.executable, "-P", "-m", "fimserver", "daemon", "stop"]
         environment = {**os.environ, **world.env}
         ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
-        assert ended.stdout in {"stopped\n", "no daemon runs\n"} or str(world.home / file) in ended.stderr
+        assert ended.stdout in {"stopped\n", "no daemon is running\n"} or str(world.home / file) in ended.stderr
 
 
 PORTS = {
@@ -877,7 +877,7 @@ def test_beside_a_daemon_that_is_stopped_a_new_editor_is_served(world: World) ->
         second = world.editor(log=True)
         assert second.ask(second.show(URI)) == ["1"]
         assert second.log is not None
-        assert "the daemon does not answer; end it with: fimserver daemon stop --force" in second.log.read_text()
+        assert "the daemon does not respond; end it with: fimserver daemon stop --force" in second.log.read_text()
     finally:
         kill(daemon, signal.SIGCONT)
     assert first.ask(first.show(URI, f"y = {MARK}\n")) == ["1"]

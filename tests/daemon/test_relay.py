@@ -362,7 +362,7 @@ def test_the_person_is_told_once_of_a_daemon_that_hangs(hasty: None, editor: Edi
     assert len(messages(editor)) == 1
     for number in (2, 3):
         editor.daemon.say(id=number, result={"items": []})
-    until(lambda: "answers again" in str(editor.heard))
+    until(lambda: "responds again" in str(editor.heard))
     until(lambda: bool(editor.answers(3)))
     assert editor.answers(2) == [{"items": []}]
     assert len(messages(editor)) == 1

@@ -669,7 +669,7 @@ def test_windows_of_commands(start: Start, file: Path) -> None:
     wait_until(lambda: terminal.lua("#vim.api.nvim_list_wins()") == 1, "the window is closed")
     terminal.command("enew")
     terminal.command("Fimserver explain")
-    wanted = "nothing is completed in this buffer: it has no name yet; save it once"
+    wanted = "nothing is completed in this buffer: it has no name yet; save it first"
     wait_until(lambda: wanted in terminal.messages(), wanted)
 
 
@@ -687,10 +687,10 @@ def test_wrong_options_and_a_missing_server_are_said_once(start: Start, file: Pa
     wait_until(lambda: terminal.messages().count("… (:Fimserver status)") == 4, "each in a line that fits, once")
     messages = terminal.lua("table.concat(require('fimserver.message').recent, ' ')")
     for wanted in (
-        "ghost_text is \"red\"; it may be 'auto', 'own' or 'builtin'. The default is used: \"auto\"",
-        "there is no option colour; there are automatic, cmd,",
-        'keys.accept is 3; it may be a key like <Tab>, or false. The default is used: "<Tab>"',
-        "the option cmd names /no/such/fimserver, which is no program here; mend or remove it",
+        "ghost_text is \"red\"; it must be 'auto', 'own' or 'builtin'. The default is used: \"auto\"",
+        "there is no option colour; the options are automatic, cmd,",
+        'keys.accept is 3; it must be a key like <Tab>, or false. The default is used: "<Tab>"',
+        "the option cmd names /no/such/fimserver, which is not a program here; correct or remove it",
     ):
         assert messages.count(wanted) == 1, messages
     assert "error" in terminal.lua("require('fimserver').statusline()")
@@ -705,7 +705,7 @@ def test_neovims_own_ghost_text(start: Start, stub: Stub, tmp_path: Path, neovim
     terminal.wait_for("x = one")
     terminal.send("Tab")
     wait_until(lambda: line_of(terminal, 1) == "x = one", "accepted")
-    is_told = "which Neovim has from 0.12 on" in terminal.lua("require('fimserver.message').recent[1] or ''")
+    is_told = "which needs Neovim 0.12" in terminal.lua("require('fimserver.message').recent[1] or ''")
     assert is_told == (not terminal.lua("vim.lsp.inline_completion ~= nil"))
 
 

@@ -212,7 +212,7 @@ def test_looks_of_first_steps_and_of_errors(
         window.dismiss()
         window.command("Welcome: Open Walkthrough")
         window.choose("Code completion on your own machine")
-        for number, step in enumerate(("Have the server", "Type, and press Tab", "The menu in the status bar"), 1):
+        for number, step in enumerate(("Set up the server", "Type, and press Tab", "The menu in the status bar"), 1):
             window.click(f".getting-started-step >> text={step}")
             time.sleep(2)  # for what stands beside it, in a frame
             workbench.in_themes(window, partial(picture_step, window, pictures, number))

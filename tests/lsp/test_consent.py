@@ -232,7 +232,7 @@ def test_a_no_is_not_asked_again_but_by_hand(start_fake: Start, home: Path, fold
     until((home / "state" / FILE_NAME).exists)
     again = start_fake(folders=[HERE], options={"model": str(folder)})
     again.wait_until_ready()
-    said = until(lambda: [n for n in again.notifications if "did not want" in str(n)])
+    said = until(lambda: [n for n in again.notifications if "you declined" in str(n)])
     assert "fimserver.restart" in str(said)
     assert asked(again) == []
     choose(again, "Load it in this workspace")

@@ -38,7 +38,7 @@ def ask(server: FakeServer, place: Place, *, invoked: bool = False) -> list[str]
 
 def ask_and_let_go(server: FakeServer, place: Place, *, invoked: bool = False) -> list[str]:
     request = server.send_completion(*place, invoked=invoked)
-    server.release_weights()
+    server.release()
     return texts(server.wait(request)["result"]["items"])
 
 
@@ -52,7 +52,7 @@ def test_the_first_line_comes_before_the_rest(fake: FakeServer, *, invoked: bool
     sentence = fake.notifications[-1]["params"]["message"]
     assert "first line" in sentence
     assert fake.noted("answered", f"early{invoked}") == []
-    fake.release_weights()
+    fake.release()
     fake.wait_until_noted("answered", f"early{invoked}")
     assert fake.noted("cancelled", f"early{invoked}") == []
 
@@ -64,7 +64,7 @@ def test_who_asks_again_gets_all(fake: FakeServer, *, waits: bool) -> None:
     place = show_held(fake, name)
     assert ask(fake, place) == [LINE]
     if waits:
-        fake.release_weights()
+        fake.release()
         fake.wait_until_noted("answered", name)
         time.sleep(0.1)
     assert ask_and_let_go(fake, place, invoked=True) == [ANSWER]
@@ -83,13 +83,13 @@ def test_who_types_or_accepts_it_gets_the_rest(fake: FakeServer, typed: str, *, 
     fake.insert(uri, line, column, typed)
     now = (uri, line, column + len(typed)) if "\n" not in typed else (uri, line + 1, 4)
     if waits:
-        fake.release_weights()
+        fake.release()
         fake.wait_until_noted("answered", name)
         time.sleep(0.1)
     elif typed == "tot":
         assert ask(fake, now) == [LINE.removeprefix(typed)], "as long as nobody knows more"
         assert fake.last["source"] == "first_line"
-        fake.release_weights()
+        fake.release()
         fake.wait_until_noted("answered", name)
         time.sleep(0.1)
     assert ask_and_let_go(fake, now) == [ANSWER.removeprefix(typed)]
@@ -152,7 +152,7 @@ def test_in_parallel_only_what_is_settled_counts(start_fake: Callable[..., FakeS
     request = server.send_completion(uri, line, column, invoked=False)
     server.wait_until_noted("drafted", "parallel")
     server.insert(uri, line, column, "t")
-    server.release_weights()
+    server.release()
     assert texts(server.wait(request)["result"]["items"]) == [LINE[1:]]
     server.insert(uri, line, column + 1, LINE[1:])
     assert ask(server, (uri, line, column + len(LINE))) == ["\n    return total"]

@@ -326,7 +326,7 @@ def test_settings_are_pulled_where_the_client_is_to_be_asked(fresh: LspClient) -
     deadline = time.monotonic() + 10
     while not any(r["method"] == "workspace/configuration" for r in fresh.requests) and time.monotonic() < deadline:
         time.sleep(0.02)
-    fresh.request("workspace/executeCommand", {"command": "fimserver.cli.explain", "arguments": []})
+    fresh.request("workspace/executeCommand", {"command": "fimserver.explain", "arguments": []})
     fresh.complete(URI, LINE, COLUMN)
     assert fresh.explain()["last"]["reason"] == "disabled"
 
@@ -595,7 +595,7 @@ def test_explain_speaks_to_the_person(ready: LspClient) -> None:
     ready.wait_for_notification("window/showMessage", lambda p: "fimserver.comments" in p["message"])
     ready.open("file:///other.py", TEXT)
     ready.complete("file:///other.py", LINE, COLUMN)
-    asked = {"command": "fimserver.cli.explain", "arguments": [URI]}
+    asked = {"command": "fimserver.explain", "arguments": [URI]}
     assert ready.request("workspace/executeCommand", asked)["last"]["reason"] == "in_comment"
 
 
@@ -825,7 +825,7 @@ def test_a_renamed_file_keeps_nothing_of_the_old(fake: FakeServer) -> None:
     order = {**ANSWER, "name": "old", "drafts": [""], "step_s": 0.3}
     uri, line, column = fake.show(URI, CALL, order=order)
     fake.complete(uri, line, 0)
-    asked = {"command": "fimserver.cli.explain", "arguments": [URI]}
+    asked = {"command": "fimserver.explain", "arguments": [URI]}
     assert fake.request("workspace/executeCommand", asked)["last"]["outcome"] == "empty"
     open_request = fake.send_completion(uri, line, column)
     fake.wait_until_noted("begun", "old")

@@ -29,7 +29,7 @@ def test_the_rest_of_what_is_typed_how_it_begins(fake: FakeServer, typed: str) -
     request = fake.send_completion(uri, line, column)
     fake.wait_until_noted("begun", name)
     fake.insert(uri, line, column, typed)
-    fake.release_weights()
+    fake.release()
     (item,) = fake.wait(request)["result"]["items"]
     assert item["insertText"] == "first, second".removeprefix(typed)
     now = {"line": line, "character": column + len(typed)}
@@ -44,7 +44,7 @@ def test_nothing_for_who_types_something_else(fake: FakeServer, typed: str) -> N
     request = fake.send_completion(uri, line, column)
     fake.wait_until_noted("begun", name)
     fake.insert(uri, line, column, typed)
-    fake.release_weights()
+    fake.release()
     assert texts(fake, request) == []
     assert fake.last["reason"] == "stale"
 
@@ -69,7 +69,7 @@ def test_one_computation_for_all_that_is_typed(fake: FakeServer) -> None:
     for i, character in enumerate("fir", 1):
         fake.insert(uri, line, column + i - 1, character)
         requests.append(fake.send_completion(uri, line, column + i, invoked=False))
-    fake.release_weights()
+    fake.release()
     assert texts(fake, requests[-1]) == ["st, second"]
     assert [texts(fake, request) for request in requests[:-1]] == [[], [], []]
     assert len(fake.noted("begun", "all")) == 1
@@ -111,7 +111,7 @@ def test_a_contradicted_computation_is_not_shared(fake: FakeServer) -> None:
     fake.wait_until_noted("drafted", "own")
     fake.insert(uri, line, column, "second and ")
     second = fake.send_completion(uri, line, column + 11, invoked=False)
-    fake.release_weights()
+    fake.release()
     assert texts(fake, second) == ["first, second"]
     assert texts(fake, first) == []
     assert [run["prefix"][-5:] for run in fake.noted("begun", "own")] == ["join(", " and "]
@@ -126,7 +126,7 @@ def test_drafts_in_parallel_say_nothing_yet(start_fake: Callable[..., FakeServer
     request = server.send_completion(uri, line, column)
     server.wait_until_noted("begun", "parallel")
     server.insert(uri, line, column, "fi")
-    server.release_weights()
+    server.release()
     assert texts(server, request) == ["rst, second"]
 
 
@@ -172,7 +172,7 @@ def test_a_closer_that_the_editor_adds_keeps_the_computation(fake: FakeServer) -
     fake.wait_until_noted("drafted", "running")
     fake.insert(uri, line, column, "()")
     second = fake.send_completion(uri, line, column + 1, invoked=False)
-    fake.release_weights()
+    fake.release()
     (rest,) = fake.wait(second)["result"]["items"]
     assert texts(fake, first) == []
     end = rest["range"]["end"]["character"] - rest["range"]["start"]["character"]
@@ -188,7 +188,7 @@ def test_cancel_and_a_new_request_within_50_ms_keep_the_computation(fake: FakeSe
     fake.notify("$/cancelRequest", {"id": first})
     second = fake.send_completion(uri, line, column + 1)
     assert fake.wait(first)["error"]["code"] == -32800
-    fake.release_weights()
+    fake.release()
     assert texts(fake, second) == ["irst, second"]
     assert len(fake.noted("begun", "kept")) == 1
     assert fake.noted("cancelled", "kept") == []
@@ -212,7 +212,7 @@ def test_an_invoked_request_does_not_share_an_automatic_one(fake: FakeServer) ->
     fake.send_completion(uri, line, column, invoked=False)
     fake.wait_until_noted("begun", "invoked")
     second = fake.send_completion(uri, line, column)
-    fake.release_weights()
+    fake.release()
     assert texts(fake, second) == ["first, second"]
     assert len(fake.noted("begun", "invoked")) == 2
 

@@ -200,14 +200,14 @@ class FakeServer(LspClient):
     def snooze(self, *minutes: float) -> None:
         self.request("workspace/executeCommand", {"command": "fimserver.snooze", "arguments": list(minutes)})
 
-    def release_weights(self) -> None:
+    def release(self) -> None:
         """Whatever was sent has arrived: the engine that an order holds goes on."""
         self.explain()
         gate_of(self.journal).touch()
 
     @property
     def last(self) -> Any:
-        """What ``fimserver.cli.explain`` says of the last request."""
+        """What ``fimserver.explain`` says of the last request."""
         return self.explain()["last"]
 
     def noted(self, event: str, name: str | None = None) -> list[Any]:

@@ -167,7 +167,7 @@ class LspClient:
         return answer["result"]["items"]
 
     def explain(self) -> Any:
-        return self.request("workspace/executeCommand", {"command": "fimserver.cli.explain", "arguments": []})
+        return self.request("workspace/executeCommand", {"command": "fimserver.explain", "arguments": []})
 
     def shutdown(self) -> int:
         self.request("shutdown", None)

@@ -291,7 +291,7 @@ def test_nothing_is_fetched_unasked(tmp_path: Path) -> None:
     command = [sys.executable, "-P", "-m", "fimserver.cli.main", "corpus", "--folder", str(tmp_path / "corpus")]
     result = subprocess.run(command, input="n\n", capture_output=True, text=True, check=False)
     assert result.returncode == 1
-    assert f"pip will fetch {len(PINS)} wheels from PyPI, about 189 MB, into {tmp_path}" in result.stderr
+    assert f"pip will download {len(PINS)} wheels from PyPI, about 189 MB, into {tmp_path}" in result.stderr
     assert not result.stdout
     assert not list(tmp_path.iterdir())
 

@@ -355,8 +355,8 @@ def test_a_vocabulary_of_another_size_is_learned(tmp_path: Path, corpus: Path) -
 @pytest.mark.parametrize(
     ("arguments", "spoil", "code", "message"),
     [
-        ([], None, 2, "say how long: --hours H or --steps N"),
-        (["--hours=1", "--steps=1"], None, 2, "say how long"),
+        ([], None, 2, "the length of the training is missing; add --hours H or --steps N"),
+        (["--hours=1", "--steps=1"], None, 2, "the length of the training is missing"),
         (["--steps=0"], None, 2, "--steps"),
         (["--steps=1", "--set=layers=x"], None, 1, "layers of a recipe has to be a whole number"),
         (["--steps=1", "--set=layers=2"], None, 1, "have 8; --fresh begins with none"),

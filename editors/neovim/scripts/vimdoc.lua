@@ -1,7 +1,7 @@
 --- Writes doc/fimserver.txt from the source: options and their comments, keys, sub-commands, functions.
 ---
 ---   nvim -l scripts/vimdoc.lua            write it
----   nvim -l scripts/vimdoc.lua --check    exit code 1 where it is not what it would write
+---   nvim -l scripts/vimdoc.lua --check    exit with code 1 if the file is outdated
 local root = vim.fs.dirname(vim.fs.dirname(vim.fs.normalize(vim.uv.fs_realpath(arg[0]))))
 vim.opt.runtimepath:prepend(root)
 
@@ -30,7 +30,7 @@ local function add_section(title, tag)
   add()
 end
 
---- Words in lines that fit.
+--- Add a text wrapped to WIDTH columns.
 ---@param text string
 ---@param indent string
 local function add_wrapped(text, indent)
@@ -62,7 +62,7 @@ end
 local function add_options()
   add_section('OPTIONS', 'fimserver-options')
   add_wrapped(
-    "`require('fimserver').setup({})` takes a table of these. What is wrong in it is said, and the default used.",
+    "`require('fimserver').setup({})` takes a table of these. Invalid options are reported and replaced by defaults.",
     ''
   )
   local source = read('lua/fimserver/config.lua'):match('\nlocal defaults = (%b{})\n')
@@ -87,7 +87,7 @@ end
 
 local function add_keys()
   add_section('KEYS', 'fimserver-mappings')
-  add('For mappings of your own in insert mode; with nothing to do they do nothing.')
+  add('For your own mappings in insert mode. Without ghost text they do nothing.')
   add()
   local defaults = require('fimserver.config').defaults().keys
   for _, action in ipairs(require('fimserver.keys').actions) do
@@ -106,7 +106,7 @@ local function add_commands()
     add_wrapped(command.says .. '.', '    ')
     add()
   end
-  add('`:checkhealth fimserver` looks at all parts and says how to mend what fails.')
+  add('`:checkhealth fimserver` checks all parts and shows how to fix what fails.')
 end
 
 local function add_functions()
@@ -134,7 +134,7 @@ local function add_functions()
   end
 end
 
---- A chapter of README.md, with its blocks of code.
+--- Add a chapter of README.md with its code blocks.
 ---@param title string
 ---@param tag string
 local function add_chapter(title, tag)
@@ -157,10 +157,10 @@ local function add_chapter(title, tag)
 end
 
 local function write()
-  add('*fimserver.txt*	Code completion that stays on your machine')
+  add('*fimserver.txt*	Code completion that runs on your machine')
   add()
-  local what = 'Ghost text by the language server fimserver, which completes code with a model on your machine. For '
-    .. 'Neovim 0.11 and newer. This page is written from the source by scripts/vimdoc.lua; README.md says how to '
+  local what = 'Ghost text from the language server fimserver, which completes code with a model on your machine. For '
+    .. 'Neovim 0.11 and newer. scripts/vimdoc.lua writes this page from the source; README.md describes how to '
     .. 'install the plugin.'
   add_wrapped(what, '')
   add()
@@ -171,16 +171,16 @@ local function write()
   add_commands()
   add_functions()
   add_section('STATUS LINE AND COLORS', 'fimserver-status')
-  local status = 'The autocommand User FimserverStatus comes when the state changes; its `data` is what '
-    .. "`require('fimserver').status()` gives. In a status line:"
+  local status = 'The autocommand User FimserverStatus runs when the state changes; its `data` is the result of '
+    .. "`require('fimserver').status()`. In a status line:"
   add_wrapped(status, '')
   add(">vim\n    set statusline+=%{%v:lua.require'fimserver'.statusline()%}\n<")
   add_tagged('FimserverGhost', '*hl-FimserverGhost*')
-  add('    Ghost text; as ComplHint or NonText, in grey where these have no color.')
+  add('    Ghost text; like ComplHint or NonText, in grey if these have no color.')
   add_tagged('FimserverHint', '*hl-FimserverHint*')
-  add('    What is said behind it: (1/2), or how many lines are below the window.')
+  add('    Text after it: (1/2), or the number of lines below the window.')
   add()
-  add('Set b:fimserver to false in a buffer that is not to be completed in.')
+  add('Set b:fimserver to false to turn completions off in a buffer.')
   add()
   add('vim:tw=78:ts=8:ft=help:norl:')
   return table.concat(lines, '\n') .. '\n'
@@ -192,7 +192,7 @@ if arg[1] == '--check' then
   local file = io.open(path)
   local is_same = file ~= nil and file:read('*a') == text
   if not is_same then
-    print('doc/fimserver.txt is not what the source says; run: nvim -l scripts/vimdoc.lua')
+    print('doc/fimserver.txt is outdated; run: nvim -l scripts/vimdoc.lua')
     os.exit(1)
   end
 else

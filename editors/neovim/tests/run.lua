@@ -1,10 +1,10 @@
---- Tests of what needs no screen: nvim -l tests/run.lua [NAME]. Exit code 1 where one fails.
+--- Runs the tests that need no screen: nvim -l tests/run.lua [NAME]. Exit code 1 if a test fails.
 local here = vim.fs.dirname(vim.fs.normalize(vim.uv.fs_realpath(arg[0])))
 vim.opt.runtimepath:prepend(vim.fs.dirname(here))
 
 local num_good, failed = 0, {} ---@type integer, string[]
 
---- Run a test; its name says what it shows.
+--- Run a test; its name describes the behaviour.
 ---@param name string
 ---@param run fun()
 function _G.test(name, run)
@@ -19,7 +19,7 @@ function _G.test(name, run)
   end
 end
 
---- Compare by value.
+--- Assert that two values are equal.
 ---@param got any
 ---@param wanted any
 function _G.same(got, wanted)

@@ -15,14 +15,14 @@ local function fresh()
   return vim.api.nvim_create_buf(true, false)
 end
 
-test('default keys are mapped in the buffer alone', function()
+test('default keys are mapped in the buffer only', function()
   local buffer, other = fresh(), vim.api.nvim_create_buf(true, false)
   keys.map(buffer)
   same(mapped(buffer, '<Tab>'), 'fimserver: Accept all of the ghost text')
   assert(not vim.startswith(mapped(other, '<Tab>') or '', 'fimserver'))
 end)
 
-test('a default key gives way to a mapping of others, also to a later one', function()
+test('a default key yields to another mapping, also to a later one', function()
   local buffer = fresh()
   vim.keymap.set('i', '<Tab>', 'x', { desc = 'theirs' })
   keys.map(buffer)
@@ -36,7 +36,7 @@ test('a default key gives way to a mapping of others, also to a later one', func
   vim.keymap.del('i', '<Tab>')
 end)
 
-test('a key that one names is mapped above others, and setup() anew takes it away', function()
+test('a key that the user sets covers other mappings, and another setup() removes it', function()
   local buffer = fresh()
   config.set({ keys = { accept = '<C-y>' } })
   vim.keymap.set('i', '<C-y>', 'x', { desc = 'theirs' })

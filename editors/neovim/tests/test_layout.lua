@@ -3,7 +3,7 @@ local test, same = _G.test, _G.same
 
 local CONTEXT = { column = 4, tabstop = 4, width = nil }
 
---- Pieces as they read in the line: `{ { offset, text } }`, with a third entry where one hides what stands there.
+--- Return the pieces in the line: `{ { offset, text } }`, with a third entry if a piece hides the text there.
 local function pieces_of(rest, old, tail, context)
   local plan = layout.new(rest, old, tail, context or CONTEXT)
   local list = {}
@@ -13,42 +13,42 @@ local function pieces_of(rest, old, tail, context)
   return list, plan.below, plan.moved
 end
 
-test('a line at the end of a line, and in the middle', function()
+test('a single line is placed at the end of a line and in the middle', function()
   same({ pieces_of('end(item)', '', '') }, { { { 0, 'end(item)' } }, {}, '' })
   same({ pieces_of('a, ', '', 'b)') }, { { { 0, 'a, ' } }, {}, '' })
 end)
 
-test('what is replaced stays where the new text has it too', function()
+test('replaced characters that the new text contains stay visible', function()
   same(pieces_of('a, b)', ')', ''), { { 0, 'a, b' } })
   same(pieces_of('a) + f(b)', ')', ' # x'), { { 0, 'a) + f(b' } })
   same(pieces_of('x]:', ']', ''), { { 0, 'x' }, { 1, ':' } })
 end)
 
-test('another text lies above the old', function()
+test('a different text covers the old text', function()
   same(pieces_of('one', '123', ' # x'), { { 0, 'one', true } })
   same(pieces_of('one + two', '123', ' # x'), { { 0, 'one', true }, { 3, ' + two' } })
   same(pieces_of('a', '123', ''), { { 0, 'a  ', true } })
 end)
 
-test('several lines go below', function()
+test('further lines are shown below', function()
   same({ pieces_of('a:\n  b\nc', '', '') }, { { { 0, 'a:' } }, { '  b', 'c' }, '' })
   same({ pieces_of('\n  b', '', '  ') }, { {}, { '  b' }, '' })
   same({ pieces_of('x):\n  b', '):', '') }, { { { 0, 'x' } }, { '  b' }, '' })
 end)
 
-test('what stands behind several lines moves to their end', function()
+test('text after several lines moves to their end', function()
   same({ pieces_of('a,\n  b', '', ') + 1') }, { { { 0, 'a,   ', true } }, { '  b' }, ') + 1' })
   same({ pieces_of('\n  1\n]', ']', '') }, { { { 0, ' ', true } }, { '  1', ']' }, '' })
 end)
 
-test('tabs are as wide as they look', function()
+test('tabs have their width on the screen', function()
   same(layout.expand_tabs('a\tb', 0, 4), 'a   b')
   same(layout.expand_tabs('a\tb', 2, 4), 'a b')
   same(layout.expand_tabs('日\tb', 0, 4), '日  b')
   same({ pieces_of('x\n\ty', '', '') }, { { { 0, 'x' } }, { '    y' }, '' })
 end)
 
-test('lines that are too long wrap, never within a character', function()
+test('long lines wrap, never within a character', function()
   same(layout.wrap('abcdef', 4), { 'abcd', 'ef' })
   same(layout.wrap('日本語', 4), { '日本', '語' })
   same(layout.wrap('a日本', 4), { 'a日', '本' })
@@ -57,7 +57,7 @@ test('lines that are too long wrap, never within a character', function()
   same(select(2, pieces_of('x\nabcdef', '', '', { column = 0, tabstop = 8, width = 4 })), { 'abcd', 'ef' })
 end)
 
-test('bytes of a character are not torn apart', function()
+test('the bytes of a character are not split', function()
   same(layout.align('é)', 'é)'), nil)
   same(pieces_of('ö)', 'é)', ''), { { 0, 'ö)', true } })
 end)

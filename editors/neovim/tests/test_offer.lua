@@ -1,7 +1,7 @@
 local offers = require('fimserver.offer')
 local test, same = _G.test, _G.same
 
---- An offer at the mark `|` of a line, which replaces what is between `|` and `^`.
+--- Return an offer at the mark `|` of a line that replaces the text between `|` and `^`.
 local function offer_at(marked, text)
   local cursor = marked:find('|', 1, true) - 1
   local line = marked:gsub('|', '')
@@ -11,7 +11,7 @@ local function offer_at(marked, text)
   return offers.new(item, line, { start = cursor, cursor = cursor, finish = finish })
 end
 
-test('what was typed is taken from the beginning', function()
+test('typed text is removed from the beginning', function()
   local offer = assert(offer_at('self.app|', 'end(item)'))
   same({ offers.rest_of(offer, '', '') }, { 'end(item)', 0 })
   same({ offers.rest_of(offer, 'end', '') }, { '(item)', 0 })
@@ -20,15 +20,15 @@ test('what was typed is taken from the beginning', function()
   same(offers.rest_of(offer, '', ' more'), nil)
 end)
 
-test('what stands behind the cursor is replaced, what stands behind that stays', function()
+test('text in the range after the cursor is replaced, text after the range is kept', function()
   local offer = assert(offer_at('foo(|)^ + 1', 'a, b)'))
   same({ offer.old, offer.tail }, { ')', ' + 1' })
   same({ offers.rest_of(offer, 'a,', ') + 1') }, { ' b)', 1 })
-  same(offers.rest_of(offer, 'a, b', ') + 1'), nil) -- only the bracket is left, which is there
+  same(offers.rest_of(offer, 'a, b', ') + 1'), nil) -- only the bracket is left, and the line has it
   same(offers.rest_of(offer, '', ') + 2'), nil)
 end)
 
-test('closers that an editor added by itself are replaced too', function()
+test('closers that an editor added automatically are replaced too', function()
   local offer = assert(offer_at('foo|', '(a, [b])'))
   same({ offers.rest_of(offer, '(', ')') }, { 'a, [b])', 1 })
   same({ offers.rest_of(offer, '(a, [', '])') }, { 'b])', 2 })
@@ -36,7 +36,7 @@ test('closers that an editor added by itself are replaced too', function()
   same(offers.rest_of(offer, '(', 'x'), nil)
 end)
 
-test('an item that does not go on with the line is none', function()
+test('an item that does not continue the line is dropped', function()
   same(offer_at('foo|bar^', 'bar'), nil) -- nothing would change
   same(offers.new({ insertText = 'x' }, 'abc', { start = 2, cursor = 1, finish = 2 }), nil)
   same(offers.new({ insertText = 'zoo' }, 'fo', { start = 0, cursor = 2, finish = 2 }), nil)
@@ -44,11 +44,11 @@ test('an item that does not go on with the line is none', function()
   same(offers.rest_of(typed, 'fo', ''), 'o')
 end)
 
-test('line ends of Windows are line ends', function()
+test('CRLF is a line ending', function()
   same(assert(offer_at('|', 'a\r\nb\rc\n')).text, 'a\nb\nc\n')
 end)
 
-test('words', function()
+test('next_word takes one word', function()
   local cases = {
     { 'end(item)', 'end' },
     { '(item)', '(' },
@@ -65,7 +65,7 @@ test('words', function()
   end
 end)
 
-test('words and lines put together are the whole', function()
+test('joined words and joined lines are the whole text', function()
   local text = 'for x in (1, 2):\n\n    print(x)\n  \n\treturn "é"'
   for _, cut in ipairs({ offers.next_word, offers.next_line }) do
     local rest, all = text, ''
@@ -78,7 +78,7 @@ test('words and lines put together are the whole', function()
   end
 end)
 
-test('lines', function()
+test('next_line takes one line', function()
   same(offers.next_line('one\n  two'), 'one')
   same(offers.next_line('\n  two\nthree'), '\n  two')
   same(offers.next_line('\n\n  two'), '\n\n  two')

@@ -4,7 +4,7 @@ local test, same = _G.test, _G.same
 
 local root = vim.uv.fs_realpath(vim.uv.fs_mkdtemp(vim.fs.joinpath(vim.uv.os_tmpdir(), 'fimserver-XXXXXX')))
 
---- A program that prints its arguments, at a path below the root.
+--- Write a program that prints its arguments to a path below the root.
 local function put_program(path)
   path = vim.fs.joinpath(root, path)
   vim.fn.mkdir(vim.fs.dirname(path), 'p')
@@ -19,16 +19,16 @@ local function buffer_of(path)
   return buffer
 end
 
-test('PATH, else the nearest virtual environment that is trusted, else a remedy', function()
+test('find() tries PATH, then the nearest trusted virtual environment, and else returns a fix', function()
   vim.env.PATH = vim.fs.joinpath(root, 'bin')
   local buffer = buffer_of('project/deep/er/a.py')
   local command, why = program.find(buffer)
   same(command, nil)
-  assert(why:find('into the .venv of your project', 1, true), why)
+  assert(why:find('in the .venv of your project', 1, true), why)
   vim.fn.mkdir(vim.fs.joinpath(root, 'project/deep/.venv/bin'), 'p') -- without a server
   local in_venv = put_program('project/.venv/bin/fimserver')
   local trusted = {}
-  vim.secure.read = function(path) -- luacheck: ignore 122  it asks the person
+  vim.secure.read = function(path) -- luacheck: ignore 122  the real one asks the user
     table.insert(trusted, path)
     return #trusted > 1 and 'text' or nil
   end
@@ -36,7 +36,7 @@ test('PATH, else the nearest virtual environment that is trusted, else a remedy'
   same(command, nil)
   assert(why:find('is not trusted yet', 1, true), why)
   same((program.find(buffer)), nil)
-  same(#trusted, 1) -- not asked again by itself
+  same(#trusted, 1) -- not asked again automatically
   program.forget()
   same(program.find(buffer), { in_venv, 'lsp' })
   config.set({ venv = false })
@@ -52,7 +52,7 @@ test('PATH, else the nearest virtual environment that is trusted, else a remedy'
   config.set({})
 end)
 
-test('other arguments go to the program behind a wrapper', function()
+test('other arguments are passed through a wrapper', function()
   local wrapper = put_program('bin/wrapper')
   local code, output = program.run({ wrapper, 'run', 'fimserver', 'lsp', '--threads', '2' }, { '--version' }, 5000)
   same({ code, output }, { 0, 'run fimserver --version\n' })

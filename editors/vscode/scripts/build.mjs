@@ -23,12 +23,12 @@ if (watch) {
 } else {
   const { metafile } = await build.rebuild();
   writeFileSync("dist/LICENSES.txt", licences(metafile));
-  // vsce refuses pictures that are not on a web server; the walkthrough shows this one.
+  // vsce accepts only images from a web server; the walkthrough shows this one.
   writeFileSync("dist/README.md", readFileSync("README.md", "utf8").replace(/^!\[.*\n\n/m, ""));
   await build.dispose();
 }
 
-/** The licences of all packages that are in the bundle. */
+/** Return the licences of all packages in the bundle. */
 function licences(metafile) {
   const inside = Object.keys(metafile.inputs).map((path) => /^(.*node_modules\/(?:@[^/]+\/)?[^/]+)\//.exec(path)?.[1]);
   const texts = [...new Set(inside.filter((folder) => folder !== undefined))].sort().map((folder) => {

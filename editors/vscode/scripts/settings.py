@@ -1,10 +1,10 @@
-# ruff: noqa: INP001  a script beside TypeScript, no package
-"""The settings of package.json, written from the server's own table.
+# ruff: noqa: INP001  a script next to TypeScript, not a package
+"""Write the settings of package.json from the server's own table.
 
     python scripts/settings.py            write them
-    python scripts/settings.py --check    1 where they differ
+    python scripts/settings.py --check    exit with code 1 if they differ
 
-Run by a Python that has fimserver. Only the extension's own settings and the order of groups stand here.
+Needs a Python with fimserver installed. This file defines only the extension's own settings and the order of groups.
 """
 
 import argparse
@@ -24,25 +24,25 @@ OWN: dict[str, dict[str, Any]] = {
         "type": "string",
         "default": "",
         "scope": "machine-overridable",
-        "markdownDescription": "The server's program, as a full path. `~` and `${workspaceFolder}` may begin it. "
-        "Empty: it is looked for "
-        "in the workspace's `.venv` and `venv`, on PATH, and where the extension installed it. Not "
-        "taken from a workspace that you do not trust.",
+        "markdownDescription": "Full path of the server's program; may begin with `~` or `${workspaceFolder}`. "
+        "If empty, the program is searched for "
+        "in the workspace's `.venv` and `venv`, on PATH, and in the extension's own folder. Ignored in a "
+        "workspace that you do not trust.",
     },
     "trace.server": {
         "type": "string",
         "default": "off",
         "enum": ["off", "messages", "verbose"],
         "scope": "window",
-        "markdownDescription": "What is written to the log of what editor and server say to each other. `verbose` has "
-        "your code in it. It takes the log's level *Trace* too.",
+        "markdownDescription": "Logs the messages between editor and server. `verbose` includes your code. "
+        "The log's level must also be *Trace*.",
     },
 }
 _DEVICES = "auto|cpu|mps|cuda(:\\d+)?"
 
 
 def _type_of(setting: "Field[Any]") -> dict[str, Any]:
-    """The JSON schema of a setting's values."""
+    """Return the JSON schema of a setting's values."""
     m = setting.metadata
     if m["choices"]:
         return {"type": "string", "enum": list(m["choices"])}
@@ -50,7 +50,7 @@ def _type_of(setting: "Field[Any]") -> dict[str, Any]:
         return {"type": "string", "pattern": f"^({_DEVICES})$", "patternErrorMessage": "auto, cpu, cuda, cuda:N or mps"}
     if m["low"] is not None:
         number = "number" if "float" in str(setting.type) else "integer"
-        high = min(m["high"], 2**53 - 1)  # the largest whole number that an editor can hold
+        high = min(m["high"], 2**53 - 1)  # the largest integer that JavaScript represents exactly
         kind = [number, "null"] if "None" in str(setting.type) else number
         return {"type": kind, "minimum": m["low"], "maximum": high}
     if isinstance(setting.default, tuple):
@@ -59,7 +59,7 @@ def _type_of(setting: "Field[Any]") -> dict[str, Any]:
 
 
 def to_properties() -> dict[str, dict[str, Any]]:
-    """``contributes.configuration.properties``."""
+    """Return ``contributes.configuration.properties``."""
     properties = {
         f"fimserver.{name}": {
             **_type_of(setting),
@@ -75,7 +75,7 @@ def to_properties() -> dict[str, dict[str, Any]]:
 
 
 def to_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
-    """package.json with the settings as they are in the server."""
+    """Return package.json with the server's settings."""
     contributes = manifest["contributes"]
     configuration = {**contributes["configuration"], "properties": to_properties()}
     restricted = [f"fimserver.{name}" for name in ("serverPath", *ENGINE_SETTINGS)]
@@ -88,14 +88,14 @@ def to_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Write package.json, or say whether it would change."""
-    parser = argparse.ArgumentParser(description="The settings of package.json, from the server's own table.")
-    parser.add_argument("--check", action="store_true", help="write nothing; 1 where they differ")
+    """Write package.json, or check whether it would change."""
+    parser = argparse.ArgumentParser(description="Write the settings of package.json from the server's own table.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with code 1 if they differ")
     text = MANIFEST.read_text(encoding="utf-8")
     wanted = json.dumps(to_manifest(json.loads(text)), indent=2, ensure_ascii=False) + "\n"
     if parser.parse_args().check:
         if text != wanted:
-            sys.stderr.write("package.json is not as the server's settings are: run scripts/settings.py\n")
+            sys.stderr.write("package.json differs from the server's settings; run scripts/settings.py\n")
         return int(text != wanted)
     MANIFEST.write_text(wanted, encoding="utf-8")
     return 0

@@ -1,8 +1,8 @@
-// How long to wait before a server that ended is started again, and when to give up.
+// Restart delays for a server that ended, and the limit after which it is not restarted.
 
-/** Waits before the first try, the second, and so on. */
+/** Delay before each restart attempt. */
 export const PAUSES_MS: readonly number[] = [0, 1_000, 4_000, 15_000];
-/** A server that ran so long did not end because of how it was started. */
+/** A server that ran this long started correctly, so its end does not count as a failed attempt. */
 export const STABLE_MS = 60_000;
 
 export class Backoff {
@@ -11,12 +11,12 @@ export class Backoff {
 
   constructor(private readonly now: () => number = Date.now) {}
 
-  /** The server runs. */
+  /** Record that the server runs. */
   onStarted(): void {
     this.startedAt = this.now();
   }
 
-  /** Milliseconds to wait before the next start; `undefined` where it ended too often and nobody should go on. */
+  /** Return the milliseconds to wait before the next start, or `undefined` if the server ended too often. */
   onEnded(): number | undefined {
     if (this.startedAt !== undefined && this.now() - this.startedAt >= STABLE_MS) {
       this.tries = 0;
@@ -25,7 +25,7 @@ export class Backoff {
     return PAUSES_MS[this.tries++];
   }
 
-  /** A person asked for a start: what was before does not count. */
+  /** Forget earlier attempts, because the user requested a start. */
   reset(): void {
     this.tries = 0;
     this.startedAt = undefined;

@@ -1,4 +1,4 @@
-// Which settings are sent to the server: those that somebody chose. The editor's defaults would hide config.toml.
+// Selects the settings to send to the server: those that the user set. The editor's defaults would hide config.toml.
 
 export interface Inspected {
   readonly globalValue?: unknown;
@@ -11,10 +11,10 @@ export interface Configuration {
   inspect(name: string): Inspected | undefined;
 }
 
-/** The extension's own, which the server does not know. */
+/** Settings of the extension, which the server does not know. */
 export const OWN: readonly string[] = ["serverPath", "trace.server"];
 
-/** A value for each of the server's settings; `null`, which says nothing, for those that nobody chose. */
+/** Return a value for each of the server's settings; `null` (not set) for those that the user did not set. */
 export function chosenSettings(configuration: Configuration, names: readonly string[]): Record<string, unknown> {
   const values: Record<string, unknown> = {};
   for (const name of names) {
@@ -25,13 +25,13 @@ export function chosenSettings(configuration: Configuration, names: readonly str
   return values;
 }
 
-/** The names of the server's settings, as package.json has them. */
+/** Return the names of the server's settings, from the properties in package.json. */
 export function serverSettings(properties: Readonly<Record<string, unknown>>): string[] {
   const names = Object.keys(properties).map((name) => name.replace(/^fimserver\./, ""));
   return names.filter((name) => !OWN.includes(name));
 }
 
-/** Whether a language is on, by the setting `fimserver.languages`. */
+/** Return whether the setting `fimserver.languages` turns a language on. */
 export function isLanguageOn(languages: unknown, id: string): boolean {
   const table = (typeof languages === "object" && languages !== null ? languages : {}) as Record<string, unknown>;
   return (table[id] ?? table["*"] ?? true) !== false;

@@ -1,4 +1,4 @@
-// `fimserver doctor` in a terminal that stays open.
+// Runs `fimserver doctor` in a terminal that stays open.
 
 import { type ChildProcess, spawn } from "node:child_process";
 import * as vscode from "vscode";
@@ -20,7 +20,7 @@ class DoctorTerminal implements vscode.Pseudoterminal {
     child.stdout.setEncoding("utf8").on("data", write);
     child.stderr.setEncoding("utf8").on("data", write);
     child.on("error", (error) => write(`${error.message}\n`));
-    child.on("close", () => write("\nPress any key to close this.\n"));
+    child.on("close", () => write("\nPress any key to close this terminal.\n"));
     child.on("close", () => {
       this.child = undefined;
     });
@@ -38,7 +38,7 @@ class DoctorTerminal implements vscode.Pseudoterminal {
   }
 }
 
-/** Run it where the person sees it. */
+/** Run `fimserver doctor` in a visible terminal. */
 export function runDoctor(program: string): void {
   const iconPath = new vscode.ThemeIcon("checklist");
   vscode.window.createTerminal({ name: "fimserver doctor", pty: new DoctorTerminal(program), iconPath }).show();

@@ -1,4 +1,4 @@
-// Why there was or was no completion, in a sentence, and what would change that.
+// Explains in a sentence why there was or was no completion, and which action would change that.
 
 export interface Explained {
   readonly last: {
@@ -13,9 +13,9 @@ export interface Explained {
 
 const SOURCES: Readonly<Record<string, string>> = {
   model: "the model wrote it",
-  first_line: "its first line is there, the rest comes when it is asked for",
-  guess: "the same stands elsewhere in your files",
-  cache: "it goes on from what was offered before",
+  first_line: "its first line was ready; the next request adds the rest",
+  match: "the same text is elsewhere in your files",
+  cache: "it continues an earlier completion",
 };
 
 export type Remedy = "endSnooze" | "turnOn" | "restart" | "settings";
@@ -33,10 +33,10 @@ const REMEDIES: Readonly<Record<string, Remedy>> = {
   low_confidence: "settings",
 };
 
-/** What the server's answer to `fimserver/explain` says to a person. */
+/** Turn the server's answer to `fimserver/explain` into a sentence for the user. */
 export function toSentence({ last, engine }: Explained): Sentence {
   if (last === null) {
-    return { text: `Nothing was asked in this file yet. The model: ${engine.detail} (${engine.state}).` };
+    return { text: `There was no request in this file yet. Model: ${engine.detail} (${engine.state}).` };
   }
   if (last.outcome === "offered") {
     const total = last.timings_ms?.total;
@@ -45,6 +45,6 @@ export function toSentence({ last, engine }: Explained): Sentence {
     return { text: `The last request was answered with a completion${time}${source ? `: ${source}` : ""}.` };
   }
   const remedy = REMEDIES[last.reason ?? ""];
-  const text = `Nothing was offered: ${last.detail ?? last.reason ?? "no reason was given"}.`;
+  const text = `Nothing was offered: ${last.detail ?? last.reason ?? "the server gave no reason"}.`;
   return remedy === undefined ? { text } : { text, remedy };
 }

@@ -1,4 +1,4 @@
-// Ties commands, the status item and the server together.
+// Connects commands, the status item and the server.
 
 import { join } from "node:path";
 import * as vscode from "vscode";
@@ -39,7 +39,7 @@ class Extension {
       this.status,
       this.server,
       vscode.window.onDidChangeActiveTextEditor(() => this.show()),
-      vscode.workspace.onDidOpenTextDocument(() => this.show()), // also when a document's language was changed
+      vscode.workspace.onDidOpenTextDocument(() => this.show()), // also fired when a document's language changes
     );
     this.register("menu", () => this.showMenu());
     this.register("snoozeFor", () => this.showSnoozes());
@@ -74,7 +74,7 @@ class Extension {
     void vscode.commands.executeCommand("setContext", "fimserver.serving", view.phase === "ready");
   }
 
-  /** The language at hand, where completions are possible at all. */
+  /** Return the active document's language; `undefined` if completions are not possible there. */
   private language(): Language | undefined {
     const document = vscode.window.activeTextEditor?.document;
     if (document === undefined || vscode.languages.match(DOCUMENTS, document) === 0) {
@@ -89,15 +89,15 @@ class Extension {
   }
 
   private async offer(): Promise<void> {
-    const [install, locate, notNow] = ["Install...", "Say Where It Is...", "Not Now"];
-    const text = "fimserver: the server that completes code on this machine is not installed yet.";
+    const [install, locate, notNow] = ["Install...", "Locate...", "Not Now"];
+    const text = "fimserver: the completion server is not installed on this machine yet.";
     const answer = await vscode.window.showInformationMessage(text, install, locate, notNow);
     if (answer === install) {
       await this.carryOut({ kind: "install" });
     } else if (answer === locate) {
       await this.carryOut({ kind: "locate" });
     } else {
-      await this.context.globalState.update(NOT_NOW, true); // the status item goes on offering it
+      await this.context.globalState.update(NOT_NOW, true); // the status item still offers it
     }
   }
 
@@ -120,7 +120,7 @@ class Extension {
   private async showSnoozes(): Promise<void> {
     const { view } = this.server;
     const items = toMenu(view, undefined, false).filter((item) => item.action?.kind === "snooze");
-    const picked = await vscode.window.showQuickPick(items, { title: "fimserver: no completions by themselves for" });
+    const picked = await vscode.window.showQuickPick(items, { title: "fimserver: no automatic completions for" });
     if (picked?.action !== undefined) {
       await this.carryOut(picked.action);
     }
@@ -190,7 +190,7 @@ class Extension {
     }
   }
 
-  /** Change a setting where it was chosen; for everything, where it was not. */
+  /** Change a setting in the workspace if it is set there, else globally. */
   private async update(name: string, value: unknown): Promise<void> {
     const inWorkspace = this.settings().inspect(name)?.workspaceValue !== undefined;
     const target = inWorkspace ? vscode.ConfigurationTarget.Workspace : vscode.ConfigurationTarget.Global;
@@ -198,7 +198,7 @@ class Extension {
   }
 
   private async locate(): Promise<void> {
-    const files = await vscode.window.showOpenDialog({ title: "The program fimserver", openLabel: "Use It" });
+    const files = await vscode.window.showOpenDialog({ title: "Locate the fimserver program", openLabel: "Select" });
     if (files?.[0] !== undefined) {
       await this.settings().update("serverPath", files[0].fsPath, vscode.ConfigurationTarget.Global);
     }

@@ -1,4 +1,4 @@
-// Installs the server into a folder of the extension's own: what is run, and running it. Only after a person asked.
+// Installs the server into the extension's own folder, only on the user's request.
 
 import { type ChildProcess, spawn } from "node:child_process";
 import { readFile } from "node:fs/promises";
@@ -24,27 +24,27 @@ export interface Step {
 }
 
 /**
- * Whether PyPI has `fimserver` and the name is ours. Until then nothing is fetched by that name: whoever takes it first
- * would run their code on the machines of all who click. Turned on with the first release.
+ * Whether the project owns the name `fimserver` on PyPI. Until then nothing is downloaded by that name, because anyone
+ * could register it and run their code on users' machines. Turned on with the first release.
  */
 export const IS_PUBLISHED: boolean = false;
 
 const TORCH = "torch";
 const CPU_INDEX = "https://download.pytorch.org/whl/cpu";
-const CUDA_INDEX = "https://download.pytorch.org/whl/cu128"; // Windows: the Python index has no build for cards there
+const CUDA_INDEX = "https://download.pytorch.org/whl/cu128"; // for Windows, where PyPI has no CUDA build
 const OLDEST = "3.11";
 
-/** What is downloaded, in words: torch is most of it. */
+/** Describe the download size, most of which is torch. */
 export function downloadSize(build: Build): string {
   return build === "cpu" ? "about 0.3 GB" : "about 3 GB";
 }
 
-/** Builds that differ on this platform. */
+/** Return the builds that a platform has. */
 export function buildsFor(platform: NodeJS.Platform): Build[] {
   return platform === "darwin" ? ["cpu"] : ["cpu", "cuda"];
 }
 
-/** Whether a folder is one that the server can be installed from. */
+/** Return whether the server can be installed from a folder. */
 export async function isCheckout(folder: string): Promise<boolean> {
   try {
     return /^name = "fimserver"$/m.test(await readFile(join(folder, "pyproject.toml"), "utf8"));
@@ -55,7 +55,7 @@ export async function isCheckout(folder: string): Promise<boolean> {
 
 function torchIndex(build: Build, platform: NodeJS.Platform): string | undefined {
   if (platform === "darwin") {
-    return undefined; // one build for all
+    return undefined; // macOS has one build
   }
   if (build === "cpu") {
     return CPU_INDEX;
@@ -63,13 +63,13 @@ function torchIndex(build: Build, platform: NodeJS.Platform): string | undefined
   return platform === "win32" ? CUDA_INDEX : undefined;
 }
 
-/** What is run, in order, to have the server in `folder`. */
+/** Return the commands that install the server into `folder`, in order. */
 export function toSteps(choice: Choice, folder: string, platform: NodeJS.Platform): Step[] {
   const index = torchIndex(choice.build, platform);
   const python = programIn(folder, platform, "python");
   const fetchTorch = "downloading the runtime (torch)";
   const fetchServer = "installing the server";
-  const make = "making an environment";
+  const make = "creating a virtual environment";
   if (choice.tool === "pipx") {
     const pip = index === undefined ? [] : [`--pip-args=--extra-index-url ${index}`];
     const programs = join(programIn(folder, platform), "..");
@@ -98,7 +98,7 @@ export function toSteps(choice: Choice, folder: string, platform: NodeJS.Platfor
   ];
 }
 
-/** Tools of this machine that can install, the best first. */
+/** Return this machine's tools that can install the server, best first. */
 export async function findTools(path: string, platform: NodeJS.Platform): Promise<{ tool: Tool; program: string }[]> {
   const found: { tool: Tool; program: string }[] = [];
   for (const tool of ["uv", "pipx"] as const) {
@@ -129,7 +129,7 @@ async function isNewEnough(python: string): Promise<boolean> {
 
 export class CancelledError extends Error {}
 
-/** Run one step; each line that it prints goes to `onLine`. Throws where it fails, `CancelledError` when aborted. */
+/** Run one step and pass each printed line to `onLine`. Throws if it fails, `CancelledError` when aborted. */
 export function run(step: Step, onLine: (line: string) => void, signal: AbortSignal): Promise<void> {
   return new Promise((resolve, reject) => {
     if (signal.aborted) {
@@ -140,7 +140,7 @@ export function run(step: Step, onLine: (line: string) => void, signal: AbortSig
     const child = spawn(step.command, [...step.args], {
       env: { ...process.env, ...step.env },
       stdio: ["ignore", "pipe", "pipe"],
-      detached: !isWindows, // a group of its own, so that what it started ends with it
+      detached: !isWindows, // a process group, so that its child processes end with it
       windowsHide: true,
     });
     let last = "";
@@ -184,6 +184,6 @@ function end(child: ChildProcess, isWindows: boolean): void {
   try {
     process.kill(-child.pid, "SIGTERM");
   } catch {
-    // it has ended already
+    // the process has ended already
   }
 }

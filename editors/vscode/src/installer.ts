@@ -1,4 +1,4 @@
-// Asks how to install the server, shows how far it is, and lets the person stop it.
+// Asks how to install the server, shows the progress, and lets the user cancel.
 
 import { access, rm } from "node:fs/promises";
 import * as vscode from "vscode";
@@ -18,8 +18,8 @@ import type { Messages } from "./messages";
 import { programIn } from "./program";
 
 const BUILDS: Readonly<Record<Build, { label: string; detail: string }>> = {
-  cpu: { label: "For the processor", detail: "Works on any machine. The shipped model is made for it." },
-  cuda: { label: "For an NVIDIA card (CUDA)", detail: "For large models. Needs a driver that is installed already." },
+  cpu: { label: "For the CPU", detail: "Works on any machine. The shipped model is made for it." },
+  cuda: { label: "For an NVIDIA GPU (CUDA)", detail: "For large models. Needs an installed NVIDIA driver." },
 };
 
 export class Installer {
@@ -32,7 +32,7 @@ export class Installer {
     private readonly messages: Messages,
   ) {}
 
-  /** Ask, and install; whether the server is there now. */
+  /** Ask how to install the server, and install it. Returns whether it is installed now. */
   async install(): Promise<boolean> {
     if (this.busy) {
       return false;
@@ -50,7 +50,7 @@ export class Installer {
     const tools = await findTools(process.env["PATH"] ?? "", process.platform);
     if (tools.length === 0) {
       this.messages.error(
-        "Installing the server takes uv, pipx, or Python 3.11 or newer with venv. None is on PATH; install one of them first.",
+        "The server needs uv, pipx, or Python 3.11 or newer with venv. None of them is on PATH; install one first.",
         ["log"],
       );
       return undefined;
@@ -62,7 +62,7 @@ export class Installer {
     }));
     const build = await vscode.window.showQuickPick(builds, {
       title: "Install fimserver's server (1 of 3)",
-      placeHolder: "What is it to compute on? Nothing is downloaded before the last step.",
+      placeHolder: "Which hardware runs the model? Nothing is downloaded before the last step.",
     });
     if (build === undefined) {
       return undefined;
@@ -70,7 +70,7 @@ export class Installer {
     const programs = tools.map((found) => ({ label: found.tool, description: found.program, found }));
     const tool = await vscode.window.showQuickPick(programs, {
       title: "Install fimserver's server (2 of 3)",
-      placeHolder: "With which tool?",
+      placeHolder: "Which tool installs it?",
     });
     if (tool === undefined) {
       return undefined;
@@ -90,7 +90,7 @@ export class Installer {
     const items = [...(IS_PUBLISHED ? [published] : []), checkout, wheel].map((item) => ({ ...item, detail }));
     const picked = await vscode.window.showQuickPick(items, {
       title: "Install fimserver's server (3 of 3)",
-      placeHolder: "From where? This begins the download.",
+      placeHolder: "Select the source. This starts the download.",
     });
     if (picked === undefined) {
       return undefined;
@@ -108,7 +108,9 @@ export class Installer {
     });
     const path = found?.[0]?.fsPath;
     if (path !== undefined && isFolder && !(await isCheckout(path))) {
-      this.messages.error(`${path} is no checkout of fimserver: its pyproject.toml does not name it.`, ["install"]);
+      this.messages.error(`${path} is not a checkout of fimserver: it has no pyproject.toml with that name.`, [
+        "install",
+      ]);
       return undefined;
     }
     return path;

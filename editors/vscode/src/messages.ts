@@ -1,4 +1,4 @@
-// Messages with a button that mends what they say; each is shown once until it was mended.
+// Messages with buttons for actions that fix the problem; each message is shown once until an action is chosen.
 
 import * as vscode from "vscode";
 
@@ -8,7 +8,7 @@ const TITLES: Readonly<Record<Mend, string>> = {
   restart: "Restart",
   log: "Open Log",
   install: "Install...",
-  locate: "Say Where It Is...",
+  locate: "Locate...",
   doctor: "Doctor",
   settings: "Settings",
 };
@@ -40,7 +40,7 @@ export class Messages {
     this.show(text, [], vscode.window.showInformationMessage);
   }
 
-  /** What was said may be said again: the person has acted. */
+  /** Allow earlier messages to be shown again, because the user has acted. */
   forget(): void {
     this.shown.clear();
   }

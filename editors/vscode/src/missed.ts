@@ -1,4 +1,4 @@
-// What got no answer while the model was loading, to be asked again once it is there.
+// Keeps a request that got no completion while the model was loading, and repeats it once the model is loaded.
 
 import * as vscode from "vscode";
 
@@ -14,13 +14,13 @@ export class Missed {
   private what: Asked | undefined;
   private asks = false;
 
-  /** A request of that time, and its answer. */
+  /** Record a request made while the model was loading, and its answer. */
   note(asked: Asked, answer: Answer): void {
     const items = Array.isArray(answer) ? answer : (answer?.items ?? []);
     this.what = items.length > 0 ? undefined : asked;
   }
 
-  /** Have the editor ask once more, where the person has stayed since. */
+  /** Make the editor repeat the request if document and cursor have not changed since. */
   async askAgain(): Promise<void> {
     const { what } = this;
     this.what = undefined;
@@ -38,7 +38,7 @@ export class Missed {
     }
   }
 
-  /** The editor can ask again only as if a key had been pressed for it; nobody did. Who asks by hand is answered so. */
+  /** Mark a repeated request as automatic: the editor can only repeat it as invoked. Invoked requests stay invoked. */
   toContext(context: vscode.InlineCompletionContext): vscode.InlineCompletionContext {
     if (this.asks) {
       this.asks = false;

@@ -1,4 +1,4 @@
-// Where the server's program is: the setting, the workspace's virtual environment, PATH, the extension's own.
+// Finds the server: by the setting, in the workspace's virtual environment, on PATH, in the extension's folder.
 
 import { accessSync, constants, statSync } from "node:fs";
 import { homedir } from "node:os";
@@ -11,7 +11,7 @@ export interface Program {
   readonly origin: Origin;
 }
 
-/** The setting names a program that is not there; nothing else is started in its place. */
+/** The setting names a program that does not exist; no other program is started instead. */
 export class MissingProgramError extends Error {}
 
 export interface Place {
@@ -33,7 +33,7 @@ export function isProgram(path: string): boolean {
   }
 }
 
-/** Where a virtual environment has its programs. */
+/** Return the path of a program in a virtual environment. */
 export function programIn(environment: string, platform: NodeJS.Platform, name = "fimserver"): string {
   return platform === "win32"
     ? win32.join(environment, "Scripts", `${name}.exe`)
@@ -45,7 +45,7 @@ function expand(setting: string, folders: readonly string[]): string {
   return home.replace(/\$\{workspaceFolder\}/g, () => folders[0] ?? "");
 }
 
-/** The first program on PATH with this name. */
+/** Return the first program on PATH with this name. */
 export function onPath(
   name: string,
   path: string,
@@ -54,12 +54,12 @@ export function onPath(
 ): string | undefined {
   const { join, delimiter, isAbsolute } = platform === "win32" ? win32 : posix;
   const file = platform === "win32" ? `${name}.exe` : name;
-  // A relative entry would find a program of the folder that happens to be open.
+  // A relative entry could find a program in the open folder, which may not be trusted.
   const candidates = path.split(delimiter).filter((folder) => isAbsolute(folder));
   return candidates.map((folder) => join(folder, file)).find(exists);
 }
 
-/** The server's program; `undefined` where there is none yet. Throws `MissingProgramError`. */
+/** Return the server's program; `undefined` if none is installed. Throws `MissingProgramError`. */
 export function findProgram(place: Place): Program | undefined {
   const exists = place.isProgram ?? isProgram;
   const { join, isAbsolute } = place.platform === "win32" ? win32 : posix;
@@ -67,7 +67,7 @@ export function findProgram(place: Place): Program | undefined {
     const path = expand(place.setting, place.trusted ? place.folders : []);
     if (!isAbsolute(path) || !exists(path)) {
       throw new MissingProgramError(
-        `fimserver.serverPath is ${place.setting}, which is no program. Give the full path of fimserver, or clear it.`,
+        `fimserver.serverPath is ${place.setting}, which is not a program. Set the full path of fimserver, or clear it.`,
       );
     }
     return { path, origin: "setting" };

@@ -1,4 +1,4 @@
-// The server's life in this window: found, started, watched, started again; and what is known of it.
+// Finds, starts, watches and restarts the server for this window, and keeps its state.
 
 import { homedir } from "node:os";
 import * as vscode from "vscode";
@@ -21,7 +21,7 @@ import { Missed } from "./missed";
 import { findProgram, MissingProgramError, type Program } from "./program";
 import { INITIAL, type Phase, type View } from "./view";
 
-/** Documents that are completed: files, new ones, and cells of notebooks. */
+/** Documents that are completed: files, new documents, and cells of notebooks. */
 export const DOCUMENTS = [{ scheme: "file" }, { scheme: "untitled" }, { scheme: "vscode-notebook-cell" }];
 const THINKING_AFTER_MS = 300;
 const ANSWER_WITHIN_MS = 2_000;
@@ -43,7 +43,7 @@ interface EngineStatus {
   readonly refusedModel: string | null;
 }
 
-/** What the server sends as its state changes, under Copilot's name. */
+/** Notification of the server when its state changes, with the name that Copilot's server uses. */
 interface DidChangeStatus {
   readonly kind: string;
   readonly busy: boolean;
@@ -63,8 +63,8 @@ export class Server implements vscode.Disposable {
   private snoozeTimer: NodeJS.Timeout | undefined;
   private snoozedUntil = 0;
   private open = 0;
-  private wishes = 0; // starts, stops: only what was wished for last is done
-  private told = 0; // states that the server has sent
+  private wishes = 0; // counts start and stop requests; only the latest one is carried out
+  private told = 0; // counts state notifications of the server
   private stopping: Promise<void> = Promise.resolve();
   readonly onDidChange = this.changed.event;
 
@@ -80,7 +80,7 @@ export class Server implements vscode.Disposable {
     );
   }
 
-  /** Find the server and start it; a person's wish, so earlier deaths do not count. */
+  /** Find the server and start it. The user requested this, so earlier failures do not count. */
   async restart(): Promise<void> {
     this.backoff.reset();
     this.messages.forget();
@@ -88,7 +88,7 @@ export class Server implements vscode.Disposable {
     const wish = this.wishes;
     await stopped;
     if (wish === this.wishes) {
-      await this.start(); // else a later wish does
+      await this.start(); // else a later request starts it
     }
   }
 
@@ -125,7 +125,7 @@ export class Server implements vscode.Disposable {
     await this.refresh();
   }
 
-  /** Done once every server that was told to end has: until then the editor keeps what is registered for it. */
+  /** Stop the server. Resolves once every stopping server has ended: the editor keeps its registrations until then. */
   stop(): Promise<void> {
     this.wishes += 1;
     clearTimeout(this.restartTimer);
@@ -140,7 +140,7 @@ export class Server implements vscode.Disposable {
   private async end(client: LanguageClient): Promise<void> {
     try {
       if (client.state === State.Starting) {
-        // It cannot be stopped before it has started.
+        // A client cannot be stopped before it has started.
         await Promise.race([client.start(), new Promise((done) => setTimeout(done, START_WITHIN_MS))]);
       }
       await client.stop();
@@ -149,14 +149,14 @@ export class Server implements vscode.Disposable {
     }
   }
 
-  /** No automatic completions for so many minutes; 0 ends it. */
+  /** Stop automatic completions for a number of minutes; 0 ends the snooze. */
   async snooze(minutes: number): Promise<void> {
     await this.ask("fimserver/snooze", { minutes });
     this.snoozedUntil = Date.now() + minutes * 60_000;
     await this.refresh();
   }
 
-  /** Why the last request of a document was answered as it was; `undefined` where the server does not answer. */
+  /** Ask why the last request of a document got its answer; `undefined` if the server does not respond. */
   explain(document: vscode.TextDocument | undefined): Promise<Explained | undefined> {
     return this.ask<Explained>(
       "fimserver/explain",
@@ -164,7 +164,7 @@ export class Server implements vscode.Disposable {
     );
   }
 
-  /** Ask the server how it is; whether it answered. */
+  /** Ask the server for its state. Returns whether it answered. */
   async refresh(): Promise<boolean> {
     const { client } = this;
     const status = await this.ask<EngineStatus>("fimserver/status", {});
@@ -209,7 +209,7 @@ export class Server implements vscode.Disposable {
   }
 
   private connect(program: Program): LanguageClient {
-    // Not in the open folder: what it holds is not the server's to find.
+    // Not in the open folder, so that the server cannot pick up files of that folder by accident.
     const executable = { command: program.path, args: ["lsp"], options: { cwd: homedir() } };
     const client: LanguageClient = new LanguageClient(
       "fimserver",
@@ -251,7 +251,7 @@ export class Server implements vscode.Disposable {
         provideInlineCompletionItems: async (document, position, context, token, next) => {
           const editor = vscode.window.activeTextEditor;
           if (editor?.document === document && editor.selections.length > 1) {
-            return null; // a text for one cursor is wrong at the others
+            return null; // a completion for one cursor is wrong at the others
           }
           const done = this.think();
           const { version } = document;
@@ -270,7 +270,7 @@ export class Server implements vscode.Disposable {
             if (!params.items.every((item) => item.section === "fimserver")) {
               return next(params, token);
             }
-            this.refreshSoon(); // once the server has taken them
+            this.refreshSoon(); // after the server has applied them
             const configuration = vscode.workspace.getConfiguration("fimserver");
             return params.items.map(() => chosenSettings(configuration, this.settings));
           },
@@ -279,7 +279,7 @@ export class Server implements vscode.Disposable {
     };
   }
 
-  /** That a server which was told to end hears no more of documents is no error. */
+  /** Send a document notification; ignore its failure if the server is being stopped. */
   private async sendTo(client: LanguageClient, send: () => Promise<void>): Promise<void> {
     try {
       await send();
@@ -290,7 +290,7 @@ export class Server implements vscode.Disposable {
     }
   }
 
-  /** A request is open; the function that is given back ends that. */
+  /** Record that a request is running; call the returned function when it ends. */
   private think(): () => void {
     this.open += 1;
     const timer = setTimeout(() => this.change({ thinking: true }), THINKING_AFTER_MS);
@@ -314,12 +314,12 @@ export class Server implements vscode.Disposable {
     }
   }
 
-  /** Not shown as ready before it is known with which model. */
+  /** Show the state ready, once the model's name is known. */
   private async onReady(message: string): Promise<void> {
     const { client, told } = this;
     const answered = await this.refresh();
     if (this.client !== client || this.told !== told) {
-      return; // there is newer news
+      return; // a newer state has arrived
     }
     if (!answered && client?.isRunning()) {
       this.change({ phase: "ready", detail: message });
@@ -331,15 +331,19 @@ export class Server implements vscode.Disposable {
 
   private onEnded(client: LanguageClient, why: string): void {
     if (this.client !== client) {
-      return; // stopped on purpose, or noticed before
+      return; // stopped on purpose, or handled already
     }
     this.client = undefined;
     const pause = this.backoff.onEnded();
     if (pause === undefined) {
-      this.fail(`The server ended several times (${why}).`, ["restart", "doctor", "log"]);
+      this.fail(`The server ended several times (${why}). Restart it, or open the log for details.`, [
+        "restart",
+        "doctor",
+        "log",
+      ]);
       return;
     }
-    this.log.warn(`${why}; it is started again in ${pause / 1_000} s`);
+    this.log.warn(`${why}; restarting it in ${pause / 1_000} s`);
     this.change({ phase: "starting", thinking: false });
     this.restartTimer = setTimeout(() => void this.start(), pause);
   }
@@ -350,16 +354,16 @@ export class Server implements vscode.Disposable {
   }
 
   private onConfiguration(event: vscode.ConfigurationChangeEvent): void {
-    // That it may have changed is also told when trust is given, which alone is no reason to start anew.
+    // This event also comes when trust is granted, which alone does not require a restart.
     if (event.affectsConfiguration("fimserver.serverPath") && (!this.client || this.isAnotherFound())) {
       void this.restart();
     } else if (event.affectsConfiguration("fimserver") && this.client?.isRunning()) {
-      // Null: the server asks for what it wants to know.
+      // null makes the server request its settings.
       void this.client.sendNotification(DidChangeConfigurationNotification.type, { settings: null });
     }
   }
 
-  /** The workspace's own environment may be used now. */
+  /** Handle granted trust: the workspace's own environment may be used now. */
   private onTrust(): void {
     if (this.client?.isRunning() && !this.isAnotherFound()) {
       void this.client
@@ -375,7 +379,7 @@ export class Server implements vscode.Disposable {
       return this.find()?.path !== this.program?.path;
     } catch (error) {
       if (error instanceof MissingProgramError) {
-        return true; // starting says so
+        return true; // start() reports the error
       }
       throw error;
     }

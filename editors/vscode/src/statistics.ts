@@ -1,4 +1,4 @@
-// The statistics page of the server, in a tab: a document without scripts.
+// Shows the server's statistics page in a tab, without scripts.
 
 import { execFile } from "node:child_process";
 import * as vscode from "vscode";
@@ -19,7 +19,7 @@ function readPage(program: string): Promise<string> {
   });
 }
 
-/** Open the page, read anew. Throws where the server's program does not write it. */
+/** Open a new statistics page. Throws if the server's program does not write it. */
 export async function showStatistics(program: string): Promise<void> {
   const page = await readPage(program);
   const options = { enableScripts: false, localResourceRoots: [] };

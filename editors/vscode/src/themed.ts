@@ -1,4 +1,4 @@
-// A page of the server's in the colours of the editor's theme.
+// Gives a page of the server the colours of the editor's theme.
 
 const STYLE = `<style>
 :root { --back: var(--vscode-editor-background); --text: var(--vscode-editor-foreground);
@@ -6,7 +6,7 @@ const STYLE = `<style>
   --one: var(--vscode-charts-blue); --two: var(--vscode-disabledForeground); }
 </style>`;
 
-/** The page with the theme's colours in the place of its own. */
+/** Return the page with the theme's colours instead of its own. */
 export function toThemed(page: string): string {
   return page.replace("</head>", () => `${STYLE}</head>`);
 }

@@ -1,13 +1,13 @@
-// What the person sees of the server's state: the status item's text, and the menu behind it.
+// The server's state as the user sees it: the status item's text and its menu.
 
 export type Phase = "missing" | "starting" | "loading" | "ready" | "failed" | "stopped";
 
-/** All that is known of the server. */
+/** State of the server. */
 export interface View {
   readonly phase: Phase;
-  /** Where it failed: what, and what to do. Else what the engine says of itself. */
+  /** After a failure, the error and its fix; else the engine's own description. */
   readonly detail: string;
-  /** "tiny on cpu", once it was loaded. */
+  /** For instance "tiny on cpu"; empty before the model is loaded. */
   readonly engine: string;
   readonly enabled: boolean;
   readonly snoozedMinutes: number;
@@ -29,7 +29,7 @@ export const INITIAL: View = {
   mode: "auto",
 };
 
-/** The language of the editor that has the focus. */
+/** Language of the active editor. */
 export interface Language {
   readonly id: string;
   readonly enabled: boolean;
@@ -53,19 +53,19 @@ function engineLine(view: View): string[] {
   return model && device ? [`Model: ${model}, on ${device}`] : [];
 }
 
-/** The status item. */
+/** Return the content of the status item. */
 export function toStatus(view: View, language: Language | undefined): Status {
   const lines = engineLine(view);
-  const restricted = view.trusted ? [] : ["The workspace is not trusted: model and device are the defaults."];
+  const restricted = view.trusted ? [] : ["The workspace is not trusted: its model and device settings are ignored."];
   const refused =
-    view.refusedModel === null ? [] : [`The model ${view.refusedModel} is not loaded: nobody agreed to it.`];
+    view.refusedModel === null ? [] : [`The model ${view.refusedModel} is not loaded: you have not allowed it.`];
   const base = { lines: [...lines, ...restricted, ...refused], severity: "none" as const };
   switch (view.phase) {
     case "missing":
       return {
         text: `$(cloud-download) ${NAME}`,
         headline: "The server is not installed",
-        lines: ["Click to install it, or to say where it is."],
+        lines: ["Click to install or locate it."],
         severity: "warning",
       };
     case "failed":
@@ -104,7 +104,7 @@ export type Action =
 export interface MenuItem {
   readonly label: string;
   readonly description?: string;
-  readonly action?: Action; // none: a heading
+  readonly action?: Action; // a heading has none
 }
 
 const SNOOZES = [5, 15, 30, 60];
@@ -142,7 +142,7 @@ function ofServing(view: View, language: Language | undefined, hasWorkspace: boo
   items.push({ label: "mode" });
   items.push({
     label: "$(rocket) Automatic mode",
-    description: isSpeculative ? "what the model does best" : "what the model does best; in use",
+    description: isSpeculative ? "the best mode for the model" : "the best mode for the model; in use",
     action: { kind: "mode", mode: "auto" },
   });
   items.push({
@@ -152,32 +152,32 @@ function ofServing(view: View, language: Language | undefined, hasWorkspace: boo
   });
   items.push({ label: "insight" });
   items.push({ label: "$(question) Why was there no completion?", action: { kind: "explain" } });
-  items.push({ label: "$(graph) Statistics", description: "counted on this machine alone", action: { kind: "stats" } });
+  items.push({ label: "$(graph) Statistics", description: "counted on this machine only", action: { kind: "stats" } });
   return items;
 }
 
-/** The menu behind the status item. */
+/** Return the menu of the status item. */
 export function toMenu(view: View, language: Language | undefined, hasWorkspace: boolean): MenuItem[] {
   if (view.phase === "missing") {
     return [
       {
         label: "$(cloud-download) Install the server",
-        description: "says first what it downloads",
+        description: "shows the download size first",
         action: { kind: "install" },
       },
       {
-        label: "$(folder-opened) Say where it is",
+        label: "$(folder-opened) Locate the server",
         description: "fimserver.serverPath",
         action: { kind: "locate" },
       },
-      { label: "$(refresh) Look for it again", action: { kind: "restart" } },
+      { label: "$(refresh) Search again", action: { kind: "restart" } },
       { label: "$(output) Open the log", action: { kind: "log" } },
     ];
   }
   const serves = view.phase === "ready" || view.phase === "loading";
   return [
     ...(serves ? ofServing(view, language, hasWorkspace) : []),
-    { label: "when something is wrong" },
+    { label: "troubleshooting" },
     { label: "$(refresh) Restart the server", action: { kind: "restart" } },
     { label: "$(output) Open the log", action: { kind: "log" } },
     { label: "$(checklist) Doctor", description: "checks the installation", action: { kind: "doctor" } },

@@ -1,7 +1,7 @@
 import { expect, test } from "vitest";
 import { chosenSettings, isLanguageOn, serverSettings } from "../src/chosen";
 
-test("only what somebody chose is sent", () => {
+test("only settings that the user set are sent", () => {
   const values: Record<string, unknown> = { maxLines: 4, mode: "auto", seed: null };
   const configuration = {
     get: (name: string) => values[name],
@@ -15,7 +15,7 @@ test("the extension's own settings are not the server's", () => {
   expect(serverSettings(properties)).toEqual(["mode"]);
 });
 
-test("languages are on unless said otherwise", () => {
+test("languages are on by default", () => {
   expect(isLanguageOn(undefined, "go")).toBe(true);
   expect(isLanguageOn({ go: false }, "go")).toBe(false);
   expect(isLanguageOn({ "*": false, go: true }, "go")).toBe(true);

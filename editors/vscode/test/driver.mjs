@@ -6,7 +6,7 @@
 //   {"id": 3, "do": "type", "page": 0, "text": "abc", "delay": 20}, press (key), click (selector, count), hover
 //   {"id": 4, "do": "screenshot", "page": 0, "path": "...", "clip": null}, close
 //
-// What fails is answered with {"id": 1, "error": "..."}.
+// A failure is answered with {"id": 1, "error": "..."}.
 
 import { createRequire } from "node:module";
 import { createInterface } from "node:readline";

@@ -3,7 +3,7 @@ import { toSentence } from "../src/explain";
 
 const engine = { state: "ready", detail: "tiny on cpu" };
 
-test("a silence has its reason, and what would change it", () => {
+test("an empty answer has its reason and a remedy", () => {
   const last = { outcome: "empty", reason: "snoozed", detail: "completions are snoozed for 5 minutes" };
   expect(toSentence({ last, engine })).toEqual({
     text: "Nothing was offered: completions are snoozed for 5 minutes.",
@@ -11,7 +11,7 @@ test("a silence has its reason, and what would change it", () => {
   });
 });
 
-test("an answer says where it is from", () => {
+test("a completion is explained by its source", () => {
   const last = { outcome: "offered", source: "model", timings_ms: { total: 123.4 } };
   expect(toSentence({ last, engine }).text).toBe(
     "The last request was answered with a completion after 123 ms: the model wrote it.",

@@ -6,7 +6,7 @@ const choice = { tool: "python", program: "/usr/bin/python3", build: "cpu", sour
 const lines = (steps: ReturnType<typeof toSteps>): string[] =>
   steps.map((step) => [step.command, ...step.args].join(" "));
 
-test("with Python", () => {
+test("installing with Python", () => {
   expect(lines(toSteps(choice, "/own", "linux"))).toEqual([
     "/usr/bin/python3 -m venv /own",
     "/own/bin/python -m pip install --disable-pip-version-check --no-input --index-url https://download.pytorch.org/whl/cpu torch",
@@ -14,7 +14,7 @@ test("with Python", () => {
   ]);
 });
 
-test("with uv, for a card", () => {
+test("installing with uv, for a GPU", () => {
   const uv = { ...choice, tool: "uv", program: "/bin/uv", build: "cuda" } as const;
   expect(lines(toSteps(uv, "/own", "linux"))).toEqual([
     "/bin/uv venv --python >=3.11 /own",
@@ -23,27 +23,27 @@ test("with uv, for a card", () => {
   ]);
 });
 
-test("with pipx, into the extension's folder", () => {
+test("installing with pipx into the extension's folder", () => {
   const [step] = toSteps({ ...choice, tool: "pipx", program: "/bin/pipx" }, "/own", "linux");
   expect(step?.env).toEqual({ PIPX_HOME: "/own/pipx", PIPX_BIN_DIR: "/own/bin" });
   expect(step?.args.at(-1)).toBe("fimserver==1");
 });
 
-test("a Mac has one build", () => {
+test("macOS has one build", () => {
   expect(buildsFor("darwin")).toEqual(["cpu"]);
   expect(lines(toSteps(choice, "/own", "darwin")).join()).not.toContain("index-url");
 });
 
 const node = (code: string) => ({ title: "", command: process.execPath, args: ["-e", code] });
 
-test("lines are passed on, and a failure says the last one", async () => {
+test("printed lines are passed on, and a failure has the last one as its message", async () => {
   const seen: string[] = [];
   const step = node("console.log('one'); console.error('no space left'); process.exitCode = 3");
   await expect(run(step, (line) => seen.push(line), new AbortController().signal)).rejects.toThrow("no space left");
   expect(seen).toContain("one");
 });
 
-test("a program that is not there is an error", async () => {
+test("a missing program is an error", async () => {
   const step = { title: "", command: "/gone/uv", args: [] };
   await expect(run(step, () => {}, new AbortController().signal)).rejects.toThrow("ENOENT");
 });
@@ -71,7 +71,7 @@ function isAlive(pid: number): boolean {
   }
 }
 
-test("a checkout names itself", async () => {
+test("a checkout is recognized by its pyproject.toml", async () => {
   expect(await isCheckout("../..")).toBe(true);
   expect(await isCheckout(".")).toBe(false);
 });

@@ -41,7 +41,7 @@ test("nothing of a workspace that is not trusted is started", () => {
   expect(() => findProgram(place(programs, { setting, trusted: false }))).toThrow(MissingProgramError);
 });
 
-test("a setting that names nothing is said, and nothing else is started", () => {
+test("a setting with a missing program is an error, and no other program is started", () => {
   expect(() => findProgram(place(ALL, { setting: "/gone/fimserver" }))).toThrow("/gone/fimserver");
   expect(() => findProgram(place(["fimserver"], { setting: "fimserver" }))).toThrow("full path");
 });
@@ -51,13 +51,13 @@ test("a setting may begin with the home folder", () => {
   expect(findProgram(place([path], { setting: "~/x/fimserver" }))?.path).toBe(path);
 });
 
-test("Windows has other names", () => {
+test("Windows has other paths and names", () => {
   const programs = ["C:\\code\\.venv\\Scripts\\fimserver.exe", "C:\\bin\\fimserver.exe"];
   const windows = { platform: "win32", folders: ["C:\\code"], path: "C:\\other;C:\\bin", own: "C:\\own" } as const;
   expect(findProgram(place(programs, windows))?.path).toBe(programs[0]);
   expect(findProgram(place(programs.slice(1), windows))?.path).toBe(programs[1]);
 });
 
-test("relative entries of PATH are left out", () => {
+test("relative entries of PATH are ignored", () => {
   expect(onPath("uv", ".:bin:/usr/bin", "linux", () => true)).toBe("/usr/bin/uv");
 });

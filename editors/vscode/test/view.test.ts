@@ -7,7 +7,7 @@ const PYTHON = { id: "python", enabled: true };
 const headline = (more: Partial<View>, language = PYTHON): string => toStatus({ ...READY, ...more }, language).headline;
 const labels = (view: View, language = PYTHON): string[] => toMenu(view, language, true).map((item) => item.label);
 
-test("each state has its words", () => {
+test("each state has a headline", () => {
   expect(headline({})).toBe("Ready");
   expect(headline({ thinking: true })).toBe("Thinking");
   expect(headline({ phase: "loading" })).toBe("The model is loading");
@@ -18,23 +18,23 @@ test("each state has its words", () => {
   expect(headline({ phase: "missing" })).toContain("not installed");
 });
 
-test("model and device are said", () => {
+test("model and device are shown", () => {
   expect(toStatus(READY, PYTHON).lines).toEqual(["Model: tiny, on cpu"]);
   expect(toStatus({ ...READY, engine: "" }, PYTHON).lines).toEqual([]);
 });
 
-test("an error has its remedy beside it", () => {
+test("an error is shown with its fix", () => {
   const status = toStatus({ ...READY, phase: "failed", detail: "The weights are torn; fetch them again." }, PYTHON);
   expect(status.severity).toBe("error");
   expect(status.lines).toEqual(["The weights are torn; fetch them again."]);
 });
 
-test("a workspace that is not trusted, and a refused model, are said", () => {
+test("an untrusted workspace and a refused model are shown", () => {
   const { lines } = toStatus({ ...READY, trusted: false, refusedModel: "/m" }, PYTHON);
   expect(lines.join(" ")).toMatch(/not trusted.*\/m/);
 });
 
-test("the menu offers what is possible now", () => {
+test("the menu has the actions that are possible now", () => {
   expect(labels(READY).filter((label) => label.includes("Snooze"))).toHaveLength(4);
   expect(labels({ ...READY, snoozedMinutes: 3 })).toContain("$(bell) End the snooze");
   expect(labels({ ...READY, enabled: false })).toContain("$(check) Turn on in this workspace");

@@ -244,7 +244,7 @@ class Checkpoint:
         tensor, path = self._files.tensor(name), self.stored[name].path
         self._unread[path] -= 1
         if self._unread[path] <= 0:
-            self._files.release_weights(path)
+            self._files.close(path)
         return tensor
 
 

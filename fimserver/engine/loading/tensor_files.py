@@ -80,6 +80,6 @@ class TensorFiles:
         self._mapped_bytes += tensor.nbytes
         return tensor
 
-    def release_weights(self, path: Path) -> None:
+    def close(self, path: Path) -> None:
         """Close a file; tensors already read stay valid."""
         self._files.pop(path, None)

@@ -1,1 +1,1 @@
-"""Count what is offered and what becomes of it: on this machine only, numbers only, never text."""
+"""Count completions offered, accepted and rejected: on this machine only, numbers only, never text."""

@@ -1,14 +1,14 @@
-"""What a person accepts and rejects, counted: how sure the model has to be is learned from it.
+"""Count accepted and rejected completions, to learn how much confidence is enough.
 
     Counts       completions shown and accepted, by kind of source and by ten bins of confidence; a small file
-    Acceptance   one connection's: sees what is offered and what becomes of the text there
+    Acceptance   one connection's: follows what is offered and what becomes of the text there
 
-An editor need not say what was accepted, so it is read from its edits too. Accepted: one edit put the completion, or at
-least its first word, where it was offered, or the person typed it out. Rejected: the text there became another, or
-the person went elsewhere in the document. What is still open counts for nothing, and where an editor says what it
-showed, what it did not show counts for nothing either.
+Editors need not report what was accepted, so it is derived from edits too. Accepted: one edit inserted the completion,
+or at least its first word, where it was offered, or the user typed it. Rejected: other text is there, or the cursor
+moved elsewhere in the document. Undecided completions do not count; if an editor reports what it showed, those that it
+did not show do not count either.
 
-Knows:  texts, the state folder.  Never: LSP types, the engine. What is kept is numbers, never text.
+Knows:  texts, the state folder.  Never: LSP types, the engine. It keeps numbers, never text.
 """
 
 import json
@@ -26,18 +26,18 @@ from fimserver.lsp.completion_cache import CLOSERS
 from fimserver.paths import read_plain, write_private
 
 NUM_BINS = 10
-PRIOR_WEIGHT = 20  # observations that the model's own confidence is worth
-SURE_MATCH = 0.5  # about every second guess that is offered is right
+PRIOR_WEIGHT = 20  # observations; the weight of the model's own confidence
+SURE_MATCH = 0.5  # about half of the offered matches are right
 WRITE_EVERY_S = 30.0
 FILE_NAME = "acceptance.json"
-_MOST = 500  # observations of a bin; more are halved, so that habits may change
+_MOST = 500  # observations in a bin; more are halved, so that new habits count
 _MAX_KNOWN = 64
 _FIRST_WORD = re.compile(r"\s*(?:\w+|[^\w\s]+)")
 _logger = logging.getLogger(__name__)
 
 
 class Kind(StrEnum):
-    """Where a completion came from."""
+    """The source of a completion."""
 
     MODEL = "model"
     MATCH = "match"
@@ -47,22 +47,22 @@ Bins = dict[Kind, list[list[int]]]  # [shown, accepted] of each bin
 
 
 def no_bins() -> Bins:
-    """Bins without a count."""
+    """Return empty bins."""
     return {kind: [[0, 0] for _ in range(NUM_BINS)] for kind in Kind}
 
 
 def bin_of(confidence: float) -> int:
-    """The bin that a confidence falls into."""
+    """Return the bin of a confidence."""
     return min(NUM_BINS - 1, max(0, int(confidence * NUM_BINS)))
 
 
 def posterior(confidence: float, shown: int, accepted: int) -> float:
-    """How likely a completion is accepted: the model's own confidence, moved by what came of others like it."""
+    """Return the probability of acceptance: the model's confidence, corrected by the counts of similar completions."""
     return (PRIOR_WEIGHT * confidence + accepted) / (PRIOR_WEIGHT + shown)
 
 
 class Counts:
-    """The counts of a person, in a file that several servers may share; each adds what it saw."""
+    """A user's counts, in a file that several servers may share; each adds its own."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._path = path
@@ -72,11 +72,11 @@ class Counts:
         self._written_at: float | None = None
 
     def adjusted(self, confidence: float, kind: Kind = Kind.MODEL) -> float:
-        """A confidence after what the person accepted and rejected before."""
+        """Return a confidence corrected by what the user accepted and rejected before."""
         return posterior(confidence, *self._bins[kind][bin_of(confidence)])
 
     def count(self, kind: Kind, confidence: float, *, accepted: bool) -> None:
-        """One completion was decided; written at most every half a minute."""
+        """Count one decision; the file is written at most every half minute."""
         for bins in (self._bins, self._unsaved):
             counts = bins[kind][bin_of(confidence)]
             counts[0] += 1
@@ -85,7 +85,7 @@ class Counts:
             self.save()
 
     def save(self) -> None:
-        """Add what was counted here to the file; one that cannot be written is left."""
+        """Add the counts to the file; a file that cannot be written is left as it is."""
         if not any(shown for bins in self._unsaved.values() for shown, _ in bins):
             return
         self._written_at = self._clock()
@@ -98,13 +98,13 @@ class Counts:
         try:
             write_bins(self._path, merged)
         except OSError as error:
-            _logger.warning("what was accepted cannot be written to %s: %s", self._path, error.strerror)
+            _logger.warning("acceptance counts cannot be written to %s: %s", self._path, error.strerror)
             return
         self._bins, self._unsaved = merged, no_bins()
 
 
 def read_bins(path: Path) -> Bins:
-    """The counts in a file; none of one that is not there, or not in order, which is said in the log."""
+    """Return the counts in a file; empty for a missing file and, with a warning in the log, for a damaged one."""
     try:
         values = json.loads(read_plain(path))
         bins = {kind: [[shown, accepted] for shown, accepted in values[kind]] for kind in Kind}
@@ -112,13 +112,13 @@ def read_bins(path: Path) -> Bins:
     except FileNotFoundError:
         return no_bins()
     except OSError as error:
-        _logger.warning("%s cannot be read (%s); what you accept is counted anew", path, error.strerror)
+        _logger.warning("%s cannot be read (%s); acceptance counts start over", path, error.strerror)
         return no_bins()
     except (ValueError, TypeError, KeyError, RecursionError):
         is_whole = False
     if is_whole:
         return bins
-    _logger.warning("%s is damaged; what you accept is counted anew", path)
+    _logger.warning("%s is damaged; acceptance counts start over", path)
     return no_bins()
 
 
@@ -127,31 +127,31 @@ def _is_count(counts: list[Any]) -> bool:
 
 
 def write_bins(path: Path, bins: Bins) -> None:
-    """Put a file with these counts in the place of the last, for its owner only. Raises ``OSError``."""
+    """Replace a file by one with these counts, readable by its owner only. Raises ``OSError``."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_private(path, json.dumps(bins))
 
 
 @dataclass(slots=True)
 class _Shown:
-    """A completion on the person's screen, the text it was offered for, and how much of it is there by now.
+    """A completion on the user's screen, the text it was offered for, and how much of it is inserted by now.
 
-    ``others`` were offered beside it: the person may go to one of them and take that.
+    ``others`` were offered with it: the user may switch to one of them and accept that.
     """
 
     snapshot: Snapshot
     completion: Completion
     others: tuple[Completion, ...] = ()
     typed: int = 0
-    inserted: int = 0  # characters that came at once, which nobody types
+    inserted: int = 0  # characters that came in one edit, so nobody typed them
 
     def judge(self, text: str) -> bool | None:
-        """Whether one was accepted, now that the document reads so; ``None`` while that is open.
+        """Return whether a completion was accepted, now that the document has this text; ``None`` while that is open.
 
-        What begins like another of them is that one from now on.
+        From now on the completion is the one of ``others`` that the text begins with, if any does.
         """
         lengths = {c: self._length_of(c, text) for c in (self.completion, *self.others)}
-        self.completion = max(lengths, key=lengths.__getitem__)  # of two that are as long the one it was
+        self.completion = max(lengths, key=lengths.__getitem__)  # the current one, if two are equally long
         length = lengths[self.completion]
         if length < 0:
             return False
@@ -164,12 +164,12 @@ class _Shown:
         return None
 
     def _length_of(self, completion: Completion, text: str) -> int:
-        """How much of a completion stands there; -1 for other text."""
+        """Return how much of a completion is in the text; -1 for other text."""
         found = self._inserted(completion, text)
         return max((_length_in(inserted, completion.middle) for inserted in found), default=-1)
 
     def _inserted(self, completion: Completion, text: str) -> list[str]:
-        """What stands where it was offered, with what it would replace behind it or in its place."""
+        """Return the text inserted at the offer, with and without the text it would replace."""
         old, start, end = self.snapshot.text, completion.replace_start, completion.replace_end
         tails = (old[start:], old[end:])
         fits = (tail for tail in tails if len(text) >= start + len(tail) and text.endswith(tail))
@@ -177,7 +177,7 @@ class _Shown:
 
 
 def _length_in(inserted: str, middle: str) -> int:
-    """How much of a completion was inserted, closers of the editor's behind it left aside; -1 for other text."""
+    """Return how much of a completion was inserted, without closing brackets added by the editor; -1 for other text."""
     if inserted.startswith(middle):
         return len(middle)
     bare = inserted.rstrip(CLOSERS)
@@ -187,28 +187,28 @@ def _length_in(inserted: str, middle: str) -> int:
 
 @dataclass
 class Acceptance:
-    """What becomes of one connection's completions; off where the person's settings say so."""
+    """The fate of one connection's completions; off if the user's settings say so."""
 
     path: Path
     is_on: Callable[[], bool]
     on_decided: Callable[[str, bool, int], None] = lambda _id, _accepted, _characters: None
     _counts: Counts | None = None
-    _known: dict[str, tuple[Kind, float]] = field(default_factory=dict)  # by completion; until it is decided
+    _known: dict[str, tuple[Kind, float]] = field(default_factory=dict)  # by completion, until it is decided
     _shown: dict[str, _Shown] = field(default_factory=dict)  # by document
-    _told: dict[str, None] | None = None  # completions of which the editor said that they are shown, if it ever did
+    _told: dict[str, None] | None = None  # completions that the editor reported as shown; None if it never reported any
 
     def adjusted(self, confidence: float) -> float | None:
-        """A confidence of the model after what the person accepted and rejected; ``None`` where that is off."""
+        """Return the model's confidence corrected by the user's own counts; ``None`` if that is off."""
         return self._read().adjusted(confidence) if self.is_on() else None
 
     def know(self, completion: Completion, kind: Kind, confidence: float) -> None:
-        """How sure a completion is that may be shown."""
+        """Record the confidence of a completion that may be shown."""
         self._known[completion.id] = kind, confidence
         while len(self._known) > _MAX_KNOWN:
             del self._known[next(iter(self._known))]
 
     def show(self, snapshot: Snapshot, completion: Completion, *others: Completion) -> None:
-        """A completion was offered, and others beside it; with another id at a place it takes the last one's place."""
+        """Record that a completion was offered, with others; it replaces one with another id at the same place."""
         last = self._shown.get(snapshot.uri)
         if (
             last is not None
@@ -220,24 +220,27 @@ class Acceptance:
             self._shown[snapshot.uri] = _Shown(snapshot, completion, others)
 
     def on_request(self, snapshot: Snapshot) -> None:
-        """The person is at a place now: what is shown at another one was left."""
+        """Note the user's place: a completion shown at another place was left."""
         last = self._shown.get(snapshot.uri)
         if last is not None and snapshot.cursor != last.completion.replace_start + last.typed:
             self._decide(snapshot.uri, accepted=False)
 
     def on_edit(self, uri: str, text: str) -> None:
-        """The text of a document changed."""
+        """Decide what an edit of a document accepts or rejects."""
         if (last := self._shown.get(uri)) is not None and (accepted := last.judge(text)) is not None:
             self._decide(uri, accepted=accepted)
 
     def on_told_shown(self, completion: str) -> None:
-        """The editor says that it shows a completion."""
+        """Record the editor's report that it shows a completion."""
         self._told = {**(self._told or {}), completion: None}
         while len(self._told) > _MAX_KNOWN:
             del self._told[next(iter(self._told))]
 
     def on_told_accepted(self, completion: str, length: int | None = None) -> None:
-        """The editor says that a completion was accepted, or its first ``length`` characters; so may an edit have."""
+        """Record the editor's report that a completion, or its first ``length`` characters, was accepted.
+
+        An edit may have shown that already.
+        """
         for uri, shown in list(self._shown.items()):
             if offered := next((c for c in (shown.completion, *shown.others) if c.id == completion), None):
                 shown.completion, whole = offered, len(offered.middle)
@@ -245,15 +248,15 @@ class Acceptance:
                 self._decide(uri, accepted=True)
 
     def forget(self, uri: str) -> None:
-        """A document was closed: what is shown there stays open."""
+        """Drop a closed document; its completions stay undecided."""
         self._shown.pop(uri, None)
 
     def forget_counts(self) -> None:
-        """Count anew, from what is in the file."""
+        """Drop the counts in memory, and read the file again."""
         self._counts = None
 
     def save(self) -> None:
-        """Write what is not written yet."""
+        """Write counts that are not written yet."""
         if self._counts is not None:
             self._counts.save()
 
@@ -261,7 +264,7 @@ class Acceptance:
         shown = self._shown.pop(uri)
         if not accepted and self._told is not None and shown.completion.id not in self._told:
             self._known.pop(shown.completion.id, None)
-            return  # nobody saw it
+            return  # the user did not see it
         self.on_decided(shown.completion.id, accepted, shown.inserted)
         known = self._known.pop(shown.completion.id, None)
         if known is not None and self.is_on():

@@ -1,8 +1,8 @@
-"""What came of completions, counted by day, language and hole, and how long they took: numbers in a file, never text.
+"""Count the fate of completions by day, language and hole, and their times: numbers in a file, never text.
 
     Statistics        counts of days; ``merge`` adds others'
-    Ledger            counts what one editor sees, and adds it to the person's files now and then, in a thread
-    read_statistics   the files, one a month
+    Ledger            counts for one editor, and adds to the user's files now and then, in a thread
+    read_statistics   read the files, one per month
 
 Times are counted in bins, each 10% wider than the last; a percentile is the middle of its bin.
 
@@ -26,22 +26,22 @@ from fimserver.paths import read_plain, write_private
 
 FOLDER_NAME = "statistics"
 WRITE_EVERY_S = 30.0
-CHARACTERS_PER_TOKEN = 3.0  # of what no model wrote
+CHARACTERS_PER_TOKEN = 3.0  # for completions that no model wrote
 MOST_MONTHS = 13
 _VERSION = 1
 _BIN = 1.1
 _LAST_BIN = 200  # more than a day
 _MONTH = len("2026-11")
-_MOST_NAMES = 64  # languages of a day, and the like: an editor may name as many as it likes
+_MOST_NAMES = 64  # languages per day, for instance: an editor may name any number
 _OTHER = "other"
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class Tally:
-    """Completions that were offered, and what is known to have become of them; the rest is still open.
+    """Completions that were offered, accepted and rejected; the rest is undecided.
 
-    ``characters`` and ``tokens`` are those that were accepted and that nobody typed.
+    ``characters`` and ``tokens`` are those that were accepted instead of typed.
     """
 
     offered: int = 0
@@ -51,7 +51,7 @@ class Tally:
     tokens: float = 0.0
 
     def add(self, other: "Tally") -> None:
-        """Count another's too."""
+        """Add another tally."""
         self.offered += other.offered
         self.accepted += other.accepted
         self.rejected += other.rejected
@@ -60,7 +60,7 @@ class Tally:
 
     @property
     def acceptance(self) -> float | None:
-        """Share of the accepted in what was decided; ``None`` where nothing was."""
+        """Return the accepted share of the decided completions; ``None`` if none was decided."""
         decided = self.accepted + self.rejected
         return self.accepted / decided if decided else None
 
@@ -70,18 +70,18 @@ class Day:
     """One day's counts."""
 
     tallies: dict[tuple[str, str], Tally] = field(default_factory=dict)  # by language and hole
-    times: dict[str, Counter[int]] = field(default_factory=dict)  # bins, by the completion's source
-    empty: Counter[str] = field(default_factory=Counter)  # requests that got nothing, by reason
+    times: dict[str, Counter[int]] = field(default_factory=dict)  # counts of bins, by the completion's source
+    empty: Counter[str] = field(default_factory=Counter)  # requests without a completion, by reason
 
     def tally(self, language: str, hole: str) -> Tally:
-        """The tally of a language and a hole."""
+        """Return the tally of a language and a hole."""
         key = (language, hole)
         if key not in self.tallies and len(self.tallies) >= _MOST_NAMES:
             key = (_OTHER, hole)
         return self.tallies.setdefault(key, Tally())
 
     def merge(self, other: "Day") -> None:
-        """Count another's too."""
+        """Add another day's counts."""
         for (language, hole), tally in other.tallies.items():
             self.tally(language, hole).add(tally)
         for source, times in other.times.items():
@@ -96,27 +96,27 @@ class Statistics:
     days: dict[str, Day] = field(default_factory=dict)
 
     def day(self, name: str | None = None) -> Day:
-        """A day's counts, today's unless named."""
+        """Return a day's counts, today's by default."""
         return self.days.setdefault(name or date.today().isoformat(), Day())  # noqa: DTZ011  a person's days are local
 
     def merge(self, other: "Statistics") -> None:
-        """Count another's too."""
+        """Add other statistics."""
         for name, day in other.days.items():
             self.day(name).merge(day)
 
     def by_month(self) -> "dict[str, Statistics]":
-        """The same, a month each."""
+        """Return the statistics of each month."""
         months: dict[str, Statistics] = {}
         for name, day in self.days.items():
             months.setdefault(name[:_MONTH], Statistics()).days[name] = day
         return months
 
     def since(self, first: str) -> "Statistics":
-        """Only the days from one on."""
+        """Return the days from ``first`` on."""
         return Statistics({name: day for name, day in self.days.items() if name >= first})
 
     def total(self) -> Day:
-        """All days as one."""
+        """Return the sum of all days."""
         whole = Day()
         for day in self.days.values():
             whole.merge(day)
@@ -124,17 +124,17 @@ class Statistics:
 
 
 def bin_of(ms: float) -> int:
-    """The bin of a time."""
+    """Return the bin of a time."""
     return min(_LAST_BIN, max(0, math.floor(math.log(max(ms, 1.0), _BIN))))
 
 
 def middle_of(number: int) -> float:
-    """The time in the middle of a bin, in ms."""
+    """Return the time in the middle of a bin, in ms."""
     return float(_BIN ** (number + 0.5))
 
 
 def percentile(times: Counter[int], share: float) -> float | None:
-    """The time, in ms, below which a share of the counted is; ``None`` of none."""
+    """Return the time in ms below which a share of the counted times is; ``None`` if none was counted."""
     rank, seen = share * (times.total() - 1), 0
     for number in sorted(times):
         seen += times[number]
@@ -144,7 +144,7 @@ def percentile(times: Counter[int], share: float) -> float | None:
 
 
 def to_json(statistics: Statistics) -> str:
-    """As it is written."""
+    """Return the statistics as JSON, the format of the files."""
     days: dict[str, Any] = {}
     for name, day in sorted(statistics.days.items()):
         tallies: dict[str, dict[str, Any]] = {}
@@ -197,7 +197,7 @@ def _amount(value: Any) -> float:
 
 
 def read_statistics(folder: Path) -> Statistics:
-    """The counts of all months in a folder."""
+    """Return the counts of all months in a folder."""
     whole = Statistics()
     for path in sorted(folder.glob("????-??.json")):
         whole.merge(_read_month(path))
@@ -205,32 +205,32 @@ def read_statistics(folder: Path) -> Statistics:
 
 
 def _read_month(path: Path) -> Statistics:
-    """The counts in a file; one that is not in order is put aside, which is said in the log."""
+    """Return the counts in a file; a damaged one is moved aside, with a warning in the log."""
     try:
         return from_json(read_plain(path))
     except FileNotFoundError:
         return Statistics()
     except OSError as error:
-        _logger.warning("%s cannot be read (%s); it is counted anew", path, error.strerror)
+        _logger.warning("%s cannot be read (%s); its counts start over", path, error.strerror)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        _logger.warning("%s is damaged, or of a newer fimserver; it is put aside and counted anew", path)
+        _logger.warning("%s is damaged or from a newer fimserver; it was moved aside and its counts start over", path)
         with suppress(OSError):
             path.replace(path.with_suffix(".damaged"))
     return Statistics()
 
 
 def forget_statistics(folder: Path) -> None:
-    """Delete all that was counted. Raises ``OSError``."""
+    """Delete all counts. Raises ``OSError``."""
     with _writing:
         for path in [*folder.glob("*.json"), *folder.glob("*.damaged")]:
             path.unlink()
 
 
-_writing = threading.Lock()  # of this process' ledgers
+_writing = threading.Lock()  # held by one ledger of this process at a time
 
 
 def _add(folder: Path, more: Statistics) -> None:
-    """Add counts to the files of their months; the oldest months go. Raises ``OSError``."""
+    """Add counts to the files of their months, and delete the oldest months. Raises ``OSError``."""
     with _writing:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         for month, counts in more.by_month().items():
@@ -244,7 +244,7 @@ def _add(folder: Path, more: Statistics) -> None:
 
 @dataclass(eq=False, slots=True)
 class _Offer:
-    """What was offered at once: one completion, or several of which one may be taken."""
+    """One completion, or several offered together, of which one may be accepted."""
 
     language: str
     hole: str
@@ -253,31 +253,31 @@ class _Offer:
 
 
 class Ledger:
-    """What one editor's person is offered and takes."""
+    """The counts of one editor."""
 
     def __init__(self, folder: Path, is_on: Callable[[], bool], clock: Callable[[], float] = time.monotonic) -> None:
         self._folder, self._is_on, self._clock = folder, is_on, clock
         self._unsaved = Statistics()
-        self._lock = threading.Lock()  # of what is not saved yet
+        self._lock = threading.Lock()  # guards counts that are not saved yet
         self._written_at = clock()
         self._offers: dict[str, _Offer] = {}
 
     def note_answer(self, source: str, ms: float) -> None:
-        """A completion was sent."""
+        """Count a request answered with a completion."""
         if self._is_on():
             with self._lock:
                 self._unsaved.day().times.setdefault(source, Counter())[bin_of(ms)] += 1
             self._save_now_and_then()
 
     def note_empty(self, reason: str) -> None:
-        """A request got nothing."""
+        """Count a request answered with nothing."""
         if self._is_on():
             with self._lock:
                 self._unsaved.day().empty[reason] += 1
             self._save_now_and_then()
 
     def note_offer(self, completions: Sequence[str], language: str, hole: str, characters_per_token: float) -> None:
-        """Completions (their ids) are on the person's screen side by side, for the first time or again."""
+        """Count completions (their ids) that are shown together, for the first time or again."""
         if not self._is_on():
             return
         known = next((self._offers[name] for name in completions if name in self._offers), None)
@@ -290,7 +290,7 @@ class Ledger:
                 self._unsaved.day().tally(language, hole).offered += 1
 
     def note_decision(self, completion: str, *, accepted: bool, characters: int) -> None:
-        """It was accepted or rejected; of one that is accepted by and by, the first word counts as one acceptance."""
+        """Count an acceptance or rejection; a completion accepted word by word counts once, at its first word."""
         offer = self._offers.get(completion)
         if offer is None or not self._is_on():
             return
@@ -309,12 +309,12 @@ class Ledger:
             self.save_soon()
 
     def save_soon(self) -> None:
-        """Save in a thread: reading and writing a month takes some milliseconds. A process ends after it."""
+        """Save in a thread: reading and writing a month takes some milliseconds. A process ends only after it."""
         self._written_at = self._clock()
         threading.Thread(target=self.save, daemon=False).start()
 
     def save(self) -> None:
-        """Add what was counted here to the files; where they cannot be written, it is kept for the next time."""
+        """Add the counts to the files; counts that cannot be written are kept for the next time."""
         self._written_at = self._clock()
         with self._lock:
             counted, self._unsaved = self._unsaved, Statistics()
@@ -329,6 +329,6 @@ class Ledger:
                 self._unsaved = counted
 
     def forget(self) -> None:
-        """Count anew: what is not saved yet is dropped."""
+        """Drop counts that are not saved yet."""
         with self._lock:
             self._unsaved = Statistics()

@@ -24,31 +24,31 @@ class Usage:
         self.acceptance = Acceptance(folder / FILE_NAME, is_on, self._on_decided)
 
     def adjusted(self, confidence: float) -> float | None:
-        """Return the model's confidence corrected by the user's own counts; ``None`` where they do not count."""
+        """Return the model's confidence corrected by the user's own counts; ``None`` if they do not count."""
         return self.acceptance.adjusted(confidence)
 
     def know(self, completion: Completion, kind: Kind, confidence: float) -> None:
-        """Note how sure a completion is that may be shown."""
+        """Record the confidence of a completion that may be shown."""
         self.acceptance.know(completion, kind, confidence)
 
     def on_request(self, snapshot: Snapshot) -> None:
-        """The user's cursor is at a place: a completion shown elsewhere in the document was left."""
+        """Note the user's place: a completion shown elsewhere in the document was left."""
         self.acceptance.on_request(snapshot)
 
     def on_edit(self, uri: str, text: str) -> None:
-        """The text of a document changed: a completion may have been accepted or rejected."""
+        """Decide whether an edit of a document accepts or rejects a completion."""
         self.acceptance.on_edit(uri, text)
 
     def on_answer(self, source: str, total_ms: float) -> None:
-        """A request was answered with completions."""
+        """Count a request answered with completions."""
         self.ledger.note_answer(source, total_ms)
 
     def on_refusal(self, refusal: NoCompletion) -> None:
-        """A request was answered with nothing."""
+        """Count a request answered with nothing."""
         self.ledger.note_empty(refusal.reason)
 
     def on_shown(self, snapshot: Snapshot, text: str, completions: Sequence[Completion], notes: Notes) -> None:
-        """Completions were sent for a document that now reads ``text``: watch what becomes of them."""
+        """Follow completions that were sent for a document that now reads ``text``."""
         self.acceptance.show(replace(snapshot, text=text), *completions)
         self.ledger.note_offer(
             [completion.id for completion in completions],
@@ -58,7 +58,7 @@ class Usage:
         )
 
     def forget(self, uri: str) -> None:
-        """A document was closed: what is shown there stays undecided."""
+        """Drop a closed document; its completions stay undecided."""
         self.acceptance.forget(uri)
 
     def save(self) -> None:

@@ -201,10 +201,10 @@ def test_dear_rows_are_spent_on_few_drafts(tiny_model: Model) -> None:
     assert 0 <= measure_row_cost(tiny_model) < 2
 
 
-def walk_behind(vocabulary: Vocabulary, token_id: int, max_tokens: int = 20) -> _Verification:
+def verification_after(vocabulary: Vocabulary, token_id: int, max_tokens: int = 20) -> _Verification:
     end = AnswerEnd(vocabulary, 3)
     start = AnswerStart(end, "", min_tokens=0, vocab_size=vocabulary.size)
-    verification = _Verification(end, start, max_tokens, lambda _answer: None, 0.0, None, None)
+    verification = _Verification(DecodeRequest(max_tokens=max_tokens, answer_end=end, answer_start=start))
     verification.begin(RunnerUp(token_id, -0.1))
     return verification
 
@@ -220,7 +220,7 @@ def canvas_of(vocabulary: Vocabulary, tokens: Sequence[tuple[int, float]]) -> to
 
 def test_a_canvas_is_taken_as_far_as_it_is_sure(vocabulary: Vocabulary) -> None:
     canvas = canvas_of(vocabulary, [(100, 0.5), (101, 0.9), (102, 0.8), (103, 0.6), (104, 0.99)])
-    verification = walk_behind(vocabulary, 100)
+    verification = verification_after(vocabulary, 100)
     left, finish = verification.commit(canvas, 0.7)
     assert (verification.answer, finish) == ([100, 101, 102], "")
     assert left.argmax(-1).tolist() == [103, 104], "what is left is a draft"
@@ -229,20 +229,20 @@ def test_a_canvas_is_taken_as_far_as_it_is_sure(vocabulary: Vocabulary) -> None:
 def test_a_canvas_that_says_another_next_token_is_a_draft_alone(vocabulary: Vocabulary) -> None:
     canvas = canvas_of(vocabulary, [(99, 0.9), (101, 0.9)])
     for least in (0.7, 0.0):
-        verification = walk_behind(vocabulary, 100)
+        verification = verification_after(vocabulary, 100)
         assert len(verification.commit(canvas, least)[0]) == 1
         assert verification.answer == [100]
-    verification = walk_behind(vocabulary, 99)
+    verification = verification_after(vocabulary, 99)
     verification.commit(canvas, float("inf"))
     assert verification.answer == [99], "verified decoding writes nothing that is not verified"
 
 
 def test_a_canvas_may_end_an_answer_and_not_pass_its_limit(vocabulary: Vocabulary) -> None:
     canvas = canvas_of(vocabulary, [(100, 0.9), (101, 0.9), (1, 0.9), (102, 0.9)])
-    verification = walk_behind(vocabulary, 100)
+    verification = verification_after(vocabulary, 100)
     assert verification.commit(canvas, 0.7)[1] == "end"
     assert verification.answer == [100, 101]
-    verification = walk_behind(vocabulary, 100, max_tokens=2)
+    verification = verification_after(vocabulary, 100, max_tokens=2)
     assert verification.commit(canvas, 0.7)[1] == "length"
     assert verification.answer == [100, 101]
 

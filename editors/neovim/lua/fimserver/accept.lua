@@ -1,7 +1,7 @@
---- Puts what is shown into the text: all of it, a word, a line. Each is one undo step.
+--- Inserts the ghost text: all of it, a word, or a line. Each is one undo step.
 ---
---- `begin` answers at once whether there is anything to accept, so it can stand in any key's function. The text is
---- changed by keys that come before the next typed one: only keys can begin and end an undo step in insert mode.
+--- `begin` returns immediately whether there is anything to accept, so any key's function can call it. The text is
+--- changed by keys fed before the next typed one, because only keys can begin and end an undo step in insert mode.
 local offers = require('fimserver.offer')
 local server = require('fimserver.server')
 local typing = require('fimserver.typing')
@@ -19,9 +19,9 @@ local parts = {
   line = offers.next_line,
 }
 
---- Accept what is shown in the current buffer.
+--- Accept the ghost text of the current buffer.
 ---@param part fimserver.Part
----@return boolean accepted False where nothing is shown.
+---@return boolean accepted False if there is no ghost text.
 function M.begin(part)
   if not typing.shown(vim.api.nvim_get_current_buf()) then
     return false
@@ -31,13 +31,13 @@ function M.begin(part)
   return true
 end
 
---- Length in UTF-16 code units, as LSP counts.
+--- Return the length in UTF-16 code units, the unit of LSP.
 ---@param text string
 local function utf16_length(text)
   return vim.str_utfindex(text, 'utf-16', #text, false)
 end
 
---- Change the text; called by the keys of `begin`.
+--- Change the text; called by the keys that `begin` feeds.
 ---@param part fimserver.Part
 function M.apply(part)
   local buffer = vim.api.nvim_get_current_buf()
@@ -59,7 +59,7 @@ function M.apply(part)
   local last = lines[#lines]
   vim.api.nvim_win_set_cursor(0, { row + #lines - 1, #lines == 1 and column + #last or #last })
   if #lines > 1 then
-    vim.cmd('silent! .foldopen!') -- what was accepted may lie in a fold of its own
+    vim.cmd('silent! .foldopen!') -- the accepted lines may be in a new fold
   end
 
   if not is_all then

@@ -1,8 +1,8 @@
---- Neovim 0.12's own `vim.lsp.inline_completion`, with what it lacks: the running request is cancelled when one types
---- on, an answer for a text that is gone is dropped, and what was typed of an item is not inserted twice.
+--- Adapts Neovim 0.12's own `vim.lsp.inline_completion`: cancels the running request when the user continues typing,
+--- drops answers for outdated text, and does not insert the typed part of an item twice.
 ---
---- It is not the default. It waits 200 ms before it asks, which is longer than most answers take; it shows an expired
---- item until the next answer; and whoever accepts a word of an item loses the rest until then.
+--- It is not the default. It waits 200 ms before each request, which is longer than most answers take; it shows an
+--- expired item until the next answer; and accepting a word of an item hides the rest until then.
 local offers = require('fimserver.offer')
 
 local M = {}
@@ -10,7 +10,7 @@ local M = {}
 local METHOD = 'textDocument/inlineCompletion'
 local parts = { word = offers.next_word, line = offers.next_line }
 
----@class fimserver.Builtin What was answered last in a buffer.
+---@class fimserver.Builtin Last answer in a buffer.
 ---@field items table[]
 ---@field show fun(items: table[]) Neovim's handler.
 ---@field tick integer
@@ -18,7 +18,7 @@ local parts = { word = offers.next_word, line = offers.next_line }
 ---@type table<integer, fimserver.Builtin>
 local answered = {}
 
---- Whether an item still goes on with the text at the cursor.
+--- Return whether an item still continues the text at the cursor.
 ---@param item table
 ---@param client vim.lsp.Client
 local function fits(item, client)
@@ -47,7 +47,7 @@ local function drop_what_is_stale(buffer, client)
   end
 end
 
---- Let Neovim draw the items of a client, or keep it from doing so where this plugin does.
+--- Let Neovim draw the items of a client, or prevent that if this plugin draws them.
 ---@param client vim.lsp.Client
 ---@param wanted boolean
 function M.take(client, wanted)
@@ -68,7 +68,7 @@ function M.take(client, wanted)
     end,
   })
   local request = client.request
-  ---@diagnostic disable-next-line: duplicate-set-field  of this one client only
+  ---@diagnostic disable-next-line: duplicate-set-field  only this client is changed
   client.request = function(self, method, params, handler, buffer)
     if method ~= METHOD or not handler then
       return request(self, method, params, handler, buffer)
@@ -114,7 +114,7 @@ function M.is_visible()
   return #marks > 0
 end
 
---- Ask now: Neovim's module has no function for that, so its handler is given the answer.
+--- Send a request now. Neovim's module has no function for that, so the answer is passed to its handler.
 ---@param buffer integer
 function M.trigger(buffer)
   local server = require('fimserver.server')

@@ -1,4 +1,4 @@
---- `:Fimserver` and its sub-commands.
+--- Implements `:Fimserver` and its sub-commands.
 local config = require('fimserver.config')
 local keys = require('fimserver.keys')
 local message = require('fimserver.message')
@@ -12,15 +12,15 @@ local M = {}
 local MODES = { 'auto', 'diffusion', 'speculative', 'autoregressive' }
 local SNOOZE_MINUTES = 5
 local ERROR = vim.log.levels.ERROR
-local FILETYPE = 'fimserver' -- of what is shown in a window
+local FILETYPE = 'fimserver' -- file type of the plugin's own windows
 
 ---@class fimserver.Command
----@field takes string Its argument, as in a help page.
+---@field takes string Argument, in the notation of help pages.
 ---@field says string
 ---@field run fun(argument: string?)
----@field values? fun(): string[] What completion offers for the argument.
+---@field values? fun(): string[] Command-line completions of the argument.
 
---- The window that an earlier command has opened in this tab.
+--- Return the window that an earlier command has opened in this tab.
 ---@return integer?
 local function own_window()
   for _, window in ipairs(vim.api.nvim_tabpage_list_wins(0)) do
@@ -31,7 +31,7 @@ local function own_window()
   return nil
 end
 
---- The buffer that is meant: the current one, or the one beside a window of ours.
+--- Return the buffer that a command is about: the current one, or the previous one if this is the plugin's window.
 ---@return integer
 local function meant_buffer()
   local buffer = vim.api.nvim_get_current_buf()
@@ -67,7 +67,7 @@ local function show_window(name, text)
   vim.keymap.set('n', 'q', '<Cmd>close<CR>', { buffer = buffer, nowait = true })
 end
 
---- The command that would start the server here, or nil after saying why there is none.
+--- Return the command that starts the server here; reports why and returns nil if there is none.
 ---@return string[]?
 local function command_here()
   local command, why = server.command or program.find(0), ''
@@ -86,7 +86,7 @@ local function show_output(name, arguments)
   local command = command_here()
   if command then
     local _, output = program.run(command, arguments, 10000)
-    show_window(name, output == '' and 'It printed nothing.' or output)
+    show_window(name, output == '' and 'The command printed nothing.' or output)
   end
 end
 
@@ -97,7 +97,7 @@ local function show_status()
   local runs = server.command and ('%s, from %s'):format(table.concat(server.command, ' '), server.where)
   local lines = {
     ('state     %s%s'):format(now.state, now.detail ~= '' and (' (' .. now.detail .. ')') or ''),
-    'server    ' .. (runs or 'none was started'),
+    'server    ' .. (runs or 'not started'),
     ('buffer    %s'):format(
       refused and ('not completed: ' .. refused) or (server.client_of(buffer) and 'attached' or 'not attached yet')
     ),
@@ -113,7 +113,7 @@ local function show_status()
   end
   table.insert(lines, 'keys      ' .. table.concat(mapped, ', '))
   if #message.recent > 0 then
-    vim.list_extend(lines, { '', 'said, newest last:' })
+    vim.list_extend(lines, { '', 'messages, newest last:' })
     vim.list_extend(lines, message.recent)
   end
   show_window('status', table.concat(lines, '\n'))
@@ -123,13 +123,13 @@ end
 local function snooze(argument)
   local minutes = argument == nil and SNOOZE_MINUTES or tonumber(argument)
   if not minutes or minutes < 0 or minutes > 1440 then
-    message.say((':Fimserver snooze takes minutes from 0 to 1440, not %s; 0 ends it'):format(argument), ERROR)
+    message.say((':Fimserver snooze takes minutes from 0 to 1440, not %s; 0 ends the snooze'):format(argument), ERROR)
     return
   end
   server.request('fimserver/snooze', { minutes = minutes }, function(answer)
     status.snooze(answer.minutes)
-    local text = 'nothing comes by itself for %d minutes; `:Fimserver snooze 0` ends it'
-    message.say(minutes > 0 and text:format(answer.minutes) or 'awake')
+    local text = 'no automatic completions for %d minutes; `:Fimserver snooze 0` ends the snooze'
+    message.say(minutes > 0 and text:format(answer.minutes) or 'the snooze has ended')
     server.on_ready()
   end)
 end
@@ -156,13 +156,13 @@ local function languages()
   return list
 end
 
---- The sub-commands.
+--- Sub-commands by name.
 ---@type table<string, fimserver.Command>
 M.commands = {
-  status = { takes = '', says = 'What runs, which keys are mapped, and what was said', run = show_status },
+  status = { takes = '', says = 'Show the state, the server, the mapped keys, and recent messages', run = show_status },
   snooze = {
     takes = '[minutes]',
-    says = 'Nothing comes by itself for so many minutes (5); 0 ends it',
+    says = 'Stop automatic completions for a number of minutes (5); 0 ends the snooze',
     run = snooze,
     values = function()
       return { '0', '5', '30', '60' }
@@ -170,7 +170,7 @@ M.commands = {
   },
   on = {
     takes = '[language]',
-    says = 'Complete again, everywhere or in a language',
+    says = 'Turn completions on, everywhere or in a language',
     run = function(language)
       switch(true, language)
     end,
@@ -178,7 +178,7 @@ M.commands = {
   },
   off = {
     takes = '[language]',
-    says = 'Do not complete, everywhere or in a language, until Neovim ends',
+    says = 'Turn completions off, everywhere or in a language, until Neovim ends',
     run = function(language)
       switch(false, language)
     end,
@@ -186,7 +186,7 @@ M.commands = {
   },
   explain = {
     takes = '',
-    says = 'Why there was, or was no, ghost text',
+    says = 'Explain why there was or was no ghost text',
     run = function()
       local buffer = meant_buffer()
       local refused = place.refuse_buffer(buffer)
@@ -199,10 +199,10 @@ M.commands = {
   },
   mode = {
     takes = '[mode]',
-    says = 'How the model decodes, until Neovim ends; without one, say which it is',
+    says = 'Set the decoding mode until Neovim ends; without an argument, show the mode',
     run = function(mode)
       if not mode then
-        message.say(('mode is %s'):format(config.options.settings.mode or 'as config.toml says, else auto'))
+        message.say(('mode is %s'):format(config.options.settings.mode or 'that of config.toml, or auto'))
       elseif not vim.tbl_contains(MODES, mode) then
         message.say((':Fimserver mode takes %s, not %s'):format(table.concat(MODES, ', '), mode), ERROR)
       else
@@ -214,28 +214,28 @@ M.commands = {
       return MODES
     end,
   },
-  restart = { takes = '', says = 'Load the model anew; start the server where it ended', run = server.restart },
+  restart = { takes = '', says = 'Load the model again; start the server if it has ended', run = server.restart },
   log = {
     takes = '',
-    says = "The end of the daemon's log",
+    says = "Show the end of the daemon's log",
     run = function()
       show_output('log', { 'daemon', 'logs' })
     end,
   },
   stats = {
     takes = '',
-    says = 'What was shown and accepted, where the server has `fimserver stats`',
+    says = 'Show how many completions were shown and accepted',
     run = function()
       local command = command_here()
       if command then
         local code, output = program.run(command, { 'stats' }, 10000)
-        show_window('stats', code == 2 and 'This fimserver has no `stats` yet; a newer one may.' or output)
+        show_window('stats', code == 2 and 'This version of fimserver has no `stats`; install a newer one.' or output)
       end
     end,
   },
   trigger = {
     takes = '',
-    says = 'Ask for ghost text at the cursor, and go to insert mode',
+    says = 'Request ghost text at the cursor, and enter insert mode',
     run = function()
       if not vim.startswith(vim.api.nvim_get_mode().mode, 'i') then
         local column = vim.api.nvim_win_get_cursor(0)[2]
@@ -244,7 +244,7 @@ M.commands = {
       end
       vim.schedule(function()
         if not require('fimserver').trigger() then
-          message.say('there is nothing to complete here; :Fimserver status says why')
+          message.say('no completion is possible here; :Fimserver status shows why')
         end
       end)
     end,
@@ -264,15 +264,15 @@ function M.run(arguments)
   local name = arguments[1] or 'status'
   local command = M.commands[name]
   if not command then
-    message.say((':Fimserver has no %s; it has %s'):format(name, table.concat(names(), ', ')), ERROR)
+    message.say((':Fimserver has no sub-command %s; it has %s'):format(name, table.concat(names(), ', ')), ERROR)
   elseif not require('fimserver').is_set_up() then
-    message.say("not set up; put require('fimserver').setup() into init.lua", ERROR)
+    message.say("the plugin is not set up; add require('fimserver').setup() to init.lua", ERROR)
   else
     command.run(arguments[2])
   end
 end
 
---- Completion of the command line.
+--- Complete the command line.
 ---@param beginning string
 ---@param line string
 ---@return string[]

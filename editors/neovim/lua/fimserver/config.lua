@@ -1,4 +1,4 @@
---- What `setup()` takes: the table below is the documentation, doc/fimserver.txt is generated from it.
+--- Options of `setup()`. The table below is their documentation; doc/fimserver.txt is generated from it.
 ---
 --- Knows:  names, types and defaults of options.  Never: clients, buffers, windows.
 local M = {}
@@ -23,55 +23,55 @@ local M = {}
 ---@field settings table<string, any>
 local defaults = {
   -- The command that starts the server, for instance { '/opt/fimserver/bin/fimserver', 'lsp' }; a string is the
-  -- program alone. `false` looks for it: on PATH, then in `venv`. Nothing is ever downloaded.
+  -- program alone. `false` searches for the program on PATH, then in `venv`. Nothing is ever downloaded.
   cmd = false,
 
-  -- The folder of a virtual environment. It is looked for in the folder of the file and in those above it, and the
-  -- `fimserver` in it is started once you said that you trust it (|:trust|): a project may not be yours. `false`
-  -- never looks.
+  -- Name of a virtual environment's folder. It is searched for in the file's folder and those above. Because the
+  -- project may not be yours, the `fimserver` in it is started only after you trust it (|:trust|). `false` turns
+  -- the search off.
   venv = '.venv',
 
-  -- File types in which to complete: '*' or a list, for instance { 'python', 'lua' }. What the server does not
-  -- complete (secrets, ignored, generated and very large files) it refuses by itself.
+  -- File types in which to complete: '*' or a list, for instance { 'python', 'lua' }. The server always refuses
+  -- secrets, ignored, generated and very large files.
   filetypes = '*',
 
-  -- Who draws the ghost text. 'own' is this plugin, on every Neovim. 'builtin' is `vim.lsp.inline_completion` of
-  -- Neovim 0.12, which asks after 200 ms only and clears the rest when a word of it is accepted. 'auto' is 'own'.
+  -- What draws the ghost text. 'own' is this plugin, on every Neovim. 'builtin' is `vim.lsp.inline_completion` of
+  -- Neovim 0.12, which waits 200 ms before each request and hides the rest after you accept a word. 'auto' is 'own'.
   ghost_text = 'auto',
 
-  -- Ask while you type. `false` asks only when you press the key `trigger`.
+  -- Request completions while you type. `false` requests them only when you press the key `trigger`.
   automatic = true,
 
   -- Show ghost text while the completion menu is open.
   with_menu = true,
 
-  -- Keys of insert mode; `false` turns one off. A default key is only mapped in buffers that fimserver completes
-  -- in, and only where nothing else has mapped it. A key that you name yourself is always mapped. Where no ghost
-  -- text is shown, each does what it did before.
+  -- Keys in insert mode; `false` turns one off. A default key is mapped only in buffers that fimserver completes in,
+  -- and only if nothing else has mapped it. A key that you set is always mapped. Without ghost text, a key does what
+  -- it did before.
   keys = {
-    -- Take all of it.
+    -- Accept all of the ghost text.
     accept = '<Tab>',
-    -- Take its next word.
+    -- Accept the next word.
     accept_word = '<M-Right>',
-    -- Take its next line.
+    -- Accept the next line.
     accept_line = '<M-End>',
-    -- Show the next candidate; asks for others where there is one only.
+    -- Show the next candidate; requests more if there is only one.
     next = '<M-n>',
     -- Show the previous candidate.
     previous = '<M-p>',
-    -- Clear it until you type on.
+    -- Hide the ghost text until you continue typing.
     dismiss = '<M-e>',
-    -- Ask now, also where nothing comes by itself.
+    -- Request a completion now, also where there are no automatic ones.
     trigger = '<M-\\>',
   },
 
-  -- Settings of the server, by their names there: { maxLines = 4, languages = { markdown = false } }. Those that
-  -- are not named come from the server's config.toml, or are its defaults.
+  -- Settings of the server by name: { maxLines = 4, languages = { markdown = false } }. Other settings come from
+  -- the server's config.toml, or are its defaults.
   settings = {},
 }
 
 ---@class fimserver.Check
----@field allowed string What may be said, for a person.
+---@field allowed string Allowed values, in words.
 ---@field fits fun(value: any): boolean
 
 ---@param kinds string[]
@@ -136,11 +136,11 @@ local a_key = { allowed = 'a key like <Tab>, or false', fits = is_text_or_false 
 ---@type fimserver.Config
 M.options = vim.deepcopy(defaults)
 
---- Keys that the person named in setup(): these are mapped even where something else has them.
+--- Keys that the user set in setup(); they are mapped even if something else has mapped them.
 ---@type table<string, boolean>
 M.chosen_keys = {}
 
---- A copy of the defaults.
+--- Return a copy of the defaults.
 ---@return fimserver.Config
 function M.defaults()
   return vim.deepcopy(defaults)
@@ -153,7 +153,7 @@ local function names(known)
   return table.concat(list, ', ')
 end
 
---- The options of a table given to setup(), and a sentence for each thing wrong in it; the default stands there.
+--- Return the options of a table given to setup(), with defaults for invalid ones, and a sentence for each problem.
 ---@param given any
 ---@return fimserver.Config options
 ---@return string[] problems
@@ -166,7 +166,7 @@ function M.parse(given)
 
   local function wrong(name, value, allowed, default)
     local said = vim.inspect(value, { newline = ' ', indent = '' })
-    local text = ('setup(): %s is %s; it may be %s. The default is used: %s'):format(
+    local text = ('setup(): %s is %s; it must be %s. The default is used: %s'):format(
       name,
       said,
       allowed,
@@ -178,13 +178,13 @@ function M.parse(given)
   for name, value in pairs(given or {}) do
     local check = checks[name]
     if not check then
-      table.insert(problems, ('setup(): there is no option %s; there are %s'):format(name, names(defaults)))
+      table.insert(problems, ('setup(): there is no option %s; the options are %s'):format(name, names(defaults)))
     elseif not check.fits(value) then
       wrong(name, value, check.allowed, defaults[name])
     elseif name == 'keys' then
       for action, key in pairs(value) do
         if defaults.keys[action] == nil then
-          local text = 'setup(): there is no key keys.%s; there are %s'
+          local text = 'setup(): there is no key keys.%s; the keys are %s'
           table.insert(problems, text:format(action, names(defaults.keys)))
         elseif not a_key.fits(key) then
           wrong('keys.' .. action, key, a_key.allowed, defaults.keys[action])
@@ -201,8 +201,8 @@ function M.parse(given)
   return options, problems, chosen
 end
 
---- Put options in force.
----@param given any What was given to setup().
+--- Apply options.
+---@param given any Argument of setup().
 ---@return string[] problems
 function M.set(given)
   local problems

@@ -1,4 +1,4 @@
---- Which events of Neovim lead where.
+--- Connects Neovim's events to the plugin's handlers.
 local ghost = require('fimserver.ghost')
 local keys = require('fimserver.keys')
 local place = require('fimserver.place')
@@ -7,8 +7,8 @@ local typing = require('fimserver.typing')
 
 local M = {}
 
---- Listen, in the place of what listened before.
----@param is_builtin boolean Neovim draws the ghost text and asks.
+--- Install the event handlers and remove earlier ones.
+---@param is_builtin boolean Neovim draws the ghost text and sends requests.
 function M.listen(is_builtin)
   local group = vim.api.nvim_create_augroup('fimserver', { clear = true })
 
@@ -24,7 +24,7 @@ function M.listen(is_builtin)
   end
 
   on({ 'FileType', 'BufFilePost', 'BufWritePost' }, function(buffer)
-    vim.schedule(function() -- once the file is in its window: Neovim may ask for trust, and show a program beside it
+    vim.schedule(function() -- after the file is in its window, because Neovim may ask for trust and open the program
       server.attach(buffer)
     end)
   end)
@@ -43,7 +43,7 @@ function M.listen(is_builtin)
   end
   on({ 'TextChangedI', 'TextChangedP', 'CursorMovedI' }, typing.on_key)
   on({ 'InsertEnter', 'CompleteDone' }, function(buffer)
-    vim.schedule(function() -- while the event runs insert mode has not begun, and the menu is still open
+    vim.schedule(function() -- during the event, insert mode has not begun and the menu is still open
       if place.is_typing(buffer) then
         typing.on_key(buffer)
       end

@@ -1,8 +1,8 @@
---- Draws ghost text by extmarks, and takes it away again.
+--- Draws and clears ghost text with extmarks.
 ---
---- A mark is changed in place and only where it differs: who types what the ghost text says sees no cell flicker.
+--- A mark is changed in place and only if it differs, so that typing along the ghost text does not flicker.
 ---
---- Knows:  buffers, windows, extmarks.  Never: the server, why something is shown.
+--- Knows:  buffers, windows, extmarks.  Never: the server, the source of the ghost text.
 local layout = require('fimserver.layout')
 
 local M = {}
@@ -10,13 +10,13 @@ local M = {}
 M.namespace = vim.api.nvim_create_namespace('fimserver.ghost')
 
 ---@class fimserver.Drawn
----@field marks integer How many extmarks there are, with the ids 1, 2, ...
+---@field marks integer Number of extmarks, with the ids 1, 2, ...
 ---@field key string
 
 ---@type table<integer, fimserver.Drawn>
 local drawn = {}
 
---- Highlight groups: those of a colour scheme win. Without colours of its own the text is grey, never like code.
+--- Define the highlight groups, unless the colour scheme has. Without its colours, ghost text is grey, unlike code.
 function M.set_highlights()
   local function grey(name, like)
     local from = vim.api.nvim_get_hl(0, { name = like, link = false })
@@ -46,24 +46,24 @@ function M.is_drawn(buffer)
   return drawn[buffer] ~= nil
 end
 
---- Rows of the screen that are left under the cursor's line in its window.
+--- Return the number of screen rows below the cursor's line in its window.
 ---@param window integer
 ---@param row integer
 local function room_below(window, row)
   local height = vim.api.nvim_win_text_height(window, { start_row = row, end_row = row }).all
   local first = vim.fn.screenpos(window, row + 1, 1).row
   if first == 0 then
-    return math.huge -- it begins above the window
+    return math.huge -- the line begins above the window
   end
   local top = vim.api.nvim_win_get_position(window)[1] + (vim.wo[window].winbar ~= '' and 1 or 0)
   return vim.api.nvim_win_get_height(window) - (first - top - 1) - height
 end
 
---- Show a rest at the cursor of the current window.
+--- Show the rest of an offer at the cursor of the current window.
 ---@param buffer integer
 ---@param rest string
----@param replaced integer Bytes behind the cursor that it replaces.
----@param hint string? Shown behind the last line, such as "(1/2)".
+---@param replaced integer Bytes after the cursor that it replaces.
+---@param hint string? Shown after the last line, such as "(1/2)".
 function M.show(buffer, rest, replaced, hint)
   local window = vim.api.nvim_get_current_win()
   local row, column = unpack(vim.api.nvim_win_get_cursor(window))

@@ -1,4 +1,4 @@
---- `:checkhealth fimserver`
+--- Implements `:checkhealth fimserver`.
 local config = require('fimserver.config')
 local keys = require('fimserver.keys')
 local program = require('fimserver.program')
@@ -17,7 +17,7 @@ local function check_neovim()
     health.error('Neovim ' .. version .. ' is too old', { 'Install Neovim 0.11 or newer.' })
   end
   if not require('fimserver').is_set_up() then
-    health.error('The plugin is not set up', { "Put require('fimserver').setup() into init.lua." })
+    health.error('The plugin is not set up', { "Add require('fimserver').setup() to init.lua." })
   end
   if not vim.o.termguicolors then
     health.info("'termguicolors' is off; ghost text is grey (color 8) unless you set the group FimserverGhost")
@@ -31,7 +31,7 @@ local function check_server()
     command, where = server.command, server.where
   end
   if not command then
-    health.error('No server: ' .. where) -- which says what to do
+    health.error('No server: ' .. where) -- the reason includes the fix
     return nil
   end
   local code, output = program.run(command, { '--version' }, 10000)
@@ -48,9 +48,9 @@ local function check_daemon(command)
   local _, output = program.run(command, { 'daemon', 'status', '--json' }, 10000)
   local decoded, daemon = pcall(vim.json.decode, output)
   if not decoded or type(daemon) ~= 'table' then
-    health.warn('`fimserver daemon status` failed: ' .. vim.trim(output), { '`fimserver doctor` says what is wrong.' })
+    health.warn('`fimserver daemon status` failed: ' .. vim.trim(output), { 'Run `fimserver doctor`.' })
   elseif daemon.pid == nil or daemon.pid == vim.NIL then
-    health.info('No daemon runs; it starts with the first file.')
+    health.info('The daemon is not running; it starts with the first file.')
   else
     health.ok(('Daemon runs (process %s)'):format(daemon.pid))
   end
@@ -71,8 +71,8 @@ local function check_client()
   for _, other in ipairs(vim.lsp.get_clients({ method = 'textDocument/inlineCompletion' })) do
     if client and other.id ~= client.id then
       health.warn(
-        ('%s offers inline completion too; you may see two ghost texts'):format(other.name),
-        { 'Keep one of them.' }
+        ('%s provides inline completion too; you may see two ghost texts'):format(other.name),
+        { 'Turn one of them off.' }
       )
     end
   end
@@ -86,7 +86,7 @@ local function check_keys()
       health.info(('%s: no key'):format(name))
     elseif entry.other and not config.chosen_keys[name] then
       local what = entry.other.desc or entry.other.rhs or 'a function'
-      local text = '%s: %s is mapped by something else (%s), and left to it; call require("fimserver").%s() there'
+      local text = '%s: %s is mapped by something else (%s); call require("fimserver").%s() in that mapping'
       health.info(text:format(name, entry.key, what, name))
     else
       health.ok(('%s: %s'):format(name, entry.key))

@@ -1,19 +1,19 @@
---- The plugin's functions. `setup()` starts it; the others are for key mappings, status lines and scripts.
+--- Public functions. `setup()` starts the plugin; the others are for key mappings, status lines and scripts.
 ---
----   events.lua    which events lead where        typing.lua   from a key to ghost text
+---   events.lua    handlers of Neovim's events    typing.lua   from a key to ghost text
 ---   server.lua    the language client            accept.lua   from ghost text to text
----   offer.lua     what is left of an offer       ghost.lua    extmarks, laid out by layout.lua
+---   offer.lua     the rest of an offer           ghost.lua    extmarks, laid out by layout.lua
 local M = {}
 
 local is_set_up = false
 
---- Who draws the ghost text: the plugin, or Neovim's own module.
+--- Return whether Neovim's own module draws the ghost text.
 ---@return boolean
 local function is_builtin()
   return require('fimserver.config').options.ghost_text == 'builtin' and vim.lsp.inline_completion ~= nil
 end
 
---- Start with options; what is wrong in them is said, and the default used. See |fimserver-options|.
+--- Start the plugin with options. Invalid options are reported and replaced by defaults. See |fimserver-options|.
 ---@param options? table
 function M.setup(options)
   local message = require('fimserver.message')
@@ -30,7 +30,7 @@ function M.setup(options)
     message.say_once(problem)
   end
   if config.options.ghost_text == 'builtin' and not is_builtin() then
-    message.say_once("setup(): ghost_text is 'builtin', which Neovim has from 0.12 on; the plugin draws it itself")
+    message.say_once("setup(): ghost_text is 'builtin', which needs Neovim 0.12; the plugin draws ghost text itself")
   end
   local server, status = require('fimserver.server'), require('fimserver.status')
   local typing, builtin = require('fimserver.typing'), require('fimserver.builtin')
@@ -55,13 +55,13 @@ function M.setup(options)
   end
 end
 
---- Whether `setup()` was called.
+--- Return whether `setup()` was called.
 ---@return boolean
 function M.is_set_up()
   return is_set_up
 end
 
---- Whether ghost text is on the screen in the current buffer.
+--- Return whether the current buffer shows ghost text.
 ---@return boolean
 function M.is_visible()
   if is_builtin() then
@@ -78,19 +78,19 @@ local function accept(part)
   return require('fimserver.accept').begin(part)
 end
 
---- Accept all of the ghost text. False where none is shown, so that a mapping can go on.
+--- Accept all of the ghost text. Returns false if there is none, so that a mapping can continue.
 ---@return boolean accepted
 function M.accept()
   return accept('all')
 end
 
---- Accept its next word; the rest stays on the screen.
+--- Accept the next word of the ghost text; the rest stays visible.
 ---@return boolean accepted
 function M.accept_word()
   return accept('word')
 end
 
---- Accept its next line; the rest stays on the screen.
+--- Accept the next line of the ghost text; the rest stays visible.
 ---@return boolean accepted
 function M.accept_line()
   return accept('line')
@@ -109,20 +109,20 @@ local function select(steps)
   return true
 end
 
---- Show the next candidate; where there is one only, ask the server for others.
----@return boolean done False where no ghost text is shown.
+--- Show the next candidate; if there is only one, request others from the server.
+---@return boolean done False if there is no ghost text.
 function M.next()
   return select(1)
 end
 
---- Show the candidate before it.
----@return boolean done False where no ghost text is shown.
+--- Show the previous candidate.
+---@return boolean done False if there is no ghost text.
 function M.previous()
   return select(-1)
 end
 
---- Clear the ghost text; it comes again when you type on.
----@return boolean done False where none is shown.
+--- Hide the ghost text until you continue typing.
+---@return boolean done False if there is no ghost text.
 function M.dismiss()
   if not M.is_visible() then
     return false
@@ -136,8 +136,8 @@ function M.dismiss()
   return true
 end
 
---- Ask for ghost text now, in insert mode; several candidates may come.
----@return boolean done False where the buffer is not the server's business.
+--- Request ghost text now, in insert mode, possibly with several candidates.
+---@return boolean done False if the buffer is not completed.
 function M.trigger()
   local buffer = vim.api.nvim_get_current_buf()
   local server = require('fimserver.server')
@@ -152,20 +152,20 @@ function M.trigger()
   return true
 end
 
---- A few words for a status line: "fim", "fim …" (thinking), "fim: loading", "fim: snoozed 5 min", "fim: off",
---- "fim: error"; "" before a server was started. The autocommand User FimserverStatus tells when it changes.
+--- Return a short text for a status line: "fim", "fim …" (thinking), "fim: loading", "fim: snoozed 5 min",
+--- "fim: off", "fim: error"; "" before a server was started. The autocommand User FimserverStatus reports changes.
 ---@return string
 function M.statusline()
   return require('fimserver.status').line()
 end
 
---- The state and what the server said of it; for an error, how to mend it.
+--- Return the state with a description; for an error, how to fix it.
 ---@return fimserver.Status
 function M.status()
   return require('fimserver.status').get()
 end
 
---- Change settings of the server while it runs: `configure({ maxLines = 3 })`. vim.NIL takes a setting back.
+--- Change settings of the server while it runs: `configure({ maxLines = 3 })`. vim.NIL resets a setting.
 ---@param settings table<string, any>
 function M.configure(settings)
   require('fimserver.server').configure(settings)

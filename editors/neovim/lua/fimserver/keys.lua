@@ -1,8 +1,7 @@
---- Keys of insert mode: <Plug> mappings for everybody, and default keys that give way to others' mappings.
+--- Maps the keys of insert mode: <Plug> mappings, and default keys that yield to other mappings.
 ---
---- A default key is mapped for one buffer, when insert mode begins there, and only where nobody else has mapped it;
---- where somebody does so later, ours is taken away at the next InsertEnter. With no ghost text on the screen a key
---- does what it did before.
+--- A default key is mapped for one buffer when insert mode begins there, and only if nothing else has mapped it. If
+--- something maps it later, ours is removed at the next InsertEnter. Without ghost text, a key does what it did before.
 local config = require('fimserver.config')
 
 local M = {}
@@ -10,10 +9,10 @@ local M = {}
 local PREFIX = 'fimserver: '
 
 ---@class fimserver.Action
----@field name string As in the option `keys`.
+---@field name string Name in the option `keys`.
 ---@field plug string
 ---@field says string For key lists and the help page.
----@field run fun(): boolean Whether there was anything to do; else the key does what it did before.
+---@field run fun(): boolean Returns false if there was nothing to do; the key then does what it did before.
 
 ---@param name string
 ---@return fun(): boolean
@@ -26,12 +25,12 @@ end
 ---@type fimserver.Action[]
 M.actions = {
   { name = 'accept', says = 'Accept all of the ghost text', run = call('accept') },
-  { name = 'accept_word', says = 'Accept its next word', run = call('accept_word') },
-  { name = 'accept_line', says = 'Accept its next line', run = call('accept_line') },
+  { name = 'accept_word', says = 'Accept the next word', run = call('accept_word') },
+  { name = 'accept_line', says = 'Accept the next line', run = call('accept_line') },
   { name = 'next', says = 'Show the next candidate', run = call('next') },
   { name = 'previous', says = 'Show the previous candidate', run = call('previous') },
-  { name = 'dismiss', says = 'Clear the ghost text', run = call('dismiss') },
-  { name = 'trigger', says = 'Ask for ghost text now', run = call('trigger') },
+  { name = 'dismiss', says = 'Hide the ghost text', run = call('dismiss') },
+  { name = 'trigger', says = 'Request ghost text now', run = call('trigger') },
 }
 for _, action in ipairs(M.actions) do
   action.plug = ('<Plug>(fimserver-%s)'):format(action.name:gsub('_', '-'))
@@ -60,15 +59,15 @@ local function is_ours(mapping)
   return mapping ~= nil and vim.startswith(mapping.desc or '', PREFIX)
 end
 
---- Neovim maps <Tab> itself: to jump in a snippet, or else <Tab>. Nobody's wish is overridden there.
+--- Return whether this is Neovim's own mapping of <Tab> (jump in a snippet, or insert a tab), which may be replaced.
 ---@param mapping vim.api.keyset.get_keymap?
 local function is_default(mapping)
   return mapping ~= nil and vim.startswith(mapping.desc or '', 'vim.snippet.jump')
 end
 
---- Do what a key did before ours lay above it.
+--- Do what a key did before the plugin mapped it.
 ---@param key string
----@param mapping vim.api.keyset.get_keymap? What had mapped it.
+---@param mapping vim.api.keyset.get_keymap? Mapping below the plugin's.
 local function fall_back(key, mapping)
   local keys, flags = to_codes(key), 'n'
   if mapping then
@@ -90,7 +89,7 @@ local function fall_back(key, mapping)
   vim.api.nvim_feedkeys(keys, flags .. 'i', false)
 end
 
---- Buffer-local mappings of others that a key which the person named lies above.
+--- Buffer-local mappings of others that are covered by keys that the user set.
 ---@type table<integer, table<string, vim.api.keyset.get_keymap>>
 local covered = {}
 
@@ -106,7 +105,7 @@ local function map_key(buffer, action, key)
   end, { buffer = buffer, desc = PREFIX .. action.says })
 end
 
---- What else has mapped a key in a buffer: its own mapping there, else the one of all buffers.
+--- Return the other mapping of a key in a buffer: the buffer-local one, else the global one.
 ---@param buffer integer
 ---@param key string
 ---@return vim.api.keyset.get_keymap?
@@ -119,7 +118,7 @@ function M.find_other(buffer, key)
   return everywhere and not is_default(everywhere) and everywhere or nil
 end
 
---- Map the keys in a buffer, as far as they are free.
+--- Map those keys in a buffer that are free.
 ---@param buffer integer
 function M.map(buffer)
   for _, action in ipairs(M.actions) do
@@ -143,7 +142,7 @@ function M.map(buffer)
   end
 end
 
---- Take our keys out of all buffers: setup() was called again.
+--- Remove the plugin's keys from all buffers, because setup() was called again.
 function M.unmap()
   for _, buffer in ipairs(vim.api.nvim_list_bufs()) do
     for _, mapping in ipairs(vim.api.nvim_buf_get_keymap(buffer, 'i')) do
@@ -155,7 +154,7 @@ function M.unmap()
   covered = {}
 end
 
---- Which key does what in a buffer, for health checks: a sentence for each action.
+--- Return the key of each action in a buffer and its other mapping, for health checks.
 ---@param buffer integer
 ---@return { action: fimserver.Action, key: string|false, other: vim.api.keyset.get_keymap? }[]
 function M.report(buffer)
@@ -168,7 +167,7 @@ function M.report(buffer)
   return list
 end
 
---- The <Plug> mappings, for who maps keys by hand. Where there is nothing to do they do nothing.
+--- Define the <Plug> mappings, for users who map keys manually. Without ghost text they do nothing.
 function M.map_plugs()
   for _, action in ipairs(M.actions) do
     vim.keymap.set('i', action.plug, action.run, { desc = PREFIX .. action.says })

@@ -1,26 +1,26 @@
---- Where the pieces of a ghost text go. Pure functions of texts; widths are screen cells.
+--- Computes the layout of ghost text. Pure functions of strings; widths are screen cells.
 ---
----   new   a rest and what it replaces -> pieces within the cursor's line, and the lines below it
+---   new   a rest and the text it replaces -> pieces within the cursor's line, and the lines below it
 ---
---- Knows:  strings and how wide they are.  Never: buffers, extmarks.
+--- Knows:  strings and their widths.  Never: buffers, extmarks.
 local M = {}
 
 ---@class fimserver.Piece
----@field offset integer Bytes behind the cursor.
+---@field offset integer Bytes after the cursor.
 ---@field text string
----@field overlay boolean Whether it hides what stands there.
+---@field overlay boolean Whether it hides the text at that place.
 
 ---@class fimserver.Layout
 ---@field pieces fimserver.Piece[]
----@field below string[] Lines under the cursor's.
----@field moved string What stands behind the cursor and is shown at the end of the last line below.
+---@field below string[] Lines below the cursor's line.
+---@field moved string Text after the cursor that is shown at the end of the last line below.
 
 ---@class fimserver.LayoutContext
 ---@field column integer Screen column of the cursor in its line, from 0.
 ---@field tabstop integer
----@field width integer? Cells of a line where lines wrap.
+---@field width integer? Cells of a line if lines wrap.
 
---- A text with its tabs as blanks, as it looks from a column on.
+--- Replace the tabs of a text that starts at a screen column with spaces.
 ---@param text string
 ---@param column integer
 ---@param tabstop integer
@@ -41,7 +41,7 @@ function M.expand_tabs(text, column, tabstop)
   return out
 end
 
---- Cut a line into parts of at most `width` cells: virtual lines do not wrap by themselves.
+--- Split a line into parts of at most `width` cells, because virtual lines do not wrap.
 ---@param line string
 ---@param width integer
 ---@return string[]
@@ -62,16 +62,16 @@ function M.wrap(line, width)
   return parts
 end
 
---- What has to be put where into `old` to make `new` of it, seen from the right; nil where that cannot be.
+--- Return the insertions that turn `old` into `new`, aligned from the right; nil if insertions are not enough.
 ---@param new string
 ---@param old string
 ---@return { offset: integer, text: string }[]?
 function M.align(new, old)
-  if old:find('[\128-\255]') then -- bytes of one character could be torn apart
+  if old:find('[\128-\255]') then -- an insertion could split the bytes of one character
     return nil
   end
   local found = {} ---@type { offset: integer, text: string }[]
-  local stop = #new -- the end of what is not placed yet
+  local stop = #new -- end of the part that is not placed yet
   for i = #old, 1, -1 do
     local at = nil
     for j = stop, 1, -1 do
@@ -100,7 +100,7 @@ local function padded(text, cells)
   return text .. (' '):rep(math.max(0, cells - vim.fn.strdisplaywidth(text)))
 end
 
---- Lay out a rest that replaces `old` behind the cursor and is followed by `tail` in its line.
+--- Lay out a rest that replaces `old` after the cursor and is followed by `tail` in its line.
 ---@param rest string
 ---@param old string
 ---@param tail string
@@ -131,12 +131,12 @@ function M.new(rest, old, tail, context)
     for _, piece in ipairs(aligned) do
       add(piece.offset, piece.text, false)
     end
-  elseif #lines == 1 then -- another text in the place of the old
+  elseif #lines == 1 then -- the new text covers the old
     local cells = vim.fn.strdisplaywidth(old, context.column)
     local shown = M.wrap(M.expand_tabs(first, context.column, context.tabstop), math.max(cells, 2))
     add(0, padded(shown[1], cells), true)
     add(#old, table.concat(shown, '', 2), false)
-  else -- what stands behind the cursor moves down, to the end of the last line
+  else -- the text after the cursor moves down to the end of the last line
     moved = tail
     local shown = M.expand_tabs(first, context.column, context.tabstop)
     add(0, padded(shown, vim.fn.strdisplaywidth(behind, context.column)), true)

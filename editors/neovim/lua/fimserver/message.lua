@@ -1,4 +1,4 @@
---- What is said to the person: one line each, and nothing twice.
+--- Shows messages to the user: one line each, warnings only once.
 local M = {}
 
 ---@type table<string, boolean>
@@ -9,10 +9,10 @@ local said = {}
 M.recent = {}
 local MOST_RECENT = 20
 
---- Whether messages go to Neovim's own line at the bottom, where a long one waits for Enter.
+--- Return whether messages go to Neovim's own message line, where a long one waits for Enter.
 local function is_plain()
   local source = debug.getinfo(vim.notify, 'S').source
-  return source:find('vim/_', 1, true) ~= nil or source == '?' or source == '=?' -- compiled in, without its name
+  return source:find('vim/_', 1, true) ~= nil or source == '?' or source == '=?' -- a compiled-in function has no name
 end
 
 ---@param line string
@@ -25,7 +25,7 @@ local function show(line, level)
   vim.notify(line, level)
 end
 
---- Say something, in one line that fits: nobody has to press Enter. `:Fimserver status` has all of it.
+--- Show a message cut to one line, so that the user need not press Enter. `:Fimserver status` shows all of it.
 ---@param text string
 ---@param level? integer vim.log.levels
 function M.say(text, level)
@@ -37,7 +37,7 @@ function M.say(text, level)
   local line = text:gsub('%s*\n%s*', ' ')
   if vim.v.vim_did_enter == 1 then
     show(line, level or vim.log.levels.INFO)
-  else -- behind what Neovim says of the file
+  else -- after Neovim's own message about the file
     vim.api.nvim_create_autocmd('VimEnter', {
       once = true,
       callback = function()
@@ -47,9 +47,9 @@ function M.say(text, level)
   end
 end
 
---- Say a warning or an error, once in the life of this Neovim.
+--- Show a warning or an error once per Neovim session.
 ---@param text string
----@param level? integer vim.log.levels, WARN unless told
+---@param level? integer vim.log.levels, default WARN
 function M.say_once(text, level)
   if not said[text] then
     said[text] = true
@@ -57,7 +57,7 @@ function M.say_once(text, level)
   end
 end
 
---- Let warnings be said again: after setup() or a restart they may be news.
+--- Allow warnings to be shown again, because the user has acted.
 function M.forget()
   said = {}
 end

@@ -1,22 +1,22 @@
---- What the server offered, and what is left of it after more was typed. Pure functions of texts.
+--- Computes offers of the server and their rest after more was typed. Pure functions of strings.
 ---
----   new          an item of the server -> an Offer, or nil where it cannot be shown
----   rest_of      what is left, and how much behind the cursor it replaces
+---   new          an item of the server -> an Offer, or nil if it cannot be shown
+---   rest_of      the rest of an offer, and the number of bytes after the cursor that it replaces
 ---   next_word, next_line   the beginning of a rest that one key accepts
 ---
---- All offsets are bytes. Lines of a text are joined by "\n", whatever the file's own line end.
+--- All offsets are bytes. Lines of a text are joined by "\n", regardless of the file's line ending.
 ---
 --- Knows:  strings.  Never: buffers, windows, clients.
 local M = {}
 
 ---@class fimserver.Offer
----@field text string All of it, from the anchor on.
----@field old string What it replaces behind the cursor; often "".
----@field tail string What stands behind that in its line, and stays.
----@field id string What the server calls it.
+---@field text string Whole text from the anchor on.
+---@field old string Text after the cursor that it replaces; often "".
+---@field tail string Text after `old` in the line, which is kept.
+---@field id string The server's id of the item.
 ---@field item table The item as the server sent it.
 
---- Brackets and quotes that an editor may add behind the cursor by itself.
+--- Brackets and quotes that an editor may add after the cursor automatically.
 local CLOSERS = '[%)%]}>"\'`]'
 
 ---@param item table lsp.InlineCompletionItem
@@ -42,7 +42,7 @@ function M.new(item, line, range)
   return M.rest_of(offer, typed, line:sub(range.cursor + 1)) and offer or nil
 end
 
---- Whether the characters of `few` come in that order in `many`.
+--- Return whether `many` contains the characters of `few` in that order.
 ---@param many string
 ---@param few string
 local function holds_in_order(many, few)
@@ -57,10 +57,10 @@ local function holds_in_order(many, few)
   return true
 end
 
---- What is left of an offer, and how many bytes behind the cursor it replaces; nil where the text went on otherwise.
+--- Return the rest of an offer and the number of bytes after the cursor that it replaces; nil if the text differs.
 ---@param offer fimserver.Offer
----@param typed string What stands between the anchor and the cursor.
----@param after string What stands behind the cursor in its line.
+---@param typed string Text between the anchor and the cursor.
+---@param after string Text after the cursor in its line.
 ---@return string? rest
 ---@return integer? replaced
 function M.rest_of(offer, typed, after)
@@ -69,7 +69,7 @@ function M.rest_of(offer, typed, after)
   end
   local rest, replaced = offer.text:sub(#typed + 1), #offer.old
   local kept = offer.old .. offer.tail
-  if after ~= kept then -- an editor added closers by itself
+  if after ~= kept then -- the editor may have added closers automatically
     local added = #after - #kept
     if added <= 0 or after:sub(added + 1) ~= kept then
       return nil
@@ -86,7 +86,7 @@ function M.rest_of(offer, typed, after)
   return rest, replaced
 end
 
---- The beginning of a rest up to the end of its next word: blanks and line ends, then one word or one run of signs.
+--- Return the beginning of a rest to the end of its next word: whitespace, then one word or one run of punctuation.
 ---@param rest string
 ---@return string
 function M.next_word(rest)
@@ -96,7 +96,7 @@ function M.next_word(rest)
   return blank .. word
 end
 
---- The beginning of a rest up to the end of its line, or of the next line where the rest begins with a line end.
+--- Return the beginning of a rest to the end of its line; of the next line if the rest begins with a line end.
 ---@param rest string
 ---@return string
 function M.next_line(rest)

@@ -1,9 +1,9 @@
---- Where there is anything to complete: which buffers are the server's business, and when the person is typing.
+--- Decides which buffers are completed, and whether the user is typing.
 local config = require('fimserver.config')
 
 local M = {}
 
---- Why a buffer is nobody's business; nil where it is the server's.
+--- Return why a buffer is not completed; nil if it is.
 ---@param buffer integer
 ---@return string?
 function M.refuse_buffer(buffer)
@@ -12,17 +12,17 @@ function M.refuse_buffer(buffer)
   end
   local options = vim.bo[buffer]
   if options.buftype ~= '' then
-    return ("it is no file (buftype is '%s')"):format(options.buftype)
+    return ("it is not a file (buftype is '%s')"):format(options.buftype)
   end
   if options.readonly or not options.modifiable then
     return 'it cannot be changed (readonly, or not modifiable)'
   end
   local name = vim.api.nvim_buf_get_name(buffer)
   if name == '' then
-    return 'it has no name yet; save it once'
+    return 'it has no name yet; save it first'
   end
   if name:match('^%a[%w+.-]+://') then
-    return 'it is no file of this machine'
+    return 'it is not a file on this machine'
   end
   local wanted = config.options.filetypes
   if wanted ~= '*' and not vim.tbl_contains(wanted, options.filetype) then
@@ -34,7 +34,7 @@ function M.refuse_buffer(buffer)
   return nil
 end
 
---- Whether a plugin for several cursors is at work: what one key does there happens in many places.
+--- Return whether a plugin for several cursors is active, where one key changes many places.
 ---@param buffer integer
 local function has_many_cursors(buffer)
   if vim.b[buffer].visual_multi then
@@ -44,7 +44,7 @@ local function has_many_cursors(buffer)
   return multicursor ~= nil and multicursor.hasCursors ~= nil and multicursor.hasCursors()
 end
 
---- Whether ghost text may be shown now: insert mode (not replace, select, command line), no macro, one cursor.
+--- Return whether ghost text may be shown now: insert mode (not replace, select, command line), no macro, one cursor.
 ---@param buffer integer
 ---@return boolean
 function M.is_typing(buffer)

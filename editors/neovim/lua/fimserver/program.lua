@@ -1,12 +1,12 @@
---- Finds the program `fimserver`; runs it for what it prints.
+--- Finds the program `fimserver`, and runs it to read its output.
 local config = require('fimserver.config')
 
 local M = {}
 
-M.remedy = 'put it on PATH, or into the .venv of your project, '
-  .. "or name it: require('fimserver').setup({ cmd = { '/path/to/fimserver', 'lsp' } })"
+M.remedy = 'install it on PATH or in the .venv of your project, '
+  .. "or set its path: require('fimserver').setup({ cmd = { '/path/to/fimserver', 'lsp' } })"
 
---- Where programs are in a virtual environment, on this system.
+--- Path of the program in a virtual environment, on this system.
 local IN_VENV = vim.fn.has('win32') == 1 and 'Scripts/fimserver.exe' or 'bin/fimserver'
 
 ---@param path string
@@ -14,7 +14,7 @@ local function is_program(path)
   return vim.fn.executable(path) == 1
 end
 
---- The program in the virtual environment of a file's folder, or of the nearest one above it.
+--- Return the program in the virtual environment of a file's folder, or of the nearest folder above.
 ---@param folder string
 ---@return string?
 local function find_in_venv(folder)
@@ -31,12 +31,12 @@ local function find_in_venv(folder)
   return nil
 end
 
---- Whether the person trusts a program that lies in a project, as Neovim asks and remembers (|vim.secure.read()|).
---- Not asked again in this session.
+--- Whether the user trusts a project's program, as Neovim asks and remembers (|vim.secure.read()|). Kept for the
+--- session, so that Neovim asks only once.
 ---@type table<string, boolean>
 local answers = {}
 
---- What Neovim has noted of a program: its file has a hash and a path in each line, or a `!` for what was denied.
+--- Return Neovim's trust record of a program. Its file has a hash, or `!` if denied, and a path in each line.
 ---@param path string
 ---@return 'allowed'|'denied'|nil
 local function trust_of(path)
@@ -55,28 +55,28 @@ local function trust_of(path)
   return found
 end
 
---- Called when a program that was looked at is trusted.
+--- Called when the user trusts a program after viewing it.
 ---@type fun()
 M.on_trusted = function() end
 
 ---@param path string
 ---@return boolean trusted
----@return boolean asked Now, so the person knows.
+---@return boolean asked The user was asked just now.
 local function is_trusted(path)
   if answers[path] ~= nil then
     return answers[path], false
   end
   local real = vim.uv.fs_realpath(path) or path
-  local asked = trust_of(real) ~= 'denied' -- which is not asked about again
+  local asked = trust_of(real) ~= 'denied' -- Neovim does not ask again about a denied file
   local trusted = vim.secure.read(path) ~= nil
   answers[path] = trusted
   local viewed = not trusted and vim.fn.bufnr(vim.fn.fnameescape(real)) or -1
-  if viewed > 0 then -- they look at it, and may say :trust
+  if viewed > 0 then -- the user views the program, and may run :trust
     vim.api.nvim_create_autocmd('BufWinLeave', {
       buffer = viewed,
       once = true,
       callback = function()
-        if trust_of(real) == 'allowed' then -- else it would be asked again in the middle of typing
+        if trust_of(real) == 'allowed' then -- otherwise Neovim would ask again during typing
           answers[path] = nil
           vim.schedule(M.on_trusted)
         end
@@ -86,16 +86,16 @@ local function is_trusted(path)
   return trusted, asked and not trusted
 end
 
---- Ask about programs in projects anew.
+--- Forget the answers, so that Neovim asks about programs in projects again.
 function M.forget()
   answers = {}
 end
 
---- The command that starts the server for a buffer, and where it was found; or nil and why there is none.
+--- Return the command that starts the server for a buffer and where it was found, or nil and the reason.
 ---@param buffer integer
 ---@return string[]? command
 ---@return string where_or_why
----@return boolean? is_known Whether the person knows why, having just been asked.
+---@return boolean? is_known Whether the user knows the reason, having just been asked.
 function M.find(buffer)
   local cmd = config.options.cmd
   if cmd then
@@ -104,7 +104,7 @@ function M.find(buffer)
     if is_program(command[1]) then
       return command, 'the option cmd'
     end
-    return nil, ('the option cmd names %s, which is no program here; mend or remove it'):format(command[1])
+    return nil, ('the option cmd names %s, which is not a program here; correct or remove it'):format(command[1])
   end
   local name = vim.api.nvim_buf_get_name(buffer)
   local folder = name ~= '' and vim.fs.dirname(name) or vim.fn.getcwd()
@@ -118,22 +118,22 @@ function M.find(buffer)
     if trusted then
       return { in_venv, 'lsp' }, 'the virtual environment of the project'
     end
-    local text = "the project's own program is not trusted yet; open it, say :trust, then :Fimserver restart; "
-      .. 'or name it: setup({ cmd = { %q, "lsp" } })'
+    local text = "the project's own program is not trusted yet; open it, run :trust, then :Fimserver restart; "
+      .. 'or set its path: setup({ cmd = { %q, "lsp" } })'
     return nil, text:format(in_venv), asked
   end
-  return nil, 'there is no program `fimserver` here; ' .. M.remedy
+  return nil, 'the program `fimserver` was not found; ' .. M.remedy
 end
 
---- Run the program with other arguments than those that start the server. For health checks and windows.
----@param command string[] What starts the server.
+--- Run the program with other arguments, for health checks and windows.
+---@param command string[] Command that starts the server.
 ---@param arguments string[]
 ---@param timeout_ms integer
 ---@return integer code
----@return string output What it printed, errors behind the rest.
+---@return string output Standard output, then standard error.
 function M.run(command, arguments, timeout_ms)
   local whole = {}
-  for _, part in ipairs(command) do -- the program may be behind a wrapper: { 'uv', 'run', 'fimserver', 'lsp' }
+  for _, part in ipairs(command) do -- a wrapper may come first: { 'uv', 'run', 'fimserver', 'lsp' }
     if part == 'lsp' then
       break
     end

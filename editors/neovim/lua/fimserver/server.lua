@@ -1,8 +1,8 @@
---- The language client: one for all buffers of this Neovim. Starts it, attaches buffers, sends settings.
+--- Manages the language client, one for all buffers of this Neovim: starts it, attaches buffers, sends settings.
 ---
----   attach      a buffer was opened: start the server, or join it
----   client      the running client
----   configure   settings changed while it runs
+---   attach      start the server for a buffer, or attach the buffer to the running one
+---   client      return the running client
+---   configure   change settings while the server runs
 ---
 --- Knows:  vim.lsp, the names of docs/protocol.md.  Never: ghost text, keys.
 local config = require('fimserver.config')
@@ -14,26 +14,26 @@ local status = require('fimserver.status')
 local M = {}
 
 local NAME = 'fimserver'
-local MOST_STARTS = 3 -- in a minute; a server that ends more often is left alone
+local MOST_STARTS = 3 -- in a minute; a server that ends more often is not restarted
 local ENGINE_STATES = { Normal = 'ready', Error = 'error' }
 
---- The command that started the server, and where that was found.
+--- The command that started the server, and where it was found.
 ---@type string[]?
 M.command = nil
 M.where = ''
 
---- Called when the server can answer (again): the model is loaded, or settings changed.
+--- Called when the server can answer: the model is loaded, or settings have changed.
 ---@type fun()
 M.on_ready = function() end
 
 local starts = {} ---@type integer[]
 local has_given_up = false
-local searched_at = -math.huge -- when no program was found, of vim.uv.now()
+local searched_at = -math.huge -- last search without a result, in vim.uv.now() milliseconds
 local SEARCH_EVERY_MS = 5000
-local stopping = {} ---@type table<integer, boolean> clients that we end
+local stopping = {} ---@type table<integer, boolean> clients that this plugin stops
 local current = nil ---@type vim.lsp.Client?
 
---- The running client; nil before a file was opened, and after it ended.
+--- Return the running client; nil before a file was opened, and after the client ended.
 ---@return vim.lsp.Client?
 function M.client()
   if current and current:is_stopped() then
@@ -49,7 +49,7 @@ function M.client_of(buffer)
   return client and client.attached_buffers[buffer] and client.initialized and client or nil
 end
 
---- Settings as they go over the wire: an empty table would be sent as a list.
+--- Return the settings to send. An empty table must be an empty dict, or it is sent as a list.
 ---@return table
 local function wire_settings()
   local settings = config.options.settings
@@ -86,8 +86,8 @@ local handlers = {
 ---@return lsp.ClientCapabilities
 local function capabilities()
   local all = vim.lsp.protocol.make_client_capabilities()
-  all.textDocument.inlineCompletion = { dynamicRegistration = false } -- which Neovim 0.11 does not say by itself
-  all.general.positionEncodings = { 'utf-16' } -- as most servers: some plugins warn where encodings are mixed
+  all.textDocument.inlineCompletion = { dynamicRegistration = false } -- missing in Neovim 0.11
+  all.general.positionEncodings = { 'utf-16' } -- like most servers, because some plugins warn about mixed encodings
   return all
 end
 
@@ -102,13 +102,13 @@ local function on_exit(code, signal, id)
       current = nil
     end
     if was_asked or vim.v.exiting ~= vim.NIL then
-      status.set('stopped', 'it was stopped')
+      status.set('stopped', 'the server was stopped')
       return
     end
     local how = signal ~= 0 and ('signal %d'):format(signal) or ('code %d'):format(code)
     if #starts >= MOST_STARTS and starts[#starts] - starts[#starts - MOST_STARTS + 1] < 60000 then
       has_given_up = true
-      local text = 'the server ended %d times in a minute, the last time with %s; `%s doctor` says what is wrong, '
+      local text = 'the server ended %d times in a minute, last with %s; run `%s doctor` to find the problem; '
       text = text:format(MOST_STARTS, how, M.command and M.command[1] or 'fimserver')
         .. ':Fimserver restart tries again'
       status.set('error', text)
@@ -119,7 +119,7 @@ local function on_exit(code, signal, id)
   end)
 end
 
---- Start the server, or join the one that runs, where a buffer is its business.
+--- Attach a buffer to the server, which is started if it does not run. Buffers that are not completed are refused.
 ---@param buffer integer
 ---@return boolean attached
 function M.attach(buffer)
@@ -144,7 +144,7 @@ function M.attach(buffer)
   end
   M.command, M.where = command, where
   table.insert(starts, vim.uv.now())
-  status.set('loading', 'the server starts')
+  status.set('loading', 'the server is starting')
   local settings = wire_settings()
   local root = vim.fs.root(buffer, { '.git', 'pyproject.toml' }) or vim.fs.dirname(vim.api.nvim_buf_get_name(buffer))
   local id = vim.lsp.start({
@@ -165,7 +165,7 @@ function M.attach(buffer)
   current = id and vim.lsp.get_client_by_id(id) or nil
   if current then
     M.on_started(current)
-  else -- Neovim has said why
+  else -- Neovim has shown the reason
     has_given_up = true
     status.set('error', ('%s cannot be started; :Fimserver restart tries again'):format(command[1]))
   end
@@ -187,25 +187,25 @@ end
 ---@type fun(client: vim.lsp.Client)
 M.on_started = function() end
 
---- Send a notification to the server of a buffer, where it has one.
+--- Send a notification to the server of a buffer, if it has one.
 ---@param buffer integer
 ---@param method string
 ---@param params table
 function M.notify(buffer, method, params)
   local client = M.client_of(buffer)
   if client then
-    client:notify(method, params) ---@diagnostic disable-line: param-type-mismatch  a method of our own
+    client:notify(method, params) ---@diagnostic disable-line: param-type-mismatch  not a method of LSP
   end
 end
 
---- Ask the server; without one the answer is nil at once.
+--- Send a request to the server; without a server, show a message.
 ---@param method string
 ---@param params table
 ---@param on_answer? fun(result: any)
 function M.request(method, params, on_answer)
   local client = M.client()
   if not client then
-    message.say('no server runs yet; open a file that it completes in')
+    message.say('the server is not running yet; open a file that fimserver completes')
     return
   end
   client:request(method, params, function(err, result) ---@diagnostic disable-line: param-type-mismatch
@@ -224,7 +224,7 @@ function M.execute(command, arguments)
   M.request('workspace/executeCommand', { command = command, arguments = arguments or {} })
 end
 
---- Change settings while the server runs; `nil` values are not named, vim.NIL takes one back.
+--- Change settings while the server runs; vim.NIL resets a setting.
 ---@param settings table<string, any>
 function M.configure(settings)
   for name, value in pairs(settings) do
@@ -246,7 +246,7 @@ function M.configure(settings)
   end
 end
 
---- End the server of this Neovim; others', and the daemon, go on.
+--- Stop the client of this Neovim; other clients and the daemon continue.
 function M.stop()
   local client = M.client()
   if client then
@@ -256,7 +256,7 @@ function M.stop()
   end
 end
 
---- The model anew, or the server where it ended.
+--- Restart the model, or start the server if it has ended.
 function M.restart()
   starts, has_given_up, searched_at = {}, false, -math.huge
   program.forget()

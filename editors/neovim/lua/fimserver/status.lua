@@ -1,23 +1,23 @@
---- What fimserver is doing, for a status line; tells it by the User autocmd FimserverStatus when it changes.
+--- Keeps fimserver's state for a status line; the User autocmd FimserverStatus reports changes.
 ---
 ---   stopped    no server yet             thinking   a completion is being computed
----   loading    the model loads           snoozed    nothing comes by itself for a while
----   ready      ghost text comes          off        the setting `enabled` is false
----   error      `detail` says what is wrong and how to mend it
+---   loading    the model is loading      snoozed    no automatic completions for a while
+---   ready      requests are answered     off        the setting `enabled` is false
+---   error      `detail` has the error and its fix
 local M = {}
 
 ---@alias fimserver.State 'stopped'|'loading'|'ready'|'thinking'|'snoozed'|'off'|'error'
 
 ---@class fimserver.Status
 ---@field state fimserver.State
----@field detail string What the server said last, or how to mend an error.
+---@field detail string Last message of the server, or an error and its fix.
 
-local server = { state = 'stopped', detail = 'no file was opened yet' }
+local server = { state = 'stopped', detail = 'no file has been opened yet' }
 local is_enabled = true
-local thoughts, is_thinking = 0, false -- thinking is told once it lasts: most answers come at once
+local thoughts, is_thinking = 0, false -- thinking is reported only after LONG_MS, because most answers are faster
 local LONG_MS = 150
-local snoozed_until = 0 -- of vim.uv.now()
-local told = '' -- what was told last
+local snoozed_until = 0 -- in vim.uv.now() milliseconds
+local told = '' -- state reported last
 local is_telling = false
 
 ---@return number
@@ -25,7 +25,7 @@ local function snooze_left_ms()
   return math.max(0, snoozed_until - vim.uv.now())
 end
 
---- The state as it is now.
+--- Return the current state.
 ---@return fimserver.Status
 function M.get()
   local state = server.state
@@ -41,13 +41,13 @@ function M.get()
   return { state = state, detail = server.detail }
 end
 
---- Whole minutes until a snooze ends.
+--- Return the minutes until the snooze ends, rounded up.
 ---@return integer
 function M.snoozed_minutes()
   return math.ceil(snooze_left_ms() / 60000)
 end
 
---- A few words for a status line; "" before a server was started.
+--- Return a short text for a status line; "" before a server was started.
 ---@return string
 function M.line()
   local state = M.get().state
@@ -61,7 +61,7 @@ function M.line()
   return words[state] or ('fim: ' .. state)
 end
 
---- Tell of a change, once for however many there were in this turn of the loop.
+--- Report a change, once for all changes in this turn of the event loop.
 local function tell()
   if is_telling then
     return
@@ -86,7 +86,7 @@ function M.set(state, detail)
   tell()
 end
 
---- A completion is being computed, or no longer.
+--- Record whether a completion is being computed.
 ---@param thinking boolean
 function M.think(thinking)
   thoughts = thoughts + 1
@@ -112,7 +112,7 @@ function M.enable(enabled)
   tell()
 end
 
----@param minutes number 0 ends it.
+---@param minutes number 0 ends the snooze.
 function M.snooze(minutes)
   snoozed_until = vim.uv.now() + minutes * 60000
   tell()

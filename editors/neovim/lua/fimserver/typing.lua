@@ -1,12 +1,12 @@
---- From a key to ghost text: what is offered for the text as it is now, and the next request.
+--- Turns keys into ghost text and requests.
 ---
----   on_key    text or cursor changed: show what is left of an offer, cancel the running request, ask anew
----   receive   an answer: dropped unless it is the last request's and text and cursor are as they were
----   clear     insert mode was left, or the person dismissed it
+---   on_key    text or cursor changed: show the rest of an offer, cancel the running request, send a new one
+---   receive   take an answer, unless it is not the last request's or text or cursor have changed
+---   clear     remove the ghost text: the user left insert mode or dismissed it
 ---
---- A key that is how the ghost text goes on changes it before the screen is drawn; the server is asked all the same,
---- because a first line may have become more. What fits the text stays as it is: an answer that says something else is
---- for a text that has nothing yet. What a person deletes again shows the offer it had before.
+--- A typed key that matches the ghost text shortens it before the screen is drawn. A request is sent anyway, because
+--- the server may have more than the first line by now. A different answer does not replace ghost text that still fits.
+--- After deleting typed text, the earlier offer is shown again.
 ---
 --- Knows:  buffers, offers, the client.  Never: keys, how ghost text is drawn.
 local config = require('fimserver.config')
@@ -21,30 +21,30 @@ local M = {}
 
 local METHOD = 'textDocument/inlineCompletion'
 local INVOKED, AUTOMATIC = 1, 2
-local MOST_KEPT = 4 -- answers, for who deletes what they typed
-local FIRST_LINE_MS = 30 -- an answer that came faster is whole
-local QUIET = { [-32800] = true, [-32801] = true, [-32802] = true } -- cancelled, content modified: no faults
+local MOST_KEPT = 4 -- answers, for when the user deletes typed text
+local FIRST_LINE_MS = 30 -- a faster answer is complete
+local QUIET = { [-32800] = true, [-32801] = true, [-32802] = true } -- cancelled, content modified: not errors
 
 local anchors = vim.api.nvim_create_namespace('fimserver.anchor')
 
 ---@class fimserver.Answer
----@field anchor integer Extmark where its offers begin.
+---@field anchor integer Extmark at the start of its offers.
 ---@field offers fimserver.Offer[]
----@field index integer Which is shown.
+---@field index integer Index of the shown offer.
 
----@class fimserver.Shown What is on the screen.
+---@class fimserver.Shown Ghost text on the screen.
 ---@field answer fimserver.Answer
 ---@field offer fimserver.Offer
 ---@field rest string
 ---@field replaced integer
 
----@class fimserver.Typing One buffer's state.
+---@class fimserver.Typing State of one buffer.
 ---@field answers fimserver.Answer[] Newest first.
 ---@field shown fimserver.Shown?
----@field seen string Text and cursor that were looked at last.
+---@field seen string Key of the text and cursor that were handled last.
 ---@field request integer? The running request's id.
----@field turn integer Counts requests; an answer of an earlier one is dropped.
----@field told table<string, boolean> Ids of offers that the server knows to have been shown.
+---@field turn integer Counts requests; answers to earlier ones are dropped.
+---@field told table<string, boolean> Ids of offers that were reported to the server as shown.
 
 ---@type table<integer, fimserver.Typing>
 local buffers = {}
@@ -58,7 +58,7 @@ local function state_of(buffer)
   return buffers[buffer]
 end
 
---- Text and cursor of the current window, as a key.
+--- Return a key for the text and cursor of the current window.
 ---@param buffer integer
 local function now(buffer)
   local row, column = unpack(vim.api.nvim_win_get_cursor(0))
@@ -77,7 +77,7 @@ local function cancel(buffer, state)
   status.think(false)
 end
 
---- What stands between an answer's anchor and the cursor; nil where the cursor is before it.
+--- Return the text between an answer's anchor and the cursor (nil if the cursor is before it), and the text after.
 ---@param buffer integer
 ---@param answer fimserver.Answer
 ---@return string? typed
@@ -94,7 +94,7 @@ local function text_around(buffer, answer)
   return table.concat(lines, '\n'), after
 end
 
---- Show what is left of the newest offer that fits the text as it is; clear the screen where none does.
+--- Show the rest of the newest offer that fits the current text; clear the ghost text if none fits.
 ---@param buffer integer
 ---@param state fimserver.Typing
 local function show_what_fits(buffer, state)
@@ -131,7 +131,7 @@ local function forget_answers(buffer, state)
   ghost.clear(buffer)
 end
 
---- An answer whose offers fit the text as it is; nil without one.
+--- Return an answer with the offers that fit the current text; nil if none fits.
 ---@param buffer integer
 ---@param client vim.lsp.Client
 ---@param items table[]
@@ -162,11 +162,11 @@ local function to_answer(buffer, client, items)
 end
 
 ---@class fimserver.Ask
----@field invoked? boolean The person asked.
----@field again? boolean For the rest of a first line.
----@field then_select? integer Candidate to go to, counted from the one that is shown.
+---@field invoked? boolean The user invoked it.
+---@field again? boolean Requests the rest of a first line.
+---@field then_select? integer Candidate to select, counted from the shown one.
 
---- Whether an answer is to take the place of what is shown: what fits the text stays, unless it becomes more.
+--- Return whether an answer replaces the ghost text: only if there is none, or the answer extends it.
 ---@param shown fimserver.Shown?
 ---@param answer fimserver.Answer
 local function is_news(shown, answer)
@@ -187,7 +187,7 @@ local function receive(buffer, state, ask, items, took_ms)
   local answer = client and to_answer(buffer, client, items)
   if not answer then
     if ask.invoked and not shown then
-      message.say('nothing to offer here; :Fimserver explain says why')
+      message.say('no completion here; :Fimserver explain shows why')
     end
     return
   end
@@ -210,7 +210,7 @@ local function receive(buffer, state, ask, items, took_ms)
   end
 end
 
---- Ask the server for the text as it is; the running request is cancelled.
+--- Send a request for the current text and cancel the running one.
 ---@param buffer integer
 ---@param ask fimserver.Ask
 function M.ask(buffer, ask)
@@ -248,7 +248,7 @@ function M.ask(buffer, ask)
   end
 end
 
---- Text or cursor changed in insert mode.
+--- Handle a change of text or cursor in insert mode.
 ---@param buffer integer
 function M.on_key(buffer)
   local state = state_of(buffer)
@@ -258,7 +258,7 @@ function M.on_key(buffer)
   end
   local key = now(buffer)
   if key == state.seen then
-    return -- two events of one key
+    return -- second event of the same key
   end
   state.seen = key
   show_what_fits(buffer, state)
@@ -269,7 +269,7 @@ function M.on_key(buffer)
   end
 end
 
---- Look again, although nothing changed: the server can say more now.
+--- Repeat the request for unchanged text, because the server can answer now.
 ---@param buffer integer
 function M.refresh(buffer)
   if buffers[buffer] and place.is_typing(buffer) then
@@ -279,7 +279,7 @@ function M.refresh(buffer)
   end
 end
 
---- Insert mode was left, or the person does not want it.
+--- Clear the ghost text: the user left insert mode or dismissed it.
 ---@param buffer integer
 function M.clear(buffer)
   local state = buffers[buffer]
@@ -292,14 +292,14 @@ function M.clear(buffer)
   end
 end
 
---- A buffer is gone.
+--- Forget a deleted buffer.
 ---@param buffer integer
 function M.forget(buffer)
   M.clear(buffer)
   buffers[buffer] = nil
 end
 
---- What is on the screen in a buffer, for the text as it is now.
+--- Return the ghost text of a buffer for the current text.
 ---@param buffer integer
 ---@return fimserver.Shown?
 function M.shown(buffer)
@@ -307,13 +307,13 @@ function M.shown(buffer)
   if not state or not state.shown or not place.is_typing(buffer) then
     return nil
   end
-  if state.seen ~= now(buffer) then -- keys that no event has told of yet
+  if state.seen ~= now(buffer) then -- keys without an event so far
     show_what_fits(buffer, state)
   end
   return state.shown
 end
 
---- Go to another candidate; where there is one only, ask for others.
+--- Select another candidate; if there is only one, request others.
 ---@param buffer integer
 ---@param steps integer
 function M.select(buffer, steps)
