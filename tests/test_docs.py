@@ -13,7 +13,7 @@ from fimserver.lsp.features import EXPLAIN_COMMAND, SNOOZE_COMMAND
 from fimserver.settings import BY_WIRE_NAME
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "fimserver").rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "fimserver").rglob("*.md"))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -40,6 +40,14 @@ def test_files_in_the_architecture_exist() -> None:
     for file in files:
         exists = (ROOT / file).exists() or (ROOT / "fimserver" / file).exists() or file in known
         assert exists, file
+
+
+def test_files_for_contributors_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    files = set(re.findall(r"`((?:fimserver|tests|editors)/[\w/.]+)`", text))
+    assert len(files) > 20
+    for file in files:
+        assert (ROOT / file).exists(), file
 
 
 def test_functions_in_the_architecture_exist() -> None:

@@ -29,7 +29,7 @@ DROPPED = {
     r"go(es|ing)? on|went on": "continue",
     r"guess(es|ed|ing)?": "n-gram match",
     r"held against": "compared with",
-    r"(is|are|was|were) no (model|folder|file|code|text|tensor|frame|place|name|cell|edit|message|JSON|comment|string)s?": "is not a",
+    r"(is|are|was|were) no (model|folder|file|code|text|tensor|frame|place|name|cell|edit|JSON)s?": "not a",
     r"left to right": "autoregressive",
     r"lets? \w* ?go|letting go": "release",
     r"mend(s|ed|ing)?": "repair, fix",
@@ -39,7 +39,7 @@ DROPPED = {
     r"said": "reported",
     r"sights?": "attention plan, mask",
     r"told": "reported",
-    r"who (types?|asks?|reads?|holds?|waits?|looks?|wants?|shows?|leaves?|comes?)": "a user, a client, a request that",
+    r"who (types?|asks?|reads?|holds?|waits?|looks?|wants?|shows?|leaves?|comes?)": "a user or client that",
 }
 ALLOWED = re.compile(r"model cards?|HF card|its card\]|the card\]")  # a page about a model
 WORDS = re.compile("|".join(rf"\b(?:{pattern})\b" for pattern in DROPPED), re.IGNORECASE)
@@ -47,7 +47,8 @@ LOGS = {"fimserver/docs/experiments.md", "fimserver/docs/results.md"}  # entries
 
 
 def files(*endings: str) -> list[Path]:
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split("\n")
+    git = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    listed = git.stdout.split("\n")
     if listed == [""]:  # not a checkout
         listed = [str(path.relative_to(ROOT)) for path in ROOT.rglob("*") if "node_modules" not in path.parts]
     own = Path(__file__).relative_to(ROOT).as_posix()

@@ -97,12 +97,14 @@ def by_command(file: Path, text: str, other: Path | None, seed: int | None) -> d
 
 
 def by_server(engine: EngineClient, file: Path, text: str, other: Path | None, seed: int | None) -> dict[str, Any]:
+    other_text = other.read_text() if other is not None else ""
+
     async def ask() -> dict[str, Any]:
         server = create_server(engine=engine)
         connection = Connection(server)
         options = {"seed": seed, "candidates": 1, "firstLineMs": None, "maxLatencyMs": 60000}
         await connection.initialize({name: value for name, value in options.items() if value is not None})
-        for path, content in ((other, other.read_text() if other else ""), (file, text.replace(MARK, ""))):
+        for path, content in ((other, other_text), (file, text.replace(MARK, ""))):
             if path is not None:
                 item = {"uri": path.as_uri(), "languageId": language_of_path(path.name), "version": 1, "text": content}
                 connection.notify("textDocument/didOpen", {"textDocument": item})

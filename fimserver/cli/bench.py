@@ -218,10 +218,7 @@ def keystroke(
     Reports server time without the model, model time, and the tokens that were encoded again. With --human: how many
     completions arrive before the next key, their source, their delay, and how many begin correctly.
     """
-    from fimserver.bench.latency import (
-        measure_typing,
-        replay_typing,
-    )
+    from fimserver.bench.latency import measure_typing, replay_typing  # noqa: PLC0415
 
     settings = read_options(options, seed=None)  # no seed, as in an editor
     if human:

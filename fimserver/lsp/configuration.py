@@ -57,7 +57,7 @@ class Configuration:
         self.refused_model: str | None = None  # the name that would be used if the user had agreed to it
         self._layers: dict[Source, dict[str, Any]] = {}
         self._find_model = find_model
-        self._on_change = on_change
+        self.on_change = on_change
 
     def initialize(self, options: object) -> list[str]:
         """Take ``initializationOptions``, bare or under ``fimserver``."""
@@ -107,7 +107,7 @@ class Configuration:
             problems += more
         if settings != self.settings:
             self.settings = settings
-            self._on_change()
+            self.on_change()
         return problems
 
     def _allowed(self, values: dict[str, Any]) -> dict[str, Any]:

@@ -71,8 +71,9 @@ class FimLanguageServer(LanguageServer):
         )
         self.overrides = overrides or {}
         self.consent = ConsentPrompt(self.workspaces, self._show_choices, self.warn_once)
-        self.configuration = Configuration(self.consent.find_model, lambda: self.session.begin_epoch())
+        self.configuration = Configuration(self.consent.find_model)
         self.session = Session(self.configuration)
+        self.configuration.on_change = self.session.begin_epoch
         self.link = EngineLink(
             self,
             engine,

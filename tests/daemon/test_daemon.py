@@ -676,7 +676,7 @@ def test_explain_tells_what_came_of_requests(home: Home, tmp_path: Path) -> None
     for word in ("a.py", "c d.py", "offered (model)", second["reason"], "2 passes"):
         assert word in shown
     assert "a.py" not in run_fimserver(home, "explain", "c d.py").stdout
-    assert "no request yet about a file x.py" in run_fimserver(home, "explain", "x.py").stdout
+    assert "no requests yet for a file x.py" in run_fimserver(home, "explain", "x.py").stdout
     assert "secret_name" not in shown + json.dumps(records)
     asked = client.request("fimserver/explain", {"textDocument": {"uri": URI}})
     assert asked["last"]["source"] == "model"

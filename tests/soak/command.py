@@ -22,9 +22,16 @@ from soak.windows import Manner
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of all that is drawn.")
 @click.option("--torn", is_flag=True, help="Edit at random, until the files are no code any more.")
 @click.option("--human", is_flag=True, help="Type with a person's pauses, and ask at each key.")
-@click.option("--speed", type=click.FloatRange(min=0.1, max=20), default=1.0, show_default=True, metavar="X", help="Of the typist.")
+@click.option(
+    "--speed",
+    type=click.FloatRange(min=0.1, max=100),
+    default=1.0,
+    show_default=True,
+    metavar="X",
+    help="With --human: divide the pauses by this.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def main(  # noqa: PLR0913
+def main(
     *,
     editors: int,
     edits: int | None,

@@ -171,9 +171,9 @@ class Soak:
                 for _ in range(draw.randint(1, 12)):
                     window.press() if self.is_human else window.edit()
                 fate = draw.random()
-                if fate < 0.3 and not self.is_human:  # noqa: PLR2004
+                if fate < 0.3 and not self.is_human:
                     window.request()
-                elif fate < 0.5:  # noqa: PLR2004
+                elif fate < 0.5:
                     window.ping()
                 if not self.is_human:
                     time.sleep(draw.expovariate(1 / _PAUSE_S))
@@ -262,7 +262,7 @@ def _quantile(values: list[float], share: float) -> float:
 
 def _slope(points: list[tuple[int, int]]) -> float:
     """Bytes an edit, by least squares; 0 where nothing can be said."""
-    if len({x for x, _ in points}) < 2:  # noqa: PLR2004
+    if len({x for x, _ in points}) < 2:
         return 0.0
     return statistics.linear_regression([x for x, _ in points], [y for _, y in points]).slope
 

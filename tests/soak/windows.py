@@ -189,7 +189,7 @@ class Window:
             start, end = self.index.line_range(line)
             start = draw.randint(start, end)
             self._place = (line, end)
-            if draw.random() < 0.005:  # noqa: PLR2004
+            if draw.random() < 0.005:
                 yield None, None, self.index.text
             else:
                 yield start, min(end, start + draw.choice((0, 0, 0, 1, 5))), draw.choice(_TYPED)
@@ -237,12 +237,12 @@ class Window:
         """A completion where the last edit was: waited for, typed on, or cancelled."""
         draw = self._random
         asked, cursor = self.index, self._cursor()
-        number = self.send_completion(cursor, 1 if draw.random() < 0.1 else 2)  # noqa: PLR2004
+        number = self.send_completion(cursor, 1 if draw.random() < 0.1 else 2)
         self.counts.requests += 1
         fate, seen = draw.random(), None
-        if fate < 0.3:  # noqa: PLR2004
+        if fate < 0.3:
             self.tell("$/cancelRequest", {"id": number})
-        elif fate < 0.6:  # noqa: PLR2004
+        elif fate < 0.6:
             time.sleep(draw.choice((0.0, draw.uniform(0.0, _LONGEST_PAUSE_S))))  # while it is held back, or computed
             self.edit()
             seen = self.send("fimserver/status", {})

@@ -7,8 +7,8 @@
 What is downloaded is kept in ~/.cache/fimserver/editors (or $FIMSERVER_EDITORS). Where something cannot be had,
 ``UnavailableError`` says what.
 
-    python tests/support/neovim.py latency          key to ghost text on the screen, beside a server that answers at once
-    python tests/support/neovim.py open 0.11 FILE   a Neovim with the plugin, to look at
+    python -m tests.editors neovim latency     from a key to ghost text on the screen; also with an instant server
+    python -m tests.editors neovim open 0.11 FILE   a Neovim with the plugin, to look at
 """
 
 import json
@@ -263,9 +263,9 @@ def report_latency(num_pauses: int = 40) -> None:
                     terminal.close()
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     """Run a sub-command."""
-    match sys.argv[1:]:
+    match arguments:
         case ["latency"]:
             report_latency()
         case ["open", version, file]:
@@ -276,7 +276,3 @@ def main() -> None:
             subprocess.run(command, env={**os.environ, **neovim.env}, check=False)
         case _:
             print(__doc__)
-
-
-if __name__ == "__main__":
-    main()

@@ -8,8 +8,8 @@
 What is downloaded is kept in ~/.cache/fimserver/editors/vscode (or $FIMSERVER_EDITORS/vscode). Where something cannot
 be had, ``UnavailableError`` says what.
 
-    python tests/support/vscode.py latency          key to ghost text on the screen, beside a server that answers at once
-    python tests/support/vscode.py open FOLDER      a workbench with the extension, to look at with a browser
+    python -m tests.editors vscode latency     from a key to ghost text on the screen; also with an instant server
+    python -m tests.editors vscode open FOLDER      a workbench with the extension, to look at with a browser
 """
 
 import itertools
@@ -737,16 +737,12 @@ def open_workbench(folder: Path) -> None:
             workbench.close()
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     """Run a sub-command."""
-    match sys.argv[1:]:
+    match arguments:
         case ["latency"]:
             report_latency()
         case ["open", folder]:
             open_workbench(Path(folder))
         case _:
             print(__doc__)
-
-
-if __name__ == "__main__":
-    main()
