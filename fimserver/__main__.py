@@ -18,7 +18,7 @@ def main() -> None:
             from fimserver.daemon.stdio import serve  # noqa: PLC0415
 
             sys.exit(serve(overrides))
-    from fimserver.cli.main import main as run  # noqa: PLC0415  click, and what it brings
+    from fimserver.cli.main import main as run  # noqa: PLC0415  click takes a while to import
 
     run()
 

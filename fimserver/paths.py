@@ -63,7 +63,7 @@ def runtime_folder() -> Path:
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA") or Path.home()) / "fimserver" / "runtime"
     given = os.environ.get("XDG_RUNTIME_DIR", "")
-    if given and Path(given).is_dir() and os.stat(given).st_uid == os.getuid():  # noqa: PTH116  a su keeps another's
+    if given and Path(given).is_dir() and os.stat(given).st_uid == os.getuid():  # noqa: PTH116  su keeps the other user's variables
         return Path(given) / "fimserver"
     return _temporary_folder("")
 
@@ -148,7 +148,7 @@ def make_private(folder: Path) -> Path:
 def _folder(kind: str) -> Path:
     if home := os.environ.get(HOME_VARIABLE):
         return Path(home).expanduser().absolute() / kind
-    import platformdirs  # noqa: PLC0415  only who asks for a folder pays for it
+    import platformdirs  # noqa: PLC0415  only commands that need a folder import it
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # platformdirs warns without XDG_RUNTIME_DIR, but its fallback is fine

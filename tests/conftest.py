@@ -43,7 +43,7 @@ torch.set_num_threads(1)  # workers side by side share the cores
 
 @pytest.fixture(scope="session", autouse=True)
 def fimserver_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A developer's own settings are not the tests'."""
+    """Keep a developer's own settings out of the tests."""
     home = tmp_path_factory.mktemp("fimserver_home")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FIMSERVER_HOME", str(home))
@@ -169,7 +169,7 @@ def shared_fake(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[FakeServe
 
 @pytest.fixture
 def fake(shared_fake: "FakeServer") -> "Iterator[FakeServer]":
-    """A running server with a fake engine, shared; whatever a test opens, sets or snoozes is undone behind it."""
+    """A running server with a fake engine, shared; documents, settings and snoozes are undone after each test."""
     shared_fake.journal.write_text("")
     yield shared_fake
     for uri in list(shared_fake.versions):

@@ -32,7 +32,7 @@ DOCS = Path(fimserver.__file__).parent / "docs"
 
 
 def test_the_documented_table_is_this_one() -> None:
-    """Write it anew with: python -m fimserver.settings."""
+    """Write it again with: python -m fimserver.settings."""
     assert to_markdown() in (DOCS / "settings.md").read_text(encoding="utf-8")
 
 

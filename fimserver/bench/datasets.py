@@ -416,7 +416,7 @@ class DecodeHole:
 
 def draw_holes(limit: int, vocabulary: Vocabulary, *, max_prompt_tokens: int, canvas_length: int) -> list[DecodeHole]:
     """Draw the same holes each time."""
-    from fimserver.bench.datasets import cut_lines  # noqa: PLC0415  it brings tree-sitter along
+    from fimserver.bench.datasets import cut_lines  # noqa: PLC0415  imports tree-sitter
 
     found: list[DecodeHole] = []
     seen: set[tuple[str, int]] = set()

@@ -16,8 +16,8 @@ warm          after a completion, one to four characters of the hole's middle ar
 pass          one call of the encoder or the decoder, the prompt's included
 first line    when the first line of the partial answer became that of the final answer
 
-``generate`` cannot be told how its answer begins. Where a word was taken off the prompt (token healing), its answer
-counts if it happens to begin with that word, and is wrong otherwise.
+``generate`` cannot be given the beginning of its answer. Where a word was taken off the prompt (token healing), its
+answer counts if it happens to begin with that word, and is wrong otherwise.
 
 A mode's name with ``-no-PART`` after it, for instance ``speculative-no-lookup``, is that mode without one part.
 

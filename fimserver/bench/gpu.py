@@ -149,7 +149,7 @@ class Bench:
             self._forget_peak()
             try:
                 getattr(self, f"measure_{stage}")()
-            except Exception as error:  # noqa: BLE001  hours on a card are rare: whatever can be measured is
+            except Exception as error:  # noqa: BLE001  GPU time is rare: every stage that works is measured
                 self._note(failures={**self.report.failures, stage: f"{type(error).__name__}: {error}"})
             self._note_peak(stage)
         return self.report
@@ -175,7 +175,7 @@ class Bench:
 
     def _need_model(self) -> Model:
         if self.model is None:
-            msg = "there is no model: the load stage failed or was skipped"
+            msg = "no model is loaded: the load stage failed or was skipped"
             raise FimserverError(msg)
         return self.model
 

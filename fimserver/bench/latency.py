@@ -152,7 +152,7 @@ _FIRST_WORD = re.compile(r"\s*(?:\w+|[^\w\s]|$)")
 class TypingSummary:
     """One session. Each keystroke's request was ``shown`` before the next key, ``empty`` by then, or ``cancelled``.
 
-    ``by_model`` (including first lines), ``reused`` (the rest of what was offered before) and ``guessed`` (n-gram
+    ``by_model`` (including first lines), ``reused`` (the rest of what was offered before) and ``matched`` (n-gram
     matches) are the shown by source.
     ``asked`` counts the requests to the engine, ``wasted`` those whose answer no LSP request received, cancelled or
     not; both also in seconds of engine time. Times to the answer are from the key to the ghost text.

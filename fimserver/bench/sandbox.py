@@ -52,7 +52,7 @@ def run_program(program: str, limits: Limits | None = None) -> Outcome:
     token = secrets.token_hex(16)  # the child prints it only after the program has ended
     order = json.dumps({"token": token, "program": program, "limits": asdict(limits)}).encode()
     with tempfile.TemporaryDirectory(prefix="fimserver-") as folder:
-        child = subprocess.Popen(  # noqa: S603  our own interpreter; what it runs is what this module is for
+        child = subprocess.Popen(  # noqa: S603  our own interpreter, in a sandbox
             [sys.executable, "-I", "-S", "-B", str(_CHILD)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

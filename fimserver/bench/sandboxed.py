@@ -32,7 +32,7 @@ def _leave_network() -> None:
 
 
 def _set_limits(limits: dict[str, Any]) -> None:
-    import resource  # noqa: PLC0415  not on Windows, where nobody starts this
+    import resource  # noqa: PLC0415  missing on Windows, where this is not used
 
     wanted = [
         (resource.RLIMIT_CPU, limits["cpu_s"], limits["cpu_s"] + 1),
@@ -71,7 +71,7 @@ def main() -> None:
     _leave_network()
     _set_limits(order["limits"])
     sys.addaudithook(_refuse)
-    exec(compile(order["program"], "program.py", "exec"), module.__dict__)  # noqa: S102  what all this is for
+    exec(compile(order["program"], "program.py", "exec"), module.__dict__)  # noqa: S102  the purpose of this process
     os.write(answer, order["token"].encode())
 
 

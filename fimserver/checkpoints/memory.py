@@ -22,13 +22,13 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from fimserver.checkpoints.engine_limits import MARGIN_TOKENS
 from fimserver.checkpoints.folder import DAMAGED, read_json, weight_files
 from fimserver.checkpoints.installed import find_added, is_hub_name
 from fimserver.checkpoints.known import SHIPPED_MODELS, read_known, shipped_names
 from fimserver.errors import WeightsError
 
 BLOCK = 16  # weights per scale in NVFP4
-MARGIN_TOKENS = 1024  # kept by a sliding layer beyond its window, so that a prompt can be trimmed
 _SCALE_BYTES = 4  # float32, one per row
 _LARGEST_HEADER_BYTES = 100_000_000
 

@@ -17,20 +17,25 @@ Equal:  memory on a CPU to the engine's (tests/checkpoints/test_planner.py).
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+from fimserver.checkpoints.engine_limits import (
+    CAPTURED_LENGTH_MULTIPLE,
+    CHUNK_TOKENS,
+    MARGIN_TOKENS,
+    MAX_CAPTURED_PASSES,
+    MAX_GROWTH_TOKENS,
+    MAX_PROMPT_CACHE_BYTES,
+    MAX_TABLED_POSITIONS,
+    MIN_GROWTH_TOKENS,
+)
 from fimserver.checkpoints.gpus import Gpu
-from fimserver.checkpoints.memory import BLOCK, MARGIN_TOKENS, Checkpoint, Format, Role, Shape
+from fimserver.checkpoints.memory import BLOCK, Checkpoint, Format, Role, Shape
 from fimserver.errors import FimserverError
 
 DEFAULT_CONTEXT_TOKENS = 8192
 STEP_CANVASES = (16, 32, 64, 256)
 PCIE_SHARE = 0.8  # of the bus's nominal rate, reached by copies of pinned memory
-_EARLIER_PROMPTS_BYTES = 512 * 2**20  # engine/modeling/prompt_cache.py: MAX_BYTES
 _CONTEXT_BYTES = 800_000_000  # of a driver, its kernels and a workspace
 _PROCESS_BYTES = 600_000_000  # of Python, torch and transformers without a model
-_CHUNK_TOKENS = 512  # engine/modeling/prompt_cache.py
-_GROWTH_TOKENS = 4096  # engine/modeling/kv_cache.py: maximum spare room in buffers
-_RECORDED_PASSES, _RECORDED_MULTIPLE = 12, 16  # engine/modeling/graphs.py, engine/modeling/model.py
-_TABLED_TOKENS = 16384  # engine/modeling/network.py: positions in the rotation tables
 _LOGITS_COPIES = (
     3  # float32, alive at once: the head's, capped or sampled from, and one temporary (engine/decoding/denoise.py)
 )
@@ -250,8 +255,8 @@ def _running_lines(shape: Shape, context_tokens: int, *, width: int) -> Iterator
     count = sum(layer.is_sliding for layer in shape.layers)
     yield Line("KV cache, sliding layers", sliding, f"{count} layers keep {kept} tokens")
     yield Line("KV cache, full layers", full, f"{len(shape.layers) - count} layers keep {context_tokens} tokens")
-    yield Line("KV caches of earlier prompts", _EARLIER_PROMPTS_BYTES, "up to 7 more")
-    tabled = min(_TABLED_TOKENS, 2 * max(512, context_tokens + shape.canvas_tokens))
+    yield Line("KV caches of earlier prompts", MAX_PROMPT_CACHE_BYTES, "up to 7 more")
+    tabled = min(MAX_TABLED_POSITIONS, 2 * max(512, context_tokens + shape.canvas_tokens))
     sizes = {layer.is_sliding: layer.head_size for layer in shape.layers}
     yield Line("rotations", 8 * tabled * sum(sizes.values()), f"cosines and sines of {tabled} positions")
     yield Line("prompt in chunks", _prompt_bytes(shape, context_tokens, width=width), "masks, or a buffer that grows")
@@ -262,9 +267,9 @@ def _running_lines(shape: Shape, context_tokens: int, *, width: int) -> Iterator
 def _prompt_bytes(shape: Shape, context_tokens: int, *, width: int) -> int:
     """Return the work memory of a prompt: spare room in buffers, and a layer's keys on growth, or a chunk's masks."""
     full = [layer.cache_bytes(1, width=width) for layer in shape.layers if not layer.is_sliding]
-    ahead = min(_GROWTH_TOKENS, max(256, context_tokens // 2)) * sum(full)
+    ahead = min(MAX_GROWTH_TOKENS, max(MIN_GROWTH_TOKENS, context_tokens // 2)) * sum(full)
     once_more = (context_tokens + shape.canvas_tokens) * max(full, default=0) // 2
-    chunk = min(_CHUNK_TOKENS, context_tokens)
+    chunk = min(CHUNK_TOKENS, context_tokens)
     near = min(context_tokens, shape.window_tokens + chunk)
     return ahead + max(once_more, chunk * (width * (context_tokens + near) + 2 * near))
 
@@ -274,14 +279,19 @@ def _captured_rows(shape: Shape) -> int:
 
     Includes one copy, which kernels make of a mask whose rows are not aligned.
     """
-    lengths = range(shape.canvas_tokens, 0, -_RECORDED_MULTIPLE)
-    return 2 * shape.canvas_tokens + sum(lengths[: _RECORDED_PASSES - 1])
+    lengths = range(shape.canvas_tokens, 0, -CAPTURED_LENGTH_MULTIPLE)
+    return 2 * shape.canvas_tokens + sum(lengths[: MAX_CAPTURED_PASSES - 1])
 
 
 def _seen_tokens(shape: Shape, context_tokens: int) -> int:
     """Return the places in the buffers of a full layer and of a sliding one, the total width of their masks."""
     near = min(context_tokens, shape.window_tokens + MARGIN_TOKENS) + shape.canvas_tokens
-    return near + context_tokens + shape.canvas_tokens + min(_GROWTH_TOKENS, max(256, context_tokens // 2))
+    return (
+        near
+        + context_tokens
+        + shape.canvas_tokens
+        + min(MAX_GROWTH_TOKENS, max(MIN_GROWTH_TOKENS, context_tokens // 2))
+    )
 
 
 def _steps(checkpoint: Checkpoint, gpu: Gpu, context_tokens: int, missing_share: float = 0.0) -> tuple[Step, ...]:

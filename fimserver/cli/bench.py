@@ -134,7 +134,7 @@ def ranking(data: Path, limit: int, as_json: bool, **options: Any) -> None:  # n
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--seed", type=int, metavar="N", help="Seed of all random draws.")
 @engine_options
-def holes(  # noqa: PLR0913, PLR0917  one parameter an option
+def holes(  # noqa: PLR0913, PLR0917  one parameter per option
     data: Path | None,
     corpus: Path | None,
     limit: int,
@@ -276,7 +276,7 @@ def decode(limit: int, modes: str | None, plots: Path | None, as_json: bool, **o
     help="Write gpu.json and gpu.md to FOLDER.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def gpu(  # noqa: PLR0913, PLR0917  one parameter an option
+def gpu(  # noqa: PLR0913, PLR0917  one parameter per option
     synthetic: str,
     context: int,
     stages: str | None,

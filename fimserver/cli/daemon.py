@@ -55,7 +55,7 @@ def daemon() -> None:
 )
 def run_command(linger: float | None) -> None:
     """Run the daemon in the foreground."""
-    from fimserver.daemon.server import LINGER_S, run_daemon  # noqa: PLC0415  only this command pays for pygls
+    from fimserver.daemon.server import LINGER_S, run_daemon  # noqa: PLC0415  only this command needs pygls
 
     sys.exit(run_daemon(LINGER_S if linger is None else linger))
 
@@ -69,7 +69,7 @@ def start_command() -> None:
 
 @daemon.command()
 @click.option("--force", is_flag=True, help="Kill the daemon if it does not respond.")
-def stop(force: bool) -> None:  # noqa: FBT001  click hands flags over by name
+def stop(force: bool) -> None:  # noqa: FBT001  click passes flags by name
     """Stop the daemon and the model. Open editors start it again at the next keystroke."""
     click.echo("stopped" if end_daemon("stop", force=force) else "no daemon is running")
 
@@ -238,7 +238,7 @@ def stats(days: int | None, as_json: bool, as_html: bool, write: Path | None, fo
 
     All counts stay on this machine. The setting learnFromUse turns counting on and off.
     """
-    from datetime import date, timedelta  # noqa: PLC0415  only this command needs what follows
+    from datetime import date, timedelta  # noqa: PLC0415  only this command needs these
 
     from rich.console import Console  # noqa: PLC0415
 
@@ -259,7 +259,7 @@ def stats(days: int | None, as_json: bool, as_html: bool, write: Path | None, fo
             raise PathError(msg) from error
         click.echo("deleted all counts, and what was learned from them")
         return
-    found, today = read_statistics(folder), date.today()  # noqa: DTZ011  a person's days are local
+    found, today = read_statistics(folder), date.today()  # noqa: DTZ011  days are the user's local ones
     if days is not None:
         found = found.since((today - timedelta(days - 1)).isoformat())
     if as_html and str(write) == "-":

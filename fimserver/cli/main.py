@@ -63,7 +63,7 @@ for command in (bench, daemon, evaluate, explain, model, quantize_model, report,
 )
 @click.option("--stdio", is_flag=True, hidden=True)  # some editors' clients add this option
 @engine_options
-def lsp(no_daemon: bool, stdio: bool, **options: Any) -> None:  # noqa: ARG001, FBT001  click hands flags over by name
+def lsp(no_daemon: bool, stdio: bool, **options: Any) -> None:  # noqa: ARG001, FBT001  click passes flags by name
     """Serve one editor over stdio (LSP 3.18, textDocument/inlineCompletion) through the shared daemon."""
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="fimserver: %(levelname)s %(message)s")
     from fimserver.daemon.stdio import serve  # noqa: PLC0415
@@ -91,10 +91,10 @@ def lsp(no_daemon: bool, stdio: bool, **options: Any) -> None:  # noqa: ARG001, 
 @open_option
 @decoding_options
 @engine_options
-def complete(  # noqa: PLR0913, PLR0917  one parameter an option
+def complete(  # noqa: PLR0913, PLR0917  one parameter per option
     target: str,
     path: str | None,
-    as_json: bool,  # noqa: FBT001  click hands flags over by name
+    as_json: bool,  # noqa: FBT001  click passes flags by name
     trace: bool,  # noqa: FBT001
     watch: bool,  # noqa: FBT001
     pairs: tuple[str, ...],
@@ -228,7 +228,7 @@ def corpus(folder: Path | None, wheels: Path | None, yes: bool, as_json: bool) -
     metavar="N",
     help="Maximum number of CPU threads; 0 uses all cores.",
 )
-def train(  # noqa: PLR0913, PLR0917  one parameter an option
+def train(  # noqa: PLR0913, PLR0917  one parameter per option
     run: Path,
     hours: float | None,
     steps: int | None,

@@ -111,7 +111,7 @@ def exit_on_error() -> Iterator[None]:
 
 def with_progress(build: Callable[[Callable[[str, int, int], None]], Any]) -> Any:
     """Run ``build``, which takes minutes, with a progress bar."""
-    from rich.console import Console  # noqa: PLC0415  only who waits pays for it
+    from rich.console import Console  # noqa: PLC0415  only slow commands import it
     from rich.progress import Progress  # noqa: PLC0415
 
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:

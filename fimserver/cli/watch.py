@@ -76,7 +76,7 @@ def _texts(path: Path, text: str) -> Iterator[str]:
 
 
 def changed_at(old: str, new: str) -> int:
-    """Guess the cursor of an edit from ``old`` to ``new``: the end of the inserted text."""
+    """Return the likely cursor of an edit from ``old`` to ``new``: the end of the inserted text."""
     start = common_prefix_length(old, new)
     tail = common_suffix_length(old, new, min(len(old), len(new)) - start)
     end = len(new) - tail

@@ -25,7 +25,9 @@ from fimserver.datatypes import NoCompletion
 OWN_FILE, GIT_FILE = ".fimserverignore", ".gitignore"
 _LARGEST_BYTES = 1_000_000
 _MOST_STARS = 3  # per path component
-_FOLDER_MARK = "ps_d"  # pathspec's group for the slash that ends the match of a folder
+# pathspec's private group for the slash that ends the match of a folder; it has no public way to ask. The version is
+# pinned, and tests/lsp/test_privacy.py compares the results with git's.
+_FOLDER_MARK = "ps_d"
 _ANY_FOLDER = f"(?P<{_FOLDER_MARK}>/)"  # pathspec's regex for "*/", which matches the first slash
 _Identity = tuple[int, int]
 

@@ -70,7 +70,7 @@ class _Opened:
     quote: Quote | None = None
 
 
-def _scan(  # noqa: C901, PLR0912, PLR0913  one branch a kind of token
+def _scan(  # noqa: C901, PLR0912, PLR0913  one branch per kind of token
     code: str,
     position: int,
     language: Language,

@@ -168,7 +168,7 @@ def start() -> None:
 
 
 def _spawn() -> "subprocess.Popen[bytes]":
-    global _started  # noqa: PLW0603  waited for when it ends, or it would stay in the system's table
+    global _started  # noqa: PLW0603  kept so that it can be reaped
     import subprocess  # noqa: PLC0415  most relays find a daemon and never need it
 
     path = log_file()

@@ -1,4 +1,4 @@
-"""Follow an editor's documents and notebooks by its messages, so that a new daemon can be told what is open.
+"""Follow an editor's documents and notebooks by its messages, to open them in a new daemon.
 
     note          follow a message about a document or a notebook
     lose          forget documents whose text is no longer known

@@ -247,7 +247,7 @@ class Daemon:
                 begin = time.perf_counter()
                 try:
                     protocol.handle_message(json.loads(body, object_hook=protocol.structure_message))
-                except Exception as error:  # noqa: BLE001  one message fails, the connection goes on
+                except Exception as error:  # noqa: BLE001  one message fails, the connection continues
                     server.report_server_error(error, None)
                 self._handling_ms.append((time.perf_counter() - begin) * 1e3)
         finally:
@@ -361,7 +361,7 @@ async def _keep_log_small() -> None:
 
 def _to_percentiles(times_ms: Iterable[float]) -> dict[str, float | None]:
     times = list(times_ms)
-    if len(times) < 2:  # noqa: PLR2004  what quantiles needs
+    if len(times) < 2:  # noqa: PLR2004  quantiles need two values
         return dict.fromkeys(("p50", "p95"), round(times[0], 2) if times else None)
     ranks = statistics.quantiles(times, n=100, method="inclusive")
     return {"p50": round(ranks[49], 2), "p95": round(ranks[94], 2)}

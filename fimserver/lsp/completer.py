@@ -180,7 +180,7 @@ class Completer:
                 if inflight.outcome.done():
                     return
                 outcome = pipeline.read_answer(inflight.query, inflight.found, generation, shown=inflight.shown)
-            except Exception as error:  # noqa: BLE001  whoever waits has to hear of it, or would wait for good
+            except Exception as error:  # noqa: BLE001  waiting requests would never be answered
                 _logger.error("an answer could not be used: %s", type(error).__name__)  # noqa: TRY400  a traceback could quote code
                 outcome = NoCompletion("error", f"the answer could not be used ({type(error).__name__})")
         inflight.settle(outcome)

@@ -33,7 +33,7 @@ def is_writable(uri: str) -> bool:
     parts = urlsplit(uri) if uri.startswith("file:///") else None
     path = unquote(parts.path) if parts else ""
     try:
-        return not path or not os.path.exists(path) or os.access(path, os.W_OK)  # noqa: PTH110  of any odd path
+        return not path or not os.path.exists(path) or os.access(path, os.W_OK)  # noqa: PTH110  accepts any path
     except (OSError, ValueError):
         return True
 

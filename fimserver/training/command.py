@@ -94,7 +94,7 @@ class Summary:
     drafted: float
 
 
-def train_model(  # noqa: PLR0913  one parameter an option
+def train_model(  # noqa: PLR0913  one parameter per option
     folder: Path,
     *,
     hours: float | None,

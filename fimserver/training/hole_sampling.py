@@ -77,7 +77,7 @@ def _cut(source: Lines, number: int, rng: random.Random) -> int:
     if rng.random() < 0.12:  # noqa: PLR2004  a line that is only begun
         return source.starts[number] + indent
     place = rng.randint(indent, len(line) - 1)
-    if rng.random() < 0.5:  # noqa: PLR2004  people stop at words
+    if rng.random() < 0.5:  # noqa: PLR2004  users pause at words
         while indent < place < len(line) - 1 and _WORD.match(line[place - 1]) and _WORD.match(line[place]):
             place += 1
     return source.starts[number] + place
@@ -144,7 +144,7 @@ def _block(source: Lines, number: int, rng: random.Random) -> tuple[int, int] | 
         if not below.strip() or source.indent_of(last + 1) < indent:
             break
         last += 1
-    at_header = first > number and rng.random() < 0.3  # noqa: PLR2004  behind the colon, the line's end included
+    at_header = first > number and rng.random() < 0.3  # noqa: PLR2004  after the colon and the end of the line
     start = source.end_of(number) if at_header else source.starts[first] + indent
     return start, source.end_of(last)
 

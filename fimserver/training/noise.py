@@ -37,7 +37,7 @@ class Later:
     known: Tensor
 
 
-def later_noise(  # noqa: PLR0913, PLR0917  all that decoding knows
+def later_noise(  # noqa: PLR0913, PLR0917  the inputs of decoding
     truth: Tensor, best: Tensor, entropy: Tensor, recipe: Recipe, tokens: tuple[int, int], draws: torch.Generator
 ) -> Later:
     """Return canvases for the second pass, from the first's tokens ``best`` and their ``entropy`` (B, K, C)."""

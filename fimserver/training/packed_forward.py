@@ -37,7 +37,7 @@ def attend_clean(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
 
 
-def attend_canvases(  # noqa: PLR0913, PLR0917  what attention is made of
+def attend_canvases(  # noqa: PLR0913, PLR0917  the inputs of attention
     q: Tensor, k: Tensor, v: Tensor, clean_k: Tensor, clean_v: Tensor, mask: Tensor
 ) -> Tensor:
     """Attend where the mask allows: each canvas to clean positions before its start, and to all of itself."""

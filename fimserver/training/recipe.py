@@ -170,10 +170,10 @@ class Recipe:
             return "heads has to be a multiple of key_value_heads, and top_k_experts at most experts"
         if self.rows_per_step % self.rows_at_once:
             return f"rows_per_step ({self.rows_per_step}) has to be a multiple of rows_at_once ({self.rows_at_once})"
-        beside = self.max_suffix + self.max_head + self.max_file + self.max_snippets
-        if beside + _LEAST_PREFIX > self.max_prompt:
+        others = self.max_suffix + self.max_head + self.max_file + self.max_snippets
+        if others + _LEAST_PREFIX > self.max_prompt:
             return (
                 f"clean ({self.clean}) less canvas ({self.canvas}) leaves less than {_LEAST_PREFIX} tokens of prefix"
-                f" next to max_suffix, max_head, max_file and max_snippets ({beside}); raise clean or lower these"
+                f" next to max_suffix, max_head, max_file and max_snippets ({others}); raise clean or lower these"
             )
         return None

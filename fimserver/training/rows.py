@@ -73,7 +73,7 @@ class Row:
 class RowMaker:
     """Makes row ``index`` of a seed from a list of documents."""
 
-    def __init__(  # noqa: PLR0913, PLR0917  all that a row depends on
+    def __init__(  # noqa: PLR0913, PLR0917  everything that determines a row
         self,
         documents: Sequence[Document],
         vocabulary: Vocabulary,

@@ -183,7 +183,7 @@ def save_checkpoint(folder: Path, values: Mapping[str, Any], recipe: Recipe) -> 
     path = folder / CHECKPOINT_FILE
     beside = path.with_suffix(".writing")
     torch.save({**values, "recipe": dataclasses.asdict(recipe), "format": _FORMAT}, beside)
-    os.replace(beside, path)  # noqa: PTH105  replaces on every system
+    os.replace(beside, path)  # noqa: PTH105  replaces the file on every system
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any] | None:

@@ -141,7 +141,7 @@ class Trainer:
         self._threads = ThreadChoice(machine.threads or num_cores())
 
     @classmethod
-    def prepare(  # noqa: PLR0913, PLR0917  what a run is made of
+    def prepare(  # noqa: PLR0913, PLR0917  a run's parts
         cls,
         folder: Path,
         recipe: Recipe,

@@ -1,4 +1,4 @@
-"""What the benches say of numbers that are known, and that they run."""
+"""The benches report right values for known numbers, and they run."""
 
 import json
 import statistics
@@ -25,11 +25,11 @@ from fimserver.bench.decode import (
 from fimserver.bench.metrics import bootstrap_median, choose_ours, paired_ratios, pareto_front, percentile
 from fimserver.bench.plots import PASSES_FILE, QUALITY_FILE, Point, check_plots, write_plots
 from fimserver.bench.profiling import Span, list_parts, own_times, profile_requests
+from fimserver.checkpoints.engine_limits import CHUNK_TOKENS
 from fimserver.checkpoints.known import SHIPPED_MODELS
 from fimserver.datatypes import Mode, Sampling
 from fimserver.engine.engine import Engine
 from fimserver.engine.loading.weights import load_weights
-from fimserver.engine.modeling.prompt_cache import CHUNK_TOKENS
 from fimserver.engine.prompt import build_prompt
 from fimserver.engine.vocabulary import Vocabulary
 from fimserver.errors import FimserverError

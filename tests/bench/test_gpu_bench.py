@@ -1,4 +1,4 @@
-"""Every stage of the measurement of a card runs here, at a reduced size; and a card that is not there is said so."""
+"""Every stage of the GPU measurement runs here, at a reduced size; a missing GPU is an error."""
 
 import json
 from dataclasses import replace
@@ -15,7 +15,7 @@ from fimserver.errors import FimserverError
 
 
 def test_every_stage_runs_simulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the way that a card takes: backends tried, passes fixed."""
+    """On a GPU's path: backends are tried, passes are fixed."""
     seen: list[str] = []
     passes: list[FixedPasses] = []
 
@@ -65,7 +65,7 @@ def test_a_stage_that_fails_leaves_the_others_their_chance(monkeypatch: pytest.M
     assert found.requests_ms
     assert "FAILED: {'encode': 'RuntimeError: out of memory'}" in to_markdown(found)
     alone = measure_gpu("26b", simulate=True, stages=("steps",))
-    assert "there is no model" in alone.failures["steps"]
+    assert "no model is loaded" in alone.failures["steps"]
 
 
 def test_the_reduced_model_is_of_the_same_kind() -> None:

@@ -35,7 +35,7 @@ SAMPLE = Path(fimserver.__file__).parent / "samples" / "inventory.py"
 
 @pytest.fixture(scope="session")
 def published(random_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as it is published: a checkpoint, a card, and what nobody needs."""
+    """A folder as it is published: a checkpoint, a model card, and files that are not needed."""
     folder = tmp_path_factory.mktemp("published") / "model"
     shutil.copytree(random_folder, folder)
     (folder / "README.md").write_text("A model.\n")
@@ -237,7 +237,7 @@ def test_unknown_metadata_is_refused_before_weights(hub: Hub, copy: Path) -> Non
 
 
 def test_the_26b_is_known_without_metadata_of_its_own(hub: Hub, copy: Path) -> None:
-    """Its config alone: the weights beside it are another's, and are named."""
+    """Its config alone: the other weights next to it are refused by name."""
     (copy / "fimserver.json").unlink()
     shutil.copy(KNOWN_MODELS / "diffusiongemma-26b-a4b-it" / "config.json", copy)
     hub.repositories[NAME] = Repository(copy)
@@ -329,7 +329,7 @@ def test_nothing_is_fetched_unasked(hub: Hub) -> None:
 
 
 def run_and_answer(answer: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    """The command in a terminal, with what a person types there."""
+    """Run the command in a terminal, and type an answer there."""
     typed, terminal = os.openpty()
     try:
         os.write(typed, answer.encode())

@@ -22,6 +22,7 @@ from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
 import fimserver
 from fimserver.checkpoints import memory, planner
+from fimserver.checkpoints.engine_limits import MAX_PROMPT_CACHE_BYTES
 from fimserver.checkpoints.gpus import GPUS, find_gpu
 from fimserver.checkpoints.known import SHIPPED_MODELS
 from fimserver.checkpoints.memory import Checkpoint, Format, Role, find_checkpoint, parse_config, read_folder, to_parts
@@ -36,9 +37,7 @@ from fimserver.checkpoints.planner import (
 from fimserver.engine.kernels.nvfp4 import Dialect
 from fimserver.engine.kernels.packed import PackedExperts, PackedLinear
 from fimserver.engine.loading.weights import load_weights
-from fimserver.engine.modeling import graphs, kv_cache, model, network, prompt_cache
 from fimserver.engine.modeling.model import Model
-from fimserver.engine.modeling.prompt_cache import MAX_BYTES
 from fimserver.errors import FimserverError, WeightsError
 
 NVFP4 = "nvidia/diffusiongemma-26B-A4B-it-NVFP4"
@@ -149,7 +148,7 @@ def test_cache_of_the_large_model(large: Checkpoint) -> None:
     assert large.shape.cache_bytes(500, width=2)[0] == 25 * (500 + 256) * 2 * 8 * 256 * 2
 
 
-# ---- cards
+# ---- GPUs
 
 
 @pytest.mark.parametrize("gpu", ["RTX 3090", "RTX 3090 Ti", "RTX 4090"])
@@ -218,12 +217,7 @@ def test_bf16_needs_four_bits_or_a_large_card() -> None:
 
 
 def test_earlier_prompts_are_those_of_the_engine(large: Checkpoint) -> None:
-    assert sum_of(plan_on_gpu(large, GPUS[0]), "KV caches of earlier prompts") == MAX_BYTES
-    assert memory.MARGIN_TOKENS == kv_cache.MARGIN_TOKENS
-    assert planner._CHUNK_TOKENS == prompt_cache.CHUNK_TOKENS
-    assert planner._GROWTH_TOKENS == kv_cache._MOST_GROWTH_TOKENS
-    assert (planner._RECORDED_PASSES, planner._RECORDED_MULTIPLE) == (graphs._MOST_PASSES, model._CAPTURED_LENGTHS)
-    assert planner._TABLED_TOKENS == network._MOST_TABLED
+    assert sum_of(plan_on_gpu(large, GPUS[0]), "KV caches of earlier prompts") == MAX_PROMPT_CACHE_BYTES
 
 
 def test_the_longest_context_has_room_for_its_masks(large: Checkpoint) -> None:
@@ -380,7 +374,7 @@ CHECKPOINTS = {
 def test_planned_bytes_are_those_that_are_loaded(
     tmp_path: Path, random_folder: Path, random_model: Model, kind: str
 ) -> None:
-    """As on a card: bf16, and in 4 bits what stays so; role by role, and all that the network holds in the end."""
+    """As on a GPU: bf16, with tensors stored in 4 bits kept so; role by role, and the final total of the network."""
     state = CHECKPOINTS[kind](state_of(random_model.reference))  # type: ignore[no-untyped-call]
     checkpoint = read_folder(write_checkpoint(tmp_path / "m", random_folder, state))
     loaded = load_weights(tmp_path / "m", dtype=torch.bfloat16, keeps_nvfp4=True)
@@ -409,7 +403,7 @@ def loaded_bytes(loaded: Any) -> dict[Role, int]:
 
 @pytest.mark.parametrize("dtype", ["F8_E5M2", "I32"])
 def test_what_the_loader_refuses_has_no_plan(tmp_path: Path, random_folder: Path, state_dtype: Any, dtype: str) -> None:
-    """Nor has it another message."""
+    """Both give the same message."""
     folder = write_checkpoint(tmp_path / "m", random_folder, state_dtype)
     for read in (read_folder, partial(load_weights, dtype=torch.float32)):
         with pytest.raises(WeightsError, match=rf"o_proj\.weight is {dtype}; floats, float8 e4m3 and NVFP4 can be"):
@@ -432,7 +426,7 @@ from fimserver.engine.modeling.model import Model
 
 def resident():
     gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is freed but kept for later is no model's
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # freed memory that the allocator keeps does not count
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""What is counted of completions, in which file, and what ``fimserver stats`` makes of it."""
+"""Statistics of completions, their file, and the output of ``fimserver stats``."""
 
 import json
 import os

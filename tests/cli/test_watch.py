@@ -1,4 +1,4 @@
-"""``fimserver complete --watch``: where the person is after a save, and what is shown."""
+"""``fimserver complete --watch``: the user's cursor after a save, and the output."""
 
 import json
 import signal

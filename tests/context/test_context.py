@@ -1,4 +1,4 @@
-"""Holes, windows and offers, case by case; then the rules behind them on real files."""
+"""Holes, windows and offers, case by case; then the underlying rules on real files."""
 
 import ast
 import random
@@ -207,7 +207,7 @@ def test_scan_of_real_files_ends_with_nothing_open() -> None:
 
 
 def test_the_original_code_is_sound_and_damage_is_not() -> None:
-    """On real lines: what stood there is accepted, what cannot stand there never is."""
+    """On real lines: the original text is always accepted, impossible text never."""
     rng = random.Random(1)
     accepted = total = 0
     for name in ("argparse", "textwrap", "csv", "heapq", "shelve"):

@@ -1,4 +1,4 @@
-"""What is looked at of a large file is whole code, in every language."""
+"""The focus of a large file is whole code, in every language."""
 
 import random
 import sysconfig
@@ -13,7 +13,7 @@ from fimserver.context.syntax import parse
 from fimserver.datatypes import Snapshot
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
-# language -> before, a part that is repeated, and behind: more than any focus holds, in one scope
+# language -> text before, a part that is repeated, and text after: more than any focus holds, in one scope
 LARGE = {
     "javascript": ("class A {\n", "  f%d(a, b) {\n    if (a) {\n      return [a,\n        b];\n    } else {\n      g({\n        a: b,\n      });\n    }\n  }\n\n", "}\n"),
     "typescript": ("namespace A {\n", "  export function f%d(a: string): number {\n    const b = `x\ny ${a}`;\n    return b.length;\n  }\n", "}\n"),

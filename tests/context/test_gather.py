@@ -1,4 +1,4 @@
-"""Guesses and snippets: what other places say, and how quickly."""
+"""N-gram matches and snippets: text from other places, and the time to find it."""
 
 import math
 import time
@@ -108,7 +108,7 @@ def test_a_long_file_is_searched_within_the_time() -> None:
     for n in range(20):
         marked = f"{text}        self.value_{n} = \u25ae\n{text[:1000]}"
         begin = time.perf_counter()
-        found += find_matches(snapshot_of(marked), LINE)  # nothing, where another program had the processor so long
+        found += find_matches(snapshot_of(marked), LINE)  # empty if another program had the CPU for too long
         times.append(time.perf_counter() - begin)
     assert found
     assert min(times) < 2 * MAX_SECONDS

@@ -1,4 +1,4 @@
-"""What stands before a window that does not reach the file's start: imports and the headers of open scopes."""
+"""The head before a window that does not reach the file's start: imports and the headers of open scopes."""
 
 import dataclasses
 

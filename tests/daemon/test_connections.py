@@ -1,4 +1,4 @@
-"""Nothing leaves the machine: every connection of the main path is seen, and it works without a network."""
+"""Nothing leaves the machine: the test sees every connection of a completion, and it works without a network."""
 
 import json
 import os
@@ -25,7 +25,7 @@ sys.addaudithook(watch)
 
 
 def use(command: list[str], env: dict[str, str]) -> None:
-    """A person's first minute: an editor opens a file, the model loads, a completion comes."""
+    """Act out a user's first minute: an editor opens a file, the model loads, a completion comes."""
     client = LspClient(command=command, env=env)
     try:
         client.initialize()
@@ -56,7 +56,7 @@ def test_all_connections_are_to_the_socket(tmp_path: Path, monkeypatch: pytest.M
 def test_without_a_network_it_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unshare = shutil.which("unshare")
     if unshare is None or subprocess.run([unshare, "-n", "true"], capture_output=True, check=False).returncode:
-        pytest.skip("this system does not let us take the network away")
+        pytest.skip("this system does not allow a namespace without a network")
     monkeypatch.setenv("FIMSERVER_HOME", str(tmp_path / "home"))
     use([unshare, "-n", *RELAY], {})
 

@@ -1,4 +1,4 @@
-"""The daemon in processes of its own: one for all editors, started once, replaced without anybody noticing."""
+"""The daemon in processes of its own: one for all editors, started once, replaced without an interruption."""
 
 import json
 import os
@@ -53,13 +53,13 @@ client.EngineOptions.__init__.__defaults__ = (*defaults[:-1], ({python!r}, "-P",
 def until(condition: Callable[[], Any], timeout_s: float = 30.0) -> Any:
     deadline = time.monotonic() + timeout_s
     while not (found := condition()):
-        assert time.monotonic() < deadline, "it did not come about"
+        assert time.monotonic() < deadline, "the condition did not become true"
         time.sleep(0.02)
     return found
 
 
 class Home:
-    """A home of fimserver's own whose daemon has a worker that says its process id."""
+    """A home with its own daemon, whose worker answers with its process id."""
 
     def __init__(self, folder: Path) -> None:
         self.clients: list[LspClient] = []
@@ -91,7 +91,7 @@ class Home:
 
 
 def complete(client: LspClient) -> str:
-    """The worker's process id, as a completion."""
+    """Return the worker's process id, from a completion."""
     (item,) = client.complete(URI, 0, 4)
     return str(item["insertText"])
 
@@ -121,7 +121,7 @@ def test_two_editors_one_worker_and_the_daemon_killed_under_both(home: Home) -> 
     after = complete(first)
     assert after != worker
     assert complete(second) == after
-    until(lambda: not has_memory(int(worker)))  # nobody is left behind
+    until(lambda: not has_memory(int(worker)))  # no process is left
     assert home.status()["pid"] != status["pid"]
 
 
@@ -309,7 +309,7 @@ def test_the_relay_is_small_and_starts_at_once(home: Home) -> None:
         at = {"line": version, "character": 0}
         client.change(URI, version, {"range": {"start": at, "end": at}, "text": "#"})
     client.request("workspace/executeCommand", {"command": "fimserver.snooze", "arguments": [1]})
-    most = 29_000 if uses_tcp() else 24_400  # KiB; a port's proof takes OpenSSL, 4 MB
+    most = 29_000 if uses_tcp() else 24_400  # KiB; with a port the key exchange needs OpenSSL, 4 MB
     assert kilobytes(client) < most
     for number in range(5):
         client.open(f"file:///other{number}.py", text)
@@ -328,7 +328,7 @@ def kilobytes(client: LspClient) -> float:
 
 
 def start_s(home: Home) -> float:
-    """Seconds until a new relay has answered an editor's first request."""
+    """Return the seconds until a new relay has answered an editor's first request."""
     begin = time.perf_counter()
     client = home.editor(initialized=False)
     client.initialize()
@@ -378,7 +378,7 @@ def test_systemd_hands_over_its_socket(home: Home) -> None:
     assert home.status()["pid"] == process.pid
     client.shutdown()
     assert process.wait(30) == 0
-    assert socket_path().exists()  # it is systemd's, which starts the next daemon by it
+    assert socket_path().exists()  # systemd keeps its socket and starts the next daemon for it
 
 
 def test_units_are_written_and_removed(home: Home, tmp_path: Path) -> None:
@@ -399,7 +399,7 @@ def test_units_are_written_and_removed(home: Home, tmp_path: Path) -> None:
     assert "journalctl --user -u fimserver" in home.run("logs").stderr
     assert (folder / "fimserver.service").name in home.run("uninstall").stdout
     assert list(folder.iterdir()) == [folder / "sockets.target.wants"]
-    assert list((folder / "sockets.target.wants").iterdir()) == [], "nothing starts what is not there"
+    assert list((folder / "sockets.target.wants").iterdir()) == [], "a unit that does not exist starts nothing"
     assert home.run("uninstall").stdout == "nothing was installed\n"
 
 
@@ -407,7 +407,7 @@ def test_units_are_written_and_removed(home: Home, tmp_path: Path) -> None:
 
 
 def as_nobody(action: Callable[[], str]) -> str:
-    """What a child of this process says that has become nobody; an error by its name."""
+    """Return the result of an action in a child process without privileges; the name of an error."""
     reader, writer = os.pipe()
     if not (child := os.fork()):
         os.setgroups([])
@@ -430,7 +430,7 @@ def ask_for_status(path: Path) -> str:
     with socket.socket(socket.AF_UNIX) as stranger:
         stranger.connect(str(path))
         hello = json.dumps({"fimserver": "hello", "role": "control", "command": "status"}).encode()
-        with suppress(BrokenPipeError):  # refused before it was read
+        with suppress(BrokenPipeError):  # the connection was refused before the message was read
             stranger.sendall(b"Content-Length: %d\r\n\r\n" % len(hello) + hello)
         try:
             return stranger.recv(100).decode()
@@ -453,14 +453,14 @@ def test_another_user_is_refused(home: Home) -> None:
     names = ("daemon.sock", "daemon.json", "daemon.lock", "start.lock")
     found = [path for name in names if (path := runtime / name).exists()]
     assert len(found) == 3
-    for is_open in (False, True):  # were the folder open, there is the file's own mode
+    for is_open in (False, True):  # an open folder leaves the socket's own mode
         runtime.chmod(0o755 if is_open else 0o700)
         for path in found:
             assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0
             attempt = partial(ask_for_status, path) if path.suffix == ".sock" else path.read_text
             assert as_nobody(attempt) == "PermissionError"
     if not uses_tcp():
-        socket_path().chmod(0o777)  # and were that open too, the peer's uid
+        socket_path().chmod(0o777)  # an open socket leaves the check of the peer's uid
         assert as_nobody(partial(ask_for_status, socket_path())) == ""
         assert "build" in ask_for_status(socket_path())
         assert "another user was refused" in home.run("logs").stdout
@@ -470,7 +470,7 @@ def test_another_user_is_refused(home: Home) -> None:
 
 @needs_root
 def test_the_socket_of_another_user_gets_nothing(home: Home) -> None:
-    """Somebody listens where the daemon would: the relay sees whose it is before it says a word."""
+    """Another user listens in the daemon's place: the relay checks the socket's owner before it sends anything."""
     if uses_tcp():
         pytest.skip("a port's peer is known by its key")
     make_private(runtime_folder())
@@ -516,7 +516,7 @@ def test_a_port_taken_by_another_program_gets_nothing(home: Home) -> None:
     with pytest.raises(ConnectionRefusedError):
         connect()
     thread.join(10)
-    assert [len(data) for data in heard] == [32, 0]  # a nonce, and nothing behind the wrong answer
+    assert [len(data) for data in heard] == [32, 0]  # a nonce, and nothing after the wrong answer
 
 
 def test_a_port_needs_the_key(home: Home) -> None:
@@ -614,7 +614,7 @@ def test_a_lock_is_no_link_and_one_process_has_it(tmp_path: Path, monkeypatch: p
     other.release()
     other.path.write_text("1")
     assert one.acquire(is_probe=True)
-    assert other.read_holder() == 1, "who only looks does not say that it holds it"
+    assert other.read_holder() == 1, "a process without the lock does not report that it holds it"
     one.release()
     target = tmp_path / "precious"
     target.write_text("kept")
@@ -626,7 +626,7 @@ def test_a_lock_is_no_link_and_one_process_has_it(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("name", ["daemon.sock", "daemon.json"])
 def test_a_link_where_the_daemon_is_found_is_replaced(home: Home, tmp_path: Path, name: str) -> None:
-    """Nobody writes or listens through it."""
+    """No process writes or listens through the link."""
     runtime = make_private(runtime_folder())
     precious = tmp_path / "precious"
     precious.write_text("kept")
@@ -687,7 +687,7 @@ def test_explain_tells_what_came_of_requests(home: Home, tmp_path: Path) -> None
     assert "x = " in replayed.stdout
     gone = run_fimserver(home, "explain", "--replay", "9.9")
     assert gone.returncode == 1
-    assert "was not asked for request '9.9'" in gone.stderr
+    assert "request '9.9' did not reach the model" in gone.stderr
 
     file = tmp_path / "report.json"
     run_fimserver(home, "report", "--write", str(file), answer="n\n")
@@ -701,7 +701,7 @@ def test_explain_tells_what_came_of_requests(home: Home, tmp_path: Path) -> None
     for editor in (client, other):
         editor.notify("textDocument/didClose", {"textDocument": {"uri": URI}})
         editor.request("fimserver/status", None)
-    assert "a.py" not in run_fimserver(home, "explain", "a.py").stdout.replace("about a file a.py", "")
+    assert "a.py" not in run_fimserver(home, "explain", "a.py").stdout.replace("for a file a.py", "")
 
 
 def test_a_report_has_no_names_unless_it_is_asked_for(home: Home, tmp_path: Path) -> None:

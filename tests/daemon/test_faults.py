@@ -1,8 +1,8 @@
-"""What the machine does to the server: disks without room, folders nobody may write, clocks, signals, damaged files.
+"""Faults of the machine: full disks, read-only folders, clocks that jump, signals, damaged files.
 
 Relay, daemon and worker are real processes; the worker's engine is ``fake_engine.FakeEngine``, which here also takes
-``allocate`` (bytes, before it begins), ``gate`` (a file without which it does not end) and ``raw`` (a file with what it
-says before its answer: once, or ``always``).
+``allocate`` (bytes, before it begins), ``gate`` (a file without which it does not end) and ``raw`` (a file with bytes
+that it writes before its answer: once, or ``always``).
 """
 
 import json
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals, /proc,
 NOBODY = 65534
 URI, OTHER = "file:///a.py", "file:///b.py"
 DAY_S = 86_400
-ANSWER_S = 30.0  # that the slowest of all may take on a busy machine; who hangs takes for ever
+ANSWER_S = 30.0  # the slowest answer on a busy machine
 
 WORKER = r"""
 import json, os, re, sys, time
@@ -89,7 +89,7 @@ time.time = jumping_time
 def until(condition: Callable[[], Any], timeout_s: float = ANSWER_S) -> Any:
     deadline = time.monotonic() + timeout_s
     while not (found := condition()):
-        assert time.monotonic() < deadline, "it did not come about"
+        assert time.monotonic() < deadline, "the condition did not become true"
         time.sleep(0.01)
     return found
 
@@ -100,7 +100,7 @@ def kill(pid: int, number: int = signal.SIGKILL) -> None:
 
 
 def state_of(pid: int) -> str:
-    """``T`` for one that is stopped."""
+    """Return the state letter of a process; ``T`` if it is stopped."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
@@ -110,7 +110,7 @@ def stop(pid: int) -> None:
 
 
 class Answers(dict[Any, Any]):
-    """Answers by id; ``twice`` has those that came again."""
+    """Answers by id; ``twice`` has the answers that came again."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ class Editor(LspClient):
         return self
 
     def show(self, uri: str, marked: str = f"x = {MARK}\n", **order: Any) -> tuple[str, int, int]:
-        """Open a document, or give it another text; its cursor."""
+        """Open a document, or replace its text; return its cursor."""
         marked = f"# fake: {json.dumps(order)}\n{marked}"
         before, _, after = marked.partition(MARK)
         self.texts[uri] = before + after
@@ -151,7 +151,7 @@ class Editor(LspClient):
         return uri, len(lines) - 1, len(lines[-1])
 
     def type(self, place: tuple[str, int, int], text: str) -> tuple[str, int, int]:
-        """Type a text without a line's end at a place; where the cursor stands behind it."""
+        """Type a text without a line end at a place; return the cursor after it."""
         uri, line, column = place
         lines = self.texts[uri].split("\n")
         lines[line] = lines[line][:column] + text + lines[line][column:]
@@ -162,7 +162,7 @@ class Editor(LspClient):
         return uri, line, column + len(text)
 
     def texts_of(self, number: int, timeout_s: float = ANSWER_S) -> list[str]:
-        """What a request was answered with, never an error."""
+        """Return the texts that a request was answered with, never an error."""
         answer = self.wait(number, timeout_s)
         assert "error" not in answer, answer
         return [item["insertText"] for item in answer["result"]["items"]]
@@ -171,7 +171,7 @@ class Editor(LspClient):
         return self.texts_of(self.send_completion(*place, invoked=invoked), timeout_s)
 
     def last(self) -> dict[str, Any]:
-        """What ``fimserver.explain`` says of the last request."""
+        """Return what ``fimserver.explain`` reports of the last request."""
         command = {"command": "fimserver.explain", "arguments": []}
         last: dict[str, Any] = self.request("workspace/executeCommand", command, ANSWER_S)["last"]
         return last
@@ -181,7 +181,7 @@ class Editor(LspClient):
 
 
 class World:
-    """A home with a daemon of its own, in a folder with a short name: sockets' names are short."""
+    """A home with its own daemon, in a folder with a short name, since socket names are short."""
 
     def __init__(self, more: str = "") -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="faults-", dir="/tmp"))
@@ -209,7 +209,7 @@ class World:
         return editor.begin(**options)
 
     def ask(self, command: str) -> dict[str, Any]:
-        """What the daemon says."""
+        """Return the daemon's answer to a command."""
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv(HOME_VARIABLE, str(self.seen_home))
             patch.setenv(TRANSPORT_VARIABLE, self.env[TRANSPORT_VARIABLE])
@@ -232,14 +232,14 @@ class World:
         until(lambda: len(read_journal(self.journal, event)) >= count)
 
     def is_as_in(self, *editors: Editor) -> bool:
-        """Whether the daemon has these editors' documents and no others."""
+        """Return whether the daemon has these editors' documents and no others."""
         for editor in editors:
-            editor.request("fimserver/status", {}, ANSWER_S)  # what was sent before is taken in now
+            editor.request("fimserver/status", {}, ANSWER_S)  # after this the daemon has read every earlier message
         has = sorted((text["uri"], text["crc32"]) for text in self.ask("texts")["texts"])
         return has == sorted((uri, zlib.crc32(text.encode())) for e in editors for uri, text in e.texts.items())
 
     def close(self) -> None:
-        """End every process of this world's, however it is: none of them is asked."""
+        """Kill every process of this world."""
         for editor in self.editors:
             kill(editor.process.pid, signal.SIGCONT)
             editor.close()
@@ -284,9 +284,9 @@ def can_mount() -> bool:
 
 @contextmanager
 def small_disk(world: World, options: str) -> Iterator[list[str]]:
-    """A disk of its own under the world's home, in a mount namespace; the command of a relay that lives there."""
+    """Mount a small disk under the world's home; return the command of a relay that lives in its mount namespace."""
     if not can_mount():
-        pytest.skip("a disk can be mounted in a namespace of its own by root alone")
+        pytest.skip("mounting a disk in its own namespace needs root")
     world.home.mkdir()
     script = f"mount -t tmpfs -o {options} none {world.home} && echo mounted && exec sleep 100"
     with subprocess.Popen(["unshare", "-m", "sh", "-c", script], stdout=subprocess.PIPE, text=True) as holder:
@@ -301,7 +301,7 @@ def small_disk(world: World, options: str) -> Iterator[list[str]]:
 
 
 def fill(folder: Path) -> list[Path]:
-    """Take all room: inodes where there are few, and bytes; the files."""
+    """Fill the disk, inodes where there are few, and bytes; return the files."""
     made: list[Path] = []
     with suppress(OSError):
         while True:
@@ -367,7 +367,7 @@ def test_a_daemon_that_dies_on_a_full_disk_is_replaced_or_the_disk_is_named(worl
 
 
 def test_where_no_file_can_grow_the_editor_is_served(world: World) -> None:
-    """A limit of the size of files: each write fails, as on a full disk, also for whoever is not root."""
+    """With a limit on file sizes every write fails, as on a full disk, also without root."""
     world.env[CONFIGURATION] = world.env[CONFIGURATION].replace(str(world.journal), os.devnull)
     editor = world.editor(["prlimit", "--fsize=0", *RELAY])
     assert editor.ask(editor.show(URI), invoked=False) == ["1"]
@@ -384,11 +384,11 @@ def test_where_no_file_can_grow_the_editor_is_served(world: World) -> None:
     assert sum(path.stat().st_size for path in world.home.rglob("*") if path.is_file()) == 0
 
 
-# A home that cannot be written
+# A read-only home
 
 
 def as_nobody() -> list[str]:
-    """How a command is run by nobody: with the right to read all where the interpreter is in root's own folder."""
+    """Return a command prefix that drops root but keeps the right to read an interpreter in root's own folder."""
     if os.geteuid() != 0:
         pytest.skip("only root can become another user")
     setpriv = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
@@ -399,7 +399,7 @@ def as_nobody() -> list[str]:
             tried = subprocess.run([*command, sys.executable, "-P", "-c", code], capture_output=True, check=False)
             if tried.returncode == 0:
                 return command
-    pytest.skip("nobody else can run this interpreter")
+    pytest.skip("no other user can run this interpreter")
 
 
 @pytest.mark.parametrize("variable", [HOME_VARIABLE, "HOME"])
@@ -424,7 +424,9 @@ def test_in_a_home_that_cannot_be_written_the_editor_is_served_and_told_why(worl
     assert list(world.home.iterdir()) == []
     assert editor.log is not None
     why, without, *rest = editor.log.read_text().splitlines()
-    assert re.fullmatch(rf"fimserver: {world.home}\S* cannot be made \(Permission denied\); set FIMSERVER_HOME .*", why)
+    assert re.fullmatch(
+        rf"fimserver: {world.home}\S* cannot be created \(Permission denied\); set FIMSERVER_HOME .*", why
+    )
     assert without == "fimserver: this editor is served without a daemon"
     assert all("Traceback" not in line for line in rest)
 
@@ -435,14 +437,14 @@ def test_on_a_disk_that_is_read_only_the_editor_is_served(world: World) -> None:
         assert editor.ask(editor.show(URI), invoked=False) == ["1"]
         assert editor.shutdown() == 0
         assert editor.log is not None
-        assert "cannot be made (Read-only file system)" in editor.log.read_text().splitlines()[0]
+        assert "cannot be created (Read-only file system)" in editor.log.read_text().splitlines()[0]
 
 
 # A worker without memory
 
 
 def limit_memory(pid: int, more_bytes: int | None) -> None:
-    """Let a process have so much more address space than it has now; ``None`` lifts the limit."""
+    """Limit a process's address space to so much more than it has now; ``None`` lifts the limit."""
     size = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
     limit = resource.RLIM_INFINITY if more_bytes is None else size + more_bytes
     resource.prlimit(pid, resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
@@ -473,7 +475,7 @@ def test_the_real_worker_without_memory_answers_again_when_there_is_some(world: 
     worker = editor.explain()["engine"]["pid"]
     limit_memory(worker, 0)
     refused = []
-    for i in range(4):  # some of it fits into what the process has already
+    for i in range(4):  # some of it fits into the memory that the process has already
         place = editor.show(URI, f"{head * (i + 1)}def last_{i}(items):\n    return {MARK}\n")
         if not editor.ask(place):
             refused.append(editor.last())
@@ -528,11 +530,11 @@ def test_behind_a_worker_that_is_slower_by_100_times_nothing_piles_up(world: Wor
                 took_s.append(time.monotonic() - begin)
                 queues.append(world.status()["queue"])
                 states.append(state_of(worker))
-            time.sleep(0.03)  # a person types
+            time.sleep(0.03)  # the user types
         for k, editor in enumerate((first, second)):
             answered = [editor.texts_of(number) for number in asked[k]]
             assert answered[-1] == ["1"], "the newest is answered"
-            assert answered.count([]) >= 15, "the older ones give way"
+            assert answered.count([]) >= 15, "older requests are dropped"
             recent = editor.explain()["recent"]
             assert len(recent) >= 20
             reasons = {record["reason"] for record in recent if record["outcome"] == "empty"}
@@ -545,7 +547,7 @@ def test_behind_a_worker_that_is_slower_by_100_times_nothing_piles_up(world: Wor
     assert world.is_as_in(first, second)
 
 
-# A worker that says nonsense
+# A worker that writes nonsense
 
 GOOD = {
     "text": "2",
@@ -560,8 +562,8 @@ GOOD = {
 }
 
 
-def says(**values: Any) -> str:
-    """A generation for the request at hand with some of its values replaced."""
+def generation_of(**values: Any) -> str:
+    """Return a generation for the current request with some of its values replaced."""
     return json.dumps({"type": "generation", "id": "ID", "generation": {**GOOD, **values}}).replace('"ID"', "ID")
 
 
@@ -575,27 +577,27 @@ FRAMED = {
     "an id that is a list": '{"type": "generation", "id": [1], "generation": {}}',
     "no generation": '{"type": "generation", "id": ID}',
     "a generation that is a text": '{"type": "generation", "id": ID, "generation": "x = 1"}',
-    "a mode that is none": says(mode="telepathy"),
-    "a number that is none": says(num_tokens="many"),
-    "an unknown field": says(mood="good"),
-    "no text": says(text=None),
-    "timings that are null": says(timings_ms=None),
-    "timings that are a list": says(timings_ms=[1.0]),
-    "timings without the total": says(timings_ms={}),
-    "timings that are texts": says(timings_ms={"total": "soon"}),
-    "a confidence that is null": says(confidence=None),
-    "a confidence that is no number": says(confidence=float("nan")),
-    "alternatives that are null": says(alternatives=None),
-    "an alternative without a text": says(alternatives=[{"text": None, "confidence": 0.5}]),
+    "an unknown mode": generation_of(mode="telepathy"),
+    "a number that is a text": generation_of(num_tokens="many"),
+    "an unknown field": generation_of(mood="good"),
+    "no text": generation_of(text=None),
+    "timings that are null": generation_of(timings_ms=None),
+    "timings that are a list": generation_of(timings_ms=[1.0]),
+    "timings without the total": generation_of(timings_ms={}),
+    "timings that are texts": generation_of(timings_ms={"total": "soon"}),
+    "a confidence that is null": generation_of(confidence=None),
+    "a confidence that is a text": generation_of(confidence=float("nan")),
+    "alternatives that are null": generation_of(alternatives=None),
+    "an alternative without a text": generation_of(alternatives=[{"text": None, "confidence": 0.5}]),
     "a draft that is a text": '{"type": "partial", "id": ID, "partial": "x"}',
     "a draft without a text": '{"type": "partial", "id": ID, "partial": {"step": 0, "text": null, "num_settled": 3}}',
-    "an unknown id": says().replace("ID", "987654321"),
-    "a type that there is not": '{"type": "song", "id": ID}',
-    "loaded again as nobody": '{"type": "ready", "info": {}}',
+    "an unknown id": generation_of().replace("ID", "987654321"),
+    "an unknown type": '{"type": "song", "id": ID}',
+    "ready for a second time": '{"type": "ready", "info": {}}',
 }
 BARE = {
     "no header": "print of a library\n",
-    "a length that is no number": "Content-Length: many\r\n\r\n{}",
+    "a length that is not a number": "Content-Length: many\r\n\r\n{}",
     "a length below zero": "Content-Length: -1\r\n\r\n{}",
     "a huge length": "Content-Length: 99999999999999\r\n\r\n{}",
     "a length of 5000 digits": f"Content-Length: {'9' * 5000}\r\n\r\n{{}}",
@@ -617,10 +619,10 @@ def test_nonsense_of_a_worker_ends_no_request_without_an_answer(garbled: tuple[W
     body = FRAMED.get(name, "").encode("latin-1")
     raw.write_bytes(b"Content-Length: %d\r\n\r\n%b" % (len(body), body) if body else BARE[name].encode())
     restart = {"command": "fimserver.restart", "arguments": []}
-    editor.request("workspace/executeCommand", restart, ANSWER_S)  # deaths are counted anew
+    editor.request("workspace/executeCommand", restart, ANSWER_S)  # restart the count of deaths
     place = editor.show(URI, f"v{len(editor.texts)} = {MARK}\n", raw=str(raw), always=False, name=name)
     answered = editor.ask(place)
-    assert not raw.exists(), "it was said"
+    assert not raw.exists(), "the error was logged"
     assert answered in (["1"], ["2"]) or editor.last()["reason"] in {"engine", "error", "low_confidence"}
     assert editor.ask(editor.show(OTHER, f"{re.sub('[^a-z]', '_', name)} = {MARK}\n")) == ["1"]
     assert editor.explain()["engine"]["state"] == "ready"
@@ -645,7 +647,7 @@ def test_a_worker_that_says_nothing_but_nonsense_is_given_up_and_nobody_waits(wo
 
 @pytest.fixture
 def jump(make_world: Callable[..., World]) -> tuple[World, Callable[[float], None]]:
-    """A world whose wall clock can be set wrong by so many seconds."""
+    """Return a world, and a function that sets its wall clock wrong by so many seconds."""
     world = make_world(JUMPING_CLOCK)
 
     def set_clock(offset_s: float) -> None:
@@ -679,7 +681,7 @@ def test_clocks_that_jump_end_no_snooze_and_prolong_none(jump: Jump) -> None:
 
 
 def test_clocks_that_jump_while_a_request_waits_change_nothing(jump: Jump) -> None:
-    """In the pause of typing, while the model computes, and while others wait for their turn."""
+    """In the pause of typing, while the model computes, and while the request is queued."""
     world, set_clock = jump
     first, second = world.editor(debounceMs=250), world.editor()
     assert second.ask(second.show(OTHER)) == ["1"]
@@ -800,7 +802,7 @@ def test_damaged_files_leave_the_editor_served(world: World, name: str) -> None:
     assert editor.log is not None
     said = editor.log.read_text()
     if file.startswith("config"):
-        assert any(file in text for text in editor.warned()), "the person is told which file"
+        assert any(file in text for text in editor.warned()), "a message names the file"
     if said:
         assert str(world.home / file) in said.splitlines()[0], "stderr names it"
         assert "without a daemon" in said
@@ -832,7 +834,7 @@ def test_a_damaged_file_of_the_port_leaves_the_editor_served(world: World, conte
     assert editor.shutdown() == 0
 
 
-# Stopped, and let go on
+# Stopped and continued processes
 
 
 @pytest.mark.parametrize("victims", [["daemon"], ["relay"], ["daemon", "relay", "worker"]], ids="-".join)
@@ -853,7 +855,7 @@ def test_who_is_stopped_in_the_middle_of_a_request_answers_all_when_it_goes_on(
         asked.append(editor.send_completion(*other))
         state = editor.send("fimserver/status", {})
         for _ in range(20):
-            assert asked[-1] not in editor.answers, "somebody is stopped"
+            assert asked[-1] not in editor.answers, "a process is stopped"
             time.sleep(0.01)
     finally:
         for pid in pids:
@@ -864,7 +866,7 @@ def test_who_is_stopped_in_the_middle_of_a_request_answers_all_when_it_goes_on(
     assert "result" in editor.wait(state, ANSWER_S)
     assert editor.answers.twice == []
     assert world.is_as_in(editor)
-    assert [world.pid_of(victim, editor) for victim in victims] == pids, "nobody was replaced"
+    assert [world.pid_of(victim, editor) for victim in victims] == pids, "no process was replaced"
 
 
 def test_beside_a_daemon_that_is_stopped_a_new_editor_is_served(world: World) -> None:
@@ -942,7 +944,7 @@ def test_what_was_typed_while_the_daemon_was_dead_makes_its_request_stale(world:
 
 
 def test_a_relay_that_is_killed_while_its_editor_writes_leaves_nothing_behind(world: World) -> None:
-    """Half a message, half a frame: the daemon lets go of it, and others go on."""
+    """With half a message or half a frame: the daemon drops the connection and serves the others."""
     other = world.editor()
     assert other.ask(other.show(OTHER)) == ["1"]
     editor = world.editor()

@@ -1,4 +1,4 @@
-"""The log: entries with ids, in words for a person, kept small, and never with code or tracebacks."""
+"""The log: entries with ids, in words for users, kept small, and never with code or tracebacks."""
 
 import json
 import os
@@ -102,7 +102,7 @@ def test_a_log_that_cannot_be_put_aside_is_no_reason_to_end(tmp_path: Path) -> N
 
 
 def test_the_log_of_a_daemon(tmp_path: Path) -> None:
-    """Of a daemon that runs: its entries are JSON, have the ids that explain knows, and go on when it is put aside."""
+    """A running daemon writes JSON entries with the ids that explain shows, and continues after the log was rotated."""
     env = {**os.environ, "FIMSERVER_HOME": str(tmp_path)}
     log = tmp_path / "state" / "daemon.log"
     command = [sys.executable, "-P", "-m", "fimserver"]

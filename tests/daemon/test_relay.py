@@ -1,4 +1,4 @@
-"""The relay: what it passes on, what it remembers, and what the next daemon is told."""
+"""The relay: the messages it passes on, the state it remembers, and the messages that it replays to the next daemon."""
 
 import io
 import json
@@ -40,7 +40,7 @@ def test_messages_pass_both_ways_and_the_exit_code_follows_shutdown(editor: Edit
     editor.say("exit")
     editor._thread.join(5)
     assert editor.code == 0
-    assert "exit" not in editor.daemon.methods  # it would be the end of a process that serves others
+    assert "exit" not in editor.daemon.methods  # it would end a process that serves other editors
 
 
 def test_an_editor_that_leaves_without_shutdown(editor: Editor) -> None:
@@ -162,7 +162,7 @@ def test_what_a_daemon_began_is_ended_with_it(editor: Editor) -> None:
     editor.stdin.put(to_frame(b'{"jsonrpc":"2.0","id":"a","result":null}'))
     editor.type("1", 2)
     until(lambda: next_one.methods[-1] == "textDocument/didChange")
-    assert "answer" not in next_one.methods  # of a question that this one never asked
+    assert "answer" not in next_one.methods  # to a question that this daemon never asked
 
 
 def test_a_daemon_that_was_stopped_comes_back_with_the_next_message(editor: Editor) -> None:
@@ -236,7 +236,7 @@ def test_where_no_daemon_can_be_had_nobody_waits(editor: Editor) -> None:
     editor.type("1", 3)
     until(lambda: len(editor.daemons) == 2 and bool(editor.daemon.received))
     shown = [m["params"]["message"] for m in editor.heard if m.get("method") == "window/showMessage"]
-    assert len(shown) == 1  # once, however often it was tried
+    assert len(shown) == 1  # once, however often the relay tried
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_a_message_too_large_is_left_out_and_said(editor: Editor) -> None:
     editor.type("1", 2)
     until(lambda: editor.daemon.methods[-1] == "textDocument/didChange", 20)
     assert "too large" in editor.heard[-1]["params"]["message"]
-    assert [m for m in editor.daemon.methods if m == "textDocument/didClose"], "of which document, nobody knows"
+    assert [m for m in editor.daemon.methods if m == "textDocument/didClose"], "of an unknown document"
 
 
 OTHER = "file:///other.py"
@@ -272,7 +272,7 @@ NOTEBOOK, CELL = "file:///a.ipynb", "vscode-notebook-cell:/a.ipynb#1"
 
 
 def put_large(editor: Editor, begin: str, end: str) -> None:
-    """A message of more than 64 MB, blanks between its beginning and its end."""
+    """Send a message of more than 64 MB, with spaces between its beginning and its end."""
     size = MAX_BODY_BYTES + 1
     editor.stdin.put(b"Content-Length: %d\r\n\r\n" % size + begin.encode())
     size -= len(begin) + len(end)
@@ -409,7 +409,7 @@ def test_the_daemons_own_word_comes_back_when_it_answers_again(hasty: None, edit
 
 
 def test_who_leaves_while_a_daemon_reads_nothing_is_let_go(editor: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sending to it waits for ever, with the lock held."""
+    """Sending to such a daemon waits for ever, with the lock held."""
     closed = threading.Event()
     sending = threading.Event()
 

@@ -50,7 +50,7 @@ WAIT = """
   (let ((end (+ (float-time) seconds)) result)
     (while (and (not (setq result (funcall found))) (< (float-time) end))
       (accept-process-output nil 0.1))
-    (or result (error "it did not come about"))))
+    (or result (error "the condition did not become true"))))
 """
 COMPLETE = """
 (goto-char (point-min))

@@ -1,6 +1,6 @@
-"""The Neovim plugin in real Neovims: keys go into a terminal, what is compared is the screen and the file on the disk.
+"""The Neovim plugin in real Neovims: keys go into a terminal, the screen and the file on the disk are compared.
 
-With the shipped model where a test can take any text, by a stub server where it needs a certain one.
+Tests that accept any text use the shipped model, those that need a certain one a stub server.
 """
 
 import os
@@ -53,7 +53,7 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def start(neovim: Neovim, editors_home: dict[str, str]) -> Iterator[Start]:
-    """Starts Neovims; behind the test none of them may have complained."""
+    """Starts Neovims; after the test none of them may have complained."""
     terminals: list[Terminal] = []
 
     def start_one(file: Path, **arguments: Any) -> Terminal:
@@ -79,7 +79,7 @@ def editor(start: Start, file: Path) -> Terminal:
 
 
 def begin(terminal: Terminal) -> str:
-    """Type the sample's line on; the ghost text that comes, seen on the screen."""
+    """Continue to type the sample's line; return the ghost text from the screen."""
     terminal.go(LINE)
     ghost = terminal.type_until_ghost("p")
     terminal.wait_for(f"self.items.app{ghost}")
@@ -155,7 +155,7 @@ def test_typing_along_does_not_flicker_and_deleting_shows_it_again(editor: Termi
     for i in range(1, 4):
         editor.type(ghost[i - 1])
         wait_for_rest(editor, ghost[i:])
-        wait_until(partial(is_drawn, i), "what is drawn has come to the file")
+        wait_until(partial(is_drawn, i), "every drawn screen is in the file")
         assert BEGUN + ghost in editor.screen()
     assert count_frames() == 3, "between a key and the ghost text that is left the screen showed something else"
     editor.send("BSpace", "BSpace")
@@ -324,7 +324,7 @@ def test_lua_is_formatted() -> None:
     assert not done.returncode, f"not as StyLua writes them:\n{done.stdout}{done.stderr}"
 
 
-# With a stub, which says what a test needs
+# With a stub, which answers what a test needs
 
 
 @pytest.fixture
@@ -362,7 +362,7 @@ def test_several_lines_by_lines(start: Start, stub: Stub, tmp_path: Path) -> Non
     partly = stub.received("textDocument/didPartiallyAcceptCompletion")
     taken = [told["item"]["insertText"][: told["acceptedLength"]] for told in partly]
     assert taken == ["for item in items:", "for item in items:\n        print(item)"]
-    accepted = wait_until(lambda: stub.received("workspace/executeCommand"), "the server was told")
+    accepted = wait_until(lambda: stub.received("workspace/executeCommand"), "the server got the command")
     assert accepted == [{"command": "stub.didAccept", "arguments": ["# go\n    " + LOOP]}]
     assert len(stub.received("textDocument/didShowCompletion")) == 1
 
@@ -559,7 +559,7 @@ def test_a_tab_chain_stand_in_keeps_its_tab(start: Start, stub: Stub, tmp_path: 
     terminal.send("Tab")
     wait_until(lambda: line_of(terminal, 1) == "x = one", "accepted")
     terminal.send("Tab")
-    wait_until(lambda: line_of(terminal, 1) == "x = one<chain>", "the chain goes on")
+    wait_until(lambda: line_of(terminal, 1) == "x = one<chain>", "the chain continues")
     assert not terminal.lua("vim.fn.maparg('<Tab>', 'i', false, true).buffer == 1")
     terminal.command("checkhealth fimserver")
     terminal.wait_for("accept: <Tab> is mapped by something else")
@@ -618,7 +618,7 @@ def test_where_nothing_is_completed(start: Start, stub: Stub, tmp_path: Path) ->
 
 
 def look_at_own_program(start: Start, folder: Path, *lines: str) -> Terminal:
-    """Open a file of a project that has a program of its own, and answer that one wants to look at that."""
+    """Open a file of a project that has its own program, and choose to look at it."""
     file = folder / "inventory.py"
     file.write_text(SAMPLE, encoding="utf-8")
     write_script(folder / ".venv" / "bin" / "fimserver", "# the program", f"touch {folder}/ran", *lines)
@@ -664,7 +664,7 @@ def test_windows_of_commands(start: Start, file: Path) -> None:
     wait_until(lambda: re.search(r"buffer +attached", terminal.screen()), "of the file, not of the window")
     assert terminal.lua("#vim.api.nvim_list_wins()") == 2
     terminal.command("Fimserver explain")
-    wait_until(lambda: "no request yet" in terminal.messages(), "the server has said it of the file")
+    wait_until(lambda: "no request yet" in terminal.messages(), "the server has reported it for the file")
     terminal.send("q")
     wait_until(lambda: terminal.lua("#vim.api.nvim_list_wins()") == 1, "the window is closed")
     terminal.command("enew")

@@ -1,6 +1,6 @@
 """The VS Code extension in a real workbench: keys go into a page, the screen and the file on the disk are compared.
 
-With the packaged extension and the shipped model behind it; a stub server where a test needs a certain text.
+With the packaged extension and the shipped model; a stub server if a test needs a certain text.
 Pictures are kept in $FIMSERVER_ARTEFACTS, or else in pytest's folder.
 """
 
@@ -53,7 +53,7 @@ def shared_window(workbench: Workbench) -> Window:
 def window(
     shared_window: Window, workbench: Workbench, pictures: Path, request: pytest.FixtureRequest
 ) -> Iterator[Window]:
-    """A window with the model loaded; behind the test nothing may have complained."""
+    """A window with the model loaded; after the test no complaint may have been logged."""
     shared_window.wait_for_status("Ready", timeout=120)
     yield shared_window
     shared_window.screenshot(pictures / f"{request.node.name}.png")
@@ -62,7 +62,7 @@ def window(
 
 
 def take(window: Window, file: Path) -> str:
-    """Tab, and the line as it is on the disk then."""
+    """Press Tab; return the line as it is on the disk then."""
     window.take_ghost()
     return line_of(window.save(file))
 
@@ -146,21 +146,21 @@ def test_with_a_popup_that_opens_by_itself(window: Window, workbench: Workbench)
     chosen = "append_all"
 
     def goes_on() -> bool:
-        """Whether there is ghost text that goes on from what is chosen."""
+        """Return whether there is ghost text that continues the chosen item."""
         return any(chosen in word for word in window.texts(row)) and f"app{window.ghost()}".startswith(chosen)
 
     workbench.set_any("editor.quickSuggestions", True)
     try:
         window.open(file)
         window.go(LINE + 1)
-        for _ in range(3):  # until the setting is heard
+        for _ in range(3):  # until the extension has read the setting
             window.type("p")
             with suppress(AssertionError):
-                wait_until(goes_on, "a popup, and ghost text for what is chosen in it", 10)
+                wait_until(goes_on, "a popup, and ghost text for the chosen item", 10)
                 break
             window.press("Escape", "Backspace")
         else:
-            pytest.fail("no popup with ghost text that goes on from what is chosen in it")
+            pytest.fail("no popup with ghost text that continues the chosen item")
         window.press("Tab")
         wait_until(lambda: not window.has(".suggest-widget.visible"), "the popup is closed")
         window.press("Escape")
@@ -270,7 +270,9 @@ def test_statistics_log_and_doctor(window: Window, workbench: Workbench, picture
     window.menu()
     window.choose("Doctor")
     terminal = ".xterm-rows"
-    wait_until(lambda: any("Press any key" in text for text in window.texts(terminal)), "the doctor has spoken", 60)
+    wait_until(
+        lambda: any("Press any key" in text for text in window.texts(terminal)), "the doctor has printed its report", 60
+    )
     workbench.in_themes(window, screenshot("doctor"))
     window.command("fimserver: Open the Log")
     wait_until(lambda: any("starting" in line for line in window.texts(".panel .view-line")), "the log is there")
@@ -362,7 +364,7 @@ def test_several_candidates(window: Window, workbench: Workbench, tmp_path: Path
         window.press("Alt+[")
         wait_until(lambda: window.ghost() == "end(one)", "the one before")
         assert take(window, file) == BEGUN + "end(one)"
-        executed = wait_until(lambda: stub.received("workspace/executeCommand"), "the server was told")
+        executed = wait_until(lambda: stub.received("workspace/executeCommand"), "the server got the command")
         assert executed[-1]["arguments"] == ["self.items.append(one)"]
 
 
@@ -394,7 +396,7 @@ def test_several_cursors_are_left_alone(window: Window, workbench: Workbench, tm
         window.type("x")
         wait_until(lambda: stub.received("textDocument/didChange"), "the edit has come")
         window.press("Alt+\\")
-        time.sleep(0.5)  # nothing shows that nothing was asked
+        time.sleep(0.5)  # nothing shows that no request was sent
         window.press("Escape", "Escape")
         wait_until(lambda: not any("2 selections" in text for text in window.texts(".statusbar-item")), "one cursor")
         assert len(stub.received("textDocument/inlineCompletion")) == asked

@@ -68,7 +68,7 @@ def test_trust_is_given_while_it_runs(
         )
         assert "tiny, on cpu" in status
         window.begin(folder / "inventory.py")
-        assert journal.read_text(encoding="utf-8").split() == started, "nothing is started anew without a reason"
+        assert journal.read_text(encoding="utf-8").split() == started, "nothing is started again without a reason"
         workbench.assert_calm(window)
 
 
@@ -94,7 +94,9 @@ def test_several_folders(
         told = stub.received("initialize")[0]["workspaceFolders"]
         assert [folder["name"] for folder in told] == ["first", "second"]
         told_more = partial(stub.received, "workspace/didChangeWorkspaceFolders")
-        workbench.repeat_until(partial(write_workspace, "first", "second", "third"), told_more, "the server was told")
+        workbench.repeat_until(
+            partial(write_workspace, "first", "second", "third"), told_more, "the server got the command"
+        )
         added = told_more()
         assert [folder["name"] for folder in added[0]["event"]["added"]] == ["third"]
         workbench.set_for_status(window, "tiny", serverPath=str(FIMSERVER))
@@ -166,7 +168,7 @@ def test_beside_an_extension_with_modes(
     modes = editor.pack(source, tmp_path / "modes.vsix")
     file = folder / "inventory.py"
     file.write_text(SAMPLE, encoding="utf-8")
-    with closing(Workbench(vscode, vsix, folder, env=editors_home, beside=modes)) as workbench:
+    with closing(Workbench(vscode, vsix, folder, env=editors_home, other=modes)) as workbench:
         window = workbench.window()
         window.wait_for_status("Ready", timeout=120)
         window.open(file)
@@ -214,7 +216,7 @@ def test_looks_of_first_steps_and_of_errors(
         window.choose("Code completion on your own machine")
         for number, step in enumerate(("Set up the server", "Type, and press Tab", "The menu in the status bar"), 1):
             window.click(f".getting-started-step >> text={step}")
-            time.sleep(2)  # for what stands beside it, in a frame
+            time.sleep(2)  # for the text next to it, in a frame
             workbench.in_themes(window, partial(picture_step, window, pictures, number))
         workbench.set_for_status(window, "Ready", serverPath=str(FIMSERVER))
         assert window.notifications() == []

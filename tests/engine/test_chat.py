@@ -1,4 +1,4 @@
-"""The prompt of an instruction-tuned model, what of its answer is code, and a tokenizer of its kind."""
+"""The prompt of an instruction-tuned model, the code in its answers, and a tokenizer of its kind."""
 
 import json
 import random
@@ -116,7 +116,7 @@ def test_only_the_layout_writes_turns(name: str, vocabulary: Vocabulary, metadat
 
 
 def test_typing_extends_the_prompt(vocabulary: Vocabulary, metadata: ModelMetadata) -> None:
-    """So that the keys and values of what stands before it can be kept."""
+    """This lets the cache keep the keys and values of the text before the cursor."""
     typed = "x = 1\nfor item in items:\n    total = count(item) + other\n"
     whole = FimContext(LONG[:900], "\nprint(total)\n", APP, "python", LINE)
     ids = {}
@@ -125,7 +125,7 @@ def test_typing_extends_the_prompt(vocabulary: Vocabulary, metadata: ModelMetada
         ids[n] = build_prompt(longer, vocabulary, metadata).token_ids
     for n in range(len(typed)):
         kept = next((i for i, (a, b) in enumerate(zip(ids[n], ids[n + 1], strict=False)) if a != b), len(ids[n]))
-        assert len(ids[n]) - kept <= 2, typed[:n]  # tokens of indentation that one more blank makes longer
+        assert len(ids[n]) - kept <= 2, typed[:n]  # tokens of indentation that one more space extends
     words = [n for n in range(len(typed)) if typed[n].isalpha() and typed[n - 1].isalpha()]
     assert words
     assert all(ids[n + 1][: len(ids[n])] == ids[n] for n in words)
@@ -184,7 +184,7 @@ MARKDOWN = "# Use\n\n```python\nimport os\n"
         ("python", "amount = ", "amount = 2\n```", "2\n"),
         ("python", "(a + ", "(a + (a + b))", "(a + (a + b))"),
         ("python", "def f():\n    value = 1\n    ", "value = 1\n    return value", "return value"),
-        ("python", "value = 1\n", "value = 1\n", "value = 1\n"),  # with nothing behind it, it is an answer
+        ("python", "value = 1\n", "value = 1\n", "value = 1\n"),  # with nothing after it, it is an answer
         ("python", "f(1)\n", "f(1)\nf(2)\n", "f(1)\nf(2)\n"),  # too short to be sure
         ("html", "<a>\n</section>\n", "</section>\n<b>", "</section>\n<b>"),
         ("markdown", MARKDOWN, "import re\n```\n\nMore.\n````\nChatter", "import re\n```\n\nMore.\n"),
@@ -202,7 +202,7 @@ def test_what_of_an_answer_is_code(vocabulary: Vocabulary, language: str, prefix
     assert fence.clean(answer) == code
     ids = [*vocabulary.encode(answer), 4, *vocabulary.encode("never read")]
     end = AnswerEnd(vocabulary, 20, fence=fence).find(ids)
-    assert fence.clean(vocabulary.decode(ids[:end])).rstrip(" ") == code  # a token may have the fence's indentation
+    assert fence.clean(vocabulary.decode(ids[:end])).rstrip(" ") == code  # a token may include the fence's indentation
     assert "No" not in vocabulary.decode(ids[:end])
     assert "Chatter" not in vocabulary.decode(ids[:end])
 
@@ -250,7 +250,7 @@ def test_the_engine_offers_code_alone(chat_folder: Path, answer: str, monkeypatc
     context = FimContext("x = 1\n", "", APP, "python", BLOCK)
     generation = engine.complete(context, Sampling(Mode.AUTOREGRESSIVE, seed=1, without=("grammar",)))
     assert generation.text == "y = 2\n"
-    assert next(written, None) is not None  # nothing behind the fence was asked for
+    assert next(written, None) is not None  # no token after the fence was computed
 
 
 def test_an_answer_ends_at_each_end_token() -> None:

@@ -179,7 +179,7 @@ def test_a_worker_that_is_killed_while_it_loads_is_started_once_more(worker: Wor
 
 
 def test_one_that_is_killed_long_after_is_given_up_too(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where deaths are forgotten before the next load has ended."""
+    """Also if deaths are forgotten before the next load has ended."""
     monkeypatch.setattr(client_module, "DEATH_WINDOW_S", 0.0)
     client = worker("time.sleep(0.1)\nos.kill(os.getpid(), 9)")
     with pytest.raises(EngineError, match="code -9 while loading"):
@@ -188,7 +188,7 @@ def test_one_that_is_killed_long_after_is_given_up_too(worker: Worker, monkeypat
 
 def test_one_that_is_killed_again_is_given_up_with_a_word_on_memory(worker: Worker) -> None:
     client = worker("os.kill(os.getpid(), 9)")
-    with pytest.raises(EngineError, match="code -9 while loading; it was killed, mostly for want of memory"):
+    with pytest.raises(EngineError, match="code -9 while loading; it was killed, probably because memory ran out"):
         client.wait_until_ready(10)
 
 
@@ -342,7 +342,7 @@ def test_the_others_of_a_dead_worker_are_not_blamed(worker: Worker) -> None:
     good = [client.complete(CONTEXT, Sampling()) for _ in range(3)]
     with pytest.raises(EngineError, match="died twice"):
         bad.future.result(10)
-    assert [p.future.result(10).text for p in good] == ["start 2"] * 3  # before the one that is to blame
+    assert [p.future.result(10).text for p in good] == ["start 2"] * 3  # before the request that is to blame
 
 
 def test_restart_keeps_open_requests_and_takes_the_newest_options(worker: Worker) -> None:
@@ -404,7 +404,7 @@ def test_a_malformed_answer_starts_a_new_worker(worker: Worker) -> None:
 
 
 def test_a_stopped_worker_holds_nobody_up(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Far more than a pipe takes, to a worker that does not read: the callers go on at once."""
+    """The messages exceed a pipe's capacity and the worker does not read; the callers continue at once."""
     monkeypatch.setattr(client_module, "HANG_TIMEOUT_S", 1.0)
     client = worker("ready()\nif n == 1: time.sleep(60)\nwhile r := receive(): generation(r, f'start {n}')")
     client.wait_until_ready(10)
@@ -580,7 +580,7 @@ def test_how_long_an_answer_takes_is_known_after_some(worker: Worker) -> None:
     assert typical is not None
     assert 0.05 <= typical < 1
     client.restart(client.options)
-    assert client.typical_s() is None, "another model may be as fast as it likes"
+    assert client.typical_s() is None, "another model may be faster"
 
 
 def test_the_memory_of_the_card_is_what_the_worker_says_of_it(worker: Worker) -> None:

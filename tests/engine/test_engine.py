@@ -37,7 +37,7 @@ def context(prefix: str, suffix: str = "\n", hole: Hole = LINE) -> FimContext:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_function_of_a_thousand_tokens(random_model: Model, vocabulary: Vocabulary, mode: Mode) -> None:
-    """Canvas after canvas, each committed before the next; a random model finds no end of itself."""
+    """Canvas after canvas, each committed before the next; a random model finds no end on its own."""
     metadata = replace(random_model.metadata, max_prompt_tokens=2048)
     model = Model(random_model.reference, metadata)
     sampling = Sampling(mode, max_denoising_steps=1, min_tokens=1, without=("grammar", "cut"))
@@ -100,7 +100,7 @@ def test_left_to_right_is_greedy_by_transformers_own_forward(model: Model, vocab
 
 
 def test_a_longer_prefix_uses_the_cache(engine: Engine) -> None:
-    """The answer is a fresh engine's; left to right, since a random model's draws magnify every rounding."""
+    """The answer equals a fresh engine's; autoregressive, since a random model's draws magnify every rounding."""
     first = engine.complete(context("def add(first, second):\n    return first + "), Sampling(Mode.AUTOREGRESSIVE))
     second = engine.complete(
         context("def add(first, second):\n    return first + second - "), Sampling(Mode.AUTOREGRESSIVE)
@@ -151,7 +151,7 @@ def test_trace_has_every_canvas(denoising_engine: Engine) -> None:
     assert all(d.canvas for d in drafts)
     if not engine.model.metadata.denoises_from_left:
         lengths = [len(d.canvas) for d in drafts]
-        assert lengths == sorted(lengths, reverse=True), "a canvas is cut behind its end"
+        assert lengths == sorted(lengths, reverse=True), "a canvas is cut after its end"
     assert 0 < len(drafts[-1].canvas) <= engine.model.canvas_length
     assert "<mid>" in generation.prompt_text
 
@@ -160,7 +160,7 @@ def test_steps_can_be_limited(denoising_engine: Engine) -> None:
     engine = denoising_engine
     generation = engine.complete(context("x = "), Sampling(Mode.DIFFUSION, seed=0, max_denoising_steps=2))
     assert generation.denoising_steps <= 2
-    encoding = 0 if engine.model.metadata.denoises_from_left else 1  # there the first pass reads the prompt too
+    encoding = 0 if engine.model.metadata.denoises_from_left else 1  # in that mode the first pass reads the prompt too
     assert generation.forward_passes == generation.denoising_steps + encoding
 
 
@@ -185,7 +185,7 @@ def test_a_word_that_takes_too_many_tokens_is_not_healed(tiny_engine: Engine, wo
 
 
 def test_ids_beyond_the_vocabulary_end_an_answer(vocabulary: Vocabulary) -> None:
-    """A checkpoint may pad its matrices: such ids stand for nothing."""
+    """A checkpoint may pad its matrices; the extra ids have no text."""
     assert AnswerEnd(vocabulary, 1).find([100, vocabulary.size, 100]) == 1
     assert not vocabulary.is_text(vocabulary.size)
     assert vocabulary.show(vocabulary.size) == f"<{vocabulary.size}>"
@@ -279,8 +279,9 @@ def test_little_is_no_anchor(vocabulary: Vocabulary, suffix: str) -> None:
 
 @pytest.mark.parametrize("mode", [Mode.AUTOREGRESSIVE, Mode.SPECULATIVE])
 def test_left_to_right_stops_where_it_repeats_what_follows(tiny_engine: Engine, mode: Mode) -> None:
-    """What the model would write next stands below already: it is not written twice."""
-    sampling = Sampling(mode, seed=0, min_tokens=1, without=("matches", "grammar"))  # which knows where no line begins
+    """The model's next line is already below the cursor, so it is not written twice."""
+    # grammar does not know where a line begins
+    sampling = Sampling(mode, seed=0, min_tokens=1, without=("matches", "grammar"))
     begun = (
         "class Point:\n    def __init__(self, x, y):\n",
         "class Item:\n    def __init__(self, name, value):\n        self.name = name\n",
@@ -545,7 +546,7 @@ def test_temperature_replaces_the_schedule_of_denoising(engine: Engine) -> None:
 
 
 def test_confidence_left_to_right_is_that_of_one_plain_pass(model: Model, vocabulary: Vocabulary) -> None:
-    """The plain reference: the whole sequence at once, and what it gave each token that was written."""
+    """The plain reference: one pass over the whole sequence, and its probability of each written token."""
     prompt = list(build_prompt(FIM, vocabulary, model.metadata).token_ids)
     prompt_cache = PromptCache(model)
     end = AnswerEnd(vocabulary, 1000)
@@ -597,7 +598,7 @@ def test_shorter_prompts(context_tokens: int | None, prompt: int, suffix: int, t
     ("context_tokens", "prompt", "suffix"), [(None, 736, 208), (368, 368, 104), (1472, 1472, 416), (10**6, 7360, 2080)]
 )
 def test_longer_prompts_than_usual(context_tokens: int | None, prompt: int, suffix: int, tiny_model: Model) -> None:
-    """A model may know more than it gets when nobody asks; its budgets are for what it usually gets."""
+    """A model may support longer prompts than its default; its budgets are for the default."""
     large = replace(tiny_model.metadata, max_prompt_tokens=7360, usual_prompt_tokens=736)
     limited = limit_context(large, context_tokens)
     assert (limited.max_prompt_tokens, limited.max_suffix_tokens) == (prompt, suffix)

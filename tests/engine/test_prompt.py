@@ -1,4 +1,4 @@
-"""What a prompt says of its file and of others, to a model that was told of them."""
+"""The prompt's parts about its file and others, for a model that was trained with them."""
 
 import json
 from dataclasses import replace
@@ -20,7 +20,7 @@ SNIPPETS = (Snippet("/home/me/pack/other.py", "x = 1\ny = 2"), Snippet("third.py
 
 @pytest.fixture(scope="module")
 def old() -> ModelMetadata:
-    """Of a model that was told of nothing but text."""
+    """Metadata of a model that was trained on plain text only."""
     return replace(read_metadata(SHIPPED_MODELS / "tiny"), max_file_tokens=0, max_snippet_tokens=0)
 
 
@@ -35,7 +35,7 @@ def context(path: str = "/home/me/src/pack/app.py", snippets: tuple[Snippet, ...
 
 
 def test_layout(vocabulary: Vocabulary, told: ModelMetadata) -> None:
-    """What changes least comes first."""
+    """The parts that change least come first."""
     prompt = build_prompt(context(), vocabulary, told)
     assert vocabulary.show_all(prompt.token_ids) == (
         "<bos><file>python src/pack/app.py<sep>other.py\nx = 1\ny = 2<sep>third.py\nz = 3"
@@ -93,7 +93,7 @@ def test_snippets_keep_to_their_room(vocabulary: Vocabulary, told: ModelMetadata
     assert first.count(7) == 1
     assert vocabulary.show_all(first).startswith("<sep>long.py\nvalue = call(1)\n")
     second = encode_snippets(context(snippets=(short, long)), vocabulary, told)
-    assert vocabulary.show_all(second) == "<sep>b.py\nx = 1"  # what does not fit is left out
+    assert vocabulary.show_all(second) == "<sep>b.py\nx = 1"  # a snippet that does not fit is left out
     third = encode_snippets(context(snippets=(short, long, short)), vocabulary, told)
     assert vocabulary.show_all(third) == "<sep>b.py\nx = 1" * 2
     windows = encode_snippets(context(snippets=(Snippet("C:\\me\\b.py", "x"),)), vocabulary, told)
@@ -110,7 +110,7 @@ def test_a_prompt_is_never_longer_than_the_model_knows(
     path = "/" + "/".join(["directory_of_things_with_names"] * 3)
     full = FimContext(lines, lines, path, "python", LINE, lines, (Snippet(path, lines), Snippet(path, "x")))
     ids = build_prompt(full, vocabulary, metadata).token_ids
-    assert len(ids) <= metadata.max_prompt_tokens - 8  # the word that is healed
+    assert len(ids) <= metadata.max_prompt_tokens - 8  # minus the word that is healed
     assert ids.index(5) - ids.index(4) > metadata.max_prompt_tokens // 12  # and the prefix has room
     assert ids.index(4) - ids.index(3) - 1 == metadata.max_suffix_tokens
 

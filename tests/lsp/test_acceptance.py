@@ -1,4 +1,4 @@
-"""What is accepted and rejected is counted, and moves how sure the model has to be."""
+"""Accepted and rejected completions are counted, and the counts move the confidence that an answer needs."""
 
 import json
 import os
@@ -148,7 +148,7 @@ def test_what_the_editor_did_not_show_counts_for_nothing(acceptance: Acceptance)
     assert counted(acceptance) == [2, 0]
     offer(acceptance, INNER, "4")
     acceptance.on_edit(URI, BEFORE + INNER + AFTER)
-    assert counted(acceptance) == [3, 1], "what was taken was seen"
+    assert counted(acceptance) == [3, 1], "an accepted completion was shown"
 
 
 @pytest.mark.parametrize("edit_first", [True, False])
@@ -280,7 +280,7 @@ def test_a_damaged_file_is_begun_anew(tmp_path: Path, text: str, caplog: pytest.
 
 @contextmanager
 def without_rights() -> Iterator[None]:
-    """As somebody who may not read everything."""
+    """Run as a user without the right to read everything."""
     if not hasattr(os, "seteuid") or os.geteuid() != 0:
         yield
         return
@@ -323,7 +323,7 @@ def reject(server: FakeServer, number: int) -> None:
     uri, line, column = server.show(f"file:///rejected{number}.py", CALL, order=ORDER)
     if server.complete(uri, line, column, invoked=False):
         server.insert(uri, line, column, "x")
-    server.shut(uri)  # or it would be a guess for the next
+    server.shut(uri)  # otherwise the next request would find it as an n-gram match
 
 
 def test_rejected_ones_raise_the_bar(start_fake: Callable[..., FakeServer], fimserver_home: Path) -> None:
@@ -340,7 +340,7 @@ def test_rejected_ones_raise_the_bar(start_fake: Callable[..., FakeServer], fims
         assert "0.50" in server.last["detail"]
         assert f"{10 / 23:.2f}" in server.last["detail"]
         assert "minConfidence" in server.last["detail"]
-        assert server.complete(*place), "who asks is not held to it"
+        assert server.complete(*place), "the threshold does not apply to invoked requests"
         server.shut(place[0])
         for settings in ({"learnFromUse": False}, {"seed": 0}):
             server.set(minConfidence=0.45, **settings)

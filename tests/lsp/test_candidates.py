@@ -1,4 +1,4 @@
-"""Several completions side by side for who asks by hand."""
+"""Several completions for one invoked request."""
 
 import json
 from collections.abc import Callable
@@ -105,7 +105,7 @@ def middles(generation: Generation, *, min_confidence: float = 0.0) -> list[tupl
 
 
 def test_those_that_make_the_same_text_are_one() -> None:
-    """Also where one closes the bracket that is closed already."""
+    """This includes a candidate that closes a bracket which is closed already."""
     generation = generation_of("first", ("first)", 0.4), ("first\n", 0.3), ("second", 0.2))
     assert middles(generation) == [("first", 0.5), ("second", 0.2)]
 

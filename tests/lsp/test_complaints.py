@@ -1,4 +1,4 @@
-"""The twenty complaints that people have about completion servers, each as a test."""
+"""Twenty complaints that users have about completion servers, each as a test."""
 
 import asyncio
 import json
@@ -25,7 +25,7 @@ PRIVATE = 'SERVICE_NAME = 1\nSERVICE_ACCESS_TOKEN = "hunter2hunter2hunter2"'
 
 
 def fill(marked: str, answer: str, language: str = "python") -> str:
-    """The text after the model said ``answer`` at the mark and the person took what was offered."""
+    """Return the text after the model answered ``answer`` at the mark and the user accepted the offer."""
     cursor = marked.index(MARK)
     text = marked.replace(MARK, "")
     place = find_place(Snapshot("file:///a", 1, language, text, cursor), Settings(), invoked=True)
@@ -42,7 +42,7 @@ def inserted(items: list[dict[str, Any]]) -> list[str]:
 
 
 def test_one_model_per_editor_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two connections share one client of the engine, and that has one process."""
+    """Two connections share one engine client, which has one process."""
     journal = tmp_path / "journal"
     for name, value in configure(journal).items():
         monkeypatch.setenv(name, value)
@@ -65,7 +65,7 @@ def test_one_model_per_editor_window(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_requests_pile_up_on_a_local_model(fake: FakeServer) -> None:
-    """Ten requests in a burst, each elsewhere: the newest is answered in the time that one takes."""
+    """Of ten requests in a burst, each at another place, the newest is answered in the time of one."""
     order = {"name": "pile", "answer": "1", "drafts": [""] * 6, "step_s": 0.1}
     uri, line, column = fake.show(URI, "value = [▮]\n", order=order)
     requests = []
@@ -82,7 +82,7 @@ def test_requests_pile_up_on_a_local_model(fake: FakeServer) -> None:
 
 
 def test_slow_or_silent(start_fake: Callable[..., FakeServer]) -> None:
-    """While the model loads: an answer at once, its reason, and a status that says so."""
+    """While the model loads, a request is answered at once with a reason, and the status says "loading"."""
     server = start_fake(load_s=60)
     place = server.show(URI, CALL, order=ANSWER)
     server.wait_for_notification("didChangeStatus", lambda p: p["busy"] and "loading" in p["message"])
@@ -91,9 +91,9 @@ def test_slow_or_silent(start_fake: Callable[..., FakeServer]) -> None:
     assert server.complete(*place, invoked=False) == []
     assert time.perf_counter() - begin < 0.5
     assert server.last["reason"] == "loading"
-    said = [n["params"] for n in server.notifications[before:] if n["method"] == "didChangeStatus"]
-    assert said
-    assert said[0]["busy"] is True
+    sent = [n["params"] for n in server.notifications[before:] if n["method"] == "didChangeStatus"]
+    assert sent
+    assert sent[0]["busy"] is True
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_wrong_indentation(marked: str, answer: str, filled: str) -> None:
 
 
 def test_fights_with_the_popup_menu(fake: FakeServer) -> None:
-    """What is offered extends the selected item; where the model cannot, the menu has the place for itself."""
+    """An offer extends the selected item; if the model has no such answer, nothing is offered next to the menu."""
     uri, line, column = fake.show(URI, "import os\nos.pa▮\n", order={"answer": "(first)"})
     span = {"start": {"line": line, "character": 3}, "end": {"line": line, "character": column}}
     selected = {"range": span, "text": "path.join"}
@@ -180,7 +180,7 @@ def test_fights_with_the_popup_menu(fake: FakeServer) -> None:
 
 
 def test_fights_with_the_popup_menu_over_tab(fake: FakeServer) -> None:
-    """An item inserts exactly at the cursor, replaces nothing, and says so to who accepts it."""
+    """An item inserts exactly at the cursor, replaces nothing, and reports its acceptance."""
     uri, line, column = fake.show(URI, CALL, order=ANSWER)
     (item,) = fake.complete(uri, line, column, invoked=False)
     here = {"line": line, "character": column}
@@ -214,8 +214,8 @@ def test_too_eager_while_typing(fake: FakeServer) -> None:
 
 
 def test_too_eager_with_answers_it_does_not_believe(fake: FakeServer) -> None:
-    """minConfidence: what the model is unsure of is not shown."""
-    fake.set(minConfidence=0.6, learnFromUse=False)  # what other tests' person accepted says nothing here
+    """minConfidence: answers below it are not shown."""
+    fake.set(minConfidence=0.6, learnFromUse=False)  # acceptances in other tests do not count here
     for name, confidence in (("unsure", 0.59), ("sure", 0.61)):
         text = CALL.replace("join", name)
         place = fake.show(URI.replace(".py", f"_{name}.py"), text, order={**ANSWER, "confidence": confidence})
@@ -231,7 +231,7 @@ def test_no_snooze(fake: FakeServer) -> None:
     assert fake.complete(*place, invoked=False) == []
     assert fake.last["reason"] == "snoozed"
     assert "3 more minutes" in fake.last["detail"]
-    assert fake.complete(*place), "who asks is answered"
+    assert fake.complete(*place), "invoked requests are answered"
     fake.snooze(0)
     assert fake.complete(*place, invoked=False)
     fake.snooze()
@@ -239,12 +239,12 @@ def test_no_snooze(fake: FakeServer) -> None:
     assert "5 more minutes" in fake.last["detail"]
     fake.snooze(0.002)
     time.sleep(0.15)
-    assert fake.complete(*place, invoked=False), "it ends by itself"
+    assert fake.complete(*place, invoked=False), "the snooze ends automatically"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_held_while_idle(start_fake: Callable[..., FakeServer]) -> None:
-    """The process that holds the model ends after idleUnloadMinutes, and comes back with the next edit."""
+    """The model's process ends after idleUnloadMinutes, and starts again with the next edit."""
     server = start_fake(options={"idleUnloadMinutes": 0.004})
     server.wait_until_ready()
     (pid,) = server.noted("loaded")
@@ -278,7 +278,7 @@ def test_remote_hosts(fake: FakeServer, uri: str) -> None:
 
 
 def test_notebooks(fake: FakeServer) -> None:
-    """A cell is a document of its own; what other cells say is known in it."""
+    """A cell is a document of its own; the text of other cells is part of its prompt."""
     cell = "vscode-notebook-cell:/home/me/x.ipynb#W{}sZmlsZQ%3D%3D"
     assert fake.complete(*fake.show(cell.format(0), CALL, order=ANSWER))
     fake.open(cell.format(1), 'measurements = read_measurements(folder, ".csv")\n')
@@ -300,14 +300,14 @@ def test_notebooks(fake: FakeServer) -> None:
     ],
 )
 def test_private_files_sent_to_a_model(fake: FakeServer, uri: str) -> None:
-    """Nothing is offered in them, and nothing of them is known elsewhere: no guess, no snippet, nothing deleted."""
+    """Nothing is offered in private files, and other files get no match, snippet or deleted text from them."""
     begun = "SERVICE_NAME = 1\nSERVICE_ACCESS_TOKEN = "
     assert fake.complete(*fake.show(uri, f"{PRIVATE}\n{begun}▮\n")) == []
     assert fake.last["reason"] == "private_file"
     order = {"name": "elsewhere", "answer": "load()"}
     place = fake.show(URI, f"{begun}▮\n", order=order)
     assert inserted(fake.complete(*place)) == ["load()"]
-    fake.change(uri, 2, {"text": "x = 1\n"})  # what is cut there is not offered elsewhere either
+    fake.change(uri, 2, {"text": "x = 1\n"})  # text deleted there is not offered elsewhere either
     fake.insert(URI, 0, 0, "\n")
     assert inserted(fake.complete(URI, place[1] + 1, place[2])) == ["load()"]
     told = json.dumps(fake.noted("begun"))
@@ -319,7 +319,9 @@ def test_private_files_sent_to_a_model(fake: FakeServer, uri: str) -> None:
     assert inserted(fake.complete(URI, place[1] + 2, place[2])) == ["load()"], "nor is a secret of other files"
     fake.open("file:///home/me/usual.py", f"{begun}read_token_of(account)\n")
     fake.insert(URI, 0, 0, "\n")
-    assert "read_token_of(account)" in fake.complete(URI, place[1] + 3, place[2])[0]["insertText"], "what is none, is"
+    assert "read_token_of(account)" in fake.complete(URI, place[1] + 3, place[2])[0]["insertText"], (
+        "a file that is not private is completed"
+    )
 
 
 @pytest.mark.parametrize("name", ["größe", "变量", "\U0001d4b3x", "e\u0301te\u0301"])
@@ -332,7 +334,7 @@ def test_crashes_on_text_beyond_ascii(fake: FakeServer, name: str) -> None:
 
 
 def test_crlf(fake: FakeServer) -> None:
-    """Offered in the file's own line ends, and none is doubled."""
+    """The offer has the file's own line ends, and no line end is doubled."""
     marked = "def f(a):\r\n    ▮\r\n\r\n\r\nx = 1\r\n"
     order = {"name": "crlf", "answer": "b = a\n    return b\n"}
     place = fake.show(URI, marked, order=order)
@@ -350,7 +352,7 @@ def test_malformed_uris(fake: FakeServer, uri: str) -> None:
 
 
 def test_computed_but_never_shown_and_nobody_says_why(fake: FakeServer) -> None:
-    """Whatever is empty has a reason, in a word for programs and a sentence for people."""
+    """Every empty answer has a reason: a word for programs and a sentence for users."""
     cases: list[tuple[str, str, dict[str, Any], dict[str, Any], Any]] = [
         (CALL, "", {}, {}, "empty"),
         (CALL, ")))", {}, {}, {"empty", "syntax", "repeats_suffix"}),
@@ -380,7 +382,7 @@ def test_computed_but_never_shown_and_nobody_says_why(fake: FakeServer) -> None:
 
 @pytest.mark.parametrize("accepted", ["first", "first, ", "first, second"])
 def test_accept_by_word(fake: FakeServer, accepted: str) -> None:
-    """A part that was accepted is an edit like any other: the rest is known, without the model."""
+    """An accepted part is an edit like any other: the rest is offered without the model."""
     answer = "first, second, third"
     uri, line, column = fake.show(URI, CALL, order={"name": "word", "answer": answer})
     assert inserted(fake.complete(uri, line, column)) == [answer]
@@ -419,7 +421,7 @@ sys.addaudithook(watch)
 
 
 def test_needs_an_account_or_a_network(tmp_path: Path) -> None:
-    """The real server and its model, under a hook of the interpreter that sees every connection."""
+    """The real server and its model run under an audit hook that sees every connection."""
     (tmp_path / "sitecustomize.py").write_text(WATCH)
     notes = tmp_path / "notes"
     client = LspClient(env={"PYTHONPATH": str(tmp_path), "WATCHED": str(notes), "HF_HUB_OFFLINE": "0"})

@@ -1,4 +1,4 @@
-"""Model folders that an editor's settings name are loaded only after the person agreed; trust that the editor tells."""
+"""Model folders named in editor settings are loaded only after the user agreed; trust as the editor reports it."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("model", ["TINY", "tiny.", "./tiny", "known", "no/such/model", "/no/such", ".", "~nobody/x"])
 def test_only_shipped_and_added_models_need_no_agreement(home: Path, model: str) -> None:
     assert find_known("tiny") == "tiny"
-    assert find_known(model) is None, "also what is not there, by now"
+    assert find_known(model) is None, "also a folder that does not exist yet"
 
 
 def test_an_added_model_needs_none(home: Path, folder: Path) -> None:
@@ -63,7 +63,7 @@ def test_agreed_is_agreed_for_that_folder_and_workspace(folder: Path, tmp_path: 
     assert agreements.find_folder(name, [HERE]) is None
     agreements.agree(name, [HERE])
     assert agreements.find_folder(name, [HERE]) == name
-    assert agreements.find_folder(str(folder / "." / "x" / ".."), [HERE]) == name, "the same otherwise written"
+    assert agreements.find_folder(str(folder / "." / "x" / ".."), [HERE]) == name, "the same path in another notation"
     assert agreements.find_folder(name, [THERE]) is None
     assert agreements.find_folder(name, [HERE, THERE]) is None, "in each of the open folders"
     assert agreements.find_folder(name, []) is None
@@ -99,7 +99,7 @@ def test_a_link_that_is_moved_later_leads_nowhere_else(folder: Path, tmp_path: P
     link.symlink_to(other)
     assert agreements.find_folder(str(link), [HERE]) == str(folder), "what was agreed to"
     agreements.agree(str(link), [THERE])
-    assert agreements.find_folder(str(link), [HERE]) is None, "that was another one"
+    assert agreements.find_folder(str(link), [HERE]) is None, "the link leads to another folder now"
     assert agreements.find_folder(str(link), [THERE]) == str(other)
 
 
@@ -122,7 +122,7 @@ def test_a_pipe_in_its_place_is_not_waited_for(folder: Path, tmp_path: Path) -> 
 
 
 def loaded(server: FakeServer) -> list[str]:
-    """Models that workers were started with."""
+    """Return the models that workers were started with."""
     return [json.loads(arguments)["model"] for arguments in read_journal(server.journal, "arguments")]
 
 
@@ -212,7 +212,7 @@ def test_in_an_untrusted_workspace_the_engine_is_the_persons_alone(start_fake: S
 
 
 def test_what_is_not_there_yet_is_not_loaded_once_it_is(start_fake: Start, home: Path, tmp_path: Path) -> None:
-    """A repository brings its settings before its files."""
+    """A repository may bring its settings before its files."""
     late = tmp_path / "later"
     server = start_fake(folders=[HERE], options={"model": str(late)})
     server.wait_until_ready()

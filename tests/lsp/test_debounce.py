@@ -1,4 +1,4 @@
-"""How long the server waits behind a key: by the model's speed and the person's."""
+"""How long the server waits after a key, from the model's speed and the user's."""
 
 import random
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ def typed(pauses: Iterable[float]) -> AdaptiveDebounce:
 
 
 def person(median: float, seed: int = 0, count: int = 100) -> list[float]:
-    """Bursts with a longer pause after every tenth key."""
+    """Return pauses of bursts, with a longer pause after every tenth key."""
     draw = random.Random(seed)
     return [draw.lognormvariate(0, 0.3) * (median if i % 10 else 1.0) for i in range(count)]
 
@@ -43,7 +43,7 @@ def test_a_slow_model_is_asked_when_typing_stops(median: float) -> None:
 
 
 def test_it_waits_no_longer_than_it_has_to() -> None:
-    """Half of the keys come after 0.1 s, half after 1 s: behind 0.1 s there is no key to wait for."""
+    """Half of the keys come after 0.1 s, half after 1 s: once 0.1 s have passed no key is worth waiting for."""
     assert typed([0.1, 1.0] * 30).pause_s(0.5) == 0, "every second answer comes in time"
     assert typed([0.1, 0.1, 0.1, 1.0] * 20).pause_s(0.5) == pytest.approx(0.1)
 
@@ -54,7 +54,7 @@ def test_who_pauses_long_between_keys_waits_for_nothing() -> None:
 
 def test_habits_change() -> None:
     slow, quick = [2.0] * 150, [0.05] * 150
-    after_quick = pytest.approx(0.05)  # no key for longer than ever: the typing has stopped
+    after_quick = pytest.approx(0.05)  # no key for longer than ever before: the user stopped typing
     assert typed(quick).pause_s(0.5) == after_quick
     assert typed(quick + slow).pause_s(0.5) == 0
     assert typed(slow + quick).pause_s(0.5) == after_quick

@@ -1,4 +1,4 @@
-"""The first line of a longer completion, before the rest is there; the rest for who asks again."""
+"""The first line of a longer completion comes early; the next request gets the rest."""
 
 import time
 from collections.abc import Callable
@@ -12,7 +12,7 @@ BODY = "def call(first, second):\n    ▮\n"
 LINE = "total = first + second"
 ANSWER = f"{LINE}\n    return total"
 ORDER = {"answer": ANSWER, "drafts": ["total", f"{LINE}\n"], "step_s": 0.02}
-LATER_S = 10  # what a computation would still take that is ended; and who saw it ended waits for less than
+LATER_S = 10  # s that a cancelled completion would still take; tests that see it end early wait for less
 SOON_S = 2
 DEFAULT_S = 0.15
 Place = tuple[str, int, int]
@@ -23,7 +23,7 @@ def show(server: FakeServer, name: str, text: str = BODY, **order: object) -> Pl
 
 
 def show_held(server: FakeServer, name: str, text: str = BODY, held: int = 2, **order: object) -> Place:
-    """The rest comes once it is let go, and is not ended before: however slow the machine is."""
+    """The engine holds the rest until the test releases it, however slow the machine is."""
     server.set(maxLatencyMs=60_000)
     return show(server, name, text, held=held, **order)
 
@@ -59,7 +59,7 @@ def test_the_first_line_comes_before_the_rest(fake: FakeServer, *, invoked: bool
 
 @pytest.mark.parametrize("waits", [True, False])
 def test_who_asks_again_gets_all(fake: FakeServer, *, waits: bool) -> None:
-    """While the rest is computed, and behind that; the engine is asked once."""
+    """While the rest is computed, and afterwards; the engine gets one request."""
     name = f"again{waits}"
     place = show_held(fake, name)
     assert ask(fake, place) == [LINE]
@@ -87,7 +87,7 @@ def test_who_types_or_accepts_it_gets_the_rest(fake: FakeServer, typed: str, *, 
         fake.wait_until_noted("answered", name)
         time.sleep(0.1)
     elif typed == "tot":
-        assert ask(fake, now) == [LINE.removeprefix(typed)], "as long as nobody knows more"
+        assert ask(fake, now) == [LINE.removeprefix(typed)], "as long as no later token is known"
         assert fake.last["source"] == "first_line"
         fake.release()
         fake.wait_until_noted("answered", name)
@@ -188,7 +188,7 @@ def test_it_goes_on_no_longer_than_its_time(fake: FakeServer) -> None:
 
 
 def test_what_comes_by_itself_does_not_wait_for_ever(start_fake: Callable[..., FakeServer]) -> None:
-    """After three times maxLatencyMs there is nothing, and a reason; who asked by hand waits on."""
+    """After three times maxLatencyMs the answer is empty and has a reason; an invoked request keeps waiting."""
     fake = start_fake(options={"maxLatencyMs": 50})
     fake.wait_until_ready()
     never = show(fake, "late", drafts=[], rest_s=LATER_S)

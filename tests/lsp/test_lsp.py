@@ -1,4 +1,4 @@
-"""The server as an editor meets it: raw frames over stdio, the shipped model behind it."""
+"""The server as an editor meets it: raw frames over stdio, and the shipped model."""
 
 import contextlib
 import json
@@ -40,7 +40,7 @@ def fresh() -> Iterator[LspClient]:
 
 
 def worked_s(client: LspClient) -> float:
-    """What a server had of processors: other programs take none of it; wall time where that is not to be known."""
+    """Return the processor time of a server, which other programs do not change; wall time where it is unknown."""
     if sys.platform != "linux":
         return time.perf_counter()
     fields = Path(f"/proc/{client.process.pid}/stat").read_text().rpartition(") ")[2].split()
@@ -49,7 +49,7 @@ def worked_s(client: LspClient) -> float:
 
 @contextlib.contextmanager
 def stopped(client: LspClient) -> Iterator[None]:
-    """However fast the engine is, it does not answer first, nor end loading."""
+    """Stop the engine: it neither answers nor ends loading, however fast it is."""
     deadline = time.monotonic() + 30
     while (pid := client.explain()["engine"]["pid"]) is None:
         assert time.monotonic() < deadline
@@ -90,7 +90,7 @@ def test_encodings_behind_emoji(fresh: LspClient, encoding: str, column: int) ->
     result = fresh.initialize(encodings=[encoding], options={"seed": 0})
     assert result["capabilities"]["positionEncoding"] == encoding
     fresh.open(URI, TEXT.replace("file:\n", "file:  #\n"))
-    # An edit behind an emoji: the line becomes  return ("🐍", fi  and the like, whichever the model can finish.
+    # An edit after an emoji: the line becomes  return ("🐍", fi  and the like, whichever the model can finish.
     start = '        return ("\U0001f40d", '
     offered = []
     for version, name in enumerate(["fi", "pat", "os.pa", "file.re", "len(pa"], 2):
@@ -115,7 +115,7 @@ def edit(start_line: int, start: int, end_line: int, end: int, text: str) -> dic
 
 
 def test_cancelled_request_is_answered_at_once(fresh: LspClient) -> None:
-    """It waits for no step of the engine, which goes on with the next one."""
+    """The answer does not wait for a step of the engine, which continues with the next request."""
     fresh.initialize(options=SLOW)
     fresh.wait_until_ready()
     fresh.open(URI, TEXT)
@@ -179,7 +179,7 @@ def test_bad_parameters_get_an_error(ready: LspClient, params: object, message: 
     assert answer["error"]["code"] == -32602
     assert message.lower() in answer["error"]["message"].lower()
     assert "return fi" not in answer["error"]["message"]
-    assert ready.complete(URI, LINE, COLUMN), "the server goes on"
+    assert ready.complete(URI, LINE, COLUMN), "the server still answers"
 
 
 def test_requests_outside_the_session_are_refused(fresh: LspClient) -> None:
@@ -240,7 +240,7 @@ def test_snapshot_is_taken_at_receipt(ready: LspClient) -> None:
 
 
 def test_newer_request_supersedes_the_older(fresh: LspClient) -> None:
-    """Neovim's own client does not cancel while typing: the server does."""
+    """Neovim's own client does not cancel while typing, so the server does."""
     fresh.initialize(options={"mode": "diffusion", "maxDenoisingSteps": 256, "maxLatencyMs": 60000, "debounceMs": 0})
     fresh.wait_until_ready()
     fresh.open(URI, TEXT)
@@ -342,7 +342,7 @@ def test_comments_and_docstrings_are_off_strings_on(ready: LspClient) -> None:
 
 
 def test_bad_model_is_explained_and_mended_by_a_setting(fresh: LspClient) -> None:
-    fresh.replies["window/showMessageRequest"] = {"title": "Load it everywhere"}  # which a person is asked first
+    fresh.replies["window/showMessageRequest"] = {"title": "Load it everywhere"}  # the user is asked first
     fresh.initialize(options={"model": "/no/such/model"})
     error = fresh.wait_for_notification("window/showMessage", lambda params: "/no/such/model" in params["message"])
     assert "folder" in error["message"]
@@ -431,7 +431,7 @@ def test_other_language_by_lines(ready: LspClient) -> None:
         language="go",
     )
     items = ready.complete("file:///a.go", 7, len(call))
-    assert items[0]["insertText"].endswith("secondNumber)"), "said above, whatever the weights are"
+    assert items[0]["insertText"].endswith("secondNumber)"), "identical to the line above, whatever the weights are"
     assert not any("\n" in item["insertText"] for item in items)
 
 
@@ -497,7 +497,7 @@ def test_an_unreadable_edit_is_never_answered_from_the_old_text(ready: LspClient
 
 
 def test_invoked_requests_survive_a_change_of_settings(fresh: LspClient) -> None:
-    """The engine is started anew under the request: it waits, and is answered by the new one."""
+    """The engine restarts during the request, which waits and is answered by the new one."""
     fresh.initialize()
     fresh.wait_until_ready()
     fresh.open(URI, TEXT)
@@ -538,7 +538,8 @@ def test_a_stopped_engine_does_not_stop_the_server(fresh: LspClient) -> None:
         fresh.send_completion(f"{URI}{i}", 2000, 4, invoked=False)
     assert fresh.explain()["engine"]["state"] == "ready"
     assert fresh.shutdown() == 0
-    subprocess.run(["kill", "-KILL", str(pid)], check=False, stderr=subprocess.DEVNULL)  # a stopped one cannot leave
+    # a stopped process cannot leave on its own
+    subprocess.run(["kill", "-KILL", str(pid)], check=False, stderr=subprocess.DEVNULL)
 
 
 def test_settings_that_are_taken_back_fall_back(ready: LspClient) -> None:
@@ -615,7 +616,7 @@ def test_an_edit_ends_invoked_requests_too_whatever_came_between(fresh: LspClien
 
 
 def test_an_ended_request_does_not_wait_for_the_engine(fresh: LspClient) -> None:
-    """Neither while the model loads nor while the engine is stuck."""
+    """Neither while the model loads nor while the engine hangs."""
     fresh.initialize()
     fresh.open(URI, TEXT)
     loading = fresh.send_completion(URI, LINE, COLUMN)
@@ -630,7 +631,7 @@ def test_an_ended_request_does_not_wait_for_the_engine(fresh: LspClient) -> None
         fresh.change(URI, 3, {"text": TEXT})
         assert fresh.wait(stuck, 5)["result"] == {"items": []}
     finally:
-        subprocess.run(["kill", "-KILL", pid], check=True)  # a stopped one does not see that its server is gone
+        subprocess.run(["kill", "-KILL", pid], check=True)  # a stopped process does not see that its server is gone
 
 
 def test_settings_that_change_under_a_request_count(fresh: LspClient) -> None:
@@ -684,7 +685,7 @@ def test_an_editor_that_no_longer_listens_is_left() -> None:
         stdin.close()
 
 
-# With an engine that does what the document says: see fake_engine.py.
+# With an engine that does what the document orders: see fake_engine.py.
 
 CALL = "def call(first, second):\n    return join(▮)\n"
 ANSWER = {"answer": "first, second"}
@@ -734,7 +735,7 @@ def test_views_are_not_completed(fake: FakeServer, uri: str) -> None:
 
 @contextlib.contextmanager
 def without_rights() -> Iterator[None]:
-    """What may be accessed is decided by the real user; the effective one stays who it is."""
+    """Access checks use the real user id; the effective one stays as it is."""
     if not hasattr(os, "setreuid") or os.geteuid() != 0:
         yield
         return
@@ -757,7 +758,7 @@ def test_files_without_write_permission_are_seen() -> None:
         with without_rights():
             found = {name: is_writable(uri) for name, uri in uris.items()}
         assert found == {"locked ü.py": False, "open ü.py": True}
-    assert is_writable(f"file://{folder}/new.py"), "what is not there yet can be written"
+    assert is_writable(f"file://{folder}/new.py"), "a file that does not exist yet can be written"
     for uri in ("untitled:x", "vscode-remote://host/x.py", "file:///%00", "file:///" + "a" * 10_000):
         assert is_writable(uri)
 
@@ -821,7 +822,7 @@ def test_several_workspace_folders_at_the_start() -> None:
 
 
 def test_a_renamed_file_keeps_nothing_of_the_old(fake: FakeServer) -> None:
-    """An editor closes the old name and opens the new: cache, explanation and open requests are the old one's."""
+    """An editor closes the old name and opens the new: cache, explanation and open requests belong to the old one."""
     order = {**ANSWER, "name": "old", "drafts": [""], "step_s": 0.3}
     uri, line, column = fake.show(URI, CALL, order=order)
     fake.complete(uri, line, 0)
@@ -845,7 +846,7 @@ def test_a_renamed_file_keeps_nothing_of_the_old(fake: FakeServer) -> None:
 
 @pytest.mark.parametrize("odd", ["\x0c", "\u2028", "\u2029", "\x85", "\x0b", "\x1c", "\ufeff"])
 def test_odd_characters_end_no_line(fake: FakeServer, odd: str) -> None:
-    """In a line before the cursor, and in the cursor's own."""
+    """In a line before the cursor, and in the cursor's line."""
     uri, line, column = fake.show(URI, f"name = 1  # a{odd}b\n\nx = ['{odd}', ▮]\n", order={"answer": "name"})
     (item,) = fake.complete(uri, line, column)
     assert item["insertText"] == "name"
@@ -858,7 +859,7 @@ def test_odd_characters_end_no_line(fake: FakeServer, odd: str) -> None:
 
 @pytest.mark.parametrize("odd", [chr(0xD83D), chr(0xDC0D), chr(0xDC0D) + chr(0xD83D)])
 def test_half_characters_in_a_text(fake: FakeServer, odd: str) -> None:
-    """JSON can say "\\ud83d" alone, and an editor that counts in UTF-16 does when it cuts an emoji in two."""
+    r"""JSON can hold "\ud83d" alone, and an editor that counts in UTF-16 sends it when it cuts an emoji in two."""
     uri, line, column = fake.show(URI, f"name = 1\nx = ['{odd}', ▮]\n", order={"name": "half", "answer": "name"})
     (item,) = fake.complete(uri, line, column)
     assert item["range"]["start"] == {"line": line, "character": column}
@@ -904,11 +905,11 @@ def test_positions_past_the_end(fake: FakeServer) -> None:
     assert item["range"]["start"] == {"line": line + 2, "character": 4}, "an edit there goes to the end"
 
 
-def show_5_mb(server: FakeServer, where: str, before: str, behind: str) -> tuple[int, int]:
-    """Open a document of 5 MB with a place to type at its begin, middle or end: that place's line and column."""
+def show_5_mb(server: FakeServer, where: str, before: str, after: str) -> tuple[int, int]:
+    """Open a document of 5 MB with a place to type at its begin, middle or end; return its line and column."""
     lines = [f"value_{i} = compute_the_value_of({i}, offset={i * 7 % 1000})".ljust(63) for i in range(LINES_5_MB)]
     line = {"begin": 1, "middle": LINES_5_MB // 2, "end": LINES_5_MB - 1}[where]
-    lines[line - 1 : line + 1] = ['# fake: {"answer": "(1)", "name": "5MB"}', before + behind]
+    lines[line - 1 : line + 1] = ['# fake: {"answer": "(1)", "name": "5MB"}', before + after]
     server.open(URI, "\n".join(lines) + "\n")
     return line, len(before)
 
@@ -926,7 +927,7 @@ def show_5_mb(server: FakeServer, where: str, before: str, behind: str) -> tuple
 def test_every_keystroke_in_5_mb_is_answered_soon(
     fake: FakeServer, where: str, before: str, settings: dict[str, object], reason: str | None
 ) -> None:
-    """All that is not the model: the edit, the tree, the hole, the guesses, the prompt, the check of the answer."""
+    """All except the model: the edit, the tree, the hole, the matches, the prompt, the check of the answer."""
     fake.set(**settings)
     line, column = show_5_mb(fake, where, before, "")
     fake.complete(URI, line, column)
@@ -941,7 +942,7 @@ def test_every_keystroke_in_5_mb_is_answered_soon(
     assert fake.last.get("reason") == reason
     assert len(fake.noted("begun", "5MB")) == (31 if reason is None else 0)
     assert sorted(slow)[15] < 0.25, slow
-    assert max(work) < 0.25, work  # one that another program held up longer is not the server's
+    assert max(work) < 0.25, work  # processor time, which other programs do not change
 
 
 def test_what_was_deleted_is_offered_where_it_is_typed_again(fake: FakeServer) -> None:
@@ -991,8 +992,8 @@ def test_a_language_that_the_model_never_saw_is_completed_by_hand(fake: FakeServ
 
 
 def test_a_language_that_the_model_never_saw_has_guesses(fake: FakeServer) -> None:
-    said = "\tfirst, second := readMeasurements(folder, name)\n"
-    text = f"package main\n\nfunc a() {{\n{said}}}\n\nfunc b() {{\n\tfirst, second := readMeasurements(▮\n}}\n"
+    call = "\tfirst, second := readMeasurements(folder, name)\n"
+    text = f"package main\n\nfunc a() {{\n{call}}}\n\nfunc b() {{\n\tfirst, second := readMeasurements(▮\n}}\n"
     place = fake.show("file:///b.go", text, "go", order={"answer": "x)"})
     (item,) = fake.complete(*place, invoked=False)
     assert item["insertText"] == "folder, name)"
@@ -1006,7 +1007,7 @@ def test_the_shipped_model_says_what_it_has_learned(ready: LspClient) -> None:
 
 
 def test_a_nul_in_a_text_is_no_crash(fake: FakeServer) -> None:
-    """No Python file may hold one, so that no answer leaves the code sound: nothing, with the reason."""
+    """No Python file may hold one, so no answer leaves the code sound: the answer is empty, with the reason."""
     uri, line, column = fake.show(URI, "name = 1\nx = ['\x00', ▮]\n", order={"answer": "name"})
     assert fake.complete(uri, line, column) == []
     assert fake.last["reason"] == "syntax"

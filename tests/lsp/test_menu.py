@@ -80,7 +80,7 @@ def test_nothing_to_offer_is_an_empty_list_with_a_reason(fake: FakeServer) -> No
 
 
 def test_a_menu_that_opens_by_itself_is_automatic(fake: FakeServer) -> None:
-    """No kind of trigger in its parameters says that a person asked: a snooze counts."""
+    """Its parameters have no trigger kind, so the request counts as automatic and a snooze applies."""
     place = fake.show(URI, CALL, order=ORDER)
     fake.snooze(5)
     assert ask(fake, *place)["items"] == []
@@ -114,7 +114,7 @@ def test_bad_parameters_get_an_error(fake: FakeServer, params: Any, message: str
     answer = fake.wait(fake.send("textDocument/completion", params), 5)
     assert answer["error"]["code"] == -32602
     assert message.lower() in answer["error"]["message"].lower()
-    assert ask(fake, *place)["items"], "the server goes on"
+    assert ask(fake, *place)["items"], "the server still answers"
 
 
 @pytest.mark.parametrize(("encoding", "units"), [("utf-8", 13), ("utf-16", 11), ("utf-32", 10)])
@@ -131,7 +131,7 @@ def test_positions_are_of_the_agreed_encoding(start_fake: Callable[..., FakeServ
 
 
 def test_one_item_for_who_types_on(fake: FakeServer) -> None:
-    """Every character asks anew: the rest comes without the model, and the item is the same word."""
+    """Every character asks again: the rest comes without the model, and the item is the same word."""
     uri, line, column = fake.show(URI, CALL, order={**ORDER, "name": "menu"})
     (first,) = ask(fake, uri, line, column)["items"]
     fake.insert(uri, line, column, "r")

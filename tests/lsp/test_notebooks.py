@@ -1,4 +1,4 @@
-"""Notebooks: the cells above one are what it goes on from; and a new daemon is told of them."""
+"""Notebooks: the cells above a cell are its context, and a new daemon receives them."""
 
 import asyncio
 from typing import Any
@@ -64,7 +64,7 @@ def move(start: int, count: int, *cells: Any, opened: Any = (), closed: Any = ()
 
 
 class Watched(EngineClient):
-    """An engine that notes what it is asked, and answers nothing."""
+    """An engine that records its requests and answers nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class Watched(EngineClient):
 
 
 def run(*changes: tuple[str, Any], ask: str = "c") -> FimContext | None:
-    """What the engine is asked at the end of a cell's first line, after some messages."""
+    """Return the engine's request at the end of a cell's first line, after some messages."""
 
     async def scenario() -> FimContext | None:
         engine = Watched()

@@ -1,4 +1,4 @@
-"""Whose request is next: fair, never starving, never twice; in simulated histories with a clock of their own."""
+"""Order of requests: fair, never starving, never twice; in simulated histories with their own clock."""
 
 import asyncio
 import queue
@@ -151,11 +151,11 @@ def test_without_a_word_the_focus_is_where_the_newest_request_is() -> None:
     st.lists(st.tuples(st.integers(0, 3), st.booleans(), st.floats(0, 2), st.booleans()), min_size=20, max_size=60),
 )
 def test_nobody_is_starved(by_hand: bool, asked: list[tuple[int, bool, float, bool]]) -> None:
-    """All ask without pause, the patient one's client (0) too, and some leave and come back: still its turn comes."""
+    """All clients ask without pause, some leave and come back: the waiting request of client 0 still gets its turn."""
     clock = Clock()
     schedule = Schedule(clock)
     schedule.add(0, 0, "one", invoked=by_hand)
-    turns = 0  # of others, once it has waited long
+    turns = 0  # turns of other clients since the request became urgent
     for number, (client, invoked, pause, leaves) in enumerate(asked, 1):
         clock.now += pause
         if leaves and client != 0:
@@ -170,7 +170,7 @@ def test_nobody_is_starved(by_hand: bool, asked: list[tuple[int, bool, float, bo
 
 
 class FakeProcess:
-    """A process as the client sees it."""
+    """A process as its client sees it."""
 
     returncode = -9
     stdin = stdout = None
@@ -184,7 +184,7 @@ class FakeProcess:
 
 
 class FakeClient(EngineClient):
-    """A client whose workers are moved by hand, without processes and threads."""
+    """A client whose workers the test moves, without processes and threads."""
 
     def _start_worker(self) -> _Worker:
         return _Worker(FakeProcess())  # type: ignore[arg-type]
@@ -219,7 +219,7 @@ class Histories(RuleBasedStateMachine):
         return found
 
     def work(self) -> None:
-        """What the worker does with what it was sent: it has one request at a time, and obeys a cancel."""
+        """Do the worker's part: it has one request at a time, and obeys a cancel."""
         for message in self.read_outgoing():
             if message["type"] == "complete":
                 assert self.computing is None, "the worker was sent a second request"
@@ -313,7 +313,7 @@ class Histories(RuleBasedStateMachine):
         assert waiting | sent == open_ones
         assert not waiting & sent
         if client.state is EngineState.READY:
-            assert bool(sent) == bool(open_ones), "a worker has nothing to do while somebody waits"
+            assert bool(sent) == bool(open_ones), "a worker is idle while a request waits"
             assert (self.computing or {}).get("id") == next(iter(sent), None)
         automatic = [t for t in client._schedule._waiting.values() if not t.invoked]
         assert len({(t.client, t.document) for t in automatic}) == len(automatic)
@@ -331,11 +331,11 @@ class Histories(RuleBasedStateMachine):
                 continue
             if pending.future.done() and isinstance(pending.future.exception(), CompletionCancelledError):
                 newer = [p for p, t in self.all if p.id > pending.id]
-                assert newer, "nobody took its place"
+                assert newer, "no other request took its place"
         assert all(count <= 1 for count in self.answered.values())
 
     def teardown(self) -> None:
-        """Whatever came before: a worker that answers ends all."""
+        """Whatever came before: a worker that answers ends every request."""
         if self.is_up and self.client.state is EngineState.LOADING:
             self.load()
         for _ in range(len(self.all) + 1):
@@ -350,13 +350,14 @@ TestHistories = Histories.TestCase
 
 LOAD_S = 0.5
 SLOWEST_S = 1.0  # for one answer
-ON_ITS_WAY_S = 0.1  # the longest pause behind a key, a cancel's step
-# Of each of two editors two documents can have one request by hand and one automatic before it; and one was begun.
+ON_ITS_WAY_S = 0.1  # the longest pause after a key, and a cancel's step
+# Each of two editors has two documents, each with at most one invoked and one earlier automatic request; and one
+# request may have begun.
 LONGEST_S = PATIENCE_S + (2 * 2 * 2 + 1) * (SLOWEST_S + ON_ITS_WAY_S)
 
 
 class FakeSelector(selectors.SelectSelector):
-    """Where others would wait, the clock goes on."""
+    """A selector that advances the clock instead of waiting."""
 
     def __init__(self, clock: Clock) -> None:
         super().__init__()
@@ -365,13 +366,13 @@ class FakeSelector(selectors.SelectSelector):
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         found = super().select(0)
         if not found:
-            assert timeout is not None, "everybody waits for ever"
+            assert timeout is not None, "every task waits for ever"
             self.clock.now += max(0.0, timeout)
         return found
 
 
 class FakeLoop(asyncio.SelectorEventLoop):
-    """A loop whose time is a fake clock's; what goes wrong in it is kept."""
+    """A loop with a fake clock; it keeps the errors that occur in it."""
 
     def __init__(self, clock: Clock) -> None:
         super().__init__(FakeSelector(clock))
@@ -380,7 +381,7 @@ class FakeLoop(asyncio.SelectorEventLoop):
         self.set_exception_handler(lambda _loop, context: self.faults.append(context))
 
     def do(self, act: Callable[[], Any]) -> None:
-        """Do something as if the loop ran, and nothing else."""
+        """Run an action as if the loop ran, and nothing else."""
         asyncio._set_running_loop(self)
         try:
             act()
@@ -393,19 +394,19 @@ class FakeLoop(asyncio.SelectorEventLoop):
 
 @dataclass
 class Asked:
-    """What the worker was asked, and what it says to that."""
+    """A worker's request, and its answer."""
 
     before: str
     answer: str
-    behind: str
+    after: str
 
     @property
     def text(self) -> str:
-        return self.before + self.answer + self.behind
+        return self.before + self.answer + self.after
 
 
 class LoopClient(FakeClient):
-    """A client whose workers live in a fake loop: each loads, drafts, answers and obeys in its time."""
+    """A client whose workers live in a fake loop: each loads, sends partial answers, answers and obeys in its time."""
 
     def __init__(self, loop: FakeLoop, clock: Clock) -> None:
         super().__init__(clock=clock)
@@ -414,7 +415,7 @@ class LoopClient(FakeClient):
         self.asked: list[Asked] = []
         self.computing: int | None = None
         self.spawned_at = 0.0
-        self.at_answer: tuple[int, Callable[[], None]] | None = None  # what happens so many steps of the loop later
+        self.at_answer: tuple[int, Callable[[], None]] | None = None  # steps of the loop, and what happens then
 
     def _start_worker(self) -> _Worker:
         worker = super()._start_worker()
@@ -462,7 +463,7 @@ class LoopClient(FakeClient):
 
 @dataclass
 class Text:
-    """A document as its editor has it; the cursor stands behind what was typed."""
+    """A document as its editor has it, with the cursor after the typed text."""
 
     uri: str
     version: int = 1
@@ -478,7 +479,7 @@ class Text:
         return self.before + "\n"
 
     def apply(self, item: dict[str, Any]) -> str:
-        """The text with an answer accepted."""
+        """Return the text with an answer accepted."""
         lines = self.text.splitlines(keepends=True)
         places = [item["range"]["start"], item["range"]["end"]]
         start, end = (len("".join(lines[: place["line"]])) + place["character"] for place in places)
@@ -495,7 +496,7 @@ class Wish:
 
 
 class Editor(Connection):
-    """An editor with two documents, of which it knows the text when an answer comes."""
+    """An editor with two documents; it knows their text when an answer comes."""
 
     def __init__(self, client: LoopClient, clock: Clock) -> None:
         super().__init__(create_server(engine=client))
@@ -525,12 +526,12 @@ class Editor(Connection):
         named = {"uri": uri, "version": text.version}
         self.notify("textDocument/didChange", {"textDocument": named, "contentChanges": [{"text": text.text}]})
 
-    def ask(self, uri: str, *, invoked: bool, behind: int) -> None:
-        """``behind`` versions too early, as one asks whose last edits have not arrived."""
+    def ask(self, uri: str, *, invoked: bool, edits_missed: int) -> None:
+        """Ask about a version that is ``edits_missed`` edits newer than the server's, as if edits had not arrived."""
         text = self.texts[uri]
         self._next_id += 1
         self.wishes[self._next_id] = Wish(uri, self.clock.now)
-        named = {"uri": uri, "version": text.version + behind}
+        named = {"uri": uri, "version": text.version + edits_missed}
         place = {"line": text.before.count("\n"), "character": len(text.before.split("\n")[-1])}
         params = {"textDocument": named, "position": place, "context": {"triggerKind": 1 if invoked else 2}}
         message = {"id": self._next_id, "method": "textDocument/inlineCompletion", "params": params}
@@ -551,7 +552,7 @@ class Editor(Connection):
 
     @property
     def left_over(self) -> list[Any]:
-        """What is kept of requests."""
+        """Return what is still kept of requests."""
         own, protocol = self.server.requests, self.server.protocol
         futures = protocol._request_futures.keys() & self.wishes.keys()
         kept: list[Any] = [own._received, own._active, futures, protocol._client_versions]
@@ -565,9 +566,9 @@ PAUSES = st.sampled_from([None, 0.0, 0.005, 0.05, 0.3, 1.0, 5.0])
 
 
 class Editors(RuleBasedStateMachine):
-    """Two editors and one engine, whole but for the worker: edits, requests, cancels, deaths, reloads, in any order.
+    """Two editors and one engine, with a fake worker: edits, requests, cancels, deaths, reloads, in any order.
 
-    Only a pause lets the server work: what is done without one arrives at once.
+    Only a pause lets the server work; actions without one between them arrive together.
     """
 
     def __init__(self) -> None:
@@ -589,9 +590,9 @@ class Editors(RuleBasedStateMachine):
         self.loop.run_until_complete(editor.begin())
         return editor
 
-    @rule(number=EDITORS, uri=URIS, invoked=st.booleans(), behind=st.sampled_from([0, 0, 0, 0, 1]), pause=PAUSES)
-    def ask(self, number: int, uri: str, invoked: bool, behind: int, pause: float | None) -> None:
-        self.loop.do(lambda: self.editors[number].ask(uri, invoked=invoked, behind=behind))
+    @rule(number=EDITORS, uri=URIS, invoked=st.booleans(), edits_missed=st.sampled_from([0, 0, 0, 0, 1]), pause=PAUSES)
+    def ask(self, number: int, uri: str, invoked: bool, edits_missed: int, pause: float | None) -> None:
+        self.loop.do(lambda: self.editors[number].ask(uri, invoked=invoked, edits_missed=edits_missed))
         self.wait(pause)
 
     @rule(number=EDITORS, uri=URIS, kind=EDITS, length=st.integers(1, 4), pause=PAUSES)
@@ -615,23 +616,23 @@ class Editors(RuleBasedStateMachine):
 
     @rule(number=EDITORS, uri=URIS, kind=EDITS, length=st.integers(1, 4))
     def type_on(self, number: int, uri: str, kind: str, length: int) -> None:
-        """Ask, and go on while the model works."""
-        self.ask(number, uri, invoked=False, behind=0, pause=0.06)
+        """Ask, and continue to type while the model works."""
+        self.ask(number, uri, invoked=False, edits_missed=0, pause=0.06)
         self.edit(number, uri, kind, length, pause=None)
 
     @rule(
         number=EDITORS, uri=URIS, kind=EDITS, length=st.integers(1, 4), steps=st.integers(0, 15), invoked=st.booleans()
     )
     def type_at_the_answer(self, number: int, uri: str, kind: str, length: int, steps: int, invoked: bool) -> None:
-        """Ask, and edit while the answer is on its way through the server: it is read between any two of its steps."""
+        """Ask, and edit while the answer passes through the server: between any two of its steps."""
         editor = self.editors[number]
         self.client.at_answer = steps, lambda: self.change(editor, uri, kind, length)
-        self.ask(number, uri, invoked=invoked, behind=0, pause=1.0)
+        self.ask(number, uri, invoked=invoked, edits_missed=0, pause=1.0)
         self.client.at_answer = None
 
     @rule(number=EDITORS, index=st.integers(0, 5))
     def cancel(self, number: int, index: int) -> None:
-        """One of the last requests, answered or not."""
+        """Cancel one of the last requests, answered or not."""
         editor = self.editors[number]
         if index < len(editor.wishes):
             name = sorted(editor.wishes)[-1 - index]
@@ -649,7 +650,7 @@ class Editors(RuleBasedStateMachine):
             self.client._on_death(self.client._worker)
         elif kind == "reload":
             self.loop.do(editor.server.link.restart)
-        elif kind == "idle":  # so long that the model is unloaded
+        elif kind == "idle":  # long enough to unload the model
             self.loop.wait(130)
             assert self.client.state is not EngineState.READY
         elif kind == "leave":
@@ -686,7 +687,7 @@ class Editors(RuleBasedStateMachine):
                 assert now - max(wish.since, client.ready_since) <= LONGEST_S
 
     def teardown(self) -> None:
-        """Whatever came before: all are answered once, and nothing is kept of them."""
+        """Whatever came before: every request is answered once, and nothing is kept of it."""
         try:
             self.loop.wait(LOAD_S + LONGEST_S)
             self.no_answer_is_stale()

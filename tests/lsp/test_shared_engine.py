@@ -1,4 +1,4 @@
-"""Several connections and one engine: the first decides, the others are told; idle engines give memory back."""
+"""Several connections to one engine: the first decides, the others get a warning; idle engines free their memory."""
 
 import asyncio
 import sys
@@ -51,7 +51,7 @@ def test_the_first_connection_decides(fake: EngineOptions) -> None:
 
 
 def test_the_same_settings_are_no_news(fake: EngineOptions) -> None:
-    """What the editor says when it is asked counts before anything is said about differences."""
+    """The settings that the editor returns on request apply before differences are reported."""
 
     async def scenario() -> None:
         engine = EngineClient(fake)
@@ -107,7 +107,7 @@ def test_an_idle_engine_is_unloaded_and_comes_back(fake: EngineOptions) -> None:
             assert await one.complete()
             assert any(busy and "loading" in message for busy, message in one.statuses)
             await idle()
-            assert await one.complete(invoked=False)  # of the cache
+            assert await one.complete(invoked=False)  # from the cache
             one.edit()
             await until(lambda: is_in(engine, EngineState.READY))
             await idle()

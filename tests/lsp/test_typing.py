@@ -1,4 +1,4 @@
-"""Someone types on while the model works: one computation, its rest for who types how it begins, nothing else."""
+"""The user types while the model works: one completion serves all text that it begins with, and no other text."""
 
 import time
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from support.fake_engine import FakeServer
 URI = "file:///home/me/typing.py"
 CALL = "def call(first, second):\n    return join(▮)\n"
 ORDER = {"answer": "first, second", "drafts": ["fi", "first", "first, se"], "step_s": 0.12}
-LATER_S = 10  # what a computation would still take that is ended; and who saw it ended waits for less than
+LATER_S = 10  # s that a cancelled completion would still take; tests that see it end early wait for less
 SOON_S = 2
 Place = tuple[str, int, int]
 
@@ -62,7 +62,7 @@ def test_an_edit_elsewhere_ends_it(fake: FakeServer, elsewhere: tuple[int, int])
 
 
 def test_one_computation_for_all_that_is_typed(fake: FakeServer) -> None:
-    """What an editor without a debounce of its own sends: an edit and a request for every character."""
+    """An editor without a debounce of its own sends an edit and a request for every character."""
     uri, line, column = show(fake, "all", held=0)
     requests = [fake.send_completion(uri, line, column, invoked=False)]
     fake.wait_until_noted("begun", "all")
@@ -81,7 +81,7 @@ def test_one_computation_for_all_that_is_typed(fake: FakeServer) -> None:
 
 
 def test_contradicting_typing_ends_the_computation_at_once(fake: FakeServer) -> None:
-    """The first draft says that it will not be what is typed: the model does not work on for nobody."""
+    """The first partial answer already differs from the typed text, so the model stops."""
     uri, line, column = show(fake, "contradicted", drafts=["fi"], rest_s=LATER_S)
     request = fake.send_completion(uri, line, column)
     fake.wait_until_noted("begun", "contradicted")
@@ -97,7 +97,7 @@ def test_contradicting_typing_does_not_wait_for_what_comes_next(fake: FakeServer
     uri, line, column = show(fake, "drafted", drafts=["fi"], rest_s=LATER_S)
     request = fake.send_completion(uri, line, column)
     fake.wait_until_noted("drafted", "drafted")
-    time.sleep(0.05)  # it is on its way
+    time.sleep(0.05)  # until the request has arrived
     begin = time.perf_counter()
     fake.insert(uri, line, column, "x")
     assert texts(fake, request) == []
@@ -119,7 +119,7 @@ def test_a_contradicted_computation_is_not_shared(fake: FakeServer) -> None:
 
 
 def test_drafts_in_parallel_say_nothing_yet(start_fake: Callable[..., FakeServer]) -> None:
-    """A canvas that is denoised may still become anything: only the answer decides."""
+    """A canvas that is being denoised may still change: only the answer decides."""
     server = start_fake(mode="diffusion")
     server.wait_until_ready()
     uri, line, column = show(server, "parallel", drafts=["noise", "noise", "first"], held=0)
@@ -134,7 +134,7 @@ OPEN = "def call(first, second):\n    return join▮\n"
 
 
 def test_a_closer_that_the_editor_adds_keeps_the_completion(fake: FakeServer) -> None:
-    """An opener is typed and the editor closes it: the rest goes before what it typed, or over it."""
+    """The user types an opener and the editor closes it: the rest goes before the closer, or over it."""
     uri, line, column = show(fake, "closer", OPEN, answer="(first, second)", drafts=[])
     (item,) = fake.complete(uri, line, column)
     assert item["insertText"] == "(first, second)"
@@ -165,7 +165,7 @@ def test_two_closers_of_the_editor_are_replaced(fake: FakeServer) -> None:
 
 
 def test_a_closer_that_the_editor_adds_keeps_the_computation(fake: FakeServer) -> None:
-    """The same while the model still works at it."""
+    """The same while the model still works on it."""
     order = {"answer": "(first, second)", "drafts": ["(fi", "(first", "(first, se"]}
     uri, line, column = show(fake, "running", OPEN, held=1, **order)
     first = fake.send_completion(uri, line, column, invoked=False)
@@ -196,7 +196,7 @@ def test_cancel_and_a_new_request_within_50_ms_keep_the_computation(fake: FakeSe
 
 @pytest.mark.parametrize("typed", ["", "f"])
 def test_cancel_alone_ends_the_computation(fake: FakeServer, typed: str) -> None:
-    """Nobody came back for it: the model does not work on."""
+    """No request came back for the completion, so the model stops."""
     uri, line, column = show(fake, "left", step_s=LATER_S)
     request = fake.send_completion(uri, line, column)
     fake.wait_until_noted("begun", "left")
@@ -207,7 +207,7 @@ def test_cancel_alone_ends_the_computation(fake: FakeServer, typed: str) -> None
 
 
 def test_an_invoked_request_does_not_share_an_automatic_one(fake: FakeServer) -> None:
-    """Who asks by hand gets an answer of at least one token; an automatic one may be empty."""
+    """An invoked request gets an answer of at least one token; an automatic one may be empty."""
     uri, line, column = show(fake, "invoked", held=0)
     fake.send_completion(uri, line, column, invoked=False)
     fake.wait_until_noted("begun", "invoked")
@@ -239,7 +239,7 @@ def test_typing_that_is_taken_back_is_like_none(fake: FakeServer) -> None:
 
 
 def test_going_back_and_forth_asks_the_model_once(fake: FakeServer) -> None:
-    """Accepted by word and by line, taken back, deleted, done again: what was offered once is known."""
+    """Accepted by word and by line, undone, deleted, redone: a completion that was offered once is known."""
     whole = "total = first + second\n    return total"
     order = {"answer": whole, "name": "back and forth"}
     uri, line, column = fake.show("file:///home/me/back.py", "def add(first, second):\n    \u25ae\n", order=order)

@@ -1,4 +1,4 @@
-"""Typing at a person's speed: pauses, what counts as right so far, and a short session with the shipped model."""
+"""Typing at a user's speed: pauses, the share that is right so far, and a short session with the shipped model."""
 
 import itertools
 import json
@@ -31,7 +31,7 @@ def test_a_short_session_adds_up() -> None:
 
 
 def test_too_fast_to_see_the_model() -> None:
-    """Within the debounce nothing is asked of the model: what is shown comes without it, and nothing is wasted."""
+    """Keys within the debounce do not reach the model: every offer comes without it, and no pass is wasted."""
     result = run("bench", "keystroke", "--human", "--limit", "30", "--speed", "100", "--json")
     assert result.returncode == 0, result.stderr
     values = json.loads(result.stdout)

@@ -1,1 +1,1 @@
-"""Many editors at one daemon for a long time, and every fault that can be made from outside."""
+"""Many editors on one daemon for a long time, and every fault that can be caused from outside."""

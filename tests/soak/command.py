@@ -1,4 +1,4 @@
-"""``python -m tests.soak``: many editors at one daemon, and processes that are killed."""
+"""``python -m tests.soak``: many editors on one daemon, and processes that are killed."""
 
 import sys
 
@@ -12,16 +12,21 @@ from soak.windows import Manner
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
-    "--editors", type=click.IntRange(min=1, max=64), default=8, show_default=True, metavar="N", help="Windows."
+    "--editors",
+    type=click.IntRange(min=1, max=64),
+    default=8,
+    show_default=True,
+    metavar="N",
+    help="Number of editor windows.",
 )
-@click.option("--edits", type=click.IntRange(min=1), metavar="N", help="Of each.  [default: 1000]")
-@click.option("--faults", type=click.IntRange(min=0), metavar="N", help="Kills and stops.  [default: 10]")
-@click.option("--nightly", is_flag=True, help="20,000 edits and 60 faults, which say more of memory.")
+@click.option("--edits", type=click.IntRange(min=1), metavar="N", help="Edits per editor.  [default: 1000]")
+@click.option("--faults", type=click.IntRange(min=0), metavar="N", help="Number of kills and stops.  [default: 10]")
+@click.option("--nightly", is_flag=True, help="20,000 edits and 60 faults, which show more about memory.")
 @click.option("--each", type=click.IntRange(min=1), metavar="N", help="Instead: try each fault N times.")
-@click.option("--only", metavar="TEXT", help="With --each: those whose name has it.")
-@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of all that is drawn.")
-@click.option("--torn", is_flag=True, help="Edit at random, until the files are no code any more.")
-@click.option("--human", is_flag=True, help="Type with a person's pauses, and ask at each key.")
+@click.option("--only", metavar="TEXT", help="With --each: only faults whose name contains it.")
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of all random choices.")
+@click.option("--torn", is_flag=True, help="Edit at random, until the files are not valid code any more.")
+@click.option("--human", is_flag=True, help="Type with a user's pauses, and ask at each key.")
 @click.option(
     "--speed",
     type=click.FloatRange(min=0.1, max=100),
@@ -45,9 +50,9 @@ def main(
     speed: float,
     as_json: bool,
 ) -> None:
-    """Many editors at one daemon, edits with hardly a pause, kills now and then: what is lost, late or left behind.
+    """Run many editors on one daemon, with few pauses and some kills; report what is lost, late or left over.
 
-    Exit code 1 where anything was, or where the daemon's memory grows.
+    Exit code 1 if there is any, or if the daemon's memory grows.
     """
     if only is not None and each is None:
         msg = "--only goes with --each"

@@ -1,19 +1,19 @@
-"""``python -m tests.soak``: many editors at one daemon, all of them edited, and everything killed now and then.
+"""``python -m tests.soak``: many editors on one daemon, all of them edited, and processes killed now and then.
 
 Each editor (``windows.py``) types functions of held-out modules into files of 10,000 lines (``typist.py``), mistypes
 and takes that back, breaks the file elsewhere and undoes it; or, torn, edits a file at random (insertions, deletions,
-whole texts; also outside ASCII), mostly near the last edit, until it is no code any more. It asks for completions,
-types on behind some and cancels some; between a few edits it pauses for 50 ms at the mean. Or, human, it pauses behind
-each key as a person does, and asks at each. Now and then the worker, the daemon or a relay is killed, or stopped for a
-second. What must hold, whatever comes:
+whole texts; also outside ASCII), mostly near the last edit, until it is not valid code any more. It asks for
+completions, continues to type during some and cancels some; it pauses for 50 ms on average between a few edits. Or,
+human, it pauses after each key as a user does, and asks at each. Now and then the worker, the daemon or a relay is
+killed, or stopped for a second. These must hold in every case:
 
     every request is answered once, and not with an error
-    an answer fits the text that the editor has then: it is empty, or goes on with it at the cursor
+    an answer fits the text that the editor has then: it is empty, or continues it at the cursor
     in the end the daemon has the text that each editor has, by checksum
-    no process and no file is left when all have gone, but for locks, logs and counts
+    no process and no file is left when all have gone, except locks, logs and counts
     the daemon's memory does not grow: its slope over the later half of the longest life of one
 
-A worker that died so often that the daemon starts no other is what a person restarts the daemon for; so does this.
+If a worker has died so often that the daemon starts no other, a user restarts the daemon, and so does this program.
 Fate is drawn from a seed; times are not.
 
 Knows:  editors, processes.  Never: the model.
@@ -70,13 +70,13 @@ _KEPT = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What came of it.
+    """The result of a run.
 
-    ``message_ms`` is how long the server works at one message, ``place_ms`` at finding out what is to be filled for a
-    request, both by its own clock, ``place_cpu_ms`` without its waiting for a processor; ``state_ms`` how long an
-    editor waits for an answer that needs no model, behind its last edits and beside all other processes of this run.
-    ``growth_edits`` is how many edits the slope of memory is of: few are those of starting. ``crossed`` answers were on
-    their way when the text changed, which no server can help.
+    ``message_ms`` is how long the server works on one message, ``place_ms`` how long it takes to find a request's
+    hole, both by its own clock, ``place_cpu_ms`` without waiting for a CPU; ``state_ms`` how long an editor waits for
+    an answer that needs no model, after its last edits and while all other processes of this run work.
+    ``growth_edits`` is how many edits the slope of memory covers: few edits mostly measure the start. ``crossed``
+    answers were on their way when the text changed, which no server can prevent.
     """
 
     seconds: float
@@ -110,7 +110,7 @@ class Summary:
 
     @property
     def is_good(self) -> bool:
-        """Whether all held that must hold."""
+        """Return whether every invariant held."""
         lost = self.errors or self.unanswered or self.doubled or self.misplaced or self.stale
         of_each = self.growth_edits / self.editors if self.growth_edits >= _LEAST_EDITS else 0
         most = next(most for edits, most in reversed(_MOST_GROWTH.items()) if of_each >= edits)
@@ -119,7 +119,7 @@ class Summary:
 
 
 class Soak:
-    """The run."""
+    """One run of the soak."""
 
     def __init__(self, editors: int, edits: int, faults: int, seed: int, manner: Manner) -> None:
         self.edits, self.num_faults, self.seed = edits, faults, seed
@@ -133,7 +133,7 @@ class Soak:
         self.windows = [Window(number, seed + number, self.counts[number], manner) for number in range(editors)]
 
     def run(self, report: Callable[[int], None]) -> Summary:
-        """All of it."""
+        """Run everything."""
         wait_until_ready()
         begin = time.perf_counter()
         self._look()
@@ -178,10 +178,10 @@ class Soak:
                 if not self.is_human:
                     time.sleep(draw.expovariate(1 / _PAUSE_S))
             except OSError:
-                window.replace_relay()  # it was killed under us
+                window.replace_relay()  # its relay was killed at the same time
 
     def _harm(self, what: str, fate: random.Random) -> None:
-        """Kill or stop one of them."""
+        """Kill or stop one of the processes."""
         self.faults[what] += 1
         victim, _, verb = what.partition(" ")
         pid = self._find(victim, fate)
@@ -203,7 +203,7 @@ class Soak:
         return None
 
     def _look(self, done: int = 0) -> None:
-        """Note who runs, and with how much memory; a daemon that has given its worker up is restarted."""
+        """Note the running processes and their memory; restart a daemon that starts no worker any more."""
         self.relay_bytes = max(self.relay_bytes, *(resident_bytes(window.process.pid) or 0 for window in self.windows))
         with contextlib.suppress(FimserverError):
             status = read_status()
@@ -261,18 +261,18 @@ def _quantile(values: list[float], share: float) -> float:
 
 
 def _slope(points: list[tuple[int, int]]) -> float:
-    """Bytes an edit, by least squares; 0 where nothing can be said."""
+    """Return the bytes per edit, by least squares; 0 if there are too few points."""
     if len({x for x, _ in points}) < 2:
         return 0.0
     return statistics.linear_regression([x for x, _ in points], [y for _, y in points]).slope
 
 
 def count_different(windows: list[Window]) -> int:
-    """Editors whose text the daemon does not have."""
+    """Return the number of editors whose text the daemon does not have."""
     for window in windows:
         if window.process.poll() is not None:
             window.replace_relay()
-        window.ping()  # what was sent before is taken in now
+        window.ping()  # after this the daemon has read every earlier message
     texts = {text["uri"]: text for text in (ask("texts") or {}).get("texts", [])}
     return sum(
         texts.get(window.uri, {}).get("crc32") != zlib.crc32(window.index.text.encode("utf-8", "surrogatepass"))
@@ -286,7 +286,7 @@ def wait_until_ready() -> None:
 
 
 def read_pid(victim: str) -> int | None:
-    """The process of the daemon or of its worker; ``None`` where there is none. Raises ``DaemonError``."""
+    """Return the process id of the daemon or of its worker; ``None`` without one. Raises ``DaemonError``."""
     status = read_status()
     if status is None:
         return None
@@ -295,14 +295,14 @@ def read_pid(victim: str) -> int | None:
 
 
 def until(condition: Callable[[], bool], timeout_s: float) -> None:
-    """Wait for it, no longer than that."""
+    """Wait until a condition is true, for at most that time."""
     deadline = time.monotonic() + timeout_s
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.1)
 
 
 def is_there(pid: int) -> bool:
-    """Whether a process holds memory."""
+    """Return whether a process holds memory."""
     try:
         return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
     except OSError:
@@ -310,7 +310,7 @@ def is_there(pid: int) -> bool:
 
 
 def _find_left(home: Path) -> Iterator[Path]:
-    """What should not be there: files but for locks, logs and counts, and what is in a temporary folder."""
+    """Return leftovers: files other than locks, logs and counts, and the content of a temporary folder."""
     for path in home.rglob("*"):
         if _KEPT.fullmatch(path.relative_to(home).as_posix()) is None:
             yield path
@@ -318,7 +318,7 @@ def _find_left(home: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def own_home() -> Iterator[Path]:
-    """A home and a temporary folder of its own: a daemon that serves somebody is left alone."""
+    """Use a separate home and temporary folder, so that a daemon in use stays untouched."""
     with tempfile.TemporaryDirectory(prefix="fimserver-soak-") as home:
         own = {HOME_VARIABLE: home, "TMPDIR": str(Path(home) / _TEMPORARY)}
         Path(own["TMPDIR"]).mkdir()

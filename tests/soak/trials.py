@@ -1,15 +1,15 @@
-"""``python -m tests.soak --each N``: each fault that can be made from outside, so many times, with the real model.
+"""``python -m tests.soak --each N``: each fault that can be caused from outside, so many times, with the real model.
 
 Two editors: one with a function of a few lines, another with a file of 10,000 that it types into meanwhile. The first
-has a request open where the fault is in the middle of one; both ask by hand right behind the fault. What is counted:
+has a request open if the fault is in the middle of one; both send an invoked request right after the fault. Counted:
 
     lost        requests without an answer, or with an error
-    different   documents that the daemon has otherwise than the editor, afterwards
+    different   documents that differ between the daemon and the editor, afterwards
     seconds     from the fault (of one that lasts: from its end) until the first editor's next request has an item
 
-Where the relay is killed, what it was asked goes with it: the editor starts another and asks anew. Three deaths of a
-worker in a minute are the daemon's reason to start no other, and a relay waits longer behind a daemon that lived for
-seconds: tries are one fault each, so behind two of the worker comes a new daemon, behind one of the daemon new relays.
+If the relay is killed, its requests end with it: the editor starts another and asks again. After three deaths of a
+worker in a minute the daemon starts no other, and a relay waits longer after a daemon that lived for seconds. Each try
+is one fault, so after two deaths of a worker the daemon is replaced, after one of the daemon the relays.
 
 Knows:  editors, processes, signals of Linux.  Never: the model.
 """
@@ -41,7 +41,7 @@ _RECOVERED_S = 180.0
 _STOPPED_S = 1.0
 _SLOWED_S = 3.0
 _HUNG_S = 150.0  # the watchdog takes 90
-_DEATHS = 2  # of a worker, with which a daemon starts another
+_DEATHS = 2  # deaths of a worker after which a daemon still starts another
 _INVOKED = 1
 _FRAME_BYTES = 100 * 2**20
 _NAMES = ("area", "volume", "price", "weight", "length", "speed", "score", "depth", "width", "angle")
@@ -59,7 +59,7 @@ _STAGES = {"before a request": None, "in its middle": 0.5, "just before its answ
 
 @dataclass(slots=True)
 class Tried:
-    """A fault, and what came of it."""
+    """A fault, and its results."""
 
     case: str
     tries: int = 0
@@ -68,29 +68,29 @@ class Tried:
     doubled: int = 0
     different: int = 0
     seconds: list[float] = field(default_factory=list)
-    is_forgiven: bool = False  # what a relay was asked goes with it
+    is_forgiven: bool = False  # a killed relay's requests end with it
 
     @property
     def is_good(self) -> bool:
-        """Whether nothing was lost that had to be kept."""
+        """Return whether no request or text was lost."""
         return not (self.different or self.doubled or (self.lost and not self.is_forgiven))
 
 
 @dataclass(frozen=True, slots=True)
 class Trials:
-    """All of them."""
+    """All trials."""
 
     answer_s: float  # without a fault, at the median
     cases: list[Tried]
 
     @property
     def is_good(self) -> bool:
-        """Whether all held that must hold."""
+        """Return whether every invariant held."""
         return all(case.is_good for case in self.cases)
 
 
 def print_trials(trials: Trials) -> None:
-    """Every fault a row."""
+    """Print a row for each fault."""
     table = Table(box=SIMPLE, title=f"without a fault an answer takes {trials.answer_s:.2f} s at the median")
     table.add_column("fault")
     for name in ("tries", "requests", "lost", "doubled", "other texts", "s median", "longest"):
@@ -103,7 +103,7 @@ def print_trials(trials: Trials) -> None:
 
 
 class _Stage:
-    """The two editors, and the daemon of the day."""
+    """The two editors, and the current daemon."""
 
     def __init__(self) -> None:
         self.counts = [Counts(), Counts()]
@@ -112,7 +112,7 @@ class _Stage:
         self._number = 0
 
     def renew(self) -> None:
-        """A new daemon, and new editors."""
+        """Start a new daemon, and new editors."""
         self.leave()
         self.windows = [Window(number, number, self.counts[number]) for number in range(2)]
         wait_until_ready()
@@ -121,19 +121,19 @@ class _Stage:
             self.ask(window)
 
     def replace_relays(self) -> None:
-        """New editors, as it were, at the same daemon."""
+        """Start new relays on the same daemon."""
         for window in self.windows:
             window.replace_relay()
 
     def leave(self) -> None:
-        """Nobody is there any more."""
+        """Close both editors."""
         for window in self.windows:
             window.leave()
         with contextlib.suppress(FimserverError):
             end_daemon("stop", force=True)
 
     def type(self) -> None:
-        """The first begins another function, the second goes on."""
+        """Begin another function in the first editor, and type in the second."""
         self._number += 1
         name = _NAMES[self._number % len(_NAMES)]
         self.windows[0].change(None, None, _FUNCTION.format(name, self._number))
@@ -141,12 +141,12 @@ class _Stage:
             self.windows[1].edit()
 
     def ask(self, window: Window) -> int:
-        """Ask by hand: at the end of the function, or of the second's first line."""
+        """Send an invoked request: at the end of the function, or of the second editor's first line."""
         cursor = len(window.index.text) if window is self.windows[0] else window.index.line_range(0)[1]
         return window.send_completion(cursor, _INVOKED)
 
     def pid_of(self, victim: str) -> int:
-        """Its process. Raises ``FimserverError`` where there is none."""
+        """Return its process id. Raises ``FimserverError`` without one."""
         if victim == "relay":
             return self.windows[0].process.pid
         pid = read_pid(victim)
@@ -156,7 +156,7 @@ class _Stage:
         return pid
 
     def measure(self, tries: int) -> None:
-        """How long an answer takes where nothing happens. Raises ``FimserverError`` where none comes."""
+        """Measure an answer's time without a fault. Raises ``FimserverError`` if none comes."""
         times: list[float] = []
         for _ in range(tries):
             self.type()
@@ -172,7 +172,7 @@ class _Stage:
         self.answer_s = statistics.median(times)
 
     def try_once(self, tried: Tried, harm: Callable[["_Stage"], float], share: float | None) -> None:
-        """One try: ``harm`` gives the time of ``time.perf_counter`` from which is counted."""
+        """Try once: ``harm`` returns the time of ``time.perf_counter`` at which the count starts."""
         first, second = self.windows
         doubled = sum(counts.doubled for counts in self.counts)
         self.type()
@@ -188,7 +188,7 @@ class _Stage:
         answers = [] if open_number is None else [first.wait(open_number, 0.0 if is_gone else _RECOVERED_S)]
         deadline = time.monotonic() + _RECOVERED_S
         while time.monotonic() < deadline:
-            self.type()  # what was answered already would need no model
+            self.type()  # text that was answered already would need no model
             answers.append(first.wait(self.ask(first), _RECOVERED_S))
             if (answers[-1] or {}).get("result", {}).get("items"):
                 break
@@ -224,7 +224,7 @@ def _stop(victim: str) -> Callable[[_Stage], float]:
 
 
 def _hang(stage: _Stage) -> float:
-    """The worker stands still until the watchdog ends it."""
+    """Stop the worker until the watchdog ends it."""
     pid = stage.pid_of("worker")
     os.kill(pid, signal.SIGSTOP)
     begin = time.perf_counter()
@@ -233,7 +233,7 @@ def _hang(stage: _Stage) -> float:
 
 
 def _slow(stage: _Stage) -> float:
-    """The worker has one millisecond of a hundred, for a few seconds."""
+    """Give the worker one millisecond of a hundred, for a few seconds."""
     pid, ended = stage.pid_of("worker"), threading.Event()
 
     def run() -> None:
@@ -252,7 +252,7 @@ def _slow(stage: _Stage) -> float:
 
 
 def _exhaust(stage: _Stage) -> float:
-    """The worker gets no more memory until it was asked once."""
+    """Give the worker no more memory until one request has passed."""
     pid = stage.pid_of("worker")
     size = int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
     unlimited = resource.RLIM_INFINITY
@@ -265,7 +265,7 @@ def _exhaust(stage: _Stage) -> float:
 
 
 def _send_much(stage: _Stage) -> float:
-    """A text of 100 MB, which is left out; the editor closes it, and opens the file as it was."""
+    """Send a text of 100 MB, which is left out; the editor closes it, and opens the file as it was."""
     window, begin = stage.windows[0], time.perf_counter()
     document = {"uri": window.uri, "version": window.version + 1}
     text = "x" * _FRAME_BYTES
@@ -277,7 +277,7 @@ def _send_much(stage: _Stage) -> float:
 
 
 def _send_nonsense(stage: _Stage) -> float:
-    """Damaged headers, invalid UTF-8 and JSON, unknown methods, parameters of another type."""
+    """Send damaged headers, invalid UTF-8 and JSON, unknown methods, parameters of another type."""
     for data in _NONSENSE:
         stage.windows[0].write(data)
     return time.perf_counter()
@@ -315,7 +315,7 @@ def _to_cases() -> list[_Case]:
 
 
 def try_each(tries: int, only: str = "") -> Trials:
-    """Each fault whose name has ``only``, in a home of its own. Raises ``FimserverError`` elsewhere than on Linux."""
+    """Try each fault whose name contains ``only``, in a separate home. Raises ``FimserverError`` except on Linux."""
     if sys.platform != "linux":
         msg = "faults are made by signals and limits of Linux; run the soak without --each here"
         raise FimserverError(msg)

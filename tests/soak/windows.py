@@ -1,7 +1,7 @@
-"""Editors of a bench: each a thread with a relay of its own, as an editor window is, and a file of 10,000 lines.
+"""Editors of a bench: each a thread with its own relay, as an editor window is, and a file of 10,000 lines.
 
     Manner   how a file is edited
-    Window   types or tears, asks, judges each answer by the text that it has then; or types as a person does
+    Window   types or tears, asks, judges each answer by the text that it has then; or types as a user does
     fits     whether an item belongs to a text
 
 Knows:  LSP as an editor does, processes.  Never: the model.
@@ -44,10 +44,10 @@ _CANCELLED = -32800
 
 @dataclass(frozen=True, slots=True)
 class Manner:
-    """How files are edited: typed with hardly a pause, unless torn, or at a person's speed."""
+    """How files are edited: typed with few pauses, torn, or at a user's speed."""
 
     is_torn: bool = False  # at random
-    speed: float | None = None  # a person's, so many times as fast; each key asks
+    speed: float | None = None  # a multiple of a user's speed; each key asks
 
 
 Edit = tuple[int | None, int | None, str]  # what is replaced, in code points (None: all of it), and by what
@@ -55,7 +55,7 @@ Edit = tuple[int | None, int | None, str]  # what is replaced, in code points (N
 
 @dataclass(slots=True)
 class Counts:
-    """What one editor saw."""
+    """Counts of one editor."""
 
     edits: int = 0
     requests: int = 0
@@ -65,7 +65,7 @@ class Counts:
     errors: int = 0
     unanswered: int = 0
     misplaced: int = 0
-    typed_on: int = 0  # offered for a text that was typed on since it was asked about
+    typed_on: int = 0  # offered for a text that continued what was asked about
     crossed: int = 0  # offered for the text that was asked about, before the server knew of a later edit
     stale: int = 0
     doubled: int = 0
@@ -74,9 +74,9 @@ class Counts:
 
 
 def fits(item: dict[str, Any], asked: LineIndex, cursor: int, now: LineIndex) -> bool:
-    """Whether an item that was asked for at ``cursor`` of one text goes on with another, as it is now.
+    """Return whether an item that was asked for at ``cursor`` of one text continues another, as it is now.
 
-    That is the first with something typed at the cursor, and the item begins behind that.
+    The second text is the first with something typed at the cursor, and the item begins after that.
     """
     behind = cursor + len(now.text) - len(asked.text)
     if behind < cursor or now.text != asked.text[:cursor] + now.text[cursor:behind] + asked.text[cursor:]:
@@ -101,7 +101,7 @@ class Window:
         self.index = LineIndex("".join(_LINES[i % 3].format(i) for i in range(_NUM_LINES)) if manner.is_torn else "")
         self.version = 1
         self._place = (0, 0)  # where the cursor is: line, and column in code points
-        self._pause_s = 0.0  # until a person would press the next key
+        self._pause_s = 0.0  # until the next key of a user
         self._edits = self._tear() if manner.is_torn else self._type(seed)
         self._random = random.Random(seed)
         self.pids: set[int] = set()  # of all its relays
@@ -112,7 +112,7 @@ class Window:
         self.start()
 
     def start(self) -> None:
-        """A relay, and all that an editor says at first."""
+        """Start a relay, and send an editor's first messages."""
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "fimserver", "lsp"],
             stdin=subprocess.PIPE,
@@ -136,7 +136,8 @@ class Window:
         with contextlib.suppress(OSError, ValueError):
             while (body := read_body(stream)) is not None:
                 message = json.loads(body)
-                if "method" not in message and message["id"] is not None:  # none has what says that it is unreadable
+                # an error about an unreadable message has no id
+                if "method" not in message and message["id"] is not None:
                     with self._arrived:
                         self.counts.doubled += message["id"] in self._answered
                         self._answered.add(message["id"])
@@ -160,15 +161,15 @@ class Window:
         return self._next_id
 
     def wait(self, number: int, timeout_s: float = _ANSWER_S) -> dict[str, Any] | None:
-        """A request's answer."""
+        """Return a request's answer."""
         deadline = time.monotonic() + timeout_s
         with self._arrived:
             while number not in self._answers and self.process.poll() is None and time.monotonic() < deadline:
-                self._arrived.wait(min(_LOOK_S, timeout_s))  # a relay that was killed tells nobody
+                self._arrived.wait(min(_LOOK_S, timeout_s))  # a killed relay sends no notice
             return self._answers.pop(number, None)
 
     def ask(self, method: str, params: Any) -> dict[str, Any]:
-        """A request and its answer."""
+        """Send a request and return its answer."""
         answer = self.wait(self.send(method, params))
         if answer is None:
             self.counts.unanswered += self.process.poll() is None  # a relay that was killed answers nothing
@@ -176,12 +177,12 @@ class Window:
         return answer
 
     def replace_relay(self) -> None:
-        """The relay was killed: the editor starts its server anew."""
+        """Start the editor's server again after its relay was killed."""
         self._close()
         self.start()
 
     def _tear(self) -> Iterator[Edit]:
-        """Random edits near the last one, rarely elsewhere or of the whole text, as some editors send it."""
+        """Yield random edits near the last one, rarely elsewhere or of the whole text, as some editors send it."""
         draw, line = self._random, 0
         while True:
             line = draw.randrange(len(self.index)) if draw.random() < _JUMPS else line
@@ -195,7 +196,7 @@ class Window:
                 yield start, min(end, start + draw.choice((0, 0, 0, 1, 5))), draw.choice(_TYPED)
 
     def _type(self, seed: int) -> Iterator[Edit]:
-        """What a person does: keys one after the other, some of them wrong, and a mistake elsewhere that is undone."""
+        """Yield a user's edits: keys one after the other, some of them wrong, and a mistake elsewhere, undone later."""
         draw = self._random
         for key in to_keystrokes(math.inf, seed):
             if key.opens is not None:
@@ -215,11 +216,11 @@ class Window:
             yield cursor, cursor, key.text
 
     def edit(self) -> None:
-        """The next edit. Raises ``OSError`` where the relay is gone; the next one is told the text as it is then."""
+        """Make the next edit. Raises ``OSError`` if the relay is gone; the next relay gets the text as it is then."""
         self.change(*next(self._edits))
 
     def change(self, start: int | None, end: int | None, text: str) -> None:
-        """One edit."""
+        """Make one edit."""
         self.counts.edits += 1
         self.version += 1
         change: dict[str, Any] = {"text": text}
@@ -234,7 +235,7 @@ class Window:
         self.tell("textDocument/didChange", {"textDocument": document, "contentChanges": [change]})
 
     def request(self) -> None:
-        """A completion where the last edit was: waited for, typed on, or cancelled."""
+        """Ask for a completion at the last edit: wait for it, continue to type, or cancel."""
         draw = self._random
         asked, cursor = self.index, self._cursor()
         number = self.send_completion(cursor, 1 if draw.random() < 0.1 else 2)
@@ -249,7 +250,7 @@ class Window:
         self._judge(self.wait(number), seen, asked, cursor)
 
     def press(self) -> None:
-        """A key as a person presses it: ghost text is asked for by itself, and no longer wanted at the next key."""
+        """Press a key as a user does: an automatic request follows, and is cancelled at the next key."""
         due = time.monotonic() + self._pause_s
         self.edit()
         asked, cursor = self.index, self._cursor()
@@ -263,7 +264,7 @@ class Window:
         time.sleep(max(0.0, due - time.monotonic()))
 
     def _cursor(self) -> int:
-        """Where the cursor is, as an offset."""
+        """Return the cursor as an offset."""
         first, last = self.index.line_range(min(self._place[0], len(self.index) - 1))
         return min(first + self._place[1], last)
 
@@ -275,7 +276,7 @@ class Window:
         return self.send("textDocument/inlineCompletion", params)
 
     def _judge(self, answer: dict[str, Any] | None, seen: int | None, asked: LineIndex, cursor: int) -> None:
-        """Count an answer. ``seen`` is a request behind an edit: what comes after its answer was said knowing that."""
+        """Count an answer. ``seen`` is a request sent after an edit: its answer shows that the server knows the edit."""
         seen_answer = self.wait(seen) if seen is not None else None
         if answer is None:
             if self.process.poll() is None:  # a relay that was killed answers nothing
@@ -304,7 +305,7 @@ class Window:
             self.counts.stale += not is_crossed
 
     def ping(self) -> None:
-        """How long the server takes to say its state."""
+        """Measure how long the server takes to report its state."""
         begin = time.perf_counter()
         answer = self.ask("fimserver/status", {})
         if answer:

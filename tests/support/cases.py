@@ -1,7 +1,7 @@
-"""Data-driven cases: a source with a cursor mark beside what is expected of it.
+"""Data-driven cases: a source with a cursor mark, and the expected result.
 
 A file holds cases as ``=== name [key=value ...]``, then the source, then sections that begin with ``--- title``;
-the last section is what is expected. ``pytest --update`` writes what came out instead of comparing.
+the last section is the expected result. ``pytest --update`` writes the actual result instead of comparing.
 """
 
 import json

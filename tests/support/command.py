@@ -1,4 +1,4 @@
-"""The command line, run as a person types it."""
+"""The command line, run as a user types it."""
 
 import subprocess
 import sys

@@ -19,7 +19,7 @@ _LIBRARIES = Path("usr") / "lib" / f"{platform.machine()}-linux-gnu"
 
 
 def install(*packages: str) -> str:
-    """Install packages; why that cannot be, or nothing."""
+    """Install packages; return the reason if that fails, or nothing."""
     if shutil.which("apt-get") is None or os.geteuid() != 0:
         return f"{', '.join(packages)} cannot be installed without apt-get and root"
     env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
@@ -33,7 +33,7 @@ def install(*packages: str) -> str:
 
 
 def unpack(package: str, program: str, folder: Path) -> Path:
-    """The root of what a package of the newest suite holds, in a cache; its program runs with its own libc there.
+    """Return the root of an unpacked package of the newest suite, in a cache; its program runs with its own libc there.
 
     Raises ``UnavailableError``.
     """
@@ -64,7 +64,7 @@ def unpack(package: str, program: str, folder: Path) -> Path:
     if loader is None:
         message = f"Debian's {_NEWEST} has no loader for this machine"
         raise UnavailableError(message)
-    # Through the loader's name alone a screen would not start: it runs the program anew.
+    # With the loader's name alone no screen would start: it runs the program again.
     libraries, path = root / _LIBRARIES, root / "usr" / "bin" / program
     run(patchelf, "--set-interpreter", loader, "--force-rpath", "--set-rpath", libraries, path)
     (folder / "done").touch()

@@ -1,9 +1,9 @@
-"""A server whose engine does what the document says: real frames, pipes and processes, no model.
+"""A server whose engine does what the document orders: real frames, pipes and processes, no model.
 
-A comment ``fake: {...}`` above the cursor is the order: ``answer``, ``drafts`` (sent one each ``step_s``, before
-the answer; with how much of it is settled, or all left to right and nothing in parallel), ``rest_s`` (between the last
-draft and the answer), ``held`` (after so many drafts it waits until it is let go), ``confidence``, ``alternatives``
-(text and confidence), and the ``name`` under which the journal has it.
+A comment ``fake: {...}`` above the cursor is the order: ``answer``, ``drafts`` (partial answers, sent one each
+``step_s``, before the answer; with how much of it is settled, or all autoregressive and nothing in parallel),
+``rest_s`` (between the last partial answer and the answer), ``held`` (after so many partial answers it waits for its release),
+``confidence``, ``alternatives`` (text and confidence), and the ``name`` that the journal shows.
 
     python fake_engine.py serve     the language server on stdio
     python fake_engine.py           its worker
@@ -32,7 +32,7 @@ _ORDER = re.compile(r"fake: (\{.*\})")
 
 
 def configure(journal: Path, *, load_s: float = 0, mode: str = "autoregressive") -> dict[str, str]:
-    """The environment of a worker that writes what it does into ``journal``."""
+    """Return the environment of a worker that writes its events into ``journal``."""
     return {
         CONFIGURATION: json.dumps({"journal": str(journal), "load_s": load_s, "mode": mode}),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])),
@@ -40,7 +40,7 @@ def configure(journal: Path, *, load_s: float = 0, mode: str = "autoregressive")
 
 
 def gate_of(journal: Path) -> Path:
-    """The file that lets an engine go which an order holds."""
+    """Return the file that releases an engine that an order holds."""
     return journal.with_suffix(".gate")
 
 
@@ -50,7 +50,7 @@ def read_journal(journal: Path, event: str, name: str | None = None) -> list[Any
 
 
 class FakeEngine:
-    """Stands for ``Engine`` in the worker."""
+    """Replaces ``Engine`` in the worker."""
 
     def __init__(self, journal: str, mode: str) -> None:
         self._journal = Path(journal)
@@ -62,10 +62,10 @@ class FakeEngine:
             file.write(json.dumps({"event": event, "name": name, "value": value}) + "\n")
 
     def device_bytes(self) -> None:
-        """There is no card."""
+        """Return nothing: there is no GPU."""
 
     def forget(self) -> None:
-        """What ``Engine`` does after a request that failed."""
+        """Do nothing; ``Engine`` calls this after a request that failed."""
 
     def complete(
         self,
@@ -105,7 +105,7 @@ class FakeEngine:
 
 
 def work() -> None:
-    """``fimserver.engine.worker.main`` with another engine."""
+    """Run ``fimserver.engine.worker.main`` with another engine."""
     configuration = json.loads(os.environ[CONFIGURATION])
     stream_in, stream_out = take_private_streams()
     inbox, outbox = Inbox(), Outbox(stream_out)
@@ -145,7 +145,7 @@ def serve() -> None:
 
 
 class FakeServer(LspClient):
-    """What an editor sees of such a server, already initialized; cursors are marked in texts."""
+    """An editor's view of such a server, already initialized; cursors are marked in texts."""
 
     def __init__(
         self,
@@ -185,7 +185,7 @@ class FakeServer(LspClient):
         self.versions[uri] = version
 
     def insert(self, uri: str, line: int, column: int, text: str, *, deleted: int = 0) -> None:
-        """Replace ``deleted`` columns behind a place by a text."""
+        """Replace ``deleted`` columns after a place by a text."""
         self.versions[uri] += 1
         span = {"start": {"line": line, "character": column}, "end": {"line": line, "character": column + deleted}}
         self.change(uri, self.versions[uri], {"range": span, "text": text})
@@ -201,17 +201,17 @@ class FakeServer(LspClient):
         self.request("workspace/executeCommand", {"command": "fimserver.snooze", "arguments": list(minutes)})
 
     def release(self) -> None:
-        """Whatever was sent has arrived: the engine that an order holds goes on."""
+        """Wait until every message has arrived, then release the engine that an order holds."""
         self.explain()
         gate_of(self.journal).touch()
 
     @property
     def last(self) -> Any:
-        """What ``fimserver.explain`` says of the last request."""
+        """Return what ``fimserver.explain`` reports of the last request."""
         return self.explain()["last"]
 
     def noted(self, event: str, name: str | None = None) -> list[Any]:
-        """What the worker noted: ``loaded``, ``begun``, ``drafted``, ``cancelled``, ``answered``."""
+        """Return the worker's events: ``loaded``, ``begun``, ``drafted``, ``cancelled``, ``answered``."""
         return read_journal(self.journal, event, name)
 
     def wait_until_noted(self, event: str, name: str | None = None, timeout_s: float = 30) -> None:

@@ -1,8 +1,8 @@
-"""A hub on this machine: what huggingface_hub asks of one, and a journal of it.
+"""A hub on this machine: the routes that huggingface_hub uses, and a journal of its requests.
 
 Repositories are folders. A commit is made of a folder's files, large ones (safetensors, tokenizers) are named by their
-SHA-256, others by git's id. ``break_at`` drops the connection behind so many bytes of the next large answer; with
-``stays_down`` every request behind it is answered with 503, as by a hub that went away.
+SHA-256, others by git's id. ``break_at`` drops the connection after so many bytes of the next large answer; with
+``stays_down`` every later request is answered with 503, as if the hub were down.
 """
 
 import hashlib
@@ -67,7 +67,7 @@ class Hub:
     redirects: bool = False  # large files to storage under another host's name, as the hub does
 
     def fetched(self, method: str = "GET") -> list[str]:
-        """Names of files that were asked for."""
+        """Return the names of the requested files."""
         return [m[3] for how, path, _ in self.journal if how == method and (m := _FILE.match(path))]
 
     def ranges(self) -> dict[str, str]:

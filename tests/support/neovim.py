@@ -4,11 +4,11 @@
     find_neovim("0.12")    from Debian's forky suite, with the libraries it needs
     Terminal               one Neovim in one tmux, with keys, screen and Lua
 
-What is downloaded is kept in ~/.cache/fimserver/editors (or $FIMSERVER_EDITORS). Where something cannot be had,
-``UnavailableError`` says what.
+Downloads are kept in ~/.cache/fimserver/editors (or $FIMSERVER_EDITORS). If something is not available,
+``UnavailableError`` names it.
 
-    python -m tests.editors neovim latency     from a key to ghost text on the screen; also with an instant server
-    python -m tests.editors neovim open 0.11 FILE   a Neovim with the plugin, to look at
+    python tests/support/neovim.py latency          key to ghost text on the screen; also for a server without a model
+    python tests/support/neovim.py open 0.11 FILE   a Neovim with the plugin, to look at
 """
 
 import json
@@ -73,7 +73,7 @@ def find_neovim(version: str) -> Neovim:
         neovim = _from_pypi() if version == "0.11" else _from_debian()
     printed = neovim.run("--version").stdout
     if not printed.startswith(f"NVIM v{version}"):
-        message = f"this is no Neovim {version}: {printed[:40]!r}"
+        message = f"not a Neovim {version}: {printed[:40]!r}"
         raise UnavailableError(message)
     return neovim
 
@@ -84,7 +84,7 @@ def _from_pypi() -> Neovim:
 
 
 def _from_debian() -> Neovim:
-    """Debian's newest, unpacked into a folder with its own libc: nothing is installed."""
+    """Unpack Debian's newest Neovim into a folder with its own libc: nothing is installed."""
     root = debian.unpack("neovim", "nvim", CACHE / "forky")
     return Neovim(root / "usr" / "bin" / "nvim", {"VIMRUNTIME": str(root / "usr" / "share" / "nvim" / "runtime")})
 
@@ -148,20 +148,20 @@ class Terminal(Tmux):
         return values[0] if values else None
 
     def wait_until_ready(self) -> None:
-        """Wait until the model is loaded: a first start takes long where others use the machine."""
+        """Wait until the model is loaded; a first start is slow on a busy machine."""
         wait_until(lambda: self.lua("require('fimserver').status().state") == "ready", "the model is ready", 120)
 
     def ghost(self) -> str | None:
-        """The ghost text that the plugin says is shown; ``None`` without one."""
+        """Return the ghost text that the plugin reports as shown; ``None`` without one."""
         value = self.lua("(require('fimserver.typing').shown(vim.api.nvim_get_current_buf()) or {}).rest")
         return value if isinstance(value, str) else None
 
     def wait_for_ghost(self) -> str:
-        """The ghost text, once there is one."""
+        """Wait for ghost text and return it."""
         return str(wait_until(self.ghost, f"ghost text\n{self.screen()}"))
 
     def type_until_ghost(self, key: str) -> str:
-        """Type a character, and come back to it where nothing came: what others use can make an answer late."""
+        """Type a character, and type it again if nothing came: a busy machine can make an answer late."""
         column = self.lua("vim.fn.col('.')")
         self.type(key)
         wait_until(lambda: self.lua("vim.fn.col('.')") != column, f"{key} is typed")  # not what was shown before it
@@ -186,7 +186,7 @@ class Terminal(Tmux):
         self.send("Enter")
 
     def save(self, file: Path) -> bytes:
-        """Write the file, and what is then on the disk."""
+        """Write the file; return its content on the disk."""
         before = file.stat().st_mtime_ns
         self.command("write")
         wait_until(lambda: file.stat().st_mtime_ns != before, "the file is written")
@@ -194,7 +194,7 @@ class Terminal(Tmux):
         return file.read_bytes()
 
     def messages(self) -> str:
-        """What ``:messages`` has."""
+        """Return the text of ``:messages``."""
         return str(self.lua("vim.fn.execute('messages')"))
 
     def log(self) -> str:

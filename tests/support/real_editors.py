@@ -1,7 +1,7 @@
-"""What the tests in real editors share: places, a home of fimserver's own, waiting, a server that plays by rules.
+"""Shared by the tests in real editors: places, a separate home, waiting, a server that completes by rules.
 
-What is downloaded is kept in ~/.cache/fimserver/editors (or $FIMSERVER_EDITORS). Where something cannot be had,
-``UnavailableError`` says what.
+Downloads are kept in ~/.cache/fimserver/editors (or $FIMSERVER_EDITORS). If something is not available,
+``UnavailableError`` names it.
 """
 
 import json
@@ -23,8 +23,8 @@ SAMPLE = SAMPLE_FILE.read_text(encoding="utf-8")
 LINE = 16  # of the sample: ``self.items.ap``
 BEGUN = "        self.items.app"
 CACHE = Path(os.environ.get("FIMSERVER_EDITORS", Path.home() / ".cache" / "fimserver" / "editors"))
-_PARTS = {"total": "in all", "debounce": "pause behind a key", "place": "finding the place", "model_total": "model"}
-SLOW_S = 30.0  # for what takes a second on a machine that others use too
+_PARTS = {"total": "in all", "debounce": "pause after a key", "place": "finding the place", "model_total": "model"}
+SLOW_S = 30.0  # s, for steps that take a second on an idle machine
 _LOOK_S = 0.02
 _STUB_SERVER = Path(__file__).with_name("stub_server.py")
 _NOUNS = ["order", "client", "parcel", "ticket", "sensor"]
@@ -42,11 +42,11 @@ LINES = [stem.format(noun) for noun in _NOUNS for stem in _STEMS]  # none twice:
 
 
 class UnavailableError(Exception):
-    """An editor or a tool that cannot be had here, and why."""
+    """An editor or a tool is not available here; the message gives the reason."""
 
 
 def run(*command: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None, timeout: float = 900) -> str:
-    """What a command prints; ``UnavailableError`` with its last line where it fails or is not there."""
+    """Return a command's output; raise ``UnavailableError`` with its last line if it fails or does not exist."""
     name = Path(command[0]).name
     try:
         done = subprocess.run(
@@ -69,7 +69,7 @@ def run(*command: str | Path, cwd: Path | None = None, env: dict[str, str] | Non
 
 
 def wait_until(is_so: Callable[[], Any], what: str, timeout: float = SLOW_S) -> Any:
-    """The first true value of ``is_so``, looked at again and again; fails with ``what``."""
+    """Poll ``is_so`` and return its first true value; fail with ``what``."""
     end = time.monotonic() + timeout
     while not (value := is_so()):
         if time.monotonic() > end:
@@ -86,14 +86,14 @@ def call_fimserver(env: dict[str, str], *arguments: str) -> subprocess.Completed
 
 
 def daemon_status(env: dict[str, str]) -> dict[str, Any]:
-    """What the daemon of an environment says of itself; nothing while there is none."""
+    """Return the status that an environment's daemon reports; nothing without one."""
     printed = call_fimserver(env, "daemon", "status", "--json").stdout
     found: dict[str, Any] = json.loads(printed) if printed.startswith("{") else {}
     return found
 
 
 def write_script(file: Path, *lines: str) -> Path:
-    """A program of a shell's lines."""
+    """Write a shell script of these lines."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("\n".join(["#!/bin/sh", *lines, ""]), encoding="utf-8")
     file.chmod(0o755)
@@ -101,7 +101,7 @@ def write_script(file: Path, *lines: str) -> Path:
 
 
 def install_from_pypi(folder: Path, requirement: str) -> Path:
-    """The programs of a package in a virtual environment of its own, made where it is not there yet."""
+    """Return the programs of a package in a separate virtual environment, made if it does not exist."""
     if not (folder / "done").exists():
         shutil.rmtree(folder, ignore_errors=True)
         run(sys.executable, "-m", "venv", folder)
@@ -112,7 +112,7 @@ def install_from_pypi(folder: Path, requirement: str) -> Path:
 
 @contextmanager
 def skipped_where_unavailable() -> Iterator[None]:
-    """The test is skipped where an editor or a tool cannot be had, and says why."""
+    """Skip the test, with the reason, if an editor or a tool is not available."""
     import pytest
 
     try:
@@ -123,7 +123,7 @@ def skipped_where_unavailable() -> Iterator[None]:
 
 @contextmanager
 def fimserver_home() -> Iterator[dict[str, str]]:
-    """An environment with a daemon of its own, which ends with it."""
+    """Yield an environment with its own daemon, which ends with it."""
     home = tempfile.mkdtemp(prefix="fim-")  # short: a socket's path may have some 100 characters only
     env = {"FIMSERVER_HOME": home}
     try:
@@ -136,7 +136,7 @@ def fimserver_home() -> Iterator[dict[str, str]]:
 
 
 class Stub:
-    """A language server that completes by rules: where a test needs a certain text, several lines, or a late answer."""
+    """A language server that completes by rules, for tests that need a certain text, several lines or a late one."""
 
     def __init__(self, folder: Path, *rules: dict[str, Any]) -> None:
         """``rules`` as in ``stub_server.py``; "after", "texts" and what else they have."""
@@ -148,7 +148,7 @@ class Stub:
         self.say(*rules)
 
     def say(self, *rules: dict[str, Any]) -> None:
-        """Complete by these from now on."""
+        """Complete by these rules from now on."""
         self.rules.write_text(json.dumps(rules), encoding="utf-8")
 
     def received(self, method: str) -> list[Any]:

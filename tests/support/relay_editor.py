@@ -67,7 +67,7 @@ class FakeDaemon:
 
 
 class Editor:
-    """One relay, the editor's end of it, and as many daemons as it asks for."""
+    """One relay, the editor's end of it, and the daemons that it starts."""
 
     def __init__(self) -> None:
         self.stdin, self.stdout = Pipe(), io.BytesIO()
@@ -149,5 +149,5 @@ class Editor:
 def until(condition: Any, timeout_s: float = 5.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < deadline, "it did not come about"
+        assert time.monotonic() < deadline, "the condition did not become true"
         time.sleep(0.002)

@@ -2,14 +2,14 @@
 
     python stub_server.py RULES [JOURNAL]
 
-RULES is a JSON file, read anew with each request: a list of
+RULES is a JSON file, read again for each request: a list of
 
     {"after": "foo(", "texts": ["a, b)"], "replace": 1, "delay_ms": 0}
 
-Where the text before the cursor ends with ``after`` and the beginning of a text, the rest of each text that begins so
-is offered, in the place of ``replace`` characters behind the cursor. With ``loading_until`` in the first rule the
-server says that its model is loading until a file of that path is there, and offers nothing meanwhile. JOURNAL gets
-each message, one a line, and JOURNAL.pid the process.
+If the text before the cursor ends with ``after`` and the beginning of some texts, the rest of each such text is
+offered and replaces ``replace`` characters after the cursor. With ``loading_until`` in the first rule the server
+reports that its model is loading until a file of that path exists, and offers nothing meanwhile. JOURNAL gets each
+message, one a line, and JOURNAL.pid the process.
 """
 
 import json
@@ -27,7 +27,7 @@ _INVOKED = 1
 
 
 def find_items(rules: list[dict[str, Any]], before: str, position: dict[str, int], *, invoked: bool) -> list[Any]:
-    """The items for a cursor behind ``before``; several only where the person asked."""
+    """Return the items for a cursor after ``before``; several only for an invoked request."""
     for rule in rules:
         for length in range(max(map(len, rule["texts"])), -1, -1):
             fits = [

@@ -1,4 +1,4 @@
-"""A program in a terminal that nobody sees: keys go in, the text on the screen is compared."""
+"""A program in a terminal without a window: keys go in, the text on the screen is compared."""
 
 import shutil
 import subprocess
@@ -30,7 +30,7 @@ class Tmux:
         self.call("set-option", "-g", "escape-time", 0)
 
     def call(self, *arguments: object) -> str:
-        """What a command of tmux prints."""
+        """Return the output of a tmux command."""
         command = [*self._tmux, *map(str, arguments)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=SLOW_S, check=False)
         assert not done.returncode, done.stderr
@@ -41,11 +41,11 @@ class Tmux:
         self.call("send-keys", *keys)
 
     def type(self, text: str) -> None:
-        """Type a text as it stands."""
+        """Type a text literally."""
         self.call("send-keys", "-l", "--", text)
 
     def screen(self, *, colors: bool = False) -> str:
-        """What is on the screen; with ``colors`` as escape sequences."""
+        """Return the screen; with ``colors`` as escape sequences."""
         return self.call("capture-pane", "-p", *(["-e"] if colors else []))
 
     def watch(self, file: Path) -> None:
@@ -54,7 +54,7 @@ class Tmux:
         self.call("pipe-pane", f"cat >> {file}")
 
     def wait_for(self, text: str, timeout: float = SLOW_S) -> str:
-        """The screen, once ``text`` is on it."""
+        """Wait until ``text`` is on the screen; return the screen."""
         try:
             return str(wait_until(lambda: s if text in (s := self.screen()) else "", text, timeout))
         except AssertionError:
@@ -62,7 +62,7 @@ class Tmux:
             raise AssertionError(message) from None
 
     def wait_without(self, text: str, timeout: float = SLOW_S) -> str:
-        """The screen, once ``text`` is no longer on it."""
+        """Wait until ``text`` is no longer on the screen; return the screen."""
         return str(wait_until(lambda: s if text not in (s := self.screen()) else "", f"no {text!r}", timeout))
 
     def close(self) -> None:

@@ -5,11 +5,11 @@
     Workbench         one code-server with the extension, a folder, and windows on it
     Window            one page: keys, what is on the screen, pictures
 
-What is downloaded is kept in ~/.cache/fimserver/editors/vscode (or $FIMSERVER_EDITORS/vscode). Where something cannot
-be had, ``UnavailableError`` says what.
+Downloads are kept in ~/.cache/fimserver/editors/vscode (or $FIMSERVER_EDITORS/vscode). If something is not available,
+``UnavailableError`` names it.
 
-    python -m tests.editors vscode latency     from a key to ghost text on the screen; also with an instant server
-    python -m tests.editors vscode open FOLDER      a workbench with the extension, to look at with a browser
+    python tests/support/vscode.py latency          key to ghost text on the screen; also for a server without a model
+    python tests/support/vscode.py open FOLDER      a workbench with the extension, to look at with a browser
 """
 
 import itertools
@@ -159,7 +159,7 @@ def prepare() -> None:
 
 
 def package(folder: Path) -> Path:
-    """The extension as one file, made anew. Raises ``UnavailableError``."""
+    """Build the extension as one file. Raises ``UnavailableError``."""
     prepare()
     return pack(EXTENSION, folder / "fimserver.vsix")
 
@@ -181,7 +181,7 @@ def names_in(vsix: Path) -> list[str]:
 
 
 class Browser:
-    """A headless Chromium behind ``driver.mjs``."""
+    """A headless Chromium that runs ``driver.mjs``."""
 
     def __init__(self, vscode: VSCode) -> None:
         command = [vscode.node, EXTENSION / "test" / "driver.mjs", vscode.playwright, vscode.chromium]
@@ -239,7 +239,7 @@ _IS_STILL = """document.getAnimations().every(animation =>
   animation.playState !== 'running' || animation.effect?.getComputedTiming().endTime === Infinity)"""
 _TEXTS = "[...document.querySelectorAll({selector})].map(node => node.textContent.replace(/\\u00a0/g, ' '))"
 _PICK = ".quick-input-widget:not([style*='display: none'])"
-_TYPED = _PICK + " input:focus"  # before it has the focus, keys go to the editor behind it
+_TYPED = _PICK + " input:focus"  # before it has the focus, keys go to the editor below it
 _CHOSEN = _PICK + " .quick-input-list .monaco-list-row.focused"
 _STATUS = ".statusbar-item[id*='fimserver.status']"
 
@@ -303,13 +303,13 @@ class Window:
         return found
 
     def take_ghost(self) -> None:
-        """Tab, until the ghost text is text; another one may stand behind it at once."""
+        """Press Tab until the ghost text is text; another ghost text may follow it at once."""
         before = self.written()
         self.press("Tab")
         wait_until(lambda: self.written() != before, "the ghost text is text")
 
     def wait_for_ghost(self, timeout: float = SLOW_S) -> str:
-        """The ghost text, once there is one."""
+        """Wait for ghost text and return it."""
         try:
             return str(wait_until(self.ghost, "ghost text", timeout))
         except AssertionError:
@@ -317,7 +317,7 @@ class Window:
             raise AssertionError(message) from None
 
     def type_until_ghost(self, key: str) -> str:
-        """Type a character, and again where nothing came: what others use of the machine can make an answer late."""
+        """Type a character, and again if nothing came: a busy machine can make an answer late."""
         for _ in range(3):
             self.type(key)
             with suppress(AssertionError):
@@ -371,7 +371,7 @@ class Window:
         raise AssertionError(message)
 
     def save(self, file: Path) -> bytes:
-        """Save what is edited, and what is then on the disk."""
+        """Save the file; return its content on the disk."""
         self.press("Control+s")
         wait_until(lambda: not self.has(".tabs-container .tab.active.dirty"), "the file is saved")
         return file.read_bytes()
@@ -395,7 +395,7 @@ class Window:
             raise AssertionError(message) from None
 
     def menu(self) -> list[str]:
-        """Open the menu behind the status item; what it offers."""
+        """Open the menu of the status item; return its entries."""
         self.click(_STATUS + " a")
         title = _PICK + " .quick-input-title"
         wait_until(lambda: any("fimserver" in text for text in self.texts(title)), "the menu is there")
@@ -441,7 +441,7 @@ class Window:
         wait_until(lambda: not self.notifications(), "no message is on the screen")
 
     def accept(self, text: str) -> None:
-        """Take what a list to choose from has first, once it offers a text and listens to keys."""
+        """Accept the first entry of a list, once it offers a text and has the focus."""
         wait_until(lambda: any(text in row for row in self.rows()), f"{text} is offered")
         wait_until(lambda: self.has(_TYPED) and self.has(_CHOSEN), f"the list with {text} has the keys")
         self.press("Enter")
@@ -489,9 +489,9 @@ class Workbench:
         env: dict[str, str],
         settings: dict[str, Any] | None = None,
         trusted: bool = True,
-        beside: Path | None = None,
+        other: Path | None = None,
     ) -> None:
-        """``folder`` is opened; ``settings`` are the person's, over quiet ones; ``beside``: another extension."""
+        """Open ``folder`` with the user's ``settings`` over quiet ones; ``other`` is one more extension."""
         self.folder = folder
         self.data = Path(tempfile.mkdtemp(prefix="code-"))
         self._settings = {**_QUIET, "fimserver.serverPath": str(FIMSERVER), **(settings or {})}
@@ -502,7 +502,7 @@ class Workbench:
         variables = {**os.environ, **env, "VSCODE_CLI": "1", "XDG_CONFIG_HOME": str(self.data / "config")}
         for name in ("VSCODE_IPC_HOOK_CLI", "PASSWORD"):
             variables.pop(name, None)
-        for extension in filter(None, (vsix, beside)):
+        for extension in filter(None, (vsix, other)):
             run(*self._command, "--install-extension", extension, env=variables)
         options = ["--auth", "none", "--disable-telemetry", "--disable-update-check"]
         if trusted:
@@ -575,19 +575,19 @@ class Workbench:
             self.set_for_status(window, "tiny", serverPath=str(FIMSERVER))
 
     def assert_calm(self, window: Window) -> None:
-        """Nothing was complained about."""
+        """Check that no complaint was logged or shown."""
         assert window.notifications() == []
         assert self.host_errors() == []
         errors = [line for line in self.logs().splitlines() if "[error]" in line]
         assert [line for line in errors if not re.search("SIGKILL|connection was closed", line)] == []
 
     def set(self, **settings: Any) -> None:
-        """Change the person's settings, in their file; names without ``fimserver.``, ``None`` takes one out."""
+        """Change the user's settings, in their file; names without ``fimserver.``, ``None`` removes one."""
         for name, value in settings.items():
             self.set_any(f"fimserver.{name}", value)
 
     def set_until(self, is_so: Callable[[], Any], what: str, **settings: Any) -> None:
-        """Set, and again where nothing comes of it."""
+        """Set, and repeat until a condition is true."""
         self.repeat_until(partial(self.set, **settings), is_so, what)
 
     def set_for_status(self, window: Window, word: str, **settings: Any) -> None:
@@ -596,7 +596,7 @@ class Workbench:
 
     @staticmethod
     def repeat_until(change: Callable[[], None], is_so: Callable[[], Any], what: str) -> None:
-        """VS Code misses a file that changes while its watchers are set up anew, for another folder say."""
+        """Repeat a change of settings: VS Code misses it while its watchers restart, for another folder say."""
         for _ in range(3):
             change()
             with suppress(AssertionError):
@@ -606,7 +606,7 @@ class Workbench:
         raise AssertionError(message)
 
     def set_any(self, name: str, value: Any) -> None:
-        """Change one of the person's settings by its whole name."""
+        """Change one of the user's settings by its full name."""
         self._settings[name] = value
         if value is None:
             del self._settings[name]
@@ -619,7 +619,7 @@ class Workbench:
             write_over(file, json.dumps(self._settings, indent=2).encode())
 
     def settings(self) -> dict[str, Any]:
-        """The person's settings as the file has them now."""
+        """Return the user's settings as the file has them now."""
         return read_settings(self.data / "User" / "settings.json")
 
     def logs(self) -> str:
@@ -696,7 +696,7 @@ def measure(window: Window, file: Path, num_pauses: int) -> list[float]:
         window.go(19)
         window.press("End", "Enter")
         window.type(text[:-1])
-        time.sleep(0.7)  # what comes for the text before the last key is not what is measured
+        time.sleep(0.7)  # an answer to the text before the last key is not measured
         window.press("Escape")
         window.type(text[-1])
         with suppress(AssertionError):

@@ -1,4 +1,4 @@
-"""Every experiment can be begun, and its variants cost what they are said to."""
+"""Every experiment can be started, and its variants cost what their description states."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The forward pass of training, held against transformers' own, and its loss against torch's."""
+"""The forward pass of training, compared with transformers' own, and its loss with torch's."""
 
 import copy
 
@@ -49,7 +49,7 @@ def _values(recipe: Recipe) -> dict[str, int]:
 
 @torch.no_grad()
 def read_theirs(network: DiffusionGemmaForBlockDiffusion, ids: Tensor, canvas: Tensor, logits: Tensor | None) -> Tensor:
-    """Logits (C, V) of one canvas behind one sequence."""
+    """Return logits (C, V) of one canvas after one sequence."""
     output = network(
         input_ids=ids[None],
         decoder_input_ids=canvas[None],
@@ -84,7 +84,7 @@ def test_a_packed_pass_is_the_class_own(networks: dict[str, DiffusionGemmaForBlo
 @pytest.mark.parametrize("name", ["tiny", "random", "few"])
 @torch.no_grad()
 def test_a_conditioned_pass_is_the_class_own(networks: dict[str, DiffusionGemmaForBlockDiffusion], name: str) -> None:
-    """What was guessed in one pass is what the class makes of its logits in the next."""
+    """Self-conditioning equals the class's own, computed from the logits of the pass before."""
     network = networks[name]
     packed = PackedModel(network)
     clean, canvases, later = draw(BATCH, LENGTH), draw(BATCH, 3, CANVAS, seed=1), draw(BATCH, 3, CANVAS, seed=2)

@@ -1,4 +1,4 @@
-"""What a run is told and how it is paced: the recipe, the schedule, the optimizers, the number of threads."""
+"""The options of a run and its pace: the recipe, the schedule, the optimizers, the number of threads."""
 
 import dataclasses
 import json

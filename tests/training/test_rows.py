@@ -1,4 +1,4 @@
-"""Training rows: prompts as the product writes them, what follows them, holes and noise."""
+"""Training rows: prompts as the product writes them, their continuation, holes and noise."""
 
 import pickle
 import random
@@ -62,7 +62,7 @@ def maker_of(
 def test_a_row_is_the_products_prompt_and_what_was_there(
     vocabulary: Vocabulary, metadata: ModelMetadata, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The hole is noted on its way; from it alone the prompt is written anew, as the server writes it."""
+    """The test notes the hole; from it alone the prompt is written again, as the server writes it."""
     holes: list[tuple[str, int, int]] = []
 
     def pick(source: Lines, *rest: object, prose: float) -> tuple[int, int] | None:

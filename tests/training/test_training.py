@@ -1,4 +1,4 @@
-"""A training run: that it learns, goes on where it was, exports what the server loads; and its command."""
+"""A training run: it learns, resumes where it was, exports what the server loads; and its command."""
 
 import dataclasses
 import json
@@ -104,7 +104,7 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not(tmp_path: Path, mon
         assert same(one[key], two[key]), key
     assert {**one["state"], "seconds": 0} == {**two["state"], "seconds": 0}
     assert one["state"]["step"] == 20
-    assert one["state"]["warm_steps"] == 0  # over: who goes on warms up again
+    assert one["state"]["warm_steps"] == 0  # over: a resumed run warms up again
     assert same(values_of(whole), one["model"])
     assert not same(one["averages"], one["model"])
     lines = [[{k: v for k, v in e.items() if k != "seconds"} for e in log_of(tmp_path / n)] for n in ("whole", "parts")]

@@ -64,7 +64,7 @@ test.skipIf(process.platform === "win32")("what was begun is ended, with all tha
 function isAlive(pid: number): boolean {
   try {
     process.kill(pid, 0);
-    // Where nobody takes up orphans, one that has ended is still listed.
+    // If no process reaps orphans, one that has ended is still listed.
     return !(process.platform === "linux" && readFileSync(`/proc/${pid}/stat`, "utf8").includes(") Z "));
   } catch {
     return false;

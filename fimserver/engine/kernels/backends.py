@@ -91,7 +91,7 @@ class Choice:
 
 
 def _make_triton(dtype: torch.dtype, _rest: MatmulBackend) -> MatmulBackend:
-    from fimserver.engine.kernels.triton_kernels import TritonMatmul  # noqa: PLC0415  only CUDA's torch brings Triton
+    from fimserver.engine.kernels.triton_kernels import TritonMatmul  # noqa: PLC0415  only CUDA builds of torch have Triton
 
     return TritonMatmul(dtype=dtype)
 

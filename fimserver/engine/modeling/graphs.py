@@ -18,12 +18,12 @@ from collections.abc import Callable
 
 import torch
 
+from fimserver.checkpoints.engine_limits import MAX_CAPTURED_PASSES
 from fimserver.engine.kernels.devices import capture
 from fimserver.engine.modeling.kv_cache import KVCache
 from fimserver.engine.modeling.layers import AttentionPlan
 from fimserver.engine.modeling.network import Network, canvas_rows
 
-_MOST_PASSES = 12  # CUDA graphs kept per cache
 _Run = Callable[[], torch.Tensor]
 
 
@@ -116,7 +116,7 @@ class FixedPasses:
                 self._network, cache, canvases, self._capture, self_conditioning=self_conditioning is not None
             )
             self.num_captured += 1
-            while len(held) > _MOST_PASSES:
+            while len(held) > MAX_CAPTURED_PASSES:
                 held.popitem(last=False)
         held.move_to_end(key)
         fixed.move(cache)

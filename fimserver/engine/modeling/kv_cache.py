@@ -18,8 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-MARGIN_TOKENS = 1024
-_GROWTH_TOKENS, _MOST_GROWTH_TOKENS = 256, 4096  # buffers grow by half, within these limits
+from fimserver.checkpoints.engine_limits import MARGIN_TOKENS, MAX_GROWTH_TOKENS, MIN_GROWTH_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +68,7 @@ class KVCache:
             capacity = self.keys[layer].shape[1]
             if held + num_rows <= capacity:
                 continue
-            wanted = max(held + num_rows, capacity + min(max(_GROWTH_TOKENS, capacity // 2), _MOST_GROWTH_TOKENS))
+            wanted = max(held + num_rows, capacity + min(max(MIN_GROWTH_TOKENS, capacity // 2), MAX_GROWTH_TOKENS))
             if shape.window is not None and self._window is not None:
                 wanted = max(held + num_rows, min(wanted, self._window + self._margin))
             self.generation += 1

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from transformers import DiffusionGemmaForBlockDiffusion
 
+from fimserver.checkpoints.engine_limits import CAPTURED_LENGTH_MULTIPLE
 from fimserver.checkpoints.gpus import NO_GPU
 from fimserver.checkpoints.memory import Format, Role, read_folder
 from fimserver.checkpoints.metadata import ModelMetadata, limit_context, read_metadata
@@ -33,7 +34,6 @@ from fimserver.engine.modeling.network import Network, Rows, canvas_rows, causal
 from fimserver.errors import EngineError, WeightsError
 
 _logger = logging.getLogger(__name__)
-_CAPTURED_LENGTHS = 16  # lengths of captured canvases are multiples of this
 
 
 class Model:
@@ -112,7 +112,7 @@ class Model:
     @property
     def cut_multiple(self) -> int:
         """Multiple that canvas lengths are rounded up to, since each length needs its own CUDA graph."""
-        return _CAPTURED_LENGTHS if self._fixed is not None else 1
+        return CAPTURED_LENGTH_MULTIPLE if self._fixed is not None else 1
 
     def without_graphs(self) -> "Model":
         """Return the same model without CUDA graphs."""

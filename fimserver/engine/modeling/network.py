@@ -19,9 +19,10 @@ import torch
 from torch.nn import functional
 from transformers import DiffusionGemmaForBlockDiffusion
 
+from fimserver.checkpoints.engine_limits import MARGIN_TOKENS, MAX_TABLED_POSITIONS
 from fimserver.engine.kernels.matmul import PLAIN, MatmulBackend
 from fimserver.engine.kernels.packed import find_packed_experts
-from fimserver.engine.modeling.kv_cache import MARGIN_TOKENS, CacheShape, KVCache
+from fimserver.engine.modeling.kv_cache import CacheShape, KVCache
 from fimserver.engine.modeling.layers import (
     MASK_ALIGNMENT,
     AttentionPlan,
@@ -35,7 +36,6 @@ from fimserver.engine.modeling.layers import (
 from fimserver.errors import WeightsError
 
 _ACTIVATION = "gelu_pytorch_tanh"  # the activation in triton_kernels.py and the other backends
-_MOST_TABLED = 16384  # positions; tables for 262,144 would take 1.6 GB
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,11 +225,11 @@ class Network:
     def _rotate_by(self, positions: torch.Tensor, needed: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Return the same, from tables that grow up to a limit; ``needed`` is above every position."""
         kinds = {layer.kind for layer in self._layers}
-        if needed > _MOST_TABLED:
+        if needed > MAX_TABLED_POSITIONS:
             return {kind: self._compute_rotation(kind, positions) for kind in kinds}
         known = next(iter(self._tables.values()))[0].shape[0] if self._tables else 0
         if needed > known:
-            at = torch.arange(min(max(needed, 2 * known, 1024), _MOST_TABLED), device=self.device)
+            at = torch.arange(min(max(needed, 2 * known, 1024), MAX_TABLED_POSITIONS), device=self.device)
             self._tables = {kind: self._compute_rotation(kind, at) for kind in kinds}
         return {kind: (cosines[positions], sines[positions]) for kind, (cosines, sines) in self._tables.items()}
 

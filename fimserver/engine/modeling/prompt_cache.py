@@ -14,12 +14,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fimserver.checkpoints.engine_limits import CHUNK_TOKENS, MAX_PROMPT_CACHE_BYTES
 from fimserver.engine.modeling.kv_cache import KVCache
 from fimserver.engine.modeling.model import Model
 
-CHUNK_TOKENS = 512  # per pass; cancellation is checked between passes
 MAX_PROMPTS = 8
-MAX_BYTES = 512 * 2**20
 _WORTH_TOKENS = 16  # a prompt with a shorter common prefix gets a cache of its own
 
 
@@ -48,7 +47,9 @@ class _Held:
 class PromptCache:
     """KV caches of several prompts; ``cache`` and ``token_ids`` are those of the last one encoded."""
 
-    def __init__(self, model: Model, *, max_prompts: int = MAX_PROMPTS, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(
+        self, model: Model, *, max_prompts: int = MAX_PROMPTS, max_bytes: int = MAX_PROMPT_CACHE_BYTES
+    ) -> None:
         self._model = model
         self._max_prompts, self._max_bytes = max_prompts, max_bytes
         self.clear()

@@ -143,7 +143,7 @@ class _Shown:
     completion: Completion
     others: tuple[Completion, ...] = ()
     typed: int = 0
-    inserted: int = 0  # characters that came in one edit, so nobody typed them
+    inserted: int = 0  # characters that came in one edit, so they were not typed
 
     def judge(self, text: str) -> bool | None:
         """Return whether a completion was accepted, now that the document has this text; ``None`` while that is open.

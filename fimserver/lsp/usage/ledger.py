@@ -97,7 +97,7 @@ class Statistics:
 
     def day(self, name: str | None = None) -> Day:
         """Return a day's counts, today's by default."""
-        return self.days.setdefault(name or date.today().isoformat(), Day())  # noqa: DTZ011  a person's days are local
+        return self.days.setdefault(name or date.today().isoformat(), Day())  # noqa: DTZ011  days are the user's local ones
 
     def merge(self, other: "Statistics") -> None:
         """Add other statistics."""

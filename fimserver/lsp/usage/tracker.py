@@ -76,5 +76,5 @@ class Usage:
         self.acceptance.forget_counts()
         self.ledger.forget()
 
-    def _on_decided(self, completion: str, accepted: bool, characters: int) -> None:  # noqa: FBT001  a callback's
+    def _on_decided(self, completion: str, accepted: bool, characters: int) -> None:  # noqa: FBT001  the signature of a callback
         self.ledger.note_decision(completion, accepted=accepted, characters=characters)

@@ -1,4 +1,4 @@
-"""The denoising loop, held against transformers' own with the same random draws."""
+"""The denoising loop, compared with transformers' own with the same random draws."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -38,7 +38,7 @@ def code_prompt(vocabulary: Vocabulary, text: str = "def add(first, second):\n  
 
 
 class TheirForward:
-    """transformers' own modules behind our loop, which draws: a rounding could tip a draw and all that follows."""
+    """transformers' own modules in our loop: a rounding could change a draw and all later ones."""
 
     def __init__(self, model: Model) -> None:
         self.reference, self.vocab_size, self.device = model.reference, model.vocab_size, model.device
@@ -66,7 +66,7 @@ class TheirForward:
 
 
 def run_ours(network: Model, prompt: list[int], options: DenoisingOptions, seed: int) -> tuple[list[int], int]:
-    """One canvas with transformers' rule of stopping: all of it stable and confident."""
+    """Denoise one canvas with transformers' rule of stopping: all of it stable and confident."""
     model: Any = TheirForward(network)
     cache = model.encode(prompt)
     generator = torch.Generator().manual_seed(seed)
@@ -127,7 +127,7 @@ def test_same_tokens_as_transformers_generate(
 
 
 def test_the_comparison_sees_early_stops(tiny_model: Model, vocabulary: Vocabulary) -> None:
-    """The loose options above do stop before the budget is spent, or the test would prove less."""
+    """The loose options above do stop before the budget is spent; otherwise the test would prove less."""
     options = DenoisingOptions(20, 40.0, 1.5, 1, 0.1, 0.9)
     steps = [run_theirs(tiny_model, code_prompt(vocabulary), options, seed)[1] for seed in range(3)]
     assert min(steps) < 20
@@ -239,7 +239,7 @@ def settled_state(bests: list[list[int]], entropy: float) -> CanvasState:
     [
         ([[1, 2, 3], [1, 2, 3]], 0.001, 1, 3, True),
         ([[1, 2, 9], [1, 2, 3]], 0.001, 1, 3, False),
-        ([[1, 2, 9], [1, 2, 3]], 0.001, 1, 2, True),  # what stands behind the answer's end may change
+        ([[1, 2, 9], [1, 2, 3]], 0.001, 1, 2, True),  # tokens after the answer's end may change
         ([[1, 2, 3], [1, 2, 3]], 0.9, 1, 3, False),
         ([[1, 2, 3], [1, 2, 3]], 0.001, 2, 3, False),
         ([[1, 2, 3], [1, 2, 3], [1, 2, 3]], 0.001, 2, 3, True),
@@ -317,7 +317,7 @@ def test_healed_answers_begin_with_the_word(model: Model, vocabulary: Vocabulary
         for seed in range(2):
             text = fill(model, vocabulary, healed=healed, seed=seed)[0]
             assert text.startswith(healed)
-            assert len(text) > len(healed), "min_tokens asks for more than what was typed"
+            assert len(text) > len(healed), "min_tokens asks for more than the typed word"
 
 
 def test_confidence_is_that_of_the_last_step_at_temperature_one(model: Model, vocabulary: Vocabulary) -> None:
@@ -338,7 +338,7 @@ QUICK = replace(PUBLISHED, max_denoising_steps=24, entropy_bound=0.5, confidence
 
 
 class Scripted:
-    """A model that is sure of what it is told to say, step by step; it knows no prompt."""
+    """A model that is sure of a script, step by step; it reads no prompt."""
 
     def __init__(self, *targets: Sequence[int]) -> None:
         self.targets, self.steps, self.canvas_length, self.vocab_size = targets, 0, 16, 8192
@@ -373,18 +373,18 @@ def fill_scripted(
 def test_a_right_draft_is_done_in_one_step_and_a_wrong_one_is_mended(vocabulary: Vocabulary) -> None:
     says, wrong = [100, 101, 102], [100, 90, 91, 1]
     answer, states = fill_scripted(Scripted(says), vocabulary)
-    assert (answer, len(states)) == (says, 2), "from noise: a step to say it, one to see that it stays"
+    assert (answer, len(states)) == (says, 2), "from noise: one step to find the text, one to see that it stays"
     answer, states = fill_scripted(Scripted(says), vocabulary, [*says, 1])
     assert (answer, len(states)) == (says, 1)
     answer, states = fill_scripted(Scripted(says), vocabulary, wrong)
     assert (answer, len(states)) == (says, 2)
     answer, states = fill_scripted(Scripted(says), vocabulary, wrong, [*says, 1], [7])
-    assert (answer, len(states)) == (says, 1), "the draft that the model bears out goes on"
+    assert (answer, len(states)) == (says, 1), "the confirmed initial canvas is continued"
     assert states[0].best.shape[0] == 1
 
 
 def test_a_canvas_is_cut_behind_its_end(tiny_model: Model, vocabulary: Vocabulary) -> None:
-    """What is computed after the first step is the answer and little more."""
+    """After the first step only the answer and little more are computed."""
     shorter = 0
     for seed in range(4):
         states = fill(tiny_model, vocabulary, seed=seed, options=replace(QUICK, is_cut=True))[3]
@@ -396,7 +396,7 @@ def test_a_canvas_is_cut_behind_its_end(tiny_model: Model, vocabulary: Vocabular
 
 
 def test_a_settled_first_line_never_changes(vocabulary: Vocabulary) -> None:
-    """The model changes its mind after the line was settled: of the rest only."""
+    """After the line has settled, the model may change only the rest."""
     newline = next(i for i in range(8, 8192) if vocabulary.num_newlines[i] == 1)
     first, second, third = [100, newline, 102], [100, newline, 103], [101, newline, 104]
     model = Scripted(first, second, third)

@@ -1,7 +1,7 @@
-"""The denoising loop as a card would see it: what is read back, and how many kernels a step takes.
+"""The denoising loop as a GPU runs it: reads by the host, and kernels per step.
 
-On a processor nothing has to be waited for; so reads are counted as they are asked for. ``Tensor.cpu`` is one, and what
-it gives may then be looked at freely; ``item``, ``tolist``, ``bool``, ``nonzero`` and the like on others are more.
+A CPU waits for nothing, so reads are counted when they are requested. ``Tensor.cpu`` is one, and its result may be
+read freely; ``item``, ``tolist``, ``bool``, ``nonzero`` and the like on other tensors count as more.
 """
 
 from collections.abc import Callable
@@ -42,7 +42,7 @@ FOLLOWS = {
 
 
 class Reads(TorchFunctionMode):
-    """Counts what the host reads of tensors that it has not fetched."""
+    """Counts the host's reads of tensors that it has not fetched."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -50,7 +50,7 @@ class Reads(TorchFunctionMode):
         self._fetched: list[torch.Tensor] = []
 
     def has_fetched(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor is one that was fetched, or a view of it."""
+        """Return whether a tensor was fetched, or is a view of one that was."""
         return any(tensor.untyped_storage().data_ptr() == t.untyped_storage().data_ptr() for t in self._fetched)
 
     def __torch_function__(
@@ -68,7 +68,7 @@ class Reads(TorchFunctionMode):
 
 
 class Launches(TorchDispatchMode):
-    """Counts operations that a card would run: those that give new tensors, not views."""
+    """Counts operations that a GPU would run: those that give new tensors, not views."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -83,7 +83,7 @@ class Launches(TorchDispatchMode):
 
 
 class Waits(TorchDispatchMode):
-    """Counts operations that wait for a card whatever they are called: numbers, shapes that follow from values."""
+    """Counts operations that wait for a GPU, whatever their name: numbers, and shapes that depend on values."""
 
     def __init__(self, reads: Reads) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -105,7 +105,7 @@ class Waits(TorchDispatchMode):
 
 
 class DenseProducts(PlainMatmul):
-    """Every token through every expert: nothing is looked at, and no kernel is needed."""
+    """Sends every token through every expert: reads no routing choice and needs no kernel."""
 
     name, reads_choices = "dense", False
 
@@ -133,7 +133,7 @@ def options_of(model: Model, **changes: Any) -> DenoisingOptions:
 
 @pytest.fixture(scope="module")
 def packed_model(random_model: Model) -> Model:
-    """The random model with its experts in 4 bits, multiplied as a card would: without a look at what was chosen."""
+    """The random model with its experts in 4 bits, multiplied as on a GPU: without reading the routing choices."""
     pytest.importorskip("triton")
     from fimserver.engine.kernels.triton_kernels import TritonMatmul
 
@@ -167,7 +167,7 @@ def count_reads(
 @pytest.mark.parametrize("healed", ["", " self"])
 @pytest.mark.parametrize("is_cut", [False, True])
 def test_a_step_is_read_back_once(tiny_model: Model, vocabulary: Vocabulary, healed: str, *, is_cut: bool) -> None:
-    """Whatever the answer has to begin with; at the end once more, for the confidence."""
+    """Whatever the answer has to begin with; once more at the end, for the confidence."""
     few = count_reads(tiny_model, vocabulary, healed, 4, is_cut=is_cut)
     many = count_reads(tiny_model, vocabulary, healed, 9, is_cut=is_cut)
     assert many.count - few.count == 9 - 4, many.names
@@ -187,15 +187,15 @@ def test_a_step_through_experts_in_4_bits_is_read_back_once(packed_model: Model,
 
 @pytest.mark.parametrize("healed", ["", " self"])
 def test_nothing_of_a_step_waits(random_model: Model, vocabulary: Vocabulary, healed: str) -> None:
-    """Steps through several experts in 4 bits, by what torch runs in the end, whoever asked for it."""
+    """Steps through several experts in 4 bits, counted at the operations that torch runs in the end."""
     network = repack(random_model.reference, EXPERTS_ONLY)
     model = Model(network, random_model.metadata, Choice(DenseProducts()), capture=lambda run: run)
     assert model.network.is_fixed
     few, many = (count_waits(model, vocabulary, healed, steps) for steps in (4, 9))
-    assert few == many, "what waits is not of a step"
+    assert few == many, "waits are outside of a step"
     assert len(few) <= 1
     plain = Model(network, random_model.metadata, Choice(PlainMatmul()), capture=lambda run: run)
-    assert len(count_waits(plain, vocabulary, healed, 4)) > 4, "the count can fail: these read what was chosen"
+    assert len(count_waits(plain, vocabulary, healed, 4)) > 4, "the count can fail: these read the routing choices"
 
 
 def count_waits(model: Model, vocabulary: Vocabulary, healed: str, steps: int) -> list[str]:
@@ -210,7 +210,7 @@ def count_waits(model: Model, vocabulary: Vocabulary, healed: str, steps: int) -
 
 
 def test_experts_in_floats_would_be_seen(random_model: Model) -> None:
-    """The count can fail: going through experts one by one reads what was chosen."""
+    """The count can fail: going through experts one by one reads the routing choices."""
     cache = PromptCache(random_model)
     cache.encode([2, *range(100, 120)])
     with Reads() as reads, torch.inference_mode():
@@ -240,7 +240,7 @@ def test_beginnings_on_the_device_are_those_of_the_reference(
     start = AnswerStart(AnswerEnd(vocabulary, 3), healed, min_tokens=min_tokens, vocab_size=8192 + 8)
     for seed in range(6):
         logits = torch.randn(3, 24, 8192 + 8, generator=torch.Generator().manual_seed(seed))
-        if seed % 2:  # tokens that spell one letter, and blanks, are likelier
+        if seed % 2:  # tokens that spell one letter, and spaces, are likelier
             short = [i for i in range(vocabulary.size) if len(vocabulary.token_bytes[i]) == 1]
             logits[..., short] += 6
         found = start.constrain_canvases(logits)

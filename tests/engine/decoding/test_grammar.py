@@ -1,4 +1,4 @@
-"""Grammar in the loop: what cannot be right is refused, what can be right never is, and both loops agree."""
+"""Grammar in the loop: only impossible text is refused, possible text never is, and both loops agree."""
 
 import random
 import subprocess
@@ -41,7 +41,7 @@ def make(source: str, language: str = "python", hole: Hole = LINE) -> FimContext
 
 
 def judge(context: FimContext, *pieces: str) -> Verdict:
-    """The last piece's verdict; those before it are allowed."""
+    """Return the verdict on the last piece; the earlier ones are allowed."""
     rules = Continuation(context)
     for piece in pieces[:-1]:
         assert rules.judge(piece) is ALLOWED, piece
@@ -59,7 +59,7 @@ def judge(context: FimContext, *pieces: str) -> Verdict:
         ("python", "x = ▮\n", ["'(]'"], ALLOWED),
         ("python", "x = 1 # ▮\n", [")"], ALLOWED),
         ("python", "import os\nx = a▮\n", [")"], FORBIDDEN),
-        ("python", "    1, 2▮\n", [")"], ALLOWED),  # what a window does not reach may have opened it
+        ("python", "    1, 2▮\n", [")"], ALLOWED),  # text before the window may have opened it
         ("javascript", "foo(▮\n", ["[a", ")"], FORBIDDEN),
         ("javascript", "foo(▮\n", ["() => {", ")"], FORBIDDEN),
         ("javascript", "foo(▮\n", ["() => {", " }"], ALLOWED),
@@ -67,9 +67,9 @@ def judge(context: FimContext, *pieces: str) -> Verdict:
         ("javascript", "x = ▮\n", ["(/[", ")"], ALLOWED),  # a pattern
         ("c", "int x = f(▮\n", ["a[1", ")"], FORBIDDEN),
         ("c", "int x = f(▮\n", ["')'", ")"], ALLOWED),
-        ("c", "  x = f(\n  g();\n▮\n", ["}"], ALLOWED),  # the bracket above is somebody's mistake
+        ("c", "  x = f(\n  g();\n▮\n", ["}"], ALLOWED),  # the bracket above is a mistake in the file
         ("rust", "let c = ▮\n", ["(')'", ")"], ALLOWED),
-        # closers that stand behind the cursor already
+        # closers that already follow the cursor
         ("python", "foo(▮)\n", ["a", ")"], END),
         ("python", "foo(▮)\n", ["a)"], FORBIDDEN),
         ("python", "foo(▮)\n", ["bar(a", ")"], ALLOWED),
@@ -174,15 +174,15 @@ def test_where_an_answer_may_end(language: str, source: str, answer: str, *, may
 
 
 def refused(vocabulary: Vocabulary, context: FimContext, middle: str, hole: Hole) -> str:
-    """What of the true middle is refused, its end included; empty where nothing is."""
+    """Return the part of the true middle that is refused, its end included; empty if none is."""
     healed = split_last_word(context.prefix)[1]
     end = AnswerEnd(vocabulary, hole.max_lines)
     rules = LexicalRules(context, healed, end)
     for token_id in vocabulary.encode(healed + middle):
         if (verdict := rules.judge(token_id)) is not ALLOWED:
-            return f"{vocabulary.show(token_id)!r} is {verdict} in {middle!r} behind {context.prefix[-60:]!r}"
+            return f"{vocabulary.show(token_id)!r} is {verdict} in {middle!r} after {context.prefix[-60:]!r}"
         rules.accept(token_id)
-    return "" if rules.judge(1) is ALLOWED else f"the end of {middle!r} behind {context.prefix[-60:]!r}"
+    return "" if rules.judge(1) is ALLOWED else f"the end of {middle!r} after {context.prefix[-60:]!r}"
 
 
 def test_true_rests_of_lines_are_allowed_in_full(vocabulary: Vocabulary) -> None:
@@ -253,7 +253,7 @@ def test_verified_decoding_says_what_left_to_right_says(tiny_engine: Engine, hol
 
 
 class _Scripted:
-    """Rules that allow some tokens."""
+    """Rules that allow only some tokens."""
 
     def __init__(self, **verdicts: Verdict) -> None:
         self.verdicts = {int(name[1:]): verdict for name, verdict in verdicts.items()}
@@ -273,13 +273,13 @@ def test_the_next_best_allowed_token_is_taken() -> None:
     assert choose_token(logits, 0.0, None, _Scripted(t1=END)) is None
     assert choose_token(logits, 0.0, None, _Scripted(t1=END), may_end=False) == 2
     nothing = _Scripted(t0=FORBIDDEN, t1=FORBIDDEN, t2=FORBIDDEN, t3=FORBIDDEN)
-    assert choose_token(logits, 0.0, None, nothing) == 1, "the best where none is allowed"
+    assert choose_token(logits, 0.0, None, nothing) == 1, "the best if none is allowed"
     drawn = choose_token(logits, 1.0, torch.Generator().manual_seed(0), _Scripted(t0=FORBIDDEN, t1=FORBIDDEN))
     assert drawn in {2, 3}
 
 
 def test_an_answer_ends_where_the_suffix_goes_on(tiny_engine: Engine) -> None:
-    """Nothing is computed behind the bracket that stands there already."""
+    """Nothing is computed after a bracket that the suffix already has."""
     context = FimContext("def most(first, second):\n    return max(first, ", ")\n", "a.py", "python", LINE)
     answer = tiny_engine.complete(context, Sampling(Mode.AUTOREGRESSIVE, seed=0))
     assert python_parses(context.prefix + answer.text + context.suffix)
@@ -292,7 +292,7 @@ def test_an_answer_ends_where_the_suffix_goes_on(tiny_engine: Engine) -> None:
     logits[closer] = 9.0
     assert choose_token(logits, 0.0, None, rules) == closer, "of the bracket that the answer opened"
     rules.accept(closer)
-    assert choose_token(logits, 0.0, None, rules) is None, "it stands behind the cursor already"
+    assert choose_token(logits, 0.0, None, rules) is None, "it follows the cursor already"
 
 
 @pytest.mark.parametrize(
@@ -303,7 +303,7 @@ def test_an_answer_ends_where_the_suffix_goes_on(tiny_engine: Engine) -> None:
         ("python", "def f():\n    x = ▮\n    return x\n", "1 +", True),
         ("python", "x = foo(▮\n", "a)", False),
         ("python", "x = foo(▮\n", "a]", True),
-        ("python", "x = 1\n\ny = ▮\n\ndef f(:\n", "1", False),  # what is around is broken anyway
+        ("python", "x = 1\n\ny = ▮\n\ndef f(:\n", "1", False),  # the code around it is broken anyway
         ("python", "def f(:\n    x = ▮ ]\n", "1", False),
         ("javascript", "let x = ▮;\n", "foo(a", True),
         ("javascript", "let x = ▮;\n", "foo(a)", False),
@@ -324,7 +324,7 @@ def test_errors_of_a_middle(language: str, source: str, middle: str, *, wrong: b
 
 
 class _SureModel:
-    """A model that is sure of one canvas whatever it reads, and counts how often it is asked."""
+    """A model that is sure of one canvas whatever it reads, and counts its calls."""
 
     def __init__(self, ids: Sequence[int], vocab_size: int) -> None:
         self.ids, self.vocab_size, self.canvas_length = ids, vocab_size, len(ids)
@@ -344,7 +344,7 @@ class _SureModel:
 
 
 class _Errors:
-    """A constraint that finds fault with one position."""
+    """A constraint that reports an error at one position."""
 
     def __init__(self, times: int) -> None:
         self.times, self.asked = times, 0

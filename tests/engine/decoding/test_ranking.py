@@ -1,4 +1,4 @@
-"""How sure an answer is, and when a guess is likelier; other answers to the same request."""
+"""Confidence of an answer, the choice between an answer and an n-gram match, and alternatives."""
 
 import json
 from dataclasses import replace
@@ -71,7 +71,7 @@ def test_a_calibration_of_another_size_is_refused(model_folder: Path, name: str,
 
 
 def test_engine_says_the_guess_that_is_likelier(tiny_engine: Engine) -> None:
-    """Out of many cut lines a guess wins in some, and more answers are right than without matches."""
+    """For many cut lines some matches win, and more answers are right than without matches."""
     right = {"with": 0, "without": 0}
     matches = 0
     for line in cut_lines(60):
@@ -118,7 +118,7 @@ def test_an_uncalibrated_model_never_says_a_guess(tiny_engine: Engine) -> None:
 @pytest.mark.parametrize("mode", [Mode.SPECULATIVE, Mode.DIFFUSION])
 def test_alternatives_are_distinct_and_sorted(engine: Engine, mode: Mode) -> None:
     plain = engine.complete(FIM, Sampling(mode, seed=0, min_tokens=1))
-    assert plain.alternatives == (), "no guesses, one answer"
+    assert plain.alternatives == (), "no matches, one answer"
     several = engine.complete(FIM, Sampling(mode, seed=0, min_tokens=1, num_candidates=3))
     texts = [several.text, *(a.text for a in several.alternatives)]
     assert 2 <= len(texts) <= 3
@@ -128,11 +128,11 @@ def test_alternatives_are_distinct_and_sorted(engine: Engine, mode: Mode) -> Non
     if mode is Mode.SPECULATIVE:
         assert plain.text in texts
         again = engine.complete(FIM, Sampling(mode, seed=0, min_tokens=1))
-        assert again.text == plain.text, "the prompt's cache is whole behind several answers"
+        assert again.text == plain.text, "the prompt cache is intact after several answers"
 
 
 def test_alternatives_are_what_left_to_right_goes_on_with(model: Model, vocabulary: Vocabulary) -> None:
-    """Each is the greedy answer behind one of the likeliest first tokens, by a fresh cache."""
+    """Each is the greedy answer after one of the likeliest first tokens, by a fresh cache."""
     fim = replace(FIM, prefix="def add(first, second):\n    return (")
     prompt = build_prompt(fim, vocabulary, model.metadata).token_ids
     end = AnswerEnd(vocabulary, 1)

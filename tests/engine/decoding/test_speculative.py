@@ -1,4 +1,4 @@
-"""Verified decoding says what left to right says, to the token, whatever is drafted; good drafts save passes."""
+"""Speculative decoding gives the tokens of autoregressive decoding, whatever the draft; good drafts save passes."""
 
 import random
 from collections.abc import Sequence
@@ -66,7 +66,7 @@ def decode(
     options: DraftOptions = WIDE,
     seed: int | None = None,
 ) -> tuple[Filled, Filled]:
-    """The same answer by autoregressive and by speculative decoding."""
+    """Return the same answer by autoregressive and by speculative decoding."""
     end = AnswerEnd(vocabulary, 3)
     answers = []
     for is_speculative in (False, True):
@@ -89,7 +89,7 @@ def decode(
 
 
 def test_an_oracle_needs_one_pass_and_a_wrong_guess_costs_none(model: Model, vocabulary: Vocabulary) -> None:
-    """What the decoder gains when the drafts are right, apart from what any weights draft."""
+    """The gain of the decoder with right draft tokens, independent of any weights."""
     for fim in contexts(6):
         prompt = [2, 3, *vocabulary.encode(fim.suffix), 4, *vocabulary.encode(fim.prefix), 5][-200:]
         plain, _ = decode(model, vocabulary, prompt, ())
@@ -99,11 +99,11 @@ def test_an_oracle_needs_one_pass_and_a_wrong_guess_costs_none(model: Model, voc
         assert oracle.passes == 1
         _, misled = decode(model, vocabulary, prompt, wrong)
         assert misled.token_ids == plain.token_ids
-        assert misled.passes <= plain.passes + 1  # the prompt's own pass is counted here
+        assert misled.passes <= plain.passes + 1  # the pass of the prompt counts here
 
 
 def test_drawn_answers_are_those_of_left_to_right(model: Model, vocabulary: Vocabulary) -> None:
-    """One draw a token, in order: with the same seed both draw the same, whatever was drafted."""
+    """One draw per token, in order: with the same seed both draw the same, whatever the draft."""
     prompt = [2, 3, 4, *vocabulary.encode("def add(first, second):\n    return"), 5]
     for seed in range(5):
         plain, verified = decode(model, vocabulary, prompt, [vocabulary.encode(" first + second")], seed=seed)
@@ -111,7 +111,7 @@ def test_drawn_answers_are_those_of_left_to_right(model: Model, vocabulary: Voca
 
 
 def test_what_was_kept_is_in_the_cache(tiny_engine: Engine) -> None:
-    """Who accepts an answer has it encoded already, and it is encoded as a fresh cache would have it."""
+    """An accepted answer is encoded already, with the values that a fresh cache would have."""
     tiny_engine.draft_options = WIDE
     fim = FimContext("def add(first, second):\n    return first", "\n\nprint(add(1, 2))\n", "a.py", "python", LINE)
     tiny_engine.complete(fim, Sampling(Mode.SPECULATIVE))
@@ -126,7 +126,7 @@ def test_what_was_kept_is_in_the_cache(tiny_engine: Engine) -> None:
 
 def test_stop_and_cancel_take_effect_within_one_pass(tiny_engine: Engine) -> None:
     tiny_engine.draft_options = NONE
-    long = Sampling(Mode.SPECULATIVE, seed=0, without=("grammar",))  # with it the answer ends where the block does
+    long = Sampling(Mode.SPECULATIVE, seed=0, without=("grammar",))  # with grammar the answer ends where the block does
     fim = max(contexts(6, BLOCK), key=lambda c: tiny_engine.complete(c, long).forward_passes)
     tiny_engine.forget()
     whole = tiny_engine.complete(fim, long)
@@ -157,7 +157,7 @@ def test_lookup_finds_the_longest_and_newest_match() -> None:
     assert list(lookup.find([99])) == []
     assert list(lookup.find([])) == []
     lookup.extend([10, 11, 12, 5, 17])
-    assert [c[0] for c in lookup.find([10, 11, 12])] == [15, 13], "special tokens are no text"
+    assert [c[0] for c in lookup.find([10, 11, 12])] == [15, 13], "special tokens are not part of the text"
 
 
 def test_lookup_trusts_short_matches_for_few_tokens() -> None:
@@ -210,7 +210,7 @@ def verification_after(vocabulary: Vocabulary, token_id: int, max_tokens: int = 
 
 
 def canvas_of(vocabulary: Vocabulary, tokens: Sequence[tuple[int, float]]) -> torch.Tensor:
-    """Logits of tokens with these probabilities; the rest is shared by all others."""
+    """Return logits with these probabilities for some tokens; all others share the rest."""
     shares = torch.empty(len(tokens), vocabulary.size)
     for row, (token_id, share) in zip(shares, tokens, strict=True):
         row.fill_((1 - share) / (vocabulary.size - 1))
@@ -223,7 +223,7 @@ def test_a_canvas_is_taken_as_far_as_it_is_sure(vocabulary: Vocabulary) -> None:
     verification = verification_after(vocabulary, 100)
     left, finish = verification.commit(canvas, 0.7)
     assert (verification.answer, finish) == ([100, 101, 102], "")
-    assert left.argmax(-1).tolist() == [103, 104], "what is left is a draft"
+    assert left.argmax(-1).tolist() == [103, 104], "the rest becomes draft tokens"
 
 
 def test_a_canvas_that_says_another_next_token_is_a_draft_alone(vocabulary: Vocabulary) -> None:
@@ -234,7 +234,7 @@ def test_a_canvas_that_says_another_next_token_is_a_draft_alone(vocabulary: Voca
         assert verification.answer == [100]
     verification = verification_after(vocabulary, 99)
     verification.commit(canvas, float("inf"))
-    assert verification.answer == [99], "verified decoding writes nothing that is not verified"
+    assert verification.answer == [99], "speculative decoding writes verified tokens only"
 
 
 def test_a_canvas_may_end_an_answer_and_not_pass_its_limit(vocabulary: Vocabulary) -> None:
@@ -248,7 +248,7 @@ def test_a_canvas_may_end_an_answer_and_not_pass_its_limit(vocabulary: Vocabular
 
 
 def denoise(engine: Engine, fim: FimContext, least: float, **options: Any) -> Generation:
-    """From the left, with nothing of earlier requests, with another threshold."""
+    """Decode from the left, without caches of earlier requests, with another threshold."""
     known = engine.model.metadata
     engine.model.metadata = replace(known, commit_probability=least)
     engine.forget()

@@ -1,4 +1,4 @@
-"""Experts in host memory give what experts on the device do, from two memories that are both a processor's here."""
+"""Experts in host memory give the results of experts on the device; here both memories are a CPU's."""
 
 import gc
 import random
@@ -32,7 +32,7 @@ CONTEXT = FimContext("def f(x):\n    return ", "\n", "a.py", "python", Hole(Hole
 
 
 def stacks(experts: int = EXPERTS, seed: int = 0) -> tuple[NVFP4Tensor, NVFP4Tensor]:
-    """Gate and up, and down; experts of very different sizes, so that a wrong one shows."""
+    """Return gate and up, and down; experts differ in size, so that a wrong one shows."""
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.logspace(-1, 0, experts)[:, None, None]
     shapes = (2 * INNER, HIDDEN), (HIDDEN, INNER)
@@ -41,7 +41,7 @@ def stacks(experts: int = EXPERTS, seed: int = 0) -> tuple[NVFP4Tensor, NVFP4Ten
 
 
 def drifting_passes(experts: int = EXPERTS, seed: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Tokens, choices and weights of passes of 1 to 40 tokens, whose favourites move on."""
+    """Return tokens, choices and weights of passes of 1 to 40 tokens, whose favourite experts change."""
     generator = torch.Generator().manual_seed(seed)
     for step, tokens in enumerate([1, 3, 1, 40, 2, 5, 1, 1, 17, 2, 33, 1, 4, 1, 2]):
         spread = torch.randn(tokens, experts, generator=generator)
@@ -67,7 +67,7 @@ def products_of(name: str) -> MatmulBackend:
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """What touches storages of the host: views and copies out of them alone are allowed; both are counted."""
+    """Watches the host's storages: only views and copies out of them are allowed; both are counted."""
 
     ALLOWED = ("aten::copy_", "aten::select", "aten::view", "aten::slice", "aten::detach", "aten::alias")
 
@@ -95,7 +95,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def test_equal_to_all_experts_on_the_device(name: str, num_slots: int) -> None:
     matmul, whole = products_of(name), stacks()
     cache = ExpertCache(*whole, num_slots, CPU)
-    passes = list(drifting_passes())[: None if name == "plain" else 5]  # the interpreter takes its time
+    passes = list(drifting_passes())[: None if name == "plain" else 5]  # the interpreter is slow
     expected = [matmul.experts(*whole, *each) for each in passes]
     with Watch(whole) as watch:
         for each, result in zip(passes, expected, strict=True):
@@ -107,12 +107,12 @@ def test_equal_to_all_experts_on_the_device(name: str, num_slots: int) -> None:
             assert len(cache.resident) <= num_slots
     one = sum(s.num_bytes for s in whole) // EXPERTS
     assert cache.traffic.bytes_copied == cache.traffic.misses * one
-    assert watch.copies == 6 * cache.traffic.misses, "nothing is copied that is not counted"
+    assert watch.copies == 6 * cache.traffic.misses, "every copy is counted"
     assert device_bytes(cache, [cache]) == num_slots * one + 8 * EXPERTS, "of the device: slots and the table"
 
 
 def test_the_watch_sees_products_of_the_host() -> None:
-    """The test of tests: were the host's stacks computed with, the one above would say so."""
+    """A test of the watch above: it reports a matrix product with the host's stacks."""
     whole = stacks()
     with Watch(whole), pytest.raises(AssertionError, match="reads the host's experts"):
         PLAIN.experts(*whole, *next(drifting_passes()))
@@ -165,7 +165,7 @@ def test_what_was_hot_long_ago_cools() -> None:
 
 
 class Nothing(AsStored):
-    """MatmulBackend of which only the traffic is of interest."""
+    """A MatmulBackend that only counts traffic."""
 
     name, dtype, reads_choices = "nothing", torch.float32, False
 
@@ -179,7 +179,7 @@ class Nothing(AsStored):
 
 
 def simulate(num_slots: int, tokens: int, likelihood: torch.Tensor, passes: int = 120, chosen: int = 8) -> Traffic:
-    """Traffic of one layer, once it is warm, whose tokens draw experts by their likelihood."""
+    """Return the traffic of one warm layer whose tokens draw experts by their likelihood."""
     generator = torch.Generator().manual_seed(0)
     cache = ExpertCache(*stacks(len(likelihood)), num_slots, CPU)
     warm = Traffic()
@@ -193,12 +193,12 @@ def simulate(num_slots: int, tokens: int, likelihood: torch.Tensor, passes: int 
 
 @pytest.fixture(scope="module")
 def host_plan() -> HostPlan:
-    """The 26B on a card of 16 GB, its projections in 4 bits too."""
+    """The 26B on a GPU of 16 GB, its projections in 4 bits too."""
     return plan_on_gpu(find_checkpoint("nvidia/diffusiongemma-26B-A4B-it-NVFP4"), find_gpu("RTX 5080")).host_plans[-1]
 
 
 def test_the_plan_of_uniform_routing_is_what_a_cache_copies(host_plan: HostPlan) -> None:
-    """Misses of each pass by the planner's bytes an expert, and the time of both over the plan's bus."""
+    """Misses of each pass times the planner's bytes per expert, and the time of both over the plan's bus."""
     experts = host_plan.experts_in_all
     assert 1 <= host_plan.experts_on_gpu < experts
     for step in host_plan.steps:
@@ -212,7 +212,7 @@ def test_the_plan_of_uniform_routing_is_what_a_cache_copies(host_plan: HostPlan)
 
 @pytest.mark.parametrize("tokens", [1, 16])
 def test_skewed_routing_costs_less(tokens: int) -> None:
-    """Experts as likely as one over their rank; of those needed too, more are there."""
+    """Experts as likely as one over their rank: more of the needed ones are on the device."""
     even, skewed = (simulate(32, tokens, likelihood) for likelihood in (torch.ones(128), 1 / torch.arange(1, 129)))
     assert skewed.bytes_per_pass < 0.7 * even.bytes_per_pass
     assert skewed.hit_share > 1.2 * even.hit_share
@@ -227,7 +227,7 @@ def test_traffic_of_a_bus() -> None:
 
 
 def device_bytes(thing: Any, caches: list[ExpertCache]) -> int:
-    """Bytes of every storage that a thing leads to, but for those of the host's stacks."""
+    """Return the bytes of every storage reachable from an object, except those of the host's stacks."""
     host = {id_of(t) for c in caches for s in c.host for t in (s.packed, s.scales, s.global_scale)}
     found: dict[int, int] = {}
     seen: set[int] = set()
@@ -264,7 +264,7 @@ def test_a_model_with_experts_on_the_host(folder: Path, experts_on_device: int) 
     hosted, whole = load(folder, experts_on_device), load(folder, None)
     assert whole.expert_traffic is None
     assert not whole.network.is_fixed, "plain torch reads them too"
-    assert not hosted.network.is_fixed, "the host reads choices, which no recording can"
+    assert not hosted.network.is_fixed, "the host reads choices, which no CUDA graph can do"
     caches = [model.new_cache() for model in (hosted, whole)]
     rng = random.Random(0)
     for _ in range(4):
@@ -297,7 +297,7 @@ def test_a_model_with_experts_on_the_host(folder: Path, experts_on_device: int) 
 def test_it_completes_as_with_all_experts_on_the_device(
     folder: Path, vocabulary: Vocabulary, mode: Mode, experts_on_device: int, steps: int
 ) -> None:
-    """In rounds products differ by 1e-5, which a random model's draws make another token of after some steps."""
+    """In rounds sums differ by 1e-5, which after some steps changes a random model's draws."""
     sampling = Sampling(mode, seed=0, max_denoising_steps=steps)
     models = (load(folder, n) for n in (experts_on_device, None))
     hosted, whole = (Engine(model, vocabulary).complete(CONTEXT, sampling) for model in models)
@@ -344,7 +344,7 @@ def test_a_card_gets_as_many_as_fit(folder: Path, random_folder: Path) -> None:
 
 
 def test_loading_for_a_card_that_is_too_small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``Model.load`` as on a card, whose memory is this processor's."""
+    """``Model.load`` as on a GPU; the device's memory is the CPU's."""
     from fimserver.engine.kernels.backends import Choice
     from fimserver.engine.modeling import model as module
 

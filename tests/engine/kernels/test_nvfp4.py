@@ -47,7 +47,7 @@ def test_encoding_what_was_decoded_gives_it_back_for_all_codes_and_scales() -> N
 
 
 def test_a_quantized_tensor_is_quantized_to_itself() -> None:
-    """All codes under all scales: a fixed point, since each block has a 6 to find its scale by."""
+    """All codes under all scales are a fixed point, since each block has a 6 that determines its scale."""
     blocks = torch.stack([torch.cat((CODES[1:], CODES[7:8]))] * 126)
     whole = NVFP4Tensor(pack(blocks), E4M3_POSITIVE[:, None], torch.tensor([0.01]))
     again = quantize(dequantize(whole), global_scale=whole.global_scale)
@@ -107,7 +107,7 @@ def test_rows_that_are_no_whole_blocks_are_refused() -> None:
 
 
 def test_smallest_numbers() -> None:
-    """Subnormal weights beside a large one: their block's scale stays above zero, and they become zero."""
+    """Subnormal weights next to a large one: their block's scale stays above zero, and they become zero."""
     weights = torch.full((1, 32), 1e-40)
     weights[0, 0] = 1.0
     whole = quantize(weights)
@@ -126,7 +126,7 @@ def test_smallest_numbers() -> None:
 )
 @settings(max_examples=100, deadline=None)
 def test_errors_are_bounded_in_every_block(seed: int, size: float, rows: int, blocks: int, tail: int) -> None:
-    """Half the widest gap between codes (1), at the scale chosen, and what e4m3 rounds that scale by (1/16)."""
+    """Bound: half the widest gap between codes (1), at the chosen scale, and e4m3's rounding of that scale (1/16)."""
     weights = random_weights(rows, blocks * BLOCK, seed=seed, size=size) ** tail
     whole = quantize(weights)
     step = whole.scales.float() * whole.global_scale
@@ -162,7 +162,7 @@ def test_importance_moves_the_error_to_what_matters_less() -> None:
 
 
 def test_error_of_gaussian_weights() -> None:
-    """The numbers that rounding of this format is known by; what the search is for."""
+    """The known rounding errors of this format, and the gain of the search."""
     weights = random_weights(1024, 1024)
 
     def error(whole: NVFP4Tensor) -> float:

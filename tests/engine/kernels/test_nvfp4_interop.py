@@ -14,7 +14,7 @@ SHAPES = [(1, 16), (7, 48), (128, 256)]
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
-    """Other people's warnings as they are imported are not ours."""
+    """Hide the warnings of other packages while they are imported."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,7 +1,7 @@
-"""Kernels of other packages: that they are given the right weights, the right tokens, in the right order.
+"""Kernels of other packages get the right weights and tokens, in the right order.
 
-The packages' own code runs up to their kernels, which need a card; plain torch stands in their place. Where flashinfer
-is not installed, a stand-in that says of itself what its documentation says is asked the same.
+The packages' own code runs up to their kernels, which need a GPU; plain torch replaces those. If flashinfer is not
+installed, a stand-in that follows its documentation replaces it.
 """
 
 import importlib.util
@@ -26,7 +26,7 @@ ROUNDED = next(backend for backend in BACKENDS if backend.rounds_activations)
 
 
 def to_rows(*matrices: torch.Tensor) -> NVFP4Tensor:
-    """Matrices as one, each with its own global scale."""
+    """Return matrices as one, each with its own global scale."""
     return concatenate([quantize(matrix) for matrix in matrices])
 
 
@@ -65,7 +65,7 @@ needs_humming = pytest.mark.skipif(
 
 @pytest.fixture
 def humming(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Its layers on a processor: weights are converted by its own code and not repacked, products are plain."""
+    """Its layers on a CPU: its own code converts the weights without repacking, and multiplication is plain."""
     monkeypatch.setenv("HUMMING_DISABLE_PARALLEL_BUILD", "1")
     from humming import layer, transform
     from humming.config import ComputeConfig
@@ -125,7 +125,7 @@ def test_humming_takes_rows_of_several_origins(humming: Any) -> None:
 
 @needs_humming
 def test_humming_is_called_as_it_is_written(humming: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The layer's own signature takes what the adapter says: another version that does not is left out by the trial."""
+    """The layer's own signature accepts the adapter's arguments; the trial drops a version that does not."""
     from fimserver.engine.kernels.humming_kernels import HummingMatmul
 
     monkeypatch.setattr(humming.HummingLayer, "forward", lambda _self, _inputs: torch.zeros(1))
@@ -156,7 +156,7 @@ class WeightPack:
 
 
 class Config:
-    """cuTile's weights: gate and up are given as up, gate, and held the other way round."""
+    """cuTile's weights: gate and up are passed as up, gate, and stored in reverse order."""
 
     @staticmethod
     def prepare_weights(
@@ -190,7 +190,7 @@ class Config:
 
 
 def to_scales(held: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
-    """Scales (E, N, K/16) of those held for cards from sm100 on: in tiles of 128 rows and 4 columns, padded."""
+    """Return scales (E, N, K/16) of those stored for GPUs from sm100 on: in tiles of 128 rows and 4 columns, padded."""
     experts, rows, half = packed.shape
     if held.dim() == 5:
         tiles = held.view(torch.uint8).view(*held.shape[:4], 4, 4)  # 32 rows, of 4 times 32, 4 columns
@@ -199,7 +199,7 @@ def to_scales(held: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
 
 
 class Layer:
-    """A layer's products by what was prepared, in plain torch."""
+    """A layer's matrix products from the prepared weights, in plain torch."""
 
     def __init__(self, config: Any, device: Any = None) -> None:
         self.config = config
@@ -265,7 +265,7 @@ def test_flashinfer_is_given_weights_and_tokens(flashinfer: Any, *, rounds: bool
     trial = Trial(CPU, torch.bfloat16, EXPERTS)
     assert not trial.find_fault(matmul, ROUNDED if rounds else None)
     if rounds:
-        assert "differed from plain torch" in trial.find_fault(matmul), "as it does from what does not round"
+        assert "differed from plain torch" in trial.find_fault(matmul), "as a backend without rounding does"
     assert trial.measure(matmul) > 0
     assert matmul.prepare_linear.__self__.name == "plain torch"  # type: ignore[attr-defined]
 
@@ -290,7 +290,7 @@ def test_flashinfer_refuses_what_it_cannot_hold(flashinfer: Any) -> None:
 
 
 def test_every_backend_is_made_by_name() -> None:
-    """One that is not installed says so by an ``ImportError``, which is no reason to warn."""
+    """A backend that is not installed raises ``ImportError``, which causes no warning."""
     for backend in BACKENDS[1:]:
         assert not backend.takes_any_shape
         package = "humming" if backend.name == "Humming" else "flashinfer"

@@ -1,4 +1,4 @@
-"""Kernels against plain torch: interpreted here, compiled for every card, and run on one where there is one."""
+"""Kernels against plain torch: interpreted here, compiled for every GPU architecture, run if there is a GPU."""
 
 import json
 import os
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def kernels() -> ModuleType:
-    """The kernels as Triton's interpreter runs them, on this processor."""
+    """The kernels as Triton's interpreter runs them, on this CPU."""
     pytest.importorskip("triton", reason="Triton is not installed; pip install 'fimserver[interop]'")
     from fimserver.engine.kernels import triton_kernels as nvfp4_kernels
 
@@ -39,7 +39,7 @@ def uniform(*shape: int) -> torch.Tensor:
 
 
 def stack(experts: int, rows: int, columns: int, seed: int = 0) -> NVFP4Tensor:
-    """Weights of very different sizes by expert and by row, so that a scale of another row shows."""
+    """Return weights that differ in size by expert and by row, so that a scale of another row shows."""
     weights = random(experts, rows, columns, seed=seed) * uniform(experts, rows, 1).exp()
     whole = quantize(weights * torch.logspace(-2, 0, experts)[:, None, None]).with_row_scales()
     whole.global_scale.mul_(1 + uniform(experts, rows))
@@ -132,21 +132,21 @@ def test_every_choice_is_in_one_tile_of_its_expert(kernels: ModuleType, kind: st
 
 
 def test_grouping_reads_nothing_back(kernels: ModuleType) -> None:
-    """Shapes follow from shapes: on the meta device, where no number exists, it works all the same."""
+    """Shapes depend on shapes only: it also works on the meta device, which has no values."""
     groups = kernels.group_tokens(torch.zeros(5, 2, dtype=torch.int64, device="meta"), 8)
     assert groups.slots.shape == (groups.num_tiles * kernels.ROWS,)
 
 
 @pytest.mark.parametrize(("slots", "experts"), [(1, 8), (10, 4), (512, 128), (8, 128), (10_000, 128)])
 def test_tiles_suffice_for_the_worst_spread(kernels: ModuleType, slots: int, experts: int) -> None:
-    spread = [1] * min(slots, experts)  # every expert with one slot over full tiles needs most
+    spread = [1] * min(slots, experts)  # the worst case: every expert has one slot more than full tiles
     rest = slots - sum(spread)
     tiles = len(spread) + rest // kernels.ROWS
     assert tiles <= kernels.count_tiles(slots, experts) <= tiles + experts
 
 
 def test_a_whole_model_through_the_kernels(kernels: ModuleType, random_model: Model) -> None:
-    """Every product of the network, encoder's rows and decoder's, by Triton instead of plain torch."""
+    """Every matrix product of the network, encoder and decoder, by Triton instead of plain torch."""
     from support.checkpoints import EVERYTHING, repack
 
     from fimserver.engine.modeling.network import Network, causal_rows
@@ -198,7 +198,7 @@ for name, shape in shapes.items():
 
 
 def compile_for(capability: int, num_stages: int = 3) -> dict[str, dict[str, Any]]:
-    """What Triton and NVIDIA's assembler make of the kernels, in a process of its own: no card is needed."""
+    """Compile the kernels with Triton and NVIDIA's assembler, in a process of its own: no GPU is needed."""
     pytest.importorskip("triton", reason="Triton is not installed; pip install 'fimserver[interop]'")
     command = [sys.executable, "-c", COMPILE, str(capability), str(num_stages)]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -223,7 +223,7 @@ LOAD = re.compile(r"ld\.global(?:\.\w+)*?(?:\.v(\d))?\.[bfsu](\d+)")
 
 
 def loop_of(ptx: str) -> str:
-    """The instructions between a label and the branch back to it."""
+    """Return the instructions between a label and the branch back to it."""
     labels = {match[1]: match.start() for match in re.finditer(r"^(\$L\w+):", ptx, re.MULTILINE)}
     back = [(labels[m[1]], m.end()) for m in re.finditer(r"bra[\w.]*\s+(\$L\w+);", ptx) if labels[m[1]] < m.start()]
     ((begin, end),) = back
@@ -231,7 +231,7 @@ def loop_of(ptx: str) -> str:
 
 
 def test_weights_are_read_as_4_bits_once() -> None:
-    """All that the loop loads is its tokens, half a byte for each weight of its tiles, and a scale for 16 of them."""
+    """The loop loads its tokens, half a byte for each weight of its tiles, and a scale for each 16 of them."""
     threads = 128
     for name, entry in compile_for(90, num_stages=1).items():
         loaded = sum(int(vector or 1) * int(bits) // 8 for vector, bits in LOAD.findall(loop_of(entry["ptx"])))
@@ -259,7 +259,7 @@ class Slow(PlainMatmul):
 
 
 class Stale(PlainMatmul):
-    """A backend that recorded what was chosen when it was recorded."""
+    """A backend that replays the choices of its capture."""
 
     name = "Stale"
     reads_choices = False
@@ -293,7 +293,7 @@ WORK = Work(projections=((64, 128),), experts=(6, 64, 128), num_chosen=2)
 def choose(
     monkeypatch: pytest.MonkeyPatch, *backends: BackendCandidate, rounds: bool = False, work: Work = WORK
 ) -> Choice:
-    """The choice for a device that says it is none of a processor, whose tensors live on one."""
+    """Return the choice for a device that is reported as a GPU, with tensors on a CPU."""
 
     class Gpu:
         type = "card"
@@ -450,7 +450,7 @@ def test_linear_on_a_card(rows: int, columns: int, tokens: int) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("tokens", [1, 16, 64, 256])
 def test_experts_on_a_card(tokens: int) -> None:
-    """Real sizes; three runs give the same bits, so nothing races, and nothing is left unwritten."""
+    """Real sizes; three runs give the same bits, so there is no race and no unwritten output."""
     from fimserver.engine.kernels.triton_kernels import TritonMatmul
 
     device = torch.device("cuda")

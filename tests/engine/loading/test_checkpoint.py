@@ -1,4 +1,4 @@
-"""Any checkpoint that is written of this class loads right, and any damage is an error that names the tensor."""
+"""Any checkpoint of this class loads right, and any damage is an error that names the tensor."""
 
 import json
 import math
@@ -47,7 +47,7 @@ def state(random_model: Model) -> Tensors:
 
 
 def expanded(state: Tensors, chosen: tuple[str, ...]) -> Tensors:
-    """What a file says in the end: chosen matrices as rounded, the rest as it is."""
+    """Return the values that a file stands for: chosen matrices rounded, the rest unchanged."""
     result = dict(state)
     for name, tensor in state.items():
         if not is_chosen(name, tensor, chosen):
@@ -61,7 +61,7 @@ def expanded(state: Tensors, chosen: tuple[str, ...]) -> Tensors:
 
 
 def check_equals(folder: Path, expected: Tensors, *, rtol: float = 0.0) -> None:
-    """Every weight of the folder, expanded, is the expected one; encoder and decoder share them."""
+    """Check that every weight of the folder, expanded, is the expected one; encoder and decoder share them."""
     network = load_weights(folder, dtype=torch.float32)
     found = network.state_dict()
     for name, tensor in expected.items():
@@ -75,7 +75,7 @@ FILES: dict[str, tuple[Dialect, dict[str, Any]]] = {
     "ModelOpt, its own file": (Dialect.MODELOPT, {"own_file": MODELOPT_CONFIG}),
     "ModelOpt, in config.json": (Dialect.MODELOPT, {"in_config": IN_CONFIG}),
     "compressed-tensors": (Dialect.COMPRESSED_TENSORS, {"in_config": COMPRESSED_TENSORS_CONFIG}),
-    "no word of it": (Dialect.MODELOPT, {}),
+    "not declared": (Dialect.MODELOPT, {}),
 }
 
 
@@ -203,7 +203,7 @@ def test_float8_in_blocks_of_128_whose_last_is_shorter() -> None:
 @pytest.mark.parametrize("shape", [(), (3, 1, 1), (3, 2, 6), (3, 192, 1), (192,)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_float8_slice_by_slice(shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stack in slices of a few rows, which begin and end within blocks, is what it is at once."""
+    """A stack read in slices of a few rows, which begin and end within blocks, equals one read at once."""
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(3, 192, 704, generator=generator).to(torch.float8_e4m3fn)
     scale = torch.rand(shape, generator=generator) + 0.5
@@ -268,7 +268,7 @@ DAMAGES: dict[str, tuple[Any, str]] = {
         lambda t: t.update({f"{EXPERT}.up_proj.weight": torch.ones(32, 64, dtype=torch.int32)}),
         r"up_proj\.weight is I32; floats, float8 e4m3 and NVFP4 can be loaded",
     ),
-    "scales beside floats": (
+    "scales next to floats": (
         lambda t: t.update({"model.decoder.layers.0.mlp.up_proj.weight_scale": torch.ones(())}),
         r"layers\.0\.mlp\.up_proj has BF16 weights together with a weight_scale",
     ),
@@ -294,7 +294,7 @@ def test_damage_is_named_and_nothing_is_made_up(
 
 @pytest.mark.parametrize("value", [0.0, math.nan])
 def test_scales_of_activations_are_not_read(tmp_path: Path, random_folder: Path, state: Tensors, value: float) -> None:
-    """Experts that no calibration text reached have none of worth, and none is used."""
+    """Experts that no calibration text reached have worthless scales, and none of them is used."""
     tensors = {n: t.clone() for n, t in quantized(state, Dialect.MODELOPT).items()}
     tensors[f"{EXPERT}.up_proj.input_scale"].fill_(value)
     check_equals(write_checkpoint(tmp_path / "m", random_folder, tensors), expanded(state, EXPERTS_ONLY))
@@ -430,7 +430,7 @@ def test_loading_reports_bytes_up_to_all_of_them(tmp_path: Path, random_folder: 
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert seen[-1][0] == seen[-1][1]
     size = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
-    assert 0.5 * size < seen[-1][1] < size  # the tower for pictures and input scales are left out
+    assert 0.5 * size < seen[-1][1] < size  # the vision tower and input scales are left out
 
 
 PEAK = """
@@ -448,9 +448,9 @@ print(before, resident("VmHWM"), resident("VmRSS"))
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("written", ["NVFP4", "float8"])
 def test_peak_memory_is_what_stays_and_a_shard(tmp_path: Path, random_folder: Path, written: str) -> None:
-    """Half a gigabyte in eight files: at its peak loading holds what stays, a shard, and what may be mapped.
+    """Half a gigabyte in eight files: the peak of loading is the final size, a shard, and what may be mapped.
 
-    Experts are apart in 4 bits; in float8, of which half as many make as much, they are stacks.
+    Experts are separate in 4 bits and stacked in float8, with half as many for the same size.
     """
     write = write_large if written == "NVFP4" else write_large_float8
     folder, shard_bytes = write(tmp_path / "large", random_folder, 8)
@@ -461,7 +461,7 @@ def test_peak_memory_is_what_stays_and_a_shard(tmp_path: Path, random_folder: Pa
 
 
 def empty_large(folder: Path, source: Path, num_experts: int) -> Any:
-    """A network without weights, its config beside the folder."""
+    """Return a network without weights; its config is in a sibling of the folder."""
     from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
     values = json.loads((source / "config.json").read_text())
@@ -474,7 +474,7 @@ def empty_large(folder: Path, source: Path, num_experts: int) -> Any:
 
 
 def write_large_float8(folder: Path, source: Path, num_shards: int) -> tuple[Path, int]:
-    """A checkpoint of half a gigabyte, of stacks in float8; and its largest shard's size."""
+    """Write a checkpoint of half a gigabyte, of stacks in float8; return it and its largest shard's size."""
     tensors: Tensors = {}
     for name, empty in state_of(empty_large(folder, source, 32)).items():
         tensors[name] = torch.full(empty.shape, 0.05, dtype=torch.bfloat16)
@@ -486,7 +486,7 @@ def write_large_float8(folder: Path, source: Path, num_shards: int) -> tuple[Pat
 
 
 def write_large(folder: Path, source: Path, num_shards: int) -> tuple[Path, int]:
-    """A checkpoint of half a gigabyte, of random bytes in 4 bits; and its largest shard's size."""
+    """Write a checkpoint of half a gigabyte, of random bytes in 4 bits; return it and its largest shard's size."""
     network = empty_large(folder, source, 64)
     generator = torch.Generator().manual_seed(0)
     tensors: Tensors = {}
@@ -526,7 +526,7 @@ def test_mixed_stacks_of_one_layer_are_expanded_both(tmp_path: Path, random_fold
 
 
 def test_a_changed_scale_changes_the_weight(tmp_path: Path, random_folder: Path, state: Tensors) -> None:
-    """The test of tests: were a scale not used, all of the above would be of no worth."""
+    """A test of the tests above, which would prove nothing if a scale were not used."""
     doubled = quantized(state, Dialect.MODELOPT, change=lambda w: replace(w, global_scale=w.global_scale * 2))
     plain = load_weights(
         write_checkpoint(tmp_path / "a", random_folder, quantized(state, Dialect.MODELOPT)), dtype=torch.float32

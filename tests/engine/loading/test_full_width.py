@@ -1,4 +1,4 @@
-"""Two layers of the 26B at their real width, written as NVIDIA's checkpoint is: it loads, equals floats, completes."""
+"""Two layers of the 26B at their real width, in NVIDIA's format: they load, equal floats, complete."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ TOLERANCE = 0.01  # of the largest logit: the expanded weights are rounded to bf
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """0.9 GB of random codes and scales under published names, in three files."""
+    """Write 0.9 GB of random codes and scales under published names, in three files."""
     base = tmp_path_factory.mktemp("full")
     values = json.loads((KNOWN_MODELS / "diffusiongemma-26b-a4b-it" / "config.json").read_text())
     text = {**values["text_config"], "num_hidden_layers": 2, "layer_types": LAYERS, "vocab_size": VOCABULARY}
@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             continue
         if ".experts." not in name:
             ones = "norm" in name or name.endswith(("scale", "layer_scalar"))
-            # A router that is as good as undecided would decide otherwise by a rounding.
+            # An almost undecided router would decide otherwise after a rounding.
             noise = torch.empty(shape).normal_(0, 4.0 if "router" in name else 0.02, generator=generator)
             tensors[name] = (torch.ones(shape) if ones else noise).bfloat16()
             continue

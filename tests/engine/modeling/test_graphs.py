@@ -1,4 +1,4 @@
-"""Passes of fixed shape give what the free ones do, whatever the prompt became in between."""
+"""Passes of fixed shape give the results of free passes, whatever happened to the prompt in between."""
 
 import gc
 import random
@@ -26,7 +26,7 @@ def passes_of(model: Model) -> FixedPasses:
 
 
 def check(model: Model, passes: FixedPasses, cache: KVCache, canvases: torch.Tensor) -> None:
-    """Two denoising passes, the second conditioned on the first, both ways."""
+    """Compare two denoising passes, the second conditioned on the first, in both ways."""
     with torch.inference_mode():
         self_conditioning = None
         for _ in range(2):
@@ -85,7 +85,7 @@ def test_buffers_made_anew_are_recorded_anew(random_model: Model) -> None:
 
 
 def test_recordings_go_with_their_cache(random_model: Model) -> None:
-    """Caches come and go; another one at the same addresses is another one."""
+    """Another cache at the same addresses is not mistaken for an earlier one."""
     passes = passes_of(random_model)
     for seed in range(8):
         cache = random_model.new_cache()
@@ -121,14 +121,14 @@ def test_recordings_are_bounded(random_model: Model) -> None:
 
 
 def test_what_the_host_must_know_is_not_recorded(tiny_model: Model, random_model: Model) -> None:
-    """Experts in floats are gone through one by one, by the choices that were made."""
+    """Experts in floats run one by one, and the host reads their choices."""
     assert tiny_model.network.is_fixed
     assert not random_model.network.is_fixed
 
 
 @pytest.fixture
 def card_model(random_model: Model, random_folder: Path, tmp_path: Path) -> Model:
-    """The random model, its experts in 4 bits by kernels, on a card."""
+    """The random model, its experts in 4 bits by kernels, on a GPU."""
     folder = tmp_path / "packed"
     quantize_folder(str(random_folder), folder)
     model = Model.load(folder, torch.device("cuda"))
@@ -138,7 +138,7 @@ def card_model(random_model: Model, random_folder: Path, tmp_path: Path) -> Mode
 
 
 def check_on_card(model: Model, passes: FixedPasses, cache: KVCache, canvas: torch.Tensor) -> None:
-    """Recorded and free passes, without a condition and with one."""
+    """Compare replayed and free passes, without a condition and with one."""
     with torch.inference_mode():
         self_conditioning = None
         for _ in range(3):
@@ -151,7 +151,7 @@ def check_on_card(model: Model, passes: FixedPasses, cache: KVCache, canvas: tor
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_experts_in_4_bits_recorded_on_a_card(card_model: Model) -> None:
-    """Typed on and deleted behind a recording, buffers that slide, and buffers made anew."""
+    """Typing and deleting after a capture, buffers that slide, and newly allocated buffers."""
     rng, passes = random.Random(1), FixedPasses(card_model.network)
     cache = card_model.network.new_cache(margin_tokens=64)
     card_model.encode(ids(60), cache)

@@ -1,4 +1,4 @@
-"""Sliding layers hold a window and a margin: the same results in bounded memory, at any context."""
+"""Sliding layers keep a window and a margin: the same results in bounded memory, at any context."""
 
 import random
 import time
@@ -11,7 +11,7 @@ from fimserver.engine.modeling.model import Model
 from fimserver.engine.modeling.prompt_cache import PromptCache
 
 CPU = torch.device("cpu")
-WINDOW, MARGIN = 32, 16  # of the random model's sliding layers; and here
+WINDOW, MARGIN = 32, 16  # of the random model's sliding layers; and of this test
 TOLERANCE = 2e-4
 
 
@@ -22,7 +22,7 @@ def ids(n: int, seed: int = 0) -> list[int]:
 
 @pytest.fixture
 def narrow(random_model: Model, monkeypatch: pytest.MonkeyPatch) -> Model:
-    """The random model with caches that let go early."""
+    """The random model with caches that drop tokens early."""
     make = random_model.network.new_cache
     monkeypatch.setattr(random_model, "new_cache", lambda: make(margin_tokens=MARGIN))
     monkeypatch.setattr("fimserver.engine.modeling.prompt_cache.CHUNK_TOKENS", 8)
@@ -49,7 +49,7 @@ def test_what_is_beyond_window_and_margin_is_let_go_and_not_missed(narrow: Model
 
 
 def test_random_edits(narrow: Model) -> None:
-    """Typing, deleting within the margin and beyond it; after what was lost the prompt is read anew."""
+    """Typing, deleting within the margin and beyond it; after a loss the prompt is encoded again."""
     rng = random.Random(5)
     cache, prompt = PromptCache(narrow, max_prompts=1), ids(120)
     begun_anew = gone_on = 0
@@ -101,7 +101,7 @@ def test_memory_at_long_contexts_is_that_of_full_layers(random_model: Model, tok
 
 
 def test_a_step_at_256k_takes_no_longer_than_its_cache_is_larger(random_model: Model) -> None:
-    """Four times the tokens of full layers: at most so many times the time, with a quarter for noise."""
+    """With four times the tokens in full layers a step takes at most four times as long, plus a quarter for noise."""
     canvas = torch.arange(16)[None]
     caches = []
     for tokens in (65_536, 262_144):
@@ -120,7 +120,7 @@ def test_a_step_at_256k_takes_no_longer_than_its_cache_is_larger(random_model: M
 
 
 def test_long_positions_are_turned_as_short_ones(random_model: Model) -> None:
-    """Beyond the table rotations are computed for the rows at hand: the same numbers."""
+    """Beyond the table, rotations are computed for the rows in use: the same numbers."""
     forward = random_model.network
     positions = torch.tensor([3, 900, 16_000])
     tabled = forward._rotate_by(positions, 16_001)

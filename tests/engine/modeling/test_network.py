@@ -1,4 +1,4 @@
-"""Our forward pass, held against transformers' own modules, on both models."""
+"""Our forward pass, compared with transformers' own modules, on both models."""
 
 import pytest
 import torch
@@ -83,7 +83,7 @@ def test_canvases_side_by_side_do_not_see_each_other(model: Model, length: int) 
 
 @pytest.mark.parametrize("length", [10, 30, 50])
 def test_branches_and_canvases_in_one_pass(model: Model, length: int) -> None:
-    """Two branches of drafts and a canvas behind one of them are what each of them is alone."""
+    """Two branches of draft tokens and a canvas after one of them equal separate passes."""
     ids, left, right, canvas = draw(length), draw(3, seed=1), draw(2, seed=2), draw(5, seed=3)
     cache = model.new_cache()
     encode_ours(model, ids, cache)
@@ -128,7 +128,7 @@ def test_self_conditioning_from_the_likeliest_tokens(model: Model) -> None:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("kv_heads", [1, 2, 8])
 def test_heads_share_keys_and_mask(monkeypatch: pytest.MonkeyPatch, rows: int, kv_heads: int, *, masked: bool) -> None:
-    """As on a card, with a mask for each head and with one for all, and by torch's own grouping."""
+    """As on a GPU, with a mask for each head and with one for all, and by torch's own grouping."""
     generator = torch.Generator().manual_seed(0)
     queries = torch.randn(8, rows, 64, generator=generator)
     keys, values = (torch.randn(kv_heads, 60 + rows, 64, generator=generator)[:, 11:] for _ in range(2))
@@ -144,7 +144,7 @@ def test_heads_share_keys_and_mask(monkeypatch: pytest.MonkeyPatch, rows: int, k
 
 @torch.inference_mode()
 def test_memory_of_a_chunk_over_a_long_prompt(random_model: Model) -> None:
-    """Masks are the largest tensors, one of all keys and one of the window, and hold each key once for all heads."""
+    """Masks are the largest tensors: one of all keys and one of the window, each shared by all heads."""
     network, chunk, cached = random_model.network, 64, 32_768
     cache = random_model.new_cache()
     cache.pretend(cached, torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""The prompt's cache is equal to a fresh encode, whatever was typed, deleted or moved in between."""
+"""The prompt cache equals a fresh encode, whatever was typed, deleted or moved in between."""
 
 import random
 
@@ -56,12 +56,13 @@ def test_same_prompt_encodes_its_last_token_only(model: Model) -> None:
 
 @pytest.mark.parametrize("length", [20, 31, 32, 33, 64, 150])
 def test_past_the_sliding_window(model: Model, length: int) -> None:
-    """The random model's window is 32: typed past it, deleted back into it, typed on."""
+    """The random model's window is 32: type past it, delete back into it, continue to type."""
     cache = PromptCache(model)
     prompt = ids(length)
     cache.encode(prompt)
     for keep, new in ((length - 1, 7), (length - 5, 3), (length // 2, 40), (3, 30)):
-        is_little = keep < min(16, (keep + new - 1) // 2)  # not worth losing what is held: it gets a cache of its own
+        # not worth losing the cached tokens: the prompt gets its own cache
+        is_little = keep < min(16, (keep + new - 1) // 2)
         prompt = [*prompt[:keep], *ids(new, seed=keep)]
         encoded = cache.encode(prompt)
         logits, reused = encoded.logits, encoded.cached_tokens
@@ -103,7 +104,7 @@ def test_prompts_of_several_places_are_held(random_model: Model) -> None:
     encoded = cache.encode(typed)
     assert encoded.cached_tokens == 60
     assert_equal_to_fresh(random_model, cache, encoded.logits, typed)
-    cache.encode(fourth)  # what was used least recently goes: there
+    cache.encode(fourth)  # drops the least recently used one, "there"
     assert cache.num_prompts == 3
     assert cache.encode(there).cached_tokens == 0
     assert cache.encode(typed).cached_tokens == 62

@@ -1,4 +1,4 @@
-"""A model folder in 4 bits: read back by us and by compressed-tensors, stopped and gone on with, in bounded memory."""
+"""A model folder in 4 bits: readable by us and compressed-tensors, stoppable and resumable, in bounded memory."""
 
 import json
 import subprocess
@@ -63,7 +63,7 @@ def tensors_of(folder: Path) -> Tensors:
 
 
 def modules_of(tensors: Tensors) -> dict[str, Tensors]:
-    """Parts of what is in 4 bits, by module."""
+    """Return the tensors of matrices in 4 bits, by module."""
     found: dict[str, Tensors] = {}
     for name in tensors:
         if name.endswith(".weight_scale"):
@@ -199,11 +199,11 @@ def test_searched_scales_err_less_and_calibrated_ones_least_in_outputs(
     weighed = errors("d", calibration=text)
     assert plain[0] == nearest
     assert weighed[1] < 0.92 * plain[1]
-    assert weighed[0] > searched, "what helps outputs is not what is nearest to the weights"
+    assert weighed[0] > searched, "the best scale for outputs is not the one nearest to the weights"
 
 
 def test_inputs_are_measured_as_they_are(source: Path, text: Path) -> None:
-    """Every column of every projection; self-conditioning too, which the first canvas alone gives nothing but zeros."""
+    """Every column of every projection; also of self-conditioning, which the first canvas alone gives only zeros."""
     found = measure_inputs(source, text)
     network = load_weights(source, dtype=torch.bfloat16)
     for name, module in network.named_modules():
@@ -217,7 +217,7 @@ def test_inputs_are_measured_as_they_are(source: Path, text: Path) -> None:
 
 
 class StoppedError(Exception):
-    """Someone pulled the plug."""
+    """The run was interrupted."""
 
 
 @pytest.mark.parametrize("calibrates", [False, True], ids=["plain", "calibrated"])
@@ -243,7 +243,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path: Path, source: Path, t
 
 
 def test_a_run_that_was_killed_in_its_first_shard_begins_again(tmp_path: Path, source: Path) -> None:
-    """What was being written is all that there is; nothing says yet what it is of."""
+    """Only the unfinished shard exists, without a record of its source."""
     target = tmp_path / "q"
     target.mkdir()
     (target / "model-00001-of-00003.safetensors.writing").write_bytes(b"half")
@@ -383,7 +383,7 @@ print(before, resident("VmHWM"))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peak_memory_is_less_than_the_model(tmp_path: Path, random_folder: Path) -> None:
-    """Of 0.6 GB no more than 256 MB of the source, a layer in 4 bits and a matrix' working room are held."""
+    """At most 256 MB of the source's 0.6 GB, a layer in 4 bits and one matrix' working memory are resident."""
     source = write_large(tmp_path / "large", random_folder)
     size = sum(p.stat().st_size for p in source.glob("*.safetensors"))
     assert size > 0.6e9
@@ -394,7 +394,7 @@ def test_peak_memory_is_less_than_the_model(tmp_path: Path, random_folder: Path)
 
 
 def write_large(folder: Path, source: Path) -> Path:
-    """A checkpoint of 0.6 GB in bf16."""
+    """Write a checkpoint of 0.6 GB in bf16."""
     from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
     values = json.loads((source / "config.json").read_text())

@@ -17,7 +17,7 @@ local is_enabled = true
 local thoughts, is_thinking = 0, false -- thinking is reported only after LONG_MS, because most answers are faster
 local LONG_MS = 150
 local snoozed_until = 0 -- in vim.uv.now() milliseconds
-local told = '' -- state reported last
+local reported = '' -- state reported last
 local is_telling = false
 
 ---@return number
@@ -71,8 +71,8 @@ local function tell()
     is_telling = false
     local now = M.get()
     local key = now.state .. now.detail
-    if key ~= told then
-      told = key
+    if key ~= reported then
+      reported = key
       vim.api.nvim_exec_autocmds('User', { pattern = 'FimserverStatus', modeline = false, data = now })
       vim.cmd.redrawstatus({ bang = true })
     end

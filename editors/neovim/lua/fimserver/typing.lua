@@ -44,7 +44,7 @@ local anchors = vim.api.nvim_create_namespace('fimserver.anchor')
 ---@field seen string Key of the text and cursor that were handled last.
 ---@field request integer? The running request's id.
 ---@field turn integer Counts requests; answers to earlier ones are dropped.
----@field told table<string, boolean> Ids of offers that were reported to the server as shown.
+---@field reported table<string, boolean> Ids of offers that were reported to the server as shown.
 
 ---@type table<integer, fimserver.Typing>
 local buffers = {}
@@ -53,7 +53,7 @@ local buffers = {}
 ---@return fimserver.Typing
 local function state_of(buffer)
   if not buffers[buffer] then
-    buffers[buffer] = { answers = {}, seen = '', turn = 0, told = {} }
+    buffers[buffer] = { answers = {}, seen = '', turn = 0, reported = {} }
   end
   return buffers[buffer]
 end
@@ -109,8 +109,8 @@ local function show_what_fits(buffer, state)
         state.shown = { answer = answer, offer = offer, rest = rest, replaced = replaced }
         local hint = #answer.offers > 1 and ('(%d/%d)'):format(index, #answer.offers) or nil
         ghost.show(buffer, rest, replaced, hint)
-        if not state.told[offer.id] then
-          state.told[offer.id] = true
+        if not state.reported[offer.id] then
+          state.reported[offer.id] = true
           server.notify(buffer, 'textDocument/didShowCompletion', { item = offer.item })
         end
         return
@@ -124,7 +124,7 @@ end
 ---@param buffer integer
 ---@param state fimserver.Typing
 local function forget_answers(buffer, state)
-  state.answers, state.shown, state.told = {}, nil, {}
+  state.answers, state.shown, state.reported = {}, nil, {}
   if vim.api.nvim_buf_is_valid(buffer) then
     vim.api.nvim_buf_clear_namespace(buffer, anchors, 0, -1)
   end
