@@ -31,12 +31,12 @@ from fimserver.settings import (
 DOCS = Path(fimserver.__file__).parent / "docs"
 
 
-def test_the_documented_table_is_this_one() -> None:
+def test_the_documented_table_is_up_to_date() -> None:
     """Write it again with: python -m fimserver.settings."""
     assert to_markdown() in (DOCS / "settings.md").read_text(encoding="utf-8")
 
 
-def test_the_documented_config_file_is_a_good_one(tmp_path: Path) -> None:
+def test_the_documented_config_file_is_valid(tmp_path: Path) -> None:
     text = (DOCS / "settings.md").read_text(encoding="utf-8")
     example = text.split("```toml\n", 1)[1].split("```", 1)[0]
     (tmp_path / "config.toml").write_text(example)
@@ -93,14 +93,14 @@ def test_one_bad_value_leaves_the_others() -> None:
     assert len(problems) == 1
 
 
-def test_engine_settings_are_what_an_engine_is_started_with() -> None:
+def test_engine_settings_match_the_engines_arguments() -> None:
     assert ENGINE_SETTINGS == ("model", "device", "threads", "contextTokens", "fp4Activations", "idleUnloadMinutes")
     values = {"model": "m", "device": "cpu", "threads": 3, "contextTokens": 64, "fp4Activations": True}
     settings = parse_settings({**values, "idleUnloadMinutes": 0.5})
     options = EngineOptions().under(settings)
     assert options == EngineOptions("m", "cpu", 3, 64, fp4_activations=True, idle_unload_minutes=0.5)
-    told = {"model": "m", "device": "cpu", "threads": 3, "context_tokens": 64, "fp4_activations": True}
-    assert options.arguments == told
+    shown = {"model": "m", "device": "cpu", "threads": 3, "context_tokens": 64, "fp4_activations": True}
+    assert options.arguments == shown
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_unsure_answers_are_refused_with_both_numbers() -> None:
 # config.toml and the other sources
 
 
-def test_no_config_file_is_no_problem(tmp_path: Path) -> None:
+def test_a_missing_config_file_is_fine(tmp_path: Path) -> None:
     assert read_config_file(tmp_path / "config.toml") == ({}, [])
 
 
@@ -179,7 +179,7 @@ def test_config_file(tmp_path: Path, content: bytes, values: dict[str, object], 
         assert str(path) in problems[0]
 
 
-def test_an_unreadable_config_file_is_said(tmp_path: Path) -> None:
+def test_an_unreadable_config_file_is_reported(tmp_path: Path) -> None:
     (tmp_path / "config.toml").mkdir()
     values, (problem,) = read_config_file(tmp_path / "config.toml")
     assert values == {}
@@ -217,7 +217,7 @@ def test_no_initialization_options(options: object) -> None:
     assert configuration.settings == Settings()
 
 
-def test_a_section_that_is_no_object_is_said() -> None:
+def test_a_section_that_is_not_an_object_is_reported() -> None:
     configuration = Configuration()
     assert "not an object" in configuration.initialize({"fimserver": 3})[0]
     assert "not an object" in configuration.configure({"fimserver": []}, Source.CHANGE)[0]

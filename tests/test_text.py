@@ -21,7 +21,7 @@ def test_lines_end_at_newlines_only() -> None:
 
 
 @given(st.text(st.sampled_from("a\r\n\x0c\u2028"), max_size=12))
-def test_lines_begin_behind_their_ends(text: str) -> None:
+def test_lines_begin_after_line_ends(text: str) -> None:
     assert LineIndex(text).starts == [0, *(match.end() for match in re.finditer(r"\r\n|\n|\r", text))]
 
 
@@ -54,7 +54,7 @@ def test_positions_and_offsets_are_inverse(encoding: Encoding) -> None:
         (0, 3, "inside a character"),
     ],
 )
-def test_bad_positions_say_what_is_wrong(line: int, column: int, words: str) -> None:
+def test_bad_positions_are_explained(line: int, column: int, words: str) -> None:
     with pytest.raises(PositionError, match=words):
         LineIndex(TEXT).to_offset(line, column, Encoding.UTF16)
 
@@ -94,7 +94,7 @@ def test_an_edited_index_equals_a_fresh_one() -> None:
             assert index.starts == LineIndex(text).starts
 
 
-def test_a_long_line_beside_emoji_is_quick() -> None:
+def test_a_long_line_with_emoji_is_fast() -> None:
     index = LineIndex("\U0001f40d" + "x" * 1_000_000)
     begin = time.process_time()
     assert index.to_offset(0, 900_002, Encoding.UTF16) == 900_001

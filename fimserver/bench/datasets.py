@@ -119,7 +119,7 @@ def _to_item(values: dict[str, str], *, tests: bool) -> Item:
 
 HELD_OUT = HELD_OUT_MODULES  # never trained on
 _SHORTEST_LINE = 8
-_DRAW_SEED = 11
+_LINE_SEED = 11
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,7 @@ def cut_lines(limit: int) -> Iterator[Line]:
     texts = {name: read_module(name) for name in HELD_OUT}
     for text in texts.values():
         ast.parse(text)  # a file that does not parse proves nothing
-    rng = random.Random(_DRAW_SEED)
+    rng = random.Random(_LINE_SEED)
     while limit:
         name = rng.choice(HELD_OUT)
         if line := cut_line(name, texts[name], rng):
@@ -174,7 +174,7 @@ _SHORTEST_WORD = 5
 _STATEMENT_LINES = 3
 _BLOCK_LINES = 5
 _TRIES = 12  # per file and hole
-_DRAW_SEED = 29
+_SYNTAX_SEED = 29
 _SIMPLE = (
     ast.Assign,
     ast.AugAssign,
@@ -373,7 +373,7 @@ def draw_syntax_holes(
 def _draw_kind(
     sources: list[Source], kind: SyntaxHoleKind, limit: int, budget: Budget, fits: Callable[[str], bool]
 ) -> list[SyntaxHole]:
-    rng = random.Random(f"{_DRAW_SEED} {kind}")
+    rng = random.Random(f"{_SYNTAX_SEED} {kind}")
     found: dict[tuple[str, int], SyntaxHole] = {}
     for _ in range(MOST_PER_FILE):
         for source in rng.sample(sources, len(sources)):

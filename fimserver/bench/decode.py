@@ -283,7 +283,7 @@ def _spell(logits: torch.Tensor, rest: bytes, token_bytes: Sequence[bytes]) -> t
     return logits.masked_fill(~torch.tensor(fits, device=logits.device), -torch.inf)
 
 
-LEFT_TO_RIGHT = Mode.AUTOREGRESSIVE.value
+AUTOREGRESSIVE = Mode.AUTOREGRESSIVE.value
 GENERATE, EAGER = "generate", "eager"
 WITH_CANVASES = "with-canvases"
 COMPARED = (Mode.AUTO.value, GENERATE, EAGER)
@@ -465,7 +465,7 @@ class DecodeBench:
         auto = numbers.pop(Mode.AUTO.value, None)
         took = next(iter(measured.outcomes.get(Mode.AUTO.value, {}).values()), None)
         judged = {n: (w.ms_p50, w.exact_match) for n, w in numbers.items() if n in MODES}
-        ours = choose_ours(judged, LEFT_TO_RIGHT)
+        ours = choose_ours(judged, AUTOREGRESSIVE)
         return Comparison(
             holes=len(self.cuts),
             long_holes=sum(cut.is_long for cut in self.cuts),
@@ -521,8 +521,8 @@ def find_ratios(measured: Measured, ours: Ours | None) -> dict[str, Interval]:
 
     return {
         "generate_ms_over_ours": ratio(GENERATE, lambda o: o.ms),
-        "autoregressive_ms_over_ours": ratio(LEFT_TO_RIGHT, lambda o: o.ms),
-        "autoregressive_passes_over_ours": ratio(LEFT_TO_RIGHT, lambda o: o.passes, long_only=True),
+        "autoregressive_ms_over_ours": ratio(AUTOREGRESSIVE, lambda o: o.ms),
+        "autoregressive_passes_over_ours": ratio(AUTOREGRESSIVE, lambda o: o.passes, long_only=True),
     }
 
 
@@ -562,7 +562,7 @@ def make_engine_way(engine: Engine, name: str, seed: int) -> EngineDecoder:
     """
     mode, _, switch = name.partition("-")
     without = [switch.removeprefix("no-")] if switch.startswith("no-") else []
-    if mode == LEFT_TO_RIGHT:
+    if mode == AUTOREGRESSIVE:
         without.append("matches")
     drafts = DraftOptions(max_nodes=24, max_canvases=12) if switch == WITH_CANVASES else None
     chosen = seed if mode == Mode.DIFFUSION else None

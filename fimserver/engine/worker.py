@@ -1,4 +1,6 @@
-"""Run the engine in a process of its own: frames in, frames out, one completion at a time, newest first.
+"""Run the engine in a process of its own: frames in, frames out, one completion at a time.
+
+The server sends one request at a time, because it decides which is next (``schedule.py``).
 
     from the server   complete {id, context, sampling}   cancel {id}
     to the server     ready {info, device_bytes} | failed {message}
@@ -52,12 +54,12 @@ class Inbox:
             self.waiting.append(request)
             self.changed.notify()
 
-    def take_newest(self) -> dict[str, Any]:
-        """Wait for a request and take the newest."""
+    def take(self) -> dict[str, Any]:
+        """Wait for a request and take the oldest."""
         with self.changed:
             self.current = None
             self.changed.wait_for(lambda: self.waiting)
-            request = self.waiting.pop()
+            request = self.waiting.pop(0)
             self.current = request["id"]
             return request
 
@@ -116,7 +118,7 @@ def main() -> int:
         return 1
     outbox.send("ready", info=to_plain(engine.info), device_bytes=engine.device_bytes())
     while True:
-        request = inbox.take_newest()
+        request = inbox.take()
         answer(engine, request, inbox, outbox)
         inbox.forget(request["id"])
 

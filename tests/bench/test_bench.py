@@ -82,16 +82,14 @@ def test_ratios_are_of_the_holes_that_both_ran_on() -> None:
         ({"diffusion": (50, 0.30)}, "diffusion", False),
     ],
 )
-def test_ours_is_the_fastest_that_is_good_enough(
-    modes: dict[str, tuple[float, float]], mode: str, *, qualifies: bool
-) -> None:
+def test_the_fastest_good_mode_is_chosen(modes: dict[str, tuple[float, float]], mode: str, *, qualifies: bool) -> None:
     ours = choose_ours(modes, "autoregressive")
     assert ours is not None
     assert (ours.mode, ours.qualifies) == (mode, qualifies)
     assert ours.why
 
 
-def test_left_to_right_is_never_ours() -> None:
+def test_autoregressive_is_never_chosen() -> None:
     assert choose_ours({"autoregressive": (100, 0.3)}, "autoregressive") is None
 
 
@@ -109,7 +107,7 @@ def test_pareto_front() -> None:
         ([], "", 9.0),
     ],
 )
-def test_a_line_is_there_when_it_stays(drafts: list[tuple[float, str]], answer: str, expected: float) -> None:
+def test_a_line_counts_when_it_stays(drafts: list[tuple[float, str]], answer: str, expected: float) -> None:
     assert settled_at(drafts, answer, 9.0) == expected
 
 
@@ -150,7 +148,7 @@ def test_a_third_of_the_holes_is_long(vocabulary: Vocabulary) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "diffusion,fast", "autoregresive"])
-def test_ways_that_there_are_not(text: str) -> None:
+def test_unknown_ways(text: str) -> None:
     with pytest.raises(FimserverError, match="--modes"):
         parse_decoders(text)
 
@@ -161,7 +159,7 @@ def test_ways() -> None:
     assert set(parse_decoders(None)) == {*Mode, "generate", "eager"}
 
 
-def test_every_way_left_to_right_says_the_same(tiny_engine: Engine) -> None:
+def test_every_autoregressive_way_gives_the_same_text(tiny_engine: Engine) -> None:
     """transformers' modules, token by token, are the reference of our own mode: same text, same passes."""
     network = load_weights(TINY, dtype=torch.float32)
     holes = draw_holes(3, tiny_engine.vocabulary, max_prompt_tokens=384, canvas_length=32)
@@ -191,7 +189,7 @@ def test_generate_counts_its_passes_and_may_miss_the_cut_word(tiny_engine: Engin
     assert missed.lacking == "zqxv"
 
 
-def test_the_summary_is_of_what_was_seen() -> None:
+def test_the_summary_covers_every_measurement() -> None:
     threads = torch.get_num_threads()
     try:
         bench = DecodeBench(Settings(threads=1), limit=3, decoders=("autoregressive", "auto"))
@@ -214,7 +212,7 @@ def test_the_summary_is_of_what_was_seen() -> None:
     assert list(comparison.modes) == ["autoregressive"]
 
 
-def test_bench_decode_says_what_it_documents(tmp_path: Path) -> None:
+def test_bench_decode_prints_what_it_documents(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     result = run("decode", "--limit", "2", "--threads", "1", "--json", "--plots", tmp_path / "plots")
     assert result.returncode == 0, result.stderr
@@ -273,7 +271,7 @@ def test_plots_without_matplotlib_name_the_extra(tmp_path: Path, monkeypatch: py
         check_plots(tmp_path)
 
 
-def test_a_range_s_own_time_is_without_those_within() -> None:
+def test_the_own_time_of_a_range_excludes_inner_ranges() -> None:
     spans = [
         Span("fim::request", 0, 100),
         Span("fim::encode", 10, 60),

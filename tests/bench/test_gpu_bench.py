@@ -46,7 +46,7 @@ def test_every_stage_runs_simulated(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "SIMULATED" in text.splitlines()[0]
 
 
-def test_peaks_are_written_beside_the_plan() -> None:
+def test_peaks_are_written_next_to_the_plan() -> None:
     report = measure_gpu("26b", simulate=True, stages=("kernels",))
     measured = replace(report, peak_bytes={"load": 10**9}, reserved_bytes={"load": 2 * 10**9}, planned_bytes=3 * 10**9)
     assert "Peak GB by stage: {'load': '1.00'}; reserved from the driver: 2.00; the plan" in "\n".join(
@@ -54,7 +54,7 @@ def test_peaks_are_written_beside_the_plan() -> None:
     )
 
 
-def test_a_stage_that_fails_leaves_the_others_their_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_stage_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_self: Bench) -> None:
         msg = "out of memory"
         raise RuntimeError(msg)
@@ -79,7 +79,7 @@ def test_the_reduced_model_is_of_the_same_kind() -> None:
     assert counted == sum(part.num_parameters for part in to_planned("26b", config).parts)
 
 
-def test_errors_say_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_list_valid_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FimserverError, match="unknown stage 'swim'; choose from: kernels, load"):
         measure_gpu("26b", simulate=True, stages=("swim",))
     with pytest.raises(FimserverError, match="unknown synthetic model '7b'; choose from: 26b"):

@@ -44,7 +44,7 @@ def spans(text: str, kind: SyntaxHoleKind) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", list(SyntaxHoleKind))
-def test_every_kind_is_drawn_and_what_was_removed_gives_the_file(kind: SyntaxHoleKind) -> None:
+def test_every_kind_is_drawn_and_its_middle_restores_the_file(kind: SyntaxHoleKind) -> None:
     holes = of_kind(kind)
     assert len(holes) == 8
     assert all(hole.filled(hole.middle) == TEXTS[hole.name] for hole in holes)
@@ -63,7 +63,7 @@ def test_middles_that_do_not_fit_are_not_drawn() -> None:
     assert all(len(hole.middle) < 20 for hole in short)
 
 
-def test_kinds_are_what_they_say() -> None:
+def test_kinds_match_their_names() -> None:
     for hole in of_kind(SyntaxHoleKind.EXPRESSION):
         assert "\n" not in hole.middle
         ast.parse(hole.middle.removeprefix("*"), mode="eval")
@@ -82,7 +82,7 @@ def test_kinds_are_what_they_say() -> None:
         assert ends or hole.kind is SyntaxHoleKind.EXPRESSION or hole.snapshot.cursor == len(hole.snapshot.text)
 
 
-def test_an_identifier_stands_above() -> None:
+def test_an_identifier_occurs_above() -> None:
     for hole in of_kind(SyntaxHoleKind.IDENTIFIER):
         assert hole.word.isidentifier()
         assert len(hole.word) >= 5
@@ -95,7 +95,7 @@ def test_an_identifier_stands_above() -> None:
         assert not hole.is_copied(" " + hole.word)
 
 
-def test_what_is_out_of_the_window_is_not_visible() -> None:
+def test_text_outside_the_window_is_not_visible() -> None:
     source = Source("a.py", "needle = 1\n" + "x = 2\n" * 200 + "print(needle)\n")
     rng = random.Random(0)
     near = {hole.word for _ in range(40) if (hole := source.draw(SyntaxHoleKind.IDENTIFIER, rng, Budget(100_000, 100)))}
@@ -151,7 +151,7 @@ def test_statements_and_blocks() -> None:
     assert spans(text, SyntaxHoleKind.BLOCK) == ["handle(each)\n    if each:\n        break"]
 
 
-def test_paired_difference_by_hand() -> None:
+def test_paired_difference_of_known_numbers() -> None:
     a, b = [True] * 60 + [False] * 40, [True] * 50 + [False] * 50
     difference = paired_difference(a, b)
     assert difference is not None
@@ -286,7 +286,7 @@ def test_plots_without_matplotlib_are_refused_before_anything_is_measured(
     assert "fimserver[plots]" in result.stderr
 
 
-def test_errors_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_have_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     empty = command("--data", tmp_path)
     assert (empty.exit_code, "holds no Python file that parses" in empty.stderr) == (1, True)
     monkeypatch.setitem(sys.modules, "fimserver.training.corpus", None)

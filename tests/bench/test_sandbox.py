@@ -81,7 +81,7 @@ def test_endless_code_is_ended(program: str) -> None:
         "ctypes.CDLL(None)",
     ],
 )
-def test_what_is_refused(attempt: str, tmp_path: Path) -> None:
+def test_refused_operations(attempt: str, tmp_path: Path) -> None:
     """It fails for its own reason: each name is imported, and the error is the one of a refusal."""
     file = tmp_path / "file"
     file.write_text("kept")

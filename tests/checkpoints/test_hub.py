@@ -90,7 +90,7 @@ def fetched_weights(hub: Hub) -> list[str]:
     return [name for name in hub.fetched() if name.endswith(".safetensors")]
 
 
-def test_a_person_adds_lists_completes_and_removes(hub: Hub, tmp_path: Path) -> None:
+def test_adding_listing_completing_and_removing(hub: Hub, tmp_path: Path) -> None:
     hub.repositories[NAME] = Repository(Path(shutil.copytree(TINY, tmp_path / "tiny")), licence="gemma")
     added = run("model", "add", NAME, "--yes")
     assert added.returncode == 0, added.stderr
@@ -136,7 +136,7 @@ def test_only_what_is_needed_is_fetched(hub: Hub, published: Path) -> None:
     assert read_metadata(find_model(NAME)).name == "random"
 
 
-def test_a_broken_download_goes_on_in_the_next_run(hub: Hub, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_download_resumes_in_the_next_run(hub: Hub, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = load_file(copy / "model.safetensors")
     names = sorted(tensors)
     (copy / "model.safetensors").unlink()
@@ -186,7 +186,7 @@ def find_offer_when_up(hub: Hub) -> Any:
     return find_offer(NAME)
 
 
-def test_a_connection_that_drops_once_is_taken_up_again(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_connection_that_drops_once_is_resumed(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
     offer = find_offer(NAME)
     hub.break_at = offer.files[[f.name for f in offer.files].index("model.safetensors")].num_bytes - 3000
@@ -262,7 +262,7 @@ def test_wrong_weights_are_named_at_once(hub: Hub, copy: Path) -> None:
 
 
 @pytest.mark.parametrize(("file", "words"), [("model.safetensors", "pickle"), ("tokenizer.json", "no tokenizer.json")])
-def test_what_is_no_whole_model_is_refused_by_its_list(hub: Hub, copy: Path, file: str, words: str) -> None:
+def test_an_incomplete_model_is_refused_by_its_file_list(hub: Hub, copy: Path, file: str, words: str) -> None:
     (copy / file).unlink()
     hub.repositories[NAME] = Repository(copy)
     with pytest.raises(WeightsError, match=words):
@@ -270,7 +270,9 @@ def test_what_is_no_whole_model_is_refused_by_its_list(hub: Hub, copy: Path, fil
     assert hub.fetched() == []
 
 
-def test_a_gated_model_says_how_to_get_in(hub: Hub, published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_a_gated_model_explains_how_to_get_access(
+    hub: Hub, published: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hub.repositories[NAME] = Repository(published, gated=True)
     offer = find_offer(NAME)
     assert offer.is_gated
@@ -293,7 +295,7 @@ def test_a_token_goes_to_the_hub_and_not_on_to_storage(
     assert sent == {"127.0.0.1": True, "localhost": False}
 
 
-def test_errors_of_the_hub_say_what_to_do(hub: Hub) -> None:
+def test_errors_of_the_hub_have_a_remedy(hub: Hub) -> None:
     with pytest.raises(WeightsError, match="has no model some/other; check the name"):
         find_offer("some/other")
     with pytest.raises(WeightsError, match="has no revision 'v9'"):
@@ -307,7 +309,7 @@ def test_errors_of_the_hub_say_what_to_do(hub: Hub) -> None:
         find_offer(NAME)
 
 
-def test_no_network_is_said(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_network_is_reported(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     result = run("model", "add", NAME, "--yes")
     assert result.returncode == 1
@@ -341,7 +343,7 @@ def run_and_answer(answer: str, *arguments: str) -> "subprocess.CompletedProcess
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo terminal")
-def test_a_person_is_asked(hub: Hub) -> None:
+def test_the_user_is_asked(hub: Hub) -> None:
     refused = run_and_answer("n\n", "model", "add", NAME)
     assert refused.returncode == 1
     assert "Fetch it?" in refused.stderr
@@ -374,7 +376,7 @@ def test_a_revision_is_kept(hub: Hub) -> None:
     assert find_added(f"{NAME}@{'0' * 40}") is None
 
 
-def test_what_another_program_cached_is_found_and_a_part_is_not(hub: Hub) -> None:
+def test_complete_files_cached_by_other_programs_are_found(hub: Hub) -> None:
     from huggingface_hub import snapshot_download
 
     snapshot_download(NAME, allow_patterns=["config.json", "tokenizer.json"])
@@ -408,7 +410,7 @@ def test_removing_one_revision_keeps_another(hub: Hub, copy: Path) -> None:
     assert read_record() == {}
 
 
-def test_the_list_knows_what_is_gone_and_what_could_be(hub: Hub) -> None:
+def test_the_list_shows_missing_and_available_models(hub: Hub) -> None:
     states = {one.name: one for one in list_models()}
     known = states["nvidia/diffusiongemma-26B-A4B-it-NVFP4"]
     assert (known.state, known.num_bytes, known.folder) == ("known", 18_864_434_565, None)
@@ -424,7 +426,7 @@ def test_the_list_knows_what_is_gone_and_what_could_be(hub: Hub) -> None:
     assert read_record() == {}
 
 
-def test_a_damaged_record_is_said(hub: Hub) -> None:
+def test_a_damaged_record_is_reported(hub: Hub) -> None:
     path = record_file()
     path.parent.mkdir(parents=True)
     path.write_text('{"models": []}')

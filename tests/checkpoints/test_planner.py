@@ -176,7 +176,7 @@ def test_16_gb_need_host_memory(large: Checkpoint, gpu: str) -> None:
         assert step.ms == pytest.approx(whole.ms + step.bus_bytes / host.bus_gb_per_s / 1e6, rel=1e-6)
 
 
-def test_the_page_says_what_host_plans_cost(large: Checkpoint) -> None:
+def test_the_page_states_the_cost_of_host_plans(large: Checkpoint) -> None:
     page = " ".join((Path(fimserver.__file__).parent / "docs" / "gpu.md").read_text(encoding="utf-8").split())
     plans = [plan_on_gpu(large, find_gpu(gpu), 8192).host_plans for gpu in ("RTX 5080", "RTX 4060 Ti 16 GB")]
     costs = [
@@ -187,7 +187,7 @@ def test_the_page_says_what_host_plans_cost(large: Checkpoint) -> None:
     assert f"add {some} to a step; {more} if attention and the dense part are in 4 bits too" in page
 
 
-def test_host_plans_fill_the_card_and_no_more(large: Checkpoint) -> None:
+def test_host_plans_fill_the_gpu_and_no_more(large: Checkpoint) -> None:
     gpu = find_gpu("RTX 4080")
     plan = plan_on_gpu(large, gpu, 8192)
     kept = plan.host_plans[0].experts_on_gpu
@@ -209,14 +209,14 @@ def test_the_largest_context_is_the_largest(large: Checkpoint) -> None:
     assert any(r.change == f"a context of {largest} tokens" and r.fits for r in too_long.remedies)
 
 
-def test_bf16_needs_four_bits_or_a_large_card() -> None:
+def test_bf16_needs_four_bits_or_a_large_gpu() -> None:
     checkpoint = find_checkpoint("google/diffusiongemma-26B-A4B-it")
     assert plan_on_gpu(checkpoint, find_gpu("H100")).fits
     plan = plan_on_gpu(checkpoint, find_gpu("RTX 5090"))
     assert [r.fits for r in plan.remedies if r.change == "experts in NVFP4"] == [True]
 
 
-def test_earlier_prompts_are_those_of_the_engine(large: Checkpoint) -> None:
+def test_earlier_prompts_match_the_engines(large: Checkpoint) -> None:
     assert sum_of(plan_on_gpu(large, GPUS[0]), "KV caches of earlier prompts") == MAX_PROMPT_CACHE_BYTES
 
 
@@ -227,14 +227,14 @@ def test_the_longest_context_has_room_for_its_masks(large: Checkpoint) -> None:
     assert sum_of(plan, "masks of CUDA graphs") > 12 * 96 * 262_144 * 2
 
 
-def test_float8_is_no_remedy_that_is_there(large: Checkpoint) -> None:
+def test_float8_is_not_offered_as_a_remedy(large: Checkpoint) -> None:
     remedies = {r.change: r for r in plan_on_gpu(large, find_gpu("RTX 4080")).remedies}
     assert [change for change, remedy in remedies.items() if not remedy.is_there] == [planner._FP8_REST]
     in_4_bits = remedies[planner._ALL_IN_4_BITS].total_bytes
     assert in_4_bits == plan_on_gpu(large.with_projections_in_nvfp4(), find_gpu("RTX 4080")).total_bytes
 
 
-def test_a_wrong_card_names_the_nearest() -> None:
+def test_a_wrong_gpu_names_the_nearest() -> None:
     with pytest.raises(FimserverError, match="RTX 5090"):
         find_gpu("RTX 5095")
     with pytest.raises(FimserverError, match=r"RTX 5070 Ti, RTX 5080, RTX 5090"):
@@ -246,7 +246,7 @@ def test_a_wrong_card_names_the_nearest() -> None:
 # ---- folders
 
 
-def test_a_folder_says_its_real_formats(tmp_path: Path) -> None:
+def test_a_folder_reports_its_real_formats(tmp_path: Path) -> None:
     folder = quantized_folder(tmp_path)
     checkpoint = read_folder(folder)
     formats = {(part.role, part.format) for part in checkpoint.parts}
@@ -340,7 +340,7 @@ def slots_of(thing: Any) -> Iterator[Any]:
         yield getattr(thing, name, None)
 
 
-def test_memory_on_a_cpu_is_what_the_engine_holds(random_folder: Path) -> None:
+def test_memory_on_a_cpu_equals_the_engines(random_folder: Path) -> None:
     for folder in (SHIPPED_MODELS / "tiny", random_folder):
         planned = sum(line.num_bytes for line in weight_lines_on_cpu(read_folder(folder)))
         assert planned == pytest.approx(reachable_bytes(Model.load(folder, torch.device("cpu"))), rel=0.03)
@@ -371,9 +371,7 @@ CHECKPOINTS = {
 
 
 @pytest.mark.parametrize("kind", CHECKPOINTS)
-def test_planned_bytes_are_those_that_are_loaded(
-    tmp_path: Path, random_folder: Path, random_model: Model, kind: str
-) -> None:
+def test_planned_bytes_equal_loaded_bytes(tmp_path: Path, random_folder: Path, random_model: Model, kind: str) -> None:
     """As on a GPU: bf16, with tensors stored in 4 bits kept so; role by role, and the final total of the network."""
     state = CHECKPOINTS[kind](state_of(random_model.reference))  # type: ignore[no-untyped-call]
     checkpoint = read_folder(write_checkpoint(tmp_path / "m", random_folder, state))
@@ -402,7 +400,9 @@ def loaded_bytes(loaded: Any) -> dict[Role, int]:
 
 
 @pytest.mark.parametrize("dtype", ["F8_E5M2", "I32"])
-def test_what_the_loader_refuses_has_no_plan(tmp_path: Path, random_folder: Path, state_dtype: Any, dtype: str) -> None:
+def test_models_that_the_loader_refuses_have_no_plan(
+    tmp_path: Path, random_folder: Path, state_dtype: Any, dtype: str
+) -> None:
     """Both give the same message."""
     folder = write_checkpoint(tmp_path / "m", random_folder, state_dtype)
     for read in (read_folder, partial(load_weights, dtype=torch.float32)):
@@ -459,7 +459,7 @@ def test_resident_memory_of_two_gigabytes(tmp_path: Path) -> None:
     assert planned == pytest.approx(int(done.stdout), rel=0.03)
 
 
-def test_a_cpu_without_the_memory_says_what_fits(large: Checkpoint) -> None:
+def test_a_cpu_with_too_little_memory_reports_what_fits(large: Checkpoint) -> None:
     assert plan_on_cpu(large, 200_000_000_000).fits
     plan = plan_on_cpu(large, 16_000_000_000)
     assert not plan.fits
@@ -479,7 +479,7 @@ def test_doctor_plans_offline() -> None:
     assert plan["total_bytes"] == sum(line["num_bytes"] for line in plan["lines"])
 
 
-def test_doctor_says_what_to_change() -> None:
+def test_doctor_suggests_changes() -> None:
     result = run("doctor", "--model", "diffusiongemma-26b-a4b-it", "--gpu", "RTX 4060 Ti 16 GB")
     assert result.returncode == 0, result.stderr
     assert "DOES NOT FIT with a context of 8192 tokens" in result.stdout
@@ -494,7 +494,7 @@ def test_doctor_plans_the_shipped_model_for_a_cpu() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("--gpu", "RTX 5091"), "RTX 5090"),
         (("--gpu", "H100", "--model", "no/such"), NVFP4),
@@ -502,10 +502,10 @@ def test_doctor_plans_the_shipped_model_for_a_cpu() -> None:
         (("--json",), "--gpu"),
     ],
 )
-def test_wrong_use_says_what_is_right(arguments: tuple[str, ...], said: str) -> None:
+def test_wrong_use_suggests_the_right_use(arguments: tuple[str, ...], message: str) -> None:
     result = run("doctor", *arguments)
     assert result.returncode == 2
-    assert said in result.stderr
+    assert message in result.stderr
 
 
 def test_a_plan_needs_no_torch() -> None:

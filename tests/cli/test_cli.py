@@ -94,14 +94,14 @@ def test_standard_input_and_characters_not_bytes() -> None:
         (["nonsense"], "nonsense"),
     ],
 )
-def test_wrong_use_is_exit_2_and_says_what_to_write(arguments: list[str], words: str) -> None:
+def test_wrong_use_is_exit_2_with_a_remedy(arguments: list[str], words: str) -> None:
     result = run(*arguments)
     assert result.returncode == 2
     assert words in result.stderr
     assert result.stdout == ""
 
 
-def test_not_utf8_is_said(tmp_path: Path) -> None:
+def test_invalid_utf8_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "latin.py"
     path.write_bytes(b"x = '\xe9'\n")
     result = run("complete", f"{path}:1:1")
@@ -119,7 +119,7 @@ def test_a_bad_model_is_exit_1_with_the_reason() -> None:
 
 
 @pytest.mark.parametrize("mode", ["diffusion", "autoregressive"])
-def test_trace_shows_the_way(mode: str) -> None:
+def test_trace_shows_every_step(mode: str) -> None:
     result = run("complete", SAMPLE.parent / readme_target(), "--trace", "--mode", mode)
     for heading in ("hole", "context", "prompt", "timings, ms", "<mid>", "confidence"):
         assert heading in result.stdout
@@ -135,7 +135,7 @@ def test_version() -> None:
     assert fimserver.__version__ in result.stdout
 
 
-def test_doctor_is_content_here() -> None:
+def test_doctor_finds_no_problem_here() -> None:
     result = run("doctor", "--device", "cpu")
     assert result.returncode == 0, result.stdout
     assert "FAIL" not in result.stdout
@@ -143,7 +143,7 @@ def test_doctor_is_content_here() -> None:
         assert word in result.stdout
 
 
-def test_doctor_says_how_to_mend() -> None:
+def test_doctor_explains_fixes() -> None:
     result = run("doctor", "--model", "/no/such")
     assert result.returncode == 1
     assert "FAIL model" in result.stdout
@@ -187,7 +187,7 @@ def test_bench_keystroke_with_a_bad_model_is_exit_1() -> None:
     assert "/nowhere" in result.stderr
 
 
-def test_a_sure_guess_needs_no_model(tmp_path: Path) -> None:
+def test_a_sure_match_needs_no_model(tmp_path: Path) -> None:
     line = "connection.execute_script(first_argument, second_argument)"
     file = tmp_path / "a.js"
     file.write_text(f"{line};\nother();\nconnection.execute_script(first_argument, \n")
@@ -200,7 +200,7 @@ def test_a_sure_guess_needs_no_model(tmp_path: Path) -> None:
     assert "canvas" in traced.stdout or "answer" in traced.stdout
 
 
-def test_guesses_can_be_left_out_of_an_evaluation() -> None:
+def test_matches_can_be_left_out_of_an_evaluation() -> None:
     result = run("eval", "lines", "--limit", "12", "--no-matches", "--json")
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["matched"] == 0

@@ -92,7 +92,7 @@ def test_two_editors_add_to_one_file(tmp_path: Path) -> None:
     assert counted(second, tmp_path).empty == {"comment": 2}
 
 
-def test_it_is_written_now_and_then(tmp_path: Path) -> None:
+def test_counts_are_written_periodically(tmp_path: Path) -> None:
     now = 0.0
     ledger = Ledger(tmp_path / FOLDER_NAME, lambda: True, lambda: now)
     ledger.note_empty("comment")
@@ -105,7 +105,7 @@ def test_it_is_written_now_and_then(tmp_path: Path) -> None:
         time.sleep(0.01)
 
 
-def test_what_cannot_be_written_is_kept(tmp_path: Path) -> None:
+def test_counts_that_cannot_be_written_are_kept(tmp_path: Path) -> None:
     (tmp_path / FOLDER_NAME).write_text("")
     ledger = Ledger(tmp_path / FOLDER_NAME, lambda: True)
     ledger.note_empty("comment")
@@ -118,7 +118,7 @@ def test_what_cannot_be_written_is_kept(tmp_path: Path) -> None:
     assert counted(ledger, tmp_path).empty == {"comment": 2}
 
 
-def test_nothing_is_counted_where_that_is_off(tmp_path: Path) -> None:
+def test_nothing_is_counted_when_counting_is_off(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / FOLDER_NAME, lambda: False)
     ledger.note_offer(["a"], "python", "statement", 4.0)
     ledger.note_answer("model", 1.0)
@@ -144,11 +144,11 @@ def some() -> Statistics:
     return found
 
 
-def test_what_is_written_is_read() -> None:
+def test_written_counts_are_read() -> None:
     assert from_json(to_json(some())) == some()
 
 
-def test_old_months_go(tmp_path: Path) -> None:
+def test_old_months_are_removed(tmp_path: Path) -> None:
     folder = tmp_path / FOLDER_NAME
     folder.mkdir()
     months = [f"{year}-{month:02}" for year in (2024, 2025) for month in range(1, 13)]
@@ -181,7 +181,7 @@ def test_old_months_go(tmp_path: Path) -> None:
         '{"version": 1, "days": {"2026-11-01": {"tallies": {}, "times": {}, "empty": 7}}}',
     ],
 )
-def test_a_damaged_file_is_counted_anew(ledger: Ledger, tmp_path: Path, text: str) -> None:
+def test_a_damaged_file_restarts_the_count(ledger: Ledger, tmp_path: Path, text: str) -> None:
     month = tmp_path / FOLDER_NAME / f"{date.today():%Y-%m}.json"  # noqa: DTZ011
     month.parent.mkdir()
     month.write_text(text)
@@ -198,7 +198,7 @@ def test_a_pipe_in_its_place_is_not_waited_for(ledger: Ledger, tmp_path: Path) -
     assert counted(ledger, tmp_path).empty == {"comment": 1}, "a file took its place"
 
 
-def test_what_an_editor_sees_is_counted(
+def test_offers_and_decisions_are_counted(
     start_fake: Callable[..., FakeServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Offered, accepted at once, rejected by typing on, nothing in a comment; by language and kind of place."""
@@ -250,7 +250,7 @@ class Page(HTMLParser):
         self.words.append(data)
 
 
-def test_the_page_asks_for_nothing_and_is_whole() -> None:
+def test_the_page_is_complete_and_loads_nothing() -> None:
     page = Page(to_page(some(), date(2026, 11, 12)))
     assert page.links == []
     assert page.open == []
@@ -263,7 +263,7 @@ def test_the_page_asks_for_nothing_and_is_whole() -> None:
     assert min(numbers) >= 0
 
 
-def test_a_page_of_nothing() -> None:
+def test_an_empty_page() -> None:
     assert "write some code" in to_page(Statistics(), date(2026, 11, 12))
 
 

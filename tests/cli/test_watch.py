@@ -25,7 +25,7 @@ from fimserver.cli.watch import changed_at, snapshots_of
         ("same", "same", 4),
     ],
 )
-def test_the_cursor_is_behind_what_is_new(old: str, new: str, cursor: int) -> None:
+def test_the_cursor_is_after_the_new_text(old: str, new: str, cursor: int) -> None:
     assert changed_at(old, new) == cursor
 
 

@@ -238,7 +238,7 @@ def pick_line_end(text: str, rng: random.Random) -> tuple[int, int]:
                 return start, begin + len(lines[i])
 
 
-def test_whatever_is_offered_parses_where_the_file_did() -> None:
+def test_every_offer_parses_where_the_file_did() -> None:
     """Random answers on real lines: nothing that is offered breaks the file."""
     rng = random.Random(2)
     words = [

@@ -37,8 +37,8 @@ def snapshot_of(text: str, cursor: int, language: str) -> Snapshot:
 
 @pytest.mark.parametrize("language", LARGE)
 def test_a_focus_of_whole_code_is_whole_code(language: str) -> None:
-    before, part, behind = LARGE[language]
-    text = before + "".join(part % n for n in range(20_000 // len(part))) + behind
+    before, part, after = LARGE[language]
+    text = before + "".join(part % n for n in range(20_000 // len(part))) + after
     whole = parse(text, language)
     assert whole is not None
     assert not whole.errors()

@@ -22,7 +22,7 @@ def texts(marked: str, *others: str, hole: Hole = LINE) -> list[str]:
     return [ngram_match.text for ngram_match in find_matches(snapshot_of(marked), hole, others, max_seconds=math.inf)]
 
 
-def test_what_followed_the_same_text_is_the_guess() -> None:
+def test_text_after_an_equal_place_is_the_match() -> None:
     source = "log.warning('no such item %s', name)\nx = 1\nlog.warn\u25ae\n"
     assert texts(source) == ["ing('no such item %s', name)"]
 
@@ -32,17 +32,17 @@ def test_the_longest_match_is_first() -> None:
     assert texts(source)[0] == "append(1)"
 
 
-def test_agreement_with_what_follows_outranks() -> None:
+def test_agreement_with_the_suffix_outranks() -> None:
     source = "a.call(1)\nb = 1\na.call(2)\nc = 1\na.call(\u25ae\nb = 1\n"
     assert texts(source)[0] == "1)"
 
 
-def test_what_is_seen_more_often_is_first() -> None:
+def test_more_frequent_matches_are_first() -> None:
     source = "x.run(one)\nx.run(two)\nx.run(one)\nx.run(one)\ny()\nx.run(\u25ae\n"
     assert texts(source)[0] == "one)"
 
 
-def test_a_word_that_only_ends_alike_is_no_match() -> None:
+def test_a_word_that_only_ends_alike_is_not_a_match() -> None:
     assert texts("reprint(a)\nprint\u25ae\n") == []
 
 
@@ -58,7 +58,7 @@ def test_other_documents_and_deleted_text_are_searched() -> None:
     assert texts("import os\nconfigure(\u25ae", "configure(width=3)\n") == ["width=3)"]
 
 
-def test_nothing_in_comments_and_at_the_end_of_what_is_known() -> None:
+def test_no_match_in_comments_or_at_the_end_of_known_text() -> None:
     assert texts("# same words here\n# same words \u25ae\n", hole=Hole(HoleKind.COMMENT, 1, 8)) == []
     assert texts("value = 1\nvalue = 1\u25ae\n") == []
 
@@ -71,11 +71,11 @@ def test_a_cursor_finds_no_match_in_itself() -> None:
 @pytest.mark.parametrize(
     ("match", "agreement", "sure"), [(27, 0, False), (28, 0, True), (16, 1, True), (15, 40, False), (0, 0, False)]
 )
-def test_what_is_sure(match: int, agreement: int, sure: bool) -> None:
+def test_sure_matches(match: int, agreement: int, sure: bool) -> None:
     assert is_sure(Match("x", match, agreement)) is sure
 
 
-def test_a_sure_guess_has_to_fit_the_syntax() -> None:
+def test_a_sure_match_has_to_fit_the_syntax() -> None:
     line = "self.connection.execute_script(first, second)"
     place = find_place(snapshot_of(f"{line}\nself.connection.execute_script(first, \u25ae\n"), Settings())
     assert isinstance(place, Place)
@@ -86,7 +86,7 @@ def test_a_sure_guess_has_to_fit_the_syntax() -> None:
     assert offer_match([Match("second)", 9, 0)], place) is None
 
 
-def test_a_guess_goes_over_what_an_editor_closed() -> None:
+def test_a_match_replaces_closers_of_the_editor() -> None:
     place = find_place(
         snapshot_of(
             "connection.execute_script(first, second).commit()\nx()\nconnection.execute_script(first, \u25ae)\n"
@@ -125,7 +125,7 @@ def test_snippets_are_the_most_similar_pieces() -> None:
     assert find_snippets(snapshot_of("\u25ae"), [("c.py", alike)]) == ()
 
 
-def test_snippets_stay_while_one_types() -> None:
+def test_snippets_stay_while_typing() -> None:
     others = [(f"{i}.py", f"def area_{i}(width, height):\n    return width * height * {i}\n") for i in range(4)]
     base = "def volume(width, height, depth):\n    return width * height * depth\n\n" * 8
     assert len(base) > 400

@@ -149,7 +149,7 @@ def test_a_focus_is_the_text_around_the_cursor(language: str, data: st.DataObjec
 
 @COMMON
 @given(data=st.data(), language=st.sampled_from(sorted(PIECES)))
-def test_what_is_open_is_found_from_any_earlier_scan(data: st.DataObject, language: str) -> None:
+def test_open_brackets_are_found_from_any_earlier_scan(data: st.DataObject, language: str) -> None:
     """The scan that remembers says what a fresh one says."""
     kind = find_language(language)
     text = ""
@@ -221,7 +221,7 @@ def test_the_rest_of_a_completion_makes_the_same_text(data: st.DataObject) -> No
 
 @COMMON
 @given(st.text("ab", max_size=6), st.text("ab", max_size=4), st.text("ab", max_size=6))
-def test_what_was_typed_is_what_was_inserted(before: str, typed: str, after: str) -> None:
+def test_typed_text_equals_inserted_text(before: str, typed: str, after: str) -> None:
     old = snapshot_of(before + after, len(before))
     assert typed_since(old, before + typed + after) == typed
     assert typed_since(old, before + "c" + typed + "d" + after[1:]) in {None, "c" + typed + "d"}

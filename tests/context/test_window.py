@@ -39,7 +39,7 @@ def test_a_window_that_reaches_the_start_has_no_head() -> None:
     assert not build_context(snapshot_of("import os\nx = "), HOLE, Budget(400, 200)).head
 
 
-def test_head_stays_while_one_types() -> None:
+def test_head_stays_while_typing() -> None:
     heads = {build_context(snapshot_of(PYTHON + "x" * n), HOLE, Budget(400, 200)).head for n in range(60)}
     assert len(heads) == 1
 

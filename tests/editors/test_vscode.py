@@ -83,7 +83,7 @@ def test_tab_takes_the_ghost_text(window: Window, workbench: Workbench) -> None:
 
 
 @editors
-def test_it_runs_beside_the_code(window: Window, workbench: Workbench) -> None:
+def test_the_extension_runs_where_the_code_is(window: Window, workbench: Workbench) -> None:
     """As over SSH, in WSL and in a container: the page is one machine, and the extension runs on the other."""
     logs = "".join(file.read_text(encoding="utf-8") for file in workbench.data.rglob("remoteexthost.log"))
     assert re.search(r"_doActivateExtension fimserver\.fimserver", logs)
@@ -91,7 +91,7 @@ def test_it_runs_beside_the_code(window: Window, workbench: Workbench) -> None:
 
 
 @editors
-def test_a_word_of_it(window: Window, workbench: Workbench) -> None:
+def test_accepting_a_word(window: Window, workbench: Workbench) -> None:
     file = workbench.write("word.py")
     ghost = window.begin(file)
     window.press("Control+ArrowRight")
@@ -112,7 +112,7 @@ def test_typing_along_keeps_it(window: Window, workbench: Workbench) -> None:
 
 
 @editors
-def test_escape_takes_nothing(window: Window, workbench: Workbench) -> None:
+def test_escape_accepts_nothing(window: Window, workbench: Workbench) -> None:
     file = workbench.write("escape.py")
     window.begin(file)
     window.press("Escape")
@@ -139,13 +139,13 @@ def test_with_the_popup_open(window: Window, workbench: Workbench) -> None:
 
 
 @editors
-def test_with_a_popup_that_opens_by_itself(window: Window, workbench: Workbench) -> None:
+def test_with_a_popup_that_opens_automatically(window: Window, workbench: Workbench) -> None:
     text = SAMPLE.replace("        self.items.ap\n", "        self.append_all(item)\n        self.items.ap\n")
     file = workbench.write("opens.py", text)
     row = ".suggest-widget.visible .monaco-list-row.focused"
     chosen = "append_all"
 
-    def goes_on() -> bool:
+    def continues_choice() -> bool:
         """Return whether there is ghost text that continues the chosen item."""
         return any(chosen in word for word in window.texts(row)) and f"app{window.ghost()}".startswith(chosen)
 
@@ -156,7 +156,7 @@ def test_with_a_popup_that_opens_by_itself(window: Window, workbench: Workbench)
         for _ in range(3):  # until the extension has read the setting
             window.type("p")
             with suppress(AssertionError):
-                wait_until(goes_on, "a popup, and ghost text for the chosen item", 10)
+                wait_until(continues_choice, "a popup, and ghost text for the chosen item", 10)
                 break
             window.press("Escape", "Backspace")
         else:
@@ -210,8 +210,8 @@ def test_snooze_by_the_menu(window: Window, workbench: Workbench, editors_home: 
     window.type("p")
     wait_until(lambda: "snoozed" in call_fimserver(editors_home, "explain", "--json").stdout, "the request is answered")
     window.command("fimserver: Why Was There No Completion?")
-    said = wait_until(window.notifications, "why")
-    assert "snoozed" in said[0]
+    shown = wait_until(window.notifications, "why")
+    assert "snoozed" in shown[0]
     assert not window.ghost()
     window.click(".notification-toast .monaco-button >> text=End the Snooze")
     window.wait_for_status("Ready")
@@ -280,7 +280,7 @@ def test_statistics_log_and_doctor(window: Window, workbench: Workbench, picture
 
 
 @editors
-def test_killed_and_there_again(window: Window, workbench: Workbench, editors_home: dict[str, str]) -> None:
+def test_killed_processes_come_back(window: Window, workbench: Workbench, editors_home: dict[str, str]) -> None:
     file = workbench.write("killed.py")
     window.begin(file)
     old = daemon_status(editors_home)["pid"]
@@ -369,7 +369,7 @@ def test_several_candidates(window: Window, workbench: Workbench, tmp_path: Path
 
 
 @editors
-def test_a_line_of_several(window: Window, workbench: Workbench, tmp_path: Path) -> None:
+def test_accepting_a_line(window: Window, workbench: Workbench, tmp_path: Path) -> None:
     stub = Stub(tmp_path, {"after": "self.items.app", "texts": ["end(one)\n        return self"]})
     file = workbench.write("lines.py")
     with workbench.stubbed(window, stub):
@@ -407,7 +407,7 @@ def test_several_cursors_are_left_alone(window: Window, workbench: Workbench, tm
 
 
 @editors
-def test_asked_again_once_the_model_is_there(window: Window, workbench: Workbench, tmp_path: Path) -> None:
+def test_a_request_is_repeated_once_the_model_is_loaded(window: Window, workbench: Workbench, tmp_path: Path) -> None:
     file = workbench.write("loading.py")
     window.open(file)
     window.go(LINE)
@@ -507,7 +507,7 @@ def test_the_package_is_small_and_holds_no_sources(vsix: Path) -> None:
 
 
 @editors
-def test_the_settings_are_the_servers(vsix: Path) -> None:
+def test_the_settings_match_the_servers(vsix: Path) -> None:
     command = [sys.executable, str(EXTENSION / "scripts" / "settings.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert not done.returncode, done.stderr

@@ -91,13 +91,13 @@ def test_several_folders(
     with closing(Workbench(vscode, vsix, folders[0], env=editors_home, settings=settings)) as workbench:
         window = workbench.window(workspace=workspace)
         window.wait_for_status("Ready", timeout=120)
-        told = stub.received("initialize")[0]["workspaceFolders"]
-        assert [folder["name"] for folder in told] == ["first", "second"]
-        told_more = partial(stub.received, "workspace/didChangeWorkspaceFolders")
+        sent = stub.received("initialize")[0]["workspaceFolders"]
+        assert [folder["name"] for folder in sent] == ["first", "second"]
+        sent_more = partial(stub.received, "workspace/didChangeWorkspaceFolders")
         workbench.repeat_until(
-            partial(write_workspace, "first", "second", "third"), told_more, "the server got the command"
+            partial(write_workspace, "first", "second", "third"), sent_more, "the server got the command"
         )
-        added = told_more()
+        added = sent_more()
         assert [folder["name"] for folder in added[0]["event"]["added"]] == ["third"]
         workbench.set_for_status(window, "tiny", serverPath=str(FIMSERVER))
         for folder in folders:
@@ -157,7 +157,7 @@ def leave_inserting(window: Window) -> None:
 
 
 @editors
-def test_beside_an_extension_with_modes(
+def test_next_to_an_extension_with_modes(
     vscode: VSCode, vsix: Path, editors_home: dict[str, str], tmp_path: Path, pictures: Path
 ) -> None:
     source, folder = tmp_path / "modes", tmp_path / "project"
@@ -195,7 +195,7 @@ def test_beside_an_extension_with_modes(
 
 
 @editors
-def test_looks_of_first_steps_and_of_errors(
+def test_pictures_of_first_steps_and_errors(
     vscode: VSCode, vsix: Path, editors_home: dict[str, str], tmp_path: Path, pictures: Path
 ) -> None:
     missing = tmp_path / "no" / "fimserver"
@@ -204,9 +204,9 @@ def test_looks_of_first_steps_and_of_errors(
     ) as workbench:
         window = workbench.window(width=1500, height=800)  # wide enough for the steps' pictures
         window.wait_for_status("No completions", timeout=120)
-        said = wait_until(window.notifications, "what is wrong")
-        assert len(said) == 1
-        assert str(missing) in said[0]
+        shown = wait_until(window.notifications, "what is wrong")
+        assert len(shown) == 1
+        assert str(missing) in shown[0]
         workbench.in_themes(window, lambda theme: window.screenshot(pictures / f"error_{theme}.png"))
         window.menu()
         window.screenshot(pictures / "error_menu.png")
@@ -257,8 +257,8 @@ def test_the_server_is_installed_when_asked(
     with closing(Workbench(vscode, vsix, folder, env=env, settings=settings)) as workbench:
         window = workbench.window()
         window.wait_for_status("not installed", timeout=120)
-        said = wait_until(window.notifications, "the offer")
-        assert len(said) == 1
+        shown = wait_until(window.notifications, "the offer")
+        assert len(shown) == 1
         window.screenshot(pictures / "missing.png")
         assert not journal.exists()
 

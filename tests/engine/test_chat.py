@@ -141,7 +141,7 @@ def test_a_cut_prefix_keeps_its_cut(vocabulary: Vocabulary, metadata: ModelMetad
 
 
 @pytest.mark.parametrize("context_tokens", [None, 200, 400])
-def test_a_prompt_is_never_longer_than_the_model_knows(
+def test_a_prompt_never_exceeds_the_models_limit(
     vocabulary: Vocabulary, metadata: ModelMetadata, context_tokens: int | None
 ) -> None:
     limited = limit_context(metadata, context_tokens)
@@ -197,7 +197,7 @@ MARKDOWN = "# Use\n\n```python\nimport os\n"
         ),
     ],
 )
-def test_what_of_an_answer_is_code(vocabulary: Vocabulary, language: str, prefix: str, answer: str, code: str) -> None:
+def test_the_code_of_an_answer(vocabulary: Vocabulary, language: str, prefix: str, answer: str, code: str) -> None:
     fence = open_fence(FimContext(prefix, "", "a", language, BLOCK))
     assert fence.clean(answer) == code
     ids = [*vocabulary.encode(answer), 4, *vocabulary.encode("never read")]
@@ -207,13 +207,13 @@ def test_what_of_an_answer_is_code(vocabulary: Vocabulary, language: str, prefix
     assert "Chatter" not in vocabulary.decode(ids[:end])
 
 
-def test_an_answer_says_what_is_behind_the_cursor() -> None:
+def test_an_answer_repeats_the_text_after_the_cursor() -> None:
     fence = Fence("```", "python", line="x = fo", last_line="x = fo")
     assert Prompt((), " fo", fence).to_answer(" foo\n```\nDone") == "o\n"
     assert Prompt((), " fo").to_answer(" foo\n```\nDone") == "o\n```\nDone"
 
 
-def test_a_fence_that_may_still_become_another_is_no_end(vocabulary: Vocabulary) -> None:
+def test_a_fence_that_may_still_grow_is_not_an_end(vocabulary: Vocabulary) -> None:
     end = AnswerEnd(vocabulary, 20, fence=Fence("```", "markdown", line="a"))
     begun = vocabulary.encode("a\n```")
     assert end.find(begun) == len(begun)
@@ -337,7 +337,7 @@ def test_names_of_special_tokens_are_text(text: str) -> None:
     assert vocabulary.decode(ids) == text
 
 
-def test_what_a_tokenizer_calls_special_is_special() -> None:
+def test_special_tokens_come_from_the_tokenizer() -> None:
     tokenizer = gemma_like()
     tokenizer.add_special_tokens(["<|image|>"])
     assert not Vocabulary(tokenizer, range(7)).is_text(tokenizer.get_vocab()["<|image|>"])

@@ -78,7 +78,7 @@ def test_answers(worker: Worker) -> None:
     assert client.complete(CONTEXT, Sampling()).future.result(10).text == "x = "
 
 
-def test_a_large_model_says_how_much_of_it_is_read(worker: Worker) -> None:
+def test_a_large_model_reports_loading_progress(worker: Worker) -> None:
     client = worker("""
         send(type="loading", share=0.25)
         send(type="loading", share=0.5)
@@ -94,7 +94,7 @@ def test_a_large_model_says_how_much_of_it_is_read(worker: Worker) -> None:
     assert client.complete(CONTEXT, Sampling()).future.result(10).text == "done"
 
 
-def test_signs_of_loading_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_progress_is_reported_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
     now, sent = [0.0], []
 
     class Box:
@@ -135,7 +135,7 @@ def test_a_request_that_kills_twice_is_ended(worker: Worker) -> None:
     assert client.complete(CONTEXT, Sampling()).future.result(10).text == "start 3"
 
 
-def test_a_worker_that_keeps_dying_is_given_up(worker: Worker) -> None:
+def test_a_worker_that_keeps_dying_is_dropped(worker: Worker) -> None:
     client = worker("ready()\nreceive()\nos._exit(9)")
     for _ in range(2):
         with pytest.raises(EngineError):
@@ -148,7 +148,7 @@ def test_a_worker_that_keeps_dying_is_given_up(worker: Worker) -> None:
         client.complete(CONTEXT, Sampling())
 
 
-def test_death_while_loading_again_is_no_verdict(worker: Worker) -> None:
+def test_death_while_loading_again_does_not_blame_requests(worker: Worker) -> None:
     client = worker("""
         if n == 2: os._exit(9)
         ready()
@@ -178,7 +178,7 @@ def test_a_worker_that_is_killed_while_it_loads_is_started_once_more(worker: Wor
     assert client.complete(CONTEXT, Sampling()).future.result(10).text == "start 2"
 
 
-def test_one_that_is_killed_long_after_is_given_up_too(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_killed_long_after_is_dropped_too(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also if deaths are forgotten before the next load has ended."""
     monkeypatch.setattr(client_module, "DEATH_WINDOW_S", 0.0)
     client = worker("time.sleep(0.1)\nos.kill(os.getpid(), 9)")
@@ -186,13 +186,13 @@ def test_one_that_is_killed_long_after_is_given_up_too(worker: Worker, monkeypat
         client.wait_until_ready(10)
 
 
-def test_one_that_is_killed_again_is_given_up_with_a_word_on_memory(worker: Worker) -> None:
+def test_a_worker_killed_again_is_dropped_with_a_hint_at_memory(worker: Worker) -> None:
     client = worker("os.kill(os.getpid(), 9)")
     with pytest.raises(EngineError, match="code -9 while loading; it was killed, probably because memory ran out"):
         client.wait_until_ready(10)
 
 
-def test_a_failed_load_says_why_and_ends_requests(worker: Worker) -> None:
+def test_a_failed_load_gives_the_reason_and_ends_requests(worker: Worker) -> None:
     client = worker("time.sleep(0.2)\nsend(type='failed', message='tensor x is missing')\nsys.exit(1)")
     pending = client.complete(CONTEXT, Sampling())
     with pytest.raises(EngineError, match="tensor x is missing"):
@@ -201,7 +201,7 @@ def test_a_failed_load_says_why_and_ends_requests(worker: Worker) -> None:
         client.wait_until_ready(10)
 
 
-def test_still_loading_is_said(worker: Worker) -> None:
+def test_loading_is_reported(worker: Worker) -> None:
     client = worker("time.sleep(30)")
     with pytest.raises(EngineError, match="still loading"):
         client.wait_until_ready(0.05)
@@ -374,7 +374,7 @@ def test_a_cancelled_request_is_not_asked_again(worker: Worker) -> None:
         pending.future.result(10)
 
 
-def test_a_callback_that_raises_loses_nothing(worker: Worker) -> None:
+def test_a_callback_that_raises_loses_no_answer(worker: Worker) -> None:
     client = worker("""
         ready()
         while r := receive():
@@ -403,7 +403,7 @@ def test_a_malformed_answer_starts_a_new_worker(worker: Worker) -> None:
     assert client.complete(CONTEXT, Sampling()).future.result(10).text == "start 2"
 
 
-def test_a_stopped_worker_holds_nobody_up(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_worker_blocks_no_caller(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     """The messages exceed a pipe's capacity and the worker does not read; the callers continue at once."""
     monkeypatch.setattr(client_module, "HANG_TIMEOUT_S", 1.0)
     client = worker("ready()\nif n == 1: time.sleep(60)\nwhile r := receive(): generation(r, f'start {n}')")
@@ -412,11 +412,11 @@ def test_a_stopped_worker_holds_nobody_up(worker: Worker, monkeypatch: pytest.Mo
     begin = time.perf_counter()
     pending = [client.complete(context, Sampling()) for _ in range(30)]
     pending[3].cancel()
-    assert time.perf_counter() - begin < 0.5
+    assert time.perf_counter() - begin < 5, "the worker sleeps for 60 s"
     assert pending[0].future.result(10).text == "start 2"
 
 
-def test_waiting_in_the_queue_is_no_hang(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_in_the_queue_is_not_a_hang(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client_module, "HANG_TIMEOUT_S", 1.5)
     client = worker("ready()\nwhile r := receive(): time.sleep(0.4); generation(r, f'start {n}')")
     pending = [client.complete(CONTEXT, Sampling()) for _ in range(5)]
@@ -467,19 +467,19 @@ def test_frames_round_trip_and_end(tmp_path: Path) -> None:
         assert read_message(stream) is None
 
 
-def test_inbox_cancels_what_waits_and_what_runs() -> None:
+def test_inbox_cancels_waiting_and_running_requests() -> None:
     inbox = Inbox()
     for i in (1, 2, 3):
         inbox.put({"id": i})
     assert inbox.cancel(1) is True
-    assert inbox.take_newest()["id"] == 3
-    assert inbox.cancel(3) is False
-    assert inbox.is_cancelled(3)
+    assert inbox.take()["id"] == 2
+    assert inbox.cancel(2) is False
+    assert inbox.is_cancelled(2)
     assert inbox.cancel(1) is False
-    assert inbox.take_newest()["id"] == 2
+    assert inbox.take()["id"] == 3
     waiter = threading.Timer(0.05, inbox.put, [{"id": 4}])
     waiter.start()
-    assert inbox.take_newest()["id"] == 4
+    assert inbox.take()["id"] == 4
 
 
 def test_physical_cores() -> None:
@@ -548,7 +548,7 @@ while r := receive():
 """
 
 
-def test_who_has_waited_for_others_has_less_time_left(worker: Worker) -> None:
+def test_waiting_in_the_queue_reduces_the_time_limit(worker: Worker) -> None:
     client = worker(ONE_AFTER_THE_OTHER)
     client.wait_until_ready(10)
     slow = replace(CONTEXT, prefix="slow")
@@ -564,13 +564,13 @@ def test_who_has_waited_for_others_has_less_time_left(worker: Worker) -> None:
     assert last == "None"
 
 
-def test_what_the_loading_takes_is_no_waiting(worker: Worker) -> None:
+def test_loading_does_not_reduce_the_time_limit(worker: Worker) -> None:
     client = worker("time.sleep(2)\n" + ONE_AFTER_THE_OTHER)
     pending = client.complete(CONTEXT, Sampling(max_latency_ms=5000))
     assert 4000 < int(pending.future.result(10).text) <= 5000
 
 
-def test_how_long_an_answer_takes_is_known_after_some(worker: Worker) -> None:
+def test_the_usual_answer_time_is_known_after_some_answers(worker: Worker) -> None:
     client = worker("ready()\nwhile r := receive():\n    time.sleep(0.05)\n    generation(r, 'x')")
     client.wait_until_ready(10)
     for _ in range(3):
@@ -583,7 +583,7 @@ def test_how_long_an_answer_takes_is_known_after_some(worker: Worker) -> None:
     assert client.typical_s() is None, "another model may be faster"
 
 
-def test_the_memory_of_the_card_is_what_the_worker_says_of_it(worker: Worker) -> None:
+def test_device_memory_is_what_the_worker_reports(worker: Worker) -> None:
     client = worker("""
         import json
         ready()

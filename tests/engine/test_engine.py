@@ -65,13 +65,13 @@ def test_all_loops_answer_on_both_models(engine: Engine, mode: Mode) -> None:
     assert generation.num_tokens <= max(engine.model.canvas_length, 24) + len(engine.vocabulary.encode(" fir"))
 
 
-def test_auto_is_what_the_metadata_prefers(tiny_engine: Engine) -> None:
+def test_auto_is_the_mode_that_the_metadata_prefers(tiny_engine: Engine) -> None:
     generation = tiny_engine.complete(context("x = "), Sampling(seed=0))
     assert generation.mode is tiny_engine.model.metadata.preferred_mode
 
 
 @torch.inference_mode()
-def test_left_to_right_is_greedy_by_transformers_own_forward(model: Model, vocabulary: Vocabulary) -> None:
+def test_autoregressive_is_greedy_by_transformers_own_forward(model: Model, vocabulary: Vocabulary) -> None:
     """The plain reference: the whole sequence through ``forward`` for every token, no cache."""
     engine = Engine(model, vocabulary)
     lengths = []
@@ -115,7 +115,7 @@ def test_a_longer_prefix_uses_the_cache(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_latency_limit_ends_at_a_draft(tiny_engine: Engine, mode: Mode) -> None:
+def test_latency_limit_returns_a_partial_answer(tiny_engine: Engine, mode: Mode) -> None:
     sampling = Sampling(mode, seed=0, max_latency_ms=1, min_tokens=1)
     generation = tiny_engine.complete(context("def add(first, second):\n    return "), sampling)
     assert generation.finish == "latency"
@@ -191,7 +191,7 @@ def test_ids_beyond_the_vocabulary_end_an_answer(vocabulary: Vocabulary) -> None
     assert vocabulary.show(vocabulary.size) == f"<{vocabulary.size}>"
 
 
-def test_blanks_alone_are_no_answer(vocabulary: Vocabulary) -> None:
+def test_spaces_alone_are_not_an_answer(vocabulary: Vocabulary) -> None:
     start = AnswerStart(AnswerEnd(vocabulary, 1), "", min_tokens=1, vocab_size=8192)
     blank = vocabulary.encode("  ")[0]
     assert start.after(start.beginning, blank).needs_more
@@ -273,12 +273,12 @@ def test_an_answer_ends_before_the_line_below(vocabulary: Vocabulary) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["", "\n", "\n    )\n", " + 1\n    return total\n", "\n\n\n"])
-def test_little_is_no_anchor(vocabulary: Vocabulary, suffix: str) -> None:
+def test_short_text_is_not_an_anchor(vocabulary: Vocabulary, suffix: str) -> None:
     assert find_anchor(suffix, vocabulary) == ()
 
 
 @pytest.mark.parametrize("mode", [Mode.AUTOREGRESSIVE, Mode.SPECULATIVE])
-def test_left_to_right_stops_where_it_repeats_what_follows(tiny_engine: Engine, mode: Mode) -> None:
+def test_autoregressive_stops_where_it_repeats_the_suffix(tiny_engine: Engine, mode: Mode) -> None:
     """The model's next line is already below the cursor, so it is not written twice."""
     # grammar does not know where a line begins
     sampling = Sampling(mode, seed=0, min_tokens=1, without=("matches", "grammar"))
@@ -487,7 +487,7 @@ def test_generation_config_is_complete() -> None:
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:99", "xla", "mps"])
-def test_unusable_devices_say_what_to_use(name: str) -> None:
+def test_errors_of_unusable_devices_name_a_usable_one(name: str) -> None:
     if name == "mps" and torch.backends.mps.is_available():
         pytest.skip("this machine has MPS")
     with pytest.raises(EngineError, match="use auto"):
@@ -515,7 +515,7 @@ def test_wrong_tokenizer_is_an_error(random_folder: Path, tmp_path: Path) -> Non
 FIM = context("def add(first, second):\n    return (", hole=Hole(HoleKind.SPAN, 1000, 8))
 
 
-def test_a_temperature_draws_left_to_right_by_the_seed(engine: Engine) -> None:
+def test_a_temperature_draws_autoregressively_by_the_seed(engine: Engine) -> None:
     def texts(temperature: float | None) -> list[str]:
         return [
             engine.complete(FIM, Sampling(Mode.AUTOREGRESSIVE, seed=seed, temperature=temperature)).text
@@ -545,7 +545,7 @@ def test_temperature_replaces_the_schedule_of_denoising(engine: Engine) -> None:
     assert 0 < generation.confidence <= 1
 
 
-def test_confidence_left_to_right_is_that_of_one_plain_pass(model: Model, vocabulary: Vocabulary) -> None:
+def test_autoregressive_confidence_equals_one_plain_pass(model: Model, vocabulary: Vocabulary) -> None:
     """The plain reference: one pass over the whole sequence, and its probability of each written token."""
     prompt = list(build_prompt(FIM, vocabulary, model.metadata).token_ids)
     prompt_cache = PromptCache(model)
@@ -576,7 +576,7 @@ def test_confidence_without_an_own_token_is_one(tiny_engine: Engine, mode: Mode)
     assert confidence_of(torch.empty(0)) == 1.0
 
 
-def test_confidence_leaves_out_what_was_typed(vocabulary: Vocabulary) -> None:
+def test_confidence_leaves_out_typed_text(vocabulary: Vocabulary) -> None:
     start = AnswerStart(AnswerEnd(vocabulary, 1), " fi", min_tokens=1, vocab_size=vocabulary.size)
     typed = vocabulary.encode(" f") + vocabulary.encode("i")
     own = vocabulary.encode("rst")

@@ -25,7 +25,7 @@ def old() -> ModelMetadata:
 
 
 @pytest.fixture(scope="module")
-def told(old: ModelMetadata) -> ModelMetadata:
+def described(old: ModelMetadata) -> ModelMetadata:
     special = {**old.special_tokens, "file": 6, "snippet": 7}
     return replace(old, special_tokens=special, max_file_tokens=24, max_snippet_tokens=64)
 
@@ -34,27 +34,27 @@ def context(path: str = "/home/me/src/pack/app.py", snippets: tuple[Snippet, ...
     return FimContext("a = 1\nb = ", "\nc = 3\n", path, "python", LINE, snippets=snippets)
 
 
-def test_layout(vocabulary: Vocabulary, told: ModelMetadata) -> None:
+def test_layout(vocabulary: Vocabulary, described: ModelMetadata) -> None:
     """The parts that change least come first."""
-    prompt = build_prompt(context(), vocabulary, told)
+    prompt = build_prompt(context(), vocabulary, described)
     assert vocabulary.show_all(prompt.token_ids) == (
         "<bos><file>python src/pack/app.py<sep>other.py\nx = 1\ny = 2<sep>third.py\nz = 3"
         "<suf>\nc = 3\n<pre>a = 1\nb =<mid>"
     )
     assert prompt.healed == " "
-    without = build_prompt(context(snippets=()), vocabulary, told).token_ids
+    without = build_prompt(context(snippets=()), vocabulary, described).token_ids
     assert vocabulary.show_all(without).startswith("<bos><file>python src/pack/app.py<suf>")
 
 
-def test_a_model_that_was_not_told_gets_the_old_prompt(
-    vocabulary: Vocabulary, old: ModelMetadata, told: ModelMetadata
+def test_a_model_without_file_and_snippet_parts_gets_the_old_prompt(
+    vocabulary: Vocabulary, old: ModelMetadata, described: ModelMetadata
 ) -> None:
     expected = "<bos><suf>\nc = 3\n<pre>a = 1\nb =<mid>"
     assert vocabulary.show_all(build_prompt(context(), vocabulary, old).token_ids) == expected
     assert build_prompt(context(), vocabulary, old) == build_prompt(context("", ()), vocabulary, old)
-    only_file = build_prompt(context(), vocabulary, replace(told, max_snippet_tokens=0)).token_ids
+    only_file = build_prompt(context(), vocabulary, replace(described, max_snippet_tokens=0)).token_ids
     assert 7 not in only_file
-    only_snippets = build_prompt(context(), vocabulary, replace(told, max_file_tokens=0)).token_ids
+    only_snippets = build_prompt(context(), vocabulary, replace(described, max_file_tokens=0)).token_ids
     assert 6 not in only_snippets
     assert only_snippets.count(7) == 2
 
@@ -72,39 +72,43 @@ def test_a_model_that_was_not_told_gets_the_old_prompt(
         ("", "python"),
     ],
 )
-def test_the_end_of_a_path_is_told(vocabulary: Vocabulary, told: ModelMetadata, uri: str, shown: str) -> None:
-    file, *ids = describe_file(context(path_of(uri)), vocabulary, told)
+def test_the_prompt_has_the_end_of_the_path(
+    vocabulary: Vocabulary, described: ModelMetadata, uri: str, shown: str
+) -> None:
+    file, *ids = describe_file(context(path_of(uri)), vocabulary, described)
     assert file == 6
     assert vocabulary.decode(ids) == shown
 
 
-def test_a_path_too_long_keeps_its_end(vocabulary: Vocabulary, told: ModelMetadata) -> None:
+def test_a_path_too_long_keeps_its_end(vocabulary: Vocabulary, described: ModelMetadata) -> None:
     ids = describe_file(
-        context("/" + "/".join(["directory_of_things_with_odd_names_xyz"] * 2) + "/app.py"), vocabulary, told
+        context("/" + "/".join(["directory_of_things_with_odd_names_xyz"] * 2) + "/app.py"), vocabulary, described
     )
-    assert len(ids) == 1 + told.max_file_tokens
+    assert len(ids) == 1 + described.max_file_tokens
     assert vocabulary.decode(ids[1:]).endswith("/app.py")
 
 
-def test_snippets_keep_to_their_room(vocabulary: Vocabulary, told: ModelMetadata) -> None:
+def test_snippets_stay_within_their_budget(vocabulary: Vocabulary, described: ModelMetadata) -> None:
     long, short = Snippet("/a/long.py", "value = call(1)\n" * 40), Snippet("b.py", "x = 1")
-    first = encode_snippets(context(snippets=(long, short)), vocabulary, told)
-    assert len(first) == told.max_snippet_tokens  # cut, and no room is left
+    first = encode_snippets(context(snippets=(long, short)), vocabulary, described)
+    assert len(first) == described.max_snippet_tokens  # cut, and no room is left
     assert first.count(7) == 1
     assert vocabulary.show_all(first).startswith("<sep>long.py\nvalue = call(1)\n")
-    second = encode_snippets(context(snippets=(short, long)), vocabulary, told)
+    second = encode_snippets(context(snippets=(short, long)), vocabulary, described)
     assert vocabulary.show_all(second) == "<sep>b.py\nx = 1"  # a snippet that does not fit is left out
-    third = encode_snippets(context(snippets=(short, long, short)), vocabulary, told)
+    third = encode_snippets(context(snippets=(short, long, short)), vocabulary, described)
     assert vocabulary.show_all(third) == "<sep>b.py\nx = 1" * 2
-    windows = encode_snippets(context(snippets=(Snippet("C:\\me\\b.py", "x"),)), vocabulary, told)
+    windows = encode_snippets(context(snippets=(Snippet("C:\\me\\b.py", "x"),)), vocabulary, described)
     assert vocabulary.show_all(windows) == "<sep>b.py\nx"
 
 
 @pytest.mark.parametrize("context_tokens", [None, 64, 100, 200])
-def test_a_prompt_is_never_longer_than_the_model_knows(
-    vocabulary: Vocabulary, told: ModelMetadata, context_tokens: int | None
+def test_a_prompt_never_exceeds_the_models_limit(
+    vocabulary: Vocabulary, described: ModelMetadata, context_tokens: int | None
 ) -> None:
-    shipped = replace(told, max_prompt_tokens=736, max_suffix_tokens=208, max_head_tokens=96, max_snippet_tokens=128)
+    shipped = replace(
+        described, max_prompt_tokens=736, max_suffix_tokens=208, max_head_tokens=96, max_snippet_tokens=128
+    )
     metadata = limit_context(shipped, context_tokens)
     lines = "value = call(1)\n" * 200
     path = "/" + "/".join(["directory_of_things_with_names"] * 3)
@@ -115,8 +119,8 @@ def test_a_prompt_is_never_longer_than_the_model_knows(
     assert ids.index(4) - ids.index(3) - 1 == metadata.max_suffix_tokens
 
 
-def test_marks_in_paths_and_snippets_are_text(vocabulary: Vocabulary, told: ModelMetadata) -> None:
-    ids = build_prompt(context("/a<mid>.py", (Snippet("<sep>.py", "<eos>"),)), vocabulary, told).token_ids
+def test_marks_in_paths_and_snippets_are_text(vocabulary: Vocabulary, described: ModelMetadata) -> None:
+    ids = build_prompt(context("/a<mid>.py", (Snippet("<sep>.py", "<eos>"),)), vocabulary, described).token_ids
     assert [i for i in ids if i < 8] == [2, 6, 7, 3, 4, 5]
 
 

@@ -42,7 +42,7 @@ def counted(acceptance: Acceptance, confidence: float = 0.55, kind: Kind = Kind.
     return read_bins(acceptance.path)[kind][bin_of(confidence)]
 
 
-def test_the_prior_is_the_models_own_confidence() -> None:
+def test_the_prior_is_the_models_confidence() -> None:
     for confidence in (0.0, 0.3, 0.55, 1.0):
         assert posterior(confidence, 0, 0) == confidence
     assert posterior(0.5, 20, 0) == 0.25, "as much as the prior is worth"
@@ -73,7 +73,7 @@ ACCEPTED, REJECTED, OPEN = [1, 1], [1, 0], [0, 0]
         (["second, first"], REJECTED),
     ],
 )
-def test_what_the_edits_say(acceptance: Acceptance, edits: list[str], expected: list[int]) -> None:
+def test_edits_after_an_offer_decide_acceptance(acceptance: Acceptance, edits: list[str], expected: list[int]) -> None:
     offer(acceptance, INNER)
     for typed in edits:
         acceptance.on_edit(URI, BEFORE + typed + AFTER)
@@ -104,7 +104,7 @@ def test_the_first_line_is_enough(acceptance: Acceptance) -> None:
     assert counted(acceptance) == ACCEPTED
 
 
-def test_who_goes_elsewhere_rejects(acceptance: Acceptance) -> None:
+def test_editing_elsewhere_rejects(acceptance: Acceptance) -> None:
     offer(acceptance, INNER)
     acceptance.on_request(SNAPSHOT)
     assert counted(acceptance) == OPEN
@@ -127,7 +127,7 @@ def test_one_completion_is_decided_once(acceptance: Acceptance) -> None:
     assert counted(acceptance) == ACCEPTED
 
 
-def test_a_newer_one_takes_its_place_and_a_closed_document_says_nothing(acceptance: Acceptance) -> None:
+def test_newer_offers_and_closed_documents_decide_nothing(acceptance: Acceptance) -> None:
     offer(acceptance, INNER, "1", 0.95)
     offer(acceptance, INNER, "2", 0.35)
     acceptance.on_edit(URI, BEFORE + INNER + AFTER)
@@ -139,11 +139,11 @@ def test_a_newer_one_takes_its_place_and_a_closed_document_says_nothing(acceptan
     assert counted(acceptance) == OPEN
 
 
-def test_what_the_editor_did_not_show_counts_for_nothing(acceptance: Acceptance) -> None:
-    for name, told in (("1", "1"), ("2", None), ("3", "3")):
+def test_offers_that_were_not_shown_do_not_count(acceptance: Acceptance) -> None:
+    for name, sent in (("1", "1"), ("2", None), ("3", "3")):
         offer(acceptance, INNER, name)
-        if told:
-            acceptance.on_told_shown(told)
+        if sent:
+            acceptance.on_told_shown(sent)
         acceptance.on_edit(URI, BEFORE + "x" + AFTER)
     assert counted(acceptance) == [2, 0]
     offer(acceptance, INNER, "4")
@@ -152,9 +152,9 @@ def test_what_the_editor_did_not_show_counts_for_nothing(acceptance: Acceptance)
 
 
 @pytest.mark.parametrize("edit_first", [True, False])
-def test_what_the_editor_says_was_accepted_counts_once(tmp_path: Path, edit_first: bool) -> None:
+def test_an_acceptance_reported_by_the_editor_counts_once(tmp_path: Path, edit_first: bool) -> None:
     decided: list[tuple[str, bool, int]] = []
-    acceptance = Acceptance(tmp_path / FILE_NAME, lambda: True, lambda *said: decided.append(said))
+    acceptance = Acceptance(tmp_path / FILE_NAME, lambda: True, lambda *reported: decided.append(reported))
     word = INNER[:5]
     for name, length, text in (("1", 5, word), ("2", None, INNER)):
         offer(acceptance, INNER, name)
@@ -168,7 +168,7 @@ def test_what_the_editor_says_was_accepted_counts_once(tmp_path: Path, edit_firs
     assert counted(acceptance) == [2, 2]
 
 
-def test_guesses_are_counted_apart(acceptance: Acceptance) -> None:
+def test_matches_are_counted_separately(acceptance: Acceptance) -> None:
     completion = Completion("g", INNER, len(BEFORE), len(BEFORE))
     acceptance.know(completion, Kind.MATCH, 0.5)
     acceptance.show(SNAPSHOT, completion)
@@ -177,7 +177,7 @@ def test_guesses_are_counted_apart(acceptance: Acceptance) -> None:
     assert counted(acceptance, 0.5) == OPEN
 
 
-def test_nothing_is_counted_where_that_is_off(tmp_path: Path) -> None:
+def test_nothing_is_counted_when_counting_is_off(tmp_path: Path) -> None:
     acceptance = Acceptance(tmp_path / FILE_NAME, lambda: False)
     offer(acceptance, INNER)
     acceptance.on_edit(URI, BEFORE + INNER + AFTER)
@@ -189,7 +189,7 @@ def test_nothing_is_counted_where_that_is_off(tmp_path: Path) -> None:
 # The file
 
 
-def test_the_file_holds_counts_and_is_the_owners(acceptance: Acceptance) -> None:
+def test_the_file_holds_counts_and_only_its_owner_can_read_it(acceptance: Acceptance) -> None:
     offer(acceptance, "first_secret_name")
     acceptance.on_edit(URI, BEFORE + "first_secret_name" + AFTER)
     acceptance.save()
@@ -201,7 +201,7 @@ def test_the_file_holds_counts_and_is_the_owners(acceptance: Acceptance) -> None
         assert stat.S_IMODE(acceptance.path.stat().st_mode) == 0o600
 
 
-def test_a_link_in_its_place_is_not_written_through(acceptance: Acceptance, tmp_path: Path) -> None:
+def test_a_link_in_its_place_is_not_followed(acceptance: Acceptance, tmp_path: Path) -> None:
     precious = tmp_path / "precious"
     precious.write_text("kept")
     acceptance.path.parent.mkdir()
@@ -243,7 +243,7 @@ def test_two_servers_add_to_one_file(tmp_path: Path) -> None:
     assert read_bins(tmp_path / FILE_NAME)[Kind.MODEL][5] == [4, 4]
 
 
-def test_old_habits_fade(tmp_path: Path) -> None:
+def test_old_counts_fade(tmp_path: Path) -> None:
     counts = Counts(tmp_path / FILE_NAME, Clock())
     for _ in range(501):
         counts.count(Kind.MODEL, 0.5, accepted=True)
@@ -268,7 +268,7 @@ def test_old_habits_fade(tmp_path: Path) -> None:
         "\x00\xff",
     ],
 )
-def test_a_damaged_file_is_begun_anew(tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_file_is_replaced(tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / FILE_NAME
     path.write_bytes(text.encode("latin-1"))
     counts = Counts(path, Clock())
@@ -292,7 +292,7 @@ def without_rights() -> Iterator[None]:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX permissions")
-def test_a_file_that_may_not_be_read_or_written_is_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unreadable_or_unwritable_file_is_not_an_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "state"
     folder.mkdir()
     path = folder / FILE_NAME
@@ -326,7 +326,7 @@ def reject(server: FakeServer, number: int) -> None:
     server.shut(uri)  # otherwise the next request would find it as an n-gram match
 
 
-def test_rejected_ones_raise_the_bar(start_fake: Callable[..., FakeServer], fimserver_home: Path) -> None:
+def test_rejections_raise_the_threshold(start_fake: Callable[..., FakeServer], fimserver_home: Path) -> None:
     file = fimserver_home / "state" / FILE_NAME
     file.unlink(missing_ok=True)
     server = start_fake(options={"minConfidence": 0.45})
@@ -353,7 +353,7 @@ def test_rejected_ones_raise_the_bar(start_fake: Callable[..., FakeServer], fims
         file.unlink(missing_ok=True)
 
 
-def test_under_a_seed_no_guess_is_offered(fake: FakeServer) -> None:
+def test_no_match_is_offered_with_a_seed(fake: FakeServer) -> None:
     text = "values = read_measurements(folder, 'a.csv')\nb = 1\nvalues = read_measurements(fold▮\n"
     fake.set(seed=0)
     place = fake.show("file:///seed.py", text, order={"answer": "er)", "name": "seeded"})
@@ -367,9 +367,9 @@ def test_under_a_seed_no_guess_is_offered(fake: FakeServer) -> None:
     assert fake.last["source"] == "match"
 
 
-def test_what_was_taken_beside_the_first_is_an_acceptance(tmp_path: Path) -> None:
+def test_accepting_an_alternative_is_an_acceptance(tmp_path: Path) -> None:
     decided: list[tuple[str, bool, int]] = []
-    acceptance = Acceptance(tmp_path / FILE_NAME, lambda: True, lambda *said: decided.append(said))
+    acceptance = Acceptance(tmp_path / FILE_NAME, lambda: True, lambda *reported: decided.append(reported))
     snapshot = Snapshot("file:///a.py", 1, "python", "x = \n", 4)
     first, second = Completion("first", "alpha", 4, 4), Completion("second", "beta(1)", 4, 4)
     for completion in (first, second):

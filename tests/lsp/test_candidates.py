@@ -30,7 +30,7 @@ def texts(items: Any) -> list[str]:
     return [item["insertText"] for item in items]
 
 
-def test_an_item_for_each_by_hand(fake: FakeServer) -> None:
+def test_an_invoked_request_gets_every_candidate(fake: FakeServer) -> None:
     assert texts(fake.complete(*show(fake, "two"))) == ["first, second", "first"], "two are the default"
     fake.set(candidates=3)
     place = show(fake, "hand")
@@ -45,7 +45,7 @@ def test_an_item_for_each_by_hand(fake: FakeServer) -> None:
     assert len(fake.noted("begun", "hand")) == 1
 
 
-def test_one_item_where_nobody_asked(fake: FakeServer) -> None:
+def test_an_automatic_request_gets_one_item(fake: FakeServer) -> None:
     place = show(fake, "automatic")
     assert texts(fake.complete(*place, invoked=False)) == ["first, second"]
     (begun,) = fake.noted("begun", "automatic")
@@ -53,14 +53,14 @@ def test_one_item_where_nobody_asked(fake: FakeServer) -> None:
 
 
 @pytest.mark.parametrize("candidates", [1, 3])
-def test_as_many_as_the_setting_says(fake: FakeServer, candidates: int) -> None:
+def test_the_setting_limits_the_candidates(fake: FakeServer, candidates: int) -> None:
     fake.set(candidates=candidates)
     fake.complete(*show(fake, f"set{candidates}"))
     (begun,) = fake.noted("begun", f"set{candidates}")
     assert begun["candidates"] == candidates
 
 
-def test_whoever_types_an_alternative_gets_its_rest(fake: FakeServer) -> None:
+def test_typing_an_alternative_offers_its_rest(fake: FakeServer) -> None:
     uri, line, column = show(fake, "typed")
     fake.complete(uri, line, column)
     fake.insert(uri, line, column, "se")
@@ -69,7 +69,7 @@ def test_whoever_types_an_alternative_gets_its_rest(fake: FakeServer) -> None:
     assert len(fake.noted("begun", "typed")) == 1
 
 
-def test_what_is_typed_meanwhile_chooses_among_them(fake: FakeServer) -> None:
+def test_text_typed_meanwhile_selects_among_candidates(fake: FakeServer) -> None:
     uri, line, column = show(fake, "meanwhile", rest_s=0.3)
     request = fake.send_completion(uri, line, column)
     fake.wait_until_noted("begun", "meanwhile")
@@ -77,7 +77,7 @@ def test_what_is_typed_meanwhile_chooses_among_them(fake: FakeServer) -> None:
     assert texts(fake.wait(request)["result"]["items"]) == ["irst, second", "irst"]
 
 
-def test_the_menu_has_one(start_fake: Callable[..., FakeServer]) -> None:
+def test_the_menu_has_one_item(start_fake: Callable[..., FakeServer]) -> None:
     server = start_fake(options={"completionItems": "on"})
     server.wait_until_ready()
     uri, line, column = show(server, "menu")
@@ -104,7 +104,7 @@ def middles(generation: Generation, *, min_confidence: float = 0.0) -> list[tupl
     return [(c.middle, confidence) for c, confidence in zip(answer.completions, answer.confidences, strict=True)]
 
 
-def test_those_that_make_the_same_text_are_one() -> None:
+def test_candidates_that_make_the_same_text_are_merged() -> None:
     """This includes a candidate that closes a bracket which is closed already."""
     generation = generation_of("first", ("first)", 0.4), ("first\n", 0.3), ("second", 0.2))
     assert middles(generation) == [("first", 0.5), ("second", 0.2)]
@@ -119,7 +119,7 @@ def test_unsure_alternatives_are_left_out() -> None:
 
 
 @pytest.mark.parametrize("more", [1, 3])
-def test_the_command_gives_alternatives_where_they_are_asked_for(tmp_path: Path, more: int) -> None:
+def test_the_command_prints_alternatives_on_request(tmp_path: Path, more: int) -> None:
     file = tmp_path / "app.py"
     file.write_text("def add(first, second):\n    return \n")
     options = ["--set", f"candidates={more}"] if more > 1 else []

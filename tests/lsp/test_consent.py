@@ -39,7 +39,7 @@ def test_only_shipped_and_added_models_need_no_agreement(home: Path, model: str)
     assert find_known(model) is None, "also a folder that does not exist yet"
 
 
-def test_an_added_model_needs_none(home: Path, folder: Path) -> None:
+def test_an_added_model_needs_no_agreement(home: Path, folder: Path) -> None:
     added = {"revision": "main", "commit": "a" * 40, "folder": str(folder)}
     record_file().parent.mkdir(parents=True)
     record_file().write_text(json.dumps({"models": {"owner/name": added}}))
@@ -51,13 +51,13 @@ def test_an_added_model_needs_none(home: Path, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("model", [r"\\evil\\share\\m", "//evil/share/m", r"\/evil\share\m", r"\\?\\UNC\\evil\\m"])
-def test_another_machine_is_nobodys_to_name(model: str) -> None:
+def test_models_on_other_machines_are_refused(model: str) -> None:
     assert is_elsewhere(model)
     assert not is_elsewhere("/home/me/model")
     assert not is_elsewhere(r"C:\\models\\m")
 
 
-def test_agreed_is_agreed_for_that_folder_and_workspace(folder: Path, tmp_path: Path) -> None:
+def test_consent_covers_that_folder_and_workspace(folder: Path, tmp_path: Path) -> None:
     agreements = Agreements(tmp_path / "state" / FILE_NAME)
     name = str(folder)
     assert agreements.find_folder(name, [HERE]) is None
@@ -75,7 +75,7 @@ def test_agreed_is_agreed_for_that_folder_and_workspace(folder: Path, tmp_path: 
     assert stat.S_IMODE((tmp_path / "state" / FILE_NAME).stat().st_mode) == 0o600
 
 
-def test_a_no_is_kept_and_can_be_taken_back(folder: Path, tmp_path: Path) -> None:
+def test_a_refusal_is_kept_and_can_be_undone(folder: Path, tmp_path: Path) -> None:
     agreements = Agreements(tmp_path / FILE_NAME)
     agreements.agree(str(folder), [HERE, THERE])
     agreements.refuse(str(folder), [HERE])
@@ -89,7 +89,7 @@ def test_a_no_is_kept_and_can_be_taken_back(folder: Path, tmp_path: Path) -> Non
     assert agreements.is_refused(str(folder), [])
 
 
-def test_a_link_that_is_moved_later_leads_nowhere_else(folder: Path, tmp_path: Path) -> None:
+def test_a_link_changed_later_is_not_trusted(folder: Path, tmp_path: Path) -> None:
     link, other = tmp_path / "link", tmp_path / "other"
     other.mkdir()
     link.symlink_to(folder)
@@ -104,7 +104,7 @@ def test_a_link_that_is_moved_later_leads_nowhere_else(folder: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "7", '{"x": 3}', '{"x": [3]}', '{"x": {"folder": 1}}', "[" * 100_000])
-def test_a_damaged_file_agrees_to_nothing(folder: Path, tmp_path: Path, text: str) -> None:
+def test_a_damaged_file_gives_no_consent(folder: Path, tmp_path: Path, text: str) -> None:
     path = tmp_path / FILE_NAME
     path.write_text(text.replace("x", str(folder)))
     agreements = Agreements(path)
@@ -146,7 +146,7 @@ def choose(server: FakeServer, begins: str) -> None:
     server.replies[ASK] = {"title": begins}
 
 
-def test_a_folder_is_asked_about_once_and_not_loaded_before(start_fake: Start, home: Path, folder: Path) -> None:
+def test_a_folder_is_loaded_only_after_one_question(start_fake: Start, home: Path, folder: Path) -> None:
     server = start_fake(folders=[HERE])
     server.wait_until_ready()
     server.set(model=str(folder))
@@ -166,7 +166,7 @@ def test_a_folder_is_asked_about_once_and_not_loaded_before(start_fake: Start, h
     assert not (home / "state" / FILE_NAME).exists()
 
 
-def test_who_agrees_has_it_and_is_not_asked_again(start_fake: Start, home: Path, folder: Path) -> None:
+def test_an_accepted_folder_loads_without_another_question(start_fake: Start, home: Path, folder: Path) -> None:
     server = start_fake(folders=[HERE])
     server.wait_until_ready()
     choose(server, "Load it in this workspace")
@@ -194,7 +194,7 @@ def test_config_toml_needs_no_agreement(start_fake: Start, home: Path, folder: P
     assert asked(server) == []
 
 
-def test_in_an_untrusted_workspace_the_engine_is_the_persons_alone(start_fake: Start, home: Path, folder: Path) -> None:
+def test_untrusted_workspaces_cannot_configure_the_engine(start_fake: Start, home: Path, folder: Path) -> None:
     options = {"workspaceTrusted": False, "model": str(folder), "threads": 3, "maxLines": 3}
     server = start_fake(options=options)
     server.wait_until_ready()
@@ -211,7 +211,7 @@ def test_in_an_untrusted_workspace_the_engine_is_the_persons_alone(start_fake: S
     assert server.request("fimserver/status", {})["trusted"] is True
 
 
-def test_what_is_not_there_yet_is_not_loaded_once_it_is(start_fake: Start, home: Path, tmp_path: Path) -> None:
+def test_a_folder_created_later_needs_consent_too(start_fake: Start, home: Path, tmp_path: Path) -> None:
     """A repository may bring its settings before its files."""
     late = tmp_path / "later"
     server = start_fake(folders=[HERE], options={"model": str(late)})
@@ -224,7 +224,7 @@ def test_what_is_not_there_yet_is_not_loaded_once_it_is(start_fake: Start, home:
     assert model_of(server) == str(late)
 
 
-def test_a_no_is_not_asked_again_but_by_hand(start_fake: Start, home: Path, folder: Path) -> None:
+def test_a_refused_folder_is_offered_again_on_command_only(start_fake: Start, home: Path, folder: Path) -> None:
     first = start_fake(folders=[HERE])
     first.wait_until_ready()
     choose(first, "Do not load it")
@@ -232,8 +232,8 @@ def test_a_no_is_not_asked_again_but_by_hand(start_fake: Start, home: Path, fold
     until((home / "state" / FILE_NAME).exists)
     again = start_fake(folders=[HERE], options={"model": str(folder)})
     again.wait_until_ready()
-    said = until(lambda: [n for n in again.notifications if "you declined" in str(n)])
-    assert "fimserver.restart" in str(said)
+    reported = until(lambda: [n for n in again.notifications if "you declined" in str(n)])
+    assert "fimserver.restart" in str(reported)
     assert asked(again) == []
     choose(again, "Load it in this workspace")
     again.request("workspace/executeCommand", {"command": "fimserver.restart"})
@@ -256,7 +256,7 @@ def test_a_setting_without_effect_is_not_asked_about(start_fake: Start, home: Pa
         {"workspaceTrusted": "yes", "fimserver": None},
     ],
 )
-def test_trust_that_is_not_said_clearly_is_none(options: dict[str, Any]) -> None:
+def test_unclear_trust_counts_as_untrusted(options: dict[str, Any]) -> None:
     configuration = Configuration()
     configuration.initialize(options)
     assert not configuration.is_trusted

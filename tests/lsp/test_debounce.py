@@ -10,45 +10,45 @@ from fimserver.lsp.policy import DEFAULT_PAUSE_S, MAX_PAUSE_S, AdaptiveDebounce
 
 def typed(pauses: Iterable[float]) -> AdaptiveDebounce:
     now = 0.0
-    pace = AdaptiveDebounce(lambda: now)
-    pace.on_edit()
+    debounce = AdaptiveDebounce(lambda: now)
+    debounce.on_edit()
     for pause in pauses:
         now += pause
-        pace.on_edit()
-    return pace
+        debounce.on_edit()
+    return debounce
 
 
-def person(median: float, seed: int = 0, count: int = 100) -> list[float]:
+def typist(median: float, seed: int = 0, count: int = 100) -> list[float]:
     """Return pauses of bursts, with a longer pause after every tenth key."""
     draw = random.Random(seed)
     return [draw.lognormvariate(0, 0.3) * (median if i % 10 else 1.0) for i in range(count)]
 
 
-def test_at_first_the_usual_pause() -> None:
+def test_the_first_pause_is_the_default() -> None:
     assert typed([0.2] * 50).pause_s(None) == DEFAULT_PAUSE_S
     assert typed([0.2] * 3).pause_s(0.1) == DEFAULT_PAUSE_S
 
 
 @pytest.mark.parametrize("median", [0.12, 0.2, 0.3])
 def test_a_model_that_answers_between_two_keys_is_asked_at_once(median: float) -> None:
-    assert typed(person(median)).pause_s(median / 3) == 0
+    assert typed(typist(median)).pause_s(median / 3) == 0
 
 
 @pytest.mark.parametrize("median", [0.06, 0.1, 0.15])
 def test_a_slow_model_is_asked_when_typing_stops(median: float) -> None:
-    pace = typed(person(median))
-    wait = pace.pause_s(0.5)
+    debounce = typed(typist(median))
+    wait = debounce.pause_s(0.5)
     assert median < wait <= MAX_PAUSE_S
-    assert wait <= pace.pause_s(0.6) <= MAX_PAUSE_S
+    assert wait <= debounce.pause_s(0.6) <= MAX_PAUSE_S
 
 
-def test_it_waits_no_longer_than_it_has_to() -> None:
+def test_the_wait_is_as_short_as_possible() -> None:
     """Half of the keys come after 0.1 s, half after 1 s: once 0.1 s have passed no key is worth waiting for."""
     assert typed([0.1, 1.0] * 30).pause_s(0.5) == 0, "every second answer comes in time"
     assert typed([0.1, 0.1, 0.1, 1.0] * 20).pause_s(0.5) == pytest.approx(0.1)
 
 
-def test_who_pauses_long_between_keys_waits_for_nothing() -> None:
+def test_slow_typing_needs_no_wait() -> None:
     assert typed([10.0] * 20).pause_s(2.0) == 0
 
 

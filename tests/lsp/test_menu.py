@@ -43,7 +43,7 @@ def test_the_menu_is_for_editors_without_inline_completion(
         assert place
 
 
-def test_an_item_goes_on_with_the_word_at_the_cursor(fake: FakeServer) -> None:
+def test_an_item_continues_the_word_at_the_cursor(fake: FakeServer) -> None:
     uri, line, column = fake.show(URI, CALL, order=ORDER)
     answer = ask(fake, uri, line, column)
     assert answer["isIncomplete"] is True
@@ -79,7 +79,7 @@ def test_nothing_to_offer_is_an_empty_list_with_a_reason(fake: FakeServer) -> No
     assert fake.last["reason"] == "in_comment"
 
 
-def test_a_menu_that_opens_by_itself_is_automatic(fake: FakeServer) -> None:
+def test_a_menu_that_opens_automatically_is_automatic(fake: FakeServer) -> None:
     """Its parameters have no trigger kind, so the request counts as automatic and a snooze applies."""
     place = fake.show(URI, CALL, order=ORDER)
     fake.snooze(5)
@@ -130,7 +130,7 @@ def test_positions_are_of_the_agreed_encoding(start_fake: Callable[..., FakeServ
     assert (start["character"], end["character"]) == (units, column)
 
 
-def test_one_item_for_who_types_on(fake: FakeServer) -> None:
+def test_typing_further_keeps_one_item(fake: FakeServer) -> None:
     """Every character asks again: the rest comes without the model, and the item is the same word."""
     uri, line, column = fake.show(URI, CALL, order={**ORDER, "name": "menu"})
     (first,) = ask(fake, uri, line, column)["items"]

@@ -137,7 +137,7 @@ def test_cells_change(changes: list[Any], prefix: str | None) -> None:
     assert context.prefix == (prefix or "import numpy as np\ntable = np.zeros(3)\nprint(ta")
 
 
-def test_a_closed_notebook_leaves_nothing() -> None:
+def test_a_closed_notebook_is_forgotten() -> None:
     async def scenario() -> None:
         connection = Connection(create_server({}, Watched()))
         await connection.initialize()
@@ -162,7 +162,7 @@ def test_a_change_that_cannot_be_read_loses_its_cells() -> None:
     assert asyncio.run(scenario()) == {cell_uri("c")}
 
 
-def test_the_next_daemon_is_told_of_notebooks() -> None:
+def test_the_next_daemon_receives_notebooks() -> None:
     editor = Editor()
     editor.begin()
     editor.say("notebookDocument/didOpen", OPENED)
@@ -170,9 +170,9 @@ def test_the_next_daemon_is_told_of_notebooks() -> None:
     new = change(structure=move(1, 2, cell("d"), opened=[item("d", "tail = 1")], closed=["prose", "b"]))
     editor.say("notebookDocument/didChange", new)
     until(lambda: len(editor.daemon.received) == 6)
-    told = editor.lose_daemon().received
-    assert [m["method"] for m in told][-2:] == ["textDocument/didOpen", "notebookDocument/didOpen"]
-    notebook = told[-1]["params"]
+    sent = editor.lose_daemon().received
+    assert [m["method"] for m in sent][-2:] == ["textDocument/didOpen", "notebookDocument/didOpen"]
+    notebook = sent[-1]["params"]
     assert [c["document"] for c in notebook["notebookDocument"]["cells"]] == [cell_uri(name) for name in "adc"]
     assert notebook["notebookDocument"]["version"] == 2
     assert [(i["text"], i["version"]) for i in notebook["cellTextDocuments"]] == [

@@ -174,7 +174,7 @@ def test_lengths_and_lines_stay(text: str) -> None:
     assert [i for i, c in enumerate(masked) if c in "\r\n"] == [i for i, c in enumerate(text) if c in "\r\n"]
 
 
-def test_it_costs_little() -> None:
+def test_redaction_is_fast() -> None:
     text = ("    token = self.tokens[index]  # a secret of https://example.com\n" * 700)[:40_000]
     mask(text)
     begin = time.process_time()
@@ -183,7 +183,7 @@ def test_it_costs_little() -> None:
     assert (time.process_time() - begin) / 5 < 0.02  # 2 to 3 ms measured on a busy machine
 
 
-def test_the_model_is_shown_no_secret() -> None:
+def test_the_model_sees_no_secret() -> None:
     secret = SECRETS[1]
     text = f"TOKEN = '{secret}'\n" + "def f():\n    pass\n" * 50 + f"x = \ny = '{secret}'\n"
     snapshot = Snapshot("file:///a.py", 1, "python", text, text.index("x = ") + 4)
@@ -233,7 +233,7 @@ NAMES = [
         {".git/info/exclude": "local.py\n"},
     ],
 )
-def test_git_says_the_same(repository: Path, files: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gitignore_matches_git(repository: Path, files: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(repository / "none"))
     for name in NAMES:
         (repository / name).parent.mkdir(parents=True, exist_ok=True)
@@ -247,12 +247,12 @@ def test_git_says_the_same(repository: Path, files: dict[str, str], monkeypatch:
         assert refusal(repository, name, rules, with_git=False) is None
 
 
-def test_without_a_repository_gitignore_says_nothing(tmp_path: Path) -> None:
+def test_gitignore_needs_a_repository(tmp_path: Path) -> None:
     (tmp_path / ".gitignore").write_text("*\n")
     assert refusal(tmp_path, "a.py") is None
 
 
-def test_our_own_file_counts_everywhere_and_always(tmp_path: Path) -> None:
+def test_the_own_ignore_file_always_applies(tmp_path: Path) -> None:
     (tmp_path / ".fimserverignore").write_text("*.sql\nprivate/\n[\n")
     for name in ("a.sql", "deep/er/b.sql", "private/x.py"):
         detail = refusal(tmp_path, name, with_git=False)
@@ -273,7 +273,7 @@ def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
     assert refusal(tmp_path, "another.py", rules) is None
 
 
-def test_a_link_to_a_secret_is_one(tmp_path: Path) -> None:
+def test_a_link_to_a_secret_is_private(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("A=1")
     (tmp_path / "settings.txt").symlink_to(tmp_path / ".env")
     detail = refusal(tmp_path, "settings.txt")
@@ -365,14 +365,14 @@ def test_a_key_that_begins_above_the_window_and_a_token_under_the_cursor(lines: 
         ('DB_PASSWORD = "', "hunter2secret99"),
     ],
 )
-def test_a_guess_that_says_a_secret(before: str, match: str) -> None:
+def test_a_match_with_a_secret_is_dropped(before: str, match: str) -> None:
     assert reveals(before, match)
     assert not reveals("value = ", "compute(1)")
 
 
 @pytest.mark.parametrize("language", ["python", "markdown", "yaml", "plaintext"])
 @pytest.mark.parametrize("is_own", [True, False])
-def test_who_types_how_a_key_begins_is_not_told_how_one_goes_on(
+def test_a_typed_key_prefix_is_not_completed_with_a_key(
     start_fake: Callable[..., FakeServer], language: str, *, is_own: bool
 ) -> None:
     lines = [f"MIIEpAIBAAKCAQEA{i:04}abcdefghijklmnopABCDEFGHIJKLMNOPqrstuvwxyz0123" for i in range(8)]
@@ -388,8 +388,8 @@ def test_who_types_how_a_key_begins_is_not_told_how_one_goes_on(
         for invoked in (True, False):
             offered = server.complete(uri, line, column, invoked=invoked)
             assert all("MII" not in item["insertText"] for item in offered)
-            said = [item["insertText"] for item in offered]
-            assert [piece for piece in said if piece in key and "PRIVATE" not in piece and len(piece) > 3] == []
+            reported = [item["insertText"] for item in offered]
+            assert [piece for piece in reported if piece in key and "PRIVATE" not in piece and len(piece) > 3] == []
         server.shut(uri)
     assert "MIIE" not in json.dumps([begun["others"] for begun in server.noted("begun")])
 

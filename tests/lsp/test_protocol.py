@@ -32,9 +32,9 @@ def client() -> Iterator[LspClient]:
 def test_example(client: LspClient, example: dict[str, Any]) -> None:
     method, params = example["method"], example["params"]
     if method == "didChangeStatus":
-        said = client.wait_for_notification(method)
-        assert set(said) == set(params)
-        assert said["kind"] in {"Normal", "Error"}
+        received = client.wait_for_notification(method)
+        assert set(received) == set(params)
+        assert received["kind"] in {"Normal", "Error"}
     elif "answers" in example:
         assert set(client.request(method, params)) == set(example["answers"])
     elif method == "workspace/executeCommand":

@@ -49,7 +49,7 @@ def ids(schedule: Schedule) -> list[int]:
     return found
 
 
-def test_by_hand_goes_first_then_the_newest() -> None:
+def test_invoked_requests_go_first_then_the_newest() -> None:
     schedule = Schedule(Clock())
     schedule.add(1, "a", "one", invoked=False)
     schedule.add(2, "a", "two", invoked=False)
@@ -76,7 +76,7 @@ def test_one_automatic_request_of_a_document_waits() -> None:
     assert sorted(ids(schedule)) == [2, 3, 4]
 
 
-def test_what_is_put_back_gives_way_to_a_newer_one() -> None:
+def test_a_requeued_request_gives_way_to_a_newer_one() -> None:
     schedule = Schedule(Clock())
     schedule.add(1, "a", "one", invoked=False)
     taken = schedule.take()
@@ -86,7 +86,7 @@ def test_what_is_put_back_gives_way_to_a_newer_one() -> None:
     assert ids(schedule) == [2]
 
 
-def test_who_has_waited_long_is_urgent() -> None:
+def test_a_request_that_waited_long_is_urgent() -> None:
     clock = Clock()
     schedule = Schedule(clock)
     schedule.add(1, "a", "one", invoked=False)
@@ -101,7 +101,7 @@ def test_who_has_waited_long_is_urgent() -> None:
     assert not schedule.remove(4)
 
 
-def test_of_a_client_the_oldest_goes_first_once_it_has_waited_long() -> None:
+def test_the_oldest_urgent_request_of_a_client_goes_first() -> None:
     clock = Clock()
     schedule = Schedule(clock)
     schedule.add(1, "a", "one", invoked=True)
@@ -134,7 +134,7 @@ def test_the_document_with_the_focus_goes_first() -> None:
     assert ids(schedule) == [8, 9]
 
 
-def test_without_a_word_the_focus_is_where_the_newest_request_is() -> None:
+def test_the_default_focus_is_the_newest_request() -> None:
     schedule = Schedule(Clock())
     schedule.focus("a", "one")
     schedule.focus("a", None)
@@ -150,11 +150,11 @@ def test_without_a_word_the_focus_is_where_the_newest_request_is() -> None:
     st.booleans(),
     st.lists(st.tuples(st.integers(0, 3), st.booleans(), st.floats(0, 2), st.booleans()), min_size=20, max_size=60),
 )
-def test_nobody_is_starved(by_hand: bool, asked: list[tuple[int, bool, float, bool]]) -> None:
+def test_no_client_is_starved(is_invoked: bool, asked: list[tuple[int, bool, float, bool]]) -> None:
     """All clients ask without pause, some leave and come back: the waiting request of client 0 still gets its turn."""
     clock = Clock()
     schedule = Schedule(clock)
-    schedule.add(0, 0, "one", invoked=by_hand)
+    schedule.add(0, 0, "one", invoked=is_invoked)
     turns = 0  # turns of other clients since the request became urgent
     for number, (client, invoked, pause, leaves) in enumerate(asked, 1):
         clock.now += pause
@@ -319,7 +319,7 @@ class Histories(RuleBasedStateMachine):
         assert len({(t.client, t.document) for t in automatic}) == len(automatic)
 
     @invariant()
-    def nobody_waits_for_what_was_given_up(self) -> None:
+    def dropped_requests_end(self) -> None:
         if self.client.state is EngineState.FAILED:
             assert not self.client._pending
             assert self.client._worker is None
@@ -677,7 +677,7 @@ class Editors(RuleBasedStateMachine):
         assert not self.loop.faults
 
     @invariant()
-    def nobody_waits_long_or_is_answered_twice(self) -> None:
+    def requests_end_in_time_and_once(self) -> None:
         client, now = self.client, self.clock.now
         if client.state is EngineState.LOADING:
             assert now - client.spawned_at <= LOAD_S + ON_ITS_WAY_S

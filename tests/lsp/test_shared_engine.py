@@ -50,7 +50,7 @@ def test_the_first_connection_decides(fake: EngineOptions) -> None:
     asyncio.run(scenario())
 
 
-def test_the_same_settings_are_no_news(fake: EngineOptions) -> None:
+def test_equal_settings_are_not_reported(fake: EngineOptions) -> None:
     """The settings that the editor returns on request apply before differences are reported."""
 
     async def scenario() -> None:
@@ -73,7 +73,7 @@ def test_the_same_settings_are_no_news(fake: EngineOptions) -> None:
     asyncio.run(scenario())
 
 
-def test_own_settings_start_the_engine_again(fake: EngineOptions) -> None:
+def test_the_deciding_connections_settings_restart_the_engine(fake: EngineOptions) -> None:
     async def scenario() -> None:
         async with connection(command=fake.command) as one:
             await one.initialize({"threads": 2})
@@ -144,7 +144,7 @@ def test_unsure_answers_and_languages_are_refused(fake: EngineOptions) -> None:
     asyncio.run(scenario())
 
 
-def test_a_broken_config_file_is_said_and_the_server_works(fake: EngineOptions, fimserver_home: Path) -> None:
+def test_a_broken_config_file_is_reported_and_the_server_works(fake: EngineOptions, fimserver_home: Path) -> None:
     file = fimserver_home / "config" / "config.toml"
     file.parent.mkdir(exist_ok=True)
     file.write_text("maxLines = 3\nthreads = -1\n")

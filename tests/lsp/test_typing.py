@@ -23,7 +23,7 @@ def texts(server: FakeServer, request: int) -> list[str]:
 
 
 @pytest.mark.parametrize("typed", ["f", "fi", "first, "])
-def test_the_rest_of_what_is_typed_how_it_begins(fake: FakeServer, typed: str) -> None:
+def test_typing_the_beginning_offers_the_rest(fake: FakeServer, typed: str) -> None:
     name = f"rest{len(typed)}"
     uri, line, column = show(fake, name, held=0)
     request = fake.send_completion(uri, line, column)
@@ -38,7 +38,7 @@ def test_the_rest_of_what_is_typed_how_it_begins(fake: FakeServer, typed: str) -
 
 
 @pytest.mark.parametrize("typed", ["x", "first, x", "first, second", "first, second\n"])
-def test_nothing_for_who_types_something_else(fake: FakeServer, typed: str) -> None:
+def test_typing_other_text_gets_nothing(fake: FakeServer, typed: str) -> None:
     name = f"else{len(typed)}"
     uri, line, column = show(fake, name, held=0)
     request = fake.send_completion(uri, line, column)
@@ -61,7 +61,7 @@ def test_an_edit_elsewhere_ends_it(fake: FakeServer, elsewhere: tuple[int, int])
     fake.wait_until_noted("cancelled", "elsewhere", SOON_S)
 
 
-def test_one_computation_for_all_that_is_typed(fake: FakeServer) -> None:
+def test_one_completion_serves_all_keys(fake: FakeServer) -> None:
     """An editor without a debounce of its own sends an edit and a request for every character."""
     uri, line, column = show(fake, "all", held=0)
     requests = [fake.send_completion(uri, line, column, invoked=False)]
@@ -80,7 +80,7 @@ def test_one_computation_for_all_that_is_typed(fake: FakeServer) -> None:
     assert len(fake.noted("begun", "all")) == 1
 
 
-def test_contradicting_typing_ends_the_computation_at_once(fake: FakeServer) -> None:
+def test_contradicting_typing_ends_the_completion_at_once(fake: FakeServer) -> None:
     """The first partial answer already differs from the typed text, so the model stops."""
     uri, line, column = show(fake, "contradicted", drafts=["fi"], rest_s=LATER_S)
     request = fake.send_completion(uri, line, column)
@@ -93,7 +93,7 @@ def test_contradicting_typing_ends_the_computation_at_once(fake: FakeServer) -> 
     assert fake.noted("answered", "contradicted") == []
 
 
-def test_contradicting_typing_does_not_wait_for_what_comes_next(fake: FakeServer) -> None:
+def test_contradicting_typing_does_not_wait_for_the_next_step(fake: FakeServer) -> None:
     uri, line, column = show(fake, "drafted", drafts=["fi"], rest_s=LATER_S)
     request = fake.send_completion(uri, line, column)
     fake.wait_until_noted("drafted", "drafted")
@@ -105,7 +105,7 @@ def test_contradicting_typing_does_not_wait_for_what_comes_next(fake: FakeServer
     fake.wait_until_noted("cancelled", "drafted", SOON_S)
 
 
-def test_a_contradicted_computation_is_not_shared(fake: FakeServer) -> None:
+def test_a_contradicted_completion_is_not_shared(fake: FakeServer) -> None:
     uri, line, column = show(fake, "own", held=1)
     first = fake.send_completion(uri, line, column, invoked=False)
     fake.wait_until_noted("drafted", "own")
@@ -118,7 +118,7 @@ def test_a_contradicted_computation_is_not_shared(fake: FakeServer) -> None:
     assert len(fake.noted("cancelled", "own")) == 1
 
 
-def test_drafts_in_parallel_say_nothing_yet(start_fake: Callable[..., FakeServer]) -> None:
+def test_partial_answers_in_parallel_decide_nothing(start_fake: Callable[..., FakeServer]) -> None:
     """A canvas that is being denoised may still change: only the answer decides."""
     server = start_fake(mode="diffusion")
     server.wait_until_ready()
@@ -164,7 +164,7 @@ def test_two_closers_of_the_editor_are_replaced(fake: FakeServer) -> None:
     assert "([" + rest["insertText"] + "])"[end:] == '(["first"], second)'
 
 
-def test_a_closer_that_the_editor_adds_keeps_the_computation(fake: FakeServer) -> None:
+def test_a_closer_that_the_editor_adds_keeps_the_running_completion(fake: FakeServer) -> None:
     """The same while the model still works on it."""
     order = {"answer": "(first, second)", "drafts": ["(fi", "(first", "(first, se"]}
     uri, line, column = show(fake, "running", OPEN, held=1, **order)
@@ -180,7 +180,7 @@ def test_a_closer_that_the_editor_adds_keeps_the_computation(fake: FakeServer) -
     assert len(fake.noted("begun", "running")) == 1
 
 
-def test_cancel_and_a_new_request_within_50_ms_keep_the_computation(fake: FakeServer) -> None:
+def test_cancel_and_a_new_request_within_50_ms_keep_the_completion(fake: FakeServer) -> None:
     uri, line, column = show(fake, "kept", held=0)
     first = fake.send_completion(uri, line, column)
     fake.wait_until_noted("begun", "kept")
@@ -195,7 +195,7 @@ def test_cancel_and_a_new_request_within_50_ms_keep_the_computation(fake: FakeSe
 
 
 @pytest.mark.parametrize("typed", ["", "f"])
-def test_cancel_alone_ends_the_computation(fake: FakeServer, typed: str) -> None:
+def test_cancel_alone_ends_the_completion(fake: FakeServer, typed: str) -> None:
     """No request came back for the completion, so the model stops."""
     uri, line, column = show(fake, "left", step_s=LATER_S)
     request = fake.send_completion(uri, line, column)
@@ -217,7 +217,7 @@ def test_an_invoked_request_does_not_share_an_automatic_one(fake: FakeServer) ->
     assert len(fake.noted("begun", "invoked")) == 2
 
 
-def test_settings_that_change_are_not_shared_across(fake: FakeServer) -> None:
+def test_requests_with_other_settings_do_not_share(fake: FakeServer) -> None:
     uri, line, column = show(fake, "epoch")
     fake.send_completion(uri, line, column, invoked=False)
     fake.wait_until_noted("begun", "epoch")
@@ -228,7 +228,7 @@ def test_settings_that_change_are_not_shared_across(fake: FakeServer) -> None:
     assert len(fake.noted("begun", "epoch")) == 2
 
 
-def test_typing_that_is_taken_back_is_like_none(fake: FakeServer) -> None:
+def test_undone_typing_changes_nothing(fake: FakeServer) -> None:
     uri, line, column = show(fake, "back")
     fake.send_completion(uri, line, column, invoked=False)
     fake.wait_until_noted("begun", "back")

@@ -46,7 +46,7 @@ def test_a_bad_model_is_exit_1() -> None:
     assert "/nowhere" in result.stderr
 
 
-def test_pauses_are_a_persons() -> None:
+def test_pauses_are_those_of_a_user() -> None:
     rng = random.Random(0)
     inside, word, line = (Key(key, 0, 0, rest) for key, rest in (("a", "b"), ("a", " b"), ("\n    ", "b")))
     for key, low, high in ((inside, 0.17, 0.19), (word, 0.17, 0.21), (line, 0.3, 0.7)):
@@ -58,7 +58,7 @@ def test_pauses_are_a_persons() -> None:
     assert sum(default) < 180
 
 
-def test_keys_know_what_comes_after_them() -> None:
+def test_keys_know_the_text_after_them() -> None:
     keys = list(to_keystrokes(300))
     for key, following in itertools.pairwise(keys):
         if following.opens is None:
@@ -83,5 +83,5 @@ def test_keys_know_what_comes_after_them() -> None:
         ("", "x", False),
     ],
 )
-def test_right_so_far_is_the_next_word(ghost: str, typed: str, right: bool) -> None:
+def test_right_so_far_means_the_next_word(ghost: str, typed: str, right: bool) -> None:
     assert begins_right(ghost, typed) is right

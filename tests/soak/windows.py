@@ -78,8 +78,8 @@ def fits(item: dict[str, Any], asked: LineIndex, cursor: int, now: LineIndex) ->
 
     The second text is the first with something typed at the cursor, and the item begins after that.
     """
-    behind = cursor + len(now.text) - len(asked.text)
-    if behind < cursor or now.text != asked.text[:cursor] + now.text[cursor:behind] + asked.text[cursor:]:
+    typed_end = cursor + len(now.text) - len(asked.text)
+    if typed_end < cursor or now.text != asked.text[:cursor] + now.text[cursor:typed_end] + asked.text[cursor:]:
         return False
     try:
         start, end = (
@@ -88,7 +88,7 @@ def fits(item: dict[str, Any], asked: LineIndex, cursor: int, now: LineIndex) ->
         )
     except PositionError:
         return False
-    return start == behind <= end
+    return start == typed_end <= end
 
 
 class Window:
@@ -276,7 +276,7 @@ class Window:
         return self.send("textDocument/inlineCompletion", params)
 
     def _judge(self, answer: dict[str, Any] | None, seen: int | None, asked: LineIndex, cursor: int) -> None:
-        """Count an answer. ``seen`` is a request sent after an edit: its answer shows that the server knows the edit."""
+        """Count an answer. ``seen`` is a request after an edit: its answer shows that the server has the edit."""
         seen_answer = self.wait(seen) if seen is not None else None
         if answer is None:
             if self.process.poll() is None:  # a relay that was killed answers nothing

@@ -2,8 +2,8 @@
 
 A comment ``fake: {...}`` above the cursor is the order: ``answer``, ``drafts`` (partial answers, sent one each
 ``step_s``, before the answer; with how much of it is settled, or all autoregressive and nothing in parallel),
-``rest_s`` (between the last partial answer and the answer), ``held`` (after so many partial answers it waits for its release),
-``confidence``, ``alternatives`` (text and confidence), and the ``name`` that the journal shows.
+``rest_s`` (between the last partial answer and the answer), ``held`` (after so many partial answers it waits for its
+release), ``confidence``, ``alternatives`` (text and confidence), and the ``name`` that the journal shows.
 
     python fake_engine.py serve     the language server on stdio
     python fake_engine.py           its worker
@@ -129,7 +129,7 @@ def work() -> None:
     }
     outbox.send("ready", info=info)
     while True:
-        request = inbox.take_newest()
+        request = inbox.take()
         answer(cast("Any", engine), request, inbox, outbox)
         inbox.forget(request["id"])
 

@@ -109,7 +109,7 @@ def test_held_out_files_are_kept_apart(build: Callable[..., Manifest], tmp_path:
     assert not list((tmp_path / "corpus").glob("*.part"))
 
 
-def test_copies_of_what_is_held_out_are_dropped(build: Callable[..., Manifest], tmp_path: Path) -> None:
+def test_copies_of_held_out_files_are_dropped(build: Callable[..., Manifest], tmp_path: Path) -> None:
     copies: dict[str, str | bytes] = {
         "small/_compat.py": code("app"),  # the text of flask/app.py
         "small/my_csv.py": code("csv").replace("\n", "\r\n"),  # csv.py, with other line ends
@@ -165,7 +165,7 @@ def test_building_twice_gives_the_same(build: Callable[..., Manifest], tmp_path:
     assert first != sorted(first, key=lambda document: (document.package, document.path))  # shuffled
 
 
-def test_the_manifest_says_what_is_in(build: Callable[..., Manifest], tmp_path: Path) -> None:
+def test_the_manifest_lists_the_content(build: Callable[..., Manifest], tmp_path: Path) -> None:
     built = build()
     manifest = read_manifest(tmp_path / "corpus")
     assert manifest == built
@@ -253,7 +253,7 @@ def test_a_broken_manifest_is_an_error_with_a_remedy(tmp_path: Path, text: str) 
         read_manifest(tmp_path)
 
 
-def test_a_wheel_has_to_be_what_is_expected(tmp_path: Path) -> None:
+def test_an_unexpected_wheel_is_refused(tmp_path: Path) -> None:
     library = tmp_path / "library"
     library.mkdir()
     (library / "queue.py").write_text(code("queue"), encoding="utf-8")
@@ -273,13 +273,13 @@ def test_a_wheel_has_to_be_what_is_expected(tmp_path: Path) -> None:
     assert not (tmp_path / "corpus").exists()
 
 
-def test_pip_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_of_pip_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(FimserverError, match=r"pip did not download small-package==1\.0: ERROR: No matching"):
         build_corpus(tmp_path / "corpus", pins=(SMALL,), installed=())
 
 
-def test_what_is_missing(tmp_path: Path) -> None:
+def test_missing_wheels(tmp_path: Path) -> None:
     assert find_missing(tmp_path) == list(PINS)
     write_wheel(tmp_path, dataclasses.replace(FLASK, version="0.1"), {})
     assert find_missing(tmp_path, TABLE) == list(TABLE)  # another version is not it

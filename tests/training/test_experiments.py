@@ -15,7 +15,7 @@ def test_every_variant_is_a_recipe(name: str) -> None:
         recipe_of(experiment, experiment.measured)
 
 
-def test_operations_grow_with_what_is_computed() -> None:
+def test_operations_grow_with_the_computation() -> None:
     base = count_operations(Recipe())
     for more in ("canvases", "layers", "hidden", "clean", "vocabulary"):
         assert count_operations(Recipe().with_values({more: 2 * getattr(Recipe(), more)})) > 1.1 * base

@@ -61,7 +61,7 @@ def read_theirs(network: DiffusionGemmaForBlockDiffusion, ids: Tensor, canvas: T
 
 @pytest.mark.parametrize("name", ["tiny", "random", "few"])
 @torch.no_grad()
-def test_a_packed_pass_is_the_class_own(networks: dict[str, DiffusionGemmaForBlockDiffusion], name: str) -> None:
+def test_a_packed_pass_equals_the_class(networks: dict[str, DiffusionGemmaForBlockDiffusion], name: str) -> None:
     network = networks[name]
     packed = PackedModel(network)
     clean, canvases = draw(BATCH, LENGTH), draw(BATCH, 3, CANVAS, seed=1)
@@ -83,7 +83,7 @@ def test_a_packed_pass_is_the_class_own(networks: dict[str, DiffusionGemmaForBlo
 
 @pytest.mark.parametrize("name", ["tiny", "random", "few"])
 @torch.no_grad()
-def test_a_conditioned_pass_is_the_class_own(networks: dict[str, DiffusionGemmaForBlockDiffusion], name: str) -> None:
+def test_a_conditioned_pass_equals_the_class(networks: dict[str, DiffusionGemmaForBlockDiffusion], name: str) -> None:
     """Self-conditioning equals the class's own, computed from the logits of the pass before."""
     network = networks[name]
     packed = PackedModel(network)
@@ -105,7 +105,7 @@ def test_a_conditioned_pass_is_the_class_own(networks: dict[str, DiffusionGemmaF
 
 
 @torch.no_grad()
-def test_copies_of_an_expert_are_as_the_one() -> None:
+def test_copies_of_an_expert_equal_one_expert() -> None:
     torch.manual_seed(0)
     one = create_model(SMALL)
     many = split_experts(one, Recipe().with_values({**_values(SMALL), "experts": 4, "top_k_experts": 2}))
@@ -115,13 +115,13 @@ def test_copies_of_an_expert_are_as_the_one() -> None:
     assert float((a - b).norm() / a.norm()) < 0.1
 
 
-def test_attention_is_what_a_loop_says() -> None:
+def test_attention_equals_a_loop() -> None:
     torch.manual_seed(0)
     heads, d, length, canvas = 2, 4, 7, 3
     starts = torch.tensor([[2, 7], [5, 1]])
     q, k, v = (torch.randn(2, heads, 6, d) for _ in range(3))
     clean_q, clean_k, clean_v = (torch.randn(2, heads, length, d) for _ in range(3))
-    beside = attend_canvases(q, k, v, clean_k, clean_v, canvas_mask(starts, length, canvas, torch.float32))
+    others = attend_canvases(q, k, v, clean_k, clean_v, canvas_mask(starts, length, canvas, torch.float32))
     clean = attend_clean(clean_q, clean_k, clean_v)
     for b in range(2):
         for h in range(heads):
@@ -131,7 +131,7 @@ def test_attention_is_what_a_loop_says() -> None:
                 keys = torch.cat((clean_k[b, h, :start], k[b, h, own]))
                 values = torch.cat((clean_v[b, h, :start], v[b, h, own]))
                 expected = (keys @ q[b, h, place]).softmax(0) @ values
-                torch.testing.assert_close(beside[b, h, place], expected)
+                torch.testing.assert_close(others[b, h, place], expected)
             for place in range(length):
                 keys, values = clean_k[b, h, : place + 1], clean_v[b, h, : place + 1]
                 expected = (keys @ clean_q[b, h, place]).softmax(0) @ values
@@ -158,7 +158,7 @@ def test_loss_in_chunks(count: int) -> None:
     assert not losses.requires_grad
 
 
-def test_loss_costs_what_has_a_weight() -> None:
+def test_loss_costs_only_weighted_rows() -> None:
     seen = []
 
     def count(logits: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,7 +173,7 @@ def test_loss_costs_what_has_a_weight() -> None:
     assert float(head_loss(torch.randn(5, 4), torch.randn(9, 4), torch.zeros(5).long(), torch.zeros(5))[0]) == 0
 
 
-def test_softcap_is_the_class_own(tiny_model: Model) -> None:
+def test_softcap_equals_the_class(tiny_model: Model) -> None:
     assert tiny_model.reference.config.get_text_config().final_logit_softcapping == CAP
     hidden = torch.randn(3, tiny_model.text_config.hidden_size) * 4
     raw = hidden @ tiny_model.reference.model.decoder.embed_tokens.weight.mT

@@ -44,7 +44,7 @@ from fimserver.training.trainer import _SETTLING, _TRIAL_EVERY, ThreadChoice
         ("canvas=0", r"canvas .* at least 1"),
     ],
 )
-def test_a_pair_that_is_wrong(pair: str, message: str) -> None:
+def test_wrong_pairs_are_refused(pair: str, message: str) -> None:
     with pytest.raises(FimserverError, match=message):
         Recipe().with_pairs(["seed=1", pair])
 
@@ -58,7 +58,7 @@ def test_pairs_are_taken() -> None:
         Recipe().with_values({name: 0 for name in dataclasses.asdict(recipe) if name.startswith("hole_")})
 
 
-def test_what_follows_from_a_recipe() -> None:
+def test_derived_values_of_a_recipe() -> None:
     recipe = Recipe().with_pairs(["canvas=16", "clean=600", "canvases=4", "second_pass=0.5", "hole_block=0"])
     assert recipe.max_prompt == 584
     assert recipe.positions_per_row == 600 + 64 + 32
@@ -92,7 +92,7 @@ def test_the_rate_rises_stays_and_falls(budget: Budget) -> None:
     assert set(rates(Recipe(warmup_steps=0, fall=0.0), budget, 100)) == {1.0}
 
 
-def test_hours_count_from_now_on_and_steps_from_the_beginning() -> None:
+def test_hours_count_from_now_and_steps_from_the_beginning() -> None:
     later = State(step=50, seconds=7200.0, warm_steps=50)
     assert Schedule(Budget(hours=1.0), later, Recipe()).progress(later) == 0
     assert Schedule(Budget(steps=100), later, Recipe()).progress(later) == 0.5
@@ -100,7 +100,7 @@ def test_hours_count_from_now_on_and_steps_from_the_beginning() -> None:
     assert Schedule(Budget(hours=0.5), later, Recipe()).progress(dataclasses.replace(later, seconds=8100.0)) == 0.5
 
 
-def test_a_run_that_is_told_to_stop_falls_first() -> None:
+def test_a_run_lowers_its_rate_before_a_requested_stop() -> None:
     state, recipe = State(step=40, warm_steps=90), Recipe(fall=0.2)
     schedule = Schedule(Budget(steps=1000), state, recipe)
     assert schedule.rate(state) == 1
@@ -165,7 +165,7 @@ def test_each_step_leads_down() -> None:
     assert all(torch.equal(p, held[name]) for name, p in parameters.items())
 
 
-def test_optimizers_go_on_from_their_state(tmp_path: Path) -> None:
+def test_optimizers_resume_from_their_state(tmp_path: Path) -> None:
     one, two = make_parameters(), make_parameters()
     first = Optimizers(one, Recipe())
     descend(first, one, 3)
@@ -201,7 +201,7 @@ def take_steps(choice: ThreadChoice, seconds: dict[int, float], steps: int) -> l
     return used
 
 
-def test_threads_are_as_many_as_are_fast(set_threads: list[int]) -> None:
+def test_the_fastest_number_of_threads_is_used(set_threads: list[int]) -> None:
     choice = ThreadChoice(4)
     used = take_steps(choice, {1: 9.0, 4: 3.0}, 4 * _TRIAL_EVERY)
     assert used[:_SETTLING] == [1] * _SETTLING
@@ -213,7 +213,7 @@ def test_threads_are_as_many_as_are_fast(set_threads: list[int]) -> None:
     assert idle[-_TRIAL_EVERY:].count(4) >= _TRIAL_EVERY - 2
 
 
-def test_one_thread_is_one(set_threads: list[int]) -> None:
+def test_one_thread_stays_one(set_threads: list[int]) -> None:
     assert set(take_steps(ThreadChoice(1), {1: 1.0}, 70)) == {1} == set(set_threads)
 
 

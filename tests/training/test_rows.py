@@ -59,7 +59,7 @@ def maker_of(
 # Rows
 
 
-def test_a_row_is_the_products_prompt_and_what_was_there(
+def test_a_row_is_the_products_prompt_and_the_true_middle(
     vocabulary: Vocabulary, metadata: ModelMetadata, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The test notes the hole; from it alone the prompt is written again, as the server writes it."""
@@ -82,8 +82,8 @@ def test_a_row_is_the_products_prompt_and_what_was_there(
         snapshot = Snapshot(f"file:///{path}", 0, "python", text[:start] + text[end:], start)
         context = build_context(snapshot, rows_module._HOLE, budget_for(metadata.max_prompt_tokens))
         room = SHAPE.clean - len(vocabulary.encode(text[start:end])) - 10  # a long middle's prompt is shorter
-        told = replace(metadata, max_prompt_tokens=min(room, metadata.max_prompt_tokens))
-        prompt = build_prompt(context, vocabulary, told)
+        shown = replace(metadata, max_prompt_tokens=min(room, metadata.max_prompt_tokens))
+        prompt = build_prompt(context, vocabulary, shown)
         middle = vocabulary.encode(prompt.healed + text[start:end])
         long += len(middle) >= SHAPE.canvas
         known = [*prompt.token_ids, *middle, EOS]
@@ -95,8 +95,8 @@ def test_a_row_is_the_products_prompt_and_what_was_there(
     assert long  # longer than one canvas
 
 
-def test_canvases_are_what_stands_at_their_places(vocabulary: Vocabulary, metadata: ModelMetadata) -> None:
-    maker, behind, ended = maker_of(vocabulary, metadata), 0, 0
+def test_canvases_hold_the_text_at_their_places(vocabulary: Vocabulary, metadata: ModelMetadata) -> None:
+    maker, later_parts, ended = maker_of(vocabulary, metadata), 0, 0
     for index in range(40):
         row = maker.make(index)
         clean = row.clean.tolist() + [PAD] * SHAPE.canvas
@@ -105,10 +105,10 @@ def test_canvases_are_what_stands_at_their_places(vocabulary: Vocabulary, metada
             assert canvas == clean[start : start + SHAPE.canvas]
             assert start >= min(middle, clean.index(PREFIX) + 4)
             assert start + SHAPE.canvas <= middle or start >= middle  # a prompt's end is never denoised
-            behind += start > middle
+            later_parts += start > middle
             ended += canvas[0] == EOS
         assert int(row.starts[0]) == middle
-    assert behind  # later parts of middles, as a draft leaves them
+    assert later_parts  # later parts of middles, as a draft leaves them
     assert ended  # and their very end
 
 
@@ -126,7 +126,7 @@ def test_the_same_index_is_the_same_row(vocabulary: Vocabulary, metadata: ModelM
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("first", [0, 4])
 @pytest.mark.filterwarnings("ignore:This process")  # that forks
-def test_the_order_is_one(vocabulary: Vocabulary, metadata: ModelMetadata, workers: int, first: int) -> None:
+def test_rows_have_one_order(vocabulary: Vocabulary, metadata: ModelMetadata, workers: int, first: int) -> None:
     maker = maker_of(vocabulary, metadata)
     loader = iter(DataLoader(RowStream(maker, 2, first), batch_size=2, num_workers=workers))
     for begin in range(first, first + 10, 2):
@@ -148,9 +148,9 @@ def test_marks_of_paths_and_snippets(
         about = clean[: clean.index(SUFFIX)]
         assert about[:2] == [BOS, FILE]
         assert (SNIPPET in about) == (snippets > 0)
-        told = vocabulary.decode(about[2 : about.index(SNIPPET) if SNIPPET in about else len(about)])
-        assert ("pack/deep/file_" in told) == path
-        assert told.startswith("python")
+        shown = vocabulary.decode(about[2 : about.index(SNIPPET) if SNIPPET in about else len(about)])
+        assert ("pack/deep/file_" in shown) == path
+        assert shown.startswith("python")
 
 
 def test_a_model_without_those_budgets_has_no_marks(vocabulary: Vocabulary, metadata: ModelMetadata) -> None:
@@ -251,7 +251,7 @@ def picked(kind: str, line: str, tries: int = 200, text: str = CODE) -> set[str]
     return found
 
 
-def test_expressions_end_where_they_do() -> None:
+def test_expressions_end_at_their_ends() -> None:
     found = picked("expression", "data = read")
     assert found == {
         "read(path, [1, 2])  ",
@@ -270,7 +270,7 @@ def test_expressions_end_where_they_do() -> None:
     assert picked("expression", "x", text="if x == y:") == {"x == y", "x == y:"}
 
 
-def test_statements_have_what_their_brackets_hold_open() -> None:
+def test_statements_include_their_open_brackets() -> None:
     assert picked("statement", "return compute") == {"return compute(\n            data,\n            path,\n        )"}
     assert picked("statement", "data = read") == {"data = read(path, [1, 2])  # all"}
     assert picked("statement", "call(", text="call(\n" * 20) == {"call(\n" * 5 + "call("}
@@ -329,7 +329,7 @@ def test_first_noise() -> None:
     assert float(mixed.max()) > 0.9
 
 
-def test_later_noise_keeps_what_decoding_would() -> None:
+def test_later_noise_keeps_tokens_that_decoding_would() -> None:
     draws = torch.Generator().manual_seed(0)
     recipe = Recipe(decoding_noise=1.0, least_bound=2.0, largest_bound=2.0)
     best, entropy = torch.full_like(TRUTH, 4), torch.rand(TRUTH.shape, generator=draws)
@@ -347,7 +347,7 @@ def test_later_noise_keeps_what_decoding_would() -> None:
 
 
 @pytest.mark.parametrize(("left", "is_beginning"), [(1.0, True), (0.0, False)])
-def test_a_condition_says_where_truth_is_kept(left: float, is_beginning: bool) -> None:
+def test_a_condition_marks_the_kept_tokens(left: float, is_beginning: bool) -> None:
     draws = torch.Generator().manual_seed(0)
     best, entropy = torch.full_like(TRUTH, 4), torch.rand(TRUTH.shape, generator=draws)
     later = later_noise(TRUTH, best, entropy, Recipe(decoding_noise=0.0, left_noise=left), TEXT_TOKENS, draws)
@@ -361,7 +361,7 @@ def test_a_condition_says_where_truth_is_kept(left: float, is_beginning: bool) -
 
 
 @pytest.mark.parametrize("bound", [0.1, 1.0, 4.0, 100.0])
-def test_what_is_kept_is_the_samplers_choice(bound: float) -> None:
+def test_kept_tokens_are_the_samplers_choice(bound: float) -> None:
     logits = torch.randn(3, 12, 50, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.5, 6, 12)[:, None]
     sampler = EntropyBoundSampler(EntropyBoundSamplerConfig(bound), 12, 50, 8)
     sampler.accept_canvas(torch.zeros(3, 12).long(), torch.ones(3, 12).long(), logits, 0)

@@ -78,7 +78,7 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / LOG_FILE).read_text().splitlines()]
 
 
-def test_a_run_that_was_interrupted_ends_as_one_that_was_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     firsts: list[int] = []
 
     class Noted(RowStream):
@@ -127,7 +127,7 @@ def test_training_lowers_the_losses(tmp_path: Path) -> None:
     assert trainer.evaluate() == after  # the same rows and noise
 
 
-def test_tokens_far_behind_what_is_known_may_count_less() -> None:
+def test_tokens_far_after_known_text_may_count_less() -> None:
     known = torch.tensor([[[False, False, True, False, False, False]]])
     alike = weigh_canvases(known, dataclasses.replace(RECIPE, kept_token=0.25))[0, 0]
     assert alike.tolist() == [1, 1, 0.25, 1, 1, 1]
@@ -148,7 +148,7 @@ def test_a_share_of_pads_is_trained(tmp_path: Path, share: float) -> None:
     assert float(weights.sum()) == pytest.approx(1)
 
 
-def test_what_is_trained_is_the_decoder_and_all_of_it(tmp_path: Path) -> None:
+def test_the_whole_decoder_is_trained(tmp_path: Path) -> None:
     trainer = prepare(tmp_path / "run", dataclasses.replace(RECIPE, rows_per_step=4))
     before = values_of(trainer)
     trainer.run(Budget(steps=3))
@@ -235,7 +235,7 @@ def test_calibration_is_of_its_weights() -> None:
     assert not metadata_of(Recipe(), base, "x").calibration
 
 
-def test_what_cannot_be_gone_on_with(tmp_path: Path) -> None:
+def test_runs_that_cannot_be_resumed(tmp_path: Path) -> None:
     trainer = prepare(tmp_path / "run")
     trainer.save()
     with pytest.raises(FimserverError, match=r"run holds a run of another shape .* train in another folder"):
@@ -261,7 +261,7 @@ def test_what_cannot_be_gone_on_with(tmp_path: Path) -> None:
         (dataclasses.replace(RECIPE, vocabulary=300), MATERIAL, "8192 tokens, .*set vocabulary=8192"),
     ],
 )
-def test_what_cannot_be_begun(tmp_path: Path, recipe: Recipe, material: Material, message: str) -> None:
+def test_runs_that_cannot_start(tmp_path: Path, recipe: Recipe, material: Material, message: str) -> None:
     with pytest.raises(FimserverError, match=message):
         prepare(tmp_path / "run", recipe, material)
     assert not (tmp_path / "run").exists()
@@ -272,7 +272,7 @@ def test_a_row_longer_than_the_window_is_refused(tmp_path: Path) -> None:
         prepare(tmp_path / "run", Recipe().with_pairs(["clean=1000"]), source="tiny")
 
 
-def test_a_loss_that_is_no_number_ends_a_run(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_ends_a_run(tmp_path: Path) -> None:
     trainer = prepare(tmp_path / "run")
     trainer._parameters["norm.weight"].data[0] = float("nan")
     with pytest.raises(FimserverError, match="the loss is nan at step 0; lower muon_rate"):
@@ -294,7 +294,7 @@ def test_without_a_compiler_that_works_nothing_is_compiled(
     assert "not compiled" in caplog.text
 
 
-def test_who_goes_on_logs_nothing_twice(tmp_path: Path) -> None:
+def test_a_resumed_run_logs_nothing_twice(tmp_path: Path) -> None:
     """A run that was killed has logged more than its checkpoint knows, the last line perhaps not to its end."""
     prepare(tmp_path / "run").run(Budget(steps=10))
     log = tmp_path / "run" / "log.jsonl"
@@ -369,7 +369,7 @@ def test_a_vocabulary_of_another_size_is_learned(tmp_path: Path, corpus: Path) -
         ),
     ],
 )
-def test_the_command_says_what_is_wrong(
+def test_the_command_reports_errors(
     tmp_path: Path, corpus: Path, arguments: list[str], spoil: Callable[[Path], None] | None, code: int, message: str
 ) -> None:
     from click.testing import CliRunner

@@ -157,7 +157,7 @@ def test_a_bias_accepts_from_the_left() -> None:
     assert torch.equal(accept_tokens(entropy, 1.0, left_bias=0.0), accept_tokens(entropy, 1.0))
 
 
-def test_what_is_accepted_may_be_the_likeliest() -> None:
+def test_accepted_tokens_may_be_the_likeliest() -> None:
     class Torn(Scripted):
         def decode(
             self, canvases: torch.Tensor, _cache: Any, _soft: torch.Tensor | None, *, first: int = 0
@@ -176,8 +176,8 @@ def test_what_is_accepted_may_be_the_likeliest() -> None:
     assert found == {(True, True), (False, False)}
 
 
-def test_a_condition_says_what_was_accepted(tiny_model: Model) -> None:
-    told: list[torch.Tensor] = []
+def test_a_condition_marks_accepted_tokens(tiny_model: Model) -> None:
+    conditions: list[torch.Tensor] = []
 
     class Watched(Scripted):
         def to_self_conditioning(self, logits: torch.Tensor, _top: int | None) -> torch.Tensor:
@@ -189,7 +189,7 @@ def test_a_condition_says_what_was_accepted(tiny_model: Model) -> None:
         def decode(
             self, canvases: torch.Tensor, _cache: Any, self_conditioning: torch.Tensor | None, *, first: int = 0
         ) -> torch.Tensor:
-            told.append(torch.zeros(0) if self_conditioning is None else self_conditioning)
+            conditions.append(torch.zeros(0) if self_conditioning is None else self_conditioning)
             return super().decode(canvases, _cache, self_conditioning, first=first)
 
     model: Any = Watched([100, 101, 1])
@@ -198,9 +198,9 @@ def test_a_condition_says_what_was_accepted(tiny_model: Model) -> None:
     state = denoising_step(model, None, state, options, torch.Generator().manual_seed(0))  # type: ignore[arg-type]
     state = replace(state, accepted_mask=torch.arange(16)[None] < 2)
     denoising_step(model, None, state, options, torch.Generator().manual_seed(0))  # type: ignore[arg-type]
-    assert not told[0].numel()
-    torch.testing.assert_close(told[1][:2], 0.5 * tiny_model.network.embed(torch.tensor([100, 101])))
-    assert not told[1][2:].any()
+    assert not conditions[0].numel()
+    torch.testing.assert_close(conditions[1][:2], 0.5 * tiny_model.network.embed(torch.tensor([100, 101])))
+    assert not conditions[1][2:].any()
 
 
 def test_accept_tokens_like_transformers() -> None:
@@ -274,7 +274,7 @@ def fill(
     return vocabulary.decode(filled.token_ids), filled.finish, filled.passes, states
 
 
-def test_accepted_tokens_stay_and_the_rest_is_drawn_anew(model: Model, vocabulary: Vocabulary) -> None:
+def test_accepted_tokens_stay_and_the_rest_is_drawn_again(model: Model, vocabulary: Vocabulary) -> None:
     _, _, _, states = fill(model, vocabulary, options=DenoisingOptions(8, 5.0, 0.0, 1, 0.4, 0.8))
     assert len(states) == 8
     assert all(s.canvas.shape == (1, model.canvas_length) for s in states)
@@ -288,7 +288,7 @@ def test_same_seed_same_answer(model: Model, vocabulary: Vocabulary) -> None:
     assert fill(model, vocabulary, seed=5)[:3] == fill(model, vocabulary, seed=5)[:3]
 
 
-def test_stop_ends_at_the_best_draft(model: Model, vocabulary: Vocabulary) -> None:
+def test_stop_ends_at_the_best_canvas(model: Model, vocabulary: Vocabulary) -> None:
     calls = iter([False, False, False, True])
     text, finish, steps, states = fill(model, vocabulary, stop=lambda: next(calls))
     assert (finish, steps) == ("latency", 3)
@@ -370,20 +370,20 @@ def fill_scripted(
     return list(filled.token_ids), states
 
 
-def test_a_right_draft_is_done_in_one_step_and_a_wrong_one_is_mended(vocabulary: Vocabulary) -> None:
-    says, wrong = [100, 101, 102], [100, 90, 91, 1]
-    answer, states = fill_scripted(Scripted(says), vocabulary)
-    assert (answer, len(states)) == (says, 2), "from noise: one step to find the text, one to see that it stays"
-    answer, states = fill_scripted(Scripted(says), vocabulary, [*says, 1])
-    assert (answer, len(states)) == (says, 1)
-    answer, states = fill_scripted(Scripted(says), vocabulary, wrong)
-    assert (answer, len(states)) == (says, 2)
-    answer, states = fill_scripted(Scripted(says), vocabulary, wrong, [*says, 1], [7])
-    assert (answer, len(states)) == (says, 1), "the confirmed initial canvas is continued"
+def test_a_right_initial_canvas_takes_one_step_and_a_wrong_one_is_fixed(vocabulary: Vocabulary) -> None:
+    script, wrong = [100, 101, 102], [100, 90, 91, 1]
+    answer, states = fill_scripted(Scripted(script), vocabulary)
+    assert (answer, len(states)) == (script, 2), "from noise: one step to find the text, one to see that it stays"
+    answer, states = fill_scripted(Scripted(script), vocabulary, [*script, 1])
+    assert (answer, len(states)) == (script, 1)
+    answer, states = fill_scripted(Scripted(script), vocabulary, wrong)
+    assert (answer, len(states)) == (script, 2)
+    answer, states = fill_scripted(Scripted(script), vocabulary, wrong, [*script, 1], [7])
+    assert (answer, len(states)) == (script, 1), "the confirmed initial canvas is continued"
     assert states[0].best.shape[0] == 1
 
 
-def test_a_canvas_is_cut_behind_its_end(tiny_model: Model, vocabulary: Vocabulary) -> None:
+def test_a_canvas_is_cut_after_its_end(tiny_model: Model, vocabulary: Vocabulary) -> None:
     """After the first step only the answer and little more are computed."""
     shorter = 0
     for seed in range(4):
@@ -410,7 +410,7 @@ def test_a_settled_first_line_never_changes(vocabulary: Vocabulary) -> None:
 
 
 @pytest.mark.parametrize("num_canvases", [2, 3])
-def test_canvases_side_by_side_are_what_each_is_alone(model: Model, vocabulary: Vocabulary, num_canvases: int) -> None:
+def test_canvases_in_one_pass_equal_separate_ones(model: Model, vocabulary: Vocabulary, num_canvases: int) -> None:
     cache = PromptCache(model)
     cache.encode(code_prompt(vocabulary))
     drafts = [list(range(20 + 10 * i, 24 + 10 * i)) for i in range(num_canvases)]

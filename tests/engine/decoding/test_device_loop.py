@@ -104,7 +104,7 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class DenseProducts(PlainMatmul):
+class DenseMatmul(PlainMatmul):
     """Sends every token through every expert: reads no routing choice and needs no kernel."""
 
     name, reads_choices = "dense", False
@@ -189,7 +189,7 @@ def test_a_step_through_experts_in_4_bits_is_read_back_once(packed_model: Model,
 def test_nothing_of_a_step_waits(random_model: Model, vocabulary: Vocabulary, healed: str) -> None:
     """Steps through several experts in 4 bits, counted at the operations that torch runs in the end."""
     network = repack(random_model.reference, EXPERTS_ONLY)
-    model = Model(network, random_model.metadata, Choice(DenseProducts()), capture=lambda run: run)
+    model = Model(network, random_model.metadata, Choice(DenseMatmul()), capture=lambda run: run)
     assert model.network.is_fixed
     few, many = (count_waits(model, vocabulary, healed, steps) for steps in (4, 9))
     assert few == many, "waits are outside of a step"
@@ -234,9 +234,7 @@ def test_kernels_of_a_step_do_not_depend_on_the_canvas(tiny_model: Model) -> Non
 
 @pytest.mark.parametrize("healed", ["", " ", " fi", "q", "_x", " \u00e9t\u00e9", "\U0001f40d", " zqzq"])
 @pytest.mark.parametrize("min_tokens", [0, 1])
-def test_beginnings_on_the_device_are_those_of_the_reference(
-    vocabulary: Vocabulary, healed: str, min_tokens: int
-) -> None:
+def test_beginnings_on_the_device_equal_the_reference(vocabulary: Vocabulary, healed: str, min_tokens: int) -> None:
     start = AnswerStart(AnswerEnd(vocabulary, 3), healed, min_tokens=min_tokens, vocab_size=8192 + 8)
     for seed in range(6):
         logits = torch.randn(3, 24, 8192 + 8, generator=torch.Generator().manual_seed(seed))
@@ -248,7 +246,7 @@ def test_beginnings_on_the_device_are_those_of_the_reference(
             assert torch.equal(canvas, start.constrain_canvas(expected))
 
 
-def test_masks_are_found_as_by_looking_at_every_token(vocabulary: Vocabulary) -> None:
+def test_masks_equal_a_check_of_every_token(vocabulary: Vocabulary) -> None:
     start = AnswerStart(AnswerEnd(vocabulary, 2), " self.x", min_tokens=0, vocab_size=8192)
     for length in range(1, 8):
         rest = b" self.x"[-length:]
@@ -258,7 +256,7 @@ def test_masks_are_found_as_by_looking_at_every_token(vocabulary: Vocabulary) ->
 
 
 @pytest.mark.parametrize("threshold", [0, 1, 2])
-def test_what_is_read_out_is_what_the_state_holds(threshold: int) -> None:
+def test_the_read_out_equals_the_state(threshold: int) -> None:
     generator = torch.Generator().manual_seed(threshold)
     for trial in range(20):
         best = torch.randint(3, (2, 5), generator=generator)

@@ -236,7 +236,7 @@ def test_true_blocks_are_allowed(vocabulary: Vocabulary) -> None:
 
 
 @pytest.mark.parametrize("hole", [LINE, Hole(HoleKind.BLOCK, 4, 32)], ids=["line", "block"])
-def test_verified_decoding_says_what_left_to_right_says(tiny_engine: Engine, hole: Hole) -> None:
+def test_speculative_decoding_equals_autoregressive(tiny_engine: Engine, hole: Hole) -> None:
     changed = 0
     tiny_engine.draft_options = DraftOptions(max_nodes=20, max_canvases=4)
     for line in cut_lines(20):
@@ -278,7 +278,7 @@ def test_the_next_best_allowed_token_is_taken() -> None:
     assert drawn in {2, 3}
 
 
-def test_an_answer_ends_where_the_suffix_goes_on(tiny_engine: Engine) -> None:
+def test_an_answer_ends_where_the_suffix_continues(tiny_engine: Engine) -> None:
     """Nothing is computed after a bracket that the suffix already has."""
     context = FimContext("def most(first, second):\n    return max(first, ", ")\n", "a.py", "python", LINE)
     answer = tiny_engine.complete(context, Sampling(Mode.AUTOREGRESSIVE, seed=0))
@@ -358,7 +358,7 @@ class _Errors:
 
 
 @pytest.mark.parametrize(("times", "renoised"), [(0, 0), (1, 1), (2, 2), (9, 2)])
-def test_errors_are_drawn_anew_at_most_twice(vocabulary: Vocabulary, times: int, renoised: int) -> None:
+def test_errors_are_drawn_again_at_most_twice(vocabulary: Vocabulary, times: int, renoised: int) -> None:
     options = DenoisingOptions(24, 0.1, 0.1, 1, 0.5, 0.5)
     end = AnswerEnd(vocabulary, 1)
     passes = []

@@ -40,7 +40,7 @@ def test_a_long_match_wins_over_an_unsure_model_and_loses_to_a_sure_one() -> Non
     assert sure[0].probability > 0.5 > sure[1].probability
 
 
-def test_a_guess_that_the_model_says_too_is_one_candidate_and_surer() -> None:
+def test_a_match_equal_to_the_answer_is_one_surer_candidate() -> None:
     alone = rank(scored(-2.0), CALIBRATION)
     both = rank(scored(-2.0, (Match("x + 1", 40, 0), -2.0)), CALIBRATION)
     assert len(both) == 1
@@ -56,7 +56,7 @@ def test_more_likely_is_surer() -> None:
     assert lengths[0].probability < lengths[2].probability
 
 
-def test_guesses_that_were_not_looked_at_are_left_out() -> None:
+def test_unscored_matches_are_left_out() -> None:
     assert len(rank(scored(-1.0, (Match("y", 30, 0), None)), CALIBRATION)) == 1
 
 
@@ -70,7 +70,7 @@ def test_a_calibration_of_another_size_is_refused(model_folder: Path, name: str,
         read_metadata(model_folder)
 
 
-def test_engine_says_the_guess_that_is_likelier(tiny_engine: Engine) -> None:
+def test_the_engine_returns_a_likelier_match(tiny_engine: Engine) -> None:
     """For many cut lines some matches win, and more answers are right than without matches."""
     right = {"with": 0, "without": 0}
     matches = 0
@@ -88,7 +88,7 @@ def test_engine_says_the_guess_that_is_likelier(tiny_engine: Engine) -> None:
     assert right["with"] >= right["without"] + 3
 
 
-def test_without_guesses_there_are_none(tiny_engine: Engine) -> None:
+def test_matches_can_be_off(tiny_engine: Engine) -> None:
     context = replace(FIM, matches=(Match(" - 999", 150, 12, 5),))
     believes = {"answer": [-9.0, *[0.0] * 6], "match": [9.0, *[0.0] * 7]}  # whatever the weights say
     tiny_engine.model.metadata, kept = (
@@ -104,7 +104,7 @@ def test_without_guesses_there_are_none(tiny_engine: Engine) -> None:
     assert (left_out.text, left_out.is_match) == (plain.text, False)
 
 
-def test_an_uncalibrated_model_never_says_a_guess(tiny_engine: Engine) -> None:
+def test_an_uncalibrated_model_never_returns_a_match(tiny_engine: Engine) -> None:
     tiny_engine.model.metadata, kept = replace(tiny_engine.model.metadata, calibration={}), tiny_engine.model.metadata
     try:
         context = replace(FIM, matches=(Match(" - 999", 150, 12, 5),))
@@ -131,7 +131,7 @@ def test_alternatives_are_distinct_and_sorted(engine: Engine, mode: Mode) -> Non
         assert again.text == plain.text, "the prompt cache is intact after several answers"
 
 
-def test_alternatives_are_what_left_to_right_goes_on_with(model: Model, vocabulary: Vocabulary) -> None:
+def test_alternatives_continue_autoregressively(model: Model, vocabulary: Vocabulary) -> None:
     """Each is the greedy answer after one of the likeliest first tokens, by a fresh cache."""
     fim = replace(FIM, prefix="def add(first, second):\n    return (")
     prompt = build_prompt(fim, vocabulary, model.metadata).token_ids
@@ -141,11 +141,11 @@ def test_alternatives_are_what_left_to_right_goes_on_with(model: Model, vocabula
     expected = set()
     for token_id in first:
         cache = PromptCache(model)
-        behind = AnswerStart(end, "", min_tokens=0, vocab_size=model.vocab_size)
+        after = AnswerStart(end, "", min_tokens=0, vocab_size=model.vocab_size)
         filled = fill_autoregressive(
             cache,
             cache.encode([*prompt, token_id]).logits,
-            DecodeRequest(max_tokens=max(model.canvas_length, 24) - 1, answer_end=end, answer_start=behind),
+            DecodeRequest(max_tokens=max(model.canvas_length, 24) - 1, answer_end=end, answer_start=after),
         )
         expected.add(vocabulary.decode([token_id, *filled.token_ids]))
     engine = Engine(model, vocabulary)

@@ -40,7 +40,7 @@ def contexts(limit: int, hole: Hole = LINE) -> list[FimContext]:
 
 
 @pytest.mark.parametrize("hole", [LINE, BLOCK], ids=["line", "block"])
-def test_same_text_as_left_to_right(model: Model, vocabulary: Vocabulary, hole: Hole) -> None:
+def test_same_text_as_autoregressive(model: Model, vocabulary: Vocabulary, hole: Hole) -> None:
     engine = Engine(model, vocabulary)
     answers = engine.complete, contexts(12, hole)
     expected = [answers[0](c, Sampling(Mode.AUTOREGRESSIVE)) for c in answers[1]]
@@ -88,7 +88,7 @@ def decode(
     return answers[0], answers[1]
 
 
-def test_an_oracle_needs_one_pass_and_a_wrong_guess_costs_none(model: Model, vocabulary: Vocabulary) -> None:
+def test_an_oracle_needs_one_pass_and_a_wrong_draft_costs_none(model: Model, vocabulary: Vocabulary) -> None:
     """The gain of the decoder with right draft tokens, independent of any weights."""
     for fim in contexts(6):
         prompt = [2, 3, *vocabulary.encode(fim.suffix), 4, *vocabulary.encode(fim.prefix), 5][-200:]
@@ -102,7 +102,7 @@ def test_an_oracle_needs_one_pass_and_a_wrong_guess_costs_none(model: Model, voc
         assert misled.passes <= plain.passes + 1  # the pass of the prompt counts here
 
 
-def test_drawn_answers_are_those_of_left_to_right(model: Model, vocabulary: Vocabulary) -> None:
+def test_drawn_answers_equal_autoregressive_ones(model: Model, vocabulary: Vocabulary) -> None:
     """One draw per token, in order: with the same seed both draw the same, whatever the draft."""
     prompt = [2, 3, 4, *vocabulary.encode("def add(first, second):\n    return"), 5]
     for seed in range(5):
@@ -110,7 +110,7 @@ def test_drawn_answers_are_those_of_left_to_right(model: Model, vocabulary: Voca
         assert plain.token_ids == verified.token_ids
 
 
-def test_what_was_kept_is_in_the_cache(tiny_engine: Engine) -> None:
+def test_accepted_tokens_are_in_the_cache(tiny_engine: Engine) -> None:
     """An accepted answer is encoded already, with the values that a fresh cache would have."""
     tiny_engine.draft_options = WIDE
     fim = FimContext("def add(first, second):\n    return first", "\n\nprint(add(1, 2))\n", "a.py", "python", LINE)
@@ -194,7 +194,7 @@ def test_random_trees_are_verified_alike(random_model: Model, vocabulary: Vocabu
         assert verified.token_ids == plain.token_ids
 
 
-def test_dear_rows_are_spent_on_few_drafts(tiny_model: Model) -> None:
+def test_expensive_rows_mean_fewer_drafts(tiny_model: Model) -> None:
     assert choose_drafts(0.07).max_canvases == 0
     assert choose_drafts(0.5).max_nodes < choose_drafts(0.05).max_nodes < choose_drafts(0.0).max_nodes
     assert choose_drafts(0.001).max_canvases > 0
@@ -218,7 +218,7 @@ def canvas_of(vocabulary: Vocabulary, tokens: Sequence[tuple[int, float]]) -> to
     return shares.log()
 
 
-def test_a_canvas_is_taken_as_far_as_it_is_sure(vocabulary: Vocabulary) -> None:
+def test_a_canvas_is_accepted_as_far_as_it_is_sure(vocabulary: Vocabulary) -> None:
     canvas = canvas_of(vocabulary, [(100, 0.5), (101, 0.9), (102, 0.8), (103, 0.6), (104, 0.99)])
     verification = verification_after(vocabulary, 100)
     left, finish = verification.commit(canvas, 0.7)
@@ -226,7 +226,7 @@ def test_a_canvas_is_taken_as_far_as_it_is_sure(vocabulary: Vocabulary) -> None:
     assert left.argmax(-1).tolist() == [103, 104], "the rest becomes draft tokens"
 
 
-def test_a_canvas_that_says_another_next_token_is_a_draft_alone(vocabulary: Vocabulary) -> None:
+def test_a_canvas_with_another_next_token_is_only_a_draft(vocabulary: Vocabulary) -> None:
     canvas = canvas_of(vocabulary, [(99, 0.9), (101, 0.9)])
     for least in (0.7, 0.0):
         verification = verification_after(vocabulary, 100)
@@ -258,7 +258,7 @@ def denoise(engine: Engine, fim: FimContext, least: float, **options: Any) -> Ge
         engine.model.metadata = known
 
 
-def test_denoising_that_is_never_sure_is_left_to_right(model: Model, vocabulary: Vocabulary) -> None:
+def test_denoising_that_is_never_sure_is_autoregressive(model: Model, vocabulary: Vocabulary) -> None:
     engine = Engine(model, vocabulary)
     for fim in contexts(12):
         engine.forget()
@@ -268,12 +268,12 @@ def test_denoising_that_is_never_sure_is_left_to_right(model: Model, vocabulary:
         assert denoised.forward_passes <= plain.forward_passes
 
 
-def test_tokens_that_nobody_verifies_save_passes(tiny_engine: Engine) -> None:
+def test_unverified_tokens_save_passes(tiny_engine: Engine) -> None:
     passes = [[denoise(tiny_engine, fim, least).forward_passes for fim in contexts(12)] for least in (1.0, 1e-6)]
     assert sum(passes[1]) < sum(passes[0])
 
 
-def test_what_a_canvas_wrote_is_in_the_cache(tiny_engine: Engine) -> None:
+def test_tokens_from_a_canvas_are_in_the_cache(tiny_engine: Engine) -> None:
     answers = ((denoise(tiny_engine, fim, 1e-6, without=("grammar",)), fim) for fim in contexts(12, BLOCK))
     assert any(answer.num_tokens > answer.forward_passes for answer, _ in answers)  # ends at the first such one
     cache = tiny_engine.prompt_cache

@@ -55,7 +55,7 @@ def check(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-6) 
     assert float((found - expected).abs().max()) <= tolerance * float(expected.abs().max())
 
 
-def products_of(name: str) -> MatmulBackend:
+def experts_output(name: str) -> MatmulBackend:
     if name == "plain":
         return PLAIN
     pytest.importorskip("triton", reason="Triton is not installed; pip install 'fimserver[interop]'")
@@ -93,7 +93,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 @pytest.mark.parametrize("num_slots", range(1, EXPERTS + 1))
 @pytest.mark.parametrize("name", ["plain", "triton"])
 def test_equal_to_all_experts_on_the_device(name: str, num_slots: int) -> None:
-    matmul, whole = products_of(name), stacks()
+    matmul, whole = experts_output(name), stacks()
     cache = ExpertCache(*whole, num_slots, CPU)
     passes = list(drifting_passes())[: None if name == "plain" else 5]  # the interpreter is slow
     expected = [matmul.experts(*whole, *each) for each in passes]
@@ -111,14 +111,14 @@ def test_equal_to_all_experts_on_the_device(name: str, num_slots: int) -> None:
     assert device_bytes(cache, [cache]) == num_slots * one + 8 * EXPERTS, "of the device: slots and the table"
 
 
-def test_the_watch_sees_products_of_the_host() -> None:
+def test_the_watch_sees_matrix_products_of_the_host() -> None:
     """A test of the watch above: it reports a matrix product with the host's stacks."""
     whole = stacks()
     with Watch(whole), pytest.raises(AssertionError, match="reads the host's experts"):
         PLAIN.experts(*whole, *next(drifting_passes()))
 
 
-def test_what_is_computed_with_are_the_slots() -> None:
+def test_only_slots_are_computed_with() -> None:
     whole = stacks()
     cache = ExpertCache(*whole, EXPERTS, CPU)
     everyone = torch.randn(EXPERTS // CHOSEN, HIDDEN), torch.arange(EXPERTS).view(-1, CHOSEN), torch.ones(4, CHOSEN)
@@ -146,14 +146,14 @@ def test_an_expert_of_most_passes_outlasts_one_of_the_last_pass() -> None:
     assert 3 in cache.resident, "a pass that needs them all leaves the hottest"
 
 
-def test_of_experts_as_hot_the_one_used_last_stays() -> None:
+def test_among_equally_hot_experts_the_last_used_stays() -> None:
     cache = ExpertCache(*stacks(), 2, CPU)
     for expert in (1, 2, 3):
         cache.run(PLAIN, *one_expert_each([expert]))
     assert cache.resident == {2, 3}
 
 
-def test_what_was_hot_long_ago_cools() -> None:
+def test_experts_cool_over_time() -> None:
     cache = ExpertCache(*stacks(), 1, CPU)
     for _ in range(64):
         cache.run(PLAIN, *one_expert_each([0]))
@@ -197,7 +197,7 @@ def host_plan() -> HostPlan:
     return plan_on_gpu(find_checkpoint("nvidia/diffusiongemma-26B-A4B-it-NVFP4"), find_gpu("RTX 5080")).host_plans[-1]
 
 
-def test_the_plan_of_uniform_routing_is_what_a_cache_copies(host_plan: HostPlan) -> None:
+def test_the_plan_of_uniform_routing_equals_the_caches_copies(host_plan: HostPlan) -> None:
     """Misses of each pass times the planner's bytes per expert, and the time of both over the plan's bus."""
     experts = host_plan.experts_in_all
     assert 1 <= host_plan.experts_on_gpu < experts
@@ -307,7 +307,7 @@ def test_it_completes_as_with_all_experts_on_the_device(
 
 
 @pytest.mark.parametrize("experts_on_device", [1, 3, 7])
-def test_device_memory_shrinks_as_the_planner_says(folder: Path, experts_on_device: int) -> None:
+def test_device_memory_shrinks_as_planned(folder: Path, experts_on_device: int) -> None:
     hosted, whole = load(folder, experts_on_device), load(folder, None)
     caches = hosted._expert_caches
     assert len(caches) == 4, "one for each layer, which encoder and decoder share"
@@ -330,7 +330,7 @@ def test_transformers_own_modules_read_the_device_too(folder: Path) -> None:
     assert add_up(caches).misses > 0
 
 
-def test_a_card_gets_as_many_as_fit(folder: Path, random_folder: Path) -> None:
+def test_a_gpu_gets_as_many_experts_as_fit(folder: Path, random_folder: Path) -> None:
     checkpoint = read_folder(folder)
     total, experts = plan_on_gpu(checkpoint, find_gpu("RTX 5080"), 256).total_bytes, checkpoint.bytes_of(Role.EXPERTS)
     rest = total - experts
@@ -343,7 +343,7 @@ def test_a_card_gets_as_many_as_fit(folder: Path, random_folder: Path) -> None:
     assert find_experts_on_device(random_folder, 256, 0) is None, "its experts are not in 4 bits"
 
 
-def test_loading_for_a_card_that_is_too_small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_for_a_gpu_that_is_too_small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``Model.load`` as on a GPU; the device's memory is the CPU's."""
     from fimserver.engine.kernels.backends import Choice
     from fimserver.engine.modeling import model as module
@@ -368,11 +368,11 @@ def test_loading_for_a_card_that_is_too_small(folder: Path, monkeypatch: pytest.
     )
 
 
-def test_what_cannot_be_on_the_host_is_refused(
+def test_models_that_cannot_use_host_memory_are_refused(
     folder: Path, random_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(source: Path, says: str, experts_on_device: int, *, keeps_nvfp4: bool = True) -> None:
-        with pytest.raises(WeightsError, match=says):
+    def refuse(source: Path, message: str, experts_on_device: int, *, keeps_nvfp4: bool = True) -> None:
+        with pytest.raises(WeightsError, match=message):
             load_weights(source, dtype=torch.float32, keeps_nvfp4=keeps_nvfp4, experts_on_device=experts_on_device)
 
     refuse(folder, "experts_on_device is 0; it has to be at least 1", 0)

@@ -38,7 +38,7 @@ def test_codes_are_these_numbers() -> None:
     assert math.copysign(1, decode(CODES)[8].item()) == -1
 
 
-def test_encoding_what_was_decoded_gives_it_back_for_all_codes_and_scales() -> None:
+def test_encoding_inverts_decoding_for_all_codes_and_scales() -> None:
     step = E4M3_POSITIVE.float()[:, None]
     assert torch.equal(encode(decode(CODES) * step / step), CODES.expand(126, 16))
     for global_scale in (1.0, 0.001, 3e-7, 1234.5):
@@ -80,7 +80,7 @@ def test_ties_go_to_the_even_code(number: float, code: int) -> None:
     assert encode(torch.tensor([number, -number])).tolist() == [code, code | 8]
 
 
-def test_what_is_too_large_becomes_the_largest() -> None:
+def test_values_too_large_become_the_largest() -> None:
     assert encode(torch.tensor([6.0, 7.0, 1e30, math.inf])).tolist() == [7, 7, 7, 7]
 
 
@@ -101,7 +101,7 @@ def test_nan_and_infinity_are_refused(value: float) -> None:
         quantize(weights)
 
 
-def test_rows_that_are_no_whole_blocks_are_refused() -> None:
+def test_rows_of_partial_blocks_are_refused() -> None:
     with pytest.raises(WeightsError, match="blocks of 16; these are 24 long"):
         quantize(torch.ones(2, 24))
 
@@ -150,7 +150,7 @@ def test_a_searched_scale_is_never_worse(seed: int) -> None:
     assert errors(searched).sum() < errors(nearest).sum()
 
 
-def test_importance_moves_the_error_to_what_matters_less() -> None:
+def test_importance_moves_the_error_to_less_important_columns() -> None:
     weights, importance = random_weights(64, 256), torch.ones(256)
     importance[::4] = 100.0
 
@@ -172,7 +172,7 @@ def test_error_of_gaussian_weights() -> None:
     assert error(quantize(weights, searched=True)) == pytest.approx(0.081, abs=0.001)
 
 
-def test_products_are_exact_in_bf16_but_for_the_global_scale() -> None:
+def test_matrix_products_are_exact_in_bf16_but_for_the_global_scale() -> None:
     """So a kernel may multiply codes and scales in bf16, and apply the global scale to its sum."""
     matmul = decode(CODES)[:, None] * E4M3_POSITIVE.float()[None]
     assert torch.equal(matmul.bfloat16().float(), matmul)
@@ -200,7 +200,7 @@ def test_the_global_scale_of_one_dialect_is_the_others_reciprocal() -> None:
 
 
 @pytest.mark.parametrize(
-    ("part", "value", "says"),
+    ("part", "value", "message"),
     [
         ("weight_scale", None, r"a\.b is in 4 bits but lacks its weight_scale"),
         ("weight_scale_2", None, r"a\.b is in 4 bits but lacks its global scale"),
@@ -217,7 +217,7 @@ def test_the_global_scale_of_one_dialect_is_the_others_reciprocal() -> None:
         ("weight_scale_2", torch.ones(8), r"global scale has shape \(8,\)"),
     ],
 )
-def test_wrong_parts_are_named(part: str, value: torch.Tensor | None, says: str) -> None:
+def test_wrong_parts_are_named(part: str, value: torch.Tensor | None, message: str) -> None:
     parts = {
         n.removeprefix("a.b."): t for n, t in to_parts("a.b", quantize(random_weights(8, 64)), Dialect.MODELOPT).items()
     }
@@ -225,7 +225,7 @@ def test_wrong_parts_are_named(part: str, value: torch.Tensor | None, says: str)
         del parts[part]
     else:
         parts[part] = value
-    with pytest.raises(WeightsError, match=says):
+    with pytest.raises(WeightsError, match=message):
         from_parts("a.b", parts)
 
 

@@ -124,7 +124,7 @@ def test_humming_takes_rows_of_several_origins(humming: Any) -> None:
 
 
 @needs_humming
-def test_humming_is_called_as_it_is_written(humming: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_humming_accepts_the_adapters_arguments(humming: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The layer's own signature accepts the adapter's arguments; the trial drops a version that does not."""
     from fimserver.engine.kernels.humming_kernels import HummingMatmul
 

@@ -208,7 +208,7 @@ def compile_for(capability: int, num_stages: int = 3) -> dict[str, dict[str, Any
 
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
-def test_compiles_for_every_card(capability: int) -> None:
+def test_compiles_for_every_gpu(capability: int) -> None:
     compiled = compile_for(capability)
     assert len(compiled) == 3
     for entry in compiled.values():
@@ -322,7 +322,7 @@ def test_a_wrong_kernel_is_left_out_with_a_warning(
     assert "which is slow" in caplog.text
 
 
-def test_of_those_that_are_right_the_fastest_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fastest_right_backend_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     fast = BackendCandidate("Fast", of(PlainMatmul))
     chosen = choose(monkeypatch, BackendCandidate("Slow", of(Slow)), fast, BackendCandidate("Wrong", of(Wrong)))
     assert type(chosen.matmul) is PlainMatmul
@@ -330,7 +330,7 @@ def test_of_those_that_are_right_the_fastest_is_taken(monkeypatch: pytest.Monkey
     assert chosen.tried["Fast"].endswith("us")
 
 
-def test_others_are_tried_where_they_are_installed_and_lean_on_the_fastest_of_ours(
+def test_installed_packages_are_tried_and_completed_by_our_fastest(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     rests: list[MatmulBackend] = []
@@ -348,7 +348,7 @@ def test_others_are_tried_where_they_are_installed_and_lean_on_the_fastest_of_ou
     assert chosen.tried["Theirs"].endswith("us")
 
 
-def test_what_rounds_activations_is_tried_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backends_that_round_activations_are_tried_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     rounding = BackendCandidate("Rounds", of(RoundedMatmul), "theirs", rounds_activations=True)
     unasked = BackendCandidate("Rounds too", of(RoundedMatmul), "theirs")
     chosen = choose(monkeypatch, rounding, unasked)
@@ -358,7 +358,7 @@ def test_what_rounds_activations_is_tried_where_it_is_asked_for(monkeypatch: pyt
     assert type(chosen.matmul) is RoundedMatmul
 
 
-def test_a_model_says_what_it_multiplies(random_model: Model) -> None:
+def test_a_model_lists_its_matrix_products(random_model: Model) -> None:
     from support.checkpoints import EVERYTHING, EXPERTS_ONLY, repack
 
     text = random_model.text_config
@@ -379,7 +379,7 @@ def test_a_model_says_what_it_multiplies(random_model: Model) -> None:
     assert len(found.projections) == len(used) > 3
 
 
-def test_experts_in_main_memory_are_tried_by_what_reads_them_as_they_are(
+def test_experts_in_main_memory_use_backends_without_repacking(
     random_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from support.checkpoints import EXPERTS_ONLY, repack
@@ -396,7 +396,7 @@ def test_experts_in_main_memory_are_tried_by_what_reads_them_as_they_are(
     assert chosen.tried["Ours"].endswith("us")
 
 
-def test_kernels_that_break_the_card_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_that_break_the_gpu_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def break_it(_dtype: torch.dtype, _rest: MatmulBackend) -> MatmulBackend:
         msg = "CUDA error: an illegal memory access was encountered"
         raise RuntimeError(msg)
@@ -405,11 +405,11 @@ def test_kernels_that_break_the_card_are_named(monkeypatch: pytest.MonkeyPatch) 
         choose(monkeypatch, BackendCandidate("Theirs", break_it, "theirs"))
 
 
-def test_signs_are_given_while_kernels_are_tried() -> None:
+def test_progress_is_reported_while_kernels_are_tried() -> None:
     signs: list[int] = []
     trial = Trial(CPU, torch.float32, WORK, lambda: signs.append(1))
     trial.find_fault(PlainMatmul())
-    assert len(signs) == 8, "of two products at four counts of tokens"
+    assert len(signs) == 8, "two matrix products at four token counts"
 
 
 def test_experts_of_another_activation_are_refused(random_model: Model) -> None:
@@ -421,7 +421,7 @@ def test_experts_of_another_activation_are_refused(random_model: Model) -> None:
         Model(network, random_model.metadata)
 
 
-def test_a_processor_has_the_plain_way(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_cpu_uses_plain_torch(caplog: pytest.LogCaptureFixture) -> None:
     assert choose_matmul(CPU, torch.float32).matmul is PLAIN
     assert not caplog.text
 
@@ -436,7 +436,7 @@ def test_a_trial_finds_kernels_right(kernels: ModuleType) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize(("rows", "columns"), [(2112, 2816), (4096, 2816), (2816, 2112)])
 @pytest.mark.parametrize("tokens", [1, 16, 64, 256])
-def test_linear_on_a_card(rows: int, columns: int, tokens: int) -> None:
+def test_linear_on_a_gpu(rows: int, columns: int, tokens: int) -> None:
     from fimserver.engine.kernels.triton_kernels import TritonMatmul
 
     device = torch.device("cuda")
@@ -449,7 +449,7 @@ def test_linear_on_a_card(rows: int, columns: int, tokens: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("tokens", [1, 16, 64, 256])
-def test_experts_on_a_card(tokens: int) -> None:
+def test_experts_on_a_gpu(tokens: int) -> None:
     """Real sizes; three runs give the same bits, so there is no race and no unwritten output."""
     from fimserver.engine.kernels.triton_kernels import TritonMatmul
 

@@ -91,7 +91,7 @@ def test_every_dialect_scope_and_path(
     check_equals(folder, expanded(state, chosen), rtol=1e-6)  # 1 / (1 / scale) is not always scale
 
 
-def test_shards_that_part_matrices_from_their_scales(tmp_path: Path, random_folder: Path, state: Tensors) -> None:
+def test_matrices_and_scales_in_different_shards(tmp_path: Path, random_folder: Path, state: Tensors) -> None:
     folder = write_checkpoint(tmp_path / "m", random_folder, quantized(state, Dialect.MODELOPT), num_shards=5)
     check_equals(folder, expanded(state, EXPERTS_ONLY))
 
@@ -157,14 +157,14 @@ def test_float8(tmp_path: Path, random_folder: Path, state: Tensors, scale: str)
     check_equals(folder, expanded(expected, EXPERTS_ONLY))
 
 
-def test_a_file_without_the_tower_for_pictures(tmp_path: Path, random_folder: Path, state: Tensors) -> None:
+def test_a_file_without_the_vision_tower(tmp_path: Path, random_folder: Path, state: Tensors) -> None:
     text = {n: t for n, t in state.items() if "vision" not in n}
     folder = write_checkpoint(tmp_path / "m", random_folder, text)
     check_equals(folder, text)
     assert load_weights(folder, dtype=torch.float32, keeps_vision=True).model.encoder.vision_tower is None
 
 
-def test_the_tower_for_pictures_is_kept_where_it_is_asked_for(random_folder: Path) -> None:
+def test_the_vision_tower_is_kept_on_request(random_folder: Path) -> None:
     from transformers import DiffusionGemmaForBlockDiffusion
 
     ours = load_weights(random_folder, dtype=torch.float32, keeps_vision=True)
@@ -281,14 +281,12 @@ DAMAGES: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("keeps_nvfp4", [False, True])
-def test_damage_is_named_and_nothing_is_made_up(
-    tmp_path: Path, random_folder: Path, state: Tensors, damage: str, keeps_nvfp4: bool
-) -> None:
-    change, says = DAMAGES[damage]
+def test_damage_is_named(tmp_path: Path, random_folder: Path, state: Tensors, damage: str, keeps_nvfp4: bool) -> None:
+    change, message = DAMAGES[damage]
     tensors = {n: t.clone() for n, t in quantized(state, Dialect.MODELOPT).items()}
     change(tensors)
     folder = write_checkpoint(tmp_path / "m", random_folder, tensors)
-    with pytest.raises(WeightsError, match=says):
+    with pytest.raises(WeightsError, match=message):
         load_weights(folder, dtype=torch.float32, keeps_nvfp4=keeps_nvfp4)
 
 
@@ -321,7 +319,7 @@ WHOLE_NUMBERS = {"g": {"weights": {"num_bits": 4, "type": "int"}}}
 
 
 @pytest.mark.parametrize(
-    ("own_file", "in_config", "says"),
+    ("own_file", "in_config", "message"),
     [
         ({"quantization": {"quant_algo": "INT4_AWQ"}}, None, r"hf_quant_config\.json has the algorithm 'INT4_AWQ'"),
         ({"quantization": {}}, None, "has the algorithm None"),
@@ -334,14 +332,14 @@ WHOLE_NUMBERS = {"g": {"weights": {"num_bits": 4, "type": "int"}}}
     ],
 )  # fmt: skip
 def test_kinds_that_cannot_be_read_are_refused(
-    tmp_path: Path, random_folder: Path, state: Tensors, own_file: Any, in_config: Any, says: str
+    tmp_path: Path, random_folder: Path, state: Tensors, own_file: Any, in_config: Any, message: str
 ) -> None:
     folder = write_checkpoint(tmp_path / "m", random_folder, state, own_file=own_file, in_config=in_config)
-    with pytest.raises(WeightsError, match=says):
+    with pytest.raises(WeightsError, match=message):
         load_weights(folder, dtype=torch.float32)
 
 
-def test_what_a_configuration_says_of_modules(tmp_path: Path, random_folder: Path, state: Tensors) -> None:
+def test_module_formats_of_a_configuration(tmp_path: Path, random_folder: Path, state: Tensors) -> None:
     folder = write_checkpoint(tmp_path / "m", random_folder, state, own_file=MODELOPT_CONFIG)
     found = read_quantization(folder)
     assert found is not None
@@ -353,7 +351,7 @@ def test_what_a_configuration_says_of_modules(tmp_path: Path, random_folder: Pat
 
 
 @pytest.mark.parametrize("chosen", [EXPERTS_ONLY, EVERYTHING], ids=["experts", "everything"])
-def test_packed_weights_say_what_expanded_ones_do(
+def test_packed_weights_equal_expanded_ones(
     tmp_path: Path, random_folder: Path, state: Tensors, chosen: tuple[str, ...]
 ) -> None:
     """Through the server's network, the encoder's rows and the decoder's, and through transformers' own modules."""
@@ -379,7 +377,7 @@ def test_packed_weights_say_what_expanded_ones_do(
     assert torch.allclose(logits[0], logits[1], atol=1e-4)
 
 
-def test_a_network_lets_the_weights_go_that_it_has_read(tmp_path: Path, random_folder: Path, state: Tensors) -> None:
+def test_a_network_releases_the_weights_that_it_has_read(tmp_path: Path, random_folder: Path, state: Tensors) -> None:
     folder = write_checkpoint(tmp_path / "m", random_folder, quantized(state, Dialect.MODELOPT, chosen=EVERYTHING))
     reference = load_weights(folder, dtype=torch.float32, keeps_nvfp4=True)
     kept = Model(reference, Model.load(folder, CPU).metadata)
@@ -412,7 +410,7 @@ def test_weights_that_no_memory_holds_are_refused(
         load_weights(folder, dtype=torch.float32)
 
 
-def test_expanding_says_what_it_takes(
+def test_expanding_logs_its_memory(
     tmp_path: Path, random_folder: Path, state: Tensors, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = write_checkpoint(tmp_path / "m", random_folder, quantized(state, Dialect.MODELOPT))
@@ -447,7 +445,7 @@ print(before, resident("VmHWM"), resident("VmRSS"))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("written", ["NVFP4", "float8"])
-def test_peak_memory_is_what_stays_and_a_shard(tmp_path: Path, random_folder: Path, written: str) -> None:
+def test_peak_memory_is_the_final_size_and_a_shard(tmp_path: Path, random_folder: Path, written: str) -> None:
     """Half a gigabyte in eight files: the peak of loading is the final size, a shard, and what may be mapped.
 
     Experts are separate in 4 bits and stacked in float8, with half as many for the same size.

@@ -45,7 +45,7 @@ def test_equal_to_a_free_pass(model: Model, prompt: int, num_canvases: int) -> N
     check(model, passes_of(model), cache, torch.tensor([ids(12, seed=s) for s in range(num_canvases)]))
 
 
-def test_typing_and_deleting_move_what_was_recorded(random_model: Model) -> None:
+def test_typing_and_deleting_reuse_the_capture(random_model: Model) -> None:
     rng, passes = random.Random(1), passes_of(random_model)
     cache = random_model.network.new_cache(margin_tokens=64)
     random_model.encode(ids(60), cache)
@@ -71,20 +71,20 @@ def test_buffers_that_slide_at_the_same_length_are_noticed(random_model: Model) 
     check(random_model, passes, cache, narrow)
 
 
-def test_buffers_made_anew_are_recorded_anew(random_model: Model) -> None:
+def test_new_buffers_are_captured_again(random_model: Model) -> None:
     passes = passes_of(random_model)
     cache = random_model.new_cache()
     random_model.encode(ids(40), cache)
     check(random_model, passes, cache, torch.tensor([ids(8)]))
-    held, recorded = passes.num_held, passes.num_captured
+    held, captured = passes.num_held, passes.num_captured
     cache.reserve(3000)
     random_model.encode(ids(1500), cache)
     check(random_model, passes, cache, torch.tensor([ids(8)]))
-    assert passes.num_captured == 2 * recorded
+    assert passes.num_captured == 2 * captured
     assert passes.num_held == held
 
 
-def test_recordings_go_with_their_cache(random_model: Model) -> None:
+def test_graphs_are_released_with_their_cache(random_model: Model) -> None:
     """Another cache at the same addresses is not mistaken for an earlier one."""
     passes = passes_of(random_model)
     for seed in range(8):
@@ -96,7 +96,7 @@ def test_recordings_go_with_their_cache(random_model: Model) -> None:
     assert passes.num_held == 0
 
 
-def test_each_shape_and_each_cache_is_recorded_once(random_model: Model) -> None:
+def test_each_shape_and_each_cache_is_captured_once(random_model: Model) -> None:
     passes = passes_of(random_model)
     caches = [random_model.new_cache() for _ in range(2)]
     for cache in caches:
@@ -109,7 +109,7 @@ def test_each_shape_and_each_cache_is_recorded_once(random_model: Model) -> None
     assert passes.num_captured == 4
 
 
-def test_recordings_are_bounded(random_model: Model) -> None:
+def test_graphs_are_bounded(random_model: Model) -> None:
     passes = passes_of(random_model)
     cache = random_model.new_cache()
     random_model.encode(ids(20), cache)
@@ -120,14 +120,14 @@ def test_recordings_are_bounded(random_model: Model) -> None:
     assert passes.num_held == 12
 
 
-def test_what_the_host_must_know_is_not_recorded(tiny_model: Model, random_model: Model) -> None:
+def test_passes_that_the_host_reads_are_not_captured(tiny_model: Model, random_model: Model) -> None:
     """Experts in floats run one by one, and the host reads their choices."""
     assert tiny_model.network.is_fixed
     assert not random_model.network.is_fixed
 
 
 @pytest.fixture
-def card_model(random_model: Model, random_folder: Path, tmp_path: Path) -> Model:
+def gpu_model(random_model: Model, random_folder: Path, tmp_path: Path) -> Model:
     """The random model, its experts in 4 bits by kernels, on a GPU."""
     folder = tmp_path / "packed"
     quantize_folder(str(random_folder), folder)
@@ -137,7 +137,7 @@ def card_model(random_model: Model, random_folder: Path, tmp_path: Path) -> Mode
     return model
 
 
-def check_on_card(model: Model, passes: FixedPasses, cache: KVCache, canvas: torch.Tensor) -> None:
+def check_on_gpu(model: Model, passes: FixedPasses, cache: KVCache, canvas: torch.Tensor) -> None:
     """Compare replayed and free passes, without a condition and with one."""
     with torch.inference_mode():
         self_conditioning = None
@@ -150,34 +150,34 @@ def check_on_card(model: Model, passes: FixedPasses, cache: KVCache, canvas: tor
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_experts_in_4_bits_recorded_on_a_card(card_model: Model) -> None:
+def test_experts_in_4_bits_captured_on_a_gpu(gpu_model: Model) -> None:
     """Typing and deleting after a capture, buffers that slide, and newly allocated buffers."""
-    rng, passes = random.Random(1), FixedPasses(card_model.network)
-    cache = card_model.network.new_cache(margin_tokens=64)
-    card_model.encode(ids(60), cache)
+    rng, passes = random.Random(1), FixedPasses(gpu_model.network)
+    cache = gpu_model.network.new_cache(margin_tokens=64)
+    gpu_model.encode(ids(60), cache)
     cache.reserve(200)
     for step in range(8):
         assert cache.trim(cache.length - rng.randrange(0, 4))
-        card_model.encode(ids(rng.randrange(1, 9), seed=step), cache)
-        check_on_card(card_model, passes, cache, torch.tensor([ids(12, seed=step)], device="cuda"))
-    recorded = passes.num_captured
-    assert recorded == 2
+        gpu_model.encode(ids(rng.randrange(1, 9), seed=step), cache)
+        check_on_gpu(gpu_model, passes, cache, torch.tensor([ids(12, seed=step)], device="cuda"))
+    captured = passes.num_captured
+    assert captured == 2
     cache.reserve(3000)
-    card_model.encode(ids(1500), cache)
-    check_on_card(card_model, passes, cache, torch.tensor([ids(12)], device="cuda"))
-    assert passes.num_captured == 2 * recorded
+    gpu_model.encode(ids(1500), cache)
+    check_on_gpu(gpu_model, passes, cache, torch.tensor([ids(12)], device="cuda"))
+    assert passes.num_captured == 2 * captured
     del cache
     gc.collect()
     assert passes.num_held == 0
-    fresh = card_model.new_cache()
-    card_model.encode(ids(40), fresh)
-    check_on_card(card_model, passes, fresh, torch.tensor([ids(12)], device="cuda"))
+    fresh = gpu_model.new_cache()
+    gpu_model.encode(ids(40), fresh)
+    check_on_gpu(gpu_model, passes, fresh, torch.tensor([ids(12)], device="cuda"))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("prompt", [40, 200])
-def test_recorded_on_a_card(tiny_model: Model, prompt: int) -> None:
+def test_captured_on_a_gpu(tiny_model: Model, prompt: int) -> None:
     from fimserver.checkpoints.known import SHIPPED_MODELS
 
     model = Model.load(SHIPPED_MODELS / tiny_model.metadata.name, torch.device("cuda"))

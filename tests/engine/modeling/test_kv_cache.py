@@ -41,7 +41,7 @@ def check_equal_to_whole(model: Model, cache: PromptCache, logits: torch.Tensor)
     torch.testing.assert_close(canvas_logits(model, cache.cache), canvas_logits(model, whole), atol=TOLERANCE, rtol=0)
 
 
-def test_what_is_beyond_window_and_margin_is_let_go_and_not_missed(narrow: Model) -> None:
+def test_tokens_beyond_window_and_margin_are_dropped_without_effect(narrow: Model) -> None:
     cache = PromptCache(narrow)
     encoded = cache.encode(ids(150))
     assert cache.cache.base > 0
@@ -52,17 +52,17 @@ def test_random_edits(narrow: Model) -> None:
     """Typing, deleting within the margin and beyond it; after a loss the prompt is encoded again."""
     rng = random.Random(5)
     cache, prompt = PromptCache(narrow, max_prompts=1), ids(120)
-    begun_anew = gone_on = 0
+    restarted = reused = 0
     for step in range(40):
         cut = max(20, len(prompt) - rng.choice([1, 2, 5, 9, 14, 60]))
         prompt = [*prompt[:cut], *ids(rng.randrange(1, 12), seed=step)][:200]
         encoded = cache.encode(prompt)
-        begun_anew += encoded.cached_tokens == 0
-        gone_on += encoded.cached_tokens > 0
+        restarted += encoded.cached_tokens == 0
+        reused += encoded.cached_tokens > 0
         check_equal_to_whole(narrow, cache, encoded.logits)
         assert cache.token_ids == prompt
-    assert begun_anew
-    assert gone_on > 10
+    assert restarted
+    assert reused > 10
 
 
 def test_deleting_within_the_margin_costs_nothing(narrow: Model) -> None:
@@ -90,7 +90,7 @@ def test_memory_of_sliding_layers_does_not_grow(narrow: Model) -> None:
 
 
 @pytest.mark.parametrize("tokens", [70_000, 262_144])
-def test_memory_at_long_contexts_is_that_of_full_layers(random_model: Model, tokens: int) -> None:
+def test_memory_at_long_contexts_equals_that_of_full_layers(random_model: Model, tokens: int) -> None:
     cache = random_model.network.new_cache()
     cache.pretend(tokens, torch.Generator().manual_seed(0))
     full = 2 * 2 * 32 * 4  # keys and values of two layers, one head of 32 float32
@@ -100,7 +100,7 @@ def test_memory_at_long_contexts_is_that_of_full_layers(random_model: Model, tok
     assert cache.num_bytes <= full * (1.5 * tokens + 256) + sliding * (WINDOW + 1024)
 
 
-def test_a_step_at_256k_takes_no_longer_than_its_cache_is_larger(random_model: Model) -> None:
+def test_a_step_at_256k_is_slower_by_its_larger_cache_only(random_model: Model) -> None:
     """With four times the tokens in full layers a step takes at most four times as long, plus a quarter for noise."""
     canvas = torch.arange(16)[None]
     caches = []
@@ -119,7 +119,7 @@ def test_a_step_at_256k_takes_no_longer_than_its_cache_is_larger(random_model: M
     assert min(times[1]) <= 1.25 * 4 * min(times[0])
 
 
-def test_long_positions_are_turned_as_short_ones(random_model: Model) -> None:
+def test_long_positions_are_rotated_like_short_ones(random_model: Model) -> None:
     """Beyond the table, rotations are computed for the rows in use: the same numbers."""
     forward = random_model.network
     positions = torch.tensor([3, 900, 16_000])
@@ -131,7 +131,7 @@ def test_long_positions_are_turned_as_short_ones(random_model: Model) -> None:
             assert torch.equal(a, b)
 
 
-def test_a_cache_without_sliding_layers_holds_all() -> None:
+def test_a_cache_without_sliding_layers_keeps_everything() -> None:
     cache = KVCache([CacheShape(1, 4)], torch.float32, CPU, margin_tokens=1)
     cache.reserve(50)
     cache.keep(range(50))

@@ -71,7 +71,7 @@ def test_decoder(model: Model, length: int, canvas_length: int, *, conditioned: 
 
 
 @pytest.mark.parametrize("length", [10, 50])
-def test_canvases_side_by_side_do_not_see_each_other(model: Model, length: int) -> None:
+def test_canvases_in_one_pass_do_not_see_each_other(model: Model, length: int) -> None:
     cache = model.new_cache()
     encode_ours(model, draw(length), cache)
     canvases = torch.stack([draw(12, seed=s) for s in range(3)])

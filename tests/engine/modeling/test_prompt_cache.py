@@ -82,7 +82,7 @@ def test_random_edits(random_model: Model) -> None:
         assert_equal_to_fresh(random_model, cache, logits, prompt)
 
 
-def test_a_failed_encode_leaves_what_was_whole(random_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_encode_keeps_complete_caches(random_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = PromptCache(random_model)
     cache.encode(ids(10))
     with monkeypatch.context() as patch:
@@ -94,7 +94,7 @@ def test_a_failed_encode_leaves_what_was_whole(random_model: Model, monkeypatch:
     assert_equal_to_fresh(random_model, cache, encoded.logits, ids(12))
 
 
-def test_prompts_of_several_places_are_held(random_model: Model) -> None:
+def test_prompts_of_several_places_are_cached(random_model: Model) -> None:
     cache = PromptCache(random_model, max_prompts=3)
     here, there, third, fourth = (ids(60, seed=s) for s in range(4))
     for prompt in (here, there, third):

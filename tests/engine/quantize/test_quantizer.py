@@ -107,9 +107,7 @@ def test_nearest_scales_are_the_reference_byte_for_byte(
 
 @pytest.mark.parametrize("dialect", list(Dialect))
 @pytest.mark.parametrize("single_bytes", [0, 10**9], ids=["shards", "one file"])
-def test_our_own_loader_reads_what_was_written(
-    tmp_path: Path, source: Path, dialect: Dialect, single_bytes: int
-) -> None:
+def test_our_loader_reads_the_result(tmp_path: Path, source: Path, dialect: Dialect, single_bytes: int) -> None:
     folder = tmp_path / "q"
     quantize_folder(str(source), folder, QuantizerOptions(True, dialect, single_bytes=single_bytes))
     assert (len(list(folder.glob("*.safetensors"))) > 1) == (single_bytes == 0)
@@ -130,7 +128,7 @@ def test_our_own_loader_reads_what_was_written(
         assert torch.equal(matrix, expected), module
 
 
-def test_configurations_say_what_is_in_4_bits(tmp_path: Path, source: Path) -> None:
+def test_configurations_list_what_is_in_4_bits(tmp_path: Path, source: Path) -> None:
     for dialect in Dialect:
         folder = tmp_path / dialect.value
         quantize_folder(str(source), folder, QuantizerOptions(dialect=dialect))
@@ -147,7 +145,7 @@ def test_configurations_say_what_is_in_4_bits(tmp_path: Path, source: Path) -> N
         assert (folder / "hf_quant_config.json").exists() == (dialect is Dialect.MODELOPT)
 
 
-def test_compressed_tensors_reads_what_was_written(tmp_path: Path, source: Path, state: Tensors) -> None:
+def test_compressed_tensors_reads_the_result(tmp_path: Path, source: Path, state: Tensors) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         nvfp4 = pytest.importorskip("compressed_tensors.compressors.nvfp4", exc_type=ImportError)
@@ -221,7 +219,7 @@ class StoppedError(Exception):
 
 
 @pytest.mark.parametrize("calibrates", [False, True], ids=["plain", "calibrated"])
-def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path: Path, source: Path, text: Path, calibrates: bool) -> None:
+def test_a_stopped_run_resumes_to_the_same_bytes(tmp_path: Path, source: Path, text: Path, calibrates: bool) -> None:
     options = QuantizerOptions(single_bytes=0, calibration=text if calibrates else None)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     expected = quantize_folder(str(source), whole, options)
@@ -285,7 +283,7 @@ def test_folders_that_are_not_ours_are_left_alone(tmp_path: Path, source: Path) 
             quantize_folder(str(source), inside)
 
 
-def test_what_is_quantized_is_not_quantized_again(tmp_path: Path, source: Path) -> None:
+def test_quantized_models_are_refused(tmp_path: Path, source: Path) -> None:
     quantize_folder(str(source), tmp_path / "q")
     with pytest.raises(WeightsError, match=r"is already quantized \(modelopt, W4A16_NVFP4\)"):
         quantize_folder(str(tmp_path / "q"), tmp_path / "r")
@@ -299,7 +297,7 @@ def test_what_is_quantized_is_not_quantized_again(tmp_path: Path, source: Path) 
 
 
 @pytest.mark.parametrize("name", ["model.decoder.layers.1.experts.down_proj", "model.decoder.embed_tokens.weight"])
-def test_weights_that_are_no_numbers_are_named(tmp_path: Path, random_folder: Path, state: Tensors, name: str) -> None:
+def test_weights_that_are_not_finite_are_named(tmp_path: Path, random_folder: Path, state: Tensors, name: str) -> None:
     damaged = {**state, name: state[name].clone()}
     damaged[name].view(-1)[-1] = torch.nan
     source = write_checkpoint(tmp_path / "m", random_folder, damaged)
@@ -308,20 +306,22 @@ def test_weights_that_are_no_numbers_are_named(tmp_path: Path, random_folder: Pa
     assert not list((tmp_path / "q").glob("model*"))
 
 
-def test_a_full_disk_is_said_before_it_is_full(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_too_small_is_reported_before_writing(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("fimserver.engine.quantize.quantizer.shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(WeightsError, match=r"GB are needed and 0\.0 GB are free; choose another disk"):
         quantize_folder(str(source), tmp_path / "q")
 
 
-def test_a_calibration_text_has_to_be_one(tmp_path: Path, source: Path) -> None:
-    for content, says in ((b"", "is empty"), (b"\xff\xfe\xff", "cannot be read")):
+def test_an_unusable_calibration_text_is_an_error(tmp_path: Path, source: Path) -> None:
+    for content, message in ((b"", "is empty"), (b"\xff\xfe\xff", "cannot be read")):
         (tmp_path / "text").write_bytes(content)
-        with pytest.raises(FimserverError, match=says):
+        with pytest.raises(FimserverError, match=message):
             quantize_folder(str(source), tmp_path / "q", QuantizerOptions(calibration=tmp_path / "text"))
 
 
-def test_rows_that_are_no_whole_blocks_stay_in_floats(tmp_path: Path, random_folder: Path) -> None:
+def test_rows_of_partial_blocks_stay_in_floats(tmp_path: Path, random_folder: Path) -> None:
     from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
     values = json.loads((random_folder / "config.json").read_text())
@@ -357,7 +357,7 @@ def test_the_shipped_model_in_4_bits_completes(tmp_path: Path) -> None:
     assert generation.text.strip()
 
 
-def test_the_command_shows_a_table_and_says_what_is_wrong(tmp_path: Path, source: Path) -> None:
+def test_the_command_shows_a_table_and_errors(tmp_path: Path, source: Path) -> None:
     command = ["quantize", str(source), str(tmp_path / "q"), "--no-search"]
     shown = CliRunner().invoke(main, command)
     assert shown.exit_code == 0
