@@ -232,3 +232,12 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update", action="store_true", help="rewrite the expected results of data-driven cases")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Every slow test has to say why it is slow."""
+    for item in items:
+        for marker in item.iter_markers("slow"):
+            if len(marker.args) != 1 or not isinstance(marker.args[0], str):
+                msg = f'{item.nodeid}: write the reason, as in @pytest.mark.slow("starts ten processes")'
+                raise pytest.UsageError(msg)

@@ -256,6 +256,7 @@ def run(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow("starts commands that load a model")
 def test_commands_read_the_config_file_and_options_win(tmp_path: Path) -> None:
     file = tmp_path / "config" / "config.toml"
     file.parent.mkdir()

@@ -176,6 +176,7 @@ def test_every_autoregressive_way_gives_the_same_text(tiny_engine: Engine) -> No
         assert 0 < own.first_line_ms <= own.ms
 
 
+@pytest.mark.slow("measures a model")
 def test_generate_counts_its_passes_and_may_miss_the_cut_word(tiny_engine: Engine) -> None:
     generate = GenerateDecoder(load_weights(TINY, dtype=torch.float32), tiny_engine, 0)
     hole = draw_holes(1, tiny_engine.vocabulary, max_prompt_tokens=384, canvas_length=32)[0]
@@ -189,6 +190,7 @@ def test_generate_counts_its_passes_and_may_miss_the_cut_word(tiny_engine: Engin
     assert missed.lacking == "zqxv"
 
 
+@pytest.mark.slow("measures a model")
 def test_the_summary_covers_every_measurement() -> None:
     threads = torch.get_num_threads()
     try:
@@ -212,6 +214,7 @@ def test_the_summary_covers_every_measurement() -> None:
     assert list(comparison.modes) == ["autoregressive"]
 
 
+@pytest.mark.slow("measures a model")
 def test_bench_decode_prints_what_it_documents(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     result = run("decode", "--limit", "2", "--threads", "1", "--json", "--plots", tmp_path / "plots")
@@ -244,6 +247,7 @@ def test_bench_decode_prints_what_it_documents(tmp_path: Path) -> None:
         assert (tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow("measures a model")
 def test_bench_decode_as_a_table() -> None:
     result = run("decode", "--limit", "1", "--threads", "1", "--modes", "diffusion,autoregressive")
     assert result.returncode == 0, result.stderr
@@ -252,6 +256,7 @@ def test_bench_decode_as_a_table() -> None:
     assert "no hole was filled by both" in result.stdout
 
 
+@pytest.mark.slow("measures a model")
 def test_bench_decode_with_a_wrong_way_is_exit_1() -> None:
     result = run("decode", "--modes", "fast")
     assert result.returncode == 1
@@ -317,6 +322,7 @@ def test_ranges_that_the_engine_names_are_rows(tiny_engine: Engine) -> None:
     assert sum(part.ms for part in profile.parts) == pytest.approx(profile.profiled_ms)
 
 
+@pytest.mark.slow("measures a model")
 @pytest.mark.parametrize("mode", ["diffusion", "autoregressive"])
 def test_bench_profile(mode: str) -> None:
     result = run("profile", "--limit", "1", "--threads", "1", "--mode", mode, "--json")
@@ -336,6 +342,7 @@ def test_bench_profile(mode: str) -> None:
     assert bound["positions"] > 10
 
 
+@pytest.mark.slow("measures a model")
 def test_bench_profile_as_a_table() -> None:
     result = run("profile", "--limit", "1", "--threads", "1")
     assert result.returncode == 0, result.stderr

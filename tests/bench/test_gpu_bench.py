@@ -14,6 +14,7 @@ from fimserver.engine.modeling.graphs import FixedPasses
 from fimserver.errors import FimserverError
 
 
+@pytest.mark.slow("measures a model")
 def test_every_stage_runs_simulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU's path: backends are tried, passes are fixed."""
     seen: list[str] = []

@@ -259,6 +259,7 @@ def test_end_to_end_against_another_model(folder: Path, random_folder: Path) -> 
     assert summary["differences"]["speculative"]["all"]["value"] == pytest.approx(ours - theirs)
 
 
+@pytest.mark.slow("fills holes with two models")
 def test_table_and_plots(folder: Path) -> None:
     pytest.importorskip("matplotlib")
     result = command("--data", folder, "--limit", "2", "--plots", folder / "plots", "--matches")

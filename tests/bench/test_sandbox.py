@@ -48,6 +48,7 @@ def test_bad_code_fails(program: str) -> None:
     assert run_program(program) is Outcome.FAILED
 
 
+@pytest.mark.slow("waits for limits of time")
 @pytest.mark.parametrize("program", ["while True: pass", "import time\ntime.sleep(60)", "list(iter(int, 1))"])
 def test_endless_code_is_ended(program: str) -> None:
     begin = time.monotonic()

@@ -90,6 +90,7 @@ def fetched_weights(hub: Hub) -> list[str]:
     return [name for name in hub.fetched() if name.endswith(".safetensors")]
 
 
+@pytest.mark.slow("starts commands and downloads a model from a local hub")
 def test_adding_listing_completing_and_removing(hub: Hub, tmp_path: Path) -> None:
     hub.repositories[NAME] = Repository(Path(shutil.copytree(TINY, tmp_path / "tiny")), licence="gemma")
     added = run("model", "add", NAME, "--yes")
@@ -342,6 +343,7 @@ def run_and_answer(answer: str, *arguments: str) -> "subprocess.CompletedProcess
         os.close(terminal)
 
 
+@pytest.mark.slow("starts commands and downloads a model from a local hub")
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo terminal")
 def test_the_user_is_asked(hub: Hub) -> None:
     refused = run_and_answer("n\n", "model", "add", NAME)

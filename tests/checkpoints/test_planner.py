@@ -437,6 +437,7 @@ print(resident() - before)
 """
 
 
+@pytest.mark.slow("loads models of gigabytes")
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 def test_resident_memory_of_two_gigabytes(tmp_path: Path) -> None:
     folder = tmp_path / "two"

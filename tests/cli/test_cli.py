@@ -28,6 +28,7 @@ def test_the_readme_completes_the_sample() -> None:
     assert result.stdout.strip()
 
 
+@pytest.mark.slow("starts commands that load a model")
 def test_json_has_everything_and_nothing_else_is_on_stdout() -> None:
     result = run("complete", SAMPLE.parent / readme_target(), "--json")
     values = json.loads(result.stdout)
@@ -59,6 +60,7 @@ def test_a_setting_can_be_given() -> None:
     assert json.loads(result.stdout)["hole"]["kind"] == "comment"
 
 
+@pytest.mark.slow("starts commands that load a model")
 def test_an_unsure_answer_is_refused() -> None:
     result = run("complete", SAMPLE.parent / readme_target(), "--set", "minConfidence=1", "--json")
     values = json.loads(result.stdout)
@@ -68,6 +70,7 @@ def test_an_unsure_answer_is_refused() -> None:
     assert "fimserver.minConfidence" in result.stderr
 
 
+@pytest.mark.slow("starts commands that load a model")
 def test_standard_input_and_characters_not_bytes() -> None:
     result = run("complete", "-:1:15", "--path", "a.py", "--json", stdin="x = '\U0001f40d\u00e9' + nam\nname = 1\n")
     values = json.loads(result.stdout)
@@ -109,6 +112,7 @@ def test_invalid_utf8_is_reported(tmp_path: Path) -> None:
     assert "not UTF-8" in result.stderr
 
 
+@pytest.mark.slow("starts commands that load a model")
 def test_a_bad_model_is_exit_1_with_the_reason() -> None:
     result = run("complete", SAMPLE.parent / readme_target(), "--model", "/no/such", "--json")
     assert result.returncode == 1
@@ -118,6 +122,7 @@ def test_a_bad_model_is_exit_1_with_the_reason() -> None:
     assert "/no/such" in result.stderr
 
 
+@pytest.mark.slow("starts commands that load a model")
 @pytest.mark.parametrize("mode", ["diffusion", "autoregressive"])
 def test_trace_shows_every_step(mode: str) -> None:
     result = run("complete", SAMPLE.parent / readme_target(), "--trace", "--mode", mode)
@@ -135,6 +140,7 @@ def test_version() -> None:
     assert fimserver.__version__ in result.stdout
 
 
+@pytest.mark.slow("starts commands that load a model")
 def test_doctor_finds_no_problem_here() -> None:
     result = run("doctor", "--device", "cpu")
     assert result.returncode == 0, result.stdout
@@ -143,6 +149,7 @@ def test_doctor_finds_no_problem_here() -> None:
         assert word in result.stdout
 
 
+@pytest.mark.slow("starts commands that load a model")
 def test_doctor_explains_fixes() -> None:
     result = run("doctor", "--model", "/no/such")
     assert result.returncode == 1
@@ -155,6 +162,7 @@ def test_python_parses() -> None:
     assert not python_parses("x = (")
 
 
+@pytest.mark.slow("starts commands that load a model")
 @pytest.mark.parametrize("mode", ["diffusion", "autoregressive"])
 def test_eval_lines_shows_what_an_editor_gets(mode: str) -> None:
     """Cut lines of the standard library: at least half are answered, in time, and no offer breaks a file."""
@@ -168,6 +176,7 @@ def test_eval_lines_shows_what_an_editor_gets(mode: str) -> None:
     assert sum(values["refusals"].values()) == round(24 * (1 - values["answered"]))
 
 
+@pytest.mark.slow("starts commands that load a model")
 def test_bench_keystroke_measures_the_server_and_the_cache() -> None:
     result = run("bench", "keystroke", "--limit", "60", "--json")
     assert result.returncode == 0, result.stderr
@@ -181,12 +190,14 @@ def test_bench_keystroke_measures_the_server_and_the_cache() -> None:
     assert values["model_ms_p50"] > values["server_ms_p50"]
 
 
+@pytest.mark.slow("starts commands that load a model")
 def test_bench_keystroke_with_a_bad_model_is_exit_1() -> None:
     result = run("bench", "keystroke", "--model", "/nowhere")
     assert result.returncode == 1
     assert "/nowhere" in result.stderr
 
 
+@pytest.mark.slow("starts commands that load a model")
 def test_a_sure_match_needs_no_model(tmp_path: Path) -> None:
     line = "connection.execute_script(first_argument, second_argument)"
     file = tmp_path / "a.js"
@@ -200,6 +211,7 @@ def test_a_sure_match_needs_no_model(tmp_path: Path) -> None:
     assert "canvas" in traced.stdout or "answer" in traced.stdout
 
 
+@pytest.mark.slow("starts commands that load a model")
 def test_matches_can_be_left_out_of_an_evaluation() -> None:
     result = run("eval", "lines", "--limit", "12", "--no-matches", "--json")
     assert result.returncode == 0, result.stderr

@@ -47,6 +47,7 @@ def test_a_snapshot_for_each_save(tmp_path: Path) -> None:
     assert [first.version, second.version, third.version] == [0, 1, 2]
 
 
+@pytest.mark.slow("starts a command that loads a model")
 def test_the_command_shows_each_save_and_ends_with_an_interrupt(tmp_path: Path) -> None:
     file = tmp_path / "inventory.py"
     file.write_text("class Inventory:\n    def add(self, item):\n        self.items.app\n")

@@ -35,6 +35,7 @@ def snapshot_of(text: str, cursor: int, language: str) -> Snapshot:
     return Snapshot("file:///a", 1, language, text, cursor)
 
 
+@pytest.mark.slow("parses files of the standard library")
 @pytest.mark.parametrize("language", LARGE)
 def test_a_focus_of_whole_code_is_whole_code(language: str) -> None:
     before, part, after = LARGE[language]

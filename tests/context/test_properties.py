@@ -80,6 +80,7 @@ def test_every_language_is_tried() -> None:
     assert set(PIECES) == {language.id for language in LANGUAGES}
 
 
+@pytest.mark.slow("hundreds of random texts")
 @pytest.mark.parametrize("language", sorted(PIECES))
 @COMMON
 @given(data=st.data())

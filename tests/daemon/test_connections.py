@@ -42,6 +42,7 @@ def use(command: list[str], env: dict[str, str]) -> None:
         end_daemon("stop", force=True)
 
 
+@pytest.mark.slow("starts daemons under strace or without a network")
 def test_every_connection_is_to_the_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     site, watched = tmp_path / "site", tmp_path / "watched"
     site.mkdir()
@@ -61,6 +62,7 @@ def test_completions_work_without_a_network(tmp_path: Path, monkeypatch: pytest.
     use([unshare, "-n", *RELAY], {})
 
 
+@pytest.mark.slow("starts daemons under strace or without a network")
 def test_system_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     strace = shutil.which("strace")
     trial = [strace or "strace", "-f", "-o", os.devnull, "true"]

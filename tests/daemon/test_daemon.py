@@ -111,6 +111,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixtur
         end_daemon("stop", force=True)
 
 
+@pytest.mark.slow("starts and ends daemons")
 def test_two_editors_one_worker_and_the_daemon_killed_under_both(home: Home) -> None:
     first, second = home.editor(), home.editor()
     worker = complete(first)
@@ -125,6 +126,7 @@ def test_two_editors_one_worker_and_the_daemon_killed_under_both(home: Home) -> 
     assert home.status()["pid"] != status["pid"]
 
 
+@pytest.mark.slow("starts and ends daemons")
 def test_the_worker_killed_under_both(home: Home) -> None:
     first, second = home.editor(), home.editor()
     worker = complete(first)
@@ -147,6 +149,7 @@ def test_ten_editors_that_start_at_once_get_one_daemon(home: Home) -> None:
     assert log.count("listens") == 1
 
 
+@pytest.mark.slow("starts and ends daemons")
 def test_leftover_socket_and_lock_files_are_replaced(home: Home) -> None:
     first = home.editor()
     pid = home.status()["pid"]
@@ -159,6 +162,7 @@ def test_leftover_socket_and_lock_files_are_replaced(home: Home) -> None:
     assert home.status()["pid"] != pid
 
 
+@pytest.mark.slow("starts and ends daemons")
 def test_the_commands(home: Home) -> None:
     stopped = home.run("status")
     assert (stopped.returncode, stopped.stdout.split(";")[0]) == (1, "no daemon is running")
@@ -195,6 +199,7 @@ def test_the_doctor_reports_the_daemon(home: Home) -> None:
     assert "serves 1 editor; its worker is ready" in check.found
 
 
+@pytest.mark.slow("starts and ends daemons")
 def test_the_doctor_sees_a_worker_that_failed(home: Home) -> None:
     client = home.editor(model="no-such-model")
     (Path(home.env["PYTHONPATH"]) / "worker.py").write_text("import sys; sys.exit(3)")
@@ -205,6 +210,7 @@ def test_the_doctor_sees_a_worker_that_failed(home: Home) -> None:
     assert "fimserver daemon restart" in check.remedy
 
 
+@pytest.mark.slow("starts and ends daemons")
 def test_a_daemon_that_does_not_answer(home: Home) -> None:
     assert home.run("start").returncode == 0
     pid = home.status()["pid"]
@@ -219,6 +225,7 @@ def test_a_daemon_that_does_not_answer(home: Home) -> None:
     until(lambda: not has_memory(pid))
 
 
+@pytest.mark.slow("starts and ends daemons")
 def test_a_daemon_whose_socket_is_gone_can_be_ended(home: Home) -> None:
     assert home.run("start").returncode == 0
     pid = home.status()["pid"]
@@ -227,6 +234,7 @@ def test_a_daemon_whose_socket_is_gone_can_be_ended(home: Home) -> None:
     until(lambda: not has_memory(pid))
 
 
+@pytest.mark.slow("starts and ends daemons")
 def test_the_daemon_ends_some_time_after_the_last_editor(home: Home) -> None:
     process = subprocess.Popen([*COMMAND, "run", "--linger", "5"], env={**os.environ, **home.env})
     until(lambda: read_status() is not None)
@@ -239,6 +247,7 @@ def test_the_daemon_ends_some_time_after_the_last_editor(home: Home) -> None:
     assert not has_memory(worker)
 
 
+@pytest.mark.slow("starts and ends daemons")
 def test_the_oldest_editor_decides_and_the_next_one_after_it(home: Home) -> None:
     first = home.editor(threads=1)
     worker = complete(first)
@@ -251,6 +260,7 @@ def test_the_oldest_editor_decides_and_the_next_one_after_it(home: Home) -> None
     assert complete(second) != worker
 
 
+@pytest.mark.slow("starts and ends daemons")
 def test_an_older_daemon_hands_over(home: Home, tmp_path: Path) -> None:
     client = home.editor()
     worker = complete(client)
@@ -297,6 +307,7 @@ def test_without_a_daemon_the_relay_serves_the_editor(home: Home) -> None:
     assert client.shutdown() == 0
 
 
+@pytest.mark.slow("starts and ends daemons")
 def test_the_relay_is_small_and_starts_at_once(home: Home) -> None:
     assert home.run("start").returncode == 0
     del home.env["PYTHONPATH"]
@@ -364,6 +375,7 @@ os.execv(sys.argv[2], sys.argv[2:])
 """
 
 
+@pytest.mark.slow("starts and ends daemons")
 def test_systemd_hands_over_its_socket(home: Home) -> None:
     if uses_tcp():
         pytest.skip("systemd's units have a Unix socket")
@@ -443,6 +455,7 @@ needs_root = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow("starts and ends daemons")
 @needs_root
 def test_another_user_is_refused(home: Home) -> None:
     client = home.editor()
@@ -624,6 +637,7 @@ def test_a_lock_is_not_a_link_and_one_process_holds_it(tmp_path: Path, monkeypat
     assert target.read_text() == "kept"
 
 
+@pytest.mark.slow("starts and ends daemons")
 @pytest.mark.parametrize("name", ["daemon.sock", "daemon.json"])
 def test_a_link_where_the_daemon_is_found_is_replaced(home: Home, tmp_path: Path, name: str) -> None:
     """No process writes or listens through the link."""
@@ -652,6 +666,7 @@ def run_fimserver(home: Home, *arguments: str, answer: str = "") -> "subprocess.
     )
 
 
+@pytest.mark.slow("starts and ends daemons")
 def test_explain_lists_results_of_requests(home: Home, tmp_path: Path) -> None:
     missing = run_fimserver(home, "explain")
     assert missing.returncode == 1
@@ -704,6 +719,7 @@ def test_explain_lists_results_of_requests(home: Home, tmp_path: Path) -> None:
     assert "a.py" not in run_fimserver(home, "explain", "a.py").stdout.replace("for a file a.py", "")
 
 
+@pytest.mark.slow("starts and ends daemons")
 def test_a_report_has_no_names_unless_it_is_asked_for(home: Home, tmp_path: Path) -> None:
     client = home.editor()
     assert complete(client)

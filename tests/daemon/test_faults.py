@@ -32,7 +32,10 @@ from fimserver.daemon.transport import TRANSPORT_VARIABLE
 from fimserver.lsp.usage.acceptance import FILE_NAME, Kind, read_bins
 from fimserver.paths import HOME_VARIABLE
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals, /proc, mounts and limits of Linux")
+pytestmark = [
+    pytest.mark.slow("kills and stops processes"),
+    pytest.mark.skipif(sys.platform != "linux", reason="signals, /proc, mounts and limits of Linux"),
+]
 
 OTHER_UID = 65534
 URI, OTHER = "file:///a.py", "file:///b.py"

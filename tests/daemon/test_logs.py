@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from support.lsp_client import LspClient
 
 from fimserver.daemon.logs import rotate, to_line, to_words
@@ -101,6 +102,7 @@ def test_a_log_that_cannot_be_rotated_does_not_end_the_daemon(tmp_path: Path) ->
     assert log.read_text() == "", "it does not grow for ever"
 
 
+@pytest.mark.slow("starts a daemon")
 def test_the_log_of_a_daemon(tmp_path: Path) -> None:
     """A running daemon writes JSON entries with the ids that explain shows, and continues after the log was rotated."""
     env = {**os.environ, "FIMSERVER_HOME": str(tmp_path)}

@@ -134,6 +134,7 @@ def test_a_daemon_that_lived_long_is_replaced_at_once(editor: Editor, monkeypatc
     assert time.monotonic() - begin < 2.0
 
 
+@pytest.mark.slow("waits for the relay to reconnect")
 def test_a_daemon_that_dies_during_the_replay(editor: Editor) -> None:
     editor.ask(5)
     editor.type("1", 2)
@@ -352,6 +353,7 @@ def messages(editor: Editor) -> list[str]:
     return [m["params"]["message"] for m in editor.heard if m.get("method") == "window/showMessage"]
 
 
+@pytest.mark.slow("waits for the relay to reconnect")
 def test_a_hanging_daemon_is_reported_once(hasty: None, editor: Editor) -> None:
     editor.ask(2)
     until(lambda: bool(messages(editor)))
@@ -372,6 +374,7 @@ def test_a_hanging_daemon_is_reported_once(hasty: None, editor: Editor) -> None:
     assert editor.daemon.methods[-1] == "textDocument/inlineCompletion"
 
 
+@pytest.mark.slow("waits for the relay to reconnect")
 def test_a_slow_daemon_is_not_reported_as_hanging(hasty: None, editor: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(relay, "_PING_S", 5.0)
     editor.ask(2)

@@ -299,6 +299,7 @@ def test_a_command_that_cannot_start() -> None:
         client.wait_until_ready(1)
 
 
+@pytest.mark.slow("starts real workers or waits for time-outs")
 def test_real_worker_is_not_confused_by_files_of_the_workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An editor starts us inside a project that may have its own torch.py or datatypes.py."""
     for name in ("torch.py", "datatypes.py", "fimserver.py", "json.py"):
@@ -310,6 +311,7 @@ def test_real_worker_is_not_confused_by_files_of_the_workspace(tmp_path: Path, m
     client.close()
 
 
+@pytest.mark.slow("starts real workers or waits for time-outs")
 def test_real_worker_takes_the_newest_first() -> None:
     client = EngineClient()
     client.start()
@@ -489,6 +491,7 @@ def test_physical_cores() -> None:
 # Idle times
 
 
+@pytest.mark.slow("starts real workers or waits for time-outs")
 def test_an_idle_worker_is_unloaded_and_a_request_starts_it_again(worker: Worker) -> None:
     states: list[EngineState] = []
     client = worker("ready()\nwhile r := receive(): time.sleep(1.5); generation(r, f'start {n}')")
@@ -528,6 +531,7 @@ def test_only_an_unloaded_worker_is_started_by_a_touch(worker: Worker) -> None:
         client.complete(CONTEXT, Sampling())
 
 
+@pytest.mark.slow("starts real workers or waits for time-outs")
 def test_context_tokens_reach_the_real_worker() -> None:
     client = EngineClient(EngineOptions(context_tokens=100))
     client.start()

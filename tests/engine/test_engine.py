@@ -35,6 +35,7 @@ def context(prefix: str, suffix: str = "\n", hole: Hole = LINE) -> FimContext:
     )
 
 
+@pytest.mark.slow("decodes long answers")
 @pytest.mark.parametrize("mode", MODES)
 def test_a_function_of_a_thousand_tokens(random_model: Model, vocabulary: Vocabulary, mode: Mode) -> None:
     """Canvas after canvas, each committed before the next; a random model finds no end on its own."""
@@ -515,6 +516,7 @@ def test_wrong_tokenizer_is_an_error(random_folder: Path, tmp_path: Path) -> Non
 FIM = context("def add(first, second):\n    return (", hole=Hole(HoleKind.SPAN, 1000, 8))
 
 
+@pytest.mark.slow("decodes long answers")
 def test_a_temperature_draws_autoregressively_by_the_seed(engine: Engine) -> None:
     def texts(temperature: float | None) -> list[str]:
         return [
@@ -537,6 +539,7 @@ def test_a_drawn_answer_begins_with_the_word_and_has_a_confidence(engine: Engine
     assert 0 < generation.confidence <= 1
 
 
+@pytest.mark.slow("decodes long answers")
 def test_temperature_replaces_the_schedule_of_denoising(engine: Engine) -> None:
     assert engine.options(Sampling(temperature=0.7)).t_min == engine.options(Sampling(temperature=0.7)).t_max == 0.7
     assert engine.options(Sampling()).t_min == engine.model.metadata.t_min

@@ -118,6 +118,7 @@ def test_unsure_alternatives_are_left_out() -> None:
     assert middles(generation_of("first", ("second", 0.4)), min_confidence=0.45) == [("first", 0.5)]
 
 
+@pytest.mark.slow("starts commands that load a model")
 @pytest.mark.parametrize("more", [1, 3])
 def test_the_command_prints_alternatives_on_request(tmp_path: Path, more: int) -> None:
     file = tmp_path / "app.py"

@@ -420,6 +420,7 @@ sys.addaudithook(watch)
 """
 
 
+@pytest.mark.slow("starts servers with a model")
 def test_needs_an_account_or_a_network(tmp_path: Path) -> None:
     """The real server and its model run under an audit hook that sees every connection."""
     (tmp_path / "sitecustomize.py").write_text(WATCH)

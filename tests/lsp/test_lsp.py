@@ -72,6 +72,7 @@ def test_initialize_is_quick_and_before_the_model(fresh: LspClient) -> None:
     assert not any(n["method"] == "didChangeStatus" and not n["params"]["busy"] for n in fresh.notifications)
 
 
+@pytest.mark.slow("starts a server with the shipped model")
 def test_item_has_text_range_and_command(ready: LspClient) -> None:
     ready.open(URI, TEXT)
     item, *_ = ready.complete(URI, LINE, COLUMN)
@@ -85,6 +86,7 @@ def test_item_has_text_range_and_command(ready: LspClient) -> None:
     assert ready.explain()["counters"]["accepted"] == before + 1
 
 
+@pytest.mark.slow("starts a server with the shipped model")
 @pytest.mark.parametrize(("encoding", "column"), [("utf-8", 22), ("utf-16", 20), ("utf-32", 19)])
 def test_encodings_after_emoji(fresh: LspClient, encoding: str, column: int) -> None:
     result = fresh.initialize(encodings=[encoding], options={"seed": 0})
@@ -114,6 +116,7 @@ def edit(start_line: int, start: int, end_line: int, end: int, text: str) -> dic
     return {"range": span, "text": text}
 
 
+@pytest.mark.slow("starts a server with the shipped model")
 def test_cancelled_request_is_answered_at_once(fresh: LspClient) -> None:
     """The answer does not wait for a step of the engine, which continues with the next request."""
     fresh.initialize(options=SLOW)
@@ -182,6 +185,7 @@ def test_bad_parameters_get_an_error(ready: LspClient, params: object, message: 
     assert ready.complete(URI, LINE, COLUMN), "the server still answers"
 
 
+@pytest.mark.slow("starts a server with the shipped model")
 def test_requests_outside_the_session_are_refused(fresh: LspClient) -> None:
     early = fresh.wait(fresh.send_completion(URI, 0, 0))
     assert early["error"]["code"] == -32002
@@ -193,6 +197,7 @@ def test_requests_outside_the_session_are_refused(fresh: LspClient) -> None:
     assert fresh.process.wait(10) == 0
 
 
+@pytest.mark.slow("starts a server with the shipped model")
 def test_unknown_method_and_broken_json_leave_the_server_alive(fresh: LspClient) -> None:
     fresh.initialize()
     unknown = fresh.wait(fresh.send("textDocument/noSuchThing", {}))
@@ -202,6 +207,7 @@ def test_unknown_method_and_broken_json_leave_the_server_alive(fresh: LspClient)
     assert fresh.shutdown() == 0
 
 
+@pytest.mark.slow("starts a server with the shipped model")
 def test_exit_codes(fresh: LspClient) -> None:
     fresh.initialize()
     fresh.notify("exit", None)
@@ -239,6 +245,7 @@ def test_snapshot_is_taken_at_receipt(ready: LspClient) -> None:
     assert ready.explain()["last"]["reason"] == "stale"
 
 
+@pytest.mark.slow("starts a server with the shipped model")
 def test_newer_request_supersedes_the_older(fresh: LspClient) -> None:
     """Neovim's own client does not cancel while typing, so the server does."""
     fresh.initialize(options={"mode": "diffusion", "maxDenoisingSteps": 256, "maxLatencyMs": 60000, "debounceMs": 0})
@@ -292,6 +299,7 @@ def test_selected_popup_item_is_extended(ready: LspClient) -> None:
     assert len(item["insertText"]) > len("path.join")
 
 
+@pytest.mark.slow("starts a server with the shipped model")
 def test_automatic_request_while_loading_is_empty_and_invoked_waits(fresh: LspClient) -> None:
     fresh.initialize(window={"workDoneProgress": True})
     fresh.open(URI, TEXT)
@@ -306,6 +314,7 @@ def test_automatic_request_while_loading_is_empty_and_invoked_waits(fresh: LspCl
     fresh.wait_for_notification("$/progress", lambda p: p["value"]["kind"] == "end")
 
 
+@pytest.mark.slow("starts a server with the shipped model")
 def test_settings_from_the_editor(fresh: LspClient) -> None:
     fresh.initialize(options={"maxLines": 0, "nonsense": 1, "enabled": False})
     first = fresh.wait_for_notification("window/showMessage")
@@ -341,6 +350,7 @@ def test_comments_and_docstrings_are_off_strings_on(ready: LspClient) -> None:
     assert ready.explain()["last"].get("reason") != "in_string"
 
 
+@pytest.mark.slow("starts a server with the shipped model")
 def test_bad_model_is_explained_and_fixed_by_a_setting(fresh: LspClient) -> None:
     fresh.replies["window/showMessageRequest"] = {"title": "Load it everywhere"}  # the user is asked first
     fresh.initialize(options={"model": "/no/such/model"})
@@ -364,6 +374,7 @@ def test_dead_engine_is_started_again_and_the_request_answered(fresh: LspClient)
     assert fresh.explain()["engine"]["pid"] != pid
 
 
+@pytest.mark.slow("starts a server with the shipped model")
 def test_engine_ends_with_its_server(fresh: LspClient) -> None:
     fresh.initialize()
     fresh.wait_until_ready()
@@ -383,6 +394,7 @@ def test_server_process_never_maps_torch(ready: LspClient) -> None:
     assert "libtorch" in Path(f"/proc/{ready.explain()['engine']['pid']}/maps").read_text()
 
 
+@pytest.mark.slow("starts a server with the shipped model")
 def test_logs_hold_no_code(tmp_path: Path) -> None:
     client = LspClient(log=tmp_path / "log")
     client.initialize(options={"logLevel": "debug"})
@@ -414,6 +426,7 @@ def test_odd_uris_and_many_documents(ready: LspClient) -> None:
         ready.notify("textDocument/didClose", {"textDocument": {"uri": uri}})
 
 
+@pytest.mark.slow("starts a server with the shipped model")
 def test_crlf_document_gets_crlf_and_no_duplicate_cr(ready: LspClient) -> None:
     ready.open(URI, TEXT.replace("\n", "\r\n"))
     item, *_ = ready.complete(URI, LINE, COLUMN)
@@ -445,6 +458,7 @@ def test_copilots_notifications_are_taken(ready: LspClient) -> None:
         assert after[name] == before.get(name, 0) + 1
 
 
+@pytest.mark.slow("starts a server with the shipped model")
 def test_restart_command_brings_a_new_engine(fresh: LspClient) -> None:
     fresh.initialize(options={"threads": 1})
     fresh.wait_until_ready()
@@ -474,6 +488,7 @@ def test_reopened_with_the_same_version_is_another_text(ready: LspClient) -> Non
     assert ready.wait(request)["result"] == {"items": []}
 
 
+@pytest.mark.slow("starts a server with the shipped model")
 def test_an_edit_ends_the_request_about_the_old_text(fresh: LspClient) -> None:
     fresh.initialize()
     fresh.wait_until_ready()
@@ -496,6 +511,7 @@ def test_an_unreadable_edit_is_never_answered_from_the_old_text(ready: LspClient
     assert ready.complete(URI, LINE, COLUMN)
 
 
+@pytest.mark.slow("starts a server with the shipped model")
 def test_invoked_requests_survive_a_change_of_settings(fresh: LspClient) -> None:
     """The engine restarts during the request, which waits and is answered by the new one."""
     fresh.initialize()
@@ -511,6 +527,7 @@ def test_invoked_requests_survive_a_change_of_settings(fresh: LspClient) -> None
     assert '"threads": 1' in command_line
 
 
+@pytest.mark.slow("starts a server with the shipped model")
 def test_invoked_request_before_initialized_waits(fresh: LspClient) -> None:
     fresh.request("initialize", {"processId": None, "rootUri": None, "capabilities": {}})
     fresh.open(URI, TEXT)
@@ -520,6 +537,7 @@ def test_invoked_request_before_initialized_waits(fresh: LspClient) -> None:
     assert fresh.wait(request)["result"]["items"]
 
 
+@pytest.mark.slow("starts a server with the shipped model")
 def test_leaving_does_not_wait_for_the_model(fresh: LspClient) -> None:
     fresh.initialize()
     fresh.open(URI, TEXT)
@@ -528,6 +546,7 @@ def test_leaving_does_not_wait_for_the_model(fresh: LspClient) -> None:
         assert fresh.shutdown() == 0
 
 
+@pytest.mark.slow("starts a server with the shipped model")
 def test_a_stopped_engine_does_not_stop_the_server(fresh: LspClient) -> None:
     fresh.initialize(options={"debounceMs": 0})
     fresh.wait_until_ready()
@@ -568,6 +587,7 @@ def test_other_settings_mean_another_answer(ready: LspClient) -> None:
     ready.notify("workspace/didChangeConfiguration", {"settings": {"fimserver": {}}})
 
 
+@pytest.mark.slow("starts a server with the shipped model")
 def test_automatic_requests_wait_for_a_pause_and_invoked_ones_do_not(fresh: LspClient) -> None:
     fresh.initialize(options={"debounceMs": 1500})
     fresh.wait_until_ready()
@@ -603,6 +623,7 @@ def test_explain_writes_for_users(ready: LspClient) -> None:
 SLOW = {"mode": "diffusion", "maxDenoisingSteps": 256, "maxLatencyMs": 60000}
 
 
+@pytest.mark.slow("starts a server with the shipped model")
 def test_an_edit_ends_invoked_requests_too(fresh: LspClient) -> None:
     fresh.initialize(options=SLOW)
     fresh.wait_until_ready()
@@ -615,6 +636,7 @@ def test_an_edit_ends_invoked_requests_too(fresh: LspClient) -> None:
             assert fresh.wait(request, 5)["result"] == {"items": []}
 
 
+@pytest.mark.slow("starts a server with the shipped model")
 def test_an_ended_request_does_not_wait_for_the_engine(fresh: LspClient) -> None:
     """Neither while the model loads nor while the engine hangs."""
     fresh.initialize()
@@ -634,6 +656,7 @@ def test_an_ended_request_does_not_wait_for_the_engine(fresh: LspClient) -> None
         subprocess.run(["kill", "-KILL", pid], check=True)  # a stopped process does not see that its server is gone
 
 
+@pytest.mark.slow("starts a server with the shipped model")
 def test_settings_changed_during_a_request_apply(fresh: LspClient) -> None:
     fresh.initialize(options=SLOW)
     fresh.wait_until_ready()
@@ -914,6 +937,7 @@ def show_5_mb(server: FakeServer, where: str, before: str, after: str) -> tuple[
     return line, len(before)
 
 
+@pytest.mark.slow("starts a server with the shipped model")
 @pytest.mark.parametrize(
     ("where", "before", "settings", "reason"),
     [

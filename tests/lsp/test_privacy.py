@@ -370,6 +370,7 @@ def test_a_match_with_a_secret_is_dropped(before: str, match: str) -> None:
     assert not reveals("value = ", "compute(1)")
 
 
+@pytest.mark.slow("starts servers")
 @pytest.mark.parametrize("language", ["python", "markdown", "yaml", "plaintext"])
 @pytest.mark.parametrize("is_own", [True, False])
 def test_a_typed_key_prefix_is_not_completed_with_a_key(

@@ -12,6 +12,7 @@ from fimserver.bench.latency import begins_right
 from fimserver.bench.simulated_editor import Key, draw_pause, to_keystrokes
 
 
+@pytest.mark.slow("types at a human speed")
 def test_a_short_session_adds_up() -> None:
     result = run("bench", "keystroke", "--human", "--limit", "40", "--speed", "2", "--json")
     assert result.returncode == 0, result.stderr
@@ -30,6 +31,7 @@ def test_a_short_session_adds_up() -> None:
     assert 0 <= values["right_so_far"] <= 1
 
 
+@pytest.mark.slow("types at a human speed")
 def test_too_fast_to_see_the_model() -> None:
     """Keys within the debounce do not reach the model: every offer comes without it, and no pass is wasted."""
     result = run("bench", "keystroke", "--human", "--limit", "30", "--speed", "100", "--json")
@@ -40,6 +42,7 @@ def test_too_fast_to_see_the_model() -> None:
     assert values["asked"] <= 2
 
 
+@pytest.mark.slow("types at a human speed")
 def test_a_bad_model_is_exit_1() -> None:
     result = run("bench", "keystroke", "--human", "--model", "/nowhere")
     assert result.returncode == 1

@@ -13,6 +13,8 @@ from fimserver.text import LineIndex
 from soak.editors import Summary
 from soak.windows import fits
 
+pytestmark = pytest.mark.slow("types for minutes and kills processes")
+
 CLEAN = ("errors", "unanswered", "doubled", "misplaced", "stale", "different_texts", "orphans", "files_left")
 NUMBERS: dict[str, Any] = dict.fromkeys((field.name for field in fields(Summary)), 1) | dict.fromkeys(CLEAN, 0)
 GOOD = Summary(**(NUMBERS | {"megabytes_per_1000_edits": 0.4, "growth_edits": 20_000}))

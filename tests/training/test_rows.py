@@ -198,6 +198,7 @@ def test_texts_without_a_hole_that_fits_are_an_error(vocabulary: Vocabulary, met
         maker_of(vocabulary, metadata, documents=[])
 
 
+@pytest.mark.slow("reads a corpus")
 def test_rows_are_made_without_parsers_and_protocols() -> None:
     script = f"""
 import sys

@@ -78,6 +78,7 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / LOG_FILE).read_text().splitlines()]
 
 
+@pytest.mark.slow("trains a model")
 def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     firsts: list[int] = []
 
@@ -294,6 +295,7 @@ def test_without_a_compiler_that_works_nothing_is_compiled(
     assert "not compiled" in caplog.text
 
 
+@pytest.mark.slow("trains a model")
 def test_a_resumed_run_logs_nothing_twice(tmp_path: Path) -> None:
     """A run that was killed has logged more than its checkpoint knows, the last line perhaps not to its end."""
     prepare(tmp_path / "run").run(Budget(steps=10))
@@ -325,6 +327,7 @@ def train(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow("trains a model")
 def test_the_command_trains(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))  # without a compiler
     pairs = [f"--set={pair}" for pair in PAIRS]
@@ -338,6 +341,7 @@ def test_the_command_trains(tmp_path: Path, corpus: Path, monkeypatch: pytest.Mo
     assert read_metadata(tmp_path / "run" / MODEL_FOLDER).name == "run"
 
 
+@pytest.mark.slow("trains a model")
 def test_a_vocabulary_of_another_size_is_learned(tmp_path: Path, corpus: Path) -> None:
     pairs = [f"--set={pair}" for pair in [*PAIRS, "vocabulary=300"]]
     common = (tmp_path / "run", "--device=cpu", "--threads=1", "--corpus", corpus)

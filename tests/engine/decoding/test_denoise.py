@@ -284,6 +284,7 @@ def test_accepted_tokens_stay_and_the_rest_is_drawn_again(model: Model, vocabula
     assert any(bool((~s.accepted_mask).any()) for s in states)
 
 
+@pytest.mark.slow("runs transformers' generate")
 def test_same_seed_same_answer(model: Model, vocabulary: Vocabulary) -> None:
     assert fill(model, vocabulary, seed=5)[:3] == fill(model, vocabulary, seed=5)[:3]
 
@@ -312,6 +313,7 @@ def test_cancel_takes_effect_within_one_step(model: Model, vocabulary: Vocabular
         assert len(states) == cancelled_in
 
 
+@pytest.mark.slow("runs transformers' generate")
 def test_healed_answers_begin_with_the_word(model: Model, vocabulary: Vocabulary) -> None:
     for healed in (" fir", " s", " zq", " \u00e9t\u00e9"):
         for seed in range(2):

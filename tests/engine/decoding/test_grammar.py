@@ -209,6 +209,7 @@ def test_true_middles_are_allowed(vocabulary: Vocabulary, name: str, place: int,
     assert not refused(vocabulary, context, text[start:stop], hole)
 
 
+@pytest.mark.slow("decodes with the shipped model")
 def test_true_blocks_are_allowed(vocabulary: Vocabulary) -> None:
     rng = random.Random(5)
     language = find_language("python")
@@ -235,6 +236,7 @@ def test_true_blocks_are_allowed(vocabulary: Vocabulary) -> None:
         assert not refused(vocabulary, build_context(snapshot, hole, WINDOW), middle, hole)
 
 
+@pytest.mark.slow("decodes with the shipped model")
 @pytest.mark.parametrize("hole", [LINE, Hole(HoleKind.BLOCK, 4, 32)], ids=["line", "block"])
 def test_speculative_decoding_equals_autoregressive(tiny_engine: Engine, hole: Hole) -> None:
     changed = 0
@@ -379,6 +381,7 @@ def test_errors_are_drawn_again_at_most_twice(vocabulary: Vocabulary, times: int
     assert passes[1] - passes[0] == renoised
 
 
+@pytest.mark.slow("decodes with the shipped model")
 def test_the_engine_needs_no_grammar_packages() -> None:
     code = (
         "import sys, fimserver.engine.engine, fimserver.engine.decoding.grammar;"

@@ -70,6 +70,7 @@ def test_a_calibration_of_another_size_is_refused(model_folder: Path, name: str,
         read_metadata(model_folder)
 
 
+@pytest.mark.slow("decodes with the shipped model")
 def test_the_engine_returns_a_likelier_match(tiny_engine: Engine) -> None:
     """For many cut lines some matches win, and more answers are right than without matches."""
     right = {"with": 0, "without": 0}

@@ -39,6 +39,7 @@ def contexts(limit: int, hole: Hole = LINE) -> list[FimContext]:
     return found
 
 
+@pytest.mark.slow("decodes with two models")
 @pytest.mark.parametrize("hole", [LINE, BLOCK], ids=["line", "block"])
 def test_same_text_as_autoregressive(model: Model, vocabulary: Vocabulary, hole: Hole) -> None:
     engine = Engine(model, vocabulary)
@@ -88,6 +89,7 @@ def decode(
     return answers[0], answers[1]
 
 
+@pytest.mark.slow("decodes with two models")
 def test_an_oracle_needs_one_pass_and_a_wrong_draft_costs_none(model: Model, vocabulary: Vocabulary) -> None:
     """The gain of the decoder with right draft tokens, independent of any weights."""
     for fim in contexts(6):
@@ -258,6 +260,7 @@ def denoise(engine: Engine, fim: FimContext, least: float, **options: Any) -> Ge
         engine.model.metadata = known
 
 
+@pytest.mark.slow("decodes with two models")
 def test_denoising_that_is_never_sure_is_autoregressive(model: Model, vocabulary: Vocabulary) -> None:
     engine = Engine(model, vocabulary)
     for fim in contexts(12):
@@ -268,6 +271,7 @@ def test_denoising_that_is_never_sure_is_autoregressive(model: Model, vocabulary
         assert denoised.forward_passes <= plain.forward_passes
 
 
+@pytest.mark.slow("decodes with two models")
 def test_unverified_tokens_save_passes(tiny_engine: Engine) -> None:
     passes = [[denoise(tiny_engine, fim, least).forward_passes for fim in contexts(12)] for least in (1.0, 1e-6)]
     assert sum(passes[1]) < sum(passes[0])

@@ -90,6 +90,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return tensor.untyped_storage().data_ptr() in self._host
 
 
+@pytest.mark.slow("runs experts of many shapes")
 @pytest.mark.parametrize("num_slots", range(1, EXPERTS + 1))
 @pytest.mark.parametrize("name", ["plain", "triton"])
 def test_equal_to_all_experts_on_the_device(name: str, num_slots: int) -> None:

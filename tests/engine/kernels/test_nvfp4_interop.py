@@ -26,6 +26,7 @@ def weights_of(shape: tuple[int, int], size: float, dtype: torch.dtype = torch.f
     return random.to(dtype)
 
 
+@pytest.mark.slow("compares with three other libraries")
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

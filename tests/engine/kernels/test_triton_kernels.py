@@ -68,12 +68,14 @@ def test_linear_with_any_tile_and_a_scale_for_each_row(kernels: ModuleType, tile
     check(matmul.linear(only, x), PLAIN.linear(only, x))
 
 
+@pytest.mark.slow("runs kernels in Triton's interpreter")
 def test_linear_at_the_widths_of_the_26b(kernels: ModuleType) -> None:
     weights, x = quantize(random(2112, 2816) * 0.02), random(3, 2816, seed=1)
     matmul = kernels.TritonMatmul(dtype=torch.float32, exact=True)
     check(matmul.linear(weights, x), PLAIN.linear(weights, x))
 
 
+@pytest.mark.slow("runs kernels in Triton's interpreter")
 def test_experts_at_the_widths_of_the_26b(kernels: ModuleType) -> None:
     gate_up, down = stack(4, 2 * 704, 2816), stack(4, 2816, 704, seed=1)
     chosen, weights = torch.tensor([[3, 1], [1, 3]]), torch.tensor([[0.7, 0.3], [0.2, 0.8]])
@@ -207,6 +209,7 @@ def compile_for(capability: int, num_stages: int = 3) -> dict[str, dict[str, Any
     return {entry["kernel"]: entry for entry in found}
 
 
+@pytest.mark.slow("runs kernels in Triton's interpreter")
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
 def test_compiles_for_every_gpu(capability: int) -> None:
     compiled = compile_for(capability)
@@ -426,6 +429,7 @@ def test_a_cpu_uses_plain_torch(caplog: pytest.LogCaptureFixture) -> None:
     assert not caplog.text
 
 
+@pytest.mark.slow("runs kernels in Triton's interpreter")
 def test_a_trial_finds_kernels_right(kernels: ModuleType) -> None:
     trial = Trial(CPU, torch.float32)
     assert not trial.find_fault(kernels.TritonMatmul(dtype=torch.float32, exact=True))

@@ -443,6 +443,7 @@ print(before, resident("VmHWM"), resident("VmRSS"))
 """
 
 
+@pytest.mark.slow("writes and loads large checkpoints")
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("written", ["NVFP4", "float8"])
 def test_peak_memory_is_the_final_size_and_a_shard(tmp_path: Path, random_folder: Path, written: str) -> None:

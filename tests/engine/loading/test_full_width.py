@@ -19,6 +19,8 @@ from fimserver.engine.loading.weights import expected_shapes, load_weights
 from fimserver.engine.modeling.model import Model
 from fimserver.engine.vocabulary import Vocabulary
 
+pytestmark = pytest.mark.slow("two layers at the real width of the 26B")
+
 VOCABULARY = 8192  # the shipped tokenizer's; all else is the real size
 LAYERS = ["sliding_attention", "full_attention"]
 TOLERANCE = 0.01  # of the largest logit: the expanded weights are rounded to bf16 once

@@ -381,6 +381,7 @@ print(before, resident("VmHWM"))
 """
 
 
+@pytest.mark.slow("quantizes a model")
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peak_memory_is_less_than_the_model(tmp_path: Path, random_folder: Path) -> None:
     """At most 256 MB of the source's 0.6 GB, a layer in 4 bits and one matrix' working memory are resident."""
