@@ -78,8 +78,8 @@ class LineIndex:
     def _settled(self) -> "array[int]":
         if not self._moved:
             return self._starts
-        behind = (start + self._moved for start in self._starts[self._moved_from :])
-        return self._starts[: self._moved_from] + array(_OFFSETS, behind)
+        following = (start + self._moved for start in self._starts[self._moved_from :])
+        return self._starts[: self._moved_from] + array(_OFFSETS, following)
 
     def _start(self, line: int) -> int:
         return self._starts[line] + (self._moved if line >= self._moved_from else 0)
@@ -145,10 +145,10 @@ class LineIndex:
         last = self.line_of(end) + 1
         stop = starts[last] + moved if last < len(starts) else len(text)
         between = array(_OFFSETS, (m.end() for m in _LINE_END.finditer(text, starts[first], stop)))
-        behind = starts[last + 1 :]
+        following = starts[last + 1 :]
         if moved:
-            behind = array(_OFFSETS, (line_start + moved for line_start in behind))
-        starts = starts[: first + 1] + between + behind
+            following = array(_OFFSETS, (line_start + moved for line_start in following))
+        starts = starts[: first + 1] + between + following
         return self._of(text, starts, len(starts), 0)
 
     def _is_inside(self, line: int, start: int, end: int, new: str) -> bool:

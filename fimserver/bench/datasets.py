@@ -330,9 +330,9 @@ class Source:
     def _is_alone(self, span: Span, fewest: int, most: int) -> bool:
         """Return whether a span has its lines to itself, and these are ``fewest`` to ``most``."""
         before = self.text[self.text.rfind("\n", 0, span.start) + 1 : span.start]
-        behind = self.text[span.end :].partition("\n")[0]
+        following = self.text[span.end :].partition("\n")[0]
         num_lines = self.text.count("\n", span.start, span.end) + 1
-        return not before.strip() and not behind.strip() and fewest <= num_lines <= most
+        return not before.strip() and not following.strip() and fewest <= num_lines <= most
 
 
 def _walk(node: ast.AST) -> Iterator[ast.AST]:

@@ -49,7 +49,7 @@ from fimserver.errors import FimserverError
 SYNTHETIC = {"26b": "diffusiongemma-26b-a4b-it"}
 STAGES = ("kernels", "load", "steps", "encode", "requests", "profile")
 _LEAST_SCALE = 0x30  # 0.5 as a byte of e4m3
-_BESIDE_BYTES = 2 * 10**9  # a canvas, a prompt and the driver, in addition to weights in bf16
+_OTHER_BYTES = 2 * 10**9  # a canvas, a prompt and the driver, in addition to weights in bf16
 _CANVASES = (16, 32, 64, 128, 256)
 _STEPS_A_REQUEST = 8
 _TYPED_TOKENS = 4
@@ -157,7 +157,7 @@ class Bench:
     def _has_room(self) -> bool:
         """Return whether the bf16 model fits: on the GPU without this one, by the plan, or simulated."""
         in_bf16 = (replace(part, format=Format.BF16) for part in self.checkpoint.parts)
-        needed = sum(part.num_bytes for part in in_bf16) + _BESIDE_BYTES
+        needed = sum(part.num_bytes for part in in_bf16) + _OTHER_BYTES
         return self.simulate or torch.cuda.mem_get_info()[0] >= needed
 
     def _forget_peak(self) -> None:

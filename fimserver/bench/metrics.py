@@ -111,19 +111,19 @@ def percentile(values: Sequence[float], share: float) -> float:
     return sorted(values)[int(share * (len(values) - 1))]
 
 
-def choose_ours(modes: Mapping[str, tuple[float, float]], left_to_right: str) -> Ours | None:
+def choose_ours(modes: Mapping[str, tuple[float, float]], autoregressive: str) -> Ours | None:
     """Return the fastest mode with the autoregressive quality, from name -> (median ms, exact match).
 
     It may lose one percentage point. If none qualifies, return the fastest, and why it fails; ``None`` if there is no
     other mode.
     """
-    others = {name: values for name, values in modes.items() if name != left_to_right}
+    others = {name: values for name, values in modes.items() if name != autoregressive}
     if not others:
         return None
     fastest = min(others, key=lambda name: others[name][0])
-    if left_to_right not in modes:
-        return Ours(fastest, qualifies=False, why=f"{left_to_right} was not run, so there is no reference for quality")
-    floor = max(0.0, modes[left_to_right][1] - _QUALITY_MARGIN)
+    if autoregressive not in modes:
+        return Ours(fastest, qualifies=False, why=f"{autoregressive} was not run, so there is no reference for quality")
+    floor = max(0.0, modes[autoregressive][1] - _QUALITY_MARGIN)
     good = [name for name, (_ms, exact) in others.items() if exact >= floor - _ROUNDING]
     if good:
         best = min(good, key=lambda name: others[name][0])

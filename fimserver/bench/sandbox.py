@@ -62,12 +62,12 @@ def run_program(program: str, limits: Limits | None = None) -> Outcome:
             start_new_session=True,
         )
         try:
-            told, _ = child.communicate(order, timeout=limits.wall_s)
+            reported, _ = child.communicate(order, timeout=limits.wall_s)
         except subprocess.TimeoutExpired:
             return Outcome.TIMED_OUT
         finally:
             _end(child)
-    if told == token.encode():
+    if reported == token.encode():
         return Outcome.PASSED
     return Outcome.TIMED_OUT if child.returncode == -signal.SIGXCPU else Outcome.FAILED
 

@@ -106,8 +106,8 @@ class Agreements:
         try:
             values: Any = json.loads(read_plain(self._path))
             return {
-                str(key): _Answer(str(said["folder"]), _texts(said["agreed"]), _texts(said["refused"]))
-                for key, said in values.items()
+                str(key): _Answer(str(given["folder"]), _texts(given["agreed"]), _texts(given["refused"]))
+                for key, given in values.items()
             }
         except FileNotFoundError:
             return {}
@@ -120,5 +120,5 @@ def _texts(values: Iterable[Any]) -> list[str]:
     return [value for value in values if isinstance(value, str)]
 
 
-def _covers(said: Sequence[str], workspaces: Sequence[str]) -> bool:
-    return ANYWHERE in said or (bool(workspaces) and all(workspace in said for workspace in workspaces))
+def _covers(given: Sequence[str], workspaces: Sequence[str]) -> bool:
+    return ANYWHERE in given or (bool(workspaces) and all(workspace in given for workspace in workspaces))

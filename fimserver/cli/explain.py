@@ -99,10 +99,10 @@ def to_report(*, with_code: bool) -> str:
     """Return a bug report as JSON. Raises ``DaemonError`` if no daemon is running."""
     records, status = read_records(), read_status() or {}
     if not with_code:
-        for said in (*records, status.get("worker") or {}):
+        for given in (*records, status.get("worker") or {}):
             for name in ("detail", "model"):
-                if said.get(name):
-                    said[name] = _without_names(said[name])
+                if given.get(name):
+                    given[name] = _without_names(given[name])
     for number, uri in enumerate(dict.fromkeys(record["uri"] for record in records)):
         for record in records:
             if record["uri"] == uri and not with_code:

@@ -211,10 +211,10 @@ def _draw_days(statistics: Statistics, today: date) -> str:
     parts = [f'<line x1="40" x2="800" y1="{base}" y2="{base}"/>', _text(34, 26, str(most), "end", "soft")]
     for i, (day, tally) in enumerate(zip(days, tallies, strict=True)):
         x = 40 + i * step + 2
-        said = f"{day.isoformat()}: {tally.accepted} accepted, {tally.rejected} rejected"
+        given = f"{day.isoformat()}: {tally.accepted} accepted, {tally.rejected} rejected"
         first, second = (room * count / most for count in (tally.accepted, tally.rejected))
-        parts += [_bar("one", x, base - first, (step - 4, first), said)]
-        parts += [_bar("two", x, base - first - second, (step - 4, second), said)]
+        parts += [_bar("one", x, base - first, (step - 4, first), given)]
+        parts += [_bar("two", x, base - first - second, (step - 4, second), given)]
         if (len(days) - 1 - i) % 7 == 0:
             last = i == len(days) - 1  # a centered date would not fit below the last bar
             at, anchor = (x + step - 4, "end") if last else (x + step / 2, "middle")
@@ -228,8 +228,8 @@ def _draw_shares(groups: dict[str, Tally]) -> str:
         (name, tally.acceptance, f"{tally.accepted} of {tally.accepted + tally.rejected}")
         for name, tally in groups.items()
     ]
-    known = [(name, share, said) for name, share, said in rows if share is not None][:_SHOWN_LANGUAGES]
-    return _draw_bars([(name, share, f"{share:.0%} ({said})") for name, share, said in known], 1.0)
+    known = [(name, share, given) for name, share, given in rows if share is not None][:_SHOWN_LANGUAGES]
+    return _draw_bars([(name, share, f"{share:.0%} ({given})") for name, share, given in known], 1.0)
 
 
 def _draw_counts(counts: Sequence[tuple[str, int]]) -> str:
@@ -240,10 +240,10 @@ def _draw_counts(counts: Sequence[tuple[str, int]]) -> str:
 def _draw_bars(rows: Sequence[tuple[str, float, str]], most: float) -> str:
     """Draw horizontal bars; a row is a name, a length, and the text after the bar."""
     parts = []
-    for i, (name, value, said) in enumerate(rows):
+    for i, (name, value, given) in enumerate(rows):
         y, width = 24.0 * i + 4, 480 * value / most
-        parts += [_text(170, y + 13, name, "end"), _bar("one", 180, y, (max(width, 1), 16), f"{name}: {said}")]
-        parts.append(_text(188 + width, y + 13, said, kind="soft"))
+        parts += [_text(170, y + 13, name, "end"), _bar("one", 180, y, (max(width, 1), 16), f"{name}: {given}")]
+        parts.append(_text(188 + width, y + 13, given, kind="soft"))
     return _svg(24 * len(rows) + 8, "bars", parts) if rows else "<p class=soft>Nothing yet.</p>"
 
 
@@ -259,10 +259,10 @@ def _draw_times(times: dict[str, Counter[int]]) -> str:
     place: Callable[[float], float] = lambda ms: 40 + (math.log(ms, 1.1) - low) * step  # noqa: E731
     parts = [f'<line x1="40" x2="800" y1="{base}" y2="{base}"/>', _text(34, 26, str(most), "end", "soft")]
     for number in range(low, high):
-        x, said = 40 + (number - low) * step, f"about {_ms(middle_of(number))}"
+        x, given = 40 + (number - low) * step, f"about {_ms(middle_of(number))}"
         first, second = (room * bins[number] / most for bins in (by_model, others))
-        parts += [_bar("one", x, base - first, (step - 1, first), f"{said}: {by_model[number]} by the model")]
-        parts += [_bar("two", x, base - first - second, (step - 1, second), f"{said}: {others[number]} without it")]
+        parts += [_bar("one", x, base - first, (step - 1, first), f"{given}: {by_model[number]} by the model")]
+        parts += [_bar("two", x, base - first - second, (step - 1, second), f"{given}: {others[number]} without it")]
     for ms, name in ((1, "1 ms"), (10, "10 ms"), (100, "100 ms"), (1000, "1 s")):
         parts.append(_text(place(ms), base + 16, name, "middle", "soft"))
     return _svg(170, "time to an answer", parts) + _key("with the model", "without it")

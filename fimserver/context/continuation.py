@@ -22,7 +22,7 @@ from functools import lru_cache
 
 from fimserver.context.languages import BlockStyle, Language, find_language
 from fimserver.context.scan import CLOSER_OF, OpenState, find_string_end, scan
-from fimserver.context.surroundings import Opened, closed_behind, is_closed, lacks_closers, open_before, width
+from fimserver.context.surroundings import Opened, closed_after, is_closed, lacks_closers, open_before, width
 from fimserver.datatypes import FimContext, HoleKind, Verdict
 
 _LANGUAGES = {"python", "javascript", "typescript", "go", "rust", "java", "c", "cpp", "csharp"}
@@ -36,7 +36,7 @@ _BEGINS_STATEMENT = re.compile(
 _ARGUMENT = re.compile(r"^\s*\w+=[^=]|,\s*$")
 _FORMATTED = re.compile(r"[rRbBuU]*[fFtT][rR]*$")
 _NEEDS_COLON = re.compile(r"\s*(?:async\s+)?(?:class|def|elif|else|except|finally|for|if|try|while|with)\b(?!\s*=)")
-_GOES_ON = re.compile(r"(?:[=+\-/%&|^~<>@]|(?<![\d.])\.|\b(?:and|or|not|in|is|lambda|import|as))$")
+_CONTINUES = re.compile(r"(?:[=+\-/%&|^~<>@]|(?<![\d.])\.|\b(?:and|or|not|in|is|lambda|import|as))$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Continuation:
         whole = state = scan(before, self.language)
         doubtful = bool(state.quote or state.in_comment)
         if doubtful and self._hole.kind in _CODE:  # the window begins inside a string
-            before, doubtful = _behind_string(context.prefix, self.language)
+            before, doubtful = _after_string(context.prefix, self.language)
             whole = scan(before, self.language)
         elif self._hole.kind is not HoleKind.SPAN:
             doubtful = False
@@ -87,11 +87,11 @@ class Continuation:
             and not (doubtful or nested)
         )
         anything = self._hole.kind is HoleKind.SPAN or bool(state.quote) or state.in_comment
-        self._closers = closed_behind(self._suffix, self.language)
+        self._closers = closed_after(self._suffix, self.language)
         self._knows_closers = not anything  # unknown in a string: it depends on where the string ends
         below = self._suffix.split("\n", 2)[1:2]
-        goes_on = self._suffix.lstrip().startswith(",")
-        self._has_arguments = goes_on or (bool(below) and _ARGUMENT.search(below[0]) is not None)
+        continues = self._suffix.lstrip().startswith(",")
+        self._has_arguments = continues or (bool(below) and _ARGUMENT.search(below[0]) is not None)
         self._knows_bottom = self.language.id == "python" and whole.unmatched is None and _begins_above(context.prefix)
         self._rest = self._suffix.split("\n", 1)[0]
         self._depth = width(before[before.rfind("\n") + 1 :])
@@ -317,7 +317,7 @@ class Continuation:
         whole = self._state.statement == self._state.indent and not self._state.outer and "\n" not in code.rstrip()
         if whole and _NEEDS_COLON.match(line) and ":" not in line:
             return True
-        return _GOES_ON.search(line) is not None
+        return _CONTINUES.search(line) is not None
 
 
 @lru_cache(maxsize=64)
@@ -330,7 +330,7 @@ def _begins_above(before: str) -> bool:
     return _BEGINS_STATEMENT.search(before[: before.rfind("\n") + 1]) is not None
 
 
-def _behind_string(text: str, language: Language) -> tuple[str, bool]:
+def _after_string(text: str, language: Language) -> tuple[str, bool]:
     """Return the text after the string that ``text`` begins in, and whether that ends in a string or comment, too."""
     for quote in language.quotes:
         if quote.multiline and (end := find_string_end(text, 0, quote.open, language)) is not None:

@@ -123,7 +123,7 @@ def _find_region(snapshot: Snapshot) -> Focus:
     if len(text) <= language.whole_file:
         return Focus(snapshot, 0)
     start = _find_start(text, cursor, language)
-    end = _cut_behind(text, start, cursor, language)
+    end = _cut_after(text, start, cursor, language)
     scopes = find_scopes(text[max(0, start - _MAX_SCAN) : start], _width_at(text, start), language) if start else ()
     head = "".join(f"{scope}\n" for scope in scopes)
     region = head + text[start:end]
@@ -193,7 +193,7 @@ def _continues(line: str, language: Language) -> bool:
     return _CONTINUES.match(line) is not None
 
 
-def _cut_behind(text: str, start: int, cursor: int, language: Language) -> int:
+def _cut_after(text: str, start: int, cursor: int, language: Language) -> int:
     """Return where the region ends: before a line outside its scope, or before the last statement within reach."""
     line_end = text.find("\n", cursor)
     if line_end < 0 or line_end - cursor > _REACH:
@@ -201,8 +201,8 @@ def _cut_behind(text: str, start: int, cursor: int, language: Language) -> int:
     here = scan(text[start:line_end], language)
     if here.quote:
         end = find_string_end(text[: line_end + _LONGEST_TEXT], line_end, here.quote, language)
-        behind = text.find("\n", end) if end is not None else -1
-        line_end = behind if behind >= 0 else line_end
+        following = text.find("\n", end) if end is not None else -1
+        line_end = following if following >= 0 else line_end
         here = scan(text[start:line_end], language)
     if waiting := _opened_above(here, text.rfind("\n", start, cursor) + 1 - start, language):
         closed = _closing_length(text[line_end : line_end + _LONGEST_TEXT], waiting, language)

@@ -26,7 +26,7 @@ AGREEMENT_WORTH = 12  # so many fewer are enough if the text after the cursor ag
 _REACH = 160  # characters before the cursor that are compared
 _ANCHORS = (24, 8, 4)  # lengths that are searched for, longest first
 _MAX_HITS = 16  # per anchor and text
-_MAX_GUESSES = 4
+_MAX_MATCHES = 4
 _WINDOW = 200_000  # characters that are searched on either side of the cursor
 _WORD_END = re.compile(r"\w*\Z")
 _WORD = re.compile(r"[^\W\d]\w{2,}")
@@ -44,7 +44,7 @@ def find_matches(
     """Return at most four matches for a hole, the best first; ``others`` are other texts, last edited first."""
     if hole.kind in _TEXT_KINDS:
         return []
-    give_up = time.perf_counter() + max_seconds
+    deadline = time.perf_counter() + max_seconds
     found: dict[str, Match] = {}
     seen: set[tuple[int, int]] = set()
     line_start = snapshot.cursor - len(line_around(snapshot.text, snapshot.cursor)[0])
@@ -56,17 +56,17 @@ def find_matches(
             continue
         for source, text in enumerate((snapshot.text, *others)):
             for end in _find_all(text, anchor, snapshot.cursor if source == 0 else len(text)):
-                if time.perf_counter() > give_up:
-                    return sorted(found.values(), key=lambda g: g.rank)[:_MAX_GUESSES]
+                if time.perf_counter() > deadline:
+                    return sorted(found.values(), key=lambda g: g.rank)[:_MAX_MATCHES]
                 if (source, end) in seen or (source == 0 and line_start < end <= snapshot.cursor):
                     continue  # on the cursor's own line
                 seen.add((source, end))
                 ngram_match = _to_match(text, end, before, after, source)
                 if ngram_match is not None:
                     found[ngram_match.text] = _merged(found.get(ngram_match.text), ngram_match)
-        if len(found) >= _MAX_GUESSES:
+        if len(found) >= _MAX_MATCHES:
             break
-    return sorted(found.values(), key=lambda g: g.rank)[:_MAX_GUESSES]
+    return sorted(found.values(), key=lambda g: g.rank)[:_MAX_MATCHES]
 
 
 def without_secrets(snapshot: Snapshot, matches: Iterable[Match]) -> list[Match]:

@@ -159,8 +159,8 @@ def _comment_kind(node: Node, byte: int, tree: SyntaxTree, language: Language) -
     """Return the kind of a comment that ends at the cursor or holds it; ``None`` after its end."""
     text = tree.source[node.start_byte : node.end_byte]
     is_block = any(text.startswith(begin.encode()) for begin, _ in language.block_comments)
-    behind = byte == node.end_byte if is_block else b"\n" in tree.source[node.start_byte : byte]
-    if behind:
+    is_past = byte == node.end_byte if is_block else b"\n" in tree.source[node.start_byte : byte]
+    if is_past:
         return None
     return HoleKind.DOCSTRING if text.decode("utf-8", "replace").startswith(_DOC_COMMENTS) else HoleKind.COMMENT
 

@@ -71,9 +71,9 @@ class IgnoreRules:
                 if part == rules.folder or not part.is_relative_to(rules.folder):
                     continue
                 inside = part.relative_to(rules.folder).as_posix()
-                said = _says(rules.spec, inside if part is path else f"{inside}/")
-                if said is not None:
-                    decided = said, source
+                given = _says(rules.spec, inside if part is path else f"{inside}/")
+                if given is not None:
+                    decided = given, source
             if decided is not None and decided[0]:
                 return decided[1]
         return None
@@ -142,7 +142,7 @@ def _says(spec: GitIgnoreSpec, name: str) -> bool | None:
 
     The last match wins. Matches of a folder above the name are skipped: that folder was checked before.
     """
-    said = None
+    given = None
     for pattern in spec.patterns:
         if pattern.include is None or (found := pattern.match_file(name)) is None:
             continue
@@ -150,8 +150,8 @@ def _says(spec: GitIgnoreSpec, name: str) -> bool | None:
         expression = pattern.regex.pattern if pattern.regex is not None else ""
         is_any_folder = expression == _ANY_FOLDER and name.endswith("/")
         if below is None or is_any_folder or found.match.end(_FOLDER_MARK) == len(name):
-            said = pattern.include
-    return said
+            given = pattern.include
+    return given
 
 
 def _is_pattern(line: str) -> bool:

@@ -53,8 +53,8 @@ class Language:
     line_comments: tuple[str, ...] = ()
     block_comments: tuple[tuple[str, str], ...] = ()
     quotes: tuple[Quote, ...] = ()
-    comment_after_blank: bool = False  # "#" inside a word does not start a comment
-    quote_after_blank: bool = False  # an apostrophe inside a word is not a quote
+    comment_after_space: bool = False  # "#" inside a word does not start a comment
+    quote_after_space: bool = False  # an apostrophe inside a word is not a quote
     literals: str = ""  # tokens that only look like a quote, a bracket or a comment
     literal_starts: str = ""  # first characters of ``literals``
     documents: str = ""  # start of a here-document
@@ -290,7 +290,7 @@ LANGUAGES = (
         ("tree_sitter_bash", "language"),
         (".sh", ".bash", ".zsh", ".ksh"),
         line_comments=("#",),
-        comment_after_blank=True,
+        comment_after_space=True,
         quotes=(
             *_quotes('"', multiline=True, code=r"\$\(|\$\{"),
             Quote("$'", "'", multiline=True),
@@ -363,9 +363,9 @@ LANGUAGES = (
         ("tree_sitter_yaml", "language"),
         (".yaml", ".yml"),
         line_comments=("#",),
-        comment_after_blank=True,
+        comment_after_space=True,
         quotes=(*_quotes('"', multiline=True), *_quotes("'", multiline=True, escapes=False)),
-        quote_after_blank=True,
+        quote_after_space=True,
         style=BlockStyle.INDENT,
         opener=r":(?:\s+[|>][+-]?\d*)?$",
     ),

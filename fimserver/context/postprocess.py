@@ -71,13 +71,13 @@ def _fit(
         return NoCompletion("repeats_suffix", "the model's answer already follows the cursor")
     middle = join(before, middle).rstrip()
     ending = line_ending(snapshot.text)
-    give_up = time.perf_counter() + _MAX_SECONDS
+    deadline = time.perf_counter() + _MAX_SECONDS
     place = snapshot.cursor
     for variant in find_variants(Variant(middle, over), hole, snapshot, language):
         candidate = variant.text.replace("\n", ending)
         if candidate.strip() and is_sound(snapshot, candidate, tree, variant.replaced):
             return Completion(uuid.uuid4().hex[:12], candidate, place, place + variant.replaced)
-        if time.perf_counter() > give_up:
+        if time.perf_counter() > deadline:
             break
     return NoCompletion("syntax", "the model's answer would have broken the code around it")
 
@@ -112,13 +112,13 @@ def cut_at_hole_end(text: str, hole: Hole, before: str, language: Language) -> s
     if len(lines) == 1 or hole.kind is HoleKind.STRING:
         return "\n".join(lines)
     own = indent_width(before)
-    behind_header = hole.kind is not HoleKind.DOCSTRING and bool(before.strip())
+    after_header = hole.kind is not HoleKind.DOCSTRING and bool(before.strip())
     kept = [lines[0]]
     for line in lines[1:]:
         width = indent_width(line)
         item = language.id == "yaml" and line.lstrip().startswith("- ")  # a YAML item may be as deep as its key
-        if line.strip() and (width <= own if behind_header and not item else width < own):
-            if behind_header and width == own and _closes_block(line, before, language):
+        if line.strip() and (width <= own if after_header and not item else width < own):
+            if after_header and width == own and _closes_block(line, before, language):
                 kept.append(line.rstrip())
             break
         kept.append(line.rstrip())

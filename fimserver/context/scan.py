@@ -213,14 +213,14 @@ def _token_pattern(language: Language, *, has_brackets: bool = True) -> re.Patte
         parts.append(f"(?P<block>{'|'.join(re.escape(begin) for begin, _ in language.block_comments)})")
     if language.line_comments:
         marks = "|".join(re.escape(mark) for mark in language.line_comments)
-        behind = r"(?<!\S)" if language.comment_after_blank else ""
-        parts.append(rf"{behind}(?P<line>(?:{marks})[^\n]*)")
+        following = r"(?<!\S)" if language.comment_after_space else ""
+        parts.append(rf"{following}(?P<line>(?:{marks})[^\n]*)")
     if language.documents:
         parts += [f"(?P<document>{language.documents})", r"(?P<newline>\n)"]
     if language.quotes:
         marks = "|".join(re.escape(quote.open) for quote in language.quotes)
-        behind = r"(?<![^\s\[{(,:-])" if language.quote_after_blank else ""
-        parts.append(f"{behind}(?P<quote>{marks})")
+        following = r"(?<![^\s\[{(,:-])" if language.quote_after_space else ""
+        parts.append(f"{following}(?P<quote>{marks})")
     if language.has_brackets and has_brackets:
         parts.append(r"(?P<open>[(\[{])|(?P<close>[)\]}])")
     starts = {mark[0] for mark, _ in language.block_comments} | {mark[0] for mark in language.line_comments}

@@ -54,8 +54,8 @@ def is_sound(snapshot: Snapshot, middle: str, tree: SyntaxTree | None, replaced:
     end = new.to_byte(snapshot.cursor + len(middle))
     # A middle on its own line begins a statement; otherwise it continues the one before the cursor.
     own_line = not before[before.rfind("\n") + 1 :].strip()
-    blanks = len(middle) - len(middle.lstrip()) if own_line else -1
-    statement = find_statement(new, new.to_byte(snapshot.cursor + blanks), end)
+    spaces = len(middle) - len(middle.lstrip()) if own_line else -1
+    statement = find_statement(new, new.to_byte(snapshot.cursor + spaces), end)
     if statement is None or not no_new_errors(tree, new, statement, at=start, added=end - start - replaced):
         return _is_sound_nearby(snapshot, middle, tree, replaced)
     if _takes_a_word_for_a_name(new, start, end):
@@ -70,8 +70,8 @@ def _is_sound_nearby(snapshot: Snapshot, middle: str, tree: SyntaxTree, replaced
     text, cursor = snapshot.text, snapshot.cursor
     line_end = text.find("\n", cursor + replaced)
     before = [m.start() for m in _AT_MARGIN.finditer(text, 0, cursor)]
-    behind = _AT_MARGIN.search(text, line_end) if line_end >= 0 else None
-    start, end = before[-1] if before else 0, behind.start() if behind else len(text)
+    following = _AT_MARGIN.search(text, line_end) if line_end >= 0 else None
+    start, end = before[-1] if before else 0, following.start() if following else len(text)
     first, last = tree.to_byte(start), tree.to_byte(end)
     at = tree.to_byte(cursor)
     if not any(a <= at <= b and (a < first or b > last) for a, b in tree.errors()):

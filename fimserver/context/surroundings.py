@@ -88,7 +88,7 @@ def open_before(text: str, language: Language) -> Place:
     return Place(offset, tuple(outer), width(text[text.rfind("\n", 0, offset) + 1 :]), statement)
 
 
-def closed_behind(suffix: str, language: Language) -> tuple[Closer, ...]:
+def closed_after(suffix: str, language: Language) -> tuple[Closer, ...]:
     """Return the closers that nothing after the cursor opened, in order, as far as they are known."""
     code, position = suffix[:_REACH], 0
     found: list[Closer] = []
@@ -120,18 +120,18 @@ def is_closed(opened: Sequence[Opened], closers: Sequence[Closer], language: Lan
             return sum(c.mark == "}" and c.at_cursor for c in closers) >= ours
         same = sum(o.mark == "{" and o.indent == top.indent for o in opened)
         return first.begins_line and not top.at_cursor and first.indent == top.indent and same == 1
-    openers, behind = _of_one_statement(opened, closers, language)
-    return len(behind) == len(openers) and _fit(openers, behind)
+    openers, following = _of_one_statement(opened, closers, language)
+    return len(following) == len(openers) and _fit(openers, following)
 
 
 def lacks_closers(opened: Sequence[Opened], closers: Sequence[Closer], suffix: str, language: Language) -> bool:
     """Return whether a bracket of the statement at the cursor stays open if nothing is inserted there."""
-    openers, behind = _of_one_statement(opened, closers, language)
+    openers, following = _of_one_statement(opened, closers, language)
     if not openers or not all(o.is_sure for o in openers):
         return False
-    if not _fit(openers, behind):
+    if not _fit(openers, following):
         return True
-    return len(openers) > len(behind) and _ends_behind(suffix, min(o.indent for o in openers))
+    return len(openers) > len(following) and _ends_after(suffix, min(o.indent for o in openers))
 
 
 def _of_one_statement(
@@ -147,7 +147,7 @@ def _fit(openers: Sequence[Opened], closers: Sequence[Closer]) -> bool:
     return all(CLOSER_OF[o.mark] == c.mark for o, c in zip(openers, closers, strict=False))
 
 
-def _ends_behind(suffix: str, indent: int) -> bool:
+def _ends_after(suffix: str, indent: int) -> bool:
     """Return whether a line after the cursor begins something new, so that what is open before it ends above."""
     below = [line for line in suffix[:_REACH].split("\n")[1:] if line.strip()]
     if not below:

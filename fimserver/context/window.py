@@ -63,7 +63,7 @@ def build_context(
     return FimContext(
         prefix=to_newlines(masked[start - first : cursor - first]),
         suffix=to_newlines(masked[cursor - first : end - first]),
-        path=_told_path(snapshot),
+        path=_shown_path(snapshot),
         language_id=snapshot.language_id,
         hole=hole,
         head=mask(to_newlines(find_head(text, surely_reached(text, cursor, budget), cursor, language))),
@@ -114,7 +114,7 @@ def _import_lines(head: str, language: Language) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _told_path(snapshot: Snapshot) -> str:
+def _shown_path(snapshot: Snapshot) -> str:
     """Return the path if its file name fits the language; empty for a notebook or a buffer without a name."""
     path = path_of(snapshot.uri)
     return path if find_language(language_of_path(path)) is find_language(snapshot.language_id) else ""

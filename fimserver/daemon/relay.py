@@ -311,14 +311,14 @@ class Relay:
                 self._replay(self._connect())
             except FimserverError as error:
                 failures += 1
-                self._give_up(str(error))
+                self._report_failure(str(error))
             except (KeyError, TypeError, ValueError, AttributeError) as error:  # something that the editor sent
                 failures += 1
-                self._give_up(f"the editor's messages cannot be replayed ({type(error).__name__})")
+                self._report_failure(f"the editor's messages cannot be replayed ({type(error).__name__})")
             except OSError as error:  # the daemon has ended already
                 failures += 1
                 if failures >= len(_PAUSES_S):
-                    self._give_up(f"the daemon ends as soon as it is contacted ({error})")
+                    self._report_failure(f"the daemon ends as soon as it is contacted ({error})")
 
     def from_daemon(self, body: bytes) -> None:
         """Record what the next daemon needs from a message, and forward it."""
@@ -438,7 +438,7 @@ class Relay:
         for number, pending in stale.items():
             self._answer_nothing(pending, number)
 
-    def _give_up(self, reason: str) -> None:
+    def _report_failure(self, reason: str) -> None:
         """Answer all requests with nothing: no daemon can be reached now. The next message tries again."""
         with self._lock:
             unanswered = list(self._pending.items())

@@ -30,7 +30,7 @@ NOTHING_FOLLOWS = "\n\nNothing follows the cursor."
 _TAGS = {"javascriptreact": "jsx", "typescriptreact": "tsx", "shellscript": "bash"}
 _MARKS = "```"
 _LEAST_REPEATED = 8  # characters; a shorter repeated line may be code that is meant twice
-_BLANKS = " \t\r"
+_SPACES = " \t\r"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class Fence:
         if not is_whole:
             lines.pop()
         for i, line in enumerate(lines):
-            bare = line.strip(_BLANKS)
+            bare = line.strip(_SPACES)
             marks = len(bare) - len(bare.lstrip("`"))
             if marks >= len(_MARKS) and (i or not self.line.strip()):
                 info = bare[marks:]
@@ -78,21 +78,21 @@ class Fence:
         """Remove the closing fence, the text after it, and code repeated at the answer's beginning."""
         text = text[: self.find_end(text, is_whole=True)]
         first, _, rest = text.lstrip("\r\n").partition("\n")
-        is_anew = self._is_opening(first)
-        return self._drop_repeat(rest if is_anew else text, is_anew=is_anew)
+        is_restarted = self._is_opening(first)
+        return self._drop_repeat(rest if is_restarted else text, is_restarted=is_restarted)
 
     def _is_opening(self, line: str) -> bool:
         """Return whether a line opens the block once more; in Markdown, or in a block, it may be the file's own."""
         is_own = self.is_inside or self.tag in {"", "markdown"}
-        return not is_own and line.rstrip(_BLANKS) in {self.opening, _MARKS + self.tag}
+        return not is_own and line.rstrip(_SPACES) in {self.opening, _MARKS + self.tag}
 
-    def _drop_repeat(self, text: str, *, is_anew: bool) -> str:
+    def _drop_repeat(self, text: str, *, is_restarted: bool) -> str:
         last = self.last_line.lstrip()
         is_sure = len(last.rstrip()) >= _LEAST_REPEATED and not last.startswith("</")
-        if not last or not (is_anew or is_sure):
+        if not last or not (is_restarted or is_sure):
             return text
         if self.line.strip():
-            begun = text.lstrip() if is_anew else text.lstrip(" \t")
+            begun = text.lstrip() if is_restarted else text.lstrip(" \t")
             return begun[len(last) :] if begun.startswith(last) else text
         first, _, rest = text.partition("\n")
         is_repeat = first.strip() == last.rstrip() and rest.strip()

@@ -28,7 +28,7 @@ def _byte_of_character() -> dict[str, int]:
     return table
 
 
-_BLANK = "\u2581"
+_SPACE = "\u2581"
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -109,7 +109,7 @@ class Vocabulary:
                 result.append(bytes(table[c] for c in token))
             elif byte_fallback:
                 byte = _BYTE.fullmatch(token)
-                result.append(bytes([int(byte[1], 16)]) if byte else token.replace(_BLANK, " ").encode())
+                result.append(bytes([int(byte[1], 16)]) if byte else token.replace(_SPACE, " ").encode())
             else:
                 result.append(self._tokenizer.decode([i]).encode())
         return result

@@ -33,7 +33,7 @@ from fimserver.pipeline import Found
 
 _GRACE_S = 0.05  # for an editor's edit, cancellation and next request to arrive
 _LATE_S = 0.25  # that an answer may come after maxLatencyMs
-_GIVEN_UP = 3  # times maxLatencyMs, the limit for automatic requests
+_TIMEOUT_FACTOR = 3  # times maxLatencyMs, the limit for automatic requests
 FIRST_LINE = "first_line"  # the source of an answer whose rest is still being computed
 _logger = logging.getLogger(__name__)
 
@@ -231,12 +231,12 @@ class Completer:
     async def _within_time(self, request: Request, inflight: InflightCompletion) -> Answer | NoCompletion | None:
         """Return the outcome. Raises ``RefusedError`` if the model takes far too long for an automatic request."""
         outcome = asyncio.shield(inflight.outcome)
-        limit_s = _GIVEN_UP * self._session.settings.max_latency_ms / 1e3
+        limit_s = _TIMEOUT_FACTOR * self._session.settings.max_latency_ms / 1e3
         while not request.invoked and not outcome.done():
             begin = max(request.received, self._engine.ready_since)  # the time does not count while the worker restarts
             remaining_s = begin + limit_s - time.monotonic()
             if remaining_s <= 0 and self._engine.state is EngineState.READY:
-                detail = f"the model has not answered in {limit_s:g} s, {_GIVEN_UP} times fimserver.maxLatencyMs"
+                detail = f"the model has not answered in {limit_s:g} s, {_TIMEOUT_FACTOR} times fimserver.maxLatencyMs"
                 raise RefusedError(NoCompletion("late", f"{detail}; run fimserver doctor to see how fast it is here"))
             await asyncio.wait({outcome}, timeout=max(remaining_s, _GRACE_S))
         return await outcome

@@ -125,14 +125,14 @@ def _register_copilots(server: FimLanguageServer) -> None:
     def did_show(params: Any) -> None:
         server.session.counters["didShowCompletion"] += 1
         if (completion := _find_completion(params)) is not None:
-            server.usage.acceptance.on_told_shown(completion)
+            server.usage.acceptance.on_reported_shown(completion)
 
     @server.feature("textDocument/didPartiallyAcceptCompletion")
     def did_accept_partially(params: Any) -> None:
         server.session.counters["didPartiallyAcceptCompletion"] += 1
         if (completion := _find_completion(params)) is not None:
             length = getattr(params, "acceptedLength", None)
-            server.usage.acceptance.on_told_accepted(completion, length if isinstance(length, int) else None)
+            server.usage.acceptance.on_reported_accepted(completion, length if isinstance(length, int) else None)
 
     @server.feature("textDocument/didFocus")
     def did_focus(params: Any) -> None:
@@ -157,7 +157,7 @@ def _register_commands(server: FimLanguageServer) -> None:
     def accept(*arguments: Any) -> None:
         server.session.counters["accepted"] += 1
         if arguments and isinstance(arguments[0], str):
-            server.usage.acceptance.on_told_accepted(arguments[0])
+            server.usage.acceptance.on_reported_accepted(arguments[0])
 
     @server.command(EXPLAIN_COMMAND)
     def explain(*arguments: Any) -> dict[str, Any]:

@@ -40,12 +40,12 @@ class Record:
 
     def to_entry(self) -> dict[str, Any]:
         """Return the record for an editor: the fields that are set, without the document's name."""
-        said = {name: getattr(self, name) for name in ("source", "reason", "detail") if getattr(self, name)}
+        given = {name: getattr(self, name) for name in ("source", "reason", "detail") if getattr(self, name)}
         completion = {"id": self.completion} if self.completion else {}
         return {
             "request": self.id,
             "outcome": self.outcome,
-            **said,
+            **given,
             **completion,
             "version": self.version,
             "at": self.at,
@@ -87,7 +87,7 @@ class Records:
 
     def add(self, snapshot: Snapshot, outcome: Completion | NoCompletion, source: str, notes: Notes) -> None:
         """Record the outcome of a request."""
-        said: dict[str, str] = (
+        given: dict[str, str] = (
             {"outcome": "empty", "reason": outcome.reason, "detail": outcome.detail}
             if isinstance(outcome, NoCompletion)
             else {"outcome": "offered", "source": source, "completion": outcome.id}
@@ -101,7 +101,7 @@ class Records:
             since=time.monotonic(),
             facts=dict(notes.facts),
             timings_ms={name: round(ms, 1) for name, ms in notes.timings_ms.items()},
-            **said,
+            **given,
         )
         self._by_uri.setdefault(snapshot.uri, deque(maxlen=_OF_A_DOCUMENT)).append(record)
         self._by_uri.move_to_end(snapshot.uri)

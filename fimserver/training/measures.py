@@ -33,9 +33,9 @@ class HeldOut:
     ``held_denoise`` is from pure noise in one pass, ``held_denoise_later`` in the second pass, as in decoding.
     ``right`` and ``right_denoised`` are shares of the middle's tokens that are the likeliest, the latter after both
     passes. ``drafted`` is how many leading tokens of the first pass are right, ``drafted_own`` how many equal the
-    autoregressive answer. ``held_goes_on`` is the denoiser's loss of the first token after a middle's known beginning,
-    ``held_beside`` the autoregressive loss at the same positions. ``bits_per_character`` is the loss of every next
-    token divided by the text's length.
+    autoregressive answer. ``held_first_denoised`` is the denoiser's loss of the first token after a middle's known
+    beginning, ``held_first_autoregressive`` the autoregressive loss at the same positions. ``bits_per_character``
+    is the loss of every next token divided by the text's length.
     """
 
     held_next_token: float
@@ -47,8 +47,8 @@ class HeldOut:
     drafted: float
     drafted_own: float
     bits_per_character: float
-    held_goes_on: float
-    held_beside: float
+    held_first_denoised: float
+    held_first_autoregressive: float
 
 
 @torch.no_grad()
@@ -85,13 +85,13 @@ def measure(
         truth = torch.stack([r.canvases[:1] for r in part]).to(device)  # the first canvas starts the middle
         starts = torch.stack([r.starts[:1] for r in part]).to(device)
         read = packed.read(clean, first_noise(truth, _AS_DECODED, tokens, draws), starts)
-        soft, best, entropy = packed.predict(read.canvases.flatten(0, 1), _TEMPERATURE)
+        self_conditioning, best, entropy = packed.predict(read.canvases.flatten(0, 1), _TEMPERATURE)
         found = (best.view(truth.shape), entropy.view(truth.shape))
-        soft = soft.view(read.canvases.shape)
+        self_conditioning = self_conditioning.view(read.canvases.shape)
         drawn = later_noise(truth, *found, _AS_DECODED, tokens, draws)
-        again = packed.read(None, drawn.canvases, starts, soft, read.known)
+        again = packed.read(None, drawn.canvases, starts, self_conditioning, read.known)
         drawn = later_noise(truth, *found, _HALF_KNOWN, tokens, draws)
-        half = packed.read(None, drawn.canvases, starts, packed.condition(soft, drawn), read.known)
+        half = packed.read(None, drawn.canvases, starts, packed.condition(self_conditioning, drawn), read.known)
         assert read.clean is not None
         for i in range(len(part)):
             text = clean[i][clean[i] != special["pad"]]
@@ -135,8 +135,8 @@ def measure(
         right_denoised=sums["later_right"] / n,
         drafted=sums["run"] / len(rows),
         drafted_own=sums["own"] / len(rows),
-        held_goes_on=sums["on"] / max(1, sums["cuts"]),
-        held_beside=sums["beside"] / max(1, sums["cuts"]),
+        held_first_denoised=sums["on"] / max(1, sums["cuts"]),
+        held_first_autoregressive=sums["beside"] / max(1, sums["cuts"]),
         bits_per_character=sums["next"] / math.log(2) / sums["text"],
     )
     return HeldOut(**{f: round(getattr(held_out, f), 4) for f in HeldOut.__slots__}), samples

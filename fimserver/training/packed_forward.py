@@ -57,7 +57,7 @@ def canvas_mask(starts: Tensor, clean_length: int, canvas_length: int, dtype: to
 
 
 EPS = 1e-6
-_SOFT_CHUNK = 256
+_EMBEDDING_CHUNK = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,19 +100,19 @@ class PackedModel:
         clean: Tensor | None,
         canvases: Tensor,
         starts: Tensor,
-        soft: Tensor | None = None,
+        condition: Tensor | None = None,
         known: Known | None = None,
     ) -> Read:
         """Return hidden states of ``clean`` (B, T), or of nothing if ``known`` is given, and of ``canvases`` (B, K, C).
 
-        ``starts`` (B, K) is the length of the clean sequence that each canvas sees, ``soft`` (B, K * C, H) the
+        ``starts`` (B, K) is the length of the clean sequence that each canvas sees, ``condition`` (B, K * C, H) the
         self-conditioning; ``None`` means none, as in a first denoising step.
         """
         batch, num_canvases, canvas = canvases.shape
         rows = num_canvases * canvas
         length = clean.shape[1] if clean is not None else known.layers[0][0].shape[2]  # type: ignore[union-attr]
         at = (starts[:, :, None] + torch.arange(canvas, device=starts.device)).reshape(batch, rows)
-        x = self._embed_canvases(canvases.reshape(batch, rows), soft)
+        x = self._embed_canvases(canvases.reshape(batch, rows), condition)
         split = 0
         if clean is not None:
             split = length
@@ -126,8 +126,8 @@ class PackedModel:
             if split:
                 clean_k, clean_v = k[:, :, :split], v[:, :, :split]
                 out = attend_clean(q[:, :, :split], clean_k, clean_v)
-                beside = attend_canvases(q[:, :, split:], k[:, :, split:], v[:, :, split:], clean_k, clean_v, mask)
-                out = torch.cat((out, beside), 2)
+                of_canvases = attend_canvases(q[:, :, split:], k[:, :, split:], v[:, :, split:], clean_k, clean_v, mask)
+                out = torch.cat((out, of_canvases), 2)
             else:
                 clean_k, clean_v = known.layers[index]  # type: ignore[union-attr]
                 out = attend_canvases(q, k, v, clean_k, clean_v, mask)
@@ -140,20 +140,20 @@ class PackedModel:
     def predict(self, hidden: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
         """Return soft embeddings (N, H), likeliest tokens (N,) and entropies (N,) in nats of hidden states (N, H)."""
         head = self.embedding.to(self.dtype)
-        soft = torch.empty_like(hidden)
+        condition = torch.empty_like(hidden)
         best = torch.empty(len(hidden), dtype=torch.long, device=hidden.device)
         entropy = torch.empty(len(hidden), device=hidden.device)
         cold = torch.tensor(1 / temperature, device=hidden.device)  # a Python number would be compiled in
-        for rows in torch.split(torch.arange(len(hidden), device=hidden.device), _SOFT_CHUNK):
+        for rows in torch.split(torch.arange(len(hidden), device=hidden.device), _EMBEDDING_CHUNK):
             p, best[rows], entropy[rows] = self._soften(hidden[rows].to(self.dtype) @ head.mT, cold)
-            soft[rows] = (p @ head).float() * self._scale
-        return soft, best, entropy
+            condition[rows] = (p @ head).float() * self._scale
+        return condition, best, entropy
 
     @torch.no_grad()
-    def condition(self, soft: Tensor, drawn: Later) -> Tensor:
+    def condition(self, condition: Tensor, drawn: Later) -> Tensor:
         """Move soft embeddings (B, K * C, H) to the canvases' own tokens where these are known."""
         own = functional.embedding(drawn.canvases.flatten(1), self.embedding) * self._scale
-        return soft.lerp(own, drawn.known.flatten(1)[:, :, None])
+        return condition.lerp(own, drawn.known.flatten(1)[:, :, None])
 
     @torch.no_grad()
     def likeliest(self, hidden: Tensor) -> Tensor:
@@ -164,12 +164,12 @@ class PackedModel:
     def _scale(self) -> Any:
         return self.decoder.embed_tokens.scalar_embed_scale
 
-    def _embed_canvases(self, tokens: Tensor, soft: Tensor | None) -> Tensor:
+    def _embed_canvases(self, tokens: Tensor, condition: Tensor | None) -> Tensor:
         y = functional.embedding(tokens, self.embedding) * self._scale
-        if soft is None:  # self-conditioning on zeros adds zeros
+        if condition is None:  # self-conditioning on zeros adds zeros
             return _rms(y)
         s = self.decoder.self_conditioning
-        h = _rms(soft, s.pre_norm.weight)
+        h = _rms(condition, s.pre_norm.weight)
         gates = (s.gate_proj.weight, s.up_proj.weight, s.down_proj.weight)
         return _rms(y + self._expert(h.to(self.dtype), *gates).float())
 

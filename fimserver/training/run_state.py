@@ -181,9 +181,9 @@ def split_experts(model: Any, recipe: Recipe) -> Any:
 def save_checkpoint(folder: Path, values: Mapping[str, Any], recipe: Recipe) -> None:
     """Write the checkpoint next to the old one, then replace it."""
     path = folder / CHECKPOINT_FILE
-    beside = path.with_suffix(".writing")
-    torch.save({**values, "recipe": dataclasses.asdict(recipe), "format": _FORMAT}, beside)
-    os.replace(beside, path)  # noqa: PTH105  replaces the file on every system
+    partial_file = path.with_suffix(".writing")
+    torch.save({**values, "recipe": dataclasses.asdict(recipe), "format": _FORMAT}, partial_file)
+    os.replace(partial_file, path)  # noqa: PTH105  replaces the file on every system
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any] | None:

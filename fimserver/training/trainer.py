@@ -231,22 +231,22 @@ class Trainer:
         recipe, packed = self.recipe, self.packed
         clean, truth, starts = (t.to(self._device) for t in batch)
         draws = torch.Generator().manual_seed(recipe.seed * 1_000_003 + self.state.rows)
-        goes_on = float(torch.rand((), generator=draws)) < recipe.second_pass
+        continues = float(torch.rand((), generator=draws)) < recipe.second_pass
         noisy = first_noise(truth, recipe, self._text_tokens, draws)
         read = packed.read(clean, noisy, starts)
         assert read.clean is not None
         truth = self._own_words(read.clean, truth, starts, draws)
         aims = {
             "next_token": self._aim_at_next(read.clean, clean),
-            "denoise": self._aim_at_truth(read.canvases, noisy, truth, draws, 0.5 if goes_on else 1.0),
+            "denoise": self._aim_at_truth(read.canvases, noisy, truth, draws, 0.5 if continues else 1.0),
         }
-        if goes_on:
+        if continues:
             temperature = 1 - (1 - recipe.coldest) * float(torch.rand((), generator=draws))
-            soft, best, entropy = packed.predict(read.canvases.detach().flatten(0, 1), temperature)
+            self_conditioning, best, entropy = packed.predict(read.canvases.detach().flatten(0, 1), temperature)
             found = (best.view(truth.shape), entropy.view(truth.shape))
             drawn = later_noise(truth, *found, recipe, self._text_tokens, draws)
-            soft = packed.condition(soft.view(read.canvases.shape), drawn)
-            later = packed.read(None, drawn.canvases, starts, soft, read.known)
+            self_conditioning = packed.condition(self_conditioning.view(read.canvases.shape), drawn)
+            later = packed.read(None, drawn.canvases, starts, self_conditioning, read.known)
             aims["denoise_later"] = self._aim_at_truth(later.canvases, drawn.canvases, truth, draws, 0.5)
         loss, losses = head_loss(
             torch.cat([aim.hidden for aim in aims.values()]).to(packed.dtype),

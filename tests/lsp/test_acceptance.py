@@ -143,7 +143,7 @@ def test_offers_that_were_not_shown_do_not_count(acceptance: Acceptance) -> None
     for name, sent in (("1", "1"), ("2", None), ("3", "3")):
         offer(acceptance, INNER, name)
         if sent:
-            acceptance.on_told_shown(sent)
+            acceptance.on_reported_shown(sent)
         acceptance.on_edit(URI, BEFORE + "x" + AFTER)
     assert counted(acceptance) == [2, 0]
     offer(acceptance, INNER, "4")
@@ -160,10 +160,10 @@ def test_an_acceptance_reported_by_the_editor_counts_once(tmp_path: Path, edit_f
         offer(acceptance, INNER, name)
         if edit_first:
             acceptance.on_edit(URI, BEFORE + text + AFTER)
-        acceptance.on_told_accepted(name, length)
+        acceptance.on_reported_accepted(name, length)
         if not edit_first:
             acceptance.on_edit(URI, BEFORE + text + AFTER)
-    acceptance.on_told_accepted("unknown")
+    acceptance.on_reported_accepted("unknown")
     assert decided == [("1", True, 5), ("2", True, len(INNER))]
     assert counted(acceptance) == [2, 2]
 

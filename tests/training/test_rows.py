@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.training_rows import DOCUMENTS, EVEN, SHAPE
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
@@ -30,18 +31,10 @@ from fimserver.training.corpus import Document
 from fimserver.training.hole_sampling import _PICKERS, HOLE_KINDS, Lines, pick_hole
 from fimserver.training.noise import first_noise, later_noise
 from fimserver.training.recipe import Recipe
-from fimserver.training.rows import RowMaker, RowMix, RowShape, RowStream
+from fimserver.training.rows import RowMaker, RowMix, RowStream
 from fimserver.training.run_state import metadata_of
 
-SHAPE = RowShape(256, 4, 16)
 PAD, EOS, BOS, SUFFIX, PREFIX, MIDDLE, FILE, SNIPPET = range(8)
-TEXT = (
-    "import os\n\n\ndef load_{0}(path, mode):\n    with open(path, mode) as file:\n        return file.read({0})\n\n\n"
-)
-DOCUMENTS = [
-    Document("one", f"src/pack/deep/file_{i}.py", "".join(TEXT.format(j + i) for j in range(12))) for i in range(4)
-]
-EVEN = dict.fromkeys(HOLE_KINDS, 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -204,8 +197,8 @@ def test_rows_are_made_without_parsers_and_protocols() -> None:
 import sys
 for name in ("tree_sitter", "pygls", "lsprotocol", "platformdirs", "click", "rich"):
     sys.modules[name] = None  # importing it raises
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_rows import DOCUMENTS, EVEN, SHAPE
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from support.training_rows import DOCUMENTS, EVEN, SHAPE
 from fimserver.engine.vocabulary import Vocabulary
 from fimserver.checkpoints.known import SHIPPED_MODELS
 from fimserver.checkpoints.metadata import read_metadata

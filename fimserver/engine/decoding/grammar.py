@@ -16,7 +16,7 @@ from fimserver.datatypes import FimContext, Verdict
 from fimserver.engine.decoding.stopping import AnswerEnd
 from fimserver.engine.vocabulary import Vocabulary
 
-_BEFORE, _BEHIND = 1_600, 900  # characters parsed around a middle; takes about a millisecond
+_BEFORE, _AFTER = 1_600, 900  # characters parsed around a middle; takes about a millisecond
 _MOST_REFUSED = 6  # further tokens after which an answer may end anywhere
 _STAND_INS = ("", "x", "pass", "0", "x: pass", ": pass", "x;", ";")
 
@@ -67,8 +67,8 @@ class TreeRules:
         if len(before) > _BEFORE:
             cut = before.find("\n", len(before) - _BEFORE) + 1
             before = before[cut or len(before) - _BEFORE :]
-        behind = context.suffix[:_BEHIND]
-        self._before, self._behind = before, behind[: behind.rfind("\n") + 1] or behind
+        following = context.suffix[:_AFTER]
+        self._before, self._after = before, following[: following.rfind("\n") + 1] or following
         self._healed, self._language_id = healed, context.language_id
 
     def error_spans(self, middle: str) -> list[tuple[int, int]]:
@@ -110,16 +110,16 @@ class TreeRules:
     def _spans(self, middle: str) -> list[tuple[int, int]]:
         from fimserver.context.syntax import parse  # noqa: PLC0415  lazy
 
-        tree = parse(self._before + middle + self._behind, self._language_id)
+        tree = parse(self._before + middle + self._after, self._language_id)
         if tree is None:
             return []
         source = middle.encode("utf-8", "surrogatepass")
         start, length = tree.to_byte(len(self._before)), len(source)
         # if a middle is incomplete, the error is at the next word
-        blanks = len(self._behind) - len(self._behind.lstrip())
+        spaces = len(self._after) - len(self._after.lstrip())
         spans = []
         for first, last in tree.errors():
-            if first <= start + length + blanks and last >= start:
+            if first <= start + length + spaces and last >= start:
                 begin = max(min(first - start, length - 1), 0)
                 end = max(min(last - start, length), begin + 1)
                 spans.append(

@@ -123,18 +123,18 @@ def fill_speculative(  # noqa: PLR0913  the options of one call
         kept = [*range(len(pending)), *(len(pending) + n for n in nodes)]
         prompt_cache.keep(kept, [*pending, *(tree.tokens[n] for n in nodes)])
         last = nodes[-1] if nodes else -1
-        behind = logits[:0]
+        following = logits[:0]
         if not finish and last in canvases:
             begin = 1 + len(tree.tokens) + canvases.index(last) * drafter.options.canvas_length
             canvas = logits[begin : begin + drafter.options.canvas_length]
-            behind, finish = verification.commit(canvas, drafter.options.commit_probability)
-        on_canvas(verification.answer, behind)
+            following, finish = verification.commit(canvas, drafter.options.commit_probability)
+        on_canvas(verification.answer, following)
         if finish:
             return verification.filled(finish, passes)
         pending = verification.answer[num_read + len(nodes) :]
         drafter.lookup.extend(verification.answer[num_read:])
         num_read = len(verification.answer)
-        drafter.from_canvas = behind.argmax(-1).tolist()
+        drafter.from_canvas = following.argmax(-1).tolist()
 
 
 def to_rows(  # noqa: PLR0913, PLR0917  the inputs of one pass

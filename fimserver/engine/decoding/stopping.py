@@ -19,7 +19,7 @@ from fimserver.engine.chat import Fence
 from fimserver.engine.vocabulary import Vocabulary
 
 _MANY_LINES = 16  # more line ends than any token has
-_MOST_BLANKS = 3  # whitespace tokens allowed before the first visible one, if the answer must not be empty
+_MAX_SPACES = 3  # whitespace tokens allowed before the first visible one, if the answer must not be empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,19 +135,19 @@ class AnswerStart:
         """
         if self.beginning.is_whole:
             return logits
-        masks, blanks, lengths = self._tables(logits.device)
+        masks, spaces, lengths = self._tables(logits.device)
         num_bytes, device = len(masks) - 1, logits.device
         logits, spelled = logits.clone(), torch.zeros(len(logits), dtype=torch.int64, device=device)
         owes = torch.full((len(logits),), fill_value=self.beginning.needs_more, device=device)
         is_done = torch.zeros(len(logits), dtype=torch.bool, device=device)
-        for position in range(min(logits.shape[1], num_bytes + 1 + _MOST_BLANKS * self.beginning.needs_more)):
+        for position in range(min(logits.shape[1], num_bytes + 1 + _MAX_SPACES * self.beginning.needs_more)):
             row, mask = logits[:, position], masks[spelled]
             is_free = is_done | ~mask.any(-1)
             row = torch.where(is_free[:, None] | mask, row, -torch.inf)
             best = row.argmax(-1)
-            is_blank = blanks[spelled].gather(-1, best[:, None])[:, 0]
+            is_space = spaces[spelled].gather(-1, best[:, None])[:, 0]
             spelled = torch.where(is_done, spelled, (spelled + lengths[best]).clamp(max=num_bytes))
-            owes &= is_blank | is_done
+            owes &= is_space | is_done
             ends = is_done | ((spelled == num_bytes) & ~owes)
             settled = torch.full_like(row, -torch.inf).scatter(-1, best[:, None], row.gather(-1, best[:, None]))
             logits[:, position] = torch.where(ends[:, None], row, settled)

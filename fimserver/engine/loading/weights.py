@@ -133,19 +133,19 @@ def _make_constants(module: Any, device: torch.device, owner: Any = None) -> Non
         _make_constants(part, device, owner)
 
 
-def _compare_formats(said: Quantization | None, checkpoint: Checkpoint) -> None:
+def _compare_formats(given: Quantization | None, checkpoint: Checkpoint) -> None:
     """Warn of matrices whose stored format differs from the configuration; the stored format is loaded."""
-    if said is None:
+    if given is None:
         return
     wrong = []
     for module, found in checkpoint.formats():
         # compressed-tensors names its targets by class, which does not tell which modules are in floats.
-        if found is Format.FLOAT and said.method != "modelopt":
+        if found is Format.FLOAT and given.method != "modelopt":
             continue
         paths = {module, module.replace(ENCODER, DECODER, 1), module.replace(DECODER, ENCODER, 1)}
-        asked = {said.format_of(path) for path in paths}
+        asked = {given.format_of(path) for path in paths}
         if len(asked) > 1:  # only one of the tied paths is named, as having a format or as excluded
-            asked -= {None} if said.layers else {*asked} - {None}
+            asked -= {None} if given.layers else {*asked} - {None}
         if (None if found is Format.FLOAT else found.value) not in asked:
             wrong.append((module, found.value))
     if wrong:

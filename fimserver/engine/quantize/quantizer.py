@@ -214,12 +214,12 @@ def _write_shard(name: str, layers: tuple[Layer, ...], plan: Plan, state: "_Stat
                 )
             )
     path = state.folder / name
-    beside = path.with_name(f"{name}.writing")
+    partial_file = path.with_name(f"{name}.writing")
     try:
-        save_file(tensors, beside, metadata={"format": "pt"})
-        beside.replace(path)
+        save_file(tensors, partial_file, metadata={"format": "pt"})
+        partial_file.replace(path)
     except (SafetensorError, OSError) as error:
-        beside.unlink(missing_ok=True)
+        partial_file.unlink(missing_ok=True)
         msg = f"{path} cannot be written ({error}); fix that and run the same command, which resumes"
         raise WeightsError(msg) from error
     state.finished[name] = {
@@ -348,10 +348,10 @@ def _write_rest(source: Path, target: Path, plan: Plan, options: QuantizerOption
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    beside = path.with_name(f"{path.name}.writing")
+    partial_file = path.with_name(f"{path.name}.writing")
     try:
-        beside.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        beside.replace(path)
+        partial_file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        partial_file.replace(path)
     except OSError as error:
         msg = f"{path} cannot be written ({error}); fix that and run the same command, which resumes"
         raise WeightsError(msg) from error

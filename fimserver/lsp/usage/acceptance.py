@@ -195,7 +195,9 @@ class Acceptance:
     _counts: Counts | None = None
     _known: dict[str, tuple[Kind, float]] = field(default_factory=dict)  # by completion, until it is decided
     _shown: dict[str, _Shown] = field(default_factory=dict)  # by document
-    _told: dict[str, None] | None = None  # completions that the editor reported as shown; None if it never reported any
+    _reported: dict[str, None] | None = (
+        None  # completions that the editor reported as shown; None if it never reported any
+    )
 
     def adjusted(self, confidence: float) -> float | None:
         """Return the model's confidence corrected by the user's own counts; ``None`` if that is off."""
@@ -230,13 +232,13 @@ class Acceptance:
         if (last := self._shown.get(uri)) is not None and (accepted := last.judge(text)) is not None:
             self._decide(uri, accepted=accepted)
 
-    def on_told_shown(self, completion: str) -> None:
+    def on_reported_shown(self, completion: str) -> None:
         """Record the editor's report that it shows a completion."""
-        self._told = {**(self._told or {}), completion: None}
-        while len(self._told) > _MAX_KNOWN:
-            del self._told[next(iter(self._told))]
+        self._reported = {**(self._reported or {}), completion: None}
+        while len(self._reported) > _MAX_KNOWN:
+            del self._reported[next(iter(self._reported))]
 
-    def on_told_accepted(self, completion: str, length: int | None = None) -> None:
+    def on_reported_accepted(self, completion: str, length: int | None = None) -> None:
         """Record the editor's report that a completion, or its first ``length`` characters, was accepted.
 
         An edit may have shown that already.
@@ -262,7 +264,7 @@ class Acceptance:
 
     def _decide(self, uri: str, *, accepted: bool) -> None:
         shown = self._shown.pop(uri)
-        if not accepted and self._told is not None and shown.completion.id not in self._told:
+        if not accepted and self._reported is not None and shown.completion.id not in self._reported:
             self._known.pop(shown.completion.id, None)
             return  # the user did not see it
         self.on_decided(shown.completion.id, accepted, shown.inserted)

@@ -162,15 +162,15 @@ def from_json(text: str) -> Statistics:
         msg = "of another version"
         raise ValueError(msg)
     statistics = Statistics()
-    for name, said in values["days"].items():
+    for name, given in values["days"].items():
         day = statistics.day(date.fromisoformat(name).isoformat())
-        for language, holes in said["tallies"].items():
+        for language, holes in given["tallies"].items():
             for hole, (offered, accepted, rejected, characters, tokens) in holes.items():
                 tally = Tally(_count(offered), _count(accepted), _count(rejected), _count(characters), _amount(tokens))
                 day.tallies[language, hole] = tally
-        for source, bins in said["times"].items():
+        for source, bins in given["times"].items():
             day.times[source] = Counter({_bin(number): _count(count) for number, count in bins.items()})
-        day.empty = Counter({reason: _count(count) for reason, count in said["empty"].items()})
+        day.empty = Counter({reason: _count(count) for reason, count in given["empty"].items()})
     return statistics
 
 
