@@ -15,7 +15,7 @@ Knows:  settings, context/, the engine's client.  Never: LSP, the terminal, toke
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
@@ -57,8 +57,8 @@ class OtherDocument:
 class Query:
     """One place and everything that decides what is offered there, except the model.
 
-    ``others`` are the other open documents, the last edited first; ``deleted`` are texts that were cut or deleted a
-    moment ago, as URI and text. ``text_above`` returns what a notebook's earlier cells put before a snapshot. ``trees``
+    ``others`` returns the other open documents, the last edited first; ``deleted`` returns texts that were just cut or
+    deleted, as URI and text. ``text_above`` returns what a notebook's earlier cells put before a snapshot. ``trees``
     keeps the document's last syntax tree. ``uses_matches`` is off only for measurements of the model alone;
     ``offers_matches`` is off for a trace, which shows what the model does.
     """
@@ -67,8 +67,8 @@ class Query:
     settings: Settings
     invoked: bool = True
     writable: bool = True
-    others: Sequence[OtherDocument] = ()
-    deleted: Sequence[tuple[str, str]] = ()
+    others: Callable[[], Iterable[OtherDocument]] = tuple
+    deleted: Callable[[], Iterable[tuple[str, str]]] = tuple
     text_above: Callable[[Snapshot], str] = lambda _snapshot: ""
     trees: TreeMemory = field(default_factory=TreeMemory)
     ignored: IgnoreRules = field(default_factory=IgnoreRules)
@@ -89,7 +89,7 @@ class Query:
         language = find_language(self.snapshot.language_id)
         fit = (
             other
-            for other in self.others
+            for other in self.others()
             if other.uri != self.snapshot.uri
             and find_language(other.language_id) is language
             and self.refuse(other.uri) is None
@@ -145,7 +145,7 @@ def find_matches_for(query: Query, place: Place) -> Found:
     """Return a place with what followed the same text in the document, in deleted text and in other documents."""
     matches: list[Match] = []
     if query.uses_matches and query.settings.seed is None:
-        deleted = [text for uri, text in query.deleted if query.refuse(uri) is None]
+        deleted = [text for uri, text in query.deleted() if query.refuse(uri) is None]
         others = [hide_whole(text) for text in (*deleted, *(other.text for other in query.readable_others()))]
         matches = without_secrets(query.snapshot, find_matches(query.snapshot, place.hole, others))
     sure = offer_match(matches, place) if query.offers_matches else None

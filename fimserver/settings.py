@@ -344,4 +344,7 @@ def to_markdown() -> str:
 
 
 if __name__ == "__main__":
-    print(to_markdown(), end="")  # noqa: T201  its output is the table
+    page = Path(__file__).parent / "docs" / "settings.md"
+    text = page.read_text(encoding="utf-8")
+    table = re.compile(r"^\| setting \|.*?\n(?!\|)", re.MULTILINE | re.DOTALL)
+    page.write_text(table.sub(lambda _old: to_markdown(), text, count=1), encoding="utf-8")

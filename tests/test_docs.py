@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fimserver.context.languages import LANGUAGES
 from fimserver.lsp.configuration import RESTART_COMMAND
 from fimserver.lsp.convert import ACCEPT_COMMAND
 from fimserver.lsp.features import EXPLAIN_COMMAND, SNOOZE_COMMAND
@@ -40,6 +41,12 @@ def test_files_in_the_architecture_exist() -> None:
     for file in files:
         exists = (ROOT / file).exists() or (ROOT / "fimserver" / file).exists() or file in known
         assert exists, file
+
+
+@pytest.mark.parametrize("name", ["README.md", "CHANGELOG.md"])
+def test_the_number_of_languages_is_right(name: str) -> None:
+    text = " ".join((ROOT / name).read_text(encoding="utf-8").split())
+    assert re.findall(r"syntax of (\d+) languages", text) == [str(len(LANGUAGES))]
 
 
 def test_files_for_contributors_exist() -> None:

@@ -31,6 +31,12 @@ from fimserver.settings import (
 DOCS = Path(fimserver.__file__).parent / "docs"
 
 
+def test_the_settings_of_vscode_are_up_to_date() -> None:
+    script = DOCS.parents[1] / "editors" / "vscode" / "scripts" / "settings.py"
+    result = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, f"{result.stdout}{result.stderr}; run {script}"
+
+
 def test_the_documented_table_is_up_to_date() -> None:
     """Write it again with: python -m fimserver.settings."""
     assert to_markdown() in (DOCS / "settings.md").read_text(encoding="utf-8")

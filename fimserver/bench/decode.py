@@ -87,19 +87,19 @@ class _Watch:
     """A clock and the partial answers that it has timed."""
 
     begin: float = field(default_factory=time.perf_counter)
-    drafts: list[tuple[float, Any]] = field(default_factory=list)
+    partials: list[tuple[float, Any]] = field(default_factory=list)
 
     def elapsed_ms(self) -> float:
         return (time.perf_counter() - self.begin) * 1e3
 
-    def note(self, draft: Any) -> None:
-        self.drafts.append((self.elapsed_ms(), draft))
+    def note(self, partial: Any) -> None:
+        self.partials.append((self.elapsed_ms(), partial))
 
 
-def settled_at(drafts: Sequence[tuple[float, str]], answer: str, total_ms: float) -> float:
+def settled_at(partials: Sequence[tuple[float, str]], answer: str, total_ms: float) -> float:
     """Return when the first line of the partial answers, (ms, text) in order, became the answer's for good."""
     settled = total_ms
-    for ms, text in reversed(drafts):
+    for ms, text in reversed(partials):
         if text.split("\n", 1)[0] != answer.split("\n", 1)[0]:
             break
         settled = ms
@@ -123,8 +123,8 @@ class EngineDecoder:
             self.engine.draft_options = self.drafts
         watch = _Watch()
 
-        def note(draft: PartialAnswer) -> None:
-            watch.note(draft.text)
+        def note(partial: PartialAnswer) -> None:
+            watch.note(partial.text)
 
         generation = self.engine.complete(context, self.sampling, on_partial=note)
         ms = watch.elapsed_ms()
@@ -133,7 +133,7 @@ class EngineDecoder:
             text=generation.text,
             mode=generation.mode,
             ms=ms,
-            first_line_ms=settled_at(watch.drafts, generation.text, ms),
+            first_line_ms=settled_at(watch.partials, generation.text, ms),
             passes=generation.forward_passes,
             steps=generation.denoising_steps,
             tokens=generation.num_tokens,
@@ -189,14 +189,14 @@ class GenerateDecoder:
         length = answer_end.find(canvas)
         text = vocabulary.decode(canvas[:length])
         ms = watch.elapsed_ms()
-        drafts = [(at, vocabulary.decode(ids[: answer_end.find(ids)])) for at, ids in watch.drafts]
+        partials = [(at, vocabulary.decode(ids[: answer_end.find(ids)])) for at, ids in watch.partials]
         begins_right = text.startswith(prompt.healed)
         stopped = self._steps < self.config["max_denoising_steps"]
         return Outcome(
             text=text[len(prompt.healed) :] if begins_right else text,
             mode="generate",
             ms=ms,
-            first_line_ms=settled_at(drafts, text, ms),
+            first_line_ms=settled_at(partials, text, ms),
             passes=self._passes,
             steps=self._steps,
             tokens=length,
@@ -257,7 +257,7 @@ class EagerDecoder:
             text=text,
             mode="eager",
             ms=ms,
-            first_line_ms=settled_at(watch.drafts, text, ms),
+            first_line_ms=settled_at(watch.partials, text, ms),
             passes=passes,
             steps=0,
             tokens=len(answer),
@@ -382,7 +382,7 @@ class DecodeBench:
         self.seed = settings.seed or 0
         self.generate_config: dict[str, Any] | None = None
         self.engine.probe()
-        self.decoders = self._make_ways(settings, decoders)
+        self.decoders = self._make_decoders(settings, decoders)
         self.cuts = draw_holes(
             limit,
             self.engine.vocabulary,
@@ -390,9 +390,9 @@ class DecodeBench:
             canvas_length=self.info.canvas_length,
         )
 
-    def _make_ways(self, settings: Settings, names: Sequence[str]) -> dict[str, Decoder]:
+    def _make_decoders(self, settings: Settings, names: Sequence[str]) -> dict[str, Decoder]:
         decoders: dict[str, Decoder] = {
-            name: make_engine_way(self.engine, name, self.seed) for name in names if name not in {GENERATE, EAGER}
+            name: make_engine_decoder(self.engine, name, self.seed) for name in names if name not in {GENERATE, EAGER}
         }
         if GENERATE in names or EAGER in names:
             device = torch.device(self.info.device)
@@ -554,7 +554,7 @@ def parse_decoders(text: str | None) -> tuple[str, ...]:
     return names
 
 
-def make_engine_way(engine: Engine, name: str, seed: int) -> EngineDecoder:
+def make_engine_decoder(engine: Engine, name: str, seed: int) -> EngineDecoder:
     """Make the decoder of a mode, maybe without one part, for instance ``speculative-no-lookup``.
 
     Autoregressive decoding gets no n-gram matches, since it is the baseline. Diffusion draws by the seed; speculative
@@ -569,7 +569,7 @@ def make_engine_way(engine: Engine, name: str, seed: int) -> EngineDecoder:
     return EngineDecoder(engine, Sampling(mode=Mode(mode), seed=chosen, without=tuple(without)), drafts)
 
 
-def compare_ways(settings: Settings, *, limit: int, decoders: Sequence[str], plots: Path | None) -> Comparison:
+def compare_decoders(settings: Settings, *, limit: int, decoders: Sequence[str], plots: Path | None) -> Comparison:
     """Run all decoders, and write plots to the folder ``plots``, if set. Raises ``FimserverError``."""
     if plots is not None:
         check_plots(plots)

@@ -31,6 +31,7 @@ from rich.console import Console
 from rich.progress import track
 
 from fimserver.bench.infilling import LOAD_TIMEOUT_S
+from fimserver.bench.metrics import percentile
 from fimserver.bench.simulated_editor import NUM_LINES, Answer, Editor, Key, TimedEngine, draw_pause, to_keystrokes
 from fimserver.engine.client import EngineOptions, EngineState
 from fimserver.errors import EngineError, FimserverError
@@ -251,10 +252,10 @@ def replay_typing(settings: Settings, *, limit: int, speed: float) -> TypingSumm
         wasted=len(spent.keys() - seen.used),
         asked_s=sum(spent.values()),
         wasted_s=sum(spent[number] for number in spent.keys() - seen.used),
-        answer_ms_p50=_quantile([shown.ms for shown in seen.shown], 0.5),
-        answer_ms_p95=_quantile([shown.ms for shown in seen.shown], 0.95),
-        model_answer_ms_p50=_quantile([shown.ms for shown in by_model], 0.5),
-        model_answer_ms_p95=_quantile([shown.ms for shown in by_model], 0.95),
+        answer_ms_p50=_percentile([shown.ms for shown in seen.shown], 0.5),
+        answer_ms_p95=_percentile([shown.ms for shown in seen.shown], 0.95),
+        model_answer_ms_p50=_percentile([shown.ms for shown in by_model], 0.5),
+        model_answer_ms_p95=_percentile([shown.ms for shown in by_model], 0.95),
         right_so_far=_share(shown.is_right for shown in seen.shown),
         right_so_far_by_model=_share(shown.is_right for shown in by_model),
     )
@@ -316,8 +317,8 @@ def begins_right(ghost: str, typed: str) -> bool:
     return words[0] is not None and words[1] is not None and words[0][0] == words[1][0]
 
 
-def _quantile(values: Sequence[float], share: float) -> float | None:
-    return sorted(values)[int(share * (len(values) - 1))] if values else None
+def _percentile(values: Sequence[float], share: float) -> float | None:
+    return percentile(values, share) if values else None
 
 
 def _share(values: Iterable[bool | None]) -> float | None:

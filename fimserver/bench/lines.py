@@ -3,7 +3,7 @@
 The whole path is measured, hole rules and postprocessing included, on files that the shipped model's training
 excludes. A hole is the rest of a line; the file around it stays as it is.
 
-Knows:  files of the running Python, ``fimserver.cli.complete``.  Never: LSP, tokens.
+Knows:  files of the running Python, the pipeline.  Never: LSP, tokens.
 """
 
 import statistics
@@ -67,7 +67,7 @@ def evaluate_lines(
         items = track(list(cut_lines(limit)), "completing", console=console, disable=not sys.stderr.isatty())
         for line in items:
             outcome = pipeline.complete(
-                Query(line.snapshot, settings, others=others, uses_matches=matches), lambda: engine
+                Query(line.snapshot, settings, others=lambda: others, uses_matches=matches), lambda: engine
             )
             if outcome.generation is not None:
                 generations.append(outcome.generation)

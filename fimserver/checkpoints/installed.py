@@ -21,17 +21,9 @@ from fimserver.errors import WeightsError
 from fimserver.paths import data_folder
 
 _NAME = re.compile(r"^[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*$", re.ASCII)
-
-
 MAIN_BRANCH = "main"
-
-
 WEIGHTS_SUFFIX = ".safetensors"
-
-
 NEEDED_FILES = ("config.json", "tokenizer.json")
-
-
 INDEX_FILE = "model.safetensors.index.json"
 
 

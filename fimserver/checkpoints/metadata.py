@@ -18,8 +18,6 @@ from fimserver.datatypes import Mode
 from fimserver.errors import WeightsError
 
 ANSWER_FEATURES = ("bias", "log_probability", "log_tokens", "log_match_of_same", "is_same", "log_match_of_other", "cut")
-
-
 MATCH_FEATURES = (
     "bias",
     "log_probability",
@@ -32,21 +30,15 @@ MATCH_FEATURES = (
 )
 
 METADATA_FILE = "fimserver.json"
-
-
 _SPECIAL_TOKENS = {  # required by each layout
     "fim": ("pad", "eos", "bos", "suffix", "prefix", "middle"),
     "chat": ("pad", "eos", "bos", "turn", "turn_end"),
 }
-
-
 _NO_TOKEN = -1  # for a layout without such a token: equals no id
 
 
 # required if the model has the special token
 _BUDGETS_OF = {"file": "max_file_tokens", "snippet": "max_snippet_tokens"}
-
-
 _LAYOUTS = tuple(_SPECIAL_TOKENS)
 
 
@@ -112,8 +104,12 @@ def read_metadata(folder: Path) -> ModelMetadata:
         msg = f"{path}: prompt_layout is {values['prompt_layout']!r}; it may be: {', '.join(_LAYOUTS)}"
         raise WeightsError(msg)
     _check_tokens(path, values)
+    calibration = values.get("calibration", {})
+    if unknown := set(calibration) - {"answer", "match"}:
+        msg = f"{path}: calibration has unknown keys: {', '.join(sorted(unknown))}; allowed: answer, match"
+        raise WeightsError(msg)
     for name, features in (("answer", ANSWER_FEATURES), ("match", MATCH_FEATURES)):
-        weights = values.get("calibration", {}).get(name)
+        weights = calibration.get(name)
         if weights is not None and len(weights) != len(features):
             msg = (
                 f"{path}: calibration.{name} has {len(weights)} weights; it needs one for each of {', '.join(features)}"

@@ -244,12 +244,12 @@ def decode(limit: int, modes: str | None, plots: Path | None, as_json: bool, **o
 
     Reports time, forward passes and exact match.
     """
-    from fimserver.bench.decode import compare_ways, parse_decoders  # noqa: PLC0415
+    from fimserver.bench.decode import compare_decoders, parse_decoders  # noqa: PLC0415
     from fimserver.cli.tables import print_comparison  # noqa: PLC0415
 
     settings = read_options(options)
     run_measurement(
-        lambda: compare_ways(settings, limit=limit, decoders=parse_decoders(modes), plots=plots),
+        lambda: compare_decoders(settings, limit=limit, decoders=parse_decoders(modes), plots=plots),
         as_json=as_json,
         show=print_comparison,
     )

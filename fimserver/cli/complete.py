@@ -112,7 +112,7 @@ def complete_target(
             engine.wait_until_ready(LOAD_TIMEOUT_S)
         return engine
 
-    query = Query(target.snapshot, settings, others=others, offers_matches=not trace)
+    query = Query(target.snapshot, settings, others=lambda: others, offers_matches=not trace)
     try:
         return pipeline.complete(query, get_engine, trace=trace)
     finally:

@@ -40,7 +40,7 @@ def add(name: str, yes: bool) -> None:  # noqa: FBT001
         gated = f" (gated: accept the license on {offer.page})" if offer.is_gated else ""
         for label, value in (
             ("model", f"{offer.name} at {offer.commit[:12]}, changed {offer.changed}"),
-            ("licence", f"{offer.licence}{gated}"),
+            ("license", f"{offer.licence}{gated}"),
             (
                 "size",
                 f"{to_gigabytes(offer.num_bytes)}, {to_gigabytes(offer.missing_bytes)} to download",
@@ -52,7 +52,7 @@ def add(name: str, yes: bool) -> None:  # noqa: FBT001
             if not sys.stdin.isatty():
                 msg = "cannot ask for confirmation without a terminal; add --yes to download"
                 raise click.UsageError(msg)
-            click.confirm("Fetch it?", abort=True, err=True)
+            click.confirm("Download it?", abort=True, err=True)
         added = with_progress(
             lambda report: add_model(offer, check_config=_check_config, check_weights=_check_weights, report=report)
         )

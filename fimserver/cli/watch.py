@@ -41,7 +41,7 @@ def watch_file(target: Target, settings: Settings, *, as_json: bool, others: Seq
             engine.wait_until_ready(LOAD_TIMEOUT_S)
         console.print(f"watching {target.name}; save it to see a completion, press Ctrl-C to end", highlight=False)
         for snapshot in snapshots_of(target):
-            outcome = pipeline.complete(Query(snapshot, settings, others=others), lambda: engine)
+            outcome = pipeline.complete(Query(snapshot, settings, others=lambda: others), lambda: engine)
             _show(outcome, Target(target.name, snapshot), as_json=as_json)
     finally:
         engine.close()

@@ -47,19 +47,19 @@ def _quotes(text: str, *, multiline: bool = False, escapes: bool = True, code: s
 class Language:
     """One language; its regular expressions are for single lines without comments."""
 
-    id: str
+    id: str  # VS Code's language id; other names are in ``_ALIASES``
     grammar: tuple[str, str] | None = None  # module and function
-    suffixes: tuple[str, ...] = ()
-    line_comments: tuple[str, ...] = ()
-    block_comments: tuple[tuple[str, str], ...] = ()
-    quotes: tuple[Quote, ...] = ()
+    suffixes: tuple[str, ...] = ()  # of file names, with the dot
+    line_comments: tuple[str, ...] = ()  # marks that begin a comment up to the end of the line
+    block_comments: tuple[tuple[str, str], ...] = ()  # marks that begin and end a comment
+    quotes: tuple[Quote, ...] = ()  # kinds of strings, longer marks first
     comment_after_space: bool = False  # "#" inside a word does not start a comment
     quote_after_space: bool = False  # an apostrophe inside a word is not a quote
     literals: str = ""  # tokens that only look like a quote, a bracket or a comment
     literal_starts: str = ""  # first characters of ``literals``
     documents: str = ""  # start of a here-document
     has_brackets: bool = True
-    style: BlockStyle = BlockStyle.NONE
+    style: BlockStyle = BlockStyle.NONE  # how the body of a header is marked
     header: str = r"(?!)"  # a line that begins a statement with a body
     opener: str = r"(?!)"  # end of a line that opens a body
     imports: str = r"(?!)"  # an import line

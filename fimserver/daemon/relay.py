@@ -80,7 +80,7 @@ def _find(pattern: "re.Pattern[bytes]", text: bytes) -> Any:
     return None
 
 
-class LinkState(Enum):
+class RelayState(Enum):
     """The relay's link to the daemon."""
 
     CONNECTED = "connected"
@@ -89,14 +89,14 @@ class LinkState(Enum):
     STOPPED = "stopped"
 
 
-_TRANSITIONS: Transitions[LinkState] = {
-    LinkState.CONNECTED: frozenset({LinkState.HANDING_OVER, LinkState.RECONNECTING, LinkState.STOPPED}),
-    LinkState.HANDING_OVER: frozenset({LinkState.RECONNECTING}),
-    LinkState.RECONNECTING: frozenset({LinkState.CONNECTED, LinkState.STOPPED}),
-    LinkState.STOPPED: frozenset({LinkState.RECONNECTING}),
+_TRANSITIONS: Transitions[RelayState] = {
+    RelayState.CONNECTED: frozenset({RelayState.HANDING_OVER, RelayState.RECONNECTING, RelayState.STOPPED}),
+    RelayState.HANDING_OVER: frozenset({RelayState.RECONNECTING}),
+    RelayState.RECONNECTING: frozenset({RelayState.CONNECTED, RelayState.STOPPED}),
+    RelayState.STOPPED: frozenset({RelayState.RECONNECTING}),
 }
 # reasons that a daemon sends before it ends
-_GOODBYES = {"stop": LinkState.STOPPED, "hand_over": LinkState.HANDING_OVER}
+_GOODBYES = {"stop": RelayState.STOPPED, "hand_over": RelayState.HANDING_OVER}
 
 
 class Pending:
@@ -121,7 +121,7 @@ class Relay:
         self._write_lock = threading.Lock()
         self._wake = threading.Event()
         self._stream: Stream | None = None
-        self._link = StateMachine(LinkState.CONNECTED, _TRANSITIONS)
+        self._link = StateMachine(RelayState.CONNECTED, _TRANSITIONS)
         self._shown = ""
         self._unheard_since: float | None = None  # time.monotonic of the first request since the daemon's last message
         self._num_heard = 0  # messages from daemons
@@ -178,7 +178,7 @@ class Relay:
                     self._has_asked.set()
                 with suppress(OSError):  # the reading thread notices the end too and sends everything again
                     self._stream.send(body)
-            elif self._link.state is LinkState.STOPPED and message.get("method") == "shutdown":
+            elif self._link.state is RelayState.STOPPED and message.get("method") == "shutdown":
                 for number in [number for number, asked in self._pending.items() if asked.method == "shutdown"]:
                     self._answer_nothing(self._pending.pop(number), number)
                 return
@@ -302,11 +302,11 @@ class Relay:
                 self._on_lost()
             if self._ended.is_set():
                 return
-            if self._link.state is LinkState.STOPPED:
+            if self._link.state is RelayState.STOPPED:
                 self._wake.wait()
             pause_s = _PAUSES_S[min(failures, len(_PAUSES_S) - 1)]
-            time.sleep(_HAND_OVER_S if self._link.state is LinkState.HANDING_OVER else pause_s)
-            self._move(LinkState.RECONNECTING)
+            time.sleep(_HAND_OVER_S if self._link.state is RelayState.HANDING_OVER else pause_s)
+            self._move(RelayState.RECONNECTING)
             try:
                 self._replay(self._connect())
             except FimserverError as error:
@@ -333,7 +333,7 @@ class Relay:
         if KEY in message:
             self._wake.clear()
             reason = _GOODBYES.get(str(message.get("reason"))) if message.get(KEY) == "bye" else None
-            if reason is not None and self._link.state is LinkState.CONNECTED:
+            if reason is not None and self._link.state is RelayState.CONNECTED:
                 self._move(reason)
             return
         with self._lock:
@@ -375,7 +375,7 @@ class Relay:
 
     # Between two daemons
 
-    def _move(self, state: LinkState) -> None:
+    def _move(self, state: RelayState) -> None:
         """Move to another state, unless the link is in it; the editor's thread reads the state at the same time."""
         with self._lock:
             if self._link.state is not state:
@@ -389,10 +389,10 @@ class Relay:
             tokens = list(self._progress)
             self._progress.clear()
             says = self._initialized is not None and not self._ended.is_set()
-            is_stopped = self._link.state is LinkState.STOPPED
+            is_stopped = self._link.state is RelayState.STOPPED
             stopped = list(self._pending.items()) if is_stopped else []
             for pending in self._pending.values():
-                pending.num_deaths += self._link.state is not LinkState.HANDING_OVER
+                pending.num_deaths += self._link.state is not RelayState.HANDING_OVER
                 pending.is_stale = pending.is_stale or pending.num_deaths >= _MOST_DEATHS
             for number, _ in stopped:
                 del self._pending[number]
@@ -434,7 +434,7 @@ class Relay:
             for number in stale:
                 del self._pending[number]
             self._stream, self._shown = stream, ""
-            self._link.move(LinkState.CONNECTED)
+            self._link.move(RelayState.CONNECTED)
         for number, pending in stale.items():
             self._answer_nothing(pending, number)
 
@@ -444,7 +444,7 @@ class Relay:
             unanswered = list(self._pending.items())
             self._pending.clear()
             self._wake.clear()
-            self._link.move(LinkState.STOPPED)
+            self._link.move(RelayState.STOPPED)
         if reason != self._shown:  # once, however often the relay tries
             self._shown = reason
             self._show(1, f"fimserver gives no completions: {reason}")

@@ -19,7 +19,7 @@ Phases of a worker (``_TRANSITIONS``):
 LOADING is the first load with these options: a worker that dies then has failed, but one that was killed is started
 once more (RETRYING). RELOADING follows a worker that had loaded with these options, so a death is not blamed on them.
 A worker that dies ``MAX_DEATHS`` times within ``DEATH_WINDOW_S`` is not started again: FAILED, with the reason.
-``restart`` leads to LOADING from every phase.
+``restart`` leads to LOADING from every phase. STOPPED and FAILED forget that a worker had loaded.
 
 Requests that were waiting when a worker died go to the next one. The request that it was computing is sent once more,
 and fails after a second death.
@@ -141,6 +141,7 @@ _SEEN_AS = {  # by listeners
     WorkerPhase.FAILED: EngineState.FAILED,
 }
 # A worker started in one of these phases follows one that had loaded with these options.
+_LOADING = (WorkerPhase.LOADING, WorkerPhase.RETRYING, WorkerPhase.RELOADING)
 _HAS_LOADED = (WorkerPhase.READY, WorkerPhase.RELOADING, WorkerPhase.UNLOADED)
 
 
@@ -509,13 +510,14 @@ class EngineClient:
                 return
             pending = self._pending.get(message.get("id", -1))
             self.device_bytes = message.get("device_bytes", self.device_bytes)
-            if kind == "ready":
+            is_loading = self._phase.state in _LOADING
+            if kind == "ready" and is_loading:
                 self._on_ready(from_plain(ModelInfo, message["info"]))
-            elif kind == "loading":
+            elif kind == "loading" and is_loading:
                 self._announce(f"loading model {self.options.model}, {message['share']:.0%}")
                 self._expect_sign(LOAD_TIMEOUT_S)
                 return
-            elif kind == "failed":
+            elif kind == "failed" and self._phase.state is not WorkerPhase.FAILED:
                 self._move(WorkerPhase.FAILED, message["message"])
             elif kind == "started":
                 worker.current = message["id"]

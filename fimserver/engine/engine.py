@@ -157,7 +157,7 @@ class Engine:
         sampling: Sampling,
         *,
         cancelled: Callable[[], bool] = lambda: False,
-        on_partial: OnPartial = lambda _draft: None,
+        on_partial: OnPartial = lambda _partial: None,
     ) -> Generation:
         """Return the middle of a context; ``on_partial`` gets partial answers as they grow."""
         clock = Clock(sampling.max_latency_ms, cancelled)
@@ -192,7 +192,7 @@ class Engine:
     def score(self, context: FimContext) -> Scored:
         """Return the model's answer and log-probabilities of it and all matches, independent of earlier requests."""
         self.forget()
-        job = self._prepare(context, Sampling(seed=0), Clock(None, lambda: False), lambda _draft: None)
+        job = self._prepare(context, Sampling(seed=0), Clock(None, lambda: False), lambda _partial: None)
         _, filled = self._verify(job)
         return self._to_scored(job, filled)
 
@@ -273,8 +273,8 @@ class Engine:
             best, *others = denoiser.fill_several(cache, job.answer_start, job.sampling.num_candidates)
             job.others.extend(others)
             return encoded, best
-        drafts = self._initial_canvases(job)
-        filled = denoiser.fill(self.prompt_cache.cache, job.answer_start, drafts=drafts)
+        initial = self._initial_canvases(job)
+        filled = denoiser.fill(self.prompt_cache.cache, job.answer_start, initial=initial)
         answer, passes, total = list(filled.token_ids), filled.passes, filled.log_probability
         while filled.is_open and filled.finish != "latency" and len(answer) < job.max_tokens:
             self.prompt_cache.append(filled.token_ids, last_only=True)  # the next canvas comes after it

@@ -139,7 +139,7 @@ class Completer:
 
         def on_partial(partial: PartialAnswer) -> None:
             if partial.num_settled:
-                loop.call_soon_threadsafe(lambda: inflight.take(partial))
+                loop.call_soon_threadsafe(lambda: inflight.on_partial(partial))
 
         try:
             turn = Turn(id(self._session), request.snapshot.uri, request.invoked)

@@ -15,8 +15,6 @@ from fimserver.datatypes import Completion, Snapshot
 
 AROUND = 64
 _MAX_REMEMBERED = 8
-
-
 CLOSERS = ")]}>\"'`"
 
 

@@ -103,6 +103,8 @@ class EngineLink:
 
     def begin(self) -> None:
         """Start the engine, or join the one that runs."""
+        if self._state.state not in {LinkState.CONNECTED, LinkState.CHOSEN}:
+            return  # a second initialized, or one after the end
         is_chosen = self._state.state is LinkState.CHOSEN
         if is_chosen:
             self._state.move(LinkState.DECIDING if self.owns_engine else LinkState.ADOPTING)
@@ -231,7 +233,7 @@ class EngineLink:
                 self._loop.call_soon_threadsafe(self._announce, state, detail)
 
     def _announce(self, state: EngineState, detail: str) -> None:
-        if self._state.state in _DECIDES:
+        if self.owns_engine or self._state.state in _DECIDES:
             _logger.info("the engine is %s", state, extra={"detail": detail})
         if state is EngineState.STOPPED and not self.engine.is_unloaded:
             return

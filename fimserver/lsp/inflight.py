@@ -71,9 +71,9 @@ class InflightCompletion:
         }
         self.timings_ms = {f"model_{name}": ms for name, ms in generation.timings_ms.items()}
 
-    def take(self, draft: PartialAnswer) -> None:
+    def on_partial(self, partial: PartialAnswer) -> None:
         """Take over the settled part of a partial answer; cancel if the typed text contradicts it."""
-        self.settled = draft.text[: draft.num_settled]
+        self.settled = partial.text[: partial.num_settled]
         if not self.line.done() and (found := _FIRST_LINE.match(self.settled)):
             self.line.set_result(found[0])
         if self.is_contradicted:

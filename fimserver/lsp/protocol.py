@@ -130,6 +130,9 @@ class FimProtocol(LanguageServerProtocol):
             if not self._initialized and method != lsp.INITIALIZE:
                 self._refuse(message_id, lsp.ErrorCodes.ServerNotInitialized, "send initialize first")
                 return
+        if method == lsp.INITIALIZED and (self._shutdown or not self._initialized):
+            _logger.warning("an initialized outside of a session was ignored")
+            return
         if method == lsp.EXIT and self._connection.is_shared:
             return  # pygls would end the process, and all other connections with it
         if method == lsp.INITIALIZE:

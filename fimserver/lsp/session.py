@@ -8,7 +8,7 @@ Knows:  documents, texts, settings.  Never: LSP messages, the engine.
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from fimserver.context.ignored import IgnoreRules
@@ -107,12 +107,19 @@ class Session:
             self.settings,
             invoked=invoked,
             writable=document is None or document.writable,
-            others=[OtherDocument(d.uri, d.language_id, d.text) for d in reversed(self.documents.values())],
-            deleted=[(d.uri, f"{d.before}{d.text}{d.after}") for d in self._deleted if len(d.text) >= _MIN_DELETED],
+            others=self._open_documents,
+            deleted=self._deleted_texts,
             text_above=self._text_above,
             trees=self._trees.setdefault(snapshot.uri, TreeMemory()),
             ignored=self._ignored,
         )
+
+    def _open_documents(self) -> Iterator[OtherDocument]:
+        return (OtherDocument(d.uri, d.language_id, d.text) for d in reversed(self.documents.values()))
+
+    def _deleted_texts(self) -> Iterator[tuple[str, str]]:
+        deleted = (d for d in self._deleted if len(d.text) >= _MIN_DELETED)
+        return ((d.uri, f"{d.before}{d.text}{d.after}") for d in deleted)
 
     def _text_above(self, snapshot: Snapshot) -> str:
         """Return the cells above a notebook's cell that are in its language and may be read."""

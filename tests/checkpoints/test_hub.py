@@ -348,7 +348,7 @@ def run_and_answer(answer: str, *arguments: str) -> "subprocess.CompletedProcess
 def test_the_user_is_asked(hub: Hub) -> None:
     refused = run_and_answer("n\n", "model", "add", NAME)
     assert refused.returncode == 1
-    assert "Fetch it?" in refused.stderr
+    assert "Download it?" in refused.stderr
     assert hub.fetched() == []
     agreed = run_and_answer("y\n", "model", "add", NAME)
     assert agreed.returncode == 0, agreed.stderr

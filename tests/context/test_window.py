@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from fimserver.checkpoints.known import SHIPPED_MODELS
 from fimserver.checkpoints.metadata import limit_context, read_metadata
 from fimserver.context.languages import find_language
 from fimserver.context.window import Budget, build_context, find_head
@@ -60,9 +61,7 @@ def test_head_in_other_languages(language: str, top: str, scope: str, line: str,
 
 
 def test_prompt_has_the_head_where_the_prefix_was_cut(vocabulary: Vocabulary) -> None:
-    from support.models import TINY
-
-    metadata = limit_context(read_metadata(TINY), 384)
+    metadata = limit_context(read_metadata(SHIPPED_MODELS / "tiny"), 384)
     assert metadata.max_head_tokens
     context = build_context(snapshot_of(PYTHON), HOLE, Budget(1900, 900))
     with_head = build_prompt(context, vocabulary, metadata)

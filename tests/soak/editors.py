@@ -155,7 +155,7 @@ class Soak:
         message_ms = (read_status() or {}).get("message_ms", {}).get("p95") or math.nan
         records = (ask("explain") or {}).get("records", [])
         place_ms, place_cpu_ms = (
-            _quantile([r["timings_ms"][name] for r in records if name in r["timings_ms"]], 0.95)
+            _percentile([r["timings_ms"][name] for r in records if name in r["timings_ms"]], 0.95)
             for name in ("place", "place_cpu")
         )
         for window in self.windows:
@@ -247,8 +247,8 @@ class Soak:
             message_ms_p95=own_ms[0],
             place_ms_p95=own_ms[1],
             place_cpu_ms_p95=own_ms[2],
-            state_ms_p50=_quantile(times, 0.5),
-            state_ms_p95=_quantile(times, 0.95),
+            state_ms_p50=_percentile(times, 0.5),
+            state_ms_p95=_percentile(times, 0.95),
             daemon_megabytes=round(max(y for _, y in life) / 1e6, 1),
             megabytes_per_1000_edits=round(1000 * _slope(later) / 1e6, 3),
             growth_edits=later[-1][0] - later[0][0],
@@ -256,7 +256,7 @@ class Soak:
         )
 
 
-def _quantile(values: list[float], share: float) -> float:
+def _percentile(values: list[float], share: float) -> float:
     return round(percentile(values, share), 2) if values else math.nan
 
 

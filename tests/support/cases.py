@@ -79,7 +79,9 @@ def check(case: Case, actual: str, request: pytest.FixtureRequest) -> None:
         start = header.start()
         place = text.index(f"--- {title}\n", start) + len(f"--- {title}\n")
         assert text.startswith(expected, place)
-        path.write_text(text[:place] + actual + text[place + len(expected) :], encoding="utf-8")
+        rest = text[place + len(expected) :]
+        ending = "" if rest.startswith("\n") or not rest else "\n"  # nothing was expected, not even an empty line
+        path.write_text(text[:place] + actual + ending + rest, encoding="utf-8")
         return
     assert actual == expected
 

@@ -19,8 +19,8 @@ export function chosenSettings(configuration: Configuration, names: readonly str
   const values: Record<string, unknown> = {};
   for (const name of names) {
     const found = configuration.inspect(name);
-    const said = found && [found.globalValue, found.workspaceValue, found.workspaceFolderValue];
-    values[name] = said?.some((value) => value !== undefined) ? (configuration.get(name) ?? null) : null;
+    const chosen = found && [found.globalValue, found.workspaceValue, found.workspaceFolderValue];
+    values[name] = chosen?.some((value) => value !== undefined) ? (configuration.get(name) ?? null) : null;
   }
   return values;
 }

@@ -141,11 +141,11 @@ class Extension {
       return;
     }
     const { text, remedy } = toSentence(answer);
-    const mend = remedy === undefined ? undefined : REMEDIES[remedy];
-    const titles = mend === undefined ? [] : [mend.title];
+    const fix = remedy === undefined ? undefined : REMEDIES[remedy];
+    const titles = fix === undefined ? [] : [fix.title];
     const chosen = await vscode.window.showInformationMessage(`fimserver: ${text}`, ...titles);
-    if (mend !== undefined && chosen === mend.title) {
-      await this.carryOut(mend.action);
+    if (fix !== undefined && chosen === fix.title) {
+      await this.carryOut(fix.action);
     }
   }
 

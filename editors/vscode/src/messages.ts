@@ -2,9 +2,9 @@
 
 import * as vscode from "vscode";
 
-export type Mend = "restart" | "log" | "install" | "locate" | "doctor" | "settings";
+export type Remedy = "restart" | "log" | "install" | "locate" | "doctor" | "settings";
 
-const TITLES: Readonly<Record<Mend, string>> = {
+const TITLES: Readonly<Record<Remedy, string>> = {
   restart: "Restart",
   log: "Open Log",
   install: "Install...",
@@ -12,7 +12,7 @@ const TITLES: Readonly<Record<Mend, string>> = {
   doctor: "Doctor",
   settings: "Settings",
 };
-const COMMANDS: Readonly<Record<Mend, string>> = {
+const COMMANDS: Readonly<Record<Remedy, string>> = {
   restart: "fimserver.restartServer",
   log: "fimserver.log",
   install: "fimserver.install",
@@ -26,14 +26,14 @@ export class Messages {
 
   constructor(private readonly log: vscode.LogOutputChannel) {}
 
-  error(text: string, mends: readonly Mend[]): void {
+  error(text: string, remedies: readonly Remedy[]): void {
     this.log.error(text);
-    this.show(text, mends, vscode.window.showErrorMessage);
+    this.show(text, remedies, vscode.window.showErrorMessage);
   }
 
-  warn(text: string, mends: readonly Mend[]): void {
+  warn(text: string, remedies: readonly Remedy[]): void {
     this.log.warn(text);
-    this.show(text, mends, vscode.window.showWarningMessage);
+    this.show(text, remedies, vscode.window.showWarningMessage);
   }
 
   inform(text: string): void {
@@ -47,19 +47,19 @@ export class Messages {
 
   private show(
     text: string,
-    mends: readonly Mend[],
+    remedies: readonly Remedy[],
     how: (text: string, ...items: string[]) => Thenable<string | undefined>,
   ): void {
     if (this.shown.has(text)) {
       return;
     }
     this.shown.add(text);
-    const said = text.startsWith("fimserver") ? text : `fimserver: ${text}`;
-    void how(said, ...mends.map((mend) => TITLES[mend])).then((title) => {
-      const mend = mends.find((one) => TITLES[one] === title);
-      if (mend !== undefined) {
+    const shown = text.startsWith("fimserver") ? text : `fimserver: ${text}`;
+    void how(shown, ...remedies.map((remedy) => TITLES[remedy])).then((title) => {
+      const remedy = remedies.find((one) => TITLES[one] === title);
+      if (remedy !== undefined) {
         this.shown.delete(text);
-        void vscode.commands.executeCommand(COMMANDS[mend]);
+        void vscode.commands.executeCommand(COMMANDS[remedy]);
       }
     });
   }

@@ -348,9 +348,9 @@ export class Server implements vscode.Disposable {
     this.restartTimer = setTimeout(() => void this.start(), pause);
   }
 
-  private fail(detail: string, mends: Parameters<Messages["error"]>[1]): void {
+  private fail(detail: string, remedies: Parameters<Messages["error"]>[1]): void {
     this.change({ phase: "failed", detail });
-    this.messages.error(detail, mends);
+    this.messages.error(detail, remedies);
   }
 
   private onConfiguration(event: vscode.ConfigurationChangeEvent): void {

@@ -132,16 +132,16 @@ class Filled:
 
 
 def initialize_canvases(
-    model: Model, options: DenoisingOptions, generator: torch.Generator, drafts: Sequence[Sequence[int]] = ((),)
+    model: Model, options: DenoisingOptions, generator: torch.Generator, initial: Sequence[Sequence[int]] = ((),)
 ) -> CanvasState:
-    """Create one canvas per draft; positions that a draft leaves open get uniform random tokens, the model's noise.
+    """Create one canvas for each of ``initial``; open positions get uniform random tokens, the model's noise.
 
-    A draft counts as the step before the first: if the model confirms it, one step settles it.
+    Initial tokens count as the step before the first: if the model confirms them, one step settles them.
     """
     length = options.canvas_length or model.canvas_length
-    canvas = draw_noise(model, generator, (len(drafts), length))
-    for row, draft in zip(canvas, drafts, strict=True):
-        row[: len(draft)] = torch.tensor(list(draft[:length]), device=model.device)
+    canvas = draw_noise(model, generator, (len(initial), length))
+    for row, tokens in zip(canvas, initial, strict=True):
+        row[: len(tokens)] = torch.tensor(list(tokens[:length]), device=model.device)
     nothing = torch.zeros_like(canvas, dtype=torch.bool)
     no_entropy = torch.zeros(canvas.shape, device=canvas.device)
     return CanvasState(canvas, canvas, None, nothing, no_entropy, options.max_denoising_steps)
@@ -276,11 +276,14 @@ class Readout:
 
 
 def read_out(
-    state: CanvasState, options: DenoisingOptions, drafted: torch.Tensor | None = None, lengths: Sequence[int] = ()
+    state: CanvasState,
+    options: DenoisingOptions,
+    initial_tokens: torch.Tensor | None = None,
+    lengths: Sequence[int] = (),
 ) -> list[Readout]:
     """Copy what the host needs of every canvas, in the only transfer of a step.
 
-    ``drafted`` (K, C) are the tokens of the initial canvases, the first ``lengths`` of each.
+    ``initial_tokens`` (K, C) are the tokens of the initial canvases, the first ``lengths`` of each.
     """
     assert state.logits is not None
     is_stable = torch.full_like(state.accepted_mask, fill_value=len(state.history) >= options.stability_threshold)
@@ -289,8 +292,8 @@ def read_out(
     ):
         is_stable &= earlier == state.best
     support = torch.zeros_like(state.entropy)
-    if drafted is not None:
-        support = torch.log_softmax(state.logits.float(), dim=-1).gather(-1, drafted[..., None])[..., 0]
+    if initial_tokens is not None:
+        support = torch.log_softmax(state.logits.float(), dim=-1).gather(-1, initial_tokens[..., None])[..., 0]
     packed = torch.stack([t.double() for t in (state.best, state.entropy, is_stable, support)], dim=1).cpu().tolist()
     found = []
     for i, (best, entropy, stable, likely) in enumerate(packed):
@@ -318,17 +321,17 @@ class Denoiser:
         answer_start: AnswerStart,
         *,
         before: Sequence[int] = (),
-        drafts: Sequence[Sequence[int]] = ((),),
+        initial: Sequence[Sequence[int]] = ((),),
     ) -> Filled:
         """Denoise one canvas until its answer is settled; the best answer so far when time or steps run out.
 
-        ``before`` are the answer's tokens in earlier canvases. Of several drafts, only the one that the model finds
-        most likely continues. If the constraint finds errors in a settled answer, those positions are drawn again, at
-        most ``_MOST_RENOISINGS`` times.
+        ``before`` are the answer's tokens in earlier canvases. Of several ``initial`` canvases, only the one that the
+        model finds most likely continues. If the constraint finds errors in a settled answer, those positions are drawn
+        again, at most ``_MOST_RENOISINGS`` times.
         """
         options = self.options
         renoisings = 0
-        state = initialize_canvases(self.model, options, self.generator, drafts)
+        state = initialize_canvases(self.model, options, self.generator, initial)
         finish, passes = "steps", 0
         while state.steps_left:
             if self.stop():
@@ -337,9 +340,9 @@ class Denoiser:
             earlier = state
             state = denoising_step(self.model, cache, state, options, self.generator, answer_start)
             passes += 1
-            if len(drafts) > 1 and passes == 1:
-                readouts = read_out(state, options, earlier.canvas, [len(d) for d in drafts])
-                chosen = max(range(len(drafts)), key=lambda i: readouts[i].support)
+            if len(initial) > 1 and passes == 1:
+                readouts = read_out(state, options, earlier.canvas, [len(d) for d in initial])
+                chosen = max(range(len(initial)), key=lambda i: readouts[i].support)
                 state, readout = state.only(chosen), readouts[chosen]
             else:
                 (readout,) = read_out(state, options)
@@ -359,7 +362,7 @@ class Denoiser:
                     continue
                 finish = "end" if length < len(best) else "length"
                 break
-        return self._take(state, answer_start, before, finish, passes)
+        return self._read_answer(state, answer_start, before, finish, passes)
 
     def fill_several(self, cache: KVCache, answer_start: AnswerStart, count: int) -> list[Filled]:
         """Return distinct answers from ``count`` noises, the most confident first; each counts all passes."""
@@ -377,14 +380,14 @@ class Denoiser:
             for i in set(range(count)) - found.keys():
                 length = self._length((), readouts[i].best)
                 if readouts[i].is_settled(options, length + 1):
-                    filled = self._take(state.only(i), answer_start, (), "end", passes)
+                    filled = self._read_answer(state.only(i), answer_start, (), "end", passes)
                     found[i] = replace(filled, finish="length") if filled.is_open else filled
         for i in set(range(count)) - found.keys():
-            found[i] = self._take(state.only(i), answer_start, (), finish, passes)
+            found[i] = self._read_answer(state.only(i), answer_start, (), finish, passes)
         unique = {filled.token_ids: replace(filled, passes=passes) for filled in found.values()}
         return sorted(unique.values(), key=lambda f: -f.confidence)
 
-    def _take(
+    def _read_answer(
         self, state: CanvasState, answer_start: AnswerStart, before: Sequence[int], finish: str, passes: int
     ) -> Filled:
         """Return the current answer of a canvas; empty before its first step, when the canvas is only noise."""

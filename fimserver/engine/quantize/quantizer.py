@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 
 from fimserver import __version__
 from fimserver.checkpoints.folder import DAMAGED, read_json, weight_files
-from fimserver.checkpoints.installed import find_model
+from fimserver.checkpoints.installed import INDEX_FILE, find_model
 from fimserver.engine.kernels.nvfp4 import BLOCK, Dialect, NVFP4Tensor, find_global_scale, quantize, to_parts
 from fimserver.engine.loading.quantization_config import QUANT_CONFIG_FILE
 from fimserver.engine.loading.tensor_files import Stored, TensorFiles
@@ -37,7 +37,6 @@ from fimserver.engine.quantize.plan import Layer, Matrix, Plan, QuantizerOptions
 from fimserver.errors import FimserverError, WeightsError
 
 STATE_FILE = "quantize.json"
-INDEX_FILE = "model.safetensors.index.json"
 _ALIGNMENT = 8  # bytes
 _COPIED = (
     *("generation_config.json", "tokenizer*", "fimserver.json", "special_tokens_map.json", "chat_template*"),

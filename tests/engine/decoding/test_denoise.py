@@ -270,7 +270,7 @@ def fill(
     generator = torch.Generator().manual_seed(seed)
     denoiser = Denoiser(model, options, generator, end, stop, lambda state, _answer: states.append(state))
     start = AnswerStart(end, healed, min_tokens=1, vocab_size=model.vocab_size)
-    filled = denoiser.fill(cache.cache, start, drafts=drafts)
+    filled = denoiser.fill(cache.cache, start, initial=drafts)
     return vocabulary.decode(filled.token_ids), filled.finish, filled.passes, states
 
 
@@ -367,7 +367,7 @@ def fill_scripted(
     denoiser = Denoiser(model, QUICK, generator, end, lambda: False, lambda state, _answer: states.append(state))
     start = AnswerStart(end, "", min_tokens=0, vocab_size=8192)
     cache: Any = None
-    filled = denoiser.fill(cache, start, drafts=drafts or ((),))
+    filled = denoiser.fill(cache, start, initial=drafts or ((),))
     assert filled.passes == len(states)
     return list(filled.token_ids), states
 

@@ -48,8 +48,8 @@ function M.apply(part)
   local offer, rest, replaced = shown.offer, shown.rest, shown.replaced
   local taken = parts[part](rest)
   local row, column = unpack(vim.api.nvim_win_get_cursor(0))
-  local behind = vim.api.nvim_get_current_line():sub(column + 1, column + replaced)
-  local is_all = taken == rest or rest:sub(#taken + 1) == behind
+  local following = vim.api.nvim_get_current_line():sub(column + 1, column + replaced)
+  local is_all = taken == rest or rest:sub(#taken + 1) == following
   local text, stop = taken, column
   if is_all then
     text, stop = rest, column + replaced

@@ -69,7 +69,7 @@ function M.show(buffer, rest, replaced, hint)
   local row, column = unpack(vim.api.nvim_win_get_cursor(window))
   row = row - 1
   local line = vim.api.nvim_get_current_line()
-  local behind = line:sub(column + 1)
+  local following = line:sub(column + 1)
   local info = vim.fn.getwininfo(window)[1]
   local width = info.width - info.textoff
   ---@type fimserver.LayoutContext
@@ -78,11 +78,11 @@ function M.show(buffer, rest, replaced, hint)
     tabstop = vim.bo[buffer].tabstop,
     width = vim.wo[window].wrap and width or nil,
   }
-  local key = table.concat({ row, column, rest, replaced, behind, hint or '', width, context.column }, '\0')
+  local key = table.concat({ row, column, rest, replaced, following, hint or '', width, context.column }, '\0')
   if drawn[buffer] and drawn[buffer].key == key then
     return
   end
-  local plan = layout.new(rest, behind:sub(1, replaced), behind:sub(replaced + 1), context)
+  local plan = layout.new(rest, following:sub(1, replaced), following:sub(replaced + 1), context)
 
   local below = {} ---@type [string, string][][]
   for i, text in ipairs(plan.below) do

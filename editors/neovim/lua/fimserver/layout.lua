@@ -109,13 +109,13 @@ end
 function M.new(rest, old, tail, context)
   local lines = vim.split(rest, '\n', { plain = true })
   local first = lines[1]
-  local behind = old .. tail
-  local is_free = behind:match('^%s*$') ~= nil
+  local following = old .. tail
+  local is_free = following:match('^%s*$') ~= nil
   local pieces, moved = {}, '' ---@type fimserver.Piece[], string
 
   local function add(offset, text, overlay)
     if text ~= '' then
-      local column = context.column + vim.fn.strdisplaywidth(behind:sub(1, offset), context.column)
+      local column = context.column + vim.fn.strdisplaywidth(following:sub(1, offset), context.column)
       for _, piece in ipairs(pieces) do
         column = column + (piece.overlay and 0 or vim.fn.strdisplaywidth(piece.text))
       end
@@ -139,7 +139,7 @@ function M.new(rest, old, tail, context)
   else -- the text after the cursor moves down to the end of the last line
     moved = tail
     local shown = M.expand_tabs(first, context.column, context.tabstop)
-    add(0, padded(shown, vim.fn.strdisplaywidth(behind, context.column)), true)
+    add(0, padded(shown, vim.fn.strdisplaywidth(following, context.column)), true)
   end
 
   local below = {} ---@type string[]

@@ -91,8 +91,8 @@ end
 ---@return string
 function M.next_word(rest)
   local blank = rest:match('^%s*')
-  local behind = rest:sub(#blank + 1)
-  local word = behind:match('^[%w_\128-\255]+') or behind:match('^[^%w_%s\128-\255]+') or ''
+  local following = rest:sub(#blank + 1)
+  local word = following:match('^[%w_\128-\255]+') or following:match('^[^%w_%s\128-\255]+') or ''
   return blank .. word
 end
 
