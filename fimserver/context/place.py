@@ -22,6 +22,16 @@ from fimserver.datatypes import Completion, Generation, Hole, Match, NoCompletio
 from fimserver.settings import Settings
 from fimserver.text import to_newlines
 
+_CUT_ENDS = ")]}>\"'`;:, "  # characters at the end of a line that may already follow the cursor
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The model's completions, at least one and the best first, with their confidences."""
+
+    completions: tuple[Completion, ...]
+    confidences: tuple[float, ...]
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -89,17 +99,6 @@ def offer_match(matches: Sequence[Match], place: Place) -> Completion | None:
     middle = outcome.middle.strip()
     as_it_is = middle.startswith(text) or (text.startswith(middle) and not text[len(middle) :].strip(")]}\"'`;:, "))
     return outcome if as_it_is else None
-
-
-_CUT_ENDS = ")]}>\"'`;:, "  # characters at the end of a line that may already follow the cursor
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """The model's completions, at least one and the best first, with their confidences."""
-
-    completions: tuple[Completion, ...]
-    confidences: tuple[float, ...]
 
 
 def to_line(text: str, place: Place) -> Completion | None:

@@ -29,6 +29,12 @@ from fimserver.training.recipe import SHAPE, Recipe
 from fimserver.training.run_state import MODEL_FOLDER, has_begun, prepare_base, read_recipe, shape_of
 from fimserver.training.trainer import LOG_FILE, Machine, Material, Trainer
 
+_GPU_ROWS = {"rows_per_step": 64, "rows_at_once": 32}  # a GPU would idle with a CPU's few rows
+LOCK_FILE = "lock"
+_ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_GPU_WORKERS = 8  # processes that make rows
+_REPORT_STEPS = 50  # between log lines, without a terminal for a progress bar
+
 LOSSES_FILE = "losses.png"
 _TRAINED = ("next_token", "denoise", "denoise_later")
 _SMOOTHING = 0.9
@@ -70,13 +76,6 @@ def _smooth(values: list[float]) -> list[float]:
         mean = _SMOOTHING * mean + (1 - _SMOOTHING) * value
         smooth.append(mean)
     return smooth
-
-
-_GPU_ROWS = {"rows_per_step": 64, "rows_at_once": 32}  # a GPU would idle with a CPU's few rows
-LOCK_FILE = "lock"
-_ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_GPU_WORKERS = 8  # processes that make rows
-_REPORT_STEPS = 50  # between log lines, without a terminal for a progress bar
 
 
 @dataclass(frozen=True, slots=True)
