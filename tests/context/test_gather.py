@@ -107,9 +107,9 @@ def test_a_long_file_is_searched_within_the_time() -> None:
     times, found = [], []
     for n in range(20):
         marked = f"{text}        self.value_{n} = \u25ae\n{text[:1000]}"
-        begin = time.perf_counter()
+        begin = time.process_time()
         found += find_matches(snapshot_of(marked), LINE)  # empty if another program had the CPU for too long
-        times.append(time.perf_counter() - begin)
+        times.append(time.process_time() - begin)
     assert found
     assert min(times) < 2 * MAX_SECONDS
 

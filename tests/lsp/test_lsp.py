@@ -965,7 +965,7 @@ def test_every_keystroke_in_5_mb_is_answered_soon(
         work.append(worked_s(fake) - worked)
     assert fake.last.get("reason") == reason
     assert len(fake.noted("begun", "5MB")) == (31 if reason is None else 0)
-    assert sorted(slow)[15] < 0.25, slow
+    assert sorted(slow)[15] < 1, slow
     assert max(work) < 0.25, work  # processor time, which other programs do not change
 
 
