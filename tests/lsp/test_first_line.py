@@ -198,8 +198,8 @@ def test_automatic_requests_do_not_wait_for_ever(start_fake: Callable[..., FakeS
     assert fake.last["reason"] == "late"
     assert "maxLatencyMs" in fake.last["detail"]
     fake.wait_until_noted("cancelled", "late")
-    is_invoked = show(fake, "by hand", drafts=[], rest_s=0.5)
-    assert ask(fake, is_invoked, invoked=True) == [ANSWER]
+    slow = show(fake, "invoked", drafts=[], rest_s=0.5)
+    assert ask(fake, slow, invoked=True) == [ANSWER]
 
 
 def test_a_line_that_never_settles_is_not_waited_for_either(start_fake: Callable[..., FakeServer]) -> None:
