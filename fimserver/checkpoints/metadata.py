@@ -9,6 +9,7 @@ Raises:  ``WeightsError`` that names the key and the remedy.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ METADATA_FILE = "fimserver.json"
 _SPECIAL_TOKENS = {  # required by each layout
     "fim": ("pad", "eos", "bos", "suffix", "prefix", "middle"),
     "chat": ("pad", "eos", "bos", "turn", "turn_end"),
+    "prefix-first": ("eos", "suffix", "prefix", "middle"),
+    "suffix-first": ("eos", "suffix", "prefix", "middle"),
+    "infill": ("eos", "mask"),
 }
 _NO_TOKEN = -1  # for a layout without such a token: equals no id
 
@@ -40,11 +44,69 @@ _NO_TOKEN = -1  # for a layout without such a token: equals no id
 # required if the model has the special token
 _BUDGETS_OF = {"file": "max_file_tokens", "snippet": "max_snippet_tokens"}
 _LAYOUTS = tuple(_SPECIAL_TOKENS)
+_REPOSITORY_TOKENS = ("repository", "file_separator")  # for snippets, in the layouts with the model's own FIM tokens
+
+
+class Attention(StrEnum):
+    """What the tokens of a prompt see: those before them, or all."""
+
+    CAUSAL = "causal"
+    BIDIRECTIONAL = "bidirectional"
+
+
+class Canvas(StrEnum):
+    """What the open positions of a canvas hold: random tokens, the mask token; or the model has no canvas."""
+
+    UNIFORM = "uniform"
+    MASK = "mask"
+    NONE = "none"
+
+
+class LengthRule(StrEnum):
+    """How an answer's length is found.
+
+    ``END_TOKEN``: the model writes an end. ``EXPAND_AND_DELETE``: it asks for another position, or removes one.
+    ``SEARCH``: several lengths are tried, and the one that the model is surest of is taken.
+    """
+
+    END_TOKEN = "end_token"  # noqa: S105  not a password
+    EXPAND_AND_DELETE = "expand_and_delete"
+    SEARCH = "search"
+
+
+class Healing(StrEnum):
+    """What is taken off the prompt before the cursor, to begin the answer.
+
+    ``WORD``: a word with the space before it. ``PIECE``: the last piece into which the tokenizer splits text before it
+    looks for tokens, which for many tokenizers includes a bracket or a dot before a word.
+    """
+
+    WORD = "word"
+    PIECE = "piece"
+
+
+_MODES = {
+    Canvas.UNIFORM: (Mode.DIFFUSION, Mode.SPECULATIVE, Mode.AUTOREGRESSIVE),
+    Canvas.MASK: (Mode.DIFFUSION,),
+    Canvas.NONE: (Mode.SPECULATIVE, Mode.AUTOREGRESSIVE),
+}
+_UNIFORM_KEYS = (  # needed to denoise random tokens
+    "max_denoising_steps",
+    "entropy_bound",
+    "confidence_threshold",
+    "stability_threshold",
+    "t_min",
+    "t_max",
+)
 
 
 @dataclass(frozen=True, slots=True)
 class ModelMetadata:
-    """Contents of ``fimserver.json``: budgets in tokens, and the model's best decoding options."""
+    """Contents of ``fimserver.json``: what the model is, budgets in tokens, and its best decoding options.
+
+    Code asks for these properties, never for a model's name. ``logit_shift`` 1 means that the logits of a position
+    belong to the token after it, in a canvas too. ``canvas_length`` 0 is that of ``config.json``.
+    """
 
     name: str
     prompt_layout: str
@@ -53,12 +115,18 @@ class ModelMetadata:
     max_prompt_tokens: int
     max_suffix_tokens: int
     preferred_mode: Mode
-    max_denoising_steps: int
-    entropy_bound: float
-    confidence_threshold: float
-    stability_threshold: int
-    t_min: float
-    t_max: float
+    attention: Attention = Attention.CAUSAL
+    canvas: Canvas = Canvas.UNIFORM
+    canvas_length: int = 0
+    logit_shift: int = 0
+    length_rule: LengthRule = LengthRule.END_TOKEN
+    healing: Healing = Healing.WORD
+    max_denoising_steps: int = 0
+    entropy_bound: float = 0.0
+    confidence_threshold: float = 0.0
+    stability_threshold: int = 0
+    t_min: float = 0.0
+    t_max: float = 0.0
     left_bias: float = 0.0  # see DenoisingOptions, as the next two
     kept_condition: float = 0.0
     takes_likeliest: bool = False
@@ -83,6 +151,11 @@ class ModelMetadata:
         return frozenset((*range(self.num_special_tokens), *named, *self.end_token_ids))
 
     @property
+    def modes(self) -> tuple[Mode, ...]:
+        """The decoding modes that the model supports."""
+        return _MODES[self.canvas]
+
+    @property
     def reads_snippets(self) -> bool:
         """Return whether the model uses pieces of other files."""
         return self.max_snippet_tokens > 0
@@ -94,6 +167,8 @@ def read_metadata(folder: Path) -> ModelMetadata:
     values = read_json(path)
     expected = {f.name for f in fields(ModelMetadata)}
     needed = {f.name for f in fields(ModelMetadata) if f.default is MISSING and f.default_factory is MISSING}
+    if values.get("canvas", Canvas.UNIFORM) == Canvas.UNIFORM:
+        needed |= set(_UNIFORM_KEYS)
     if missing := needed - values.keys():
         msg = f"{path} lacks {', '.join(sorted(missing))}; copy these from the shipped model's and adapt them"
         raise WeightsError(msg)
@@ -124,9 +199,35 @@ def read_metadata(folder: Path) -> ModelMetadata:
             f"{path}: preferred_mode is {values['preferred_mode']!r}; it may be: diffusion, speculative, autoregressive"
         )
         raise WeightsError(msg) from error
+    _parse_kinds(path, values)
     values["special_tokens"] = {**dict.fromkeys(_SPECIAL_TOKENS["fim"], _NO_TOKEN), **values["special_tokens"]}
     lists = {name: tuple(values.get(name, ())) for name in ("languages", "end_token_ids")}
     return ModelMetadata(**{**values, **lists})
+
+
+def _parse_kinds(path: Path, values: dict[str, Any]) -> None:
+    """Replace the words for what a model is by their enums. Raises ``WeightsError``."""
+    kinds: tuple[tuple[str, type[StrEnum]], ...] = (
+        ("attention", Attention),
+        ("canvas", Canvas),
+        ("length_rule", LengthRule),
+        ("healing", Healing),
+    )
+    for key, kind in kinds:
+        if key in values:
+            try:
+                values[key] = kind(values[key])
+            except ValueError as error:
+                msg = f"{path}: {key} is {values[key]!r}; it may be: {', '.join(kind)}"
+                raise WeightsError(msg) from error
+    modes = _MODES[values.get("canvas", Canvas.UNIFORM)]
+    if values["preferred_mode"] not in modes:
+        msg = f"{path}: preferred_mode is {values['preferred_mode']!r}; with this canvas it may be: {', '.join(modes)}"
+        raise WeightsError(msg)
+    tokens = values["special_tokens"]
+    if values.get("length_rule") == LengthRule.EXPAND_AND_DELETE and not isinstance(tokens.get("expand"), int):
+        msg = f"{path}: special_tokens lacks the id of: expand; length_rule {LengthRule.EXPAND_AND_DELETE} needs it"
+        raise WeightsError(msg)
 
 
 def _check_tokens(path: Path, values: Mapping[str, Any]) -> None:
@@ -134,6 +235,8 @@ def _check_tokens(path: Path, values: Mapping[str, Any]) -> None:
     needs = list(_SPECIAL_TOKENS[layout])
     if layout == "fim":
         needs += [name for name, budget in _BUDGETS_OF.items() if values.get(budget)]
+    elif layout in {"prefix-first", "suffix-first"} and values.get("max_snippet_tokens"):
+        needs += _REPOSITORY_TOKENS
     if lacking := [t for t in needs if not isinstance(tokens.get(t), int)]:
         msg = f"{path}: special_tokens lacks the id of: {', '.join(lacking)}; prompt_layout {layout!r} needs it"
         raise WeightsError(msg)

@@ -2,7 +2,7 @@
 
     judge(text)    ALLOWED, FORBIDDEN, or END: the text after the cursor continues with the same character
     accept(text)   append the text to the answer
-    may_end()      return whether the answer may end here
+    may_end(text)  return whether the answer may end after the text
 
 What is forbidden:
 
@@ -127,11 +127,11 @@ class Continuation:
         if self.is_active:
             self._state = self._after(text)
 
-    def may_end(self) -> bool:
-        """Return whether the answer may end here."""
+    def may_end(self, text: str = "") -> bool:
+        """Return whether the answer may end after ``text`` is appended."""
         if not self.is_active:
             return True
-        code = self._state.code
+        code = self._state.code + text
         return self._may_end(code, self._scan(code))
 
     def _may_end(self, code: str, state: OpenState) -> bool:

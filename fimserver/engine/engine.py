@@ -21,6 +21,7 @@ from dataclasses import replace
 import torch
 
 from fimserver.checkpoints.installed import find_model
+from fimserver.checkpoints.metadata import Canvas
 from fimserver.datatypes import (
     Alternative,
     CanvasToken,
@@ -111,10 +112,14 @@ class Engine:
         return memory_held(self.model.device)
 
     @property
+    def _has_canvas(self) -> bool:
+        return self.model.metadata.canvas is Canvas.UNIFORM
+
+    @property
     def info(self) -> ModelInfo:
         """Description of the model for the server."""
         metadata = self.model.metadata
-        network = self.model.reference
+        network = self.model.network
         return ModelInfo(
             name=metadata.name,
             device=str(self.model.device),
@@ -164,7 +169,8 @@ class Engine:
         job = self._prepare(context, sampling, clock, on_partial)
         clock.lap("prompt")
         clock.check_cancelled()
-        mode = self.model.metadata.preferred_mode if sampling.mode is Mode.AUTO else sampling.mode
+        metadata = self.model.metadata
+        mode = sampling.mode if sampling.mode in metadata.modes else metadata.preferred_mode
         denoise = self._denoise_from_left if self.model.metadata.denoises_from_left else self._denoise
         fill = {Mode.DIFFUSION: denoise, Mode.SPECULATIVE: self._verify}.get(mode, self._write)
         encoded, filled = fill(job)
@@ -242,7 +248,7 @@ class Engine:
             answer_start=answer_start,
             max_tokens=min(wanted, max(room, self.model.canvas_length), _MAX_TOKENS) + healed_tokens,
             generator=torch.Generator(self.model.device).manual_seed(seed),
-            to_text=lambda token_ids: prompt.to_answer(self.vocabulary.decode(token_ids)),
+            to_text=lambda token_ids: prompt.to_answer(answer_end.cut(self.vocabulary.decode(token_ids))),
             clock=clock,
             on_partial=on_partial,
         )
@@ -349,7 +355,7 @@ class Engine:
         options = replace(
             wanted,
             lookup=wanted.lookup and job.has("lookup"),
-            max_canvases=wanted.max_canvases if job.has("canvases") else 0,
+            max_canvases=wanted.max_canvases if job.has("canvases") and self._has_canvas else 0,
         )
 
         # their partial answers include the answer's tokens

@@ -6,6 +6,11 @@ KV cache stays valid. Language and path are included for a model that knows ``<f
 that was trained on them. A prefix that does not fit is cut at its start; the context's head (imports, headers of open
 scopes) then comes before the rest of it.
 
+Layouts "prefix-first" and "suffix-first", for a model with fill-in-the-middle tokens of its own:
+``<prefix> prefix <suffix> suffix <middle>`` and ``<prefix><suffix> suffix <middle> prefix`` (arXiv 2207.14255, in the
+form in which both are trained together). Snippets come before, as files of a repository. The second keeps the prefix
+last, like "fim".
+
 Layout "chat", for an instruction-tuned model: the user's turn has the same parts in words and code blocks, the model's
 turn opens a block and repeats the prefix, so that the canvas continues it (``chat.py``). The prefix is last here too.
 A model's ``fimserver.json`` names its layout.
@@ -17,15 +22,16 @@ Knows:  token ids, the context's texts.  Never: tensors, documents.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
-from fimserver.checkpoints.metadata import ModelMetadata
+from fimserver.checkpoints.metadata import Healing, ModelMetadata
 from fimserver.datatypes import FimContext
 from fimserver.engine.chat import INSTRUCTION, NOTHING_FOLLOWS, Fence, marks_around, open_fence
 from fimserver.engine.vocabulary import Vocabulary
 
 _MAX_HEALED_TOKENS = 8  # a longer word would leave the answer no room
+_MOST_PIECE_CHARACTERS = 256  # before the cursor, in which the last piece is looked for
 _LEAST_ANCHOR = 6  # characters of code
 _MAX_ANCHOR_TOKENS = 8
 _PATH_PARTS = 3  # the last ones; earlier parts of a path are private
@@ -51,14 +57,16 @@ class Prompt:
 
 def build_prompt(context: FimContext, vocabulary: Vocabulary, metadata: ModelMetadata) -> Prompt:
     """Build the prompt of a context, at most ``max_prompt_tokens`` long."""
-    head, healed = split_last_word(context.prefix)
-    if len(vocabulary.encode(healed)) > _MAX_HEALED_TOKENS:
-        head, healed = context.prefix, ""
+    head, healed = _split(context.prefix, vocabulary, metadata.healing)
+    fence: Fence | None = None
+    after: list[int] = []
     if metadata.prompt_layout == "chat":
         fence = open_fence(context)
-        before, after = _write_turns(context, fence, vocabulary, metadata), []
+        before = _write_turns(context, fence, vocabulary, metadata)
+    elif metadata.prompt_layout in {"prefix-first", "suffix-first"}:
+        fence = _fence_of_code(context)
+        before, after = _write_fim(context, vocabulary, metadata)
     else:
-        fence = None
         about = [*describe_file(context, vocabulary, metadata), *encode_snippets(context, vocabulary, metadata)]
         suffix, special = _encode_suffix(context.suffix, vocabulary, metadata), metadata.special_tokens
         before = [special["bos"], *about, special["suffix"], *suffix, special["prefix"]]
@@ -70,6 +78,43 @@ def build_prompt(context: FimContext, vocabulary: Vocabulary, metadata: ModelMet
     if len(prefix) > budget - len(above):
         prefix = [*above, *trim_front(prefix, budget - len(above))]
     return Prompt((*before, *prefix, *after), healed, fence)
+
+
+def _split(prefix: str, vocabulary: Vocabulary, healing: Healing) -> tuple[str, str]:
+    """Split off the text before the cursor that the answer begins with; nothing if that is too long."""
+    if healing is Healing.PIECE:
+        healed = vocabulary.last_piece(prefix[-_MOST_PIECE_CHARACTERS:])
+        head = prefix[: len(prefix) - len(healed)]
+    else:
+        head, healed = split_last_word(prefix)
+    return (head, healed) if len(vocabulary.encode(healed)) <= _MAX_HEALED_TOKENS else (prefix, "")
+
+
+def _fence_of_code(context: FimContext) -> Fence | None:
+    """Return the end of code for a model that may chat: a fence, or an explanation after one; none in Markdown."""
+    return None if context.language_id == "markdown" else replace(open_fence(context), last_line="")
+
+
+def _write_fim(context: FimContext, vocabulary: Vocabulary, metadata: ModelMetadata) -> tuple[list[int], list[int]]:
+    """Return the ids before and after the prefix, in the model's own fill-in-the-middle layout."""
+    special = metadata.special_tokens
+    suffix = _encode_suffix(context.suffix, vocabulary, metadata)
+    files = _write_repository(context, vocabulary, metadata)
+    if metadata.prompt_layout == "suffix-first":
+        return [*files, special["prefix"], special["suffix"], *suffix, special["middle"]], []
+    return [*files, special["prefix"]], [special["suffix"], *suffix, special["middle"]]
+
+
+def _write_repository(context: FimContext, vocabulary: Vocabulary, metadata: ModelMetadata) -> list[int]:
+    """Return snippets as files of a repository, then the name of the current file; empty without snippets."""
+    if not (metadata.max_snippet_tokens and context.snippets):
+        return []
+    encode, separator = vocabulary.encode, metadata.special_tokens["file_separator"]
+    named = (f"{_name_of(snippet.path)}\n{snippet.text}\n" for snippet in context.snippets)
+    name = encode(f"{_name_of(context.path)}\n")
+    room = metadata.max_snippet_tokens - len(name)
+    files = _fit(([separator, *encode(text)] for text in named), room)
+    return [metadata.special_tokens["repository"], *encode("project\n"), *files, separator, *name]
 
 
 def _encode_suffix(text: str, vocabulary: Vocabulary, metadata: ModelMetadata) -> list[int]:

@@ -114,6 +114,17 @@ class Vocabulary:
                 result.append(self._tokenizer.decode([i]).encode())
         return result
 
+    def last_piece(self, text: str) -> str:
+        """Return the last piece into which the tokenizer splits a text before it looks for tokens.
+
+        No token crosses the border between two pieces. Empty for a tokenizer that does not split.
+        """
+        splitter = self._tokenizer.pre_tokenizer
+        if splitter is None or not text:
+            return ""
+        _, (start, _) = splitter.pre_tokenize_str(text)[-1]
+        return text[start:]
+
     @cached_property
     def fence_ids(self) -> frozenset[int]:
         """Tokens that contain a fence mark."""

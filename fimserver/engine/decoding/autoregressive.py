@@ -52,6 +52,8 @@ def fill_autoregressive(prompt_cache: PromptCache, logits: torch.Tensor, request
         log_probabilities.append(torch.log_softmax(scored, dim=-1)[token_id])
         beginning = request.answer_start.after(beginning, token_id)
         request.on_token(answer)
+        if request.answer_end.is_closed(answer):
+            return filled("end")
         if len(answer) >= request.max_tokens:
             return filled("length")
         if request.stop():

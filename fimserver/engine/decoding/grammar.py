@@ -35,12 +35,22 @@ class LexicalRules:
 
     def judge(self, token_id: int) -> Verdict:
         """Return whether the answer may continue with a token; one that ends it is allowed where the answer may end."""
-        if self._answer_end.find([*self._answer, token_id]) <= len(self._answer):
-            if len(self._answer) >= self._ends_by or self._continuation.may_end():
-                return Verdict.ALLOWED
-            self._ends_by = min(self._ends_by, len(self._answer) + _MOST_REFUSED)
-            return Verdict.FORBIDDEN
-        return self._continuation.judge(self._text(token_id)[0])
+        answer = [*self._answer, token_id]
+        if self._answer_end.find(answer) <= len(self._answer):
+            return self._judge_end("")
+        text = self._text(token_id)[0]
+        if not self._answer_end.is_closed(answer):
+            return self._continuation.judge(text)
+        text = self._answer_end.cut(text, before=self._answer)
+        verdict = self._continuation.judge(text)
+        return self._judge_end(text) if verdict is Verdict.ALLOWED else verdict
+
+    def _judge_end(self, text: str) -> Verdict:
+        """Return whether the answer may end after a last piece of text; it may anywhere after some refusals."""
+        if len(self._answer) >= self._ends_by or self._continuation.may_end(text):
+            return Verdict.ALLOWED
+        self._ends_by = min(self._ends_by, len(self._answer) + _MOST_REFUSED)
+        return Verdict.FORBIDDEN
 
     def accept(self, token_id: int) -> None:
         """Append a token to the answer."""

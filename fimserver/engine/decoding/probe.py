@@ -11,7 +11,7 @@ import time
 from fimserver.engine.decoding.speculative import DraftOptions
 from fimserver.engine.kernels.devices import wait_for
 from fimserver.engine.modeling.model import Model
-from fimserver.engine.modeling.network import causal_rows
+from fimserver.engine.modeling.backbone import causal_rows
 
 _WIDE = 32
 _REPEATS = 10
@@ -25,7 +25,7 @@ def measure_row_cost(model: Model) -> float:
     cache.reserve(_WIDE)
 
     def least_s(num_rows: int) -> float:
-        rows = causal_rows([model.metadata.special_tokens["bos"]] * num_rows, 0, model.device)
+        rows = causal_rows([model.metadata.special_tokens["eos"]] * num_rows, 0, model.device)
         times = []
         for _ in range(_REPEATS):
             begin = time.perf_counter()

@@ -33,7 +33,7 @@ from fimserver.engine.decoding.drafts import DraftTree, Lookup
 from fimserver.engine.decoding.request import DecodeRequest
 from fimserver.engine.decoding.stopping import Beginning, confidence_of
 from fimserver.engine.modeling.model import Model
-from fimserver.engine.modeling.network import Rows
+from fimserver.engine.modeling.backbone import Rows
 from fimserver.engine.modeling.prompt_cache import PromptCache
 
 _RUNNERS_UP = 3  # alternative first tokens
@@ -103,6 +103,8 @@ def fill_speculative(  # noqa: PLR0913  the options of one call
     verification = _Verification(request)
     if first is not None:
         verification.begin(first)
+        if verification.is_closed:
+            return verification.filled("end", 0)
     noise = torch.Generator(model.device).manual_seed(0)
     passes, pending, num_read = 0, list(pending), len(verification.answer)
     while True:
@@ -196,6 +198,11 @@ class _Verification:
         """Write a first token that was chosen elsewhere."""
         self._write(first.token_id, first.log_probability)
 
+    @property
+    def is_closed(self) -> bool:
+        """Return whether the answer's last token holds its end."""
+        return self._answer_end.is_closed(self.answer)
+
     def _write(self, token_id: int, log_probability: float) -> None:
         self.answer.append(token_id)
         self._log_probabilities.append(log_probability)
@@ -251,6 +258,8 @@ class _Verification:
             self._write(token_id, self._log_probability(row, token_id, self._beginning))
             self._on_token(self.answer)
             child = tree.child(node, token_id)
+            if self.is_closed:
+                return taken, "end"
             if len(self.answer) >= self._max_tokens:
                 return taken, "length"
             if child is None:
@@ -278,6 +287,8 @@ class _Verification:
                 return canvas[position:], "end"
             self._write(best, self._log_probability(row, best, self._beginning))
             self._on_token(self.answer)
+            if self.is_closed:
+                return canvas[position + 1 :], "end"
             if len(self.answer) >= self._max_tokens:
                 return canvas[position + 1 :], "length"
         return canvas[:0], ""

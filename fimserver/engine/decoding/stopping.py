@@ -8,16 +8,19 @@ Knows:   token ids, bytes, logits.  Never: prompts, caches, steps.
 Shapes:  C positions, V vocabulary.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, islice
 
 import torch
 
 from fimserver.engine.chat import Fence
 from fimserver.engine.vocabulary import Vocabulary
 
+_LINE_END = re.compile(r"\r\n|\r|\n")
+_LINE_END_BYTES = re.compile(rb"\r\n|\r|\n")
 _MANY_LINES = 16  # more line ends than any token has
 _MAX_SPACES = 3  # whitespace tokens allowed before the first visible one, if the answer must not be empty
 
@@ -27,7 +30,8 @@ class AnswerEnd:
     """Ends an answer at a special token or at ``max_lines`` newlines.
 
     It also ends before ``anchor``, the tokens of the line below the hole, which would only repeat that line; and where
-    the code block ``fence`` is closed. A token that holds both code and the fence is the answer's last.
+    the code block ``fence`` is closed. A token that holds both code and the end (``)`` and a newline) is the answer's
+    last; ``cut`` removes the part after the end.
     """
 
     vocabulary: Vocabulary
@@ -48,6 +52,17 @@ class AnswerEnd:
         starts = accumulate(map(len, written), initial=0)
         return sum(1 for start, _ in zip(starts, written, strict=False) if start < room)
 
+    def is_closed(self, token_ids: Sequence[int]) -> bool:
+        """Return whether the last of these ids, which all belong to the answer, also holds the answer's end."""
+        newlines = self.vocabulary.num_newlines
+        return bool(token_ids) and bool(newlines[token_ids[-1]]) and sum(newlines[i] for i in token_ids) >= self.max_lines
+
+    def cut(self, text: str, before: Sequence[int] = ()) -> str:
+        """Return a text, which follows the ids ``before``, up to the line end that ends the answer."""
+        left = self.max_lines - sum(self.vocabulary.num_newlines[i] for i in before)
+        ends = islice(_LINE_END.finditer(text), max(0, left - 1), None)
+        return text[: end.start()] if (end := next(ends, None)) else text
+
     def _find_token(self, token_ids: Sequence[int]) -> int:
         newlines, anchor = 0, self.anchor
         for i, token_id in enumerate(token_ids):
@@ -55,10 +70,18 @@ class AnswerEnd:
                 return i
             if anchor and token_id == anchor[0] and tuple(token_ids[i : i + len(anchor)]) == anchor:
                 return i
-            newlines += self.vocabulary.num_newlines[token_id]
-            if newlines >= self.max_lines:
-                return i
+            if ends := self.vocabulary.num_newlines[token_id]:
+                if newlines + ends >= self.max_lines:
+                    return i + _has_code(self.vocabulary.token_bytes[token_id], self.max_lines - newlines)
+                if len(anchor) > 1 and self._joins_anchor(token_id) and _starts(token_ids[i + 1 :], anchor[1:]):
+                    return i + 1
+            newlines += ends
         return len(token_ids)
+
+    def _joins_anchor(self, token_id: int) -> bool:
+        """Return whether a token of code ends with the line ends of the anchor's first token."""
+        first = self.vocabulary.token_bytes[self.anchor[0]]
+        return not first.strip() and self.vocabulary.token_bytes[token_id].endswith(first)
 
     def log_probability(self, logits: torch.Tensor, ended_by: int | None = None) -> float:
         """Return the log-probability that the answer ends here by any end token or ``ended_by``; logits (V,)."""
@@ -71,6 +94,16 @@ class AnswerEnd:
     def first_line(self, token_ids: Sequence[int]) -> int | None:
         """Return the number of ids in the first line, line end included; ``None`` if it has no end."""
         return next((i + 1 for i, t in enumerate(token_ids) if self.vocabulary.num_newlines[t]), None)
+
+
+def _has_code(written: bytes, lines: int) -> bool:
+    """Return whether a token has visible text before its line end of that number, counted from 1."""
+    end = next(islice(_LINE_END_BYTES.finditer(written), lines - 1, None), None)
+    return end is not None and bool(written[: end.start()].strip())
+
+
+def _starts(token_ids: Sequence[int], beginning: Sequence[int]) -> bool:
+    return tuple(token_ids[: len(beginning)]) == tuple(beginning)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,9 +216,12 @@ class AnswerStart:
 
 @lru_cache(maxsize=64)
 def _end_mask(vocabulary: Vocabulary, max_lines: int, vocab_size: int, device: torch.device) -> torch.Tensor:
-    """Return the tokens (V,) bool that end an answer of at most ``max_lines - 1`` newlines at its beginning."""
-    newlines = vocabulary.num_newlines
-    ends = [not vocabulary.is_text(i) or newlines[i] >= max_lines for i in range(vocabulary.size)]
+    """Return the tokens (V,) bool that end an answer of at most ``max_lines - 1`` newlines before its first text."""
+    newlines, texts = vocabulary.num_newlines, vocabulary.token_bytes
+    ends = [
+        not vocabulary.is_text(i) or (newlines[i] >= max_lines and not _has_code(texts[i], max_lines))
+        for i in range(vocabulary.size)
+    ]
     return torch.tensor(ends + [True] * (vocab_size - len(ends)), device=device)
 
 

@@ -6,8 +6,8 @@
     PackedLinear      replaces nn.Linear
     PackedExperts     replaces all experts of a layer, on the device or (``expert_cache.py``) in host memory
 
-Their ``forward`` expands the weights at every call: the plain reference, slow, correct on any device. ``network.py``
-takes the tensors out of them and multiplies with kernels where available.
+Their ``forward`` expands the weights at every call: the plain reference, slow, correct on any device. The backbones
+take the tensors out of them and multiplies with kernels where available.
 
 Shapes:  T tokens, H hidden size, E experts, I an expert's inner size, k experts per token.
 """
@@ -29,11 +29,12 @@ _STACKS = {"gate_up_proj": "gate_up", "down_proj": "down"}
 
 
 class PackedLinear(nn.Module):
-    """A projection (N, K) whose weights are NVFP4."""
+    """A projection (N, K) whose weights are NVFP4; its ``bias`` (N,), if it has one, is in floats."""
 
-    def __init__(self, weight: NVFP4Tensor) -> None:
+    def __init__(self, weight: NVFP4Tensor, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self._weights: NVFP4Tensor | None = weight.with_row_scales()
+        self.register_parameter("bias", bias)
 
     @property
     def weights(self) -> NVFP4Tensor:
@@ -43,7 +44,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Project ``x`` (..., K) to (..., N)."""
-        return PLAIN.linear(self.weights, x)
+        product = PLAIN.linear(self.weights, x)
+        return product if self.bias is None else product + self.bias
 
     def release_weights(self) -> None:
         """Drop the weights."""
@@ -116,7 +118,7 @@ def put_weight(model: nn.Module, name: str, weight: torch.Tensor | NVFP4Tensor) 
             _replace(model, owner_name, owner)
         setattr(owner, _STACKS[leaf], weight)
     elif isinstance(owner, nn.Linear):
-        _replace(model, owner_name, PackedLinear(weight))
+        _replace(model, owner_name, PackedLinear(weight, owner.bias))
     else:
         msg = f"{name} is in 4 bits, which only projections and experts can be; use another checkpoint"
         raise WeightsError(msg)

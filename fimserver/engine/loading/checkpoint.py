@@ -36,7 +36,7 @@ _FP8_BLOCK = 128
 _FP8_SLICE = 2**22  # elements that are expanded to float32 at a time
 ENCODER, DECODER = "model.encoder.language_model.", "model.decoder."
 _VISION = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
-_HEAD, _EMBEDDING = "lm_head.weight", "model.decoder.embed_tokens.weight"
+_HEAD, _EMBEDDINGS = "lm_head.weight", ("model.decoder.embed_tokens.weight", "model.embed_tokens.weight")
 _WEIGHT_PARTS = ("weight", "weight_packed", "weight_scale", "weight_scale_2", "weight_scale_inv", "weight_global_scale")
 _UNUSED_PARTS = ("input_scale", "input_global_scale", "k_scale", "v_scale", "q_scale", "output_scale")
 _PART = re.compile(rf"^(.+)\.({'|'.join((*_WEIGHT_PARTS, *_UNUSED_PARTS))})$")
@@ -290,8 +290,8 @@ def _place(module: str, part: str, expected: Mapping[str, tuple[int, ...]]) -> t
         for target in (path, f"{path}.weight"):
             if target in expected:
                 return target, Piece(module)
-    if f"{module}.{part}" == _HEAD and _EMBEDDING in expected:
-        return _EMBEDDING, Piece(module)
+    if f"{module}.{part}" == _HEAD:  # tied to the embedding
+        return next((name for name in _EMBEDDINGS if name in expected), None), Piece(module)
     return None, Piece(module)
 
 

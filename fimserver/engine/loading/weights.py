@@ -3,7 +3,9 @@
 A folder holds ``config.json``, ``generation_config.json``, ``model.safetensors`` (or shards with an index),
 ``tokenizer.json`` and ``fimserver.json`` (``checkpoints/metadata.py``).
 
-    load_weights  -> transformers' own DiffusionGemmaForBlockDiffusion, in eval mode
+    load_weights  -> transformers' own class, DiffusionGemmaForBlockDiffusion or Qwen2ForCausalLM, in eval mode
+
+The class follows from ``model_type`` in config.json. Code of a model's repository is never run.
 
 Raises ``WeightsError`` that names the file or tensor and the remedy.
 """
@@ -15,7 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
+from transformers import (
+    DiffusionGemmaConfig,
+    DiffusionGemmaForBlockDiffusion,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from fimserver.checkpoints.folder import DAMAGED, read_json
 from fimserver.checkpoints.memory import pinned_stack_bytes
@@ -33,6 +42,12 @@ from fimserver.engine.loading.quantization_config import Quantization, read_quan
 from fimserver.errors import WeightsError
 
 CPU = torch.device("cpu")
+_CLASSES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {  # by model_type
+    "diffusion_gemma": (DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "Dream": (Qwen2Config, Qwen2ForCausalLM),  # the same layers, trained for masked diffusion
+}
+_IGNORED_KEYS = ("quantization_config", "model_type", "auto_map", "architectures")  # the rest describes the network
 logger = logging.getLogger(__name__)
 
 
@@ -45,7 +60,7 @@ def load_weights(  # noqa: PLR0913  the options of a load
     keeps_vision: bool = False,
     experts_on_device: int | None = None,
     report: Callable[[int, int], None] = lambda _done, _total: None,
-) -> DiffusionGemmaForBlockDiffusion:
+) -> Any:
     """Load a folder onto a device, from any checkpoint that ``checkpoint.py`` supports.
 
     Weights are read and checked one at a time, straight to the device. With ``keeps_nvfp4`` 4-bit weights stay so
@@ -59,10 +74,11 @@ def load_weights(  # noqa: PLR0913  the options of a load
     model = _create_empty(folder, config)
     checkpoint = Checkpoint.open(folder, _shapes_of(model))
     if not (keeps_vision and checkpoint.has_vision):
-        model.model.encoder.vision_tower = model.model.encoder.embed_vision = None
+        _drop_vision(model)
         checkpoint.leave_out_vision()
     _compare_formats(read_quantization(folder), checkpoint)
-    _check_room(checkpoint, dtype, device, keeps_nvfp4=keeps_nvfp4)
+    is_dense = isinstance(config, Qwen2Config)
+    _check_room(checkpoint, dtype, device, keeps_nvfp4=keeps_nvfp4, is_dense=is_dense)
     if experts_on_device is None:
         weights = checkpoint.read(device=device, dtype=dtype, keeps_nvfp4=keeps_nvfp4, report=report)
         _fill(model, weights, device, folder)
@@ -78,21 +94,32 @@ def load_weights(  # noqa: PLR0913  the options of a load
 
 
 def create_model(
-    config: DiffusionGemmaConfig, weights: Iterable[tuple[str, torch.Tensor | NVFP4Tensor]], device: torch.device
-) -> DiffusionGemmaForBlockDiffusion:
+    config: PreTrainedConfig, weights: Iterable[tuple[str, torch.Tensor | NVFP4Tensor]], device: torch.device
+) -> Any:
     """Create a model without vision from given weights, by the names of ``expected_shapes``."""
-    with torch.device("meta"):
-        model = DiffusionGemmaForBlockDiffusion(config)
-    model.model.encoder.vision_tower = model.model.encoder.embed_vision = None
+    model = _create_class(config)
+    _drop_vision(model)
     return _fill(model, weights, device, "the weights given")
 
 
+def _create_class(config: PreTrainedConfig) -> Any:
+    """Return the model of a configuration, without memory for its weights."""
+    with torch.device("meta"):
+        return next(model(config) for kind, model in _CLASSES.values() if isinstance(config, kind))
+
+
+def _drop_vision(model: Any) -> None:
+    encoder = getattr(model.model, "encoder", None)
+    if encoder is not None:
+        encoder.vision_tower = encoder.embed_vision = None
+
+
 def _fill(
-    model: DiffusionGemmaForBlockDiffusion,
+    model: Any,
     weights: Iterable[tuple[str, torch.Tensor | NVFP4Tensor]],
     device: torch.device,
     source: Path | str,
-) -> DiffusionGemmaForBlockDiffusion:
+) -> Any:
     """Put weights into an empty model, and tie what is tied; raise if one is missing in the end."""
     _make_constants(model, device)
     for name, weight in weights:
@@ -106,16 +133,15 @@ def _fill(
     return model.eval()
 
 
-def _create_empty(folder: Path, config: DiffusionGemmaConfig) -> DiffusionGemmaForBlockDiffusion:
+def _create_empty(folder: Path, config: PreTrainedConfig) -> Any:
     try:
-        with torch.device("meta"):
-            return DiffusionGemmaForBlockDiffusion(config)
+        return _create_class(config)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         msg = f"{folder / 'config.json'} lacks a number of the model ({error}); copy the model folder again"
         raise WeightsError(msg) from error
 
 
-def _shapes_of(model: DiffusionGemmaForBlockDiffusion) -> dict[str, tuple[int, ...]]:
+def _shapes_of(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     tied = model.all_tied_weights_keys
     return {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in tied}
 
@@ -157,15 +183,19 @@ def _compare_formats(given: Quantization | None, checkpoint: Checkpoint) -> None
         )
 
 
-def _check_room(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, *, keeps_nvfp4: bool) -> None:
+def _check_room(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, *, keeps_nvfp4: bool, is_dense: bool
+) -> None:
     """Reject weights that do not fit before the machine begins to swap; log how much expanding takes."""
     if keeps_nvfp4 or device.type != "cpu":
         return
-    # All weights but several experts exist twice: transposed for the network, and in the modules.
+    # DiffusionGemma's weights but several experts exist twice: transposed for the network, and in the modules.
     twice = [
-        math.prod(t.shape) * (1 if t.shape[0] > 1 and is_stack(t.name) else 2) for t in checkpoint.targets.values()
+        math.prod(t.shape) * (1 if is_dense or (t.shape[0] > 1 and is_stack(t.name)) else 2)
+        for t in checkpoint.targets.values()
     ]
-    needed = sum(twice) * dtype.itemsize
+    # Qwen2's have a packed copy, at most a byte each.
+    needed = sum(twice) * (dtype.itemsize + is_dense)
     if any(Format.NVFP4 in target.formats for target in checkpoint.targets.values()):
         gigabytes = f"{needed / 1e9:.1f} GB"
         logger.warning("weights in 4 bits are expanded for this CPU; all weights take %s", gigabytes)
@@ -209,25 +239,30 @@ def available_bytes() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
-def read_config(folder: Path) -> DiffusionGemmaConfig:
+def read_config(folder: Path) -> Any:
     """Parse ``config.json``. Raises ``WeightsError`` for another class of model."""
     path = folder / "config.json"
     values = read_json(path)
-    if values.get("model_type") != DiffusionGemmaConfig.model_type:
-        msg = f"{path}: model_type is {values.get('model_type')!r}; only 'diffusion_gemma' can be served"
+    found = _CLASSES.get(str(values.get("model_type")))
+    if found is None:
+        msg = f"{path}: model_type is {values.get('model_type')!r}; it may be: {', '.join(_CLASSES)}"
         raise WeightsError(msg)
     read_quantization(folder)  # raises for an unsupported quantization
     try:
-        return DiffusionGemmaConfig.from_dict({k: v for k, v in values.items() if k != "quantization_config"})
+        return found[0].from_dict({k: v for k, v in values.items() if k not in _IGNORED_KEYS})
     except (TypeError, ValueError, KeyError) as error:
         msg = f"{path} does not describe a model ({error}); copy the model folder again"
         raise WeightsError(msg) from error
 
 
-def expected_shapes(config: DiffusionGemmaConfig) -> dict[str, tuple[int, ...]]:
+def is_dense_config(folder: Path) -> bool:
+    """Return whether a folder's model has the layers of Qwen2. Raises ``WeightsError``."""
+    return isinstance(read_config(folder), Qwen2Config)
+
+
+def expected_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
     """Return name and shape of every tensor a checkpoint must hold; tied weights are listed once."""
-    with torch.device("meta"):
-        return _shapes_of(DiffusionGemmaForBlockDiffusion(config))
+    return _shapes_of(_create_class(config))
 
 
 def check_weights(folder: Path) -> None:

@@ -9,7 +9,7 @@ has changed, slots, masks and rotations. Masks hide the places of a buffer that 
 
 Knows:   tensors, the network.  Never: sampling, prompts, stopping.
 Shapes:  N canvas rows, H hidden size, P places in a layer's buffers.
-Equal:   to ``Network.forward`` (tests/engine/modeling/test_graphs.py).
+Equal:   to ``Backbone.forward`` (tests/engine/modeling/test_graphs.py).
 """
 
 import weakref
@@ -22,7 +22,7 @@ from fimserver.checkpoints.engine_limits import MAX_CAPTURED_PASSES
 from fimserver.engine.kernels.devices import capture
 from fimserver.engine.modeling.kv_cache import KVCache
 from fimserver.engine.modeling.layers import AttentionPlan
-from fimserver.engine.modeling.network import Network, canvas_rows
+from fimserver.engine.modeling.backbone import Backbone, canvas_rows
 
 _Run = Callable[[], torch.Tensor]
 
@@ -32,7 +32,7 @@ class FixedPass:
 
     def __init__(
         self,
-        network: Network,
+        network: Backbone,
         cache: KVCache,
         canvases: torch.Tensor,
         capture: Callable[[_Run], _Run],
@@ -92,7 +92,7 @@ class FixedPass:
 class FixedPasses:
     """One fixed pass per cache and shape of canvases, captured at first use and dropped with the cache's buffers."""
 
-    def __init__(self, network: Network, capture: Callable[[_Run], _Run] = capture) -> None:
+    def __init__(self, network: Backbone, capture: Callable[[_Run], _Run] = capture) -> None:
         self._network, self._capture = network, capture
         self._passes: weakref.WeakKeyDictionary[KVCache, OrderedDict[tuple[object, ...], FixedPass]]
         self._passes = weakref.WeakKeyDictionary()
@@ -104,7 +104,7 @@ class FixedPasses:
         return sum(map(len, self._passes.values()))
 
     def run(self, canvases: torch.Tensor, cache: KVCache, self_conditioning: torch.Tensor | None) -> torch.Tensor:
-        """Return the result of ``Network.forward`` for canvases (K, C) over a cache: (K C, H) float32."""
+        """Return the result of ``Backbone.forward`` for canvases (K, C) over a cache: (K C, H) float32."""
         cache.reserve(canvases.numel())
         held = self._passes.setdefault(cache, OrderedDict())
         for key in [key for key, fixed in held.items() if fixed.generation != cache.generation]:

@@ -90,7 +90,7 @@ def attend_grouped(
 
 
 def _repeat(mask: torch.Tensor, times: int) -> torch.Tensor:
-    """Stack a mask (N, P) to (times N, P); its rows stay aligned for the kernels (``network.py``)."""
+    """Stack a mask (N, P) to (times N, P); its rows stay aligned for the kernels (``backbone.py``)."""
     rows, keys = mask.shape
     padded = mask.new_empty(times, rows, -(-keys // MASK_ALIGNMENT) * MASK_ALIGNMENT)[..., :keys]
     return padded.copy_(mask).flatten(0, 1)

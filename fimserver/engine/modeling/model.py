@@ -1,4 +1,4 @@
-"""Run one DiffusionGemma on one device: the causal encoder and the bidirectional decoder, without text.
+"""Run one model on one device, without text: prompts into a cache, rows and canvases over it.
 
     encode        prompt tokens into a KV cache   -> next-token logits
     decode        canvases over that cache        -> logits of every canvas position
@@ -12,9 +12,10 @@ import copy
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import DiffusionGemmaForBlockDiffusion
+from transformers import Qwen2ForCausalLM
 
 from fimserver.checkpoints.engine_limits import CAPTURED_LENGTH_MULTIPLE
 from fimserver.checkpoints.gpus import NO_GPU
@@ -22,17 +23,21 @@ from fimserver.checkpoints.memory import Format, Role, read_folder
 from fimserver.checkpoints.metadata import ModelMetadata, limit_context, read_metadata
 from fimserver.checkpoints.planner import count_experts_on_gpu, plan_on_gpu
 from fimserver.engine.kernels.backends import Choice, choose_matmul, find_matmul_work
+from fimserver.engine.kernels.cpu_linear import PLAIN_CPU, CpuKernels, choose_float_dtype, choose_kernels
 from fimserver.engine.kernels.devices import capture
 from fimserver.engine.kernels.expert_cache import Traffic, add_up
 from fimserver.engine.kernels.matmul import PLAIN
 from fimserver.engine.kernels.packed import count_parameters, find_packed_experts, is_packed
-from fimserver.engine.loading.weights import load_weights
+from fimserver.engine.loading.weights import is_dense_config, load_weights
 from fimserver.engine.modeling.graphs import FixedPasses
 from fimserver.engine.modeling.kv_cache import KVCache
 from fimserver.engine.modeling.layers import measured
-from fimserver.engine.modeling.network import Network, Rows, canvas_rows, causal_rows
+from fimserver.engine.modeling.qwen2 import Qwen2
+from fimserver.engine.modeling.backbone import Backbone, Rows, canvas_rows, causal_rows
+from fimserver.engine.modeling.diffusion_gemma import DiffusionGemma
 from fimserver.errors import EngineError, WeightsError
 
+_ANSWER_TOKENS = 32  # of a model without a canvas: the least room for an answer
 _logger = logging.getLogger(__name__)
 
 
@@ -41,23 +46,29 @@ class Model:
 
     def __init__(
         self,
-        reference: DiffusionGemmaForBlockDiffusion,
+        reference: Any,
         metadata: ModelMetadata,
         choice: Choice | None = None,
         *,
         consumes: bool = False,
+        cpu_kernels: CpuKernels = PLAIN_CPU,
         capture: Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]] | None = None,
     ) -> None:
-        """Build from ``reference``; ``consumes`` frees its layers' weights, ``captures`` runs passes as CUDA graphs."""
+        """Build from ``reference``; ``consumes`` frees its layers' weights, ``capture`` runs passes as CUDA graphs."""
         self.reference = reference
         self.num_parameters = count_parameters(reference)
         self.choice = choice or Choice(PLAIN)
         self._expert_caches = [m.cache for m in find_packed_experts(reference) if m.cache is not None]
-        self.network = Network(reference, self.choice.matmul, consumes=consumes)
+        self.cpu_kernels = cpu_kernels
+        self.network: Backbone
+        if isinstance(reference, Qwen2ForCausalLM):
+            self.network = Qwen2(reference, self.choice.matmul, consumes=consumes, cpu_kernels=cpu_kernels)
+        else:
+            self.network = DiffusionGemma(reference, self.choice.matmul, consumes=consumes)
         self._fixed = FixedPasses(self.network, capture) if capture and self.network.is_fixed else None
         self.metadata = metadata
-        self.text_config = reference.config.text_config
-        self.canvas_length: int = reference.config.canvas_length
+        self.text_config = reference.config.get_text_config()
+        self.canvas_length: int = metadata.canvas_length or getattr(reference.config, "canvas_length", _ANSWER_TOKENS)
         self.vocab_size: int = self.text_config.vocab_size
         self.device: torch.device = reference.device
 
@@ -71,7 +82,9 @@ class Model:
         *,
         fp4_activations: bool = False,
     ) -> "Model":
-        """Load a folder on ``device``: fp32 on CPU and MPS; on CUDA bf16, and 4-bit weights stay in 4 bits.
+        """Load a folder on ``device``; on CUDA in bf16, and 4-bit weights stay in 4 bits.
+
+        On a CPU DiffusionGemma is in float32; Qwen2 is in bf16, with packed copies for passes over few rows.
 
         If a GPU cannot hold all experts, they stay in main memory and as many of each layer as fit are on the GPU.
         ``report`` gets bytes read and total bytes; ``context_tokens`` limits prompts. ``fp4_activations`` tries kernels
@@ -79,8 +92,7 @@ class Model:
         """
         metadata = limit_context(read_metadata(folder), context_tokens)
         if device.type != "cuda":
-            network = load_weights(folder, dtype=torch.float32, report=report)
-            return cls(network.to(device), metadata)
+            return cls._load_without_cuda(folder, metadata, device, report)
         if device.index is not None:
             torch.cuda.set_device(device)  # kernels and CUDA graphs belong to the current device
         on_device = find_experts_on_device(folder, metadata.max_prompt_tokens, torch.cuda.mem_get_info(device)[0])
@@ -103,9 +115,26 @@ class Model:
             )
         return cls(network, metadata, choice, consumes=True, capture=capture)
 
+    @classmethod
+    def _load_without_cuda(
+        cls, folder: Path, metadata: ModelMetadata, device: torch.device, report: Callable[[int, int], None]
+    ) -> "Model":
+        is_dense = is_dense_config(folder)
+        dtype = choose_float_dtype() if is_dense and device.type == "cpu" else torch.float32
+        network = load_weights(folder, dtype=dtype, report=report)
+        if not (is_dense and device.type == "cpu"):
+            return cls(network.to(device), metadata)
+        layer = network.model.layers[0].mlp
+        samples = [layer.gate_proj.weight.detach(), layer.down_proj.weight.detach()] if dtype is torch.bfloat16 else []
+        kernels = choose_kernels(samples, sign=lambda: report(999, 1000)) if samples else PLAIN_CPU
+        return cls(network, metadata, consumes=True, cpu_kernels=kernels)
+
     @property
     def kernels(self) -> str:
         """Description of the matmul backend for 4-bit weights and of every one tried; empty without a choice."""
+        if self.cpu_kernels.tried:
+            tried = ", ".join(f"{name}: {found}" for name, found in self.cpu_kernels.tried.items())
+            return f"{self.cpu_kernels.description} ({tried})"
         tried = ", ".join(f"{name}: {found}" for name, found in self.choice.tried.items())
         return f"{self.choice.matmul.name} ({tried})" if tried else ""
 

@@ -151,12 +151,13 @@ def test_a_whole_model_through_the_kernels(kernels: ModuleType, random_model: Mo
     """Every matrix product of the network, encoder and decoder, by Triton instead of plain torch."""
     from support.checkpoints import EVERYTHING, repack
 
-    from fimserver.engine.modeling.network import Network, causal_rows
+    from fimserver.engine.modeling.backbone import causal_rows
+from fimserver.engine.modeling.diffusion_gemma import DiffusionGemma
 
     network = repack(random_model.reference, EVERYTHING)
     results = []
     for matmul in (PLAIN, kernels.TritonMatmul(dtype=torch.float32, exact=True)):
-        forward = Network(network, matmul)
+        forward = DiffusionGemma(network, matmul)
         with torch.inference_mode():
             results.append(forward.forward(causal_rows([2, 77, 901, 5], 0, CPU), forward.new_cache()))
     check(results[1], results[0], 1e-5)

@@ -35,7 +35,8 @@ from fimserver.engine.loading import checkpoint
 from fimserver.engine.loading.quantization_config import read_quantization
 from fimserver.engine.loading.weights import CPU, load_weights
 from fimserver.engine.modeling.model import Model
-from fimserver.engine.modeling.network import Network, causal_rows
+from fimserver.engine.modeling.backbone import causal_rows
+from fimserver.engine.modeling.diffusion_gemma import DiffusionGemma
 from fimserver.errors import WeightsError
 
 CONTEXT = FimContext("def f(x):\n    return ", "\n", "a.py", "python", Hole(HoleKind.REST_OF_LINE, 1, 8))
@@ -383,7 +384,7 @@ def test_a_network_releases_the_weights_that_it_has_read(tmp_path: Path, random_
     kept = Model(reference, Model.load(folder, CPU).metadata)
     before = kept.encode([2, 5, 9], kept.new_cache())
     emptied = load_weights(folder, dtype=torch.float32, keeps_nvfp4=True)
-    network = Network(emptied, consumes=True)
+    network = DiffusionGemma(emptied, consumes=True)
     for layer in (*emptied.model.decoder.layers, *emptied.model.encoder.language_model.layers):
         assert not sum(p.numel() for p in layer.parameters() if p.dim() > 1)
         assert all(m._weights is None for m in layer.modules() if isinstance(m, PackedLinear))

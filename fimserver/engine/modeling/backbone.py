@@ -1,41 +1,28 @@
-"""Compute the class's forward pass for interactive requests: few tokens, one sequence, any attention mask.
+"""Compute a model's forward pass for interactive requests: few tokens, one sequence, any attention mask.
 
     Rows       tokens of one pass: ids, positions, mask; the last ones may be canvases
-    Network    rows over a cache -> hidden states; keys are written after the prompt, kept only on request
+    Backbone   rows over a cache -> hidden states; keys are written after the prompt, kept only on request
 
-transformers' modules serve batches, any mask and training, and take two to three times as long for one token on a
-CPU. Encoder and decoder share their weights, so one pass may hold both: draft tokens to verify, and canvases after
-them that draft what follows (the training pass is packed the same way).
+What every backbone shares is here: embedding, the loop over layers, masks, rotations, the cache. ``diffusion_gemma.py``
+and ``qwen2.py`` are the backbones. transformers' modules serve batches, any mask and training, and take two to three
+times as long for one token on a CPU.
 
 Knows:   tensors, weights.  Never: text, prompts, stopping.
 Shapes:  N rows, P cached tokens, H hidden size, D head size.
-Equal:   to transformers' own modules, within float rounding (tests/engine/modeling/test_network.py).
+Equal:   to transformers' own modules, within float rounding (tests/engine/modeling/).
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch.nn import functional
-from transformers import DiffusionGemmaForBlockDiffusion
 
 from fimserver.checkpoints.engine_limits import MARGIN_TOKENS, MAX_TABLED_POSITIONS
-from fimserver.engine.kernels.matmul import PLAIN, MatmulBackend
-from fimserver.engine.kernels.packed import find_packed_experts
 from fimserver.engine.modeling.kv_cache import CacheShape, KVCache
-from fimserver.engine.modeling.layers import (
-    MASK_ALIGNMENT,
-    AttentionPlan,
-    Layer,
-    Linear,
-    measured,
-    project,
-    release_weights,
-    rms,
-)
-from fimserver.errors import WeightsError
-
-_ACTIVATION = "gelu_pytorch_tanh"  # the activation in triton_kernels.py and the other backends
+from fimserver.engine.modeling.layers import MASK_ALIGNMENT, AttentionPlan, measured, rms
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,51 +62,70 @@ def canvas_rows(canvases: torch.Tensor, cached: int) -> Rows:
     return Rows(canvases.flatten(), positions, sees, cached + length, canvases.numel(), origins)
 
 
-class Network:
+class BackboneLayer(Protocol):
+    """One layer: its sizes, attention, and feed-forward."""
+
+    kind: str
+    head_size: int
+    num_kv_heads: int
+
+    def attend(
+        self,
+        x: torch.Tensor,
+        cache: KVCache,
+        index: int,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        plan: AttentionPlan,
+    ) -> torch.Tensor:
+        """Return the residual stream (N, H) after attention over the planned keys of the cache and these rows."""
+
+    def feed_forward(self, x: torch.Tensor, num_canvas: int = 0) -> torch.Tensor:
+        """Return the residual stream (N, H) after the feed-forward part; canvas rows are last."""
+
+
+class Backbone(ABC):
     """The forward pass over the weights of transformers' own model."""
 
-    def __init__(
-        self, reference: DiffusionGemmaForBlockDiffusion, matmul: MatmulBackend = PLAIN, *, consumes: bool = False
+    def __init__(  # noqa: PLR0913  what all backbones have
+        self,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        embedding: torch.Tensor,
+        scale: float,
+        norm: torch.Tensor,
+        eps: float,
+        layers: Sequence[BackboneLayer],
+        window: int | None,
     ) -> None:
-        """Build from ``reference``; ``matmul`` multiplies by 4-bit weights, ``consumes`` frees layers as they are read.
-
-        Raises ``WeightsError`` if experts in 4 bits have another activation than the class's.
-        """
-        decoder = reference.model.decoder
-        encoder = reference.model.encoder.language_model
-        config = reference.config.text_config
-        if config.hidden_activation != _ACTIVATION and find_packed_experts(reference):
-            msg = (
-                f"experts in 4 bits are computed with {_ACTIVATION}, this model has {config.hidden_activation}; use a "
-            )
-            msg += "checkpoint of it in bf16"
-            raise WeightsError(msg)
-        self.device: torch.device = reference.device
-        self.dtype: torch.dtype = reference.dtype
-        self._rotary = decoder.rotary_emb
+        """Build from the ``embedding`` (V, H) and its ``scale``, the ``layers``, and the final ``norm`` (H,)."""
+        self.device, self.dtype = device, dtype
+        self._embedding, self._scale = embedding, scale
+        self._norm, self._eps = norm, eps
+        self._layers = layers
+        self._window = window
         self._tables: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._embedding: torch.Tensor = decoder.embed_tokens.weight
-        self._scale = float(decoder.embed_tokens.scalar_embed_scale)
-        self._head = Linear(reference.lm_head.weight)
-        self._softcap: float = reference.final_logit_softcapping
-        conditioning = decoder.self_conditioning
-        self._condition_norm: torch.Tensor = conditioning.pre_norm.weight.float()
-        self._condition_into = project([conditioning.gate_proj, conditioning.up_proj], matmul)
-        self._condition_out = project([conditioning.down_proj], matmul)
-        self._act = conditioning.act_fn
-        self._eps: float = config.rms_norm_eps
-        self._norm: torch.Tensor = decoder.norm.weight.float()
-        self._window: int = config.sliding_window
-        self._layers = []
-        for layer, causal in zip(decoder.layers, encoder.layers, strict=True):
-            self._layers.append(Layer(layer, self._eps, matmul, float(causal.layer_scalar)))
-            if consumes:
-                release_weights(layer)
-                release_weights(causal)
-        if consumes:
-            release_weights(conditioning)
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()  # torch would keep the freed memory of the layers' copies
+
+    @abstractmethod
+    def to_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Apply the head: hidden states (N, H) to logits (N, V) float32."""
+
+    @property
+    @abstractmethod
+    def is_fixed(self) -> bool:
+        """Return whether passes of one shape always run the same kernels, so that they can be captured."""
+
+    @abstractmethod
+    def condition(self, x: torch.Tensor, self_conditioning: torch.Tensor | None) -> torch.Tensor:
+        """Return the input (N, H) of canvas rows, conditioned on the last step where the model supports that."""
+
+    @abstractmethod
+    def to_self_conditioning(self, logits: torch.Tensor, top: int | None = None) -> torch.Tensor:
+        """Return the mean embeddings (C, H) under logits (C, V); with ``top``, under the most likely tokens only."""
+
+    @abstractmethod
+    def _compute_angles(self, kind: str, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cosines and sines (1, N, D) of a kind of layer at positions (N,), as transformers does."""
 
     def new_cache(self, margin_tokens: int = MARGIN_TOKENS) -> KVCache:
         """Create an empty cache."""
@@ -148,7 +154,7 @@ class Network:
             x = self.embed(rows.token_ids)
         if rows.num_canvas:
             with measured("self_conditioning"):
-                x = torch.cat((x[: -rows.num_canvas], self._condition(x[-rows.num_canvas :], self_conditioning)))
+                x = torch.cat((x[: -rows.num_canvas], self.condition(x[-rows.num_canvas :], self_conditioning)))
         for i, layer in enumerate(self._layers):
             with measured("attention"):
                 x = layer.attend(x, cache, i, rotary[layer.kind], plans[layer.kind])
@@ -160,44 +166,10 @@ class Network:
         """Return embeddings (N, H) float32 of token ids (N,)."""
         return functional.embedding(token_ids, self._embedding).float() * self._scale
 
-    def to_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Apply head and soft cap: (N, H) to (N, V) float32."""
-        with measured("lm_head"):
-            logits = self._head(hidden.to(self.dtype)).float()
-            return torch.tanh(logits / self._softcap) * self._softcap
-
-    def to_self_conditioning(self, logits: torch.Tensor, top: int | None = None) -> torch.Tensor:
-        """Return the mean embeddings (C, H) under logits (C, V); with ``top``, under the most likely tokens only."""
-        with measured("self_conditioning"):
-            if top is None:
-                probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
-                self_conditioning = probabilities.to(self.dtype) @ self._embedding
-            else:
-                values, ids = logits.topk(top, dim=-1)
-                total = torch.logsumexp(logits.float(), dim=-1, keepdim=True)
-                weights = torch.exp(values.float() - total).to(self.dtype)
-                self_conditioning = (weights[:, None, :] @ functional.embedding(ids, self._embedding))[:, 0]
-                self_conditioning = self_conditioning * (
-                    values[:, :1] > values[:, -1:]
-                )  # uniform logits give no condition
-            return self_conditioning.float() * self._scale
-
-    def _condition(self, x: torch.Tensor, self_conditioning: torch.Tensor | None) -> torch.Tensor:
-        if self_conditioning is not None:
-            normed = (rms(self_conditioning, self._eps) * self._condition_norm).to(self.dtype)
-            gate, up = self._condition_into(normed).chunk(2, dim=-1)
-            x = x + self._condition_out(self._act(gate) * up).float()
-        return rms(x, self._eps)
-
     @property
     def hidden_size(self) -> int:
         """H."""
         return self._embedding.shape[1]
-
-    @property
-    def is_fixed(self) -> bool:
-        """Return whether passes of one shape always run the same kernels; experts in floats do not."""
-        return not any(layer.reads_choices for layer in self._layers)
 
     def first_layers(self) -> dict[int, str]:
         """Return the first layer of each kind; all layers of a kind have buffers of equal length."""
@@ -234,7 +206,7 @@ class Network:
         return {kind: (cosines[positions], sines[positions]) for kind, (cosines, sines) in self._tables.items()}
 
     def _compute_rotation(self, kind: str, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        cosines, sines = self._rotary(torch.zeros(1, device=self.device), positions[None], kind)
+        cosines, sines = self._compute_angles(kind, positions)
         half = sines.shape[-1] // 2
         signed = torch.cat((-sines[0, :, :half], sines[0, :, half:]), dim=-1)
         return cosines[0, :, None].float().contiguous(), signed[:, None].float().contiguous()
@@ -243,8 +215,9 @@ class Network:
         """Return the attention plan of each kind of layer, from the first key that any row sees."""
         n, cached = len(rows.token_ids), cache.length
         whole = AttentionPlan(cached, 0, cached + n, self._mask_rows(rows, 0, cached))
-        if cached + n < self._window:
-            return {"full_attention": whole, "sliding_attention": whole}  # sliding layers have not dropped anything yet
+        if self._window is None or cached + n < self._window:
+            # sliding layers have not dropped anything yet
+            return {"full_attention": whole, "sliding_attention": whole}
         first = max(0, cached - self._window + 1)  # every row is at or after the end of the cache
         near = self._near(rows, torch.arange(first, cached, device=self.device))
         mask = self._mask_rows(rows, first, cached)
@@ -261,6 +234,7 @@ class Network:
         if rows.num_canvas and rows.origins is not None:
             origins[-rows.num_canvas :] = rows.origins
         at = torch.cat((cached_positions, rows.positions))
+        assert self._window is not None
         near = at[None] > origins[:, None] - self._window
         if rows.num_canvas:
             near[-rows.num_canvas :, -rows.num_canvas :] = True  # a canvas sees itself at any length

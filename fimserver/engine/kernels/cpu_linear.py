@@ -1,0 +1,233 @@
+"""Multiply by bf16 weights on a CPU: packed in 4 or 8 bits for few rows, as they are for many.
+
+A pass over a few rows waits for the weights to arrive from memory, so weights in 8 bits take half of the time, and
+weights in 4 bits a quarter. A pass over many rows is arithmetic, which bf16 does faster. The kernels are torch's own:
+
+    int4   ``_weight_int4pack_mm_for_cpu``: groups of 32 weights of a row share a scale and a zero
+    int8   ``_weight_int8pack_mm``: a row shares a scale
+    bf16   ``x @ weight.T``
+
+    choose_kernels   tries them on weights of the model: which are right, and the fastest for each number of rows
+    CpuLinear        one matrix, with the packed copy that represents it closely enough
+
+Knows:   tensors, a clock.  Never: modules, prompts.
+Shapes:  R rows, K columns, N rows of the matrix.
+Equal:   to the product with the matrix in float32, within ``TOLERANCE`` (tests/engine/kernels/test_cpu_linear.py).
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import torch
+
+TOLERANCE = 0.02  # root mean square of a product's error, relative to the product's
+_GROUP = 32  # weights per scale of int4
+_PROBED_ROWS = 64  # of a matrix, to see whether 4 bits represent it
+_LEVELS = (15, 14, 13, 12, 11, 10, 9, 8)  # steps between a group's least and greatest weight that are tried
+_TRIED_ROWS = (1, 2, 4, 8, 16, 32)
+_REPEATS = 7
+_logger = logging.getLogger(__name__)
+_Product = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Kernel(StrEnum):
+    """How a matrix is held for a product."""
+
+    INT4 = "int4"
+    INT8 = "int8"
+    BF16 = "bf16"
+
+
+@dataclass(frozen=True, slots=True)
+class CpuKernels:
+    """Which packed kernels are used, each up to a number of rows; and what was tried, in words.
+
+    Without any, matrices are multiplied as they are.
+    """
+
+    most_rows: dict[Kernel, int] = field(default_factory=dict)
+    tried: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def description(self) -> str:
+        """The kernels and their numbers of rows, for display."""
+        packed = [f"{kernel} up to {rows} rows" for kernel, rows in self.most_rows.items()]
+        return ", ".join([*packed, "bf16"]) if packed else ""
+
+
+PLAIN_CPU = CpuKernels()
+
+
+class CpuLinear:
+    """A projection by ``weight`` (N, K), which stays in place; its packed copy serves passes over few rows."""
+
+    def __init__(self, weight: torch.Tensor, kernels: CpuKernels = PLAIN_CPU) -> None:
+        self.dtype = weight.dtype
+        self._matrix = weight.detach().t()
+        self._most_rows, self._narrow = 0, self._multiply
+        for kernel, rows in kernels.most_rows.items():  # the smallest first
+            product = _PACK[kernel](weight.detach()) if rows else None
+            if product is not None:
+                self._most_rows, self._narrow = rows, product
+                break
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Project ``x`` (R, K) to (R, N)."""
+        return self._narrow(x) if x.shape[0] <= self._most_rows else self._multiply(x)
+
+    def _multiply(self, x: torch.Tensor) -> torch.Tensor:
+        product: torch.Tensor = x @ self._matrix
+        return product
+
+
+def pack_int8(weight: torch.Tensor) -> _Product | None:
+    """Return the product by ``weight`` (N, K) in 8 bits, ``None`` if that differs too much."""
+    scale = weight.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-30) / 127
+    packed = torch.empty(weight.shape, dtype=torch.int8)
+    error = total = 0.0
+    for part in _slices(weight):
+        whole = weight[part].float()
+        codes = torch.round(whole / scale[part])
+        packed[part] = codes.to(torch.int8)
+        error += float((codes * scale[part] - whole).square().sum())
+        total += float(whole.square().sum())
+    if not _is_close(error, total):
+        return None
+    scales = scale.flatten().bfloat16()
+    return lambda x: torch._weight_int8pack_mm(x, packed, scales)  # noqa: SLF001  torch's kernel has no public name
+
+
+def pack_int4(weight: torch.Tensor) -> _Product | None:
+    """Return the product by ``weight`` (N, K) in 4 bits, ``None`` if that differs too much.
+
+    It is close for weights that were in 4 bits in groups of 32 before, as in many GGUF files, and rarely for others.
+    """
+    rows, columns = weight.shape
+    if columns % _GROUP or rows % _GROUP or not _is_close(*_to_codes(weight[:_PROBED_ROWS])[2:]):
+        return None
+    scales = torch.empty(columns // _GROUP, rows, 2, dtype=torch.bfloat16)
+    all_codes = torch.empty(rows, columns, dtype=torch.int32)
+    error = total = 0.0
+    for part in _slices(weight):
+        codes, pairs, own_error, own_total = _to_codes(weight[part])
+        all_codes[part] = codes
+        scales[:, part] = pairs
+        error, total = error + own_error, total + own_total
+    if not _is_close(error, total):
+        return None
+    packed = torch._convert_weight_to_int4pack_for_cpu(all_codes, 1)  # noqa: SLF001  torch's kernels have no public name
+    return lambda x: torch._weight_int4pack_mm_for_cpu(x, packed, _GROUP, scales)  # noqa: SLF001
+
+
+def _to_codes(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float, float]:
+    """Return codes (N, K), scales with zeros (K / 32, N, 2), the squared error, and the squared size.
+
+    A weight is ``(code - 8) * scale + zero``. A group's least and greatest weight need not be 15 steps apart, so
+    smaller numbers of steps are tried too: one of them finds the codes of a group that was in 4 bits before.
+    """
+    groups = weight.float().view(len(weight), -1, _GROUP)
+    least, most = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    best_error = torch.full_like(least, torch.inf)
+    best_scale, best_zero = torch.ones_like(least), least.clone()
+    for levels in _LEVELS:
+        scale = ((most - least) / levels).bfloat16().float().clamp(min=1e-30)
+        zero = (least + 8 * scale).bfloat16().float()
+        codes = torch.round((groups - zero) / scale + 8).clamp(0, 15)
+        error = ((codes - 8) * scale + zero - groups).square().sum(-1, keepdim=True)
+        is_better = error < best_error * 0.999
+        best_error = torch.where(is_better, error, best_error)
+        best_scale = torch.where(is_better, scale, best_scale)
+        best_zero = torch.where(is_better, zero, best_zero)
+    codes = torch.round((groups - best_zero) / best_scale + 8).clamp(0, 15)
+    pairs = torch.cat((best_scale, best_zero), dim=-1).transpose(0, 1)
+    return codes.view(weight.shape).to(torch.int32), pairs.bfloat16(), float(best_error.sum()), _squared(groups)
+
+
+def _squared(numbers: torch.Tensor) -> float:
+    return float(numbers.square().sum())
+
+
+def _is_close(error: float, total: float) -> bool:
+    return math.isfinite(error) and error <= TOLERANCE**2 * total
+
+
+def _slices(weight: torch.Tensor) -> Iterable[slice]:
+    """Yield rows of a matrix, few enough for float32 copies."""
+    step = max(_GROUP, 2**22 // weight.shape[1])
+    return (slice(first, min(first + step, len(weight))) for first in range(0, len(weight), step))
+
+
+_PACK: dict[Kernel, Callable[[torch.Tensor], _Product | None]] = {Kernel.INT4: pack_int4, Kernel.INT8: pack_int8}
+
+
+def choose_kernels(samples: Sequence[torch.Tensor], sign: Callable[[], None] = lambda: None) -> CpuKernels:
+    """Try every packed kernel on weights (N, K) of a model; return those that are right, and up to how many rows.
+
+    ``sign`` is called between trials. The order is that of the fewest bytes.
+    """
+    tried: dict[str, str] = {}
+    most_rows: dict[Kernel, int] = {}
+    generator = torch.Generator().manual_seed(0)
+    for kernel, pack in _PACK.items():
+        try:
+            found = _find_rows(pack, samples, generator, sign)
+        except (RuntimeError, AttributeError, NotImplementedError) as error:  # not built for this CPU
+            tried[kernel] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            _logger.info("%s cannot be used on this CPU: %s", kernel, tried[kernel])
+            continue
+        tried[kernel] = f"up to {found} rows" if isinstance(found, int) else found
+        if isinstance(found, int) and found:
+            most_rows[kernel] = found
+    return CpuKernels(most_rows, tried)
+
+
+def _find_rows(
+    pack: Callable[[torch.Tensor], _Product | None],
+    samples: Sequence[torch.Tensor],
+    generator: torch.Generator,
+    sign: Callable[[], None],
+) -> int | str:
+    """Return the most rows for which a kernel is faster than bf16 on the samples it can represent, or what is wrong."""
+    pairs = [(product, weight) for weight in samples if (product := pack(weight)) is not None]
+    if not pairs:
+        return "differs too much from these weights"
+    found = 0
+    for rows in _TRIED_ROWS:
+        packed_s = plain_s = 0.0
+        for product, weight in pairs:
+            sign()
+            x = torch.randn(rows, weight.shape[1], generator=generator).to(weight.dtype)
+            expected = x.float() @ weight.float().t()
+            error = float((product(x).float() - expected).norm() / expected.norm())
+            if not error <= 2 * TOLERANCE:  # the activations are rounded too; also true for NaN
+                return f"differs by {error:.1%}"
+            matrix = weight.t()
+            packed_s += _measure(lambda x=x, product=product: product(x))
+            plain_s += _measure(lambda x=x, matrix=matrix: x @ matrix)
+        if packed_s >= plain_s:
+            break
+        found = rows
+    return found
+
+
+def _measure(run: Callable[[], torch.Tensor]) -> float:
+    """Return the least seconds of several runs."""
+    times = []
+    for _ in range(_REPEATS):
+        begin = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def choose_float_dtype() -> torch.dtype:
+    """Return bf16, or float32 on a CPU that multiplies bf16 more slowly."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(size, 1024, generator=generator) for size in (64, 2048))
+    x_bf16, weight_bf16 = x.bfloat16(), weight.bfloat16()
+    is_slower = _measure(lambda: x_bf16 @ weight_bf16.t()) > _measure(lambda: x @ weight.t())
+    return torch.float32 if is_slower else torch.bfloat16
