@@ -1,0 +1,112 @@
+"""Qwen2's backbone against transformers' Qwen2ForCausalLM: causal, with a full mask, and in pieces."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from fimserver.engine.kernels.nvfp4 import quantize
+from fimserver.engine.kernels.packed import put_weight
+from fimserver.engine.modeling.backbone import Rows, causal_rows
+from fimserver.engine.modeling.qwen2 import Qwen2
+
+CLOSE = {"atol": 2e-4, "rtol": 2e-4}
+
+
+def make_network(*, tied: bool = True, heads: int = 4, kv_heads: int = 2) -> Qwen2ForCausalLM:
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=3,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+        initializer_range=0.3,
+    )
+    network = Qwen2ForCausalLM(config).eval()
+    for name, parameter in network.named_parameters():
+        if name.endswith("bias"):  # zero in a new model, and far from zero in trained ones
+            torch.nn.init.normal_(parameter, std=0.5)
+    return network
+
+
+def draw(length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 512, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (4, 1), (4, 4)])
+@torch.inference_mode()
+def test_a_causal_pass_equals_transformers(heads: int, kv_heads: int, *, tied: bool) -> None:
+    reference = make_network(tied=tied, heads=heads, kv_heads=kv_heads)
+    ids = draw(40)
+    theirs = reference(ids[None]).logits[0]
+    backbone = Qwen2(reference)
+    hidden = backbone.forward(causal_rows(ids.tolist(), 0, backbone.device), backbone.new_cache())
+    torch.testing.assert_close(backbone.to_logits(hidden), theirs, **CLOSE)
+
+
+@torch.inference_mode()
+def test_a_pass_with_a_full_mask_equals_transformers() -> None:
+    reference = make_network()
+    ids = draw(30)
+    visible = torch.zeros(1, 1, 30, 30)
+    theirs = reference(ids[None], attention_mask=visible).logits[0]
+    backbone = Qwen2(reference)
+    hidden = backbone.forward(Rows(ids, torch.arange(30), None, 30), backbone.new_cache())
+    torch.testing.assert_close(backbone.to_logits(hidden), theirs, **CLOSE)
+
+
+@torch.inference_mode()
+def test_rows_over_a_cache_equal_one_pass() -> None:
+    backbone = Qwen2(make_network())
+    ids = draw(50).tolist()
+    whole = backbone.forward(causal_rows(ids, 0, backbone.device), backbone.new_cache())
+    cache = backbone.new_cache()
+    pieces = []
+    for start, end in ((0, 17), (17, 18), (18, 50)):
+        pieces.append(backbone.forward(causal_rows(ids[start:end], start, backbone.device), cache))
+        cache.keep(range(end - start))
+    torch.testing.assert_close(torch.cat(pieces), whole, **CLOSE)
+
+
+@torch.inference_mode()
+def test_projections_in_4_bits_keep_their_biases() -> None:
+    reference = make_network()
+    packed, expanded = make_network(), make_network()
+    for name, parameter in reference.named_parameters():
+        if name.endswith("_proj.weight"):
+            weight = quantize(parameter.detach())
+            put_weight(packed, name, weight)
+            put_weight(expanded, name, weight.dequantize(torch.float32))
+    ids = draw(20).tolist()
+    found = []
+    for network in (packed, expanded):
+        backbone = Qwen2(network)
+        hidden = backbone.forward(causal_rows(ids, 0, backbone.device), backbone.new_cache())
+        found.append(backbone.to_logits(hidden))
+    torch.testing.assert_close(*found, **CLOSE)
+    torch.testing.assert_close(packed(torch.tensor(ids)[None]).logits[0], found[0], **CLOSE)
+
+
+@pytest.mark.skipif("FIMSERVER_TEST_QWEN2" not in os.environ, reason="FIMSERVER_TEST_QWEN2 names no model folder")
+@torch.inference_mode()
+def test_a_real_model_equals_transformers() -> None:
+    folder = Path(os.environ["FIMSERVER_TEST_QWEN2"])
+    from fimserver.engine.loading.weights import load_weights
+
+    reference = load_weights(folder, dtype=torch.float32)
+    ids = torch.tensor([750, 923, 2877, 11, 293, 982, 262, 470, 264, 488, 293, 271])
+    for mask in (None, torch.zeros(1, 1, len(ids), len(ids))):
+        theirs = reference(ids[None], attention_mask=mask).logits[0]
+        backbone = Qwen2(reference)
+        rows = causal_rows(ids.tolist(), 0, backbone.device)
+        if mask is not None:
+            rows = Rows(ids, torch.arange(len(ids)), None, len(ids))
+        ours = backbone.to_logits(backbone.forward(rows, backbone.new_cache()))
+        torch.testing.assert_close(ours, theirs, atol=5e-3, rtol=1e-3)
