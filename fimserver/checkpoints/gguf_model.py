@@ -164,6 +164,9 @@ def write_folder(path: Path, folder: Path, check: Callable[[Path], object] = lam
         if folder.exists():
             folder.replace(old)
         new.replace(folder)
+    except WeightsError as error:  # the temporary name would mean nothing to the user
+        msg = f"{path.name}: {str(error).replace(f'{new}{os.sep}', '').replace(f'{new}: ', '')}"
+        raise WeightsError(msg) from error
     except OSError as error:
         msg = f"{folder} cannot be written ({error}); check the disk and the permissions of {folder.parent}"
         raise WeightsError(msg) from error

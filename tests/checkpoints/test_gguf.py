@@ -291,13 +291,13 @@ def test_a_file_that_fails_the_checks_is_not_added(
     file: Path, home: Path, unchecked: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(folder: Path) -> None:
-        msg = f"{folder} is wrong"
+        msg = f"{folder / 'config.json'} is wrong"
         raise WeightsError(msg)
 
     monkeypatch.setattr(model_commands, "_check_weights", refuse)
     refused = run("add", file, "--name", "mine")
     assert refused.exit_code == 1
-    assert "is wrong" in refused.stderr
+    assert f"{file.name}: config.json is wrong" in refused.stderr
     assert list((home / "data" / "gguf").iterdir()) == []
     assert read_record() == {}
 
