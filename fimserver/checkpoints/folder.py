@@ -6,6 +6,7 @@ from typing import Any
 
 from fimserver.errors import WeightsError
 
+GGUF_FILE = "model.gguf"
 DAMAGED = "the download is incomplete or damaged: copy the model folder again"
 
 
@@ -23,10 +24,19 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a folder: one, or the shards that the index names."""
+    """Return the weights of a folder: one safetensors file, the shards that the index names, or a GGUF file."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists():
         return [single]
+    gguf = folder / GGUF_FILE
+    if not index.exists() and gguf.exists():
+        return [gguf]
+    if not index.exists() and gguf.is_symlink():
+        msg = (
+            f"{gguf} is a link to {gguf.readlink()}, which is missing; "
+            "put the file there again, or add it at its new place with: fimserver model add FILE"
+        )
+        raise WeightsError(msg)
     if not index.exists():
         msg = f"{folder} holds no model.safetensors; point fimserver.model at a checkpoint folder"
         raise WeightsError(msg)

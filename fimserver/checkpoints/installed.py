@@ -5,6 +5,9 @@
     list_models     shipped, added and known models
     find_removal    what a removal would free
 
+A model on the hub has a name with a slash, ``owner/name``. That of a GGUF file on the disk has a name without one, and
+its folder is fimserver's own, with a link to the user's file.
+
 Knows:   the record of added models, the Hugging Face cache.  Never: the network, tensors.
 Raises:  ``WeightsError`` with the remedy.
 """
@@ -12,6 +15,7 @@ Raises:  ``WeightsError`` with the remedy.
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,14 +25,16 @@ from fimserver.errors import WeightsError
 from fimserver.paths import data_folder
 
 _NAME = re.compile(r"^[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*$", re.ASCII)
+_LOCAL_NAME = re.compile(r"^[A-Za-z0-9_][\w.-]*$", re.ASCII)
 MAIN_BRANCH = "main"
+LOCAL = "local"  # the revision of a GGUF file on the disk
 WEIGHTS_SUFFIX = ".safetensors"
 NEEDED_FILES = ("config.json", "tokenizer.json")
 INDEX_FILE = "model.safetensors.index.json"
 
 
 def find_model(name: str) -> Path:
-    """Return the folder of a shipped model's name, a path, or an added hub name. Raises ``WeightsError``."""
+    """Return the folder of a shipped model's name, a path, or an added name. Raises ``WeightsError``."""
     shipped = shipped_names()
     if name in shipped:
         return SHIPPED_MODELS / name
@@ -37,6 +43,9 @@ def find_model(name: str) -> Path:
         return folder
     if added := find_added(name):
         return added
+    if folder.suffix.lower() == ".gguf" and folder.is_file():
+        msg = f"{name} is a file, not a model's name; add it first with: fimserver model add {name}"
+        raise WeightsError(msg)
     if is_hub_name(name.partition("@")[0]):
         msg = (
             f"model {name!r} is neither a folder nor downloaded nor one of: {', '.join(shipped)}; "
@@ -70,17 +79,28 @@ class ListedModel:
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """What a removal would free; ``execute`` does it."""
+    """What a removal would free; ``execute`` does it. Other programs may use the files of a shared folder."""
 
     name: str
     num_bytes: int
     folder: Path
     execute: Callable[[], None]
+    is_shared: bool = True
 
 
 def is_hub_name(text: str) -> bool:
     """Return whether a text could be ``owner/name``."""
     return bool(_NAME.match(text)) and "--" not in text and ".." not in text
+
+
+def is_local_name(text: str) -> bool:
+    """Return whether a text can be the name of a GGUF file's model, which is also the name of its folder."""
+    return bool(_LOCAL_NAME.match(text)) and ".." not in text and not text.endswith(".")
+
+
+def gguf_folder() -> Path:
+    """Return the folder that holds a folder for each added GGUF file."""
+    return data_folder() / "gguf"
 
 
 def find_recorded(text: str) -> AddedModel | None:
@@ -93,15 +113,17 @@ def find_recorded(text: str) -> AddedModel | None:
 def find_added(text: str) -> Path | None:
     """Return the folder of ``owner/name[@revision]`` by the record, else by the Hugging Face cache, or ``None``.
 
+    The name of a GGUF file's model is only in the record.
+
     huggingface_hub is imported only for a name that is not in the record.
     """
     name, _, revision = text.partition("@")
-    if not is_hub_name(name):
+    if not is_hub_name(name) and not is_local_name(name):
         return None
     added = find_recorded(text)
     if added is not None and (Path(added.folder) / "config.json").is_file():
         return Path(added.folder)
-    return _find_cached(name, revision or MAIN_BRANCH)
+    return _find_cached(name, revision or MAIN_BRANCH) if is_hub_name(name) else None
 
 
 def _find_cached(name: str, revision: str) -> Path | None:
@@ -149,7 +171,9 @@ def list_models() -> list[ListedModel]:
 
 
 def _folder_bytes(folder: Path) -> int | None:
-    """Return the size of the files in a folder; ``None`` if it is gone."""
+    """Return the size of the files in a folder; ``None`` if it is gone, or a file that it links to."""
+    if folder.is_dir() and any(f.is_symlink() and not f.exists() for f in folder.iterdir()):
+        return None
     return sum(f.stat().st_size for f in folder.iterdir() if f.is_file()) if folder.is_dir() else None
 
 
@@ -159,6 +183,8 @@ def find_removal(name: str) -> Removal:
     Raises ``WeightsError`` if neither the record nor the cache has it.
     """
     added = read_record().get(name)
+    if added is not None and added.revision == LOCAL:
+        return _find_local_removal(added)
     prepare_hub()
     from huggingface_hub import constants, scan_cache_dir  # noqa: PLC0415
     from huggingface_hub.errors import CacheNotFound  # noqa: PLC0415
@@ -187,6 +213,19 @@ def find_removal(name: str) -> Removal:
 
     folder = cache / f"models--{name.replace('/', '--')}"
     return Removal(name, strategy.expected_freed_size if strategy else 0, folder, execute)
+
+
+def _find_local_removal(added: AddedModel) -> Removal:
+    """Return what to remove of a GGUF file's model: its folder with a link, never the file."""
+    folder = Path(added.folder)
+
+    def execute() -> None:
+        change_record(lambda record: {key: value for key, value in record.items() if key != added.name})
+        if folder.parent == gguf_folder():
+            shutil.rmtree(folder, ignore_errors=True)  # links in it are removed, not followed
+
+    own = (f for f in folder.iterdir() if not f.is_symlink() and f.stat().st_nlink == 1) if folder.is_dir() else ()
+    return Removal(added.name, sum(f.stat().st_size for f in own), folder, execute, is_shared=False)
 
 
 def record_file() -> Path:

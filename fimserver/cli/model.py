@@ -11,23 +11,33 @@ from typing import Any
 
 import click
 
+from fimserver.checkpoints.gguf import GGUF_SUFFIX
 from fimserver.cli.options import exit_on_error, run_measurement, with_progress
 from fimserver.errors import FimserverError
 
 
 @click.group()
 def model() -> None:
-    """Add published models by name, list and remove them. Only `model add` downloads models."""
+    """Add published models by name and GGUF files, list and remove them. Only `model add` downloads models."""
 
 
 @model.command(name="add")
-@click.argument("name", metavar="OWNER/NAME[@REVISION]")
+@click.argument("name", metavar="OWNER/NAME[@REVISION]|FILE.gguf")
 @click.option("--yes", is_flag=True, help="Download without asking.")
-def add(name: str, yes: bool) -> None:  # noqa: FBT001
-    """Download a published model to the Hugging Face cache.
+@click.option("--name", "own_name", metavar="NAME", help="Name of a GGUF file's model; the file's name by default.")
+def add(name: str, yes: bool, own_name: str | None) -> None:  # noqa: FBT001
+    """Download a published model to the Hugging Face cache, or add a GGUF file from your disk.
 
-    Shows its license and size first. An interrupted download continues where it stopped.
+    Shows its license and size first. An interrupted download continues where it stopped. A GGUF file stays where it
+    is; nothing is downloaded for it.
     """
+    file = Path(name).expanduser()
+    if file.suffix.lower() == GGUF_SUFFIX or file.is_file():
+        _add_file(file, own_name)
+        return
+    if own_name is not None:
+        msg = "--name is for a GGUF file; a published model keeps its name"
+        raise click.UsageError(msg)
     from fimserver.checkpoints.hub import add_model, find_offer, parse_name  # noqa: PLC0415
     from fimserver.checkpoints.installed import to_gigabytes  # noqa: PLC0415
 
@@ -58,6 +68,30 @@ def add(name: str, yes: bool) -> None:  # noqa: FBT001
         )
         click.echo(f"added {added.name}, {added.folder}")
         click.echo(f'Set fimserver.model to "{added.name}", or use: --model {added.name}', err=True)
+
+
+def _add_file(file: Path, name: str | None) -> None:
+    from fimserver.checkpoints.gguf import read_gguf  # noqa: PLC0415
+    from fimserver.checkpoints.gguf_model import add_gguf, choose_name  # noqa: PLC0415
+    from fimserver.checkpoints.installed import to_gigabytes  # noqa: PLC0415
+
+    with exit_on_error():
+        header = read_gguf(file)
+        for label, value in (
+            ("model", f"{header.architecture}, {header.num_parameters / 1e6:,.0f} million parameters"),
+            ("license", header.licence or "not named in the file"),
+            ("size", to_gigabytes(header.num_bytes)),
+            ("file", str(file.resolve())),
+        ):
+            click.echo(f"{label:8} {value}", err=True)
+        added = add_gguf(file, name if name is not None else choose_name(file), _check_folder)
+        click.echo(f"added {added.name}, {added.folder}")
+        click.echo(f'Set fimserver.model to "{added.name}", or use: --model {added.name}', err=True)
+
+
+def _check_folder(folder: Path) -> None:
+    _check_config(folder)
+    _check_weights(folder)
 
 
 # Both import transformers and with it huggingface_hub, which may only be imported after its telemetry is turned off.
@@ -93,16 +127,16 @@ def list_all(as_json: bool) -> None:  # noqa: FBT001
 
 
 @model.command(name="remove")
-@click.argument("name", metavar="OWNER/NAME")
+@click.argument("name", metavar="OWNER/NAME|NAME")
 @click.option("--yes", is_flag=True, help="Delete without asking.")
 def remove(name: str, yes: bool) -> None:  # noqa: FBT001
-    """Remove an added model, and delete its files from the Hugging Face cache."""
+    """Remove an added model, and delete its files from the Hugging Face cache. A GGUF file of yours is kept."""
     from fimserver.checkpoints.installed import find_removal, to_gigabytes  # noqa: PLC0415
 
     with exit_on_error():
         removal = find_removal(name)
         what = f"{to_gigabytes(removal.num_bytes)} in {removal.folder}, which other programs may share"
-        if removal.num_bytes and not yes:
+        if removal.num_bytes and removal.is_shared and not yes:
             if not sys.stdin.isatty():
                 msg = f"{what}: cannot ask for confirmation without a terminal; add --yes to delete"
                 raise click.UsageError(msg)

@@ -8,6 +8,7 @@ The format of a tensor follows from its dtype and the scales stored next to it. 
     floats            bf16, fp16, fp32
     NVFP4             ModelOpt's names or compressed-tensors'; kept as it is, or expanded
     float8 e4m3       one scale for a matrix, a row or a square of it; expanded on the device, slice by slice
+    GGUF's types      blocks of numbers with their scales (Q8_0, Q4_K, ...); expanded on the CPU, some rows at a time
 
 and all names in use: under the encoder's path or the decoder's, one tensor for all experts of a layer or one for each,
 gate and up separate or joined. Scales of activations and of a KV cache are ignored, since activations stay in bf16
@@ -25,10 +26,10 @@ from enum import StrEnum
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from fimserver.checkpoints.folder import DAMAGED, weight_files
 from fimserver.engine.kernels.nvfp4 import NVFP4Tensor, concatenate, from_parts
+from fimserver.engine.loading.gguf_files import can_expand, expand_rows
 from fimserver.engine.loading.tensor_files import Stored, TensorFiles, read_headers
 from fimserver.errors import WeightsError
 
@@ -52,6 +53,7 @@ class Format(StrEnum):
     FLOAT = "float"
     NVFP4 = "NVFP4"
     FP8 = "float8"
+    GGUF = "gguf"
 
 
 _FORMATS = {"BF16": Format.FLOAT, "F16": Format.FLOAT, "F32": Format.FLOAT, "F8_E4M3": Format.FP8, "U8": Format.NVFP4}
@@ -89,7 +91,7 @@ class Target:
 
 
 class Checkpoint:
-    """The headers of a folder's safetensors, matched with the weights of a model; data is read piece by piece."""
+    """The headers of a folder's weights, matched with the weights of a model; data is read piece by piece."""
 
     def __init__(self, stored: Mapping[str, Stored], targets: Mapping[str, Target]) -> None:
         self.stored, self.targets = stored, targets
@@ -156,7 +158,9 @@ class Checkpoint:
         for target in self.targets.values():
             if _PROJECTION.search(target.name):
                 for piece in target.pieces:
-                    yield piece.module, _FORMATS[self.stored[piece.main or ""].dtype]
+                    kind = _format_of(self.stored[piece.main or ""])
+                    assert kind is not None  # checked with the headers
+                    yield piece.module, kind
 
     def _twin_of(self, target: Target) -> Target:
         """Return the other stack of a layer's experts, since both are packed or none; for other weights, the target."""
@@ -225,14 +229,18 @@ class Checkpoint:
         self, piece: Piece, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype | None
     ) -> torch.Tensor:
         name = piece.main or ""
-        kind = _FORMATS[self.stored[name].dtype]
+        kind = _format_of(self.stored[name])
         if kind is Format.NVFP4:
             return self._read_nvfp4(piece).to(device).dequantize(dtype or torch.bfloat16)
         if kind is Format.FP8:
             parts = {part: self._tensor(n) for part, n in piece.parts.items()}
             return _expand_fp8(piece.module, parts, torch.empty(shape, dtype=dtype or torch.bfloat16, device=device))
         tensor = self._tensor(name)
-        placed = tensor.to(device, dtype, copy=True)
+        if kind is Format.GGUF:
+            placed = torch.empty(shape, dtype=dtype or torch.bfloat16, device=device)
+            expand_rows(tensor, self.stored[name].dtype, placed)
+        else:
+            placed = tensor.to(device, dtype, copy=True)
         if not bool(torch.isfinite(placed).all()):
             path = self.stored[name].path.name
             msg = f"{path}: tensor {name} has NaN or infinite values; {DAMAGED}"
@@ -341,11 +349,16 @@ def _only(name: str, pieces: list[Piece], stored: Mapping[str, Stored]) -> Piece
 def _same(stored: Mapping[str, Stored], a: str, b: str) -> bool:
     if (stored[a].dtype, stored[a].shape) != (stored[b].dtype, stored[b].shape):
         return False
-    tensors = []
-    for name in (a, b):
-        with safe_open(stored[name].path, framework="pt") as file:
-            tensors.append(file.get_tensor(name).reshape(-1).view(torch.uint8))
-    return torch.equal(*tensors)
+    files = TensorFiles(stored)
+    return torch.equal(*(files.tensor(name).reshape(-1).view(torch.uint8) for name in (a, b)))
+
+
+def _format_of(stored: Stored) -> Format | None:
+    """Return the format of a tensor's numbers, or ``None`` if they cannot be loaded."""
+    kind = _FORMATS.get(stored.dtype)
+    if not stored.is_gguf or kind is Format.FLOAT:
+        return kind
+    return Format.GGUF if can_expand(stored.dtype) else None
 
 
 def _shape_of(piece: Piece, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -358,7 +371,12 @@ def _check_piece(piece: Piece, stored: Mapping[str, Stored], shape: tuple[int, .
     """Return the format of a stored matrix of this shape. Raises ``WeightsError``."""
     name = piece.main or ""
     main = stored[name]
-    kind = _FORMATS.get(main.dtype)
+    kind = _format_of(main)
+    if kind is None and main.is_gguf:
+        msg = (
+            f"{main.path.name}: tensor {name} has the GGUF type {main.dtype}, which cannot be loaded; use another file"
+        )
+        raise WeightsError(msg)
     if kind is None:
         msg = f"{main.path.name}: tensor {name} is {main.dtype}; floats, float8 e4m3 and NVFP4 can be loaded"
         raise WeightsError(msg)
@@ -368,11 +386,12 @@ def _check_piece(piece: Piece, stored: Mapping[str, Stored], shape: tuple[int, .
         msg = f"{main.path.name}: tensor {name} has shape {main.shape}{stands}, config.json asks for {shape}"
         raise WeightsError(msg)
     scales = piece.parts.keys() - {"weight", "weight_packed"}
-    if kind is Format.FLOAT and scales:
+    if kind in {Format.FLOAT, Format.GGUF} and scales:
         msg = f"{piece.module} has {main.dtype} weights together with a {min(scales)}; {DAMAGED}"
         raise WeightsError(msg)
     needed = {
         Format.FLOAT: (),
+        Format.GGUF: (),
         Format.NVFP4: (("weight_scale",), ("weight_scale_2", "weight_global_scale")),
         Format.FP8: (("weight_scale", "weight_scale_inv"),),
     }[kind]

@@ -1,4 +1,4 @@
-"""Read tensors of safetensors files: headers first, then one tensor after the other, mapped.
+"""Read tensors of safetensors and GGUF files: headers first, then one tensor after the other, mapped.
 
     read_headers   which tensors are stored where, without their data
     TensorFiles    the data; maps count as memory, so files are closed after many bytes
@@ -17,6 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from fimserver.checkpoints.folder import DAMAGED
+from fimserver.checkpoints.gguf import GGUF_SUFFIX
+from fimserver.engine.loading.gguf_files import count_stored_bytes, map_tensor, read_places
 from fimserver.errors import WeightsError
 
 _MOST_MAPPED_BYTES = 256 * 2**20
@@ -25,15 +27,23 @@ _ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2}
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """The header of one tensor in a file."""
+    """The header of one tensor in a file; ``offset`` is that of its data in a GGUF file."""
 
     path: Path
     dtype: str
     shape: tuple[int, ...]
+    offset: int = 0
+
+    @property
+    def is_gguf(self) -> bool:
+        """Return whether ``dtype`` is a type of GGUF."""
+        return self.path.suffix == GGUF_SUFFIX
 
     @property
     def num_bytes(self) -> int:
         """Size of the data."""
+        if self.is_gguf:
+            return count_stored_bytes(self.dtype, self.shape)
         return _ITEM_BYTES.get(self.dtype, 1) * math.prod(self.shape)
 
 
@@ -41,6 +51,9 @@ def read_headers(paths: list[Path]) -> dict[str, Stored]:
     """Read the header of every tensor in some files, by name."""
     stored: dict[str, Stored] = {}
     for path in paths:
+        if path.suffix == GGUF_SUFFIX:
+            stored |= {name: Stored(path, *place) for name, place in read_places(path)}
+            continue
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118  safe_open is not a mapping
@@ -64,8 +77,12 @@ class TensorFiles:
         self._mapped_bytes = 0
 
     def tensor(self, name: str, index: int | None = None) -> torch.Tensor:
-        """Return a tensor, or one element of a stack, mapped."""
-        path = self._stored[name].path
+        """Return a tensor, or one element of a stack, mapped; a GGUF type other than a float as rows of bytes."""
+        stored = self._stored[name]
+        path = stored.path
+        if stored.is_gguf:
+            whole = map_tensor(path, stored.dtype, stored.shape, stored.offset)
+            return whole if index is None else whole[index]
         if self._mapped_bytes > _MOST_MAPPED_BYTES:
             self._files.clear()
             self._mapped_bytes = 0
