@@ -31,15 +31,21 @@ class Gpu:
         return int(self.memory_gib * _GIB * _USABLE)
 
 
-_PCIE_4_X8, _PCIE_4_X16, _PCIE_5_X16 = 15.75, 31.5, 63.0
+_PCIE_4_X8, _PCIE_4_X16, _PCIE_5_X8, _PCIE_5_X16 = 15.75, 31.5, 31.5, 63.0
 
 GPUS = (
+    Gpu("RTX 3050 6 GB", 6, 168, _PCIE_4_X8, "8.6"),
+    Gpu("RTX 3060 12 GB", 12, 360, _PCIE_4_X16, "8.6"),
     Gpu("RTX 3090", 24, 936, _PCIE_4_X16, "8.6"),
     Gpu("RTX 3090 Ti", 24, 1008, _PCIE_4_X16, "8.6"),
+    Gpu("RTX 4060", 8, 272, _PCIE_4_X8, "8.9"),
     Gpu("RTX 4060 Ti 16 GB", 16, 288, _PCIE_4_X8, "8.9"),
+    Gpu("RTX 4070", 12, 504, _PCIE_4_X16, "8.9"),
     Gpu("RTX 4070 Ti Super", 16, 672, _PCIE_4_X16, "8.9"),
     Gpu("RTX 4080", 16, 716.8, _PCIE_4_X16, "8.9"),
     Gpu("RTX 4090", 24, 1008, _PCIE_4_X16, "8.9"),
+    Gpu("RTX 5060", 8, 448, _PCIE_5_X8, "12.0"),
+    Gpu("RTX 5060 Ti 16 GB", 16, 448, _PCIE_5_X8, "12.0"),
     Gpu("RTX 5070 Ti", 16, 896, _PCIE_5_X16, "12.0"),
     Gpu("RTX 5080", 16, 960, _PCIE_5_X16, "12.0"),
     Gpu("RTX 5090", 32, 1792, _PCIE_5_X16, "12.0"),

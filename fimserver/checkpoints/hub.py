@@ -36,7 +36,7 @@ from fimserver.checkpoints.installed import (
     to_gigabytes,
     write_whole,
 )
-from fimserver.checkpoints.known import find_known_metadata
+from fimserver.checkpoints.known import find_known_fact, find_known_metadata
 from fimserver.checkpoints.metadata import METADATA_FILE, read_metadata
 from fimserver.errors import WeightsError
 
@@ -129,7 +129,7 @@ def find_offer(text: str) -> Offer:
         name=name,
         revision=revision,
         commit=info.sha,
-        licence=_licence_of(info),
+        licence=_licence_of(name, info),
         changed=info.last_modified.date().isoformat() if info.last_modified else "unknown",
         is_gated=bool(info.gated),
         page=f"{constants.ENDPOINT}/{name}",
@@ -139,11 +139,14 @@ def find_offer(text: str) -> Offer:
     )
 
 
-def _licence_of(info: Any) -> str:
+def _licence_of(name: str, info: Any) -> str:
+    """Return the licence that the hub names, else that of a known model."""
     card = info.card_data
     named = [str(v) for key in ("license", "license_name", "license_link") if card and (v := card.get(key))]
     if not named:
-        named = [tag.removeprefix("license:") for tag in info.tags or [] if tag.startswith("license:")]
+        named = [value for tag in info.tags or [] if (value := tag.removeprefix("license:")) not in {"", tag}]
+    if not named and (fact := find_known_fact(name)) is not None:
+        return str(fact["licence"])
     return ", ".join(named) or "not named; read its page"
 
 

@@ -68,13 +68,18 @@ class AddedModel:
 
 @dataclass(frozen=True, slots=True)
 class ListedModel:
-    """One line of the list; ``state`` is shipped, added or known (not downloaded)."""
+    """One entry of the list; ``state`` is shipped, added or known (not downloaded).
+
+    ``licence`` and ``use`` are those of known models, downloaded or not.
+    """
 
     name: str
     state: str
     num_bytes: int | None
     folder: str | None
     commit: str | None = None
+    licence: str | None = None
+    use: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,17 +162,24 @@ def list_models() -> list[ListedModel]:
         for name in shipped_names()
     ]
     record = read_record()
+    published = {fact["name"]: fact for _, facts in read_known() for fact in facts if is_hub_name(fact["name"])}
     added = [
-        ListedModel(a.name, "added", _folder_bytes(Path(a.folder)), a.folder, a.commit)
+        ListedModel(
+            a.name, "added", _folder_bytes(Path(a.folder)), a.folder, a.commit, *_licence_and_use(published, a.name)
+        )
         for a in sorted(record.values(), key=lambda a: a.name)
     ]
     known = [
-        ListedModel(fact["name"], "known", fact["file_bytes"], None)
-        for _, facts in read_known()
-        for fact in facts
-        if is_hub_name(fact["name"]) and fact["name"] not in record
+        ListedModel(name, "known", fact["file_bytes"], None, None, *_licence_and_use(published, name))
+        for name, fact in published.items()
+        if name not in record
     ]
     return [*shipped, *added, *known]
+
+
+def _licence_and_use(published: Mapping[str, Mapping[str, str]], name: str) -> tuple[str | None, str | None]:
+    fact = published.get(name, {})
+    return fact.get("licence"), fact.get("use")
 
 
 def _folder_bytes(folder: Path) -> int | None:

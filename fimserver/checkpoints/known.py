@@ -1,13 +1,14 @@
 """Find the metadata of a published model whose folder has none.
 
 ``models/known/`` holds a folder for each: its ``config.json``, and the ``fimserver.json`` that its own folder lacks.
-A model is recognized by the sizes in its config, never by its name.
+A model is recognized by the class, the sizes and the special tokens in its config, never by its name.
 
 Knows:   configs.  Never: weights, prompts.
 Source:  token ids of the 26B from its tokenizer, 0 to 106 special; end ids and decoding numbers from its
          ``generation_config.json``. Its budgets are ours: a quarter of a prompt for the suffix.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,36 @@ from fimserver.checkpoints.folder import read_json
 
 SHIPPED_MODELS = Path(__file__).parent.parent / "models"
 KNOWN_MODELS = SHIPPED_MODELS / "known"
-_IDENTITY = ("hidden_size", "num_hidden_layers", "num_experts", "moe_intermediate_size", "vocab_size")
+_DENSE_SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "vocab_size",
+)
+_SIZES_OF = {
+    "diffusion_gemma": ("hidden_size", "num_hidden_layers", "num_experts", "moe_intermediate_size", "vocab_size"),
+    "qwen2": _DENSE_SIZES,
+    "Dream": _DENSE_SIZES,
+}
+_PERMISSIVE = frozenset(
+    {
+        "0bsd",
+        "apache-2.0",
+        "blueoak-1.0.0",
+        "bsd-2-clause",
+        "bsd-3-clause",
+        "bsl-1.0",
+        "cc0-1.0",
+        "isc",
+        "mit",
+        "mit-0",
+        "ncsa",
+        "unlicense",
+        "zlib",
+    }
+)  # SPDX ids
 
 
 def shipped_names() -> list[str]:
@@ -30,20 +60,47 @@ def read_known() -> Iterator[tuple[Path, list[dict[str, Any]]]]:
         yield path.parent, read_json(path)["checkpoints"]
 
 
+def find_known_fact(name: str) -> dict[str, Any] | None:
+    """Return the facts of a published checkpoint by its name, in any case, or ``None``. Raises ``WeightsError``."""
+    facts = (fact for _, facts in read_known() for fact in facts)
+    return next((fact for fact in facts if fact["name"].lower() == name.lower()), None)
+
+
+def is_permissive(licence: str) -> bool:
+    """Return whether a licence is a permissive one by its SPDX id; links after the id are ignored."""
+    named = [part for part in re.split(r"[,\s]+", licence.strip().lower()) if part and "://" not in part]
+    return bool(named) and all(part in _PERMISSIVE for part in named)
+
+
 def find_known_metadata(config: Mapping[str, Any]) -> Path | None:
     """Return the ``fimserver.json`` of the known model with this config, or ``None``. Raises ``WeightsError``."""
-    identity = _identity_of(config)
-    if identity is None:
+    if _identity_of(config) is None:
         return None
     for path in sorted(KNOWN_MODELS.glob("*/fimserver.json")):
         known = path.with_name("config.json")
-        if known.exists() and _identity_of(read_json(known)) == identity:
+        if known.exists() and _is_same_model(config, read_json(known)):
             return path
     return None
 
 
+def _is_same_model(config: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
+    """Return whether two configs are those of one model.
+
+    A published config that names no mask token but brings code of its own (``auto_map``) is that of the known model
+    with such code: Open-dCoder's mask token is in its tokenizer's files only, and its sizes are Qwen2.5-Coder's.
+    """
+    if _identity_of(config) != _identity_of(known):
+        return False
+    if config.get("mask_token_id") is None and "auto_map" in config:
+        return "auto_map" in known
+    return bool(config.get("mask_token_id") == known.get("mask_token_id"))
+
+
 def _identity_of(config: Mapping[str, Any]) -> tuple[Any, ...] | None:
-    text = config.get("text_config")
-    if not isinstance(text, dict) or any(text.get(key) is None for key in _IDENTITY):
+    """Return the class, the sizes and the token that expands a hole; ``None`` for another class or missing sizes."""
+    kind = config.get("model_type")
+    sizes = config.get("text_config") if kind == "diffusion_gemma" else config
+    keys = _SIZES_OF.get(str(kind))
+    if keys is None or not isinstance(sizes, Mapping) or any(sizes.get(key) is None for key in keys):
         return None
-    return tuple(text[key] for key in _IDENTITY)
+    return (kind, *(sizes[key] for key in keys), config.get("expand_token_id"))

@@ -2,13 +2,16 @@
 
     find_checkpoint   a known name, the shipped model or a folder -> Checkpoint
     read_folder       a folder -> Checkpoint, by its config and the headers of its files
+    read_known_checkpoint   facts of a known model -> Checkpoint
     parse_config      a config.json -> Shape
     to_parts          Shape, formats -> the parts of such a model
 
 Formats are those in the engine's GPU memory, not those of the file: only projections stay in 4 bits, experts if all of
-their layer are; float8 and the rest are expanded to bf16, routers to float32.
+their layer are; float8, GGUF and the rest are expanded to bf16, routers to float32.
 
-Knows:  config.json, the headers of safetensors files.  Never: torch, tensors, the network.
+Dense models (Qwen2 and Dream) have no experts, no sliding layers and no norms of heads; their biases count as norms.
+
+Knows:  config.json, the headers of safetensors and GGUF files.  Never: torch, tensors, the network.
 Equal:  parameters to transformers' class, bytes to loaded models (tests/checkpoints/test_planner.py).
 """
 
@@ -16,7 +19,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -24,10 +27,12 @@ from typing import Any
 
 from fimserver.checkpoints.engine_limits import MARGIN_TOKENS
 from fimserver.checkpoints.folder import DAMAGED, read_json, weight_files
-from fimserver.checkpoints.installed import find_added, is_hub_name
+from fimserver.checkpoints.gguf import GGUF_SUFFIX, read_gguf
+from fimserver.checkpoints.installed import find_added
 from fimserver.checkpoints.known import SHIPPED_MODELS, read_known, shipped_names
 from fimserver.errors import WeightsError
 
+MASKED_CANVAS_TOKENS = 64  # of masked diffusion models, whose configs do not limit a hole
 BLOCK = 16  # weights per scale in NVFP4
 _SCALE_BYTES = 4  # float32, one per row
 _LARGEST_HEADER_BYTES = 100_000_000
@@ -40,6 +45,7 @@ class Format(StrEnum):
     BF16 = "bf16"
     FP8 = "fp8"
     NVFP4 = "nvfp4"
+    GGUF = "gguf"  # in a file only: expanded in memory
 
 
 class Role(StrEnum):
@@ -61,11 +67,13 @@ class Role(StrEnum):
 
 _NEVER_FP8 = (Role.ROUTER, Role.NORMS)
 _IN_4_BITS = (Role.EXPERTS, Role.ATTENTION, Role.DENSE, Role.SELF_CONDITIONING)  # may stay in 4 bits
+_DENSE_TYPES = ("qwen2", "Dream")
+_EXPANDED = (Format.FP8, Format.NVFP4, Format.GGUF)  # a plan names these formats of a file
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """Attention of one layer; a full one has no projection for values, but its cache holds them."""
+    """Attention of one layer; DiffusionGemma's full ones have no projection for values, but their caches hold them."""
 
     is_sliding: bool
     head_size: int
@@ -78,7 +86,10 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The sizes in a config.json that determine memory."""
+    """The sizes in a config.json that determine memory.
+
+    A dense model has 0 experts and no window; an autoregressive one has a canvas of 0 tokens.
+    """
 
     layers: tuple[Layer, ...]
     hidden_size: int
@@ -95,6 +106,11 @@ class Shape:
     has_bias: bool
 
     @property
+    def is_dense(self) -> bool:
+        """Return whether the model has no experts."""
+        return self.num_experts == 0
+
+    @property
     def stacks(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
         """Return the shapes of a layer's two expert tensors: gate and up, down."""
         gate_up = (self.num_experts, 2 * self.expert_size, self.hidden_size)
@@ -102,6 +118,8 @@ class Shape:
 
     def distinct_experts(self, canvas_tokens: int) -> float:
         """Return the expected number of experts per layer that a canvas reaches if all are equally likely."""
+        if self.is_dense:
+            return 0.0
         return self.num_experts * (1 - (1 - self.top_experts / self.num_experts) ** canvas_tokens)
 
     def cache_bytes(self, context_tokens: int, *, width: int, margin_tokens: int = MARGIN_TOKENS) -> tuple[int, int]:
@@ -123,6 +141,7 @@ class Part:
     num_parameters: int
     num_rows: int
     stored: str = ""  # format in the file, if different
+    stored_bytes: int = 0  # in the file, of a format without a fixed size
 
     @property
     def num_bytes(self) -> int:
@@ -157,7 +176,7 @@ class Checkpoint:
     def with_rest_in_fp8(self) -> "Checkpoint":
         """Return the checkpoint with every large bf16 part in 8 bits."""
         parts = tuple(
-            replace(part, format=Format.FP8, stored="")
+            replace(part, format=Format.FP8, stored="", stored_bytes=0)
             if part.format is Format.BF16 and part.role not in _NEVER_FP8 and part.role is not Role.EXPERTS
             else part
             for part in self.parts
@@ -173,7 +192,9 @@ class Checkpoint:
         return self._in_nvfp4(*_IN_4_BITS)
 
     def _in_nvfp4(self, *roles: Role) -> "Checkpoint":
-        changed = (replace(p, format=Format.NVFP4, stored="") if p.role in roles else p for p in self.parts)
+        changed = (
+            replace(p, format=Format.NVFP4, stored="", stored_bytes=0) if p.role in roles else p for p in self.parts
+        )
         return replace(self, parts=tuple(changed))
 
     @property
@@ -201,15 +222,15 @@ def find_checkpoint(name: str) -> Checkpoint:
     for folder in (SHIPPED_MODELS / name, Path(name).expanduser()):
         if name and folder.is_dir() and (folder / "config.json").is_file():
             return read_folder(folder)
-    if is_hub_name(name) and (added := find_added(name)) is not None:
+    if name and (added := find_added(name)) is not None:
         return read_folder(added)
     known = list(read_known())
     for folder, facts in known:
         if name.lower() == folder.name:
-            return _to_checkpoint(folder, facts[0])
+            return read_known_checkpoint(folder, facts[0])
         for fact in facts:
             if name.lower() in {fact["name"].lower(), fact["name"].lower().rpartition("/")[2]}:
-                return _to_checkpoint(folder, fact)
+                return read_known_checkpoint(folder, fact)
     names = [fact["name"] for _, facts in known for fact in facts]
     msg = f"model {name!r} is neither a folder with a config.json nor one of: {', '.join([*shipped_names(), *names])}"
     raise WeightsError(msg)
@@ -219,12 +240,13 @@ def read_folder(folder: Path) -> Checkpoint:
     """Read a folder's config and the headers of its files. Raises ``WeightsError``."""
     shape = parse_config(read_json(folder / "config.json"), str(folder / "config.json"))
     files = weight_files(folder)
-    tensors: dict[str, tuple[Role, Format, tuple[int, ...]]] = {}
+    tensors: dict[str, _Stored] = {}
     for path in files:
-        for name, dtype, sizes in read_header(path):
-            role = _find_role(name, is_tied=shape.is_tied)
+        headers = _gguf_tensors(path) if path.suffix == GGUF_SUFFIX else _safetensors(path)
+        for name, dtype, sizes, num_bytes in headers:
+            role = _find_role(name, is_tied=shape.is_tied, is_dense=shape.is_dense)
             if role is not None:
-                tensors.setdefault(_to_shared_name(name), (role, _find_format(name, dtype), sizes))
+                tensors.setdefault(_to_shared_name(name), _Stored(role, _find_format(name, dtype), sizes, num_bytes))
     checkpoint = Checkpoint(
         name=folder.name,
         shape=shape,
@@ -239,26 +261,50 @@ def read_folder(folder: Path) -> Checkpoint:
     return checkpoint
 
 
-def _count_held(tensors: Mapping[str, tuple[Role, Format, tuple[int, ...]]], shape: Shape) -> tuple[Part, ...]:
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A tensor in a file; ``num_bytes`` of GGUF only."""
+
+    role: Role
+    format: Format
+    sizes: tuple[int, ...]
+    num_bytes: int
+
+
+def _safetensors(path: Path) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
+    for name, dtype, sizes in read_header(path):
+        yield name, dtype, sizes, 0
+
+
+def _gguf_tensors(path: Path) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
+    """Yield name, type, shape and bytes of each tensor in a GGUF file. Raises ``WeightsError``."""
+    for tensor in read_gguf(path).tensors:
+        yield tensor.name, Format.GGUF, tuple(tensor.shape), tensor.num_bytes
+
+
+def _count_held(tensors: Mapping[str, _Stored], shape: Shape) -> tuple[Part, ...]:
     """Count weights by the format in memory, and by that in the file if it differs."""
     expanded = {
         _to_layer_name(name)
-        for name, (role, form, _) in tensors.items()
-        if role is Role.EXPERTS and form is not Format.NVFP4
+        for name, tensor in tensors.items()
+        if tensor.role is Role.EXPERTS and tensor.format is not Format.NVFP4
     }
     counted: dict[tuple[Role, Format, str], list[int]] = {}
-    for name, (role, form, sizes) in tensors.items():
+    for name, tensor in tensors.items():
+        role, form, sizes = tensor.role, tensor.format, tensor.sizes
         stays = form is Format.NVFP4 and role in _IN_4_BITS
         if stays and not (role is Role.EXPERTS and _to_layer_name(name) in expanded):
             held = Format.NVFP4
         else:
             held = _held_floats(role, shape)
-        stored = form.value if form in {Format.FP8, Format.NVFP4} and form is not held else ""
-        total = counted.setdefault((role, held, stored), [0, 0])
+        stored = form.value if form in _EXPANDED and form is not held else ""
+        total = counted.setdefault((role, held, stored), [0, 0, 0])
         total[0] += math.prod(sizes) * (2 if form is Format.NVFP4 else 1)
         total[1] += math.prod(sizes[:-1])
+        total[2] += tensor.num_bytes
     return tuple(
-        Part(role, form, numbers, rows, stored) for (role, form, stored), (numbers, rows) in sorted(counted.items())
+        Part(role, form, numbers, rows, stored, num_bytes)
+        for (role, form, stored), (numbers, rows, num_bytes) in sorted(counted.items())
     )
 
 
@@ -274,18 +320,13 @@ def _to_layer_name(name: str) -> str:
 
 def parse_config(values: Mapping[str, Any], source: str) -> Shape:
     """Parse the sizes of a config.json, with transformers' own defaults. Raises ``WeightsError`` that names the key."""
-    text = values.get("text_config")
-    if values.get("model_type") != "diffusion_gemma" or not isinstance(text, dict):
-        msg = f"{source}: model_type is {values.get('model_type')!r}; only 'diffusion_gemma' can be planned"
+    text, kind = values.get("text_config"), values.get("model_type")
+    if kind in _DENSE_TYPES:
+        return _parse_dense(values, source)
+    if kind != "diffusion_gemma" or not isinstance(text, dict):
+        msg = f"{source}: model_type is {kind!r}; only 'diffusion_gemma', 'qwen2' and 'Dream' can be planned"
         raise WeightsError(msg)
-
-    def size(key: str) -> int:
-        value = text.get(key)
-        if not isinstance(value, int) or value < 1:
-            msg = f"{source}: text_config.{key} is {value!r}; a number above 0 is needed"
-            raise WeightsError(msg)
-        return value
-
+    size = _sizes_in(text, f"{source}: text_config.")
     num_layers = size("num_hidden_layers")
     kinds = list(text.get("layer_types") or _default_kinds(num_layers))
     if len(kinds) != num_layers:
@@ -307,6 +348,49 @@ def parse_config(values: Mapping[str, Any], source: str) -> Shape:
         longest_context_tokens=size("max_position_embeddings"),
         is_tied=bool(values.get("tie_word_embeddings", True)),
         has_bias=bool(text.get("attention_bias", False)),
+    )
+
+
+def _sizes_in(values: Mapping[str, Any], place: str) -> Callable[[str], int]:
+    """Return a function that returns the size of a key."""
+
+    def size(key: str) -> int:
+        value = values.get(key)
+        if not isinstance(value, int) or value < 1:
+            msg = f"{place}{key} is {value!r}; a number above 0 is needed"
+            raise WeightsError(msg)
+        return value
+
+    return size
+
+
+def _parse_dense(values: Mapping[str, Any], source: str) -> Shape:
+    """Parse a config whose layers all have full attention, with biases of queries, keys and values."""
+    size = _sizes_in(values, f"{source}: ")
+    if values.get("use_sliding_window"):
+        msg = f"{source}: use_sliding_window is on; only models whose layers all have full attention can be planned"
+        raise WeightsError(msg)
+    heads = size("num_attention_heads")
+    layer = Layer(
+        is_sliding=False,
+        head_size=int(values.get("head_dim") or size("hidden_size") // heads),
+        num_kv_heads=size("num_key_value_heads"),
+    )
+    is_masked = values["model_type"] == "Dream" or values.get("mask_token_id") is not None
+    return Shape(
+        layers=(layer,) * size("num_hidden_layers"),
+        hidden_size=size("hidden_size"),
+        num_heads=heads,
+        dense_size=size("intermediate_size"),
+        expert_size=0,
+        num_experts=0,
+        top_experts=0,
+        vocab_size=size("vocab_size"),
+        canvas_tokens=MASKED_CANVAS_TOKENS if is_masked else 0,
+        window_tokens=0,
+        longest_context_tokens=size("max_position_embeddings"),
+        is_tied=bool(values.get("tie_word_embeddings", False)),
+        has_bias=True,
     )
 
 
@@ -350,6 +434,17 @@ def _to_layer(kind: str, index: int, text: Mapping[str, Any], own: Mapping[str, 
 def _matrices(shape: Shape) -> Iterator[_Matrix]:
     """Yield every parameter of the text model; vectors are matrices of one column."""
     hidden, layers = shape.hidden_size, len(shape.layers)
+    yield _Matrix(Role.EMBEDDING, 1 if shape.is_tied else 2, shape.vocab_size, hidden)
+    yield _Matrix(Role.DENSE, layers, 2 * shape.dense_size, hidden)
+    yield _Matrix(Role.DENSE, layers, hidden, shape.dense_size)
+    if shape.is_dense:
+        for layer in shape.layers:
+            rows = layer.head_size * (shape.num_heads + 2 * layer.num_kv_heads)
+            yield _Matrix(Role.ATTENTION, 1, rows, hidden)
+            yield _Matrix(Role.ATTENTION, 1, hidden, shape.num_heads * layer.head_size)
+            yield _Matrix(Role.NORMS, 1, rows, 1)  # biases
+        yield _Matrix(Role.NORMS, 2 * layers + 1, hidden, 1)
+        return
     for layer in shape.layers:
         queries, keys = shape.num_heads * layer.head_size, layer.num_kv_heads * layer.head_size
         rows = queries + keys * (2 if layer.is_sliding else 1)
@@ -358,14 +453,11 @@ def _matrices(shape: Shape) -> Iterator[_Matrix]:
         if shape.has_bias:
             yield _Matrix(Role.ATTENTION, 1, rows + hidden, 1)
         yield _Matrix(Role.NORMS, 2, layer.head_size, 1)
-    yield _Matrix(Role.DENSE, layers, 2 * shape.dense_size, hidden)
-    yield _Matrix(Role.DENSE, layers, hidden, shape.dense_size)
     yield _Matrix(Role.EXPERTS, layers * shape.num_experts, 2 * shape.expert_size, hidden)
     yield _Matrix(Role.EXPERTS, layers * shape.num_experts, hidden, shape.expert_size)
     yield _Matrix(Role.ROUTER, layers, shape.num_experts, hidden)
     yield _Matrix(Role.NORMS, layers, shape.num_experts + hidden, 1)  # the router's scales
     yield _Matrix(Role.NORMS, 7 * layers + 2, hidden, 1)  # two more: the final one and self-conditioning's
-    yield _Matrix(Role.EMBEDDING, 1 if shape.is_tied else 2, shape.vocab_size, hidden)
     yield _Matrix(Role.SELF_CONDITIONING, 1, 2 * shape.dense_size, hidden)
     yield _Matrix(Role.SELF_CONDITIONING, 1, hidden, shape.dense_size)
 
@@ -374,7 +466,11 @@ def to_parts(shape: Shape, formats: Mapping[Role, Format]) -> tuple[Part, ...]:
     """Return the weights of a config; bf16 unless ``formats`` has another."""
     counts = _count_by_role(shape)
     rows = {role: sum(m.count * m.rows for m in _matrices(shape) if m.role is role) for role in Role}
-    return tuple(Part(role, formats.get(role, _held_floats(role, shape)), counts[role], rows[role]) for role in Role)
+    return tuple(
+        Part(role, formats.get(role, _held_floats(role, shape)), counts[role], rows[role])
+        for role in Role
+        if counts[role]
+    )
 
 
 def _count_by_role(shape: Shape) -> dict[Role, int]:
@@ -384,7 +480,8 @@ def _count_by_role(shape: Shape) -> dict[Role, int]:
     return counts
 
 
-def _to_checkpoint(folder: Path, fact: Mapping[str, Any]) -> Checkpoint:
+def read_known_checkpoint(folder: Path, fact: Mapping[str, Any]) -> Checkpoint:
+    """Return a published checkpoint by its facts and the config in its folder. Raises ``WeightsError``."""
     shape = parse_config(read_json(folder / "config.json"), str(folder / "config.json"))
     formats = {Role(role): Format(form) for role, form in fact["formats"].items()}
     origin = read_json(folder / "facts.json")["config"]
@@ -413,10 +510,12 @@ _ROLES_OF_NAMES = (
 )
 
 
-def _find_role(name: str, *, is_tied: bool) -> Role | None:
+def _find_role(name: str, *, is_tied: bool, is_dense: bool = False) -> Role | None:
     """Return the role of a tensor; ``None`` if a plan leaves it out."""
     if is_tied and name.startswith("lm_head."):
         return None
+    if is_dense and name.endswith(".bias"):
+        return Role.NORMS
     for pattern, role in _ROLES_OF_NAMES:
         if pattern.search(name):
             return role
@@ -436,5 +535,7 @@ def _find_format(name: str, dtype: str) -> Format:
         return Format.FP8
     if dtype == "U8":
         return Format.NVFP4
+    if dtype == Format.GGUF:
+        return Format.GGUF
     msg = f"tensor {name} is {dtype}; floats, float8 e4m3 and NVFP4 can be loaded"
     raise WeightsError(msg)

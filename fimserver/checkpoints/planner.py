@@ -6,6 +6,8 @@
 A step reads every weight it needs once, so its time is at least these bytes over the GPU's bandwidth: the ceiling.
 C canvas tokens that take k of E experts each reach E * (1 - (1 - k/E)^C) of them, if the router chooses evenly.
 
+A dense model reads all weights in every pass, except for an embedding table that is not its head.
+
 A long prompt is encoded in chunks, each with a mask over all of it, and its keys move when their buffer grows. A CUDA
 graph has a mask of its own; the plan counts as many as a cache keeps, of the longest canvases.
 
@@ -28,7 +30,7 @@ from fimserver.checkpoints.engine_limits import (
     MIN_GROWTH_TOKENS,
 )
 from fimserver.checkpoints.gpus import Gpu
-from fimserver.checkpoints.memory import BLOCK, Checkpoint, Format, Role, Shape
+from fimserver.checkpoints.memory import BLOCK, Checkpoint, Format, Part, Role, Shape
 from fimserver.errors import FimserverError
 
 DEFAULT_CONTEXT_TOKENS = 8192
@@ -39,8 +41,13 @@ _PROCESS_BYTES = 600_000_000  # of Python, torch and transformers without a mode
 _LOGITS_COPIES = (
     3  # float32, alive at once: the head's, capped or sampled from, and one temporary (engine/decoding/denoise.py)
 )
+_LOGITS_ROWS = 64  # of an autoregressive model at once: drafted tokens, in float32
+_ROW_BYTES = 2  # a scale of the 8-bit copy on a CPU
 _ALL_IN_4_BITS = "experts, attention, dense part in NVFP4"
+_DENSE_IN_4_BITS = "attention and dense part in NVFP4"
 _FP8_REST = "fp8 for the bf16 rest (not in the engine)"
+_CPU_NOTE = "Weights are float32 on a CPU; 4 bits are only their format on disk."
+_CPU_DENSE_NOTE = "Weights are bf16 on a CPU, and 8 bits for passes of few tokens; 4 bits are only a format on disk."
 _SHOWN_IN_BILLIONS = 10_000_000  # parameters; smaller counts are shown in millions
 
 
@@ -55,9 +62,9 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One denoising step at best: what it reads, and over which bus.
+    """One denoising step at best: what it reads, and over which bus. One forward pass of a dense model.
 
-    ``distinct_experts`` per layer; ``bus_bytes`` are those of experts in host memory.
+    ``distinct_experts`` per layer, 0 for a dense model; ``bus_bytes`` are those of experts in host memory.
     """
 
     canvas_tokens: int
@@ -143,7 +150,7 @@ def plan_on_gpu(checkpoint: Checkpoint, gpu: Gpu, context_tokens: int = DEFAULT_
         steps=_steps(checkpoint, gpu, context_tokens),
         remedies=() if fits else tuple(_remedies(checkpoint, gpu, context_tokens)),
         host_plans=() if fits else tuple(_host_plans(checkpoint, gpu, context_tokens)),
-        notes=_gpu_notes(gpu),
+        notes=_gpu_notes(checkpoint.shape, gpu),
     )
 
 
@@ -172,7 +179,7 @@ def plan_on_cpu(checkpoint: Checkpoint, memory_bytes: int, context_tokens: int =
         steps=(),
         remedies=tuple(remedies) if total > memory_bytes and largest else (),
         host_plans=(),
-        notes=("Weights are float32 on a CPU; 4 bits are only their format on disk.",),
+        notes=(_CPU_DENSE_NOTE if checkpoint.shape.is_dense else _CPU_NOTE,),
     )
 
 
@@ -188,8 +195,13 @@ def count_experts_on_gpu(checkpoint: Checkpoint, context_tokens: int, memory_byt
 
 
 def weight_lines_on_cpu(checkpoint: Checkpoint) -> tuple[Line, ...]:
-    """Return lines for the float32 modules of transformers, and the copies that engine/modeling/network.py keeps."""
+    """Return lines for the float32 modules of transformers, and the copies that engine/modeling/network.py keeps.
+
+    A dense model is in bf16, its head apart even if tied, with a copy of projections and head in 8 bits.
+    """
     shape = checkpoint.shape
+    if shape.is_dense:
+        return tuple(_dense_weight_lines_on_cpu(checkpoint))
     roles = [Role.ATTENTION, Role.DENSE, Role.SELF_CONDITIONING]
     if shape.num_experts == 1:
         roles.append(Role.EXPERTS)
@@ -203,25 +215,54 @@ def weight_lines_on_cpu(checkpoint: Checkpoint) -> tuple[Line, ...]:
     )
 
 
+def _dense_weight_lines_on_cpu(checkpoint: Checkpoint) -> Iterator[Line]:
+    shape, projections = checkpoint.shape, (Role.ATTENTION, Role.DENSE)
+    table = shape.vocab_size * shape.hidden_size
+    rows = sum(part.num_rows for part in checkpoint.parts if part.role in projections) + shape.vocab_size
+    multiplied = checkpoint.parameters_of(*projections) + table
+    norms = checkpoint.parameters_of(Role.NORMS)
+    yield Line("embedding, bf16", 2 * table, _billions(table))
+    yield Line("projections and head, bf16", 2 * multiplied, _billions(multiplied))
+    yield Line("projections and head, 8 bits", multiplied + _ROW_BYTES * rows, "a copy for passes of few tokens")
+    yield Line("norms and biases, bf16", 2 * norms, _billions(norms))
+
+
 def weight_lines_on_gpu(checkpoint: Checkpoint) -> Iterator[Line]:
     """Yield lines for the weights of engine/modeling/network.py, once each: loaded modules are emptied."""
     for role in Role:
         for part in checkpoint.parts:
             if part.role is role and role is not Role.NORMS:
-                stored = f", {part.stored} in the file, expanded" if part.stored else ""
-                yield Line(f"{role.label}, {part.format}", part.num_bytes, _billions(part.num_parameters) + stored)
+                note = _billions(part.num_parameters) + _stored(part)
+                yield Line(f"{role.label}, {part.format}", part.num_bytes, note)
     shape = checkpoint.shape
     heads = sum(layer.head_size * (shape.num_heads + layer.num_kv_heads) for layer in shape.layers)
     norms = checkpoint.parameters_of(Role.NORMS)
+    if shape.is_dense:
+        yield Line("norms and biases", 2 * norms, "bf16")
+        return
     yield Line("norms", 2 * norms + 4 * (norms + heads), "bf16, and copies in float32")
+
+
+def _stored(part: Part) -> str:
+    """Return the format of a part in the file, if another than in memory."""
+    if not part.stored:
+        return ""
+    width = f" ({part.stored_bytes / part.num_parameters:.2f} bytes per weight)" if part.stored_bytes else ""
+    return f", {part.stored} in the file{width}, expanded"
 
 
 def step_bytes(checkpoint: Checkpoint, canvas_tokens: int, context_tokens: int) -> int:
     """Return the bytes that a step reads after a prompt: weights once, the embedding twice, keys and values.
 
-    The embedding is read by the head and by self-conditioning on all tokens. Logits and activations are left out.
+    The embedding is read by the head and by self-conditioning on all tokens, of a dense model by the head alone. Logits
+    and activations are left out.
     """
     shape = checkpoint.shape
+    if shape.is_dense:
+        tables = 1 if shape.is_tied else 2
+        rest = [role for role in Role if role is not Role.EMBEDDING]
+        cache = sum(layer.cache_bytes(context_tokens, width=2) for layer in shape.layers)
+        return checkpoint.bytes_of(*rest) + checkpoint.bytes_of(Role.EMBEDDING) // tables + cache
     reached = shape.distinct_experts(canvas_tokens) / shape.num_experts
     rest = [role for role in Role if role not in (Role.EXPERTS, Role.EMBEDDING)]
     weights = checkpoint.bytes_of(*rest) + 2 * checkpoint.bytes_of(Role.EMBEDDING)
@@ -232,18 +273,20 @@ def step_bytes(checkpoint: Checkpoint, canvas_tokens: int, context_tokens: int) 
 
 def _gpu_lines(checkpoint: Checkpoint, context_tokens: int) -> tuple[Line, ...]:
     shape = checkpoint.shape
+    masks = 2 * _captured_rows(shape) * _seen_tokens(shape, context_tokens)
     return (
         *weight_lines_on_gpu(checkpoint),
         *_running_lines(shape, context_tokens, width=2),
-        Line("masks of CUDA graphs", 2 * _captured_rows(shape) * _seen_tokens(shape, context_tokens), "at most"),
+        *([Line("masks of CUDA graphs", masks, "at most")] if masks else []),
         Line("driver and workspace", _CONTEXT_BYTES),
     )
 
 
 def _cpu_lines(checkpoint: Checkpoint, context_tokens: int) -> tuple[Line, ...]:
+    width = 2 if checkpoint.shape.is_dense else 4
     return (
         *weight_lines_on_cpu(checkpoint),
-        *_running_lines(checkpoint.shape, context_tokens, width=4),
+        *_running_lines(checkpoint.shape, context_tokens, width=width),
         Line("process", _PROCESS_BYTES, "Python, torch, transformers"),
     )
 
@@ -251,17 +294,23 @@ def _cpu_lines(checkpoint: Checkpoint, context_tokens: int) -> tuple[Line, ...]:
 def _running_lines(shape: Shape, context_tokens: int, *, width: int) -> Iterator[Line]:
     """Yield lines for the memory of requests; ``width`` bytes per number of the cache."""
     sliding, full = shape.cache_bytes(context_tokens, width=width)
-    kept = min(context_tokens, shape.window_tokens + MARGIN_TOKENS)
-    count = sum(layer.is_sliding for layer in shape.layers)
-    yield Line("KV cache, sliding layers", sliding, f"{count} layers keep {kept} tokens")
-    yield Line("KV cache, full layers", full, f"{len(shape.layers) - count} layers keep {context_tokens} tokens")
+    if shape.is_dense:
+        yield Line("KV cache", full, f"{len(shape.layers)} layers keep {context_tokens} tokens")
+    else:
+        kept = min(context_tokens, shape.window_tokens + MARGIN_TOKENS)
+        count = sum(layer.is_sliding for layer in shape.layers)
+        yield Line("KV cache, sliding layers", sliding, f"{count} layers keep {kept} tokens")
+        yield Line("KV cache, full layers", full, f"{len(shape.layers) - count} layers keep {context_tokens} tokens")
     yield Line("KV caches of earlier prompts", MAX_PROMPT_CACHE_BYTES, "up to 7 more")
     tabled = min(MAX_TABLED_POSITIONS, 2 * max(512, context_tokens + shape.canvas_tokens))
     sizes = {layer.is_sliding: layer.head_size for layer in shape.layers}
     yield Line("rotations", 8 * tabled * sum(sizes.values()), f"cosines and sines of {tabled} positions")
     yield Line("prompt in chunks", _prompt_bytes(shape, context_tokens, width=width), "masks, or a buffer that grows")
-    logits = shape.canvas_tokens * shape.vocab_size * (4 * _LOGITS_COPIES + width)
-    yield Line("canvas and logits", logits, f"{_LOGITS_COPIES} float32 copies and the last step's")
+    if shape.canvas_tokens:
+        logits = shape.canvas_tokens * shape.vocab_size * (4 * _LOGITS_COPIES + width)
+        yield Line("canvas and logits", logits, f"{_LOGITS_COPIES} float32 copies and the last step's")
+    else:
+        yield Line("logits", 4 * _LOGITS_ROWS * shape.vocab_size, f"float32, up to {_LOGITS_ROWS} rows at once")
 
 
 def _prompt_bytes(shape: Shape, context_tokens: int, *, width: int) -> int:
@@ -270,7 +319,7 @@ def _prompt_bytes(shape: Shape, context_tokens: int, *, width: int) -> int:
     ahead = min(MAX_GROWTH_TOKENS, max(MIN_GROWTH_TOKENS, context_tokens // 2)) * sum(full)
     once_more = (context_tokens + shape.canvas_tokens) * max(full, default=0) // 2
     chunk = min(CHUNK_TOKENS, context_tokens)
-    near = min(context_tokens, shape.window_tokens + chunk)
+    near = 0 if shape.is_dense else min(context_tokens, shape.window_tokens + chunk)
     return ahead + max(once_more, chunk * (width * (context_tokens + near) + 2 * near))
 
 
@@ -285,7 +334,7 @@ def _captured_rows(shape: Shape) -> int:
 
 def _seen_tokens(shape: Shape, context_tokens: int) -> int:
     """Return the places in the buffers of a full layer and of a sliding one, the total width of their masks."""
-    near = min(context_tokens, shape.window_tokens + MARGIN_TOKENS) + shape.canvas_tokens
+    near = 0 if shape.is_dense else min(context_tokens, shape.window_tokens + MARGIN_TOKENS) + shape.canvas_tokens
     return (
         near
         + context_tokens
@@ -295,8 +344,15 @@ def _seen_tokens(shape: Shape, context_tokens: int) -> int:
 
 
 def _steps(checkpoint: Checkpoint, gpu: Gpu, context_tokens: int, missing_share: float = 0.0) -> tuple[Step, ...]:
-    """Return a step for each canvas size; ``missing_share`` of the experts it reaches are in host memory."""
+    """Return a step for each canvas size; ``missing_share`` of the experts it reaches are in host memory.
+
+    A pass of a dense model reads the same for every canvas.
+    """
     shape, found = checkpoint.shape, []
+    if shape.is_dense:
+        read = step_bytes(checkpoint, shape.canvas_tokens, context_tokens)
+        seconds = read / (gpu.bandwidth_gb_per_s * 1e9)
+        return (Step(shape.canvas_tokens, 0.0, read, 0, 1e3 * seconds, 1 / seconds),)
     bus_bytes_per_s = gpu.pcie_gb_per_s * PCIE_SHARE * 1e9
     for canvas in sorted({c for c in STEP_CANVASES if c < shape.canvas_tokens} | {shape.canvas_tokens}):
         read = step_bytes(checkpoint, canvas, context_tokens)
@@ -313,7 +369,8 @@ def _remedies(checkpoint: Checkpoint, gpu: Gpu, context_tokens: int) -> Iterator
     if has_bf16_experts and checkpoint.shape.hidden_size % BLOCK == checkpoint.shape.expert_size % BLOCK == 0:
         variants.append(("experts in NVFP4", checkpoint.with_experts_in_nvfp4()))
     if _has_whole_blocks(checkpoint.shape) and checkpoint.with_projections_in_nvfp4() != checkpoint:
-        variants.append((_ALL_IN_4_BITS, checkpoint.with_projections_in_nvfp4()))
+        change = _DENSE_IN_4_BITS if checkpoint.shape.is_dense else _ALL_IN_4_BITS
+        variants.append((change, checkpoint.with_projections_in_nvfp4()))
     in_fp8 = (variants[0][1] if has_bf16_experts and variants else checkpoint).with_rest_in_fp8()
     if largest := _largest_context(checkpoint, _gpu_lines, gpu.usable_bytes):
         yield Remedy(f"a context of {largest} tokens", _sum(_gpu_lines(checkpoint, largest)), True, largest)  # noqa: FBT003
@@ -321,15 +378,18 @@ def _remedies(checkpoint: Checkpoint, gpu: Gpu, context_tokens: int) -> Iterator
         total = _sum(_gpu_lines(variant, context_tokens))
         largest = _largest_context(variant, _gpu_lines, gpu.usable_bytes)
         yield Remedy(change, total, total <= gpu.usable_bytes, largest)
-    if in_fp8 != checkpoint:
+    if in_fp8 != checkpoint and not checkpoint.shape.is_dense:
         total = _sum(_gpu_lines(in_fp8, context_tokens))
         largest = _largest_context(in_fp8, _gpu_lines, gpu.usable_bytes)
         yield Remedy(_FP8_REST, total, total <= gpu.usable_bytes, largest, is_there=False)
 
 
 def _host_plans(checkpoint: Checkpoint, gpu: Gpu, context_tokens: int) -> Iterator[HostPlan]:
-    """Yield plans with the rest as it is, and in 4 bits; none for one expert, shared memory, or too large a rest."""
-    if checkpoint.shape.num_experts == 1 or not gpu.pcie_gb_per_s:
+    """Yield plans with the rest as it is, and in 4 bits.
+
+    None for a dense model or a single expert, for shared memory, or if the rest is too large.
+    """
+    if checkpoint.shape.num_experts <= 1 or not gpu.pcie_gb_per_s:
         return
     where = "experts in host memory"
     if any(part.format is not Format.NVFP4 for part in checkpoint.parts if part.role is Role.EXPERTS):
@@ -357,14 +417,24 @@ def _has_whole_blocks(shape: Shape) -> bool:
     return not any(width % BLOCK for width in (*widths, *heads))
 
 
-def _gpu_notes(gpu: Gpu) -> tuple[str, ...]:
-    notes = [
-        "The vision part is left out: the server never loads it.",
-        "Steps are ceilings: weights, keys and values over the GPU's bandwidth, no logits, no activations.",
-        "The embedding is read twice per step; conditioning on the most likely tokens alone saves one of these.",
-        "Not counted: several candidates side by side, CUDA graphs except for their masks, other packages' kernels.",
-        "Weights in fp8 are expanded to bf16 when they are loaded.",
-    ]
+def _gpu_notes(shape: Shape, gpu: Gpu) -> tuple[str, ...]:
+    uncounted = (
+        "Not counted: several candidates side by side, CUDA graphs except for their masks, other packages' kernels."
+    )
+    if shape.is_dense:
+        notes = [
+            "Passes are ceilings: weights, keys and values over the GPU's bandwidth, no logits, no activations.",
+            uncounted,
+            "Weights in GGUF or fp8 are expanded to bf16 when they are loaded; NVFP4 stays in 4 bits.",
+        ]
+    else:
+        notes = [
+            "The vision part is left out: the server never loads it.",
+            "Steps are ceilings: weights, keys and values over the GPU's bandwidth, no logits, no activations.",
+            "The embedding is read twice per step; conditioning on the most likely tokens alone saves one of these.",
+            uncounted,
+            "Weights in fp8 are expanded to bf16 when they are loaded.",
+        ]
     if not gpu.pcie_gb_per_s:
         notes.append("The system and every other program share this memory.")
     return tuple(notes)

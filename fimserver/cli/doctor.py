@@ -198,7 +198,9 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     verdict = ("fits", "green") if plan.fits else ("DOES NOT FIT", "bold red")
     largest = f"the largest that fits: {plan.largest_context_tokens}" if plan.largest_context_tokens else "none fits"
     console.print(Text.assemble(verdict, f" with a context of {plan.context_tokens} tokens ({largest})"))
-    if plan.steps:
+    if plan.steps and not any(step.distinct_experts for step in plan.steps):
+        console.print(_describe_pass(plan))
+    elif plan.steps:
         console.print(f"Fastest possible step with all weights on the GPU, {plan.bandwidth_gb_per_s:g} GB/s:")
         console.print(_step_table(plan.steps))
     for host in plan.host_plans:
@@ -221,6 +223,19 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     console.print(f"Source: {plan.provenance}{size}", soft_wrap=True)
 
 
+def _describe_pass(plan: Plan) -> str:
+    """Return the time of a dense model's forward pass, which is the same for every number of tokens."""
+    step = plan.steps[0]
+    return (
+        f"Fastest possible forward pass with all weights on the GPU, {plan.bandwidth_gb_per_s:g} GB/s: "
+        f"{step.gpu_bytes / 1e9:.2f} GB, {step.ms:.1f} ms, {_show_rate(step.steps_per_s)} passes/s"
+    )
+
+
+def _show_rate(per_s: float) -> str:
+    return f"{per_s:.0f}" if per_s >= _FEW_STEPS else f"{per_s:.1f}"
+
+
 def _step_table(steps: tuple[Step, ...]) -> Table:
     table = Table(box=SIMPLE, pad_edge=False)
     has_bus = any(step.bus_bytes for step in steps)
@@ -234,6 +249,6 @@ def _step_table(steps: tuple[Step, ...]) -> Table:
             f"{step.gpu_bytes / 1e9:.1f}",
             *bus,
             f"{step.ms:.1f}",
-            f"{step.steps_per_s:.0f}" if step.steps_per_s >= _FEW_STEPS else f"{step.steps_per_s:.1f}",
+            _show_rate(step.steps_per_s),
         )
     return table

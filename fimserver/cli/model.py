@@ -6,6 +6,7 @@ Knows:  options, results of the store and the quantizer.  Never: the hub, tensor
 import dataclasses
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ import click
 from fimserver.checkpoints.gguf import GGUF_SUFFIX
 from fimserver.cli.options import exit_on_error, run_measurement, with_progress
 from fimserver.errors import FimserverError
+
+_NOT_PERMISSIVE = "not a permissive licence: read it before you use the model"
+_LIST_WIDTH = 120
 
 
 @click.group()
@@ -40,6 +44,7 @@ def add(name: str, yes: bool, own_name: str | None) -> None:  # noqa: FBT001
         raise click.UsageError(msg)
     from fimserver.checkpoints.hub import add_model, find_offer, parse_name  # noqa: PLC0415
     from fimserver.checkpoints.installed import to_gigabytes  # noqa: PLC0415
+    from fimserver.checkpoints.known import is_permissive  # noqa: PLC0415
 
     try:
         parse_name(name)
@@ -47,10 +52,11 @@ def add(name: str, yes: bool, own_name: str | None) -> None:  # noqa: FBT001
         raise click.UsageError(str(error)) from error
     with exit_on_error():
         offer = find_offer(name)
+        warning = "" if is_permissive(offer.licence) else f"\n{'':8} {_NOT_PERMISSIVE}"
         gated = f" (gated: accept the license on {offer.page})" if offer.is_gated else ""
         for label, value in (
             ("model", f"{offer.name} at {offer.commit[:12]}, changed {offer.changed}"),
-            ("license", f"{offer.licence}{gated}"),
+            ("license", f"{offer.licence}{gated}{warning}"),
             (
                 "size",
                 f"{to_gigabytes(offer.num_bytes)}, {to_gigabytes(offer.missing_bytes)} to download",
@@ -112,18 +118,33 @@ def _check_weights(folder: Path) -> None:
 @model.command(name="list")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def list_all(as_json: bool) -> None:  # noqa: FBT001
-    """List models: shipped, added, and known ones that are not downloaded."""
+    """List models: shipped, added, and known ones that are not downloaded.
+
+    Memory is an estimate with 8192 tokens of context, weights as published; fimserver doctor plans in detail.
+    """
+    from fimserver.checkpoints.catalog import list_needs  # noqa: PLC0415
     from fimserver.checkpoints.installed import list_models, to_gigabytes  # noqa: PLC0415
 
     with exit_on_error():
         listed = list_models()
+        needs = {need.name: need for need in list_needs()}
     if as_json:
-        click.echo(json.dumps({"models": [dataclasses.asdict(one) for one in listed]}))
+        rows = []
+        for one in listed:
+            need = needs.get(one.name)
+            estimates = {"gpu_bytes": need and need.gpu_bytes, "cpu_bytes": need and need.cpu_bytes}
+            rows.append({**dataclasses.asdict(one), **estimates})
+        click.echo(json.dumps({"models": rows}))
         return
     for one in listed:
         gone = "its files are missing; add it again" if one.state == "added" and one.num_bytes is None else None
-        place = gone or one.folder or f"not downloaded: fimserver model add {one.name}"
+        place = gone or one.folder or "not downloaded"
         click.echo(f"{one.name:42} {one.state:8} {to_gigabytes(one.num_bytes):>12}  {place}")
+        if need := needs.get(one.name):
+            memory = f"{to_gigabytes(need.gpu_bytes)} of memory on a GPU, {to_gigabytes(need.cpu_bytes)} on a CPU"
+            text = f"{one.licence}; {memory}. {one.use}"
+            click.echo(textwrap.fill(text, _LIST_WIDTH, initial_indent="    ", subsequent_indent="    "))
+    click.echo("Download one with: fimserver model add OWNER/NAME")
 
 
 @model.command(name="remove")

@@ -331,6 +331,20 @@ def test_nothing_is_fetched_unasked(hub: Hub) -> None:
     assert hub.fetched() == []
 
 
+@pytest.mark.parametrize(("licence", "is_permissive"), [("apache-2.0", True), ("gemma", False)])
+def test_a_licence_that_is_not_permissive_has_a_warning(hub: Hub, licence: str, is_permissive: bool) -> None:
+    hub.repositories[NAME] = Repository(hub.repositories[NAME].folder, licence=licence)
+    result = run("model", "add", NAME)
+    assert ("not a permissive licence: read it before you use the model" in result.stderr) is not is_permissive
+    assert hub.fetched() == []
+
+
+def test_a_known_licence_is_shown_if_the_hub_names_none(hub: Hub) -> None:
+    for name, licence in (("Qwen/Qwen2.5-Coder-3B", "Qwen Research License"), (NAME, "not named; read its page")):
+        hub.repositories[name] = Repository(hub.repositories[NAME].folder, licence="")
+        assert find_offer(name).licence == licence
+
+
 def run_and_answer(answer: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
     """Run the command in a terminal, and type an answer there."""
     typed, terminal = os.openpty()

@@ -207,7 +207,7 @@ class Model:
 def find_experts_on_device(folder: Path, context_tokens: int, free_bytes: int) -> int | None:
     """Return how many experts of each layer fit on a GPU next to everything else, by the planner; ``None`` for all.
 
-    Also ``None`` if the experts are not in 4 bits, and for a damaged folder, which ``load_weights`` reports.
+    Also ``None`` without experts, if they are not in 4 bits, and for a damaged folder, which ``load_weights`` reports.
     Raises ``WeightsError`` if not even one fits.
     """
     try:
@@ -218,7 +218,7 @@ def find_experts_on_device(folder: Path, context_tokens: int, free_bytes: int) -
     context_tokens = min(context_tokens, shape.longest_context_tokens)
     plan = plan_on_gpu(checkpoint, NO_GPU, context_tokens)
     is_in_4_bits = all(part.format is Format.NVFP4 for part in checkpoint.parts if part.role is Role.EXPERTS)
-    if plan.total_bytes <= free_bytes or not is_in_4_bits:
+    if plan.total_bytes <= free_bytes or shape.is_dense or not is_in_4_bits:
         return None
     found = count_experts_on_gpu(checkpoint, context_tokens, free_bytes)
     if found < 1:
