@@ -38,7 +38,7 @@ _SPECIAL_TOKENS = {  # required by each layout
     "suffix-first": ("eos", "suffix", "prefix", "middle"),
     "infill": ("eos", "mask"),
 }
-_NO_TOKEN = -1  # for a layout without such a token: equals no id
+NO_TOKEN = -1  # for a layout without such a token: equals no id
 
 
 # required if the model has the special token
@@ -121,6 +121,10 @@ class ModelMetadata:
     logit_shift: int = 0
     length_rule: LengthRule = LengthRule.END_TOKEN
     healing: Healing = Healing.WORD
+    min_commit_probability: float = 0.9  # see MaskedOptions, as the next three
+    max_commits: int = 4
+    refresh_every: int = 8
+    length_bias: tuple[float, ...] = (1.77, 0.56, 0.06, 0.24)
     max_denoising_steps: int = 0
     entropy_bound: float = 0.0
     confidence_threshold: float = 0.0
@@ -147,7 +151,7 @@ class ModelMetadata:
     @property
     def special_ids(self) -> frozenset[int]:
         """Ids that never stand for text: an answer ends at each of them."""
-        named = (i for i in self.special_tokens.values() if i != _NO_TOKEN)
+        named = (i for i in self.special_tokens.values() if i != NO_TOKEN)
         return frozenset((*range(self.num_special_tokens), *named, *self.end_token_ids))
 
     @property
@@ -200,9 +204,11 @@ def read_metadata(folder: Path) -> ModelMetadata:
         )
         raise WeightsError(msg) from error
     _parse_kinds(path, values)
-    values["special_tokens"] = {**dict.fromkeys(_SPECIAL_TOKENS["fim"], _NO_TOKEN), **values["special_tokens"]}
-    lists = {name: tuple(values.get(name, ())) for name in ("languages", "end_token_ids")}
-    return ModelMetadata(**{**values, **lists})
+    values["special_tokens"] = {**dict.fromkeys(_SPECIAL_TOKENS["fim"], NO_TOKEN), **values["special_tokens"]}
+    for name in ("languages", "end_token_ids", "length_bias"):
+        if name in values:
+            values[name] = tuple(values[name])
+    return ModelMetadata(**values)
 
 
 def _parse_kinds(path: Path, values: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from dataclasses import replace
 import torch
 
 from fimserver.checkpoints.installed import find_model
-from fimserver.checkpoints.metadata import Canvas
+from fimserver.checkpoints.metadata import Canvas, limit_context
 from fimserver.datatypes import (
     Alternative,
     CanvasToken,
@@ -36,7 +36,8 @@ from fimserver.engine.decoding.autoregressive import fill_autoregressive
 from fimserver.engine.decoding.denoise import CanvasState, Denoiser, DenoisingOptions, Filled, RunnerUp, token_entropy
 from fimserver.engine.decoding.drafts import Lookup
 from fimserver.engine.decoding.grammar import TreeRules
-from fimserver.engine.decoding.probe import choose_drafts, measure_row_cost
+from fimserver.engine.decoding.masked import MaskedCanvas, MaskedFiller, MaskedOptions, Sides
+from fimserver.engine.decoding.probe import choose_drafts, choose_prompt_length, measure_row_cost
 from fimserver.engine.decoding.ranking import Candidate, Scored, rank
 from fimserver.engine.decoding.speculative import Drafter, DraftOptions, fill_speculative
 from fimserver.engine.decoding.stopping import AnswerEnd, AnswerStart
@@ -44,7 +45,7 @@ from fimserver.engine.job import LEAST_TEMPERATURE, Clock, Job, OnPartial
 from fimserver.engine.kernels.devices import memory_held
 from fimserver.engine.modeling.model import Model, find_device
 from fimserver.engine.modeling.prompt_cache import Encoded, PromptCache
-from fimserver.engine.prompt import build_prompt, find_anchor
+from fimserver.engine.prompt import build_prompt, find_anchor, normalize_span
 from fimserver.engine.vocabulary import Vocabulary
 from fimserver.errors import WeightsError
 
@@ -52,6 +53,7 @@ _TOKENS_A_LINE = 24  # token limit of an answer per line of its hole
 _MAX_TOKENS = 1024
 _SIDE_CANVASES, _SIDE_CANVAS_TOKENS = 2, 8  # canvases per pass when denoising from the left, and their length
 _CONDITIONING_TOP = 64  # most likely tokens that condition the next step
+_MAX_MASKED_TOKENS = 64  # in a canvas of masks; models are trained on no longer ones
 _EARLIER_TOKENS = 512  # of earlier answers, as a source of drafts
 _MATCHED_TOKENS = 4  # kept before each earlier answer
 
@@ -93,13 +95,15 @@ class Engine:
         begin = time.perf_counter()
         folder = find_model(name)
         model = Model.load(folder, find_device(device), report, context_tokens, fp4_activations=fp4_activations)
+        if context_tokens is None and model.cpu_kernels.most_rows:
+            model.metadata = limit_context(model.metadata, choose_prompt_length(model))
         vocabulary = Vocabulary.load(folder / "tokenizer.json", model.metadata.special_ids)
         return cls(model, vocabulary, load_ms=(time.perf_counter() - begin) * 1e3)
 
     def probe(self) -> None:
         """Choose the number of drafts by the measured cost of a wide pass; takes 0.1 s on a CPU."""
         self._row_cost = measure_row_cost(self.model)
-        self.draft_options = choose_drafts(self._row_cost)
+        self.draft_options = choose_drafts(self._row_cost, self.model.cpu_kernels.cheap_rows)
 
     def forget(self) -> None:
         """Drop the caches and answers of earlier requests."""
@@ -171,7 +175,9 @@ class Engine:
         clock.check_cancelled()
         metadata = self.model.metadata
         mode = sampling.mode if sampling.mode in metadata.modes else metadata.preferred_mode
-        denoise = self._denoise_from_left if self.model.metadata.denoises_from_left else self._denoise
+        denoise = self._denoise_from_left if metadata.denoises_from_left else self._denoise
+        if metadata.canvas is Canvas.MASK:
+            denoise = self._unmask
         fill = {Mode.DIFFUSION: denoise, Mode.SPECULATIVE: self._verify}.get(mode, self._write)
         encoded, filled = fill(job)
         clock.lap("decode")
@@ -230,12 +236,20 @@ class Engine:
 
     def _prepare(self, context: FimContext, sampling: Sampling, clock: Clock, on_partial: OnPartial) -> Job:
         metadata = self.model.metadata
+        context, moved = normalize_span(context)
         prompt = build_prompt(context, self.vocabulary, metadata)
         anchor = find_anchor(context.suffix, self.vocabulary) if context.hole.max_lines > 1 else ()
-        answer_end = AnswerEnd(self.vocabulary, context.hole.max_lines, anchor, prompt.fence)
+        healed_lines = prompt.healed.count("\n")
+        max_lines = context.hole.max_lines + healed_lines
+        answer_end = AnswerEnd(self.vocabulary, max_lines, anchor, prompt.fence, healed_lines)
         answer_start = AnswerStart(
             answer_end, prompt.healed, min_tokens=sampling.min_tokens, vocab_size=self.model.vocab_size
         )
+
+        def to_text(token_ids: Sequence[int]) -> str:
+            text = prompt.to_answer(answer_end.cut(self.vocabulary.decode(token_ids)))
+            return f"{text}{moved}" if text else ""
+
         healed_tokens = len(self.vocabulary.encode(prompt.healed))
         room = metadata.max_prompt_tokens + self.model.canvas_length - len(prompt.token_ids)
         wanted = max(self.model.canvas_length, _TOKENS_A_LINE * context.hole.max_lines)
@@ -248,7 +262,7 @@ class Engine:
             answer_start=answer_start,
             max_tokens=min(wanted, max(room, self.model.canvas_length), _MAX_TOKENS) + healed_tokens,
             generator=torch.Generator(self.model.device).manual_seed(seed),
-            to_text=lambda token_ids: prompt.to_answer(answer_end.cut(self.vocabulary.decode(token_ids))),
+            to_text=to_text,
             clock=clock,
             on_partial=on_partial,
         )
@@ -292,16 +306,60 @@ class Engine:
             filled = replace(filled, confidence=math.exp(total / max(1, len(answer))), log_probability=total)
         return encoded, replace(filled, token_ids=tuple(answer[: job.max_tokens]), passes=passes)
 
+    def _unmask(self, job: Job) -> tuple[Encoded, Filled]:
+        """Fill a canvas of masks between prefix and suffix."""
+        metadata, special = self.model.metadata, self.model.metadata.special_tokens
+        options = MaskedOptions(
+            mask=special["mask"],
+            end=special["eos"],
+            expand=special.get("expand"),
+            length_rule=metadata.length_rule,
+            canvas_length=self.model.canvas_length,
+            max_length=max(self.model.canvas_length, min(job.max_tokens, _MAX_MASKED_TOKENS)),
+            logit_shift=metadata.logit_shift,
+            min_probability=metadata.min_commit_probability,
+            max_commits=metadata.max_commits,
+            refresh_every=metadata.refresh_every,
+            length_bias=metadata.length_bias,
+        )
+
+        def on_step(canvas: MaskedCanvas) -> None:
+            tokens = self._to_masked_tokens(canvas) if job.sampling.trace else ()
+            settled = job.to_text(canvas.token_ids[: canvas.num_settled])
+            job.on_partial(PartialAnswer(filler.sides.passes, settled, num_settled=len(settled), canvas=tokens))
+
+        filler = MaskedFiller(
+            Sides(self.model, job.prompt.token_ids, job.prompt.suffix_ids, options),
+            job.to_request(is_quiet=True),
+            options,
+            constraint=TreeRules(job.context, job.prompt.healed) if job.has("grammar") else None,
+            boundaries=job.rules(),
+            on_step=on_step,
+        )
+        initial = self._initial_texts(job)[-1:]  # the last answer, or else a match
+        filled = filler.fill(self.vocabulary.encode(job.prompt.healed + initial[0]) if initial else ())
+        return Encoded(torch.empty(0), 0, 0), filled
+
+    def _to_masked_tokens(self, canvas: MaskedCanvas) -> tuple[CanvasToken, ...]:
+        return tuple(
+            CanvasToken(self.vocabulary.show(token_id), token_id != canvas.mask, -math.log(max(probability, 1e-30)))
+            for token_id, probability in zip(canvas.token_ids, canvas.probabilities, strict=True)
+        )
+
     def _initial_canvases(self, job: Job) -> list[list[int]]:
-        """Return initial canvases: matches, and the last answer without what was typed since; or one of pure noise."""
+        """Return initial canvases of these texts, or one of pure noise."""
+        end = self.model.metadata.special_tokens["eos"]
+        texts = self._initial_texts(job)
+        return [[*self.vocabulary.encode(job.prompt.healed + text), end] for text in texts] or [[]]
+
+    def _initial_texts(self, job: Job) -> list[str]:
+        """Return texts that the answer may be: matches, and the last answer without what was typed since."""
         texts = [match.text for match in job.matches]
         typed = job.context.prefix.removeprefix(self._last_prefix)
         is_near = self._last_prefix and typed != job.context.prefix and len(typed) < len(self._last_text)
         if is_near and job.takes_earlier:
             texts.append(self._last_text[len(typed) :])
-        end = self.model.metadata.special_tokens["eos"]
-        unique = dict.fromkeys(text for text in texts if text)
-        return [[*self.vocabulary.encode(job.prompt.healed + text), end] for text in unique] or [[]]
+        return list(dict.fromkeys(text for text in texts if text))
 
     def _write(self, job: Job) -> tuple[Encoded, Filled]:
         """Decode autoregressively, one token per pass."""

@@ -11,9 +11,15 @@ Layouts "prefix-first" and "suffix-first", for a model with fill-in-the-middle t
 form in which both are trained together). Snippets come before, as files of a repository. The second keeps the prefix
 last, like "fim".
 
+Layout "infill", for a model that sees both sides of a canvas: the prefix before it, the suffix after it.
+
 Layout "chat", for an instruction-tuned model: the user's turn has the same parts in words and code blocks, the model's
 turn opens a block and repeats the prefix, so that the canvas continues it (``chat.py``). The prefix is last here too.
 A model's ``fimserver.json`` names its layout.
+
+Line boundaries: where a newline and the indentation after it are one token, no model is trained on a prompt that ends
+between them. So such a newline is taken off and begins the answer. A span of lines whose last newline belongs to it
+(what follows begins at the start of a line) is asked for without it (``normalize_span``).
 
 Token healing: the word before the cursor is taken off the prompt and must begin the answer, because a tokenizer would
 not have split the text there (``healed``). A single space is healed too: tokens of words begin with theirs.
@@ -25,12 +31,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
-from fimserver.checkpoints.metadata import Healing, ModelMetadata
-from fimserver.datatypes import FimContext
+from fimserver.checkpoints.metadata import NO_TOKEN, Healing, ModelMetadata
+from fimserver.datatypes import FimContext, HoleKind
 from fimserver.engine.chat import INSTRUCTION, NOTHING_FOLLOWS, Fence, marks_around, open_fence
 from fimserver.engine.vocabulary import Vocabulary
 
 _MAX_HEALED_TOKENS = 8  # a longer word would leave the answer no room
+_INDENTED = (HoleKind.SPAN, HoleKind.BLOCK)  # their first line is mostly indented
 _MOST_PIECE_CHARACTERS = 256  # before the cursor, in which the last piece is looked for
 _LEAST_ANCHOR = 6  # characters of code
 _MAX_ANCHOR_TOKENS = 8
@@ -42,12 +49,14 @@ _CUTS_PER_BUDGET = 4  # a long prefix is cut by quarters of its budget, so that 
 class Prompt:
     """Ids for the encoder; ``healed`` is typed text that the answer must begin with.
 
-    ``fence`` is the code block that the answer continues, for an instruction-tuned model.
+    ``fence`` is the code block that the answer continues, for an instruction-tuned model. ``suffix_ids`` come after the
+    canvas, for a model that sees both sides of it.
     """
 
     token_ids: tuple[int, ...]
     healed: str
     fence: Fence | None = None
+    suffix_ids: tuple[int, ...] = ()
 
     def to_answer(self, text: str) -> str:
         """Return the part of a decoded answer after the cursor."""
@@ -57,7 +66,7 @@ class Prompt:
 
 def build_prompt(context: FimContext, vocabulary: Vocabulary, metadata: ModelMetadata) -> Prompt:
     """Build the prompt of a context, at most ``max_prompt_tokens`` long."""
-    head, healed = _split(context.prefix, vocabulary, metadata.healing)
+    head, healed = _split(context, vocabulary, metadata)
     fence: Fence | None = None
     after: list[int] = []
     if metadata.prompt_layout == "chat":
@@ -66,6 +75,8 @@ def build_prompt(context: FimContext, vocabulary: Vocabulary, metadata: ModelMet
     elif metadata.prompt_layout in {"prefix-first", "suffix-first"}:
         fence = _fence_of_code(context)
         before, after = _write_fim(context, vocabulary, metadata)
+    elif metadata.prompt_layout == "infill":
+        return _write_infill(context, head, healed, vocabulary, metadata)
     else:
         about = [*describe_file(context, vocabulary, metadata), *encode_snippets(context, vocabulary, metadata)]
         suffix, special = _encode_suffix(context.suffix, vocabulary, metadata), metadata.special_tokens
@@ -80,11 +91,23 @@ def build_prompt(context: FimContext, vocabulary: Vocabulary, metadata: ModelMet
     return Prompt((*before, *prefix, *after), healed, fence)
 
 
-def _split(prefix: str, vocabulary: Vocabulary, healing: Healing) -> tuple[str, str]:
+def normalize_span(context: FimContext) -> tuple[FimContext, str]:
+    """Move the newline that ends a span of whole lines to the suffix; return the context and what was moved."""
+    is_whole = context.hole.kind is HoleKind.SPAN and context.prefix.endswith("\n")
+    if not is_whole or not context.suffix or context.suffix[0] in "\r\n":
+        return context, ""
+    return replace(context, suffix=f"\n{context.suffix}"), "\n"
+
+
+def _split(context: FimContext, vocabulary: Vocabulary, metadata: ModelMetadata) -> tuple[str, str]:
     """Split off the text before the cursor that the answer begins with; nothing if that is too long."""
-    if healing is Healing.PIECE:
+    prefix = context.prefix
+    begins_line = prefix.endswith("\n") and context.hole.kind in _INDENTED and metadata.prompt_layout != "chat"
+    if metadata.healing is Healing.PIECE:
         healed = vocabulary.last_piece(prefix[-_MOST_PIECE_CHARACTERS:])
         head = prefix[: len(prefix) - len(healed)]
+    elif begins_line and vocabulary.joins_indentation:
+        head, healed = prefix[:-1], "\n"
     else:
         head, healed = split_last_word(prefix)
     return (head, healed) if len(vocabulary.encode(healed)) <= _MAX_HEALED_TOKENS else (prefix, "")
@@ -103,6 +126,23 @@ def _write_fim(context: FimContext, vocabulary: Vocabulary, metadata: ModelMetad
     if metadata.prompt_layout == "suffix-first":
         return [*files, special["prefix"], special["suffix"], *suffix, special["middle"]], []
     return [*files, special["prefix"]], [special["suffix"], *suffix, special["middle"]]
+
+
+def _write_infill(
+    context: FimContext, head: str, healed: str, vocabulary: Vocabulary, metadata: ModelMetadata
+) -> Prompt:
+    """Return the ids before and after a canvas; the prefix is never empty, since its last token is computed with it."""
+    special = metadata.special_tokens
+    suffix = _encode_suffix(context.suffix, vocabulary, metadata)
+    suffix += [special["suffix_end"]] if special.get("suffix_end", NO_TOKEN) != NO_TOKEN else []
+    begin = [special["bos"]] if special["bos"] != NO_TOKEN else []
+    budget = metadata.max_prompt_tokens - len(begin) - len(suffix)
+    above = vocabulary.encode(context.head)[-metadata.max_head_tokens :] if metadata.max_head_tokens else []
+    prefix = vocabulary.encode(head)
+    if len(prefix) > budget - len(above):
+        prefix = [*above, *trim_front(prefix, budget - len(above))]
+    before = [*begin, *prefix] or [special["eos"]]
+    return Prompt(tuple(before), healed, None, tuple(suffix))
 
 
 def _write_repository(context: FimContext, vocabulary: Vocabulary, metadata: ModelMetadata) -> list[int]:

@@ -114,6 +114,11 @@ class Vocabulary:
                 result.append(self._tokenizer.decode([i]).encode())
         return result
 
+    @cached_property
+    def joins_indentation(self) -> bool:
+        """Whether a newline and the spaces after it can be one token."""
+        return any(written in {b"\n    ", b"\n\t"} for written in self.token_bytes)
+
     def last_piece(self, text: str) -> str:
         """Return the last piece into which the tokenizer splits a text before it looks for tokens.
 

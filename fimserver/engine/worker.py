@@ -26,6 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from fimserver.checkpoints.folder import weight_files
+from fimserver.checkpoints.installed import find_model
 from fimserver.datatypes import FimContext, Hole, HoleKind, PartialAnswer, Sampling, from_plain, to_plain
 from fimserver.errors import CompletionCancelledError, FimserverError
 from fimserver.framing import read_message, write_message
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 _SIGN_S = 1.0  # between signs of life during a long request
 _LOAD_SIGN_S = 0.5
+_LARGE_BYTES = 200_000_000  # of weights: a pass over more takes longer than the pause between two keys
 _NICENESS = 5  # gives way to the editor's own processes
 _logger = logging.getLogger(__name__)
 
@@ -188,13 +191,20 @@ def load_engine(  # noqa: PLR0913  the options of an engine
     except ImportError as error:
         msg = f"a package is missing ({error}); install again with: pip install fimserver"
         raise FimserverError(msg) from error
-    torch.set_num_threads(threads or max(1, count_physical_cores() - 1))
+    torch.set_num_threads(threads or choose_threads(model))
     engine = Engine.load(model, device, context_tokens, report, fp4_activations=fp4_activations)
     hole = Hole(HoleKind.REST_OF_LINE, max_lines=1, estimated_tokens=1)
     engine.complete(FimContext("def probe(value):\n    return ", "\n", "probe.py", "python", hole), Sampling(seed=0))
     engine.forget()
     engine.probe()
     return engine
+
+
+def choose_threads(model: str) -> int:
+    """Return all physical cores for a model whose passes take long, else all but one, which the editor keeps."""
+    cores = count_physical_cores()
+    is_large = sum(path.stat().st_size for path in weight_files(find_model(model))) > _LARGE_BYTES
+    return cores if is_large else max(1, cores - 1)
 
 
 def count_physical_cores() -> int:

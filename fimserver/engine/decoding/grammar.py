@@ -58,6 +58,10 @@ class LexicalRules:
         self._answer.append(token_id)
         self._continuation.accept(text)
 
+    def may_end(self) -> bool:
+        """Return whether the answer may end here."""
+        return self._continuation.may_end()
+
     def _text(self, token_id: int) -> tuple[str, bytes]:
         """Return the complete characters up to a token's end, and the bytes of an incomplete one."""
         written = self._half + self._answer_end.vocabulary.token_bytes[token_id]

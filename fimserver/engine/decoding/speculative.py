@@ -32,8 +32,8 @@ from fimserver.engine.decoding.denoise import Filled, RunnerUp
 from fimserver.engine.decoding.drafts import DraftTree, Lookup
 from fimserver.engine.decoding.request import DecodeRequest
 from fimserver.engine.decoding.stopping import Beginning, confidence_of
-from fimserver.engine.modeling.model import Model
 from fimserver.engine.modeling.backbone import Rows
+from fimserver.engine.modeling.model import Model
 from fimserver.engine.modeling.prompt_cache import PromptCache
 
 _RUNNERS_UP = 3  # alternative first tokens
@@ -44,7 +44,8 @@ _MATCH_NODES = 40  # nodes added in the first pass, which scores all matches
 class DraftOptions:
     """Limits of the drafts of one pass: nodes of the tree, and canvases of ``canvas_length`` after the nodes.
 
-    A canvas token of at least ``commit_probability`` is written without verification; above 1 none is.
+    A canvas token of at least ``commit_probability`` is written without verification; above 1 none is. Where passes of
+    at most ``cheap_rows`` rows are much cheaper than wider ones, drafts keep to that number; 0 is no such limit.
     """
 
     max_nodes: int = 12
@@ -52,6 +53,7 @@ class DraftOptions:
     canvas_length: int = 6
     lookup: bool = True
     commit_probability: float = math.inf
+    cheap_rows: int = 0
 
 
 @dataclass
@@ -63,14 +65,19 @@ class Drafter:
     matches: Sequence[Sequence[int]] = ()
     from_canvas: list[int] = field(default_factory=list)
 
-    def draft(self, before: Sequence[int], answer: Sequence[int]) -> tuple[DraftTree, list[int]]:
-        """Return a tree of drafts after ``before``, which ends with the answer so far; and its nodes with canvases."""
-        written = len(answer)
-        tree = DraftTree(self.options.max_nodes + (0 if written else _MATCH_NODES))
+    def draft(self, before: Sequence[int], answer: Sequence[int], num_pending: int = 1) -> tuple[DraftTree, list[int]]:
+        """Return a tree of drafts after ``before``, which ends with the answer so far; and its nodes with canvases.
+
+        ``num_pending`` rows of the pass are tokens that have to be read.
+        """
+        written, most = len(answer), self.options.max_nodes + (0 if answer else _MATCH_NODES)
+        if num_pending <= self.options.cheap_rows:
+            most = min(most, self.options.cheap_rows - num_pending)
+        tree = DraftTree(most)
         for match in self.matches:
             if len(match) > written and list(match[:written]) == list(answer):
                 tree.add(match[written:])
-        tree.max_nodes = min(tree.max_nodes, len(tree.tokens) + self.options.max_nodes)
+        tree.max_nodes = min(most, len(tree.tokens) + self.options.max_nodes)
         main = tree.add(self.from_canvas)
         if self.options.lookup:
             for continuation in self.lookup.find(before):
@@ -112,7 +119,7 @@ def fill_speculative(  # noqa: PLR0913  the options of one call
             return verification.filled("latency", passes)
         if passes >= max_steps * (1 + len(verification.answer) // model.canvas_length):
             return verification.filled("steps", passes)
-        tree, canvases = drafter.draft([*before, *verification.answer], verification.answer)
+        tree, canvases = drafter.draft([*before, *verification.answer], verification.answer, len(pending))
         rows = to_rows(model, pending, tree, canvases, drafter.options.canvas_length, prompt_cache.cache.length, noise)
         hidden = model.forward_rows(rows, prompt_cache.cache)
         passes += 1

@@ -31,13 +31,14 @@ class AnswerEnd:
 
     It also ends before ``anchor``, the tokens of the line below the hole, which would only repeat that line; and where
     the code block ``fence`` is closed. A token that holds both code and the end (``)`` and a newline) is the answer's
-    last; ``cut`` removes the part after the end.
+    last; ``cut`` removes the part after the end. ``healed_lines`` of the ``max_lines`` were already typed.
     """
 
     vocabulary: Vocabulary
     max_lines: int
     anchor: tuple[int, ...] = ()
     fence: Fence | None = None
+    healed_lines: int = 0
 
     def find(self, token_ids: Sequence[int]) -> int:
         """Return how many leading ids belong to the answer; ``len(token_ids)`` if it has no end yet."""
@@ -55,7 +56,9 @@ class AnswerEnd:
     def is_closed(self, token_ids: Sequence[int]) -> bool:
         """Return whether the last of these ids, which all belong to the answer, also holds the answer's end."""
         newlines = self.vocabulary.num_newlines
-        return bool(token_ids) and bool(newlines[token_ids[-1]]) and sum(newlines[i] for i in token_ids) >= self.max_lines
+        return (
+            bool(token_ids) and bool(newlines[token_ids[-1]]) and sum(newlines[i] for i in token_ids) >= self.max_lines
+        )
 
     def cut(self, text: str, before: Sequence[int] = ()) -> str:
         """Return a text, which follows the ids ``before``, up to the line end that ends the answer."""
@@ -83,6 +86,14 @@ class AnswerEnd:
         first = self.vocabulary.token_bytes[self.anchor[0]]
         return not first.strip() and self.vocabulary.token_bytes[token_id].endswith(first)
 
+    def barred_mask(self, vocab_size: int, allowed: frozenset[int], device: torch.device) -> torch.Tensor:
+        """Return the tokens (V,) bool that cannot be in an answer: those without text that are not ``allowed``.
+
+        In a single line also those with a line end, but for the one that was typed before the hole.
+        """
+        is_single = self.max_lines - self.healed_lines == 1
+        return _barred_mask(self.vocabulary, vocab_size, allowed, device, is_single_line=is_single)
+
     def log_probability(self, logits: torch.Tensor, ended_by: int | None = None) -> float:
         """Return the log-probability that the answer ends here by any end token or ``ended_by``; logits (V,)."""
         ends = _end_mask(self.vocabulary, min(self.max_lines, _MANY_LINES), len(logits), logits.device)
@@ -93,7 +104,8 @@ class AnswerEnd:
 
     def first_line(self, token_ids: Sequence[int]) -> int | None:
         """Return the number of ids in the first line, line end included; ``None`` if it has no end."""
-        return next((i + 1 for i, t in enumerate(token_ids) if self.vocabulary.num_newlines[t]), None)
+        ends = accumulate(self.vocabulary.num_newlines[t] for t in token_ids)
+        return next((i + 1 for i, count in enumerate(ends) if count > self.healed_lines), None)
 
 
 def _has_code(written: bytes, lines: int) -> bool:
@@ -223,6 +235,19 @@ def _end_mask(vocabulary: Vocabulary, max_lines: int, vocab_size: int, device: t
         for i in range(vocabulary.size)
     ]
     return torch.tensor(ends + [True] * (vocab_size - len(ends)), device=device)
+
+
+@lru_cache(maxsize=16)
+def _barred_mask(
+    vocabulary: Vocabulary, vocab_size: int, allowed: frozenset[int], device: torch.device, *, is_single_line: bool
+) -> torch.Tensor:
+    """See ``AnswerEnd.barred_mask``."""
+    barred = [
+        i not in allowed and (not vocabulary.is_text(i) or (is_single_line and vocabulary.num_newlines[i] > 0))
+        for i in range(vocabulary.size)
+    ]
+    rest = [i not in allowed for i in range(vocabulary.size, vocab_size)]
+    return torch.tensor(barred + rest, device=device)
 
 
 @lru_cache(maxsize=16)

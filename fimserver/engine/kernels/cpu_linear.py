@@ -7,8 +7,9 @@ weights in 4 bits a quarter. A pass over many rows is arithmetic, which bf16 doe
     int8   ``_weight_int8pack_mm``: a row shares a scale
     bf16   ``x @ weight.T``
 
-    choose_kernels   tries them on weights of the model: which are right, and the fastest for each number of rows
-    CpuLinear        one matrix, with the packed copy that represents it closely enough
+    choose_kernels        tries them on weights of the model: which are right
+    CpuLinear             one matrix, with the packed copy that represents it closely enough
+    CpuKernels.fit_rows   measures whole passes: up to how many rows the packed copies are faster
 
 Knows:   tensors, a clock.  Never: modules, prompts.
 Shapes:  R rows, K columns, N rows of the matrix.
@@ -18,9 +19,11 @@ Equal:   to the product with the matrix in float32, within ``TOLERANCE`` (tests/
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 
 import torch
 
@@ -29,7 +32,9 @@ _GROUP = 32  # weights per scale of int4
 _PROBED_ROWS = 64  # of a matrix, to see whether 4 bits represent it
 _LEVELS = (15, 14, 13, 12, 11, 10, 9, 8)  # steps between a group's least and greatest weight that are tried
 _TRIED_ROWS = (1, 2, 4, 8, 16, 32)
-_REPEATS = 7
+_CHEAP = 1.5  # times the time of a pass over a single row
+_CHECKED_ROWS = (1, 3, 4, 9)
+_REPEATS = 3
 _logger = logging.getLogger(__name__)
 _Product = Callable[[torch.Tensor], torch.Tensor]
 
@@ -42,42 +47,62 @@ class Kernel(StrEnum):
     BF16 = "bf16"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False)
 class CpuKernels:
-    """Which packed kernels are used, each up to a number of rows; and what was tried, in words.
+    """The packed kernels that are right on this CPU, in order of preference; and what was tried, in words.
 
-    Without any, matrices are multiplied as they are.
+    All matrices of a model share one: they use packed copies for passes of at most ``most_rows`` rows. A pass of at
+    most ``cheap_rows`` rows takes little longer than one of a single row.
     """
 
-    most_rows: dict[Kernel, int] = field(default_factory=dict)
+    kernels: tuple[Kernel, ...] = ()
     tried: dict[str, str] = field(default_factory=dict)
+    most_rows: int = 0
+    cheap_rows: int = 0
+    num_matrices: Counter[Kernel] = field(default_factory=Counter)
 
     @property
     def description(self) -> str:
-        """The kernels and their numbers of rows, for display."""
-        packed = [f"{kernel} up to {rows} rows" for kernel, rows in self.most_rows.items()]
-        return ", ".join([*packed, "bf16"]) if packed else ""
+        """The number of matrices in each format, and the number of rows, for display."""
+        counts = ", ".join(f"{count} matrices in {kernel}" for kernel, count in self.num_matrices.items())
+        return f"{counts} for up to {self.most_rows} rows" if self.most_rows else "bf16"
 
-
-PLAIN_CPU = CpuKernels()
+    def fit_rows(self, run: Callable[[int], object]) -> None:
+        """Find up to how many rows packed copies are faster; ``run`` computes a pass over a number of rows."""
+        found, single = 0, 0.0
+        self.cheap_rows = 0
+        for rows in _TRIED_ROWS:
+            seconds: list[float] = []
+            for limit in (rows, 0):
+                self.most_rows = limit
+                seconds.append(_measure(partial(run, rows)))
+            if seconds[0] >= seconds[1]:
+                break
+            found, single = rows, single or seconds[0]
+            if seconds[0] <= _CHEAP * single:
+                self.cheap_rows = rows
+        self.most_rows = found
 
 
 class CpuLinear:
     """A projection by ``weight`` (N, K), which stays in place; its packed copy serves passes over few rows."""
 
-    def __init__(self, weight: torch.Tensor, kernels: CpuKernels = PLAIN_CPU) -> None:
+    def __init__(self, weight: torch.Tensor, kernels: CpuKernels | None = None) -> None:
         self.dtype = weight.dtype
         self._matrix = weight.detach().t()
-        self._most_rows, self._narrow = 0, self._multiply
-        for kernel, rows in kernels.most_rows.items():  # the smallest first
-            product = _PACK[kernel](weight.detach()) if rows else None
-            if product is not None:
-                self._most_rows, self._narrow = rows, product
+        self._kernels = kernels or CpuKernels()
+        self._narrow: _Product | None = None
+        for kernel in (*self._kernels.kernels, Kernel.BF16):
+            self._narrow = _PACK[kernel](weight.detach()) if kernel in _PACK else None
+            if self._narrow is not None or kernel is Kernel.BF16:
+                self._kernels.num_matrices[kernel] += 1
                 break
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Project ``x`` (R, K) to (R, N)."""
-        return self._narrow(x) if x.shape[0] <= self._most_rows else self._multiply(x)
+        if self._narrow is not None and x.shape[0] <= self._kernels.most_rows:
+            return self._narrow(x)
+        return self._multiply(x)
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         product: torch.Tensor = x @ self._matrix
@@ -165,56 +190,47 @@ _PACK: dict[Kernel, Callable[[torch.Tensor], _Product | None]] = {Kernel.INT4: p
 
 
 def choose_kernels(samples: Sequence[torch.Tensor], sign: Callable[[], None] = lambda: None) -> CpuKernels:
-    """Try every packed kernel on weights (N, K) of a model; return those that are right, and up to how many rows.
+    """Try every packed kernel on weights (N, K) of a model, and return those that are right, fewest bytes first.
 
-    ``sign`` is called between trials. The order is that of the fewest bytes.
+    ``sign`` is called between trials.
     """
     tried: dict[str, str] = {}
-    most_rows: dict[Kernel, int] = {}
+    kernels: list[Kernel] = []
     generator = torch.Generator().manual_seed(0)
     for kernel, pack in _PACK.items():
         try:
-            found = _find_rows(pack, samples, generator, sign)
+            fault = _find_fault(pack, samples, generator, sign)
         except (RuntimeError, AttributeError, NotImplementedError) as error:  # not built for this CPU
-            tried[kernel] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            _logger.info("%s cannot be used on this CPU: %s", kernel, tried[kernel])
-            continue
-        tried[kernel] = f"up to {found} rows" if isinstance(found, int) else found
-        if isinstance(found, int) and found:
-            most_rows[kernel] = found
-    return CpuKernels(most_rows, tried)
+            fault = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            _logger.info("%s cannot be used on this CPU: %s", kernel, fault)
+        tried[kernel] = fault or "right"
+        if not fault:
+            kernels.append(kernel)
+    return CpuKernels(tuple(kernels), tried)
 
 
-def _find_rows(
+def _find_fault(
     pack: Callable[[torch.Tensor], _Product | None],
     samples: Sequence[torch.Tensor],
     generator: torch.Generator,
     sign: Callable[[], None],
-) -> int | str:
-    """Return the most rows for which a kernel is faster than bf16 on the samples it can represent, or what is wrong."""
-    pairs = [(product, weight) for weight in samples if (product := pack(weight)) is not None]
-    if not pairs:
-        return "differs too much from these weights"
-    found = 0
-    for rows in _TRIED_ROWS:
-        packed_s = plain_s = 0.0
-        for product, weight in pairs:
+) -> str:
+    """Return how a kernel differs from the products by the weights that it can represent; empty if it does not."""
+    products = [(product, weight) for weight in samples if (product := pack(weight)) is not None]
+    if not products:
+        return "cannot represent these weights"
+    for product, weight in products:
+        for rows in _CHECKED_ROWS:
             sign()
             x = torch.randn(rows, weight.shape[1], generator=generator).to(weight.dtype)
             expected = x.float() @ weight.float().t()
             error = float((product(x).float() - expected).norm() / expected.norm())
-            if not error <= 2 * TOLERANCE:  # the activations are rounded too; also true for NaN
+            if not error <= 2 * TOLERANCE:  # results are rounded to bf16 too; also true for NaN
                 return f"differs by {error:.1%}"
-            matrix = weight.t()
-            packed_s += _measure(lambda x=x, product=product: product(x))
-            plain_s += _measure(lambda x=x, matrix=matrix: x @ matrix)
-        if packed_s >= plain_s:
-            break
-        found = rows
-    return found
+    return ""
 
 
-def _measure(run: Callable[[], torch.Tensor]) -> float:
+def _measure(run: Callable[[], object]) -> float:
     """Return the least seconds of several runs."""
     times = []
     for _ in range(_REPEATS):

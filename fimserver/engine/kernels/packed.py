@@ -34,6 +34,7 @@ class PackedLinear(nn.Module):
     def __init__(self, weight: NVFP4Tensor, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self._weights: NVFP4Tensor | None = weight.with_row_scales()
+        self.bias: nn.Parameter | None
         self.register_parameter("bias", bias)
 
     @property

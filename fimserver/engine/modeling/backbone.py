@@ -166,6 +166,18 @@ class Backbone(ABC):
         """Return embeddings (N, H) float32 of token ids (N,)."""
         return functional.embedding(token_ids, self._embedding).float() * self._scale
 
+    @torch.inference_mode()
+    def shift_keys(self, cache: KVCache, first: int, distance: int) -> None:
+        """Move the cached keys from token ``first`` on by a ``distance`` in positions, to the left if negative."""
+        at = torch.tensor([abs(distance)], device=self.device)
+        for index, layer in enumerate(self._layers):
+            cosines, sines = self._compute_rotation(layer.kind, at)
+            if distance < 0:
+                sines = -sines
+            keys = cache.keys[index][:, first : cache.length]
+            turned = torch.addcmul(keys.float() * cosines, keys.float().roll(layer.head_size // 2, -1), sines)
+            keys.copy_(turned)
+
     @property
     def hidden_size(self) -> int:
         """H."""

@@ -20,9 +20,9 @@ import torch
 
 from fimserver.checkpoints.engine_limits import MAX_CAPTURED_PASSES
 from fimserver.engine.kernels.devices import capture
+from fimserver.engine.modeling.backbone import Backbone, canvas_rows
 from fimserver.engine.modeling.kv_cache import KVCache
 from fimserver.engine.modeling.layers import AttentionPlan
-from fimserver.engine.modeling.backbone import Backbone, canvas_rows
 
 _Run = Callable[[], torch.Tensor]
 

@@ -57,9 +57,10 @@ class AttentionPlan:
 def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Attend with ``queries`` (heads, N, D) over keys and values (fewer heads, P, D), scale 1: (heads, N, D).
 
-    On a GPU the heads that share keys are rows of one matmul: torch's own grouping copies the keys for each.
+    On a GPU, and in bf16 on a CPU, the heads that share keys are rows of one matmul: torch's own grouping copies the
+    keys for each head, or takes ten times as long for a single row.
     """
-    if queries.device.type == "cpu":
+    if queries.device.type == "cpu" and queries.dtype is torch.float32:
         return functional.scaled_dot_product_attention(
             queries[None], keys[None], values[None], attn_mask=mask, scale=1.0, enable_gqa=True
         )[0]

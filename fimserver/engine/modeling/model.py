@@ -23,18 +23,18 @@ from fimserver.checkpoints.memory import Format, Role, read_folder
 from fimserver.checkpoints.metadata import ModelMetadata, limit_context, read_metadata
 from fimserver.checkpoints.planner import count_experts_on_gpu, plan_on_gpu
 from fimserver.engine.kernels.backends import Choice, choose_matmul, find_matmul_work
-from fimserver.engine.kernels.cpu_linear import PLAIN_CPU, CpuKernels, choose_float_dtype, choose_kernels
+from fimserver.engine.kernels.cpu_linear import CpuKernels, choose_float_dtype, choose_kernels
 from fimserver.engine.kernels.devices import capture
 from fimserver.engine.kernels.expert_cache import Traffic, add_up
 from fimserver.engine.kernels.matmul import PLAIN
 from fimserver.engine.kernels.packed import count_parameters, find_packed_experts, is_packed
 from fimserver.engine.loading.weights import is_dense_config, load_weights
+from fimserver.engine.modeling.backbone import Backbone, Rows, canvas_rows, causal_rows
+from fimserver.engine.modeling.diffusion_gemma import DiffusionGemma
 from fimserver.engine.modeling.graphs import FixedPasses
 from fimserver.engine.modeling.kv_cache import KVCache
 from fimserver.engine.modeling.layers import measured
 from fimserver.engine.modeling.qwen2 import Qwen2
-from fimserver.engine.modeling.backbone import Backbone, Rows, canvas_rows, causal_rows
-from fimserver.engine.modeling.diffusion_gemma import DiffusionGemma
 from fimserver.errors import EngineError, WeightsError
 
 _ANSWER_TOKENS = 32  # of a model without a canvas: the least room for an answer
@@ -44,14 +44,14 @@ _logger = logging.getLogger(__name__)
 class Model:
     """The network and its folder's metadata."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  the options of a model
         self,
         reference: Any,
         metadata: ModelMetadata,
         choice: Choice | None = None,
         *,
         consumes: bool = False,
-        cpu_kernels: CpuKernels = PLAIN_CPU,
+        cpu_kernels: CpuKernels | None = None,
         capture: Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]] | None = None,
     ) -> None:
         """Build from ``reference``; ``consumes`` frees its layers' weights, ``capture`` runs passes as CUDA graphs."""
@@ -59,10 +59,10 @@ class Model:
         self.num_parameters = count_parameters(reference)
         self.choice = choice or Choice(PLAIN)
         self._expert_caches = [m.cache for m in find_packed_experts(reference) if m.cache is not None]
-        self.cpu_kernels = cpu_kernels
+        self.cpu_kernels = cpu_kernels or CpuKernels()
         self.network: Backbone
         if isinstance(reference, Qwen2ForCausalLM):
-            self.network = Qwen2(reference, self.choice.matmul, consumes=consumes, cpu_kernels=cpu_kernels)
+            self.network = Qwen2(reference, self.choice.matmul, consumes=consumes, cpu_kernels=self.cpu_kernels)
         else:
             self.network = DiffusionGemma(reference, self.choice.matmul, consumes=consumes)
         self._fixed = FixedPasses(self.network, capture) if capture and self.network.is_fixed else None
@@ -126,8 +126,21 @@ class Model:
             return cls(network.to(device), metadata)
         layer = network.model.layers[0].mlp
         samples = [layer.gate_proj.weight.detach(), layer.down_proj.weight.detach()] if dtype is torch.bfloat16 else []
-        kernels = choose_kernels(samples, sign=lambda: report(999, 1000)) if samples else PLAIN_CPU
-        return cls(network, metadata, consumes=True, cpu_kernels=kernels)
+        kernels = choose_kernels(samples, sign=lambda: report(999, 1000)) if samples else CpuKernels()
+        model = cls(network, metadata, consumes=True, cpu_kernels=kernels)
+        if kernels.kernels:
+            model.fit_kernels()
+        return model
+
+    @torch.inference_mode()
+    def fit_kernels(self) -> None:
+        """Measure up to how many rows a pass is faster with packed copies of the weights; takes a second."""
+        cache = self.new_cache()
+
+        def run(num_rows: int) -> torch.Tensor:
+            return self.to_logits(self.forward_rows(causal_rows([0] * num_rows, 0, self.device), cache))
+
+        self.cpu_kernels.fit_rows(run)
 
     @property
     def kernels(self) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional
 from transformers import Qwen2ForCausalLM
 
-from fimserver.engine.kernels.cpu_linear import PLAIN_CPU, CpuKernels, CpuLinear
+from fimserver.engine.kernels.cpu_linear import CpuKernels, CpuLinear
 from fimserver.engine.kernels.matmul import PLAIN, MatmulBackend
 from fimserver.engine.kernels.packed import PackedLinear, num_rows_of
 from fimserver.engine.modeling.backbone import Backbone
@@ -34,7 +34,7 @@ class Qwen2(Backbone):
         matmul: MatmulBackend = PLAIN,
         *,
         consumes: bool = False,
-        cpu_kernels: CpuKernels = PLAIN_CPU,
+        cpu_kernels: CpuKernels | None = None,
     ) -> None:
         """Build from ``reference``; ``matmul`` multiplies by 4-bit weights, ``consumes`` frees layers as they are read.
 

@@ -152,7 +152,7 @@ def test_a_whole_model_through_the_kernels(kernels: ModuleType, random_model: Mo
     from support.checkpoints import EVERYTHING, repack
 
     from fimserver.engine.modeling.backbone import causal_rows
-from fimserver.engine.modeling.diffusion_gemma import DiffusionGemma
+    from fimserver.engine.modeling.diffusion_gemma import DiffusionGemma
 
     network = repack(random_model.reference, EVERYTHING)
     results = []

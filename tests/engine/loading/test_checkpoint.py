@@ -34,9 +34,9 @@ from fimserver.engine.kernels.packed import PackedExperts, PackedLinear
 from fimserver.engine.loading import checkpoint
 from fimserver.engine.loading.quantization_config import read_quantization
 from fimserver.engine.loading.weights import CPU, load_weights
-from fimserver.engine.modeling.model import Model
 from fimserver.engine.modeling.backbone import causal_rows
 from fimserver.engine.modeling.diffusion_gemma import DiffusionGemma
+from fimserver.engine.modeling.model import Model
 from fimserver.errors import WeightsError
 
 CONTEXT = FimContext("def f(x):\n    return ", "\n", "a.py", "python", Hole(HoleKind.REST_OF_LINE, 1, 8))

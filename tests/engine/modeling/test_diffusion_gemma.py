@@ -6,10 +6,10 @@ from torch.profiler import profile
 from transformers.cache_utils import DynamicCache
 
 from fimserver.engine.modeling import layers
+from fimserver.engine.modeling.backbone import Rows, canvas_rows, causal_rows
 from fimserver.engine.modeling.kv_cache import KVCache
 from fimserver.engine.modeling.layers import attend, attend_grouped, rms
 from fimserver.engine.modeling.model import Model
-from fimserver.engine.modeling.backbone import Rows, canvas_rows, causal_rows
 
 TOLERANCE = 1e-4  # float32: other shapes, other order of additions
 

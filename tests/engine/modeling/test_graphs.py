@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from fimserver.engine.modeling.backbone import canvas_rows
 from fimserver.engine.modeling.graphs import FixedPasses
 from fimserver.engine.modeling.kv_cache import KVCache
 from fimserver.engine.modeling.model import Model
-from fimserver.engine.modeling.backbone import canvas_rows
 from fimserver.engine.quantize.quantizer import quantize_folder
 
 TOLERANCE = 1e-4

@@ -1,0 +1,330 @@
+"""Masked diffusion: the loop against a plain one that computes the whole sequence each time, to the token."""
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from fimserver.checkpoints.known import SHIPPED_MODELS
+from fimserver.checkpoints.metadata import LengthRule, ModelMetadata, read_metadata
+from fimserver.datatypes import FimContext, Hole, HoleKind, Mode, PartialAnswer, Sampling
+from fimserver.engine.decoding.masked import MaskedFiller, MaskedOptions, Sides, find_length, length_bias
+from fimserver.engine.decoding.request import DecodeRequest
+from fimserver.engine.decoding.stopping import AnswerEnd, AnswerStart
+from fimserver.engine.engine import Engine
+from fimserver.engine.modeling.model import Model
+from fimserver.engine.vocabulary import Vocabulary
+
+TINY = SHIPPED_MODELS / "tiny"
+MASK, EXPAND, END = 3, 4, 1  # special tokens of the shipped tokenizer, in other roles
+BIAS = (1.77, 0.56, 0.06, 0.24)
+METADATA = {
+    "name": "masked",
+    "prompt_layout": "infill",
+    "special_tokens": {"eos": END, "mask": MASK, "bos": 2, "expand": EXPAND, "suffix_end": END},
+    "num_special_tokens": 8,
+    "max_prompt_tokens": 256,
+    "max_suffix_tokens": 64,
+    "preferred_mode": "diffusion",
+    "attention": "bidirectional",
+    "canvas": "mask",
+    "canvas_length": 8,
+    "logit_shift": 1,
+    "length_rule": "expand_and_delete",
+}
+
+
+def make_network() -> Qwen2ForCausalLM:
+    torch.manual_seed(1)
+    config = Qwen2Config(
+        vocab_size=8192,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+    )
+    return Qwen2ForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A masked diffusion model as a folder, with random weights and the shipped tokenizer."""
+    found = tmp_path_factory.mktemp("masked")
+    make_network().save_pretrained(found)
+    (found / "fimserver.json").write_text(json.dumps(METADATA))
+    shutil.copy(TINY / "tokenizer.json", found)
+    return found
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Model:
+    return Model(make_network(), read_metadata(folder))
+
+
+def options_of(**changes: Any) -> MaskedOptions:
+    usual: dict[str, Any] = {
+        "mask": MASK, "end": END, "expand": EXPAND, "length_rule": LengthRule.EXPAND_AND_DELETE, "canvas_length": 6,
+        "max_length": 16, "logit_shift": 1, "min_probability": 2.0, "max_commits": 1, "refresh_every": 1,
+        "length_bias": BIAS,
+    }  # fmt: skip
+    return MaskedOptions(**{**usual, **changes})
+
+
+def request_of(vocabulary: Vocabulary, healed: str = "", temperature: float = 0.0, **changes: Any) -> DecodeRequest:
+    end = AnswerEnd(vocabulary, 1)
+    start = AnswerStart(end, healed, min_tokens=0, vocab_size=8192)
+    generator = torch.Generator().manual_seed(7)
+    return DecodeRequest(
+        max_tokens=32, answer_end=end, answer_start=start, temperature=temperature, generator=generator, **changes
+    )
+
+
+def fill_plainly(  # noqa: PLR0913, PLR0917
+    network: Qwen2ForCausalLM,
+    vocabulary: Vocabulary,
+    prefix: Sequence[int],
+    suffix: Sequence[int],
+    options: MaskedOptions,
+    temperature: float,
+) -> list[int]:
+    """DreamOn's loop, written for clarity: transformers' forward over the whole sequence, one commit in each pass."""
+    generator = torch.Generator().manual_seed(7)
+    canvas, expansions = [MASK] * options.canvas_length, 2 * options.max_length
+    while MASK in canvas:
+        ids = torch.tensor([[*prefix, *canvas, *suffix]])
+        full = torch.zeros(1, 1, ids.shape[1], ids.shape[1])
+        with torch.inference_mode():
+            logits = network(ids, attention_mask=full).logits[0]
+        shifted = torch.cat((logits[:1], logits[:-1]))[len(prefix) : len(prefix) + len(canvas)]
+        at = [i for i, token_id in enumerate(canvas) if token_id == MASK]
+        rows = shifted[at].clone()
+        for token_id in range(8192):
+            is_allowed = vocabulary.is_text(token_id) and not vocabulary.num_newlines[token_id]
+            may_expand = token_id == EXPAND and len(canvas) < options.max_length and expansions
+            if not is_allowed and token_id != END and not may_expand:
+                rows[:, token_id] = -math.inf
+        shares = torch.softmax(rows / temperature if temperature else rows, dim=-1)
+        chosen = shares.argmax(-1)
+        if temperature:
+            races = torch.empty_like(shares[None]).exponential_(generator=generator)
+            chosen = (shares[None] / races).argmax(-1)[0]
+        entropies = torch.special.entr(shares).sum(-1)
+        best = min(range(len(at)), key=lambda i: float(entropies[i]))
+        token_id = int(chosen[best])
+        if token_id == EXPAND:
+            expansions -= 1
+            canvas[at[best] : at[best] + 1] = [MASK, MASK]
+        elif token_id == END:
+            del canvas[at[best]]
+        else:
+            canvas[at[best]] = token_id
+    return canvas
+
+
+def biased(model: Model, **by: float) -> Model:
+    """The model, with some tokens more likely; the head is the embedding, so its logits are shifted instead."""
+    ids = {"expand": EXPAND, "end": END}
+
+    class Likelier(type(model)):  # type: ignore[misc]
+        def to_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+            logits = super().to_logits(hidden)
+            for name, amount in by.items():
+                logits[:, ids[name]] += amount
+            return logits
+
+    changed = Likelier.__new__(Likelier)
+    changed.__dict__.update(model.__dict__)
+    return changed
+
+
+PREFIX, SUFFIX = [2, 300, 301, 302, 303], [400, 401, 402, END]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_the_loop_equals_a_plain_one(model: Model, vocabulary: Vocabulary, temperature: float) -> None:
+    options = options_of()
+    request = request_of(vocabulary, temperature=temperature)
+    filled = MaskedFiller(Sides(model, PREFIX, SUFFIX, options), request, options).fill()
+    theirs = fill_plainly(make_network(), vocabulary, PREFIX, SUFFIX, options, temperature)
+    assert list(filled.token_ids) == theirs
+    assert filled.finish == "end"
+
+
+def test_a_canvas_grows_and_shrinks(model: Model, vocabulary: Vocabulary) -> None:
+    options, lengths = options_of(), []
+    for by in ({"expand": 60.0}, {"end": 60.0}):
+        sides = Sides(biased(model, **by), PREFIX, SUFFIX, options)
+        filler = MaskedFiller(
+            sides, request_of(vocabulary), options, on_step=lambda canvas: lengths.append(len(canvas.token_ids))
+        )
+        filler.fill()
+    assert max(lengths) == options.max_length
+    assert min(lengths) == 0
+
+
+def test_moved_keys_equal_computed_ones(model: Model) -> None:
+    """The first layer's keys depend on position alone, so there the rotation is exact."""
+    caches = []
+    for distances in ((5,), (9, -6, 2)):
+        options = options_of(refresh_every=99)
+        sides = Sides(model, PREFIX, SUFFIX, options)
+        sides.logits([MASK] * 4)
+        length = 4
+        for distance in distances:
+            length += distance
+            sides.logits([MASK] * length)
+        assert length == 9
+        fresh = Sides(model, PREFIX, SUFFIX, options)
+        fresh.logits([MASK] * length)
+        caches.append((sides._cache, fresh._cache))
+    count = len(PREFIX) - 1 + len(SUFFIX)
+    for moved, computed in caches:
+        torch.testing.assert_close(moved.keys[0][:, :count], computed.keys[0][:, :count], atol=1e-4, rtol=1e-4)
+
+
+def test_passes_over_the_canvas_alone_agree_with_whole_ones(model: Model) -> None:
+    """With nothing changed since both sides were computed, a pass over the canvas is exact."""
+    options = options_of(refresh_every=2)
+    sides = Sides(model, PREFIX, SUFFIX, options)
+    canvas = [MASK, 500, MASK, 501]
+    whole, alone = sides.logits(canvas), sides.logits(canvas)
+    torch.testing.assert_close(alone, whole, atol=1e-4, rtol=1e-4)
+
+
+def test_several_positions_are_committed_in_one_pass(model: Model, vocabulary: Vocabulary) -> None:
+    passes = []
+    for cap in (1, 3):
+        options = options_of(min_probability=0.0, max_commits=cap, length_rule=LengthRule.END_TOKEN, expand=None)
+        sides = Sides(model, PREFIX, SUFFIX, options)
+        MaskedFiller(sides, request_of(vocabulary), options).fill()
+        passes.append(sides.passes)
+    assert passes == [6, 2]
+
+
+def test_an_answer_begins_with_what_was_typed(model: Model, vocabulary: Vocabulary) -> None:
+    options = options_of(length_rule=LengthRule.END_TOKEN, expand=None)
+    filled = MaskedFiller(Sides(model, PREFIX, SUFFIX, options), request_of(vocabulary, " retu"), options).fill()
+    assert vocabulary.decode(filled.token_ids).startswith(" retu")
+
+
+def test_a_single_line_has_no_line_end(model: Model, vocabulary: Vocabulary) -> None:
+    options = options_of(length_rule=LengthRule.END_TOKEN, expand=None, canvas_length=12)
+    filled = MaskedFiller(
+        Sides(model, PREFIX, SUFFIX, options), request_of(vocabulary, temperature=5.0), options
+    ).fill()
+    assert len(filled.token_ids) > 3
+    assert "\n" not in vocabulary.decode(filled.token_ids)
+
+
+class Anywhere:
+    """Boundary rules that let an answer end after some tokens."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.lengths, self.count = lengths, 0
+
+    def accept(self, token_id: int) -> None:
+        del token_id
+        self.count += 1
+
+    def may_end(self) -> bool:
+        return self.count in self.lengths
+
+
+@pytest.mark.parametrize(("lengths", "expected"), [((2,), 2), ((1, 3), 3), ((), 0), ((5,), 0)])
+def test_a_stopped_answer_ends_at_a_boundary_before_the_first_open_position(
+    model: Model, vocabulary: Vocabulary, lengths: tuple[int, ...], expected: int
+) -> None:
+    """Four positions at the left are settled when time is over, and one further right that must not be offered."""
+    options = options_of()
+
+    def is_over() -> bool:
+        return True
+
+    request = replace(request_of(vocabulary), stop=is_over)
+    filler = MaskedFiller(Sides(model, PREFIX, SUFFIX, options), request, options, boundaries=Anywhere(lengths))
+    from fimserver.engine.decoding.masked import MaskedCanvas
+
+    canvas = MaskedCanvas.of(MASK, 7)
+    for position in (0, 1, 2, 3, 5):
+        canvas.put(position, 500 + position, 0.9)
+    filled = filler._stopped(canvas)
+    assert filled.finish == "latency"
+    assert filled.token_ids == tuple(range(500, 500 + expected))
+
+
+def test_tokens_of_an_earlier_answer_are_kept_where_the_model_is_sure(model: Model, vocabulary: Vocabulary) -> None:
+    options = options_of(length_rule=LengthRule.END_TOKEN, expand=None)
+    cold = MaskedFiller(Sides(model, PREFIX, SUFFIX, options), request_of(vocabulary), options)
+    answer = list(cold.fill().token_ids)
+    sure = replace(options, min_probability=1e-6)
+    warm = MaskedFiller(Sides(model, PREFIX, SUFFIX, sure), request_of(vocabulary), sure)
+    assert list(warm.fill(answer).token_ids) == answer
+    assert warm.sides.passes == 2 < cold.sides.passes
+    unsure = MaskedFiller(Sides(model, PREFIX, SUFFIX, options), request_of(vocabulary), options)
+    assert list(unsure.fill([600, 601, 602, 603]).token_ids) == answer, "the model is unsure of all: it starts again"
+
+
+def test_the_length_search_finds_the_best_score(model: Model) -> None:
+    options = options_of(length_rule=LengthRule.SEARCH, expand=None, refresh_every=99)
+
+    class Scores:
+        """A model that is surest of five masks."""
+
+        def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
+            length = len(token_ids)
+            share = (0.9 if length == 5 else 0.5) * length_bias(length, BIAS)
+            logits = torch.full((length, 1000), math.log((1 - share) / 999))
+            logits[:, 0] = math.log(share)
+            return logits
+
+    scores: Any = Scores()
+    assert find_length(scores, options) == 5
+    assert find_length(scores, replace(options, max_length=5)) == 5
+    assert 1 <= find_length(Sides(model, PREFIX, SUFFIX, options), options) <= options.max_length
+
+
+def test_the_bias_falls_with_the_length() -> None:
+    assert length_bias(1, BIAS) == pytest.approx(math.exp(-1.77) + 0.56 * math.exp(-0.06) + 0.24)
+    assert length_bias(64, BIAS) < length_bias(8, BIAS) < length_bias(2, BIAS)
+
+
+@pytest.mark.parametrize("length_rule", list(LengthRule))
+def test_a_folder_answers_through_the_engine(folder: Path, length_rule: LengthRule) -> None:
+    engine = Engine.load(str(folder), "cpu")
+    engine.model.metadata = replace(engine.model.metadata, length_rule=length_rule)
+    hole = Hole(HoleKind.REST_OF_LINE, max_lines=1, estimated_tokens=8)
+    context = FimContext("def area(width, height):\n    return wid", "\n", "a.py", "python", hole)
+    seen: list[PartialAnswer] = []
+    generation = engine.complete(context, Sampling(seed=0, trace=True), on_partial=seen.append)
+    assert generation.mode is Mode.DIFFUSION
+    assert generation.finish == "end"
+    assert generation.forward_passes == generation.denoising_steps > 0
+    assert "\n" not in generation.text
+    assert any(token.text == "<suf>" and not token.accepted for token in seen[0].canvas), "masks are shown"
+    assert all(token.accepted for token in seen[-1].canvas)
+    again = engine.complete(context, Sampling(seed=0))
+    assert again.text == generation.text
+
+
+def test_a_mode_that_the_model_lacks_gives_way_to_its_own(folder: Path) -> None:
+    engine = Engine.load(str(folder), "cpu")
+    hole = Hole(HoleKind.REST_OF_LINE, max_lines=1, estimated_tokens=8)
+    context = FimContext("x = ", "\n", "a.py", "python", hole)
+    assert engine.complete(context, Sampling(mode=Mode.SPECULATIVE, seed=0)).mode is Mode.DIFFUSION
+
+
+def test_metadata_of_a_masked_model(folder: Path) -> None:
+    metadata: ModelMetadata = read_metadata(folder)
+    assert metadata.modes == (Mode.DIFFUSION,)
+    assert metadata.length_rule is LengthRule.EXPAND_AND_DELETE
