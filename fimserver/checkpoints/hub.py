@@ -23,7 +23,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fimserver.checkpoints.folder import read_json
 from fimserver.checkpoints.installed import (
     INDEX_FILE,
     MAIN_BRANCH,
@@ -36,8 +35,8 @@ from fimserver.checkpoints.installed import (
     to_gigabytes,
     write_whole,
 )
-from fimserver.checkpoints.known import find_known_fact, find_known_metadata
-from fimserver.checkpoints.metadata import METADATA_FILE, read_metadata
+from fimserver.checkpoints.known import find_known_fact
+from fimserver.checkpoints.metadata import check_metadata
 from fimserver.errors import WeightsError
 
 Report = Callable[[str, int, int], None]  # description, bytes done, total bytes
@@ -212,10 +211,7 @@ def _snapshot(offer: Offer, names: list[str]) -> Path:
 
 def _check_config(offer: Offer, folder: Path, check_config: Callable[[Path], object]) -> None:
     check_config(folder)
-    if not (folder / METADATA_FILE).exists() and find_known_metadata(read_json(folder / "config.json")) is None:
-        msg = f"{offer.name} has no {METADATA_FILE}, and its config matches no known model; it cannot be served"
-        raise WeightsError(msg)
-    read_metadata(folder)
+    check_metadata(folder, offer.name)
 
 
 def _fetch_weights(offer: Offer, weights: list[HubFile], report: Report) -> None:

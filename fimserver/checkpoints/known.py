@@ -30,6 +30,7 @@ _SIZES_OF = {
     "qwen2": _DENSE_SIZES,
     "Dream": _DENSE_SIZES,
 }
+_TOKEN_NAMES = {"mask_token_id": "<|mask|>", "expand_token_id": "<|expand|>"}
 _PERMISSIVE = frozenset(
     {
         "0bsd",
@@ -72,15 +73,32 @@ def is_permissive(licence: str) -> bool:
     return bool(named) and all(part in _PERMISSIVE for part in named)
 
 
-def find_known_metadata(config: Mapping[str, Any]) -> Path | None:
-    """Return the ``fimserver.json`` of the known model with this config, or ``None``. Raises ``WeightsError``."""
+def find_known_metadata(config: Mapping[str, Any], folder: Path | None = None) -> Path | None:
+    """Return the ``fimserver.json`` of the known model with this config, or ``None``. Raises ``WeightsError``.
+
+    ``folder`` has the tokenizer, which may be all that names a token of the model's class.
+    """
     if _identity_of(config) is None:
         return None
+    config = {**_named_tokens(folder), **config} if folder is not None else config
     for path in sorted(KNOWN_MODELS.glob("*/fimserver.json")):
         known = path.with_name("config.json")
         if known.exists() and _is_same_model(config, read_json(known)):
             return path
     return None
+
+
+def read_added_tokens(folder: Path) -> dict[str, int]:
+    """Return the ids of the tokens that a folder's tokenizer never finds in text by itself, by their names."""
+    path = folder / "tokenizer.json"
+    added = read_json(path).get("added_tokens", []) if path.exists() else []
+    return {str(token["content"]): int(token["id"]) for token in added if isinstance(token, dict)}
+
+
+def _named_tokens(folder: Path) -> dict[str, int]:
+    """Return the ids of the tokens for a mask and for one more mask in a folder's tokenizer."""
+    ids = read_added_tokens(folder)
+    return {key: ids[name] for key, name in _TOKEN_NAMES.items() if name in ids}
 
 
 def _is_same_model(config: Mapping[str, Any], known: Mapping[str, Any]) -> bool:

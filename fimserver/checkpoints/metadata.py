@@ -1,6 +1,7 @@
 """Read ``fimserver.json``: the model's training format and its best decoding options.
 
-    read_metadata(folder)               -> ModelMetadata, the known model's if the folder has no such file
+    read_metadata(folder)               -> ModelMetadata; a known model's, or that of a tokenizer with tokens for
+                                           fill-in-the-middle, if the folder has no such file
     limit_context(metadata, tokens)     -> the same with a shorter prompt, its parts in proportion
 
 Knows:   names and numbers.  Never: torch, tensors.
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fimserver.checkpoints.folder import read_json
-from fimserver.checkpoints.known import find_known_metadata
+from fimserver.checkpoints.known import KNOWN_MODELS, find_known_metadata, read_added_tokens
 from fimserver.datatypes import Mode
 from fimserver.errors import WeightsError
 
@@ -31,6 +32,15 @@ MATCH_FEATURES = (
 )
 
 METADATA_FILE = "fimserver.json"
+_FIM_EXAMPLE = "qwen2.5-coder-1.5b"
+_FIM_NAMES = {
+    "eos": "<|endoftext|>",
+    "prefix": "<|fim_prefix|>",
+    "suffix": "<|fim_suffix|>",
+    "middle": "<|fim_middle|>",
+    "repository": "<|repo_name|>",
+    "file_separator": "<|file_sep|>",
+}
 _SPECIAL_TOKENS = {  # required by each layout
     "fim": ("pad", "eos", "bos", "suffix", "prefix", "middle"),
     "chat": ("pad", "eos", "bos", "turn", "turn_end"),
@@ -168,7 +178,7 @@ class ModelMetadata:
 def read_metadata(folder: Path) -> ModelMetadata:
     """Parse ``fimserver.json``, a known model's if a folder has none. Raises ``WeightsError`` that names the key."""
     path = _find_metadata(folder)
-    values = read_json(path)
+    values = read_json(path) if path.exists() else _from_tokenizer(folder) or read_json(path)
     expected = {f.name for f in fields(ModelMetadata)}
     needed = {f.name for f in fields(ModelMetadata) if f.default is MISSING and f.default_factory is MISSING}
     if values.get("canvas", Canvas.UNIFORM) == Canvas.UNIFORM:
@@ -183,17 +193,7 @@ def read_metadata(folder: Path) -> ModelMetadata:
         msg = f"{path}: prompt_layout is {values['prompt_layout']!r}; it may be: {', '.join(_LAYOUTS)}"
         raise WeightsError(msg)
     _check_tokens(path, values)
-    calibration = values.get("calibration", {})
-    if unknown := set(calibration) - {"answer", "match"}:
-        msg = f"{path}: calibration has unknown keys: {', '.join(sorted(unknown))}; allowed: answer, match"
-        raise WeightsError(msg)
-    for name, features in (("answer", ANSWER_FEATURES), ("match", MATCH_FEATURES)):
-        weights = calibration.get(name)
-        if weights is not None and len(weights) != len(features):
-            msg = (
-                f"{path}: calibration.{name} has {len(weights)} weights; it needs one for each of {', '.join(features)}"
-            )
-            raise WeightsError(msg)
+    _check_calibration(path, values.get("calibration", {}))
     try:
         values["preferred_mode"] = Mode(values["preferred_mode"])
         if values["preferred_mode"] is Mode.AUTO:
@@ -209,6 +209,19 @@ def read_metadata(folder: Path) -> ModelMetadata:
         if name in values:
             values[name] = tuple(values[name])
     return ModelMetadata(**values)
+
+
+def _check_calibration(path: Path, calibration: Mapping[str, Any]) -> None:
+    if unknown := set(calibration) - {"answer", "match"}:
+        msg = f"{path}: calibration has unknown keys: {', '.join(sorted(unknown))}; allowed: answer, match"
+        raise WeightsError(msg)
+    for name, features in (("answer", ANSWER_FEATURES), ("match", MATCH_FEATURES)):
+        weights = calibration.get(name)
+        if weights is not None and len(weights) != len(features):
+            msg = (
+                f"{path}: calibration.{name} has {len(weights)} weights; it needs one for each of {', '.join(features)}"
+            )
+            raise WeightsError(msg)
 
 
 def _parse_kinds(path: Path, values: dict[str, Any]) -> None:
@@ -257,7 +270,37 @@ def _find_metadata(folder: Path) -> Path:
     path, config = folder / METADATA_FILE, folder / "config.json"
     if path.exists() or not config.exists():
         return path
-    return find_known_metadata(read_json(config)) or path
+    return find_known_metadata(read_json(config), folder) or path
+
+
+def check_metadata(folder: Path, name: str) -> None:
+    """Raise ``WeightsError`` if it is not known what a model is: from its folder, its config or its tokenizer."""
+    if not _find_metadata(folder).exists() and _from_tokenizer(folder) is None:
+        msg = (
+            f"{name} has no {METADATA_FILE}, its config matches no known model, and its tokenizer has no tokens for "
+            "fill-in-the-middle; it cannot be served"
+        )
+        raise WeightsError(msg)
+    read_metadata(folder)
+
+
+def _from_tokenizer(folder: Path) -> dict[str, Any] | None:
+    """Return the record of a dense model that is not known, but has tokens for fill-in-the-middle in its tokenizer.
+
+    Its budgets are those of the known models of this class.
+    """
+    config = folder / "config.json"
+    if not config.exists() or read_json(config).get("model_type") != "qwen2":
+        return None
+    tokens = read_added_tokens(folder)
+    special = {key: tokens[name] for key, name in _FIM_NAMES.items() if name in tokens}
+    if not {"prefix", "suffix", "middle", "eos"} <= special.keys():
+        return None
+    values = read_json(KNOWN_MODELS / _FIM_EXAMPLE / METADATA_FILE)
+    changed = {"name": folder.name, "special_tokens": special, "end_token_ids": sorted(tokens.values())}
+    if not set(_REPOSITORY_TOKENS) <= special.keys():
+        changed["max_snippet_tokens"] = 0
+    return {**values, **changed}
 
 
 def limit_context(metadata: ModelMetadata, context_tokens: int | None) -> ModelMetadata:

@@ -96,7 +96,10 @@ def _add_file(file: Path, name: str | None) -> None:
 
 
 def _check_folder(folder: Path) -> None:
+    from fimserver.checkpoints.metadata import check_metadata  # noqa: PLC0415
+
     _check_config(folder)
+    check_metadata(folder, folder.name)
     _check_weights(folder)
 
 

@@ -42,15 +42,6 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "home"
 
 
-@pytest.fixture
-def unchecked(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Turn off the checks of the model's class; return the folders that would be checked."""
-    checked: list[Path] = []
-    monkeypatch.setattr(model_commands, "_check_config", checked.append)
-    monkeypatch.setattr(model_commands, "_check_weights", checked.append)
-    return checked
-
-
 def run(*arguments: str | Path) -> Any:
     return CliRunner().invoke(model_commands.model, [str(argument) for argument in arguments])
 
@@ -248,13 +239,12 @@ def test_a_file_that_was_moved_is_named(file: Path, tmp_path: Path) -> None:
     assert str(file) in str(raised.value)
 
 
-def test_adding_listing_and_removing(file: Path, home: Path, unchecked: list[Path]) -> None:
+def test_adding_listing_and_removing(file: Path, home: Path) -> None:
     added = run("add", file)
     assert added.exit_code == 0, added.output
     name = "my-model.q4_k_m"
     for shown in (f"added {name}", "qwen2", "1 million parameters", "apache-2.0", str(file)):
         assert shown in added.output
-    assert len(unchecked) == 2
     folder = home / "data" / "gguf" / name
     assert find_model(name) == folder
     listed = next(one for one in list_models() if one.name == name)
@@ -272,7 +262,30 @@ def test_adding_listing_and_removing(file: Path, home: Path, unchecked: list[Pat
         find_removal(name)
 
 
-def test_a_name_belongs_to_one_file(file: Path, home: Path, unchecked: list[Path], tmp_path: Path) -> None:
+def test_an_added_file_completes_code(file: Path, home: Path) -> None:
+    from fimserver.datatypes import FimContext, Hole, HoleKind, Mode, Sampling
+    from fimserver.engine.engine import Engine
+
+    assert run("add", file, "--name", "mine").exit_code == 0
+    engine = Engine.load("mine", "cpu")
+    assert engine.model.metadata.modes == (Mode.SPECULATIVE, Mode.AUTOREGRESSIVE)
+    hole = Hole(HoleKind.REST_OF_LINE, max_lines=1, estimated_tokens=8)
+    context = FimContext("def area(width, height):\n    return wid", "\n", "a.py", "python", hole)
+    generation = engine.complete(context, Sampling(seed=0, trace=True))
+    prompt = "<|fim_prefix|><|fim_suffix|>\n<|fim_middle|>def area(width, height):\n    return"
+    assert generation.prompt_text == prompt
+    assert "\n" not in generation.text
+
+
+def test_a_model_without_tokens_for_the_middle_is_refused(home: Path, tmp_path: Path) -> None:
+    model = make_gguf()
+    model.tokens[model.tokens.index("<|fim_middle|>")] = "<|other|>"
+    refused = run("add", model.write(tmp_path / "chat.gguf"))
+    assert refused.exit_code == 1
+    assert "its tokenizer has no tokens for fill-in-the-middle" in refused.stderr
+
+
+def test_a_name_belongs_to_one_file(file: Path, home: Path, tmp_path: Path) -> None:
     assert run("add", file, "--name", "mine").exit_code == 0
     other = make_gguf(tied=True).write(tmp_path / "other.gguf")
     refused = run("add", other, "--name", "mine")
@@ -287,9 +300,7 @@ def test_a_name_belongs_to_one_file(file: Path, home: Path, unchecked: list[Path
     assert (find_model("mine") / "model.gguf").samefile(other)
 
 
-def test_a_file_that_fails_the_checks_is_not_added(
-    file: Path, home: Path, unchecked: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_fails_the_checks_is_not_added(file: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(folder: Path) -> None:
         msg = f"{folder / 'config.json'} is wrong"
         raise WeightsError(msg)
@@ -309,7 +320,7 @@ def test_wrong_use_is_explained(file: Path, home: Path) -> None:
         find_model(str(file))
 
 
-def test_a_removal_deletes_no_other_folder(file: Path, home: Path, unchecked: list[Path], tmp_path: Path) -> None:
+def test_a_removal_deletes_no_other_folder(file: Path, home: Path, tmp_path: Path) -> None:
     assert run("add", file, "--name", "mine").exit_code == 0
     record = json.loads(record_file().read_text())
     record["models"]["mine"]["folder"] = str(tmp_path)

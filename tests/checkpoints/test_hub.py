@@ -215,7 +215,7 @@ def change_config(folder: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "llama"}, "model_type is 'llama'; only 'diffusion_gemma'"),
+        ({"model_type": "llama"}, "model_type is 'llama'; it may be: diffusion_gemma, qwen2, Dream"),
         ({"quantization_config": {"quant_method": "gptq"}}, "'gptq'; NVFP4, FP8 and bf16 checkpoints are supported"),
     ],
 )

@@ -157,6 +157,7 @@ def write_checkpoint(
 
 
 GGUF_TOKENS = ["<|endoftext|>", "<|fim_prefix|>", "<tool_call>", "Ġdef", "in", "Ġin", "[PAD0]"]
+GGUF_FIM = ["<|fim_suffix|>", "<|fim_middle|>"]
 GGUF_HIDDEN, GGUF_LAYERS, GGUF_HEADS, GGUF_KV_HEADS, GGUF_INNER = 256, 2, 4, 2, 512
 GGUF_TYPES = ("Q8_0", "Q5_0", "Q4_0", "Q5_1", "Q4_1", "F16", "BF16", "F32", "Q4_K", "Q6_K")
 
@@ -221,9 +222,9 @@ def make_gguf(*, tied: bool = False, architecture: str = "qwen2") -> GgufModel:
     """A random model that has a matrix of every type in ``GGUF_TYPES``."""
     generator = np.random.default_rng(0)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = [*alphabet, "Ġd", "Ġde", *GGUF_TOKENS[3:6], *GGUF_TOKENS[:3], GGUF_TOKENS[6]]
+    tokens = [*alphabet, "Ġd", "Ġde", *GGUF_TOKENS[3:6], *GGUF_FIM, *GGUF_TOKENS[:3], GGUF_TOKENS[6]]
     merges = ["Ġ d", "Ġd e", "Ġde f", "i n", "Ġ in"]
-    types = [1] * (len(tokens) - 4) + [3, 3, 4, 5]
+    types = [1] * (len(tokens) - 6) + [4, 4, 3, 3, 4, 5]
     kv = GGUF_HIDDEN // GGUF_HEADS * GGUF_KV_HEADS
     shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (len(tokens), GGUF_HIDDEN)}
     for layer in range(GGUF_LAYERS):

@@ -194,7 +194,7 @@ def _fastest(times: Sequence[tuple[float, MatmulBackend]], otherwise: MatmulBack
 
 def find_matmul_work(model: Any) -> Work:
     """Return the matmuls with 4-bit weights in transformers' model."""
-    config = model.config.text_config
+    config = model.config.get_text_config()
     projections, packed = tuple(find_packed_projections(model)), find_packed_experts(model)
     if not packed:
         return Work(projections)

@@ -167,9 +167,11 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def find_packed_projections(model: Any) -> Iterator[tuple[int, int]]:
-    """Yield each distinct shape (N, K) of the 4-bit projections of transformers' model, joined as in ``Network``."""
-    decoder = model.model.decoder
-    owners = [decoder.self_conditioning, *(layer.mlp for layer in decoder.layers)]
+    """Yield each distinct shape (N, K) of the 4-bit projections of transformers' model, joined as in the backbones."""
+    decoder = getattr(model.model, "decoder", model.model)  # a model without an encoder is its own decoder
+    owners = [layer.mlp for layer in decoder.layers]
+    if hasattr(decoder, "self_conditioning"):
+        owners.insert(0, decoder.self_conditioning)
     groups = [group for owner in owners for group in ((owner.gate_proj, owner.up_proj), (owner.down_proj,))]
     for layer in decoder.layers:
         own = layer.self_attn

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fimserver.checkpoints.metadata import read_metadata
+from fimserver.checkpoints.metadata import NO_TOKEN, Attention, Canvas, read_metadata
 from fimserver.engine.loading.weights import load_weights
 from fimserver.engine.quantize.plan import DECODER, ENCODER, OTHERS
 from fimserver.engine.vocabulary import Vocabulary
@@ -27,8 +27,9 @@ def measure_inputs(
 ) -> dict[str, torch.Tensor]:
     """Return the mean square (K,) of each matrix's input columns over a text, by the matrix's name.
 
-    Runs the bf16 model: the causal encoder over windows of the text, then twice a canvas of noise after each, the
-    second time conditioned on the first. One number serves all experts of a layer: few of them see much of a text.
+    Runs the bf16 model over windows of the text. A model with canvases of noise also runs twice over a canvas after
+    each window, the second time conditioned on the first. One number serves all experts of a layer: few of them see
+    much of a text.
     """
     metadata = read_metadata(folder)
     try:
@@ -61,19 +62,30 @@ def measure_inputs(
             module.register_forward_pre_hook(_watch_linear(own, add))
     generator = torch.Generator().manual_seed(_SEED)
     for i, start in enumerate(starts):
-        prompt = torch.tensor([[metadata.special_tokens["bos"], *ids[start : start + window]]])
-        canvas = torch.randint(
-            network.config.text_config.vocab_size, (1, network.config.canvas_length), generator=generator
-        )
+        begin = metadata.special_tokens["bos"]
+        prompt = torch.tensor([[*([] if begin == NO_TOKEN else [begin]), *ids[start : start + window]]])
         with torch.inference_mode():
-            first = network(prompt, decoder_input_ids=canvas)
-            network.model.decoder(
-                decoder_input_ids=canvas,
-                past_key_values=first.past_key_values,
-                self_conditioning_logits=first.logits,
-            )
+            if metadata.canvas is Canvas.UNIFORM:
+                _run_with_canvas(network, prompt, generator)
+            else:
+                is_causal = metadata.attention is Attention.CAUSAL
+                network(
+                    prompt, attention_mask=None if is_causal else torch.zeros(1, 1, *(prompt.shape[1],) * 2).bfloat16()
+                )
         report("calibration", i + 1, len(starts))
     return {name: _to_importance(squares / counts[name]) for name, squares in sums.items()}
+
+
+def _run_with_canvas(network: Any, prompt: torch.Tensor, generator: torch.Generator) -> None:
+    canvas = torch.randint(
+        network.config.text_config.vocab_size, (1, network.config.canvas_length), generator=generator
+    )
+    first = network(prompt, decoder_input_ids=canvas)
+    network.model.decoder(
+        decoder_input_ids=canvas,
+        past_key_values=first.past_key_values,
+        self_conditioning_logits=first.logits,
+    )
 
 
 def _watch_experts(name: str, add: Callable[[str, torch.Tensor], None]) -> Callable[[Any, Any], None]:

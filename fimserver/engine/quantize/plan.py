@@ -2,9 +2,9 @@
 
     Plan.make(folder, options) -> layers by file; each has bundles of matrices that share a global scale, and copies
 
-Only experts, or with ``everything`` also attention, dense MLPs and self-conditioning. Embeddings, norms, routers and
-vision stay as they are. Matrices with the same input (gate and up; q, k and v) share a global scale, as in published
-checkpoints, and as servers that fuse them require.
+Only experts, or with ``everything``, and in a model without experts, also attention, dense MLPs and
+self-conditioning. Embeddings, norms, routers and vision stay as they are. Matrices with the same input (gate and up; q,
+k and v) share a global scale, as in published checkpoints, and as servers that fuse them require.
 
 Knows:   names and shapes of tensors.  Never: their values.
 Raises:  ``WeightsError`` for anything but a checkpoint of floats.
@@ -100,11 +100,12 @@ class Plan:
     def make(cls, source: Path, options: QuantizerOptions) -> "Plan":
         """Plan from headers alone. Raises ``WeightsError`` for anything but a checkpoint of floats."""
         checkpoint = _open_floats(source)
+        has_experts = any(_EXPERTS.search(name) for name in checkpoint.targets)
         layers: dict[str, Layer] = {}
         taken: set[str] = set()
         floats, notes = {"lm_head"}, []
         for target in checkpoint.targets.values():
-            chosen = _is_chosen(target.name, everything=options.everything)
+            chosen = _is_chosen(target.name, everything=options.everything or not has_experts)
             if chosen and target.shape[-1] % BLOCK:
                 rows = f"rows of {target.shape[-1]} are not whole blocks of {BLOCK}"
                 notes.append(f"{target.name.removesuffix('.weight')} stays in floats: {rows}")

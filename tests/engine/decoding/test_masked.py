@@ -90,7 +90,7 @@ def request_of(vocabulary: Vocabulary, healed: str = "", temperature: float = 0.
     )
 
 
-def fill_plainly(  # noqa: PLR0913, PLR0917
+def fill_plainly(
     network: Qwen2ForCausalLM,
     vocabulary: Vocabulary,
     prefix: Sequence[int],
@@ -138,7 +138,7 @@ def biased(model: Model, **by: float) -> Model:
 
     class Likelier(type(model)):  # type: ignore[misc]
         def to_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-            logits = super().to_logits(hidden)
+            logits: torch.Tensor = super().to_logits(hidden)
             for name, amount in by.items():
                 logits[:, ids[name]] += amount
             return logits

@@ -12,7 +12,9 @@ from fimserver.engine.kernels.packed import put_weight
 from fimserver.engine.modeling.backbone import Rows, causal_rows
 from fimserver.engine.modeling.qwen2 import Qwen2
 
-CLOSE = {"atol": 2e-4, "rtol": 2e-4}
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)
 
 
 def make_network(*, tied: bool = True, heads: int = 4, kv_heads: int = 2) -> Qwen2ForCausalLM:
@@ -48,7 +50,7 @@ def test_a_causal_pass_equals_transformers(heads: int, kv_heads: int, *, tied: b
     theirs = reference(ids[None]).logits[0]
     backbone = Qwen2(reference)
     hidden = backbone.forward(causal_rows(ids.tolist(), 0, backbone.device), backbone.new_cache())
-    torch.testing.assert_close(backbone.to_logits(hidden), theirs, **CLOSE)
+    assert_close(backbone.to_logits(hidden), theirs)
 
 
 @torch.inference_mode()
@@ -59,7 +61,7 @@ def test_a_pass_with_a_full_mask_equals_transformers() -> None:
     theirs = reference(ids[None], attention_mask=visible).logits[0]
     backbone = Qwen2(reference)
     hidden = backbone.forward(Rows(ids, torch.arange(30), None, 30), backbone.new_cache())
-    torch.testing.assert_close(backbone.to_logits(hidden), theirs, **CLOSE)
+    assert_close(backbone.to_logits(hidden), theirs)
 
 
 @torch.inference_mode()
@@ -72,7 +74,7 @@ def test_rows_over_a_cache_equal_one_pass() -> None:
     for start, end in ((0, 17), (17, 18), (18, 50)):
         pieces.append(backbone.forward(causal_rows(ids[start:end], start, backbone.device), cache))
         cache.keep(range(end - start))
-    torch.testing.assert_close(torch.cat(pieces), whole, **CLOSE)
+    assert_close(torch.cat(pieces), whole)
 
 
 @torch.inference_mode()
@@ -90,8 +92,8 @@ def test_projections_in_4_bits_keep_their_biases() -> None:
         backbone = Qwen2(network)
         hidden = backbone.forward(causal_rows(ids, 0, backbone.device), backbone.new_cache())
         found.append(backbone.to_logits(hidden))
-    torch.testing.assert_close(*found, **CLOSE)
-    torch.testing.assert_close(packed(torch.tensor(ids)[None]).logits[0], found[0], **CLOSE)
+    assert_close(*found)
+    assert_close(packed(torch.tensor(ids)[None]).logits[0], found[0])
 
 
 @pytest.mark.skipif("FIMSERVER_TEST_QWEN2" not in os.environ, reason="FIMSERVER_TEST_QWEN2 names no model folder")
