@@ -123,7 +123,13 @@ def test_added_tokens_keep_their_ids(file: Path) -> None:
     tokenizer, tokens = load_tokenizer(header), header.values["tokenizer.ggml.tokens"]
     assert tokenizer.token_to_id("<|fim_prefix|>") == tokens.index("<|fim_prefix|>")
     special = {one.content: one.special for one in tokenizer.get_added_tokens_decoder().values()}
-    assert special == {"<|endoftext|>": True, "<|fim_prefix|>": True, "<tool_call>": False}
+    assert special == {
+        "<|endoftext|>": True,
+        "<|fim_prefix|>": True,
+        "<|fim_suffix|>": False,
+        "<|fim_middle|>": False,
+        "<tool_call>": False,
+    }
     assert tokenizer.token_to_id("[PAD0]") is None
     assert tokenizer.encode(" def in").tokens == ["Ġdef", "Ġin"]
 

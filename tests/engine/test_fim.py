@@ -1,0 +1,278 @@
+"""Models with fill-in-the-middle tokens of their own: layouts, healing by pieces, tokens of code and a line end."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from fimserver.checkpoints.known import KNOWN_MODELS
+from fimserver.checkpoints.metadata import Healing, ModelMetadata, read_metadata
+from fimserver.datatypes import FimContext, Hole, HoleKind, Mode, PartialAnswer, Sampling, Snippet
+from fimserver.engine.decoding.grammar import LexicalRules
+from fimserver.engine.decoding.stopping import AnswerEnd
+from fimserver.engine.engine import Engine
+from fimserver.engine.modeling.model import Model
+from fimserver.engine.prompt import build_prompt, normalize_span
+from fimserver.engine.vocabulary import Vocabulary
+
+SPLIT = (  # of Qwen2's tokenizer
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPECIAL = ("<|endoftext|>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|repo_name|>", "<|file_sep|>")
+MERGES = (
+    ") Ċ", ") :", "): Ċ", "( )", "() Ċ", ". a", ".a p", "p e", ".ap pe", "n d", ".appe nd", "Ġ Ġ", "ĠĠ Ġ", "` `", "`` `",
+    "``` Ċ", "Ċ Ċ",
+)  # fmt: skip
+LINE = Hole(HoleKind.REST_OF_LINE, max_lines=1, estimated_tokens=8)
+LINES = Hole(HoleKind.BLOCK, max_lines=3, estimated_tokens=16)
+
+
+def make_tokenizer() -> Tokenizer:
+    """A byte-level tokenizer that splits as Qwen2's does, with few merges: it joins brackets and line ends."""
+    tokens = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens += ["".join(merge.split(" ")) for merge in MERGES]
+    tokenizer = Tokenizer(
+        models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=[tuple(m.split(" ")) for m in MERGES])
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in SPECIAL[:2]])
+    tokenizer.add_tokens([AddedToken(name, special=False) for name in SPECIAL[2:]])
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def metadata() -> ModelMetadata:
+    tokenizer = make_tokenizer()
+    known = read_metadata(KNOWN_MODELS / "qwen2.5-coder-0.5b")
+    names = {"eos": 0, "prefix": 1, "middle": 2, "suffix": 3, "repository": 4, "file_separator": 5}
+    ids = {key: tokenizer.token_to_id(SPECIAL[i]) for key, i in names.items()}
+    return replace(
+        known,
+        special_tokens={**known.special_tokens, **ids},
+        end_token_ids=tuple(tokenizer.token_to_id(name) for name in SPECIAL),
+        max_prompt_tokens=512,
+    )
+
+
+@pytest.fixture(scope="module")
+def vocabulary(metadata: ModelMetadata) -> Vocabulary:
+    return Vocabulary(make_tokenizer(), metadata.special_ids)
+
+
+@pytest.fixture(scope="module")
+def engine(metadata: ModelMetadata, vocabulary: Vocabulary) -> Engine:
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=vocabulary.size + 7,  # as published models have more rows than tokens
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        initializer_range=0.3,
+        tie_word_embeddings=True,
+    )
+    return Engine(Model(Qwen2ForCausalLM(config).eval(), metadata), vocabulary)
+
+
+def context_of(prefix: str, suffix: str = "\n", hole: Hole = LINE, **changes: Any) -> FimContext:
+    return FimContext(prefix, suffix, "app/a.py", "python", hole, **changes)
+
+
+def force(engine: Engine, answer: str, monkeypatch: pytest.MonkeyPatch, end: str = "<|endoftext|>") -> None:
+    """Let the model say a text, whatever it is asked."""
+    ids = [*engine.vocabulary.encode(answer), engine.vocabulary._tokenizer.token_to_id(end)]
+
+    def to_logits(hidden: torch.Tensor) -> torch.Tensor:
+        logits = torch.zeros(len(hidden), engine.model.vocab_size)
+        logits[:, ids[min(calls[0], len(ids) - 1)]] = 50.0
+        calls[0] += 1
+        return logits
+
+    calls = [0]
+    monkeypatch.setattr(engine.model, "to_logits", to_logits)
+    monkeypatch.setattr(engine.model.network, "to_logits", to_logits)
+
+
+def write(engine: Engine, context: FimContext, answer: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> str:
+    """Return what the engine makes of an answer, which the model writes after what it has to spell again."""
+    engine.forget()
+    normal, _ = normalize_span(context)
+    healed = build_prompt(normal, engine.vocabulary, engine.model.metadata).healed
+    force(engine, healed + answer, monkeypatch, **options)
+    sampling = Sampling(Mode.AUTOREGRESSIVE, seed=0, without=("grammar",))
+    return engine.complete(context, sampling).text
+
+
+@pytest.mark.parametrize(
+    ("layout", "expected"),
+    [
+        ("suffix-first", "<|fim_prefix|><|fim_suffix|>, b)\n<|fim_middle|>x = f"),
+        ("prefix-first", "<|fim_prefix|>x = f<|fim_suffix|>, b)\n<|fim_middle|>"),
+    ],
+)
+def test_layouts(layout: str, expected: str, metadata: ModelMetadata, vocabulary: Vocabulary) -> None:
+    prompt = build_prompt(context_of("x = f(", ", b)\n"), vocabulary, replace(metadata, prompt_layout=layout))
+    assert vocabulary.show_all(prompt.token_ids) == expected
+    assert prompt.healed == "("
+
+
+def test_snippets_are_files_of_a_repository(metadata: ModelMetadata, vocabulary: Vocabulary) -> None:
+    context = context_of("x = ", snippets=(Snippet("lib/b.py", "y = 2"),))
+    prompt = build_prompt(context, vocabulary, metadata)
+    shown = vocabulary.show_all(prompt.token_ids)
+    expected = (
+        "<|repo_name|>project\n<|file_sep|>b.py\ny = 2\n<|file_sep|>a.py\n<|fim_prefix|><|fim_suffix|>\n<|fim_middle|>"
+    )
+    assert shown.startswith(expected)
+    without = build_prompt(context, vocabulary, replace(metadata, max_snippet_tokens=0))
+    assert vocabulary.show_all(without.token_ids).startswith("<|fim_prefix|>")
+
+
+@pytest.mark.parametrize(
+    ("prefix", "healed"),
+    [
+        ("self.items.ap", ".ap"),
+        ("self.items.", "."),
+        ("f(", "("),
+        ("    return wid", " wid"),
+        ("def f():\n", "():\n"),
+        ("def f():\n    ", "    "),
+        ("x = 12", "2"),
+        ("", ""),
+    ],
+)
+def test_the_last_piece_is_healed(prefix: str, healed: str, metadata: ModelMetadata, vocabulary: Vocabulary) -> None:
+    prompt = build_prompt(context_of(prefix), vocabulary, metadata)
+    assert prompt.healed == healed
+    assert vocabulary.decode(prompt.token_ids).endswith(prefix.removesuffix(healed))
+
+
+def test_a_tokenizer_that_does_not_split_has_no_pieces(metadata: ModelMetadata) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.pre_tokenizer = None
+    assert Vocabulary(tokenizer, metadata.special_ids).last_piece("self.ap") == ""
+
+
+def test_code_in_the_token_of_the_line_end_is_kept(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``)`` and the newline are one token: the bracket belongs to the answer."""
+    assert write(engine, context_of("x = f(a"), ")\nreturn", monkeypatch) == ")"
+    assert write(engine, context_of("self.items"), ".append()\n", monkeypatch) == ".append()"
+
+
+def test_such_an_answer_takes_no_further_pass(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine.forget()
+    force(engine, "(a)\nreturn", monkeypatch)
+    generation = engine.complete(context_of("x = f(a"), Sampling(Mode.AUTOREGRESSIVE, seed=0, without=("grammar",)))
+    assert generation.finish == "end"
+    assert generation.num_tokens == 3
+    assert generation.forward_passes == 3
+
+
+def test_lines_are_counted_within_tokens(engine: Engine) -> None:
+    end = AnswerEnd(engine.vocabulary, max_lines=2)
+    ids = engine.vocabulary.encode("f()\ng()\nh()\n")
+    assert engine.vocabulary.decode(ids[: end.find(ids)]) == "f()\ng()\n"
+    assert end.is_closed(ids[: end.find(ids)])
+    first = engine.vocabulary.encode("f()\n")
+    assert ids[: len(first)] == first
+    assert not end.is_closed(first)
+    assert end.cut("f()\ng()\n") == "f()\ng()"
+    assert end.cut("g()\nh()", before=first) == "g()"
+
+
+def test_rules_judge_the_code_before_a_line_end(engine: Engine) -> None:
+    context, vocabulary = context_of("x = f(a"), engine.vocabulary
+    rules = LexicalRules(context, "(a", AnswerEnd(vocabulary, 1))
+    for token_id in vocabulary.encode("(a"):
+        rules.accept(token_id)
+    close, line_end = vocabulary.encode(")\n"), vocabulary.encode("\n")
+    assert len(close) == 1
+    assert rules.judge(close[0]).name == "ALLOWED"
+    assert rules.judge(line_end[0]).name == "FORBIDDEN", "a bracket is open"
+
+
+def test_an_anchor_is_found_after_a_token_that_holds_its_line_end(engine: Engine) -> None:
+    from fimserver.engine.prompt import find_anchor
+
+    vocabulary = engine.vocabulary
+    anchor = find_anchor("\nreturn total\n", vocabulary)
+    end = AnswerEnd(vocabulary, 10, anchor)
+    ids = vocabulary.encode("f()\nreturn total\n")
+    assert vocabulary.decode(ids[: end.find(ids)]) == "f()\n"
+
+
+@pytest.mark.parametrize("end", SPECIAL)
+def test_every_special_token_ends_an_answer(engine: Engine, end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert write(engine, context_of("x = f(a"), ", b", monkeypatch, end=end) == ", b"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["y = 2\n```\nThis sets y.\n", "y = 2\n```\n", "```python\ny = 2\n```\nDone.\n"],
+)
+def test_fences_and_explanations_never_reach_the_editor(
+    engine: Engine, answer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert write(engine, context_of("x = 1\n", "", LINES), answer, monkeypatch).strip() == "y = 2"
+
+
+def test_a_name_of_a_special_token_in_code_is_text(engine: Engine) -> None:
+    prompt = build_prompt(context_of('x = "<|fim_middle|>" + '), engine.vocabulary, engine.model.metadata)
+    middle = engine.model.metadata.special_tokens["middle"]
+    assert prompt.token_ids.count(middle) == 1
+
+
+def test_speculative_decoding_equals_autoregressive(engine: Engine) -> None:
+    """With drafts by repetition, on random weights."""
+    context = context_of("total = add(first, second)\nother = add(fi")
+    answers = []
+    for mode in (Mode.SPECULATIVE, Mode.AUTOREGRESSIVE):
+        engine.forget()
+        answers.append(engine.complete(context, Sampling(mode, seed=0)).text)
+    assert answers[0] == answers[1]
+
+
+def test_typing_keeps_the_cache(engine: Engine) -> None:
+    engine.forget()
+    first = engine.complete(context_of("total = add(first, "), Sampling(seed=0))
+    second = engine.complete(context_of("total = add(first, s"), Sampling(seed=0))
+    assert first.cached_tokens == 0
+    assert second.cached_tokens >= first.prompt_tokens - 1
+
+
+def test_a_first_line_is_streamed_before_the_rest(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine.forget()
+    seen: list[PartialAnswer] = []
+    force(engine, "    f()\n    g()\n    h()\n", monkeypatch)
+    hole = context_of("def x():\n    ", "", LINES)
+    engine.complete(hole, Sampling(Mode.AUTOREGRESSIVE, seed=0, without=("grammar",)), on_partial=seen.append)
+    assert any(partial.text == "f()\n" for partial in seen)
+
+
+def test_a_span_of_whole_lines_is_asked_for_without_its_last_newline(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    span = Hole(HoleKind.SPAN, max_lines=10, estimated_tokens=8)
+    context = context_of("def f():\n", "    return y\n", span)
+    moved, newline = normalize_span(context)
+    assert (moved.suffix, newline) == ("\n    return y\n", "\n")
+    assert normalize_span(context_of("def f():\n", "\nx", span))[1] == ""
+    assert normalize_span(context_of("def f(", "):\n", span))[1] == ""
+    assert normalize_span(context_of("def f():\n", "x\n", LINES))[1] == ""
+    assert write(engine, context, "    y = 2", monkeypatch) == "    y = 2\n"
+
+
+def test_healing_of_a_record_is_read() -> None:
+    assert read_metadata(KNOWN_MODELS / "qwen2.5-coder-0.5b").healing is Healing.PIECE
