@@ -3,6 +3,7 @@
     read_items         HumanEval-Infilling (github.com/openai/human-eval-infilling), from local files: single lines,
                        multiple lines, random spans, light random spans; ``task_id`` begins with the item's kind
     cut_lines          rests of code lines of standard library files that the shipped model was not trained on
+    cut_lines_of       rests of code lines of any files, in any language
     draw_syntax_holes  holes of five kinds: rest of a line, expression, statement, block, identifier
     draw_holes         line ends for ``bench decode`` and ``bench profile``; every third middle has LONG_TOKENS or more
 
@@ -27,7 +28,7 @@ from functools import cached_property
 from pathlib import Path
 
 from fimserver.context.gather import find_matches
-from fimserver.context.languages import find_language
+from fimserver.context.languages import find_language, language_of_path
 from fimserver.context.scan import scan
 from fimserver.context.window import Budget, budget_for, build_context, surely_reached
 from fimserver.datatypes import FimContext, Hole, HoleKind, Snapshot
@@ -118,7 +119,9 @@ def _to_item(values: dict[str, str], *, tests: bool) -> Item:
 
 
 HELD_OUT = HELD_OUT_MODULES  # never trained on
+CODE_LANGUAGES = {"python", "javascript", "typescript", "go", "rust", "java", "c", "cpp", "csharp", "ruby", "php"}
 _SHORTEST_LINE = 8
+_LONGEST_LINE, _LONGEST_FILE = 400, 400_000  # characters
 _LINE_SEED = 11
 
 
@@ -144,20 +147,55 @@ def cut_lines(limit: int) -> Iterator[Line]:
             yield line
 
 
-def cut_line(name: str, text: str, rng: random.Random) -> Line | None:
+def read_code(folder: Path) -> dict[str, str]:
+    """Read the files of known languages below a folder, by relative path. Raises ``FimserverError`` if there are none.
+
+    Files with very long lines are left out: they are data or generated.
+    """
+    texts = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and language_of_path(p.name) in CODE_LANGUAGES):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, ValueError):
+            continue
+        if len(text) <= _LONGEST_FILE and max(map(len, text.split("\n"))) <= _LONGEST_LINE:
+            texts[str(path.relative_to(folder))] = text
+    if not texts:
+        msg = f"--data {folder}: no file of a known language is there; name a folder with code"
+        raise FimserverError(msg)
+    return texts
+
+
+def cut_lines_of(texts: Mapping[str, str], limit: int) -> list[Line]:
+    """Return the same ``limit`` lines of code of some files each time, or fewer if the files are too small."""
+    rng = random.Random(_LINE_SEED)
+    names, found = sorted(texts), []
+    for _ in range(limit * _TRIES):
+        name = rng.choice(names)
+        line = cut_line(name, texts[name], rng, language_of_path(name))
+        if line and line.rest.strip():
+            found.append(line)
+            if len(found) == limit:
+                break
+    return found
+
+
+def cut_line(name: str, text: str, rng: random.Random, language_id: str = "python") -> Line | None:
     """Cut a random line of a file anywhere; ``None`` if it is short, or not code there."""
+    language = find_language(language_id)
     lines = text.split("\n")
     number = rng.randrange(len(lines))
     code = lines[number].strip()
-    if len(code) < _SHORTEST_LINE or code[0] in "#'\"":
+    if len(code) < _SHORTEST_LINE or code[0] in "#'\"" or code.startswith(("//", "/*", "*")):
         return None
     begin = sum(len(line) + 1 for line in lines[:number])
     indent = len(lines[number]) - len(lines[number].lstrip())
     start, end = begin + indent + rng.randrange(1, len(code) - 1), begin + len(lines[number])
-    state = scan(text[:start], find_language("python"))
+    state = scan(text[:start], language)
     if state.quote or state.in_comment:
         return None
-    snapshot = Snapshot(f"file:///{name.removesuffix('.py')}.py", 0, "python", text[:start] + text[end:], start)
+    path = f"{name.removesuffix('.py')}.py" if language_id == "python" else name
+    snapshot = Snapshot(f"file:///{path}", 0, language_id, text[:start] + text[end:], start)
     return Line(name, snapshot, text[start:end])
 
 

@@ -297,7 +297,7 @@ def _from_tokenizer(folder: Path) -> dict[str, Any] | None:
     if not {"prefix", "suffix", "middle", "eos"} <= special.keys():
         return None
     values = read_json(KNOWN_MODELS / _FIM_EXAMPLE / METADATA_FILE)
-    changed = {"name": folder.name, "special_tokens": special, "end_token_ids": sorted(tokens.values())}
+    changed: dict[str, Any] = {"name": folder.name, "special_tokens": special, "end_token_ids": sorted(tokens.values())}
     if not set(_REPOSITORY_TOKENS) <= special.keys():
         changed["max_snippet_tokens"] = 0
     return {**values, **changed}

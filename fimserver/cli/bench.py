@@ -62,18 +62,41 @@ def infilling(
 @decoding_options
 @engine_options
 @click.option("--matches/--no-matches", default=True, help="Offer n-gram matches too, or use the model alone.")
+@click.option(
+    "--data",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    help="Take lines from the files in a folder, in any known language, instead of the standard library.",
+)
+@click.option(
+    "--against",
+    metavar="URL",
+    help="Ask a llama.cpp server for the same lines, such as http://127.0.0.1:8080, and compare.",
+)
 @open_option
-def lines(limit: int, as_json: bool, matches: bool, others: tuple[str, ...], **options: Any) -> None:  # noqa: FBT001
-    """Complete lines of the standard library, each cut at a random column.
+def lines(  # noqa: PLR0913, PLR0917  the command's options
+    limit: int,
+    as_json: bool,  # noqa: FBT001
+    matches: bool,  # noqa: FBT001
+    data: Path | None,
+    against: str | None,
+    others: tuple[str, ...],
+    **options: Any,
+) -> None:
+    """Complete lines of the standard library, or of a folder, each cut at a random column.
 
-    Sends the requests of an editor. Reports the shares of answered, exact and parsing completions, and the time.
+    Sends the requests of an editor. Reports the shares of answered, exact and parsing completions, by language, and
+    the time at a new place and after a further key.
     """
     from fimserver.bench.lines import evaluate_lines  # noqa: PLC0415
     from fimserver.cli.complete import read_others  # noqa: PLC0415
 
     settings = read_options(options, seed=None)  # no seed, as in an editor
     run_measurement(
-        lambda: evaluate_lines(settings, limit=limit, matches=matches, others=read_others(others)), as_json=as_json
+        lambda: evaluate_lines(
+            settings, limit=limit, data=data, matches=matches, others=read_others(others), against=against
+        ),
+        as_json=as_json,
     )
 
 

@@ -248,7 +248,7 @@ class Engine:
 
         def to_text(token_ids: Sequence[int]) -> str:
             text = prompt.to_answer(answer_end.cut(self.vocabulary.decode(token_ids)))
-            return f"{text}{moved}" if text else ""
+            return f"{text}{moved}" if text and not text.endswith("\n") else text
 
         healed_tokens = len(self.vocabulary.encode(prompt.healed))
         room = metadata.max_prompt_tokens + self.model.canvas_length - len(prompt.token_ids)

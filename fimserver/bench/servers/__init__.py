@@ -1,0 +1,1 @@
+"""Ask other completion servers, to compare with them."""
