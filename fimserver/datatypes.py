@@ -156,9 +156,10 @@ class Sampling:
     """Decoding options of a request. ``None`` means the default in the model's metadata.
 
     ``max_latency_ms`` ends a completion with its best partial answer; an answer has at least ``min_tokens`` (0 or 1)
-    tokens; ``trace`` adds every canvas to partial answers; ``temperature`` 0 is greedy. Of ``num_candidates`` distinct
-    answers the best is returned and the others are its alternatives, as are the matches that were scored. ``without``
-    names parts of the decoder to leave out, for measurements (``PARTS``).
+    tokens, and at most ``max_tokens`` after what was typed of its first word; ``trace`` adds every canvas to partial
+    answers; ``temperature`` 0 is greedy. Of ``num_candidates`` distinct answers the best is returned and the others are
+    its alternatives, as are the matches that were scored. ``without`` names parts of the decoder to leave out, for
+    measurements (``PARTS``).
     """
 
     mode: Mode = Mode.AUTO
@@ -166,6 +167,7 @@ class Sampling:
     max_denoising_steps: int | None = None
     max_latency_ms: int | None = None
     min_tokens: int = 0
+    max_tokens: int | None = None
     trace: bool = False
     temperature: float | None = None
     num_candidates: int = 1

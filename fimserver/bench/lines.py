@@ -27,7 +27,7 @@ from fimserver.bench.metrics import MeanInterval, paired_difference, percentile,
 from fimserver.bench.servers.llama_cpp import LlamaCpp
 from fimserver.context.scan import python_parses
 from fimserver.context.syntax import parse
-from fimserver.context.window import Budget, budget_for, build_context
+from fimserver.context.window import Budget, build_context
 from fimserver.datatypes import Hole, HoleKind, Snapshot
 from fimserver.engine.client import EngineClient, EngineOptions
 from fimserver.errors import FimserverError
@@ -36,6 +36,7 @@ from fimserver.settings import Settings
 from fimserver.text import replace as replace_text
 
 _LINE = Hole(HoleKind.REST_OF_LINE, max_lines=1, estimated_tokens=12)
+_CHARACTERS_PER_TOKEN = 3.3  # of code, by the tokenizer of Qwen2
 _THEIR_TOKENS = 32  # of an answer; ours are limited to as many
 
 
@@ -140,7 +141,7 @@ def evaluate_lines(  # noqa: PLR0913  the command's options
             query = Query(line.snapshot, settings, others=lambda: others, uses_matches=matches)
             outcome = _complete(query, line, engine)
             if server is not None:
-                _ask(server, line, budget_for(info.max_prompt_tokens), outcome)
+                _ask(server, line, _same_budget(info.max_prompt_tokens), outcome)
             outcomes.append(outcome)
     finally:
         engine.close()
@@ -194,6 +195,12 @@ def _is_broken(snapshot: Snapshot, text: str, line: Line) -> bool:
     whole = replace_text(snapshot.text, snapshot.cursor, snapshot.cursor, line.rest)
     trees = [parse(one, snapshot.language_id) for one in (text, whole)]
     return trees[0] is not None and trees[1] is not None and len(trees[0].errors()) > len(trees[1].errors())
+
+
+def _same_budget(max_prompt_tokens: int) -> Budget:
+    """Return the characters that a prompt of so many tokens holds, a quarter of them after the cursor."""
+    characters = max_prompt_tokens * _CHARACTERS_PER_TOKEN
+    return Budget(prefix=round(characters * 0.75), suffix=round(characters * 0.25))
 
 
 def _ask(server: LlamaCpp, line: Line, budget: Budget, outcome: Outcome) -> None:

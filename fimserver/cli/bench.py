@@ -32,13 +32,21 @@ def evaluate() -> None:
     is_flag=True,
     help="Also measure pass@1. THIS RUNS GENERATED CODE in a child process whose limits only guard against accidents.",
 )
+@click.option("--max-tokens", type=click.IntRange(min=1), metavar="N", help="Longest answer, in tokens.")
+@click.option(
+    "--against",
+    metavar="URL",
+    help="Ask a llama.cpp server for the same items, such as http://127.0.0.1:8080, and compare.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @decoding_options
 @engine_options
-def infilling(
+def infilling(  # noqa: PLR0913, PLR0917  the command's options
     data: tuple[Path, ...],
     limit: int | None,
     execute: bool,  # noqa: FBT001
+    max_tokens: int | None,
+    against: str | None,
     as_json: bool,  # noqa: FBT001
     **options: Any,
 ) -> None:
@@ -50,7 +58,9 @@ def infilling(
 
     settings = read_options(options)
     run_measurement(
-        lambda: evaluate_files(data, settings, limit=limit, execute=execute), as_json=as_json, to_lines=to_lines
+        lambda: evaluate_files(data, settings, limit=limit, execute=execute, max_tokens=max_tokens, against=against),
+        as_json=as_json,
+        to_lines=to_lines,
     )
 
 

@@ -253,6 +253,7 @@ class Engine:
         healed_tokens = len(self.vocabulary.encode(prompt.healed))
         room = metadata.max_prompt_tokens + self.model.canvas_length - len(prompt.token_ids)
         wanted = max(self.model.canvas_length, _TOKENS_A_LINE * context.hole.max_lines)
+        most = min(wanted, max(room, self.model.canvas_length), sampling.max_tokens or _MAX_TOKENS, _MAX_TOKENS)
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         return Job(
             context=context,
@@ -260,7 +261,7 @@ class Engine:
             prompt=prompt,
             answer_end=answer_end,
             answer_start=answer_start,
-            max_tokens=min(wanted, max(room, self.model.canvas_length), _MAX_TOKENS) + healed_tokens,
+            max_tokens=most + healed_tokens,
             generator=torch.Generator(self.model.device).manual_seed(seed),
             to_text=to_text,
             clock=clock,

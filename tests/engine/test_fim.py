@@ -24,8 +24,8 @@ SPLIT = (  # of Qwen2's tokenizer
 )
 SPECIAL = ("<|endoftext|>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|repo_name|>", "<|file_sep|>")
 MERGES = (
-    ") Ċ", ") :", "): Ċ", "( )", "() Ċ", ". a", ".a p", "p e", ".ap pe", "n d", ".appe nd", "Ġ Ġ", "ĠĠ Ġ", "` `", "`` `",
-    "``` Ċ", "Ċ Ċ",
+    ") Ċ", ") :", "): Ċ", "( )", "() Ċ", ". a", ".a p", "p e", ".ap pe", "n d", ".appe nd", "Ġ Ġ", "ĠĠ Ġ", "` `",
+    "`` `", "``` Ċ", "Ċ Ċ",
 )  # fmt: skip
 LINE = Hole(HoleKind.REST_OF_LINE, max_lines=1, estimated_tokens=8)
 LINES = Hole(HoleKind.BLOCK, max_lines=3, estimated_tokens=16)
