@@ -189,12 +189,16 @@ def _type(line: Line) -> Snapshot:
 
 
 def _is_broken(snapshot: Snapshot, text: str, line: Line) -> bool:
-    """Return whether a file has more errors with a completion than with the line that was there."""
+    """Return whether a file has more errors with a completion than with the line that was there, and without any.
+
+    A Python file has to parse.
+    """
     if snapshot.language_id == "python":
         return not python_parses(text)
     whole = replace_text(snapshot.text, snapshot.cursor, snapshot.cursor, line.rest)
-    trees = [parse(one, snapshot.language_id) for one in (text, whole)]
-    return trees[0] is not None and trees[1] is not None and len(trees[0].errors()) > len(trees[1].errors())
+    trees = [parse(one, snapshot.language_id) for one in (text, whole, snapshot.text)]
+    errors = [len(tree.errors()) for tree in trees if tree is not None]
+    return bool(errors) and errors[0] > max(errors[1:])
 
 
 def _same_budget(max_prompt_tokens: int) -> Budget:

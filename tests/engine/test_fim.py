@@ -36,7 +36,9 @@ def make_tokenizer() -> Tokenizer:
     tokens = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens += ["".join(merge.split(" ")) for merge in MERGES]
     tokenizer = Tokenizer(
-        models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=[tuple(m.split(" ")) for m in MERGES])
+        models.BPE(
+            vocab={t: i for i, t in enumerate(tokens)}, merges=[(m.split(" ")[0], m.split(" ")[1]) for m in MERGES]
+        )
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -50,16 +52,22 @@ def make_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def id_of(tokenizer: Tokenizer, name: str) -> int:
+    found = tokenizer.token_to_id(name)
+    assert found is not None
+    return found
+
+
 @pytest.fixture(scope="module")
 def metadata() -> ModelMetadata:
     tokenizer = make_tokenizer()
     known = read_metadata(KNOWN_MODELS / "qwen2.5-coder-0.5b")
     names = {"eos": 0, "prefix": 1, "middle": 2, "suffix": 3, "repository": 4, "file_separator": 5}
-    ids = {key: tokenizer.token_to_id(SPECIAL[i]) for key, i in names.items()}
+    ids = {key: id_of(tokenizer, SPECIAL[i]) for key, i in names.items()}
     return replace(
         known,
         special_tokens={**known.special_tokens, **ids},
-        end_token_ids=tuple(tokenizer.token_to_id(name) for name in SPECIAL),
+        end_token_ids=tuple(id_of(tokenizer, name) for name in SPECIAL),
         max_prompt_tokens=512,
     )
 

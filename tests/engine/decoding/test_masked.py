@@ -328,3 +328,87 @@ def test_metadata_of_a_masked_model(folder: Path) -> None:
     metadata: ModelMetadata = read_metadata(folder)
     assert metadata.modes == (Mode.DIFFUSION,)
     assert metadata.length_rule is LengthRule.EXPAND_AND_DELETE
+
+
+FUNCTION, MIDDLE = "def area(width, height):\n    return", " width * height"
+
+
+@pytest.fixture(scope="module")
+def trained_folder(folder: Path, vocabulary: Vocabulary, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that has learned one line: to unmask its rest from any token on, and to delete positions after it."""
+    network, generator = make_network().train(), torch.Generator().manual_seed(0)
+    suffix, line = [*vocabulary.encode("\n"), END], vocabulary.encode(FUNCTION + MIDDLE)
+    begin = len(vocabulary.encode(FUNCTION.removesuffix(" return")))
+    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
+    for step in range(200):
+        cut = begin + step % (len(line) - begin)
+        prefix, middle = [2, *line[:cut]], line[cut:]
+        target = [*middle, *[END] * (step // 7 % 8)]
+        is_open = torch.rand(len(target), generator=generator) < torch.rand(1, generator=generator).clamp(0.2)
+        is_open |= torch.tensor([i >= len(middle) for i in range(len(target))])  # nothing is left of a deleted one
+        canvas = [MASK if hidden else token_id for hidden, token_id in zip(is_open.tolist(), target, strict=True)]
+        ids = torch.tensor([[*prefix, *canvas, *suffix]])
+        logits = network(ids, attention_mask=torch.zeros(1, 1, ids.shape[1], ids.shape[1])).logits[0]
+        shifted = logits[len(prefix) - 1 : len(prefix) - 1 + len(target)]
+        loss = torch.nn.functional.cross_entropy(shifted[is_open], torch.tensor(target)[is_open])
+        if is_open.any():
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    found = tmp_path_factory.mktemp("trained")
+    network.save_pretrained(found)
+    for name in ("fimserver.json", "tokenizer.json"):
+        shutil.copy(folder / name, found)
+    return found
+
+
+def test_a_trained_model_finds_text_and_length(trained_folder: Path) -> None:
+    engine = Engine.load(str(trained_folder), "cpu")
+    hole = Hole(HoleKind.REST_OF_LINE, max_lines=1, estimated_tokens=8)
+    answers = {}
+    for typed in ("", " wid", " width * "):
+        context = FimContext(FUNCTION + typed, "\n", "a.py", "python", hole)
+        generation = engine.complete(context, Sampling(seed=0))
+        answers[typed] = typed + generation.text
+        assert generation.confidence > 0.5
+    assert set(answers.values()) == {MIDDLE}
+
+
+def test_a_trained_model_needs_fewer_passes_in_parallel(trained_folder: Path) -> None:
+    engine = Engine.load(str(trained_folder), "cpu")
+    hole = Hole(HoleKind.REST_OF_LINE, max_lines=1, estimated_tokens=8)
+    context, passes = FimContext(FUNCTION, "\n", "a.py", "python", hole), []
+    for cap in (1, 8):
+        engine.model.metadata = replace(engine.model.metadata, max_commits=cap)
+        generation = engine.complete(context, Sampling(seed=0))
+        assert generation.text == MIDDLE
+        passes.append(generation.forward_passes)
+    assert passes[1] <= passes[0] // 2
+
+
+def test_the_command_line_shows_a_canvas_of_masks(trained_folder: Path, tmp_path: Path) -> None:
+    from support.command import run
+
+    (tmp_path / "a.py").write_text(f"{FUNCTION} wid\n")
+    result = run("complete", f"{tmp_path / 'a.py'}:2:15", "--model", trained_folder, "--trace")
+    assert result.returncode == 0, result.stderr
+    assert "<suf>" in result.stdout, "the mask token, by its name in this tokenizer"
+    assert "th * height" in result.stdout
+
+
+@pytest.mark.slow("starts a server")
+def test_a_masked_model_answers_through_lsp(trained_folder: Path, tmp_path: Path) -> None:
+    from support.lsp_client import LspClient
+
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "config.toml").write_text(f'model = "{trained_folder}"\n')
+    client = LspClient(env={"FIMSERVER_HOME": str(tmp_path)})
+    try:
+        client.initialize()
+        uri = "file:///masked.py"
+        client.open(uri, f"{FUNCTION} wid\n")
+        found = client.complete(uri, 1, 14)
+        assert found[0]["insertText"].endswith("th * height")
+        assert "diffusion" in json.dumps(client.explain())
+    finally:
+        client.close()
