@@ -353,7 +353,7 @@ def trained_folder(folder: Path, vocabulary: Vocabulary, tmp_path_factory: pytes
         loss = torch.nn.functional.cross_entropy(shifted[is_open], torch.tensor(target)[is_open])
         if is_open.any():
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     found = tmp_path_factory.mktemp("trained")
     network.save_pretrained(found)
