@@ -136,8 +136,7 @@ class Settings:
     )
     model: str = _setting(
         default="tiny",
-        doc="The shipped model's name, the name of a model that was added, or the folder of a DiffusionGemma "
-        "checkpoint.",
+        doc="The shipped model's name, the name of a model that was added, or the folder of a checkpoint.",
         engine=True,
     )
     device: str = _setting(
@@ -145,14 +144,15 @@ class Settings:
     )
     threads: int = _setting(
         default=0,
-        doc="CPU threads of the model; 0 means one less than the physical cores.",
+        doc="CPU threads of the model; 0 means all physical cores for a model of more than 200 MB, else one less.",
         low=0,
         high=1024,
         engine=True,
     )
     context_tokens: int | None = _setting(
         default=None,
-        doc="Longest prompt in tokens, never more than the model supports; null means the model's usual length.",
+        doc="Longest prompt in tokens, never more than the model supports; null means the model's usual length, on a "
+        "CPU at most what it encodes in a second.",
         low=64,
         high=262144,
         engine=True,

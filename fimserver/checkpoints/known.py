@@ -89,7 +89,7 @@ def find_known_metadata(config: Mapping[str, Any], folder: Path | None = None) -
 
 
 def read_added_tokens(folder: Path) -> dict[str, int]:
-    """Return the ids of the tokens that a folder's tokenizer never finds in text by itself, by their names."""
+    """Return the ids of the added tokens of a folder's tokenizer, by their names."""
     path = folder / "tokenizer.json"
     added = read_json(path).get("added_tokens", []) if path.exists() else []
     return {str(token["content"]): int(token["id"]) for token in added if isinstance(token, dict)}

@@ -195,9 +195,9 @@ def count_experts_on_gpu(checkpoint: Checkpoint, context_tokens: int, memory_byt
 
 
 def weight_lines_on_cpu(checkpoint: Checkpoint) -> tuple[Line, ...]:
-    """Return lines for the float32 modules of transformers, and the copies that engine/modeling/network.py keeps.
+    """Return lines for the float32 modules of transformers, and the copies that engine/modeling keeps.
 
-    A dense model is in bf16, its head apart even if tied, with a copy of projections and head in 8 bits.
+    A dense model is in bf16, with a copy of projections and head in 8 bits.
     """
     shape = checkpoint.shape
     if shape.is_dense:
@@ -221,14 +221,16 @@ def _dense_weight_lines_on_cpu(checkpoint: Checkpoint) -> Iterator[Line]:
     rows = sum(part.num_rows for part in checkpoint.parts if part.role in projections) + shape.vocab_size
     multiplied = checkpoint.parameters_of(*projections) + table
     norms = checkpoint.parameters_of(Role.NORMS)
-    yield Line("embedding, bf16", 2 * table, _billions(table))
-    yield Line("projections and head, bf16", 2 * multiplied, _billions(multiplied))
+    apart = multiplied - table if shape.is_tied else multiplied
+    what = "projections" if shape.is_tied else "projections and head"
+    yield Line("embedding, bf16", 2 * table, f"{_billions(table)}{', the head too' if shape.is_tied else ''}")
+    yield Line(f"{what}, bf16", 2 * apart, _billions(apart))
     yield Line("projections and head, 8 bits", multiplied + _ROW_BYTES * rows, "a copy for passes of few tokens")
     yield Line("norms and biases, bf16", 2 * norms, _billions(norms))
 
 
 def weight_lines_on_gpu(checkpoint: Checkpoint) -> Iterator[Line]:
-    """Yield lines for the weights of engine/modeling/network.py, once each: loaded modules are emptied."""
+    """Yield lines for the weights of engine/modeling, once each: loaded modules are emptied."""
     for role in Role:
         for part in checkpoint.parts:
             if part.role is role and role is not Role.NORMS:

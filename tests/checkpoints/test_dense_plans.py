@@ -81,10 +81,12 @@ def expected_on_cpu(name: str) -> int:
     shapes = shapes_of(name)
     config: dict[str, int] = config_of(name)
     table = config["vocab_size"] * config["hidden_size"]
-    multiplied = count(shapes, "_proj.weight") + table
+    projections = count(shapes, "_proj.weight")
+    head = 0 if config["tie_word_embeddings"] else table
     rows = sum(shape[0] for key, shape in shapes.items() if key.endswith("_proj.weight")) + config["vocab_size"]
     vectors = count(shapes, "norm.weight", "layernorm.weight", ".bias")
-    return 2 * table + 3 * multiplied + 2 * rows + 2 * vectors + running_bytes(name) + 600_000_000
+    packed = projections + table + 2 * rows
+    return 2 * (table + projections + head) + packed + 2 * vectors + running_bytes(name) + 600_000_000
 
 
 @pytest.fixture
@@ -232,3 +234,28 @@ def test_doctor_plans_dense_models(model: str, words: tuple[str, ...]) -> None:
     for shown in words:
         assert shown in result.stdout
     assert "experts" not in result.stdout
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_memory_on_a_cpu_equals_the_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, tied: bool) -> None:
+    import gc
+
+    from fimserver.checkpoints.planner import weight_lines_on_cpu
+    from fimserver.engine.modeling import model as modeling
+
+    def live() -> dict[int, int]:
+        gc.collect()
+        tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+        return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+
+    monkeypatch.setattr(modeling, "choose_float_dtype", lambda: torch.bfloat16)
+    sizes = {"vocab_size": 32_768, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+    config = Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied)
+    Qwen2ForCausalLM(config).bfloat16().save_pretrained(tmp_path)
+    shutil.copy(KNOWN_MODELS / "qwen2.5-coder-0.5b" / "fimserver.json", tmp_path)
+    planned = sum(line.num_bytes for line in weight_lines_on_cpu(read_folder(tmp_path)))
+    before = live()
+    model = modeling.Model.load(tmp_path, torch.device("cpu"))
+    used = sum(size for address, size in live().items() if address not in before)
+    assert planned == pytest.approx(used, rel=0.05)
+    assert model.cpu_kernels.num_matrices == {"int8": 9}
