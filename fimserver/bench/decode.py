@@ -43,6 +43,7 @@ from fimserver.bench.machine import machine_facts, use_threads
 from fimserver.bench.metrics import Interval, Ours, bootstrap_median, choose_ours, paired_ratios, percentile
 from fimserver.bench.plots import Point, check_plots, write_plots
 from fimserver.checkpoints.installed import find_model
+from fimserver.checkpoints.metadata import Canvas
 from fimserver.context.scan import python_parses
 from fimserver.datatypes import PARTS, FimContext, Mode, PartialAnswer, Sampling
 from fimserver.engine.decoding.speculative import DraftOptions
@@ -379,6 +380,9 @@ class DecodeBench:
         use_threads(settings.threads)
         self.engine = Engine.load(settings.model, settings.device, settings.context_tokens)
         self.info = self.engine.info
+        if (canvas := self.engine.model.metadata.canvas) is not Canvas.UNIFORM:
+            msg = f"bench decode compares modes over canvases of random tokens; the canvas of {self.info.name} is {canvas}"
+            raise FimserverError(msg)
         self.seed = settings.seed or 0
         self.generate_config: dict[str, Any] | None = None
         self.engine.probe()

@@ -66,6 +66,31 @@ def infilling(  # noqa: PLR0913, PLR0917  the command's options
 
 @evaluate.command()
 @click.option(
+    "--limit", type=click.IntRange(min=1), default=50, show_default=True, metavar="N", help="Number of holes."
+)
+@click.option(
+    "--data",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    help="Take lines from the files in a folder instead of the standard library.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@decoding_options
+@engine_options
+def masked(limit: int, data: Path | None, as_json: bool, **options: Any) -> None:  # noqa: FBT001
+    """Measure the decoding options of a masked diffusion model.
+
+    Reports exact match over forward passes, the cost and the answers of fewer whole passes, and the constants that
+    describe how sure the model is of a canvas by its length.
+    """
+    from fimserver.bench.masked.measure import evaluate_masked  # noqa: PLC0415
+
+    settings = read_options(options)
+    run_measurement(lambda: evaluate_masked(settings, limit=limit, data=data), as_json=as_json)
+
+
+@evaluate.command()
+@click.option(
     "--limit", type=click.IntRange(min=1), default=100, show_default=True, metavar="N", help="Number of holes."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")

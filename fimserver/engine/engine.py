@@ -307,10 +307,18 @@ class Engine:
             filled = replace(filled, confidence=math.exp(total / max(1, len(answer))), log_probability=total)
         return encoded, replace(filled, token_ids=tuple(answer[: job.max_tokens]), passes=passes)
 
-    def _unmask(self, job: Job) -> tuple[Encoded, Filled]:
-        """Fill a canvas of masks between prefix and suffix."""
+    @torch.inference_mode()
+    def score_lengths(self, context: FimContext, lengths: Sequence[int]) -> list[float]:
+        """Return the mean probability of the likeliest tokens of canvases of masks, one for each length."""
+        job = self._prepare(context, Sampling(seed=0), Clock(None, lambda: False), lambda _partial: None)
+        options = self._masked_options(job)
+        sides = Sides(self.model, job.prompt.token_ids, job.prompt.suffix_ids, options)
+        found = (torch.softmax(sides.logits([options.mask] * length), dim=-1) for length in lengths)
+        return [float(shares.amax(-1).mean()) for shares in found]
+
+    def _masked_options(self, job: Job) -> MaskedOptions:
         metadata, special = self.model.metadata, self.model.metadata.special_tokens
-        options = MaskedOptions(
+        return MaskedOptions(
             mask=special["mask"],
             end=special["eos"],
             expand=special.get("expand"),
@@ -323,6 +331,10 @@ class Engine:
             refresh_every=metadata.refresh_every,
             length_bias=metadata.length_bias,
         )
+
+    def _unmask(self, job: Job) -> tuple[Encoded, Filled]:
+        """Fill a canvas of masks between prefix and suffix."""
+        options = self._masked_options(job)
 
         def on_step(canvas: MaskedCanvas) -> None:
             tokens = self._to_masked_tokens(canvas) if job.sampling.trace else ()

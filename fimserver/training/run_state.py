@@ -90,6 +90,9 @@ def prepare_model(folder: Path, recipe: Recipe, source: str | None, base: str) -
     torch.manual_seed(recipe.seed)
     if begun or source is not None:
         model = load_weights(source_folder, dtype=torch.float32, keeps_vision=True)
+        if not isinstance(model, DiffusionGemmaForBlockDiffusion):
+            msg = f"{source_folder}: only DiffusionGemma models can be trained; name another with --from"
+            raise FimserverError(msg)
         recipe = shape_of(model.config, recipe)
         if recipe.experts > model.config.get_text_config().num_experts:
             model = split_experts(model, recipe)

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from support.masked import END, EXPAND, MASK, make_masked_network, write_masked_model
+from transformers import Qwen2ForCausalLM
 
-from fimserver.checkpoints.known import SHIPPED_MODELS
 from fimserver.checkpoints.metadata import LengthRule, ModelMetadata, read_metadata
 from fimserver.datatypes import FimContext, Hole, HoleKind, Mode, PartialAnswer, Sampling
 from fimserver.engine.decoding.masked import MaskedFiller, MaskedOptions, Sides, find_length, length_bias
@@ -22,54 +22,18 @@ from fimserver.engine.engine import Engine
 from fimserver.engine.modeling.model import Model
 from fimserver.engine.vocabulary import Vocabulary
 
-TINY = SHIPPED_MODELS / "tiny"
-MASK, EXPAND, END = 3, 4, 1  # special tokens of the shipped tokenizer, in other roles
 BIAS = (1.77, 0.56, 0.06, 0.24)
-METADATA = {
-    "name": "masked",
-    "prompt_layout": "infill",
-    "special_tokens": {"eos": END, "mask": MASK, "bos": 2, "expand": EXPAND, "suffix_end": END},
-    "num_special_tokens": 8,
-    "max_prompt_tokens": 256,
-    "max_suffix_tokens": 64,
-    "preferred_mode": "diffusion",
-    "attention": "bidirectional",
-    "canvas": "mask",
-    "canvas_length": 8,
-    "logit_shift": 1,
-    "length_rule": "expand_and_delete",
-}
-
-
-def make_network() -> Qwen2ForCausalLM:
-    torch.manual_seed(1)
-    config = Qwen2Config(
-        vocab_size=8192,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        initializer_range=0.2,
-    )
-    return Qwen2ForCausalLM(config).eval()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A masked diffusion model as a folder, with random weights and the shipped tokenizer."""
-    found = tmp_path_factory.mktemp("masked")
-    make_network().save_pretrained(found)
-    (found / "fimserver.json").write_text(json.dumps(METADATA))
-    shutil.copy(TINY / "tokenizer.json", found)
-    return found
+    return write_masked_model(tmp_path_factory.mktemp("masked"))
 
 
 @pytest.fixture(scope="module")
 def model(folder: Path) -> Model:
-    return Model(make_network(), read_metadata(folder))
+    return Model(make_masked_network(), read_metadata(folder))
 
 
 def options_of(**changes: Any) -> MaskedOptions:
@@ -156,7 +120,7 @@ def test_the_loop_equals_a_plain_one(model: Model, vocabulary: Vocabulary, tempe
     options = options_of()
     request = request_of(vocabulary, temperature=temperature)
     filled = MaskedFiller(Sides(model, PREFIX, SUFFIX, options), request, options).fill()
-    theirs = fill_plainly(make_network(), vocabulary, PREFIX, SUFFIX, options, temperature)
+    theirs = fill_plainly(make_masked_network(), vocabulary, PREFIX, SUFFIX, options, temperature)
     assert list(filled.token_ids) == theirs
     assert filled.finish == "end"
 
@@ -336,7 +300,7 @@ FUNCTION, MIDDLE = "def area(width, height):\n    return", " width * height"
 @pytest.fixture(scope="module")
 def trained_folder(folder: Path, vocabulary: Vocabulary, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that has learned one line: to unmask its rest from any token on, and to delete positions after it."""
-    network, generator = make_network().train(), torch.Generator().manual_seed(0)
+    network, generator = make_masked_network().train(), torch.Generator().manual_seed(0)
     suffix, line = [*vocabulary.encode("\n"), END], vocabulary.encode(FUNCTION + MIDDLE)
     begin = len(vocabulary.encode(FUNCTION.removesuffix(" return")))
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)

@@ -1,0 +1,1 @@
+"""Measure masked diffusion models."""
