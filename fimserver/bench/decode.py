@@ -381,7 +381,7 @@ class DecodeBench:
         self.engine = Engine.load(settings.model, settings.device, settings.context_tokens)
         self.info = self.engine.info
         if (canvas := self.engine.model.metadata.canvas) is not Canvas.UNIFORM:
-            msg = f"bench decode compares modes over canvases of random tokens; the canvas of {self.info.name} is {canvas}"
+            msg = f"bench decode compares canvases of random tokens; the canvas of {self.info.name} is {canvas}"
             raise FimserverError(msg)
         self.seed = settings.seed or 0
         self.generate_config: dict[str, Any] | None = None

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from support.command import run
-from support.masked import write_masked_model
+from support.dense import write_masked_model
 
 from fimserver.bench.masked.measure import fit_length_bias
 from fimserver.engine.decoding.masked import length_bias

@@ -121,6 +121,27 @@ def test_adding_listing_completing_and_removing(hub: Hub, tmp_path: Path) -> Non
     assert hub.journal == []
 
 
+@pytest.mark.slow("starts commands and downloads a model from a local hub")
+def test_a_model_with_tokens_for_the_middle_is_added_by_name(hub: Hub, tmp_path: Path) -> None:
+    """It has no record of ours, a licence that is not permissive, and code of its own, which is never fetched."""
+    from support.dense import write_fim_model
+
+    folder = tmp_path / "fim"
+    folder.mkdir()
+    write_fim_model(folder)
+    (folder / "modeling_own.py").write_text("raise SystemExit\n")
+    change_config(folder, auto_map={"AutoModelForCausalLM": "modeling_own.Own"})
+    hub.repositories[NAME] = Repository(folder, licence="research-only")
+    added = run("model", "add", NAME, "--yes")
+    assert added.returncode == 0, added.stderr
+    assert "not a permissive licence" in added.stderr
+    assert not [name for name in hub.fetched() if name.endswith(".py")]
+    completed = run("complete", f"{SAMPLE}:16:22", "--model", NAME, "--json")
+    values = json.loads(completed.stdout)
+    assert values["model"]["preferred_mode"] == "speculative"
+    assert values["reason"] in {None, "syntax", "empty", "unsure"}, "random weights say anything"
+
+
 def test_only_what_is_needed_is_fetched(hub: Hub, published: Path) -> None:
     offer = find_offer(NAME)
     assert hub.fetched() == []

@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from support.dense import FIM_SPECIAL, id_of, make_fim_network, make_fim_tokenizer
 
 from fimserver.checkpoints.known import KNOWN_MODELS
 from fimserver.checkpoints.metadata import Healing, ModelMetadata, read_metadata
@@ -18,79 +17,32 @@ from fimserver.engine.modeling.model import Model
 from fimserver.engine.prompt import build_prompt, normalize_span
 from fimserver.engine.vocabulary import Vocabulary
 
-SPLIT = (  # of Qwen2's tokenizer
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-SPECIAL = ("<|endoftext|>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|repo_name|>", "<|file_sep|>")
-MERGES = (
-    ") Ċ", ") :", "): Ċ", "( )", "() Ċ", ". p", ".p o", ".po p", "Ġ Ġ", "ĠĠ Ġ", "` `", "`` `", "``` Ċ", "Ċ Ċ",
-)  # fmt: skip
 LINE = Hole(HoleKind.REST_OF_LINE, max_lines=1, estimated_tokens=8)
 LINES = Hole(HoleKind.BLOCK, max_lines=3, estimated_tokens=16)
 
 
-def make_tokenizer() -> Tokenizer:
-    """A byte-level tokenizer that splits as Qwen2's does, with few merges: it joins brackets and line ends."""
-    tokens = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens += ["".join(merge.split(" ")) for merge in MERGES]
-    tokenizer = Tokenizer(
-        models.BPE(
-            vocab={t: i for i, t in enumerate(tokens)}, merges=[(m.split(" ")[0], m.split(" ")[1]) for m in MERGES]
-        )
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in SPECIAL[:2]])
-    tokenizer.add_tokens([AddedToken(name, special=False) for name in SPECIAL[2:]])
-    return tokenizer
-
-
-def id_of(tokenizer: Tokenizer, name: str) -> int:
-    found = tokenizer.token_to_id(name)
-    assert found is not None
-    return found
-
-
 @pytest.fixture(scope="module")
 def metadata() -> ModelMetadata:
-    tokenizer = make_tokenizer()
+    tokenizer = make_fim_tokenizer()
     known = read_metadata(KNOWN_MODELS / "qwen2.5-coder-0.5b")
     names = {"eos": 0, "prefix": 1, "middle": 2, "suffix": 3, "repository": 4, "file_separator": 5}
-    ids = {key: id_of(tokenizer, SPECIAL[i]) for key, i in names.items()}
+    ids = {key: id_of(tokenizer, FIM_SPECIAL[i]) for key, i in names.items()}
     return replace(
         known,
         special_tokens={**known.special_tokens, **ids},
-        end_token_ids=tuple(id_of(tokenizer, name) for name in SPECIAL),
+        end_token_ids=tuple(id_of(tokenizer, name) for name in FIM_SPECIAL),
         max_prompt_tokens=512,
     )
 
 
 @pytest.fixture(scope="module")
 def vocabulary(metadata: ModelMetadata) -> Vocabulary:
-    return Vocabulary(make_tokenizer(), metadata.special_ids)
+    return Vocabulary(make_fim_tokenizer(), metadata.special_ids)
 
 
 @pytest.fixture(scope="module")
 def engine(metadata: ModelMetadata, vocabulary: Vocabulary) -> Engine:
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=vocabulary.size + 7,  # as published models have more rows than tokens
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        initializer_range=0.3,
-        tie_word_embeddings=True,
-    )
-    return Engine(Model(Qwen2ForCausalLM(config).eval(), metadata), vocabulary)
+    return Engine(Model(make_fim_network(vocabulary.size), metadata), vocabulary)
 
 
 def context_of(prefix: str, suffix: str = "\n", hole: Hole = LINE, **changes: Any) -> FimContext:
@@ -167,7 +119,7 @@ def test_the_last_piece_is_healed(prefix: str, healed: str, metadata: ModelMetad
 
 
 def test_a_tokenizer_that_does_not_split_has_no_pieces(metadata: ModelMetadata) -> None:
-    tokenizer = make_tokenizer()
+    tokenizer = make_fim_tokenizer()
     tokenizer.pre_tokenizer = None
     assert Vocabulary(tokenizer, metadata.special_ids).last_piece("self.ap") == ""
 
@@ -220,7 +172,7 @@ def test_an_anchor_is_found_after_a_token_that_holds_its_line_end(engine: Engine
     assert vocabulary.decode(ids[: end.find(ids)]) == "f()\n"
 
 
-@pytest.mark.parametrize("end", SPECIAL)
+@pytest.mark.parametrize("end", FIM_SPECIAL)
 def test_every_special_token_ends_an_answer(engine: Engine, end: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert write(engine, context_of("x = f(a"), ", b", monkeypatch, end=end) == ", b"
 

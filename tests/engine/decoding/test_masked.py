@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.masked import END, EXPAND, MASK, make_masked_network, write_masked_model
+from support.dense import END, EXPAND, MASK, make_masked_network, write_masked_model
 from transformers import Qwen2ForCausalLM
 
 from fimserver.checkpoints.metadata import LengthRule, ModelMetadata, read_metadata
