@@ -8,6 +8,7 @@ Downloads are kept in ~/.cache/fimserver/editors (or $FIMSERVER_EDITORS). If som
 ``UnavailableError`` names it.
 
     python tests/support/neovim.py latency          key to ghost text on the screen; also for a server without a model
+    python tests/support/neovim.py latency MODEL    the same with a model's folder, in Python and in Go
     python tests/support/neovim.py open 0.11 FILE   a Neovim with the plugin, to look at
 """
 
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -228,13 +229,52 @@ def _find_line(terminal: Terminal, text: str) -> str:
     return next((line for line in terminal.screen().splitlines() if text in line), "")
 
 
-def measure(terminal: Terminal, num_pauses: int) -> list[float]:
+GO_FILE = """package inventory
+
+import "fmt"
+
+type Item struct {
+	Name     string
+	Price    float64
+	Quantity int
+}
+
+type Inventory struct {
+	items []Item
+}
+
+func (inventory *Inventory) Add(item Item) {
+	inventory.items = append(inventory.items, item)
+}
+
+func (inventory *Inventory) Total() float64 {
+	total := 0.0
+	for _, item := range inventory.items {
+		total += item.Price * float64(item.Quantity)
+	}
+	return total
+}
+
+func (inventory *Inventory) Print() {
+	for _, item := range inventory.items {
+		fmt.Println(item.Name, item.Quantity)
+	}
+}
+"""
+GO_LINES = [
+    f"{stem}{noun}"
+    for noun in ("Item", "Name", "Price", "Quantity", "Total")
+    for stem in ("first := inventory.items[0].", "count := len(inv", "if item.Price > min", "fmt.Println(item.")
+]
+
+
+def measure(terminal: Terminal, num_pauses: int, lines: Sequence[str] = LINES, indent: str = "        ") -> list[float]:
     """Milliseconds from a burst of keys, followed by a pause, to ghost text on the screen, where some came."""
     taken: list[float] = []
-    for text in LINES[:num_pauses]:
+    for text in lines[:num_pauses]:
         terminal.go(20, "o")
         begin = time.perf_counter()
-        terminal.type("        " + text)
+        terminal.type(indent + text)
         while time.perf_counter() < begin + 3:
             if len(_find_line(terminal, text).strip()) > len(text):
                 taken.append((time.perf_counter() - begin) * 1e3)
@@ -263,9 +303,32 @@ def report_latency(num_pauses: int = 40) -> None:
                     terminal.close()
 
 
+def report_model_latency(model: str, num_pauses: int = 20) -> None:
+    """Print key to ghost text with a model, in Python and in Go; the first request of each file is not counted."""
+    for name, text, lines, indent in (
+        ("inventory.py", SAMPLE_FILE.read_text(encoding="utf-8"), LINES, "        "),
+        ("inventory.go", GO_FILE, GO_LINES, "\t"),
+    ):
+        with fimserver_home() as env, tempfile.TemporaryDirectory() as folder:
+            config = Path(env["FIMSERVER_HOME"]) / "config"
+            config.mkdir()
+            (config / "config.toml").write_text(f"model = {json.dumps(model)}\n", encoding="utf-8")
+            file = Path(folder) / name
+            file.write_text(text, encoding="utf-8")
+            terminal = Terminal(find_neovim("0.11"), file, env=env)
+            try:
+                terminal.wait_until_ready()
+                measure(terminal, 1, lines, indent)
+                print_latency(f"Neovim 0.11, {name}", measure(terminal, num_pauses, lines, indent), num_pauses, env)
+            finally:
+                terminal.close()
+
+
 def main(arguments: list[str]) -> None:
     """Run a sub-command."""
     match arguments:
+        case ["latency", model]:
+            report_model_latency(model)
         case ["latency"]:
             report_latency()
         case ["open", version, file]:
