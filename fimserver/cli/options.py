@@ -30,7 +30,7 @@ def engine_options(command: Any) -> Any:
             help="The shipped model's name, an added model's name, or a checkpoint folder.",
         ),
         click.option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps."),
-        click.option("--threads", type=int, metavar="N", help="CPU threads; 0 means one less than the physical cores."),
+        click.option("--threads", type=int, metavar="N", help="CPU threads; 0 means as many as suit the model."),
     ):
         command = option(command)
     return command
