@@ -7,9 +7,9 @@
 Downloads are kept in ~/.cache/fimserver/editors (or $FIMSERVER_EDITORS). If something is not available,
 ``UnavailableError`` names it.
 
-    python tests/support/neovim.py latency          key to ghost text on the screen; also for a server without a model
-    python tests/support/neovim.py latency MODEL    the same with a model's folder, in Python and in Go
-    python tests/support/neovim.py open 0.11 FILE   a Neovim with the plugin, to look at
+    python -m tests.editors neovim latency          key to ghost text on the screen; also for a server without a model
+    python -m tests.editors neovim latency MODEL    the same with a model's folder, in Python and in Go
+    python -m tests.editors neovim open 0.11 FILE   a Neovim with the plugin, to look at
 """
 
 import json
