@@ -103,7 +103,7 @@ def test_the_documented_table_is_up_to_date() -> None:
 def test_the_list_shows_licence_memory_and_use() -> None:
     result = run("model", "list")
     assert result.returncode == 0, result.stderr
-    assert "Qwen Research License; 8.0 GB of memory on a GPU, 11.5 GB on a CPU" in result.stdout
+    assert "Qwen Research License; 8.0 GB of memory on a GPU, 10.9 GB on a CPU" in result.stdout
     assert "not for commercial use" in result.stdout
     assert max(len(line) for line in result.stdout.splitlines() if "shipped" not in line) <= 120
     listed = {one["name"]: one for one in json.loads(run("model", "list", "--json").stdout)["models"]}
