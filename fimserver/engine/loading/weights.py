@@ -249,10 +249,23 @@ def read_config(folder: Path) -> Any:
         raise WeightsError(msg)
     read_quantization(folder)  # raises for an unsupported quantization
     try:
-        return found[0].from_dict({k: v for k, v in values.items() if k not in _IGNORED_KEYS})
+        config = found[0].from_dict({k: v for k, v in values.items() if k not in _IGNORED_KEYS})
     except (TypeError, ValueError, KeyError) as error:
         msg = f"{path} does not describe a model ({error}); copy the model folder again"
         raise WeightsError(msg) from error
+    if isinstance(config, Qwen2Config):
+        _check_dense(path, config)
+    return config
+
+
+def _check_dense(path: Path, config: Qwen2Config) -> None:
+    """Reject a variant of Qwen2 that ``modeling/qwen2.py`` would compute differently from transformers."""
+    if config.hidden_act != "silu":
+        msg = f"{path}: hidden_act is {config.hidden_act!r}; only 'silu' is supported"
+        raise WeightsError(msg)
+    if set(config.layer_types or ()) - {"full_attention"}:
+        msg = f"{path}: some layers have a sliding window (use_sliding_window); only full attention is supported"
+        raise WeightsError(msg)
 
 
 def is_dense_config(folder: Path) -> bool:

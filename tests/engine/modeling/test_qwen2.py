@@ -1,5 +1,6 @@
 """Qwen2's backbone against transformers' Qwen2ForCausalLM: causal, with a full mask, and in pieces."""
 
+import json
 import os
 from pathlib import Path
 
@@ -94,6 +95,28 @@ def test_projections_in_4_bits_keep_their_biases() -> None:
         found.append(backbone.to_logits(hidden))
     assert_close(*found)
     assert_close(packed(torch.tensor(ids)[None]).logits[0], found[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, "sliding window"),
+    ],
+)
+def test_a_variant_that_would_be_computed_differently_is_refused(
+    tmp_path: Path, changes: dict[str, object], words: str
+) -> None:
+    from fimserver.engine.loading.weights import read_config
+    from fimserver.errors import WeightsError
+
+    values = make_network().config.to_dict()
+    values.pop("layer_types", None)
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert read_config(tmp_path).num_hidden_layers == 3
+    (tmp_path / "config.json").write_text(json.dumps({**values, **changes}))
+    with pytest.raises(WeightsError, match=words):
+        read_config(tmp_path)
 
 
 @pytest.mark.skipif("FIMSERVER_TEST_QWEN2" not in os.environ, reason="FIMSERVER_TEST_QWEN2 names no model folder")
