@@ -30,6 +30,7 @@ import torch
 TOLERANCE = 0.02  # root mean square of a product's error, relative to the product's
 _GROUP = 32  # weights per scale of int4
 _PROBED_ROWS = 64  # of a matrix, to see whether 4 bits represent it
+_EXACT = 0.01  # relative error below which a group was in 4 bits before: scales and zeros are rounded to bf16
 _LEVELS = (15, 14, 13, 12, 11, 10, 9, 8)  # steps between a group's least and greatest weight that are tried
 _TRIED_ROWS = (1, 2, 4, 8, 16, 32)
 _CHEAP = 1.5  # times the time of a pass over a single row
@@ -152,24 +153,36 @@ def _to_codes(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float, 
     """Return codes (N, K), scales with zeros (K / 32, N, 2), the squared error, and the squared size.
 
     A weight is ``(code - 8) * scale + zero``. A group's least and greatest weight need not be 15 steps apart, so
-    smaller numbers of steps are tried too: one of them finds the codes of a group that was in 4 bits before.
+    smaller numbers of steps are tried too, for groups that are not found exactly: one of them finds the codes of a
+    group that was in 4 bits before.
     """
-    groups = weight.float().view(len(weight), -1, _GROUP)
+    groups = weight.float().reshape(-1, _GROUP)
     least, most = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     best_error = torch.full_like(least, torch.inf)
     best_scale, best_zero = torch.ones_like(least), least.clone()
+    enough = _EXACT**2 * groups.square().sum(-1, keepdim=True)
     for levels in _LEVELS:
-        scale = ((most - least) / levels).bfloat16().float().clamp(min=1e-30)
-        zero = (least + 8 * scale).bfloat16().float()
-        codes = torch.round((groups - zero) / scale + 8).clamp(0, 15)
-        error = ((codes - 8) * scale + zero - groups).square().sum(-1, keepdim=True)
-        is_better = error < best_error * 0.999
-        best_error = torch.where(is_better, error, best_error)
-        best_scale = torch.where(is_better, scale, best_scale)
-        best_zero = torch.where(is_better, zero, best_zero)
-    codes = torch.round((groups - best_zero) / best_scale + 8).clamp(0, 15)
-    pairs = torch.cat((best_scale, best_zero), dim=-1).transpose(0, 1)
+        open_groups = (best_error > enough).flatten().nonzero().flatten()
+        if not len(open_groups):
+            break
+        part, low, high = groups[open_groups], least[open_groups], most[open_groups]
+        scale = ((high - low) / levels).bfloat16().float().clamp(min=1e-30)
+        zero = (low + 8 * scale).bfloat16().float()
+        error = (_expand(_round(part, scale, zero), scale, zero) - part).square().sum(-1, keepdim=True)
+        is_better = error < best_error[open_groups] * 0.999
+        for held, found in ((best_error, error), (best_scale, scale), (best_zero, zero)):
+            held[open_groups] = torch.where(is_better, found, held[open_groups])
+    codes = _round(groups, best_scale, best_zero)
+    pairs = torch.cat((best_scale, best_zero), dim=-1).view(len(weight), -1, 2).transpose(0, 1)
     return codes.view(weight.shape).to(torch.int32), pairs.bfloat16(), float(best_error.sum()), _squared(groups)
+
+
+def _round(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    return torch.round((groups - zero) / scale + 8).clamp(0, 15)
+
+
+def _expand(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    return (codes - 8) * scale + zero
 
 
 def _squared(numbers: torch.Tensor) -> float:
