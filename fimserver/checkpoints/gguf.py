@@ -179,7 +179,7 @@ class _Header:
                 f"only {' and '.join(ARCHITECTURES)} can be served: choose another file"
             )
             raise WeightsError(msg)
-        if values.get("split.count", 1) not in {0, 1}:
+        if values.get("split.count", 1) not in (0, 1):
             msg = f"{self._path} is one of {values['split.count']} parts of a model; merge them into one file first"
             raise WeightsError(msg)
         headers = [self._tensor() for _ in range(num_tensors)]

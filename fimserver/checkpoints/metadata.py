@@ -95,6 +95,8 @@ class Healing(StrEnum):
     PIECE = "piece"
 
 
+_LENGTH_BIAS = (1.77, 0.56, 0.06, 0.24)  # arXiv 2602.00476
+_LEAST = {"max_commits": 1, "refresh_every": 1, "max_prompt_tokens": 1}
 _MODES = {
     Canvas.UNIFORM: (Mode.DIFFUSION, Mode.SPECULATIVE, Mode.AUTOREGRESSIVE),
     Canvas.MASK: (Mode.DIFFUSION,),
@@ -134,7 +136,7 @@ class ModelMetadata:
     min_commit_probability: float = 0.9  # see MaskedOptions, as the next three
     max_commits: int = 4
     refresh_every: int = 8
-    length_bias: tuple[float, ...] = (1.77, 0.56, 0.06, 0.24)
+    length_bias: tuple[float, ...] = _LENGTH_BIAS
     max_denoising_steps: int = 0
     entropy_bound: float = 0.0
     confidence_threshold: float = 0.0
@@ -204,6 +206,7 @@ def read_metadata(folder: Path) -> ModelMetadata:
         )
         raise WeightsError(msg) from error
     _parse_kinds(path, values)
+    _check_numbers(path, values)
     values["special_tokens"] = {**dict.fromkeys(_SPECIAL_TOKENS["fim"], NO_TOKEN), **values["special_tokens"]}
     for name in ("languages", "end_token_ids", "length_bias"):
         if name in values:
@@ -222,6 +225,33 @@ def _check_calibration(path: Path, calibration: Mapping[str, Any]) -> None:
                 f"{path}: calibration.{name} has {len(weights)} weights; it needs one for each of {', '.join(features)}"
             )
             raise WeightsError(msg)
+
+
+def _check_numbers(path: Path, values: Mapping[str, Any]) -> None:
+    """Raise ``WeightsError`` for a number of another type, or below what it may be."""
+    types = {f.name: f.type for f in fields(ModelMetadata)}
+    for key, value in values.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if types[key] in {int, "int"} and not (is_number and isinstance(value, int) and value >= _LEAST.get(key, 0)):
+            msg = f"{path}: {key} is {value!r}; it has to be a whole number of at least {_LEAST.get(key, 0)}"
+            raise WeightsError(msg)
+        if types[key] in {float, "float"} and not is_number:
+            msg = f"{path}: {key} is {value!r}; it has to be a number"
+            raise WeightsError(msg)
+    if values.get("logit_shift", 0) > 1:
+        msg = f"{path}: logit_shift is {values['logit_shift']}; it may be 0 or 1"
+        raise WeightsError(msg)
+    bias = values.get("length_bias", _LENGTH_BIAS)
+    if (
+        not isinstance(bias, list | tuple)
+        or len(bias) != len(_LENGTH_BIAS)
+        or any(isinstance(one, bool) or not isinstance(one, int | float) for one in bias)
+    ):
+        msg = f"{path}: length_bias is {bias!r}; it has to be {len(_LENGTH_BIAS)} numbers"
+        raise WeightsError(msg)
+    if not isinstance(values.get("languages", []), list):
+        msg = f"{path}: languages is {values['languages']!r}; it has to be a list of language ids"
+        raise WeightsError(msg)
 
 
 def _parse_kinds(path: Path, values: dict[str, Any]) -> None:

@@ -248,7 +248,9 @@ class Engine:
 
         def to_text(token_ids: Sequence[int]) -> str:
             text = prompt.to_answer(answer_end.cut(self.vocabulary.decode(token_ids)))
-            return f"{text}{moved}" if text and not text.endswith("\n") else text
+            if context.suffix.startswith("\n"):  # the last token may hold the line end too
+                text = text.removesuffix("\n")
+            return f"{text}{moved}" if text else ""
 
         healed_tokens = len(self.vocabulary.encode(prompt.healed))
         room = metadata.max_prompt_tokens + self.model.canvas_length - len(prompt.token_ids)
@@ -323,8 +325,8 @@ class Engine:
             end=special["eos"],
             expand=special.get("expand"),
             length_rule=metadata.length_rule,
-            canvas_length=self.model.canvas_length,
-            max_length=max(self.model.canvas_length, min(job.max_tokens, _MAX_MASKED_TOKENS)),
+            canvas_length=min(self.model.canvas_length, job.max_tokens),
+            max_length=min(max(self.model.canvas_length, _MAX_MASKED_TOKENS), job.max_tokens),
             logit_shift=metadata.logit_shift,
             min_probability=metadata.min_commit_probability,
             max_commits=metadata.max_commits,
@@ -348,6 +350,7 @@ class Engine:
             constraint=TreeRules(job.context, job.prompt.healed) if job.has("grammar") else None,
             boundaries=job.rules(),
             on_step=on_step,
+            on_search=lambda: job.on_partial(PartialAnswer(filler.sides.passes, "")),
         )
         initial = self._initial_texts(job)[-1:]  # the last answer, or else a match
         filled = filler.fill(self.vocabulary.encode(job.prompt.healed + initial[0]) if initial else ())

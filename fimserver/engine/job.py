@@ -74,8 +74,10 @@ class Job:
         return part not in self.sampling.without
 
     def rules(self) -> LexicalRules | None:
-        """Return the language's rules for autoregressive decoding, if enabled."""
-        return LexicalRules(self.context, self.prompt.healed, self.answer_end) if self.has("grammar") else None
+        """Return the language's rules for autoregressive decoding, if enabled; none if a line end is written again."""
+        if not self.has("grammar") or "\n" in self.prompt.healed:
+            return None
+        return LexicalRules(self.context, self.prompt.healed, self.answer_end)
 
     def to_request(self, *, is_quiet: bool = False) -> DecodeRequest:
         """Return what a decoding loop has to keep to; partial answers are reported unless ``is_quiet``."""

@@ -37,6 +37,8 @@ from fimserver.engine.chat import INSTRUCTION, NOTHING_FOLLOWS, Fence, marks_aro
 from fimserver.engine.vocabulary import Vocabulary
 
 _MAX_HEALED_TOKENS = 8  # a longer word would leave the answer no room
+_WITH_FENCES = {"markdown", "mdx", "quarto", "rmd", "plaintext"}
+_IN_TEXT = (HoleKind.COMMENT, HoleKind.DOCSTRING, HoleKind.STRING)
 _INDENTED = (HoleKind.SPAN, HoleKind.BLOCK)  # their first line is mostly indented
 _MOST_PIECE_CHARACTERS = 256  # before the cursor, in which the last piece is looked for
 _LEAST_ANCHOR = 6  # characters of code
@@ -73,7 +75,7 @@ def build_prompt(context: FimContext, vocabulary: Vocabulary, metadata: ModelMet
         fence = open_fence(context)
         before = _write_turns(context, fence, vocabulary, metadata)
     elif metadata.prompt_layout in {"prefix-first", "suffix-first"}:
-        fence = _fence_of_code(context)
+        fence = _fence_of_code(context, healed)
         before, after = _write_fim(context, vocabulary, metadata)
     elif metadata.prompt_layout == "infill":
         return _write_infill(context, head, healed, vocabulary, metadata)
@@ -113,9 +115,13 @@ def _split(context: FimContext, vocabulary: Vocabulary, metadata: ModelMetadata)
     return (head, healed) if len(vocabulary.encode(healed)) <= _MAX_HEALED_TOKENS else (prefix, "")
 
 
-def _fence_of_code(context: FimContext) -> Fence | None:
-    """Return the end of code for a model that may chat: a fence, or an explanation after one; none in Markdown."""
-    return None if context.language_id == "markdown" else replace(open_fence(context), last_line="")
+def _fence_of_code(context: FimContext, healed: str) -> Fence | None:
+    """Return the fence that ends code for a model that may chat; ``None`` where a fence may be the file's own."""
+    has_own = "```" in context.prefix or "```" in context.suffix
+    if has_own or context.language_id in _WITH_FENCES or context.hole.kind in _IN_TEXT:
+        return None
+    before = replace(context, prefix=context.prefix.removesuffix(healed))
+    return replace(open_fence(before), last_line="")
 
 
 def _write_fim(context: FimContext, vocabulary: Vocabulary, metadata: ModelMetadata) -> tuple[list[int], list[int]]:
@@ -151,7 +157,7 @@ def _write_repository(context: FimContext, vocabulary: Vocabulary, metadata: Mod
         return []
     encode, separator = vocabulary.encode, metadata.special_tokens["file_separator"]
     named = (f"{_name_of(snippet.path)}\n{snippet.text}\n" for snippet in context.snippets)
-    name = encode(f"{_name_of(context.path)}\n")
+    name = encode(f"{_name_of(context.path)}\n")[-metadata.max_snippet_tokens // 2 :]
     room = metadata.max_snippet_tokens - len(name)
     files = _fit(([separator, *encode(text)] for text in named), room)
     return [metadata.special_tokens["repository"], *encode("project\n"), *files, separator, *name]

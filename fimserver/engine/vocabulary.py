@@ -29,6 +29,7 @@ def _byte_of_character() -> dict[str, int]:
 
 
 _SPACE = "\u2581"
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -99,6 +100,7 @@ class Vocabulary:
         """Bytes of each id, in order; empty for special ids."""
         table = _byte_of_character()
         described = self._tokenizer.to_str()
+        added = self._tokenizer.get_added_tokens_decoder()
         byte_level, byte_fallback = '"ByteLevel"' in described, '"ByteFallback"' in described
         result = []
         for i in range(self.size):
@@ -106,7 +108,8 @@ class Vocabulary:
             if i in self.special_ids or token is None:
                 result.append(b"")
             elif byte_level:
-                result.append(bytes(table[c] for c in token))
+                is_added = i in added or any(c not in table for c in token)
+                result.append(token.encode() if is_added else bytes(table[c] for c in token))
             elif byte_fallback:
                 byte = _BYTE.fullmatch(token)
                 result.append(bytes([int(byte[1], 16)]) if byte else token.replace(_SPACE, " ").encode())
@@ -127,7 +130,7 @@ class Vocabulary:
         splitter = self._tokenizer.pre_tokenizer
         if splitter is None or not text:
             return ""
-        _, (start, _) = splitter.pre_tokenize_str(text)[-1]
+        _, (start, _) = splitter.pre_tokenize_str(_SURROGATE.sub("\ufffd", text))[-1]
         return text[start:]
 
     @cached_property

@@ -162,6 +162,33 @@ def test_rules_judge_the_code_before_a_line_end(engine: Engine) -> None:
     assert rules.judge(line_end[0]).name == "FORBIDDEN", "a bracket is open"
 
 
+def test_a_line_end_that_is_written_again_is_not_counted_twice(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rules would take the line of the healed bracket for one of its own."""
+    engine.forget()
+    force(engine, ")\n    y = 2\n    return y\n", monkeypatch)
+    context = context_of("def g():\n    x = f(a)\n", "", LINES)
+    generation = engine.complete(context, Sampling(Mode.AUTOREGRESSIVE, seed=0))
+    assert generation.text.rstrip() == "    y = 2\n    return y"
+
+
+def test_a_line_end_before_the_line_below_is_left_out(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = "g()\nreturn total\n"
+    context = context_of("def f():\n    ", "\nreturn total\n", LINES)
+    assert write(engine, context, answer, monkeypatch) == "g()"
+
+
+def test_fences_of_the_file_itself_do_not_end_an_answer(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    hole = Hole(HoleKind.BLOCK, max_lines=5, estimated_tokens=16)
+    context = context_of('"""Say\n```\nf(1)\n```\n', '\n"""\n', hole)
+    assert write(engine, context, "```\ng(2)\n```\nx", monkeypatch) == "```\ng(2)\n```\nx"
+
+
+@pytest.mark.parametrize("prefix", ["a\ud83d", "x = '\ud83d", "\ud83d"])
+def test_half_a_character_before_the_cursor_is_no_fault(engine: Engine, prefix: str) -> None:
+    engine.forget()
+    engine.complete(context_of(prefix), Sampling(seed=0))
+
+
 def test_an_anchor_is_found_after_a_token_that_holds_its_line_end(engine: Engine) -> None:
     from fimserver.engine.prompt import find_anchor
 

@@ -42,8 +42,8 @@ _MOST_REMASKINGS = 2  # of positions in which the grammar finds errors
 class MaskedOptions:
     """How a canvas is filled.
 
-    ``mask``, ``expand`` and ``end`` are token ids; ``end`` deletes a position for a model with ``expand``, and stands
-    for nothing otherwise. A position whose best token has at least ``min_probability`` is committed, at most
+    ``mask``, ``expand`` and ``end`` are token ids; ``end`` deletes a position for a model that expands, and ends the
+    answer otherwise. A position whose best token has at least ``min_probability`` is committed, at most
     ``max_commits`` in one pass, at least one. ``length_bias`` are the constants of ``length_bias``.
     """
 
@@ -163,6 +163,7 @@ class MaskedFiller:
     constraint: CanvasConstraint | None = None
     boundaries: BoundaryRules | None = None
     on_step: Callable[[MaskedCanvas], None] = lambda _canvas: None
+    on_search: Callable[[], None] = lambda: None  # called before each pass that comes before the first step
     _expansions_left: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -171,7 +172,8 @@ class MaskedFiller:
     @torch.inference_mode()
     def fill(self, initial: Sequence[int] = ()) -> Filled:
         """Return the answer; ``initial`` are tokens that it may have, such as those of an earlier one."""
-        canvas = self._review(initial[: self.options.max_length]) if initial else None
+        fits = 0 < len(initial) <= self.options.max_length
+        canvas = self._review(initial) if fits else None
         canvas = canvas or MaskedCanvas.of(self.options.mask, self._first_length())
         remaskings = 0
         while canvas.open_positions or (remaskings < _MOST_REMASKINGS and self._wrong(canvas)):
@@ -179,9 +181,8 @@ class MaskedFiller:
                 remaskings += 1
                 for position in self._wrong(canvas):
                     canvas.put(position, self.options.mask, 0.0)
-            if self.request.stop():
+            if self.request.stop() or not self._step(canvas):
                 return self._stopped(canvas)
-            self._step(canvas)
             self.on_step(canvas)
         return self._filled(canvas, len(canvas.token_ids), "end")
 
@@ -194,6 +195,7 @@ class MaskedFiller:
         for half in (0, 1):
             if self.request.stop():
                 return None
+            self.on_search()
             hidden = [self.options.mask if i % 2 == half else token_id for i, token_id in enumerate(initial)]
             shares = torch.softmax(self.sides.logits(hidden), dim=-1)
             for i in range(half, len(initial), 2):
@@ -209,17 +211,25 @@ class MaskedFiller:
 
     def _first_length(self) -> int:
         if self.options.length_rule is LengthRule.SEARCH:
-            return find_length(self.sides, self.options, self.request.stop)
+            return find_length(self.sides, self.options, self._is_over)
         return self.options.canvas_length
 
-    def _step(self, canvas: MaskedCanvas) -> None:
-        """Run one pass and commit the surest positions."""
+    def _is_over(self) -> bool:
+        self.on_search()
+        return self.request.stop()
+
+    def _step(self, canvas: MaskedCanvas) -> bool:
+        """Run one pass and commit the surest positions; return false if no token may stand at any open position."""
         logits = self.sides.logits(canvas.token_ids)
         at, beginning = canvas.open_positions, self._beginning(canvas)
-        self._forbid(logits, len(canvas.token_ids))
-        if not beginning.is_whole and beginning.rest:
+        if beginning.rest:
             at = at[:1]  # what was typed is spelled first: the next token depends on how
-            logits[at[0]] = self.request.answer_start.constrain(logits[at[0]], beginning)
+            logits[at[0]] = self._spell(logits[at[0]], beginning)
+        else:
+            self._forbid(logits, len(canvas.token_ids))
+        at = [i for i, is_open in zip(at, torch.isfinite(logits[at]).any(-1).tolist(), strict=True) if is_open]
+        if not at:
+            return False
         temperature = self.request.temperature
         shares = torch.softmax(logits[at] / temperature if temperature else logits[at], dim=-1)
         if temperature:
@@ -233,6 +243,16 @@ class MaskedFiller:
         tokens = chosen.tolist()
         for i in sorted(taken or order[:1], reverse=True):  # from the right, so that positions stay valid
             self._commit(canvas, at[i], tokens[i], probabilities[i])
+        return True
+
+    def _spell(self, row: torch.Tensor, beginning: Beginning) -> torch.Tensor:
+        """Return logits (V,) of the tokens that spell what was typed, with no further line end in a single line."""
+        end = self.request.answer_end
+        row = self.request.answer_start.constrain(row, beginning)
+        if end.max_lines - end.healed_lines == 1:
+            newlines = torch.tensor(end.vocabulary.num_newlines, device=row.device)
+            row[: len(newlines)].masked_fill_(newlines > beginning.rest.count(b"\n"), -math.inf)
+        return row
 
     def _commit(self, canvas: MaskedCanvas, position: int, token_id: int, probability: float) -> None:
         deletes = self.options.length_rule is LengthRule.EXPAND_AND_DELETE
@@ -256,7 +276,9 @@ class MaskedFiller:
         """Exclude tokens that stand for no text, except those of the length rule, and line ends in a single line."""
         end = self.request.answer_end
         allowed = {self.options.end}
-        if length < self.options.max_length and self._expansions_left and self.options.expand is not None:
+        expands = self.options.length_rule is LengthRule.EXPAND_AND_DELETE and self.options.expand is not None
+        if expands and length < self.options.max_length and self._expansions_left:
+            assert self.options.expand is not None
             allowed.add(self.options.expand)
         logits.masked_fill_(end.barred_mask(logits.shape[-1], frozenset(allowed), logits.device), -math.inf)
 
@@ -280,6 +302,8 @@ class MaskedFiller:
 
     def _filled(self, canvas: MaskedCanvas, length: int, finish: str) -> Filled:
         vocabulary = self.request.answer_end.vocabulary
+        if self.options.end in canvas.token_ids[:length]:
+            length = canvas.token_ids.index(self.options.end)
         text = [i for i in range(length) if vocabulary.is_text(canvas.token_ids[i])]
         token_ids = tuple(canvas.token_ids[i] for i in text)
         own = self.request.answer_start.own_positions(token_ids)

@@ -111,7 +111,12 @@ class CpuLinear:
 
 
 def pack_int8(weight: torch.Tensor) -> _Product | None:
-    """Return the product by ``weight`` (N, K) in 8 bits, ``None`` if that differs too much."""
+    """Return the product by ``weight`` (N, K) in 8 bits, ``None`` if that differs too much.
+
+    torch's kernel reads beyond rows that are not whole blocks.
+    """
+    if weight.shape[1] % _GROUP:
+        return None
     scale = weight.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-30) / 127
     packed = torch.empty(weight.shape, dtype=torch.int8)
     error = total = 0.0

@@ -47,6 +47,7 @@ _CLASSES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {  #
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "Dream": (Qwen2Config, Qwen2ForCausalLM),  # the same layers, trained for masked diffusion
 }
+_ROTATIONS = ("default", "linear", "yarn", "llama3")  # those whose angles do not depend on the length of a text
 _IGNORED_KEYS = ("quantization_config", "model_type", "auto_map", "architectures")  # the rest describes the network
 logger = logging.getLogger(__name__)
 
@@ -262,6 +263,10 @@ def _check_dense(path: Path, config: Qwen2Config) -> None:
     """Reject a variant of Qwen2 that ``modeling/qwen2.py`` would compute differently from transformers."""
     if config.hidden_act != "silu":
         msg = f"{path}: hidden_act is {config.hidden_act!r}; only 'silu' is supported"
+        raise WeightsError(msg)
+    kind = (config.rope_parameters or {}).get("rope_type", "default")
+    if kind not in _ROTATIONS:
+        msg = f"{path}: rope_type is {kind!r}; it may be: {', '.join(_ROTATIONS)}"
         raise WeightsError(msg)
     if set(config.layer_types or ()) - {"full_attention"}:
         msg = f"{path}: some layers have a sliding window (use_sliding_window); only full attention is supported"

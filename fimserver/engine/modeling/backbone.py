@@ -104,6 +104,7 @@ class Backbone(ABC):
         self._norm, self._eps = norm, eps
         self._layers = layers
         self._window = window
+        self._rotation_scale = 1.0  # of rotated queries and keys, for some kinds of rotary embeddings
         self._tables: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @abstractmethod
@@ -171,7 +172,7 @@ class Backbone(ABC):
         """Move the cached keys from token ``first`` on by a ``distance`` in positions, to the left if negative."""
         at = torch.tensor([abs(distance)], device=self.device)
         for index, layer in enumerate(self._layers):
-            cosines, sines = self._compute_rotation(layer.kind, at)
+            cosines, sines = (part / self._rotation_scale for part in self._compute_rotation(layer.kind, at))
             if distance < 0:
                 sines = -sines
             keys = cache.keys[index][:, first : cache.length]

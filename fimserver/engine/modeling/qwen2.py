@@ -66,6 +66,7 @@ class Qwen2(Backbone):
             layers=layers,
             window=None,
         )
+        self._rotation_scale = float(self._rotary.attention_scaling)
 
     def to_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Apply the head: (N, H) to (N, V) float32."""

@@ -21,6 +21,7 @@ from fimserver.engine.decoding.stopping import AnswerEnd, AnswerStart
 from fimserver.engine.engine import Engine
 from fimserver.engine.modeling.model import Model
 from fimserver.engine.vocabulary import Vocabulary
+from fimserver.errors import WeightsError
 
 BIAS = (1.77, 0.56, 0.06, 0.24)
 
@@ -182,6 +183,42 @@ def test_an_answer_begins_with_what_was_typed(model: Model, vocabulary: Vocabula
     assert vocabulary.decode(filled.token_ids).startswith(" retu")
 
 
+def test_a_line_end_that_was_typed_is_written_again(model: Model, vocabulary: Vocabulary) -> None:
+    """In a hole of a single line, after which no other line end may come."""
+    options = options_of(length_rule=LengthRule.END_TOKEN, expand=None)
+    end = AnswerEnd(vocabulary, 2, healed_lines=1)
+    for typed in ("\n", ")\n", "\n    "):
+        start = AnswerStart(end, typed, min_tokens=0, vocab_size=8192)
+        request = DecodeRequest(max_tokens=32, answer_end=end, answer_start=start)
+        filled = MaskedFiller(Sides(model, PREFIX, SUFFIX, options), request, options).fill()
+        text = vocabulary.decode(filled.token_ids)
+        assert text.startswith(typed)
+        assert text.count("\n") == 1
+
+
+def test_an_answer_ends_at_its_end_token(model: Model, vocabulary: Vocabulary) -> None:
+    """What comes after it is not joined to what came before."""
+    options = options_of(length_rule=LengthRule.SEARCH, expand=None)
+    filler = MaskedFiller(Sides(model, PREFIX, SUFFIX, options), request_of(vocabulary), options)
+    from fimserver.engine.decoding.masked import MaskedCanvas
+
+    canvas = MaskedCanvas(MASK, [500, END, 501], [0.9, 0.9, 0.9])
+    assert filler._filled(canvas, 3, "end").token_ids == (500,)
+
+
+def test_initial_tokens_that_do_not_fit_are_left_out(model: Model, vocabulary: Vocabulary) -> None:
+    options = options_of(length_rule=LengthRule.END_TOKEN, expand=None, min_probability=0.0)
+    filler = MaskedFiller(Sides(model, PREFIX, SUFFIX, options), request_of(vocabulary), options)
+    assert len(filler.fill(list(range(500, 500 + options.max_length + 1))).token_ids) <= options.canvas_length
+
+
+def test_the_limit_of_tokens_holds(folder: Path) -> None:
+    engine = Engine.load(str(folder), "cpu")
+    hole = Hole(HoleKind.REST_OF_LINE, max_lines=1, estimated_tokens=8)
+    context = FimContext("x = f(", "\n", "a.py", "python", hole)
+    assert engine.complete(context, Sampling(seed=0, max_tokens=2)).num_tokens <= 2
+
+
 def test_a_single_line_has_no_line_end(model: Model, vocabulary: Vocabulary) -> None:
     options = options_of(length_rule=LengthRule.END_TOKEN, expand=None, canvas_length=12)
     filled = MaskedFiller(
@@ -275,7 +312,8 @@ def test_a_folder_answers_through_the_engine(folder: Path, length_rule: LengthRu
     assert generation.finish == "end"
     assert generation.forward_passes == generation.denoising_steps > 0
     assert "\n" not in generation.text
-    assert any(token.text == "<suf>" and not token.accepted for token in seen[0].canvas), "masks are shown"
+    first = next(partial.canvas for partial in seen if partial.canvas)
+    assert any(token.text == "<suf>" and not token.accepted for token in first), "masks are shown"
     assert all(token.accepted for token in seen[-1].canvas)
     again = engine.complete(context, Sampling(seed=0))
     assert again.text == generation.text
@@ -286,6 +324,31 @@ def test_a_mode_that_the_model_lacks_gives_way_to_its_own(folder: Path) -> None:
     hole = Hole(HoleKind.REST_OF_LINE, max_lines=1, estimated_tokens=8)
     context = FimContext("x = ", "\n", "a.py", "python", hole)
     assert engine.complete(context, Sampling(mode=Mode.SPECULATIVE, seed=0)).mode is Mode.DIFFUSION
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("canvas_length", "a", "canvas_length is 'a'; it has to be a whole number"),
+        ("canvas_length", -3, "canvas_length is -3"),
+        ("max_commits", 0, "whole number of at least 1"),
+        ("refresh_every", "x", "refresh_every is 'x'"),
+        ("min_commit_probability", None, "min_commit_probability is None; it has to be a number"),
+        ("length_bias", [1, 2, 3], "length_bias is .* it has to be 4 numbers"),
+        ("length_bias", 5, "length_bias is 5"),
+        ("logit_shift", 2, "logit_shift is 2; it may be 0 or 1"),
+        ("languages", 3, "languages is 3"),
+        ("canvas", "round", "canvas is 'round'; it may be: uniform, mask, none"),
+        ("attention", "left", "attention is 'left'"),
+        ("preferred_mode", "speculative", "with this canvas it may be: diffusion"),
+    ],
+)
+def test_a_wrong_value_in_the_record_is_named(folder: Path, tmp_path: Path, key: str, value: Any, words: str) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    path = tmp_path / "model" / "fimserver.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(WeightsError, match=words):
+        read_metadata(tmp_path / "model")
 
 
 def test_metadata_of_a_masked_model(folder: Path) -> None:

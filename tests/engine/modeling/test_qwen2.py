@@ -97,10 +97,31 @@ def test_projections_in_4_bits_keep_their_biases() -> None:
     assert_close(packed(torch.tensor(ids)[None]).logits[0], found[0])
 
 
+@pytest.mark.parametrize("kind", ["default", "yarn"])
+@torch.inference_mode()
+def test_moved_keys_equal_computed_ones(kind: str) -> None:
+    config = make_network().config
+    if kind == "yarn":
+        config.rope_parameters = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0,
+                                  "original_max_position_embeddings": 128}  # fmt: skip
+    torch.manual_seed(0)
+    backbone = Qwen2(Qwen2ForCausalLM(config).eval())
+    caches = []
+    for first in (0, 7):
+        cache = backbone.new_cache()
+        rows = Rows(draw(10), torch.arange(first, first + 10), None, first + 10)
+        backbone.forward(rows, cache)
+        cache.keep(range(10))
+        caches.append(cache)
+    backbone.shift_keys(caches[0], 0, 7)
+    assert_close(caches[0].keys[0][:, :10], caches[1].keys[0][:, :10])
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e6, "factor": 2.0}}, "rope_type is 'dynamic'"),
         ({"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, "sliding window"),
     ],
 )
