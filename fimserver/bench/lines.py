@@ -28,7 +28,7 @@ from fimserver.bench.servers.llama_cpp import LlamaCpp
 from fimserver.context.scan import python_parses
 from fimserver.context.syntax import parse
 from fimserver.context.window import Budget, build_context
-from fimserver.datatypes import Hole, HoleKind, Snapshot
+from fimserver.datatypes import Hole, HoleKind, ModelInfo, Snapshot
 from fimserver.engine.client import EngineClient, EngineOptions
 from fimserver.errors import FimserverError
 from fimserver.pipeline import OtherDocument, Query
@@ -145,12 +145,8 @@ def evaluate_lines(  # noqa: PLR0913  the command's options
             outcomes.append(outcome)
     finally:
         engine.close()
-    return replace(
-        _score(outcomes, str(data) if data else "standard library"),
-        model=info.name,
-        startup_ms=info.load_ms,
-        theirs=_compare(against, outcomes) if against else None,
-    )
+    theirs = _compare(against, outcomes) if against else None
+    return _score(outcomes, str(data) if data else "standard library", info, theirs)
 
 
 def _track(lines: Sequence[Line]) -> Iterator[Line]:
@@ -220,7 +216,7 @@ def _ask(server: LlamaCpp, line: Line, budget: Budget, outcome: Outcome) -> None
             outcome.their_key_ms, outcome.their_key_tokens = reply.ms, reply.encoded_tokens
 
 
-def _score(outcomes: Sequence[Outcome], data: str) -> Summary:
+def _score(outcomes: Sequence[Outcome], data: str, info: ModelInfo, theirs: Theirs | None) -> Summary:
     cold = sorted(ms for o in outcomes for ms in o.cold_ms)
     keys = sorted(ms for o in outcomes for ms in o.key_ms)
     refusals = Counter(o.refusal for o in outcomes if o.refusal)
@@ -231,17 +227,17 @@ def _score(outcomes: Sequence[Outcome], data: str) -> Summary:
     return Summary(
         data=data,
         holes=len(outcomes),
-        model="",
+        model=info.name,
         mode=next(o.mode for o in outcomes if o.mode),
-        answered=_share(o.answered for o in outcomes),
-        exact_match=_share(o.exact for o in outcomes),
+        answered=statistics.fmean(o.answered for o in outcomes),
+        exact_match=statistics.fmean(o.exact for o in outcomes),
         exact_interval=share_interval([o.exact for o in outcomes]),
-        matched=_share(o.matched for o in outcomes),
-        matched_exact=_share(o.matched and o.exact for o in outcomes),
+        matched=statistics.fmean(o.matched for o in outcomes),
+        matched_exact=statistics.fmean(o.matched and o.exact for o in outcomes),
         broken=sum(o.broken for o in outcomes),
         refusals=dict(refusals),
         forward_passes=statistics.fmean(p for o in outcomes for p in o.passes),
-        startup_ms=0.0,
+        startup_ms=info.load_ms,
         ms_p50=statistics.median(cold),
         ms_p95=percentile(cold, 0.95),
         ms_max=cold[-1],
@@ -249,10 +245,14 @@ def _score(outcomes: Sequence[Outcome], data: str) -> Summary:
         key_ms_p95=percentile(keys, 0.95) if keys else 0.0,
         languages={
             name: LanguageScores(
-                len(own), _share(o.answered for o in own), _share(o.exact for o in own), sum(o.broken for o in own)
+                len(own),
+                statistics.fmean(o.answered for o in own),
+                statistics.fmean(o.exact for o in own),
+                sum(o.broken for o in own),
             )
             for name, own in by_language.items()
         },
+        theirs=theirs,
     )
 
 
@@ -263,7 +263,7 @@ def _compare(url: str, outcomes: Sequence[Outcome]) -> Theirs:
     both = [o for o in outcomes if o.cold_ms and o.key_ms]
     return Theirs(
         url=url,
-        exact_match=_share(o.their_exact for o in outcomes),
+        exact_match=statistics.fmean(o.their_exact for o in outcomes),
         difference=paired_difference([o.exact for o in outcomes], [o.their_exact for o in outcomes]),
         cold_ms_p50=cold,
         key_ms_p50=key,
@@ -275,8 +275,3 @@ def _compare(url: str, outcomes: Sequence[Outcome]) -> Theirs:
 
 def _median_ratio(pairs: Sequence[tuple[float, float]]) -> float:
     return statistics.median(ours / theirs for ours, theirs in pairs) if pairs else 0.0
-
-
-def _share(values: Iterator[bool]) -> float:
-    found = list(values)
-    return sum(found) / len(found)

@@ -80,7 +80,8 @@ def find_known_metadata(config: Mapping[str, Any], folder: Path | None = None) -
     """
     if _identity_of(config) is None:
         return None
-    config = {**_named_tokens(folder), **config} if folder is not None else config
+    if folder is not None and _SIZES_OF[config["model_type"]] is _DENSE_SIZES:
+        config = {**_named_tokens(folder), **config}
     for path in sorted(KNOWN_MODELS.glob("*/fimserver.json")):
         known = path.with_name("config.json")
         if known.exists() and _is_same_model(config, read_json(known)):

@@ -2,6 +2,7 @@
 
     TokenRules         autoregressive: whether a token may come next
     CanvasConstraint   in parallel: which parts of a whole canvas are wrong
+    BoundaryRules      in parallel: where an answer that was stopped may end
 
 Knows:  token ids.  Never: languages, trees.
 """
@@ -31,3 +32,13 @@ class CanvasConstraint(Protocol):
 
     def positions_in_error(self, token_ids: Sequence[int], vocabulary: Vocabulary) -> set[int]:
         """Return the same errors as token positions."""
+
+
+class BoundaryRules(Protocol):
+    """The rules that say where a stopped answer may end."""
+
+    def accept(self, token_id: int) -> None:
+        """Append a token to the answer."""
+
+    def may_end(self) -> bool:
+        """Return whether the answer may end here."""

@@ -1,6 +1,6 @@
 """Fill a canvas of mask tokens between prefix and suffix, by masked diffusion with a bidirectional model.
 
-    fill_masked
+    MaskedFiller.fill
         find_length      for a model of fixed length: the length that the model is surest of
         Sides.logits     one pass: every position of the canvas sees prefix, canvas and suffix
         commit           the surest positions take their token, several in one pass
@@ -22,12 +22,11 @@ Source:   commits by confidence, arXiv 2505.22618; expand and delete, arXiv 2602
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 
 from fimserver.checkpoints.metadata import LengthRule
-from fimserver.engine.decoding.constraint import CanvasConstraint
+from fimserver.engine.decoding.constraint import BoundaryRules, CanvasConstraint
 from fimserver.engine.decoding.denoise import Filled, sample_canvas, token_entropy
 from fimserver.engine.decoding.request import DecodeRequest
 from fimserver.engine.decoding.stopping import Beginning, confidence_of
@@ -143,16 +142,6 @@ class Sides:
         return self._model.forward_rows(rows, self._cache)
 
 
-class BoundaryRules(Protocol):
-    """The rules that say where a stopped answer may end."""
-
-    def accept(self, token_id: int) -> None:
-        """Append a token to the answer."""
-
-    def may_end(self) -> bool:
-        """Return whether the answer may end here."""
-
-
 @dataclass
 class MaskedFiller:
     """Fills the canvas of one answer."""
@@ -176,15 +165,17 @@ class MaskedFiller:
         canvas = self._review(initial) if fits else None
         canvas = canvas or MaskedCanvas.of(self.options.mask, self._first_length())
         remaskings = 0
-        while canvas.open_positions or (remaskings < _MOST_REMASKINGS and self._wrong(canvas)):
+        while True:
             if not canvas.open_positions:
+                wrong = self._wrong(canvas) if remaskings < _MOST_REMASKINGS else []
+                if not wrong:
+                    return self._filled(canvas, len(canvas.token_ids), "end")
                 remaskings += 1
-                for position in self._wrong(canvas):
+                for position in wrong:
                     canvas.put(position, self.options.mask, 0.0)
             if self.request.stop() or not self._step(canvas):
                 return self._stopped(canvas)
             self.on_step(canvas)
-        return self._filled(canvas, len(canvas.token_ids), "end")
 
     def _review(self, initial: Sequence[int]) -> MaskedCanvas | None:
         """Return a canvas with those of the tokens that the model is sure of; ``None`` if there are few of them.
@@ -193,9 +184,8 @@ class MaskedFiller:
         """
         canvas = MaskedCanvas.of(self.options.mask, len(initial))
         for half in (0, 1):
-            if self.request.stop():
+            if self._is_over():
                 return None
-            self.on_search()
             hidden = [self.options.mask if i % 2 == half else token_id for i, token_id in enumerate(initial)]
             shares = torch.softmax(self.sides.logits(hidden), dim=-1)
             for i in range(half, len(initial), 2):
@@ -249,9 +239,8 @@ class MaskedFiller:
         """Return logits (V,) of the tokens that spell what was typed, with no further line end in a single line."""
         end = self.request.answer_end
         row = self.request.answer_start.constrain(row, beginning)
-        if end.max_lines - end.healed_lines == 1:
-            newlines = torch.tensor(end.vocabulary.num_newlines, device=row.device)
-            row[: len(newlines)].masked_fill_(newlines > beginning.rest.count(b"\n"), -math.inf)
+        if end.is_single_line:
+            row = row.masked_fill(end.excess_mask(beginning.rest.count(b"\n"), len(row), row.device), -math.inf)
         return row
 
     def _commit(self, canvas: MaskedCanvas, position: int, token_id: int, probability: float) -> None:

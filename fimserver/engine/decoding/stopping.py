@@ -86,13 +86,21 @@ class AnswerEnd:
         first = self.vocabulary.token_bytes[self.anchor[0]]
         return not first.strip() and self.vocabulary.token_bytes[token_id].endswith(first)
 
+    @property
+    def is_single_line(self) -> bool:
+        """Return whether the answer is one line, a line end that was typed before it not counted."""
+        return self.max_lines - self.healed_lines == 1
+
+    def excess_mask(self, most: int, vocab_size: int, device: torch.device) -> torch.Tensor:
+        """Return the tokens (V,) bool that have more than ``most`` line ends."""
+        return _excess_mask(self.vocabulary, most, vocab_size, device)
+
     def barred_mask(self, vocab_size: int, allowed: frozenset[int], device: torch.device) -> torch.Tensor:
         """Return the tokens (V,) bool that cannot be in an answer: those without text that are not ``allowed``.
 
         In a single line also those with a line end, but for the one that was typed before the hole.
         """
-        is_single = self.max_lines - self.healed_lines == 1
-        return _barred_mask(self.vocabulary, vocab_size, allowed, device, is_single_line=is_single)
+        return _barred_mask(self.vocabulary, vocab_size, allowed, device, is_single_line=self.is_single_line)
 
     def log_probability(self, logits: torch.Tensor, ended_by: int | None = None) -> float:
         """Return the log-probability that the answer ends here by any end token or ``ended_by``; logits (V,)."""
@@ -235,6 +243,14 @@ def _end_mask(vocabulary: Vocabulary, max_lines: int, vocab_size: int, device: t
         for i in range(vocabulary.size)
     ]
     return torch.tensor(ends + [True] * (vocab_size - len(ends)), device=device)
+
+
+@lru_cache(maxsize=16)
+def _excess_mask(vocabulary: Vocabulary, most: int, vocab_size: int, device: torch.device) -> torch.Tensor:
+    """See ``AnswerEnd.excess_mask``."""
+    mask = torch.zeros(vocab_size, dtype=torch.bool)
+    mask[: vocabulary.size] = torch.tensor(vocabulary.num_newlines) > most
+    return mask.to(device)
 
 
 @lru_cache(maxsize=16)

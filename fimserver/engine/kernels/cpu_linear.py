@@ -92,12 +92,10 @@ class CpuLinear:
         self.dtype = weight.dtype
         self._matrix = weight.detach().t()
         self._kernels = kernels or CpuKernels()
-        self._narrow: _Product | None = None
-        for kernel in (*self._kernels.kernels, Kernel.BF16):
-            self._narrow = _PACK[kernel](weight.detach()) if kernel in _PACK else None
-            if self._narrow is not None or kernel is Kernel.BF16:
-                self._kernels.num_matrices[kernel] += 1
-                break
+        tried = ((kernel, _PACK[kernel](weight.detach())) for kernel in self._kernels.kernels)
+        unpacked: tuple[Kernel, _Product | None] = (Kernel.BF16, None)
+        kernel, self._narrow = next(((kernel, product) for kernel, product in tried if product), unpacked)
+        self._kernels.num_matrices[kernel] += 1
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Project ``x`` (R, K) to (R, N)."""

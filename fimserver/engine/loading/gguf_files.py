@@ -30,11 +30,6 @@ def read_places(path: Path) -> Iterator[tuple[str, tuple[str, tuple[int, ...], i
         yield tensor.name, (tensor.type, tensor.shape, tensor.offset)
 
 
-def count_stored_bytes(kind: str, shape: tuple[int, ...]) -> int:
-    """Return the size of a tensor's data."""
-    return count_bytes(kind, shape)
-
-
 def map_tensor(path: Path, kind: str, shape: tuple[int, ...], offset: int) -> torch.Tensor:
     """Return the data of a tensor, mapped: a float in its shape, another type as bytes with those of a row last."""
     try:

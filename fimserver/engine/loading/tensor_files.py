@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from fimserver.checkpoints.folder import DAMAGED
-from fimserver.checkpoints.gguf import GGUF_SUFFIX
-from fimserver.engine.loading.gguf_files import count_stored_bytes, map_tensor, read_places
+from fimserver.checkpoints.gguf import GGUF_SUFFIX, count_bytes
+from fimserver.engine.loading.gguf_files import map_tensor, read_places
 from fimserver.errors import WeightsError
 
 _MOST_MAPPED_BYTES = 256 * 2**20
@@ -43,7 +43,7 @@ class Stored:
     def num_bytes(self) -> int:
         """Size of the data."""
         if self.is_gguf:
-            return count_stored_bytes(self.dtype, self.shape)
+            return count_bytes(self.dtype, self.shape)
         return _ITEM_BYTES.get(self.dtype, 1) * math.prod(self.shape)
 
 

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from fimserver.checkpoints.engine_limits import MARGIN_TOKENS, MAX_TABLED_POSITIONS
 from fimserver.engine.modeling.kv_cache import CacheShape, KVCache
-from fimserver.engine.modeling.layers import MASK_ALIGNMENT, AttentionPlan, measured, rms
+from fimserver.engine.modeling.layers import MASK_ALIGNMENT, AttentionPlan, measured, rms, turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,8 +176,7 @@ class Backbone(ABC):
             if distance < 0:
                 sines = -sines
             keys = cache.keys[index][:, first : cache.length]
-            turned = torch.addcmul(keys.float() * cosines, keys.float().roll(layer.head_size // 2, -1), sines)
-            keys.copy_(turned)
+            keys.copy_(turn(keys.float(), (cosines, sines)))
 
     @property
     def hidden_size(self) -> int:

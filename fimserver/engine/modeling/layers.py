@@ -67,6 +67,24 @@ def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask
     return attend_grouped(queries, keys, values, mask)
 
 
+def turn(heads: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Rotate queries or keys (..., D) by cosines and signed sines."""
+    cosines, sines = rotary
+    return torch.addcmul(heads * cosines, heads.roll(heads.shape[-1] // 2, -1), sines)
+
+
+def attend_over(  # noqa: PLR0913, PLR0917  the inputs of attention, and their places
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, cache: KVCache, index: int, plan: AttentionPlan
+) -> torch.Tensor:
+    """Write keys and values (N, heads, D) into a layer's buffers; return what queries attend to, (N, heads * D)."""
+    keys_of, values_of = cache.keys[index], cache.values[index]
+    plan.write(keys_of, keys.transpose(0, 1))
+    plan.write(values_of, values.transpose(0, 1))
+    seen = slice(plan.first, plan.end)
+    attended = attend(queries.transpose(0, 1).to(keys_of.dtype), keys_of[:, seen], values_of[:, seen], plan.mask)
+    return attended.transpose(0, 1).reshape(len(queries), -1)
+
+
 def attend_grouped(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
@@ -141,17 +159,10 @@ class Layer:
         n, num_qk = len(x), self.num_heads + self.num_kv_heads
         heads = self._project(rms(x, self._eps).to(self._project.dtype)).float().view(n, -1, self.head_size)
         heads = rms(heads, self._eps)
-        turned = heads[:, :num_qk] * self._head_norm
-        cosines, sines = rotary
-        turned = torch.addcmul(turned * cosines, turned.roll(self.head_size // 2, -1), sines)
+        turned = turn(heads[:, :num_qk] * self._head_norm, rotary)
         values = heads[:, num_qk:] if self._own_values else heads[:, self.num_heads :]
-        keys_of, values_of = cache.keys[index], cache.values[index]
-        plan.write(keys_of, turned[:, self.num_heads :].transpose(0, 1))
-        plan.write(values_of, values.transpose(0, 1))
-        seen = slice(plan.first, plan.end)
-        queries = turned[:, : self.num_heads].transpose(0, 1).to(keys_of.dtype)
-        attended = attend(queries, keys_of[:, seen], values_of[:, seen], plan.mask)
-        out = self._out(attended.transpose(0, 1).reshape(n, -1)).float()
+        queries, keys = turned[:, : self.num_heads], turned[:, self.num_heads :]
+        out = self._out(attend_over(queries, keys, values, cache, index, plan)).float()
         return torch.addcmul(x, rms(out, self._eps), self._after_attention)
 
     def feed_forward(self, x: torch.Tensor, num_canvas: int = 0) -> torch.Tensor:

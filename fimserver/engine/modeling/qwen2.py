@@ -20,7 +20,7 @@ from fimserver.engine.kernels.matmul import PLAIN, MatmulBackend
 from fimserver.engine.kernels.packed import PackedLinear, num_rows_of
 from fimserver.engine.modeling.backbone import Backbone
 from fimserver.engine.modeling.kv_cache import KVCache
-from fimserver.engine.modeling.layers import AttentionPlan, attend, measured, project, release_weights, rms
+from fimserver.engine.modeling.layers import AttentionPlan, attend_over, measured, project, release_weights, rms, turn
 
 _Projection = Callable[[torch.Tensor], torch.Tensor]
 
@@ -127,16 +127,9 @@ class Qwen2Layer:
         n, num_qk = len(x), self.num_heads + self.num_kv_heads
         normed = (rms(x, self._eps) * self._before_attention).to(self._dtype)
         heads = (self._project(normed).float() + self._bias).view(n, -1, self.head_size)
-        cosines, sines = rotary
-        qk = heads[:, :num_qk]
-        turned = torch.addcmul(qk * cosines, qk.roll(self.head_size // 2, -1), sines)
-        keys_of, values_of = cache.keys[index], cache.values[index]
-        plan.write(keys_of, turned[:, self.num_heads :].transpose(0, 1))
-        plan.write(values_of, heads[:, num_qk:].transpose(0, 1))
-        seen = slice(plan.first, plan.end)
-        queries = (turned[:, : self.num_heads] * self._query_scale).transpose(0, 1).to(keys_of.dtype)
-        attended = attend(queries, keys_of[:, seen], values_of[:, seen], plan.mask)
-        return x + self._out(attended.transpose(0, 1).reshape(n, -1)).float()
+        turned = turn(heads[:, :num_qk], rotary)
+        queries, keys = turned[:, : self.num_heads] * self._query_scale, turned[:, self.num_heads :]
+        return x + self._out(attend_over(queries, keys, heads[:, num_qk:], cache, index, plan)).float()
 
     def feed_forward(self, x: torch.Tensor, num_canvas: int = 0) -> torch.Tensor:
         """Return the residual stream (N, H) after the dense part."""
