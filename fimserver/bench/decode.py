@@ -377,7 +377,7 @@ class DecodeBench:
     """A loaded engine, transformers' network with the same weights, and the holes."""
 
     def __init__(self, settings: Settings, *, limit: int, decoders: Sequence[str] = DECODERS) -> None:
-        use_threads(settings.threads)
+        use_threads(settings.threads, settings.model)
         self.engine = Engine.load(settings.model, settings.device, settings.context_tokens)
         self.info = self.engine.info
         if (canvas := self.engine.model.metadata.canvas) is not Canvas.UNIFORM:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 
-from fimserver.engine.worker import count_physical_cores
+from fimserver.engine.worker import choose_threads
 
 _MATRIX = 1024
 _COPIED_FLOATS = 32 * 1024 * 1024  # 128 MiB, more than fits into caches
@@ -21,11 +21,11 @@ _REPEATS = 5
 _BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
-def use_threads(threads: int) -> None:
-    """Use as many threads as the engine's worker would; like there, disable downloads from now on."""
+def use_threads(threads: int, model: str) -> None:
+    """Use as many threads as the engine's worker would for a model; like there, disable downloads from now on."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    torch.set_num_threads(threads or max(1, count_physical_cores() - 1))
+    torch.set_num_threads(threads or choose_threads(model))
 
 
 def machine_facts(dtype: str, device: str) -> dict[str, Any]:

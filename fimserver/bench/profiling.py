@@ -131,7 +131,7 @@ def own_times(spans: Iterable[Span]) -> tuple[dict[str, float], Counter[str]]:
 
 def profile_requests(settings: Settings, *, limit: int) -> Profile:
     """Profile ``limit`` cold requests. Raises ``FimserverError``."""
-    use_threads(settings.threads)
+    use_threads(settings.threads, settings.model)
     engine = Engine.load(settings.model, settings.device, settings.context_tokens)
     if torch.device(engine.info.device).type != "cpu":
         msg = f"bench profile measures the processor, not {engine.info.device}; add --device cpu"

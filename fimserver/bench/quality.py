@@ -205,7 +205,7 @@ def evaluate_holes(  # noqa: PLR0913  the command's options
     if plots is not None:
         check_plots(plots)
     texts = read_folder(data) if data else read_corpus(corpus)
-    use_threads(settings.threads)
+    use_threads(settings.threads, settings.model)
     names = [settings.model] if against is None else [settings.model, against]
     candidates = [Candidate(name, Engine.load(name, settings.device, settings.context_tokens)) for name in names]
     holes = draw_syntax_holes(

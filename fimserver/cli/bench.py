@@ -12,6 +12,13 @@ import click
 
 from fimserver.cli.options import decoding_options, engine_options, open_option, read_options, run_measurement
 
+_lines_option = click.option(
+    "--data",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    help="Take lines from the files in a folder, in any known language, instead of the standard library.",
+)
+
 
 @click.group(name="eval")
 def evaluate() -> None:
@@ -68,12 +75,7 @@ def infilling(  # noqa: PLR0913, PLR0917  the command's options
 @click.option(
     "--limit", type=click.IntRange(min=1), default=50, show_default=True, metavar="N", help="Number of holes."
 )
-@click.option(
-    "--data",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    metavar="FOLDER",
-    help="Take lines from the files in a folder instead of the standard library.",
-)
+@_lines_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @decoding_options
 @engine_options
@@ -97,12 +99,7 @@ def masked(limit: int, data: Path | None, as_json: bool, **options: Any) -> None
 @decoding_options
 @engine_options
 @click.option("--matches/--no-matches", default=True, help="Offer n-gram matches too, or use the model alone.")
-@click.option(
-    "--data",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    metavar="FOLDER",
-    help="Take lines from the files in a folder, in any known language, instead of the standard library.",
-)
+@_lines_option
 @click.option(
     "--against",
     metavar="URL",

@@ -354,6 +354,9 @@ class Engine:
         )
         initial = self._initial_texts(job)[-1:]  # the last answer, or else a match
         filled = filler.fill(self.vocabulary.encode(job.prompt.healed + initial[0]) if initial else ())
+        if (count := job.sampling.num_candidates - 1) and not job.clock.is_over():
+            job.others.extend(filler.fill_others(filled, count))
+            filled = replace(filled, passes=filler.sides.passes)
         return Encoded(torch.empty(0), 0, 0), filled
 
     def _to_masked_tokens(self, canvas: MaskedCanvas) -> tuple[CanvasToken, ...]:

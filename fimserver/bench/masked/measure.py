@@ -80,7 +80,7 @@ class Summary:
 
 def evaluate_masked(settings: Settings, *, limit: int, data: Path | None = None) -> Summary:
     """Measure the model of the settings on ``limit`` lines. Raises ``FimserverError`` for one without masks."""
-    use_threads(settings.threads)
+    use_threads(settings.threads, settings.model)
     engine = Engine.load(settings.model, settings.device, settings.context_tokens)
     if engine.model.metadata.canvas is not Canvas.MASK:
         msg = f"{settings.model} is no masked diffusion model; its canvas is {engine.model.metadata.canvas}"

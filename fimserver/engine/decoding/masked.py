@@ -3,7 +3,7 @@
     MaskedFiller.fill
         find_length      for a model of fixed length: the length that the model is surest of
         Sides.logits     one pass: every position of the canvas sees prefix, canvas and suffix
-        commit           the surest positions take their token, several in one pass
+        commit           the surest positions take their token, several in one pass; after an end nothing stays open
         expand, delete   a position becomes two masks, or goes away, for a model that has such tokens
 
 Keys and values of prefix and suffix depend on the canvas, since every token sees all others; but little, so they are
@@ -163,7 +163,40 @@ class MaskedFiller:
         """Return the answer; ``initial`` are tokens that it may have, such as those of an earlier one."""
         fits = 0 < len(initial) <= self.options.max_length
         canvas = self._review(initial) if fits else None
-        canvas = canvas or MaskedCanvas.of(self.options.mask, self._first_length())
+        return self._fill(canvas or MaskedCanvas.of(self.options.mask, self._first_length()), self.on_step)
+
+    @torch.inference_mode()
+    def fill_others(self, best: Filled, count: int) -> list[Filled]:
+        """Return up to ``count`` further answers that begin with other tokens than ``best``, the likeliest first.
+
+        They spell what was typed as the best one does.
+        """
+        own = self.request.answer_start.own_positions(best.token_ids)
+        if not own:
+            return []
+        spelled, first = best.token_ids[: own[0]], best.token_ids[own[0]]
+        is_found = self.options.length_rule is LengthRule.SEARCH
+        length = len(best.token_ids) if is_found else max(self.options.canvas_length, own[0] + 1)
+        canvas = MaskedCanvas.of(self.options.mask, length)
+        for position, token_id in enumerate(spelled):
+            canvas.put(position, token_id, 1.0)
+        logits = self.sides.logits(canvas.token_ids)
+        self._constrain(logits, canvas)
+        row = logits[own[0]]
+        row[[i for i in (first, self.options.end, self.options.expand) if i is not None]] = -math.inf
+        shares, tokens = torch.softmax(row, dim=-1).topk(count)
+        others: list[Filled] = []
+        for share, token_id in zip(shares.tolist(), tokens.tolist(), strict=True):
+            if not share or self.request.stop():
+                break
+            other = MaskedCanvas(canvas.mask, list(canvas.token_ids), list(canvas.probabilities))
+            other.put(own[0], token_id, share)
+            if (filled := self._fill(other, lambda _canvas: None)).finish != "latency":
+                others.append(filled)
+        return others
+
+    def _fill(self, canvas: MaskedCanvas, on_step: Callable[[MaskedCanvas], None]) -> Filled:
+        """Fill the open positions."""
         remaskings = 0
         while True:
             if not canvas.open_positions:
@@ -175,7 +208,7 @@ class MaskedFiller:
                     canvas.put(position, self.options.mask, 0.0)
             if self.request.stop() or not self._step(canvas):
                 return self._stopped(canvas)
-            self.on_step(canvas)
+            on_step(canvas)
 
     def _review(self, initial: Sequence[int]) -> MaskedCanvas | None:
         """Return a canvas with those of the tokens that the model is sure of; ``None`` if there are few of them.
@@ -211,12 +244,7 @@ class MaskedFiller:
     def _step(self, canvas: MaskedCanvas) -> bool:
         """Run one pass and commit the surest positions; return false if no token may stand at any open position."""
         logits = self.sides.logits(canvas.token_ids)
-        at, beginning = canvas.open_positions, self._beginning(canvas)
-        if beginning.rest:
-            at = at[:1]  # what was typed is spelled first: the next token depends on how
-            logits[at[0]] = self._spell(logits[at[0]], beginning)
-        else:
-            self._forbid(logits, len(canvas.token_ids))
+        at = self._constrain(logits, canvas)
         at = [i for i, is_open in zip(at, torch.isfinite(logits[at]).any(-1).tolist(), strict=True) if is_open]
         if not at:
             return False
@@ -235,8 +263,17 @@ class MaskedFiller:
             self._commit(canvas, at[i], tokens[i], probabilities[i])
         return True
 
+    def _constrain(self, logits: torch.Tensor, canvas: MaskedCanvas) -> list[int]:
+        """Exclude tokens (of C, V) that may not stand there, in place; return the positions that may be committed."""
+        at, beginning = canvas.open_positions, self._beginning(canvas)
+        if not beginning.is_whole:  # what was typed is spelled first: the next token depends on how
+            logits[at[0]] = self._spell(logits[at[0]], beginning)
+            return at[:1]
+        self._forbid(logits, len(canvas.token_ids))
+        return at
+
     def _spell(self, row: torch.Tensor, beginning: Beginning) -> torch.Tensor:
-        """Return logits (V,) of the tokens that spell what was typed, with no further line end in a single line."""
+        """Return logits (V,) of the tokens that spell what is missing, with no further line end in a single line."""
         end = self.request.answer_end
         row = self.request.answer_start.constrain(row, beginning)
         if end.is_single_line:
@@ -253,6 +290,9 @@ class MaskedFiller:
             canvas.replace(position, 0)
         else:
             canvas.put(position, token_id, probability)
+            if token_id == self.options.end:  # nothing comes after it
+                for later in (i for i in canvas.open_positions if i > position):
+                    canvas.put(later, token_id, probability)
 
     def _beginning(self, canvas: MaskedCanvas) -> Beginning:
         """Return what the answer still has to spell at its first open position."""

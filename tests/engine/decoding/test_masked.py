@@ -206,6 +206,77 @@ def test_an_answer_ends_at_its_end_token(model: Model, vocabulary: Vocabulary) -
     assert filler._filled(canvas, 3, "end").token_ids == (500,)
 
 
+class Scripted:
+    """Sides of a model whose logits are given: for each position its tokens, the likeliest first."""
+
+    def __init__(self, *wanted: Sequence[int]) -> None:
+        self.wanted, self.passes = wanted, 0
+
+    def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
+        self.passes += 1
+        logits = torch.zeros(len(token_ids), 8192)
+        for position, tokens in enumerate(self.wanted[: len(token_ids)]):
+            for rank, token_id in enumerate(tokens):
+                logits[position, token_id] = 30.0 - 5 * position - 4 * rank
+        return logits
+
+
+def scripted(sides: Any, request: DecodeRequest, options: MaskedOptions) -> MaskedFiller:
+    return MaskedFiller(sides, request, options)
+
+
+def test_nothing_stays_open_after_an_end(vocabulary: Vocabulary) -> None:
+    options, canvases = options_of(length_rule=LengthRule.END_TOKEN, expand=None), []
+    sides = Scripted([500], [END], [501])
+    filler = scripted(sides, request_of(vocabulary), options)
+    filler.on_step = lambda canvas: canvases.append(list(canvas.token_ids))
+    assert filler.fill().token_ids == (500,)
+    assert canvases == [[500, *[MASK] * 5], [500, *[END] * 5]]
+
+
+@pytest.mark.parametrize("length_rule", list(LengthRule))
+def test_an_explicit_request_gets_text(vocabulary: Vocabulary, length_rule: LengthRule) -> None:
+    """The model would end, or delete every position; a space alone is no answer either."""
+    (space,) = vocabulary.encode(" ")
+    options = options_of(length_rule=length_rule, canvas_length=3)
+    answers = []
+    for min_tokens in (0, 1):
+        end = AnswerEnd(vocabulary, 1)
+        start = AnswerStart(end, "", min_tokens=min_tokens, vocab_size=8192)
+        request = DecodeRequest(max_tokens=32, answer_end=end, answer_start=start)
+        sides = Scripted([END, space], [END, 500], [END, 501])
+        answers.append(scripted(sides, request, options).fill().token_ids)
+    assert answers[0] == ()
+    assert vocabulary.decode(answers[1]).strip()
+
+
+def test_other_answers_begin_with_other_tokens(vocabulary: Vocabulary) -> None:
+    options = options_of(length_rule=LengthRule.END_TOKEN, expand=None)
+    (first, second, third) = (vocabulary.encode(f" {word}")[0] for word in ("return", "self", "None"))
+    sides, shown = Scripted([first, second, END, third], [500], [END]), []
+    filler = scripted(sides, request_of(vocabulary), options)
+    best = filler.fill()
+    filler.on_step = shown.append
+    others = filler.fill_others(best, 2)
+    assert best.token_ids == (first, 500)
+    assert [other.token_ids for other in others] == [(second, 500), (third, 500)]
+    assert not shown, "only the best answer is shown as it grows"
+
+
+def test_the_engine_returns_several_answers(folder: Path) -> None:
+    engine = Engine.load(str(folder), "cpu")
+    hole = Hole(HoleKind.REST_OF_LINE, max_lines=1, estimated_tokens=8)
+    context = FimContext("def area(width, height):\n    return wid", "\n", "a.py", "python", hole)
+    for length_rule in LengthRule:
+        engine.model.metadata = replace(engine.model.metadata, length_rule=length_rule)
+        one = engine.complete(context, Sampling(seed=0))
+        several = engine.complete(context, Sampling(seed=0, num_candidates=3))
+        texts = [several.text, *(other.text for other in several.alternatives)]
+        assert one.text in texts
+        assert 1 < len(texts) == len(set(texts)) <= 3
+        assert several.forward_passes > one.forward_passes
+
+
 def test_initial_tokens_that_do_not_fit_are_left_out(model: Model, vocabulary: Vocabulary) -> None:
     options = options_of(length_rule=LengthRule.END_TOKEN, expand=None, min_probability=0.0)
     filler = MaskedFiller(Sides(model, PREFIX, SUFFIX, options), request_of(vocabulary), options)
