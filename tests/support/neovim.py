@@ -268,13 +268,22 @@ GO_LINES = [
 ]
 
 
-def measure(terminal: Terminal, num_pauses: int, lines: Sequence[str] = LINES, indent: str = "        ") -> list[float]:
-    """Milliseconds from a burst of keys, followed by a pause, to ghost text on the screen, where some came."""
+def measure(
+    terminal: Terminal, num_pauses: int, lines: Sequence[str] = LINES, indent: str = "        ", key_s: float = 0.0
+) -> list[float]:
+    """Milliseconds to ghost text on the screen, where some came, in a line that is typed and followed by a pause.
+
+    The time is from the first key on if all are typed at once, from the last one if there are ``key_s`` between them.
+    """
     taken: list[float] = []
     for text in lines[:num_pauses]:
         terminal.go(20, "o")
+        keys = [*indent, *text] if key_s else [indent + text]
+        for key in keys[:-1]:
+            terminal.type(key)
+            time.sleep(key_s)
         begin = time.perf_counter()
-        terminal.type(indent + text)
+        terminal.type(keys[-1])
         while time.perf_counter() < begin + 3:
             if len(_find_line(terminal, text).strip()) > len(text):
                 taken.append((time.perf_counter() - begin) * 1e3)
@@ -304,7 +313,10 @@ def report_latency(num_pauses: int = 40) -> None:
 
 
 def report_model_latency(model: str, num_pauses: int = 20) -> None:
-    """Print key to ghost text with a model, in Python and in Go; the first request of each file is not counted."""
+    """Print key to ghost text with a model, in Python and in Go; the first request of each file is not counted.
+
+    The server's share is of both ways of typing together.
+    """
     for name, text, lines, indent in (
         ("inventory.py", SAMPLE_FILE.read_text(encoding="utf-8"), LINES, "        "),
         ("inventory.go", GO_FILE, GO_LINES, "\t"),
@@ -319,7 +331,9 @@ def report_model_latency(model: str, num_pauses: int = 20) -> None:
             try:
                 terminal.wait_until_ready()
                 measure(terminal, 1, lines, indent)
-                print_latency(f"Neovim 0.11, {name}", measure(terminal, num_pauses, lines, indent), num_pauses, env)
+                for how, key_s in (("typed at once", 0.0), ("ten keys a second", 0.1)):
+                    taken = measure(terminal, num_pauses, lines, indent, key_s)
+                    print_latency(f"Neovim 0.11, {name}, {how}", taken, num_pauses, env)
             finally:
                 terminal.close()
 

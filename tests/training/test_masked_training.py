@@ -77,7 +77,8 @@ def test_a_merged_layer_does_the_same() -> None:
 
 
 def test_training_lowers_the_loss_and_the_engine_loads_the_result(source: Path, tmp_path: Path) -> None:
-    network, maker, losses = load_weights(source, dtype=torch.float32), maker_of(source, ["area = width * height\n" * 40]), []
+    network, losses = load_weights(source, dtype=torch.float32), []
+    maker = maker_of(source, ["area = width * height\n" * 40])
     before = {name: weight.clone() for name, weight in network.state_dict().items()}
     options = Options(steps=60, rows=4, rank=16, rate=1e-2)
     adapt(network, maker, options, lambda _step, loss, _right: losses.append(loss))

@@ -30,7 +30,7 @@ import torch
 from fimserver.checkpoints.folder import DAMAGED, weight_files
 from fimserver.engine.kernels.nvfp4 import NVFP4Tensor, concatenate, from_parts
 from fimserver.engine.loading.gguf_files import can_expand, expand_rows
-from fimserver.engine.loading.tensor_files import Stored, TensorFiles, read_headers
+from fimserver.engine.loading.tensor_files import Stored, TensorFiles, is_finite, read_headers
 from fimserver.errors import WeightsError
 
 _FP8_BLOCK = 128
@@ -241,7 +241,7 @@ class Checkpoint:
             expand_rows(tensor, self.stored[name].dtype, placed)
         else:
             placed = tensor.to(device, dtype, copy=True)
-        if not bool(torch.isfinite(placed).all()):
+        if not is_finite(placed):
             path = self.stored[name].path.name
             msg = f"{path}: tensor {name} has NaN or infinite values; {DAMAGED}"
             raise WeightsError(msg)

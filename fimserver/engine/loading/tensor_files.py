@@ -100,3 +100,8 @@ class TensorFiles:
     def close(self, path: Path) -> None:
         """Close a file; tensors already read stay valid."""
         self._files.pop(path, None)
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Return whether no value is NaN or infinite; the extremes of a tensor are NaN if any value is."""
+    return not tensor.numel() or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))

@@ -31,7 +31,7 @@ from fimserver.checkpoints.folder import DAMAGED, read_json, weight_files
 from fimserver.checkpoints.installed import INDEX_FILE, find_model
 from fimserver.engine.kernels.nvfp4 import BLOCK, Dialect, NVFP4Tensor, find_global_scale, quantize, to_parts
 from fimserver.engine.loading.quantization_config import QUANT_CONFIG_FILE
-from fimserver.engine.loading.tensor_files import Stored, TensorFiles
+from fimserver.engine.loading.tensor_files import Stored, TensorFiles, is_finite
 from fimserver.engine.quantize.calibration import Report, measure_inputs
 from fimserver.engine.quantize.plan import Layer, Matrix, Plan, QuantizerOptions
 from fimserver.errors import FimserverError, WeightsError
@@ -158,7 +158,7 @@ class _Source:
 
     def _read(self, name: str, expert: int | None) -> torch.Tensor:
         read = self._files.tensor(name, expert)
-        if not bool(torch.isfinite(read).all()):
+        if not is_finite(read):
             place = name if expert is None else f"{name}, expert {expert},"
             msg = f"{self._stored[name].path.name}: tensor {place} has NaN or infinite values; {DAMAGED}"
             raise WeightsError(msg)

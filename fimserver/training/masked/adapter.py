@@ -54,7 +54,7 @@ class Options:
     rows: int = 8
     length: int = 128
     rank: int = 32
-    rate: float = 1e-3  # the highest learning rate
+    rate: float = 2e-4  # the highest learning rate
     seed: int = 0
 
 
