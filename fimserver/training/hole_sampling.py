@@ -18,7 +18,9 @@ _SHORTEST_LINE = 4
 _WORD = re.compile(r"\w")
 _OPENERS, _CLOSERS = "([{", ")]}"
 _EXPRESSION_START = re.compile(r"(?<![=!<>])=(?!=)\s*|\breturn\s+|\bif\s+|\bin\s+|\bnot\s+|[(\[{]|,\s")
-_QUOTED = re.compile(r"(\"\"\"|''')(?:\\.|(?!\1).)*\1|\"(?:\\.|[^\"\\\n])*\"|'(?:\\.|[^'\\\n])*'|#[^\n]*", re.DOTALL)
+_QUOTED = re.compile(
+    r"(\"\"\"|''')(?:\\.|(?!\1)[^\\])*\1|\"(?:\\.|[^\"\\\n])*\"|'(?:\\.|[^'\\\n])*'|#[^\n]*", re.DOTALL
+)
 _MAX_BLOCK_LINES = 6
 
 

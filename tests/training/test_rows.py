@@ -292,6 +292,14 @@ def test_lines_and_spans() -> None:
     assert any(not "data = read(path, [1, 2])  # all".endswith(span) for span in spans)
 
 
+def test_a_piece_with_an_open_string_is_read_at_once() -> None:
+    """Each backslash once doubled the time; pieces of a file may begin or end in a string."""
+    text = "'" * 3 + "\\d" * 5000 + "\nx = 1\n"
+    assert not Lines(text).prose
+    closed = text + "'" * 3 + "\n"
+    assert Lines(closed).prose == [(0, len(closed) - 1)]
+
+
 def test_kinds_without_weight_are_never_drawn() -> None:
     rng, source = random.Random(0), Lines(CODE)
     found = [pick_hole(source, dict.fromkeys(HOLE_KINDS, 0.0) | {"statement": 1.0}, rng) for _ in range(100)]

@@ -1,7 +1,7 @@
 """Adapt a causal fill-in-the-middle model to masked diffusion: ``python -m fimserver.training.masked.adapter``.
 
     add_low_rank   every linear layer of the blocks gets two narrow matrices whose product is added to it
-    adapt          the narrow matrices and the mask's embedding learn to fill canvases, with every token in sight
+    adapt          the narrow matrices and the mask's embedding learn to fill canvases whose tokens see all others
     write_model    the sum as a model folder, which the engine loads
 
 All else stays as it was, so an hour on a CPU is enough for a model that says something. It serves to measure masked
