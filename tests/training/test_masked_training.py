@@ -100,6 +100,19 @@ def test_training_lowers_the_loss_and_the_engine_loads_the_result(source: Path, 
     assert generation.finish == "end"
 
 
+def test_an_interrupted_run_keeps_what_it_has_learned(source: Path) -> None:
+    network, maker = load_weights(source, dtype=torch.float32), maker_of(source, TEXTS)
+    before = network.model.embed_tokens.weight[maker.mask].clone()
+
+    def interrupt(step: int, _loss: float, _right: float) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+
+    adapt(network, maker, Options(rows=2, rank=4), interrupt)
+    assert not torch.equal(network.model.embed_tokens.weight[maker.mask], before)
+    assert any(bool(layer.up.any()) for layer in network.modules() if isinstance(layer, LowRank))
+
+
 def test_the_command_names_what_is_missing(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert adapter.main([str(source), str(tmp_path / "out"), "--corpus", str(tmp_path)]) == 1
     assert "run: fimserver corpus" in capsys.readouterr().err

@@ -19,6 +19,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,45 +98,53 @@ def adapt(
     options: Options,
     report: Callable[[int, float, float], None] = lambda _step, _loss, _right: None,
 ) -> None:
-    """Train ``network`` in place. ``report`` gets the step, the loss in nats a token and the share of right tokens.
+    """Train ``network`` in place, until the run is over or interrupted.
 
-    Both are smoothed, and count no end tokens.
+    ``report`` gets the step, the loss in nats a token and the share of right tokens, both smoothed and without end
+    tokens.
     """
     torch.manual_seed(options.seed)
     network.requires_grad_(requires_grad=False)
-    mask, end = maker.mask, maker.end
     embedding = network.model.embed_tokens.weight
-    of_mask = nn.Parameter(embedding[mask].detach().float())
+    of_mask = nn.Parameter(embedding[maker.mask].detach().float())
     parameters = [*add_low_rank(network, options.rank), of_mask]
     optimizer = torch.optim.AdamW(parameters, lr=options.rate, betas=(0.9, 0.98), weight_decay=0.0)
     begin, smooth = time.monotonic(), (0.0, 0.0)
-    for step in range(1, options.steps + 1):
-        done = max((time.monotonic() - begin) / (60 * options.minutes), (step - 1) / options.steps)
-        if done >= 1:
-            break
-        rate = options.rate * min(1.0, step / _WARM_UP_STEPS) * (1 - (1 - _LAST_RATE) * done)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        token_ids, targets, sees = to_batch([maker.make() for _ in range(options.rows)], end, embedding.dtype)
-        inputs = functional.embedding(token_ids, embedding)
-        inputs = torch.where((token_ids == mask)[..., None], of_mask.to(inputs.dtype), inputs)
-        hidden = network.model(inputs_embeds=inputs, attention_mask={"full_attention": sees}, use_cache=False)[0]
-        asked = targets[:, 1:] != IGNORED
-        logits, truth = network.lm_head(hidden[:, :-1][asked]).float(), targets[:, 1:][asked]
-        losses = functional.cross_entropy(logits, truth, reduction="none")
-        is_text = truth != end
-        weights = torch.where(is_text, 1.0, _END_WEIGHT)
-        optimizer.zero_grad()
-        ((losses * weights).sum() / weights.sum()).backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        if is_text.any():
-            now = (float(losses.detach()[is_text].mean()), float((logits.argmax(-1) == truth)[is_text].float().mean()))
-            kept = min(_SMOOTHING, 1 - 1 / step)
-            smooth = (kept * smooth[0] + (1 - kept) * now[0], kept * smooth[1] + (1 - kept) * now[1])
-        report(step, *smooth)
+    with suppress(KeyboardInterrupt):  # Ctrl-C ends the run early
+        for step in range(1, options.steps + 1):
+            done = max((time.monotonic() - begin) / (60 * options.minutes), (step - 1) / options.steps)
+            if done >= 1:
+                break
+            for group in optimizer.param_groups:
+                group["lr"] = options.rate * min(1.0, step / _WARM_UP_STEPS) * (1 - (1 - _LAST_RATE) * done)
+            losses, hits, is_text = _compute(network, maker, [maker.make() for _ in range(options.rows)], of_mask)
+            weights = torch.where(is_text, 1.0, _END_WEIGHT)
+            optimizer.zero_grad()
+            ((losses * weights).sum() / weights.sum()).backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            if is_text.any():
+                now = (float(losses.detach()[is_text].mean()), float(hits[is_text].float().mean()))
+                kept = min(_SMOOTHING, 1 - 1 / step)
+                smooth = (kept * smooth[0] + (1 - kept) * now[0], kept * smooth[1] + (1 - kept) * now[1])
+            report(step, *smooth)
     with torch.no_grad():
-        embedding[mask] = of_mask.to(embedding.dtype)
+        embedding[maker.mask] = of_mask.to(embedding.dtype)
+
+
+def _compute(
+    network: Any, maker: MaskedRowMaker, rows: Sequence[MaskedRow], of_mask: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss of every target (T,), whether it is the likeliest token, and whether it is no end token."""
+    embedding = network.model.embed_tokens.weight
+    token_ids, targets, sees = to_batch(rows, maker.end, embedding.dtype)
+    inputs = functional.embedding(token_ids, embedding)
+    inputs = torch.where((token_ids == maker.mask)[..., None], of_mask.to(inputs.dtype), inputs)
+    hidden = network.model(inputs_embeds=inputs, attention_mask={"full_attention": sees}, use_cache=False)[0]
+    asked = targets[:, 1:] != IGNORED
+    logits, truth = network.lm_head(hidden[:, :-1][asked]).float(), targets[:, 1:][asked]
+    losses = functional.cross_entropy(logits, truth, reduction="none")
+    return losses, logits.argmax(-1) == truth, truth != maker.end
 
 
 def to_batch(rows: Sequence[MaskedRow], pad: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
