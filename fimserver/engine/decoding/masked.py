@@ -281,18 +281,27 @@ class MaskedFiller:
         return row
 
     def _commit(self, canvas: MaskedCanvas, position: int, token_id: int, probability: float) -> None:
-        deletes = self.options.length_rule is LengthRule.EXPAND_AND_DELETE
-        if deletes and token_id == self.options.expand:
+        if self._deletes and token_id == self.options.expand:
             if len(canvas.token_ids) < self.options.max_length and self._expansions_left:
                 self._expansions_left -= 1
                 canvas.replace(position, 2)
-        elif deletes and token_id == self.options.end:
+        elif self._deletes and token_id == self.options.end:
             canvas.replace(position, 0)
         else:
+            is_own = self._beginning(canvas).is_whole  # a line end that was typed before ends nothing
             canvas.put(position, token_id, probability)
-            if token_id == self.options.end:  # nothing comes after it
+            if not self._deletes and (token_id == self.options.end or (is_own and self._ends_line(token_id))):
                 for later in (i for i in canvas.open_positions if i > position):
-                    canvas.put(later, token_id, probability)
+                    canvas.put(later, self.options.end, probability)
+
+    @property
+    def _deletes(self) -> bool:
+        return self.options.length_rule is LengthRule.EXPAND_AND_DELETE
+
+    def _ends_line(self, token_id: int) -> bool:
+        """Return whether a token ends an answer of one line."""
+        end = self.request.answer_end
+        return end.is_single_line and end.vocabulary.is_text(token_id) and end.vocabulary.num_newlines[token_id] > 0
 
     def _beginning(self, canvas: MaskedCanvas) -> Beginning:
         """Return what the answer still has to spell at its first open position."""
@@ -302,14 +311,21 @@ class MaskedFiller:
         return beginning
 
     def _forbid(self, logits: torch.Tensor, length: int) -> None:
-        """Exclude tokens that stand for no text, except those of the length rule, and line ends in a single line."""
-        end = self.request.answer_end
+        """Exclude tokens that stand for no text, except those of the length rule, and line ends in a single line.
+
+        Where an end token ends the answer, a line end does so too, and its probability is that of the end token.
+        """
+        end, size = self.request.answer_end, logits.shape[-1]
         allowed = {self.options.end}
-        expands = self.options.length_rule is LengthRule.EXPAND_AND_DELETE and self.options.expand is not None
-        if expands and length < self.options.max_length and self._expansions_left:
-            assert self.options.expand is not None
-            allowed.add(self.options.expand)
-        logits.masked_fill_(end.barred_mask(logits.shape[-1], frozenset(allowed), logits.device), -math.inf)
+        if self._deletes:
+            may_expand = length < self.options.max_length and self._expansions_left
+            allowed |= {self.options.expand} if self.options.expand is not None and may_expand else set()
+        elif end.is_single_line:
+            ends = end.line_end_mask(size, logits.device)
+            total = torch.logsumexp(logits[:, ends], dim=-1)
+            logits[:, self.options.end] = torch.logaddexp(logits[:, self.options.end], total)
+        barred = end.barred_mask(size, frozenset(allowed), logits.device, may_end_in_code=not self._deletes)
+        logits.masked_fill_(barred, -math.inf)
 
     def _wrong(self, canvas: MaskedCanvas) -> list[int]:
         """Return the positions in which the grammar finds errors, but not those that spell what was typed."""

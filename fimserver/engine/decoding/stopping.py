@@ -95,12 +95,20 @@ class AnswerEnd:
         """Return the tokens (V,) bool that have more than ``most`` line ends."""
         return _excess_mask(self.vocabulary, most, vocab_size, device)
 
-    def barred_mask(self, vocab_size: int, allowed: frozenset[int], device: torch.device) -> torch.Tensor:
+    def barred_mask(
+        self, vocab_size: int, allowed: frozenset[int], device: torch.device, *, may_end_in_code: bool = False
+    ) -> torch.Tensor:
         """Return the tokens (V,) bool that cannot be in an answer: those without text that are not ``allowed``.
 
-        In a single line also those with a line end, but for the one that was typed before the hole.
+        In a single line also those with a line end, but for the one that was typed before the hole; with
+        ``may_end_in_code`` not those that hold code and a line end after it, which ends the answer.
         """
-        return _barred_mask(self.vocabulary, vocab_size, allowed, device, is_single_line=self.is_single_line)
+        lines = self.is_single_line, may_end_in_code
+        return _barred_mask(self.vocabulary, vocab_size, allowed, device, *lines)
+
+    def line_end_mask(self, vocab_size: int, device: torch.device) -> torch.Tensor:
+        """Return the tokens (V,) bool that are white space with a line end."""
+        return _line_end_mask(self.vocabulary, vocab_size, device)
 
     def log_probability(self, logits: torch.Tensor, ended_by: int | None = None) -> float:
         """Return the log-probability that the answer ends here by any end token or ``ended_by``; logits (V,)."""
@@ -254,16 +262,38 @@ def _excess_mask(vocabulary: Vocabulary, most: int, vocab_size: int, device: tor
 
 
 @lru_cache(maxsize=16)
-def _barred_mask(
-    vocabulary: Vocabulary, vocab_size: int, allowed: frozenset[int], device: torch.device, *, is_single_line: bool
+def _barred_mask(  # noqa: PLR0913, PLR0917  what determines the mask
+    vocabulary: Vocabulary,
+    vocab_size: int,
+    allowed: frozenset[int],
+    device: torch.device,
+    is_single_line: bool,  # noqa: FBT001
+    may_end_in_code: bool,  # noqa: FBT001
 ) -> torch.Tensor:
     """See ``AnswerEnd.barred_mask``."""
     barred = [
-        i not in allowed and (not vocabulary.is_text(i) or (is_single_line and vocabulary.num_newlines[i] > 0))
+        i not in allowed
+        and (
+            not vocabulary.is_text(i)
+            or (
+                is_single_line
+                and vocabulary.num_newlines[i] > 0
+                and not (may_end_in_code and _has_code(vocabulary.token_bytes[i], 1))
+            )
+        )
         for i in range(vocabulary.size)
     ]
     rest = [i not in allowed for i in range(vocabulary.size, vocab_size)]
     return torch.tensor(barred + rest, device=device)
+
+
+@lru_cache(maxsize=4)
+def _line_end_mask(vocabulary: Vocabulary, vocab_size: int, device: torch.device) -> torch.Tensor:
+    """See ``AnswerEnd.line_end_mask``."""
+    mask = torch.zeros(vocab_size, dtype=torch.bool)
+    pairs = zip(vocabulary.num_newlines, vocabulary.token_bytes, strict=True)
+    mask[: vocabulary.size] = torch.tensor([count > 0 and not written.strip() for count, written in pairs])
+    return mask.to(device)
 
 
 @lru_cache(maxsize=16)

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.dense import END, EXPAND, MASK, make_masked_network, write_masked_model
+from support.dense import END, EXPAND, MASK, id_of, make_fim_tokenizer, make_masked_network, write_masked_model
 from transformers import Qwen2ForCausalLM
 
 from fimserver.checkpoints.metadata import LengthRule, ModelMetadata, read_metadata
 from fimserver.datatypes import FimContext, Hole, HoleKind, Mode, PartialAnswer, Sampling
-from fimserver.engine.decoding.masked import MaskedFiller, MaskedOptions, Sides, find_length, length_bias
+from fimserver.engine.decoding.masked import MaskedCanvas, MaskedFiller, MaskedOptions, Sides, find_length, length_bias
 from fimserver.engine.decoding.request import DecodeRequest
 from fimserver.engine.decoding.stopping import AnswerEnd, AnswerStart
 from fimserver.engine.engine import Engine
@@ -200,8 +200,6 @@ def test_an_answer_ends_at_its_end_token(model: Model, vocabulary: Vocabulary) -
     """What comes after it is not joined to what came before."""
     options = options_of(length_rule=LengthRule.SEARCH, expand=None)
     filler = MaskedFiller(Sides(model, PREFIX, SUFFIX, options), request_of(vocabulary), options)
-    from fimserver.engine.decoding.masked import MaskedCanvas
-
     canvas = MaskedCanvas(MASK, [500, END, 501], [0.9, 0.9, 0.9])
     assert filler._filled(canvas, 3, "end").token_ids == (500,)
 
@@ -232,6 +230,25 @@ def test_nothing_stays_open_after_an_end(vocabulary: Vocabulary) -> None:
     filler.on_step = lambda canvas: canvases.append(list(canvas.token_ids))
     assert filler.fill().token_ids == (500,)
     assert canvases == [[500, *[MASK] * 5], [500, *[END] * 5]]
+
+
+def test_a_line_end_ends_an_answer_of_one_line() -> None:
+    """Alone, or after code in one token; excluded, the model would write something else in its place."""
+    tokenizer = make_fim_tokenizer()
+    mask, end_id = id_of(tokenizer, "<|fim_middle|>"), id_of(tokenizer, "<|endoftext|>")
+    vocabulary = Vocabulary(tokenizer, [mask, end_id])
+    line_end, closer, word = (vocabulary.encode(text)[0] for text in ("\n", ")\n", "x"))
+    assert vocabulary.decode([closer]) == ")\n"
+    for wanted, expected in (([[word], [line_end], [word]], "x"), ([[word], [closer], [word]], "x)\n")):
+        for rule in (LengthRule.END_TOKEN, LengthRule.SEARCH):
+            options = options_of(mask=mask, end=end_id, expand=None, length_rule=rule)
+            end = AnswerEnd(vocabulary, 1)
+            start = AnswerStart(end, "", min_tokens=0, vocab_size=8192)
+            request = DecodeRequest(max_tokens=32, answer_end=end, answer_start=start)
+            sides: Any = Scripted(*wanted)
+            filled = MaskedFiller(sides, request, options)._fill(MaskedCanvas.of(mask, 6), lambda _canvas: None)
+            assert vocabulary.decode(filled.token_ids) == expected
+            assert sides.passes == 2
 
 
 @pytest.mark.parametrize("length_rule", list(LengthRule))
@@ -325,8 +342,6 @@ def test_a_stopped_answer_ends_at_a_boundary_before_the_first_open_position(
 
     request = replace(request_of(vocabulary), stop=is_over)
     filler = MaskedFiller(Sides(model, PREFIX, SUFFIX, options), request, options, boundaries=Anywhere(lengths))
-    from fimserver.engine.decoding.masked import MaskedCanvas
-
     canvas = MaskedCanvas.of(MASK, 7)
     for position in (0, 1, 2, 3, 5):
         canvas.put(position, 500 + position, 0.9)
