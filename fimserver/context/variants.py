@@ -27,6 +27,8 @@ _CLOSING_LINE = re.compile(
     r"\s*(?:[)\]}]|</|;;|(?:end|fi|done|esac|else|elif|elsif|elseif|rescue|ensure|when|until)\b)"
 )
 _BRACE_AT_END = re.compile(r"\{\s*(?:\|[^|]*\|)?\s*$")
+_BEFORE_LITERAL = re.compile(r"(?:(?<!=)[=(,:\[?]|\breturn|\byield)\s*$")
+_GOES_ON = re.compile(r"[,(\[{]\s*$")  # the rest of a list or a call is on lines below
 _CLOSING_RUN = re.compile(r"[)\]}\"'`]*")
 TAB_WIDTH = 4  # columns, and spaces of a level where a file has none
 _NARROWEST, _WIDEST = 2, 8  # steps of indentation in spaces
@@ -122,8 +124,19 @@ def _variants(middle: str, hole: Hole, before: str, after: str, language: Langua
         part = "\n".join(lines[:n]).rstrip()
         if n < len(lines):
             yield Variant(part)
+            if not _opens_only_blocks(before + part, language):
+                continue
         for balanced in _balanced(part, before, after, language):
             yield Variant(balanced)
+
+
+def _opens_only_blocks(code: str, language: Language) -> bool:
+    """Return whether what is open at the end of code are blocks; a list or a call with fewer lines is another one."""
+    state = scan(code, language)
+    if state.quote or (state.brackets and language.style is not BlockStyle.BRACE):
+        return False
+    opened = zip(state.brackets, state.offsets, strict=True)
+    return all(bracket == "{" and not _BEFORE_LITERAL.search(code[: max(0, offset)]) for bracket, offset in opened)
 
 
 def _over_closers(middle: str, replaceable: int, after: str, language: Language) -> Variant | None:
@@ -146,9 +159,11 @@ def _balanced(part: str, before: str, after: str, language: Language) -> Iterato
     if language.id == "python":
         line = (before + part).rsplit("\n", 1)[-1]
         colon = ":" if language.header_pattern.match(line) and not after.strip() and not line.endswith(":") else ""
-    yield part + missing_closers(before + part, after, language) + colon
-    if (bare := part.rstrip(",; ")) != part:
-        yield bare + missing_closers(before + bare, after, language)
+    is_open = bool(scan(before + part, language).brackets)
+    if not is_open or not _GOES_ON.search(part) or _opens_only_blocks(before + part, language):
+        yield part + missing_closers(before + part, after, language) + colon
+    if (bare := part.rstrip(",; ").rstrip()) != part and not is_open:
+        yield bare
     yield from _whole_statements(part, before, language)
 
 

@@ -266,7 +266,7 @@ def test_every_offer_parses_where_the_file_did() -> None:
     offered = 0
     for name in ("textwrap", "csv", "heapq", "shelve"):
         text = (STDLIB / f"{name}.py").read_text(encoding="utf-8")
-        for _ in range(60):
+        for _ in range(80):
             start, end = pick_line_end(text, rng)
             snapshot = snapshot_of(text[:start] + text[end:], start)
             tree = parse(snapshot.text, "python")
