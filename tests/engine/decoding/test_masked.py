@@ -270,7 +270,7 @@ def test_an_explicit_request_gets_text(vocabulary: Vocabulary, length_rule: Leng
 def test_other_answers_begin_with_other_tokens(vocabulary: Vocabulary) -> None:
     options = options_of(length_rule=LengthRule.END_TOKEN, expand=None)
     (first, second, third) = (vocabulary.encode(f" {word}")[0] for word in ("return", "self", "None"))
-    sides, shown = Scripted([first, second, END, third], [500], [END]), []
+    sides, shown = Scripted([first, second, END, third], [500], [END]), list[MaskedCanvas]()
     filler = scripted(sides, request_of(vocabulary), options)
     best = filler.fill()
     filler.on_step = shown.append
