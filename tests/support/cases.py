@@ -38,8 +38,7 @@ class Case:
 
     @property
     def settings(self) -> Settings:
-        others = {"language", "crlf", "limited", "match"}
-        return parse_settings({k: v for k, v in self.options.items() if k not in others})
+        return parse_settings({k: v for k, v in self.options.items() if k not in {"language", "crlf"}})
 
     def section(self, title: str) -> str:
         return dict(self.sections)[title]
