@@ -187,7 +187,7 @@ class MaskedFiller:
         shares, tokens = torch.softmax(row, dim=-1).topk(count)
         others: list[Filled] = []
         for share, token_id in zip(shares.tolist(), tokens.tolist(), strict=True):
-            if not share or self.request.stop():
+            if not share > 0 or self.request.stop():  # NaN if no other token may stand there
                 break
             other = MaskedCanvas(canvas.mask, list(canvas.token_ids), list(canvas.probabilities))
             other.put(own[0], token_id, share)

@@ -280,6 +280,19 @@ def test_other_answers_begin_with_other_tokens(vocabulary: Vocabulary) -> None:
     assert not shown, "only the best answer is shown as it grows"
 
 
+def test_there_is_no_other_answer_if_one_token_alone_spells_what_was_typed(vocabulary: Vocabulary) -> None:
+    options = options_of(length_rule=LengthRule.END_TOKEN, expand=None)
+    filler = scripted(Scripted([500], [501], [END]), request_of(vocabulary), options)
+    best = filler.fill()
+
+    def forbid_all(logits: torch.Tensor, canvas: MaskedCanvas) -> list[int]:
+        logits[0, [i for i in range(8192) if i != best.token_ids[0]]] = -math.inf
+        return canvas.open_positions[:1]
+
+    filler._constrain = forbid_all  # type: ignore[method-assign]
+    assert filler.fill_others(best, 2) == []
+
+
 def test_the_engine_returns_several_answers(folder: Path) -> None:
     engine = Engine.load(str(folder), "cpu")
     hole = Hole(HoleKind.REST_OF_LINE, max_lines=1, estimated_tokens=8)
