@@ -198,10 +198,12 @@ class PartialAnswer:
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
-    """Another answer to the same request."""
+    """Another answer to the same request; ``is_whole`` and ``is_match`` are those of ``Generation``."""
 
     text: str
     confidence: float
+    is_whole: bool = True
+    is_match: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +214,7 @@ class Generation:
     ``steps`` denoising steps spent, ``latency`` time spent.
     ``timings_ms`` has prompt, encode, decode and total; ``confidence`` is the probability that the answer is right, or,
     for a model that is not calibrated, the geometric mean of its tokens' probabilities. ``is_match``: the text is an
-    n-gram match that is more likely than the model's own answer.
+    n-gram match that is more likely than the model's own answer. ``is_whole``: no limit ended the text.
     """
 
     text: str
@@ -228,6 +230,7 @@ class Generation:
     confidence: float = 1.0
     alternatives: tuple[Alternative, ...] = ()
     is_match: bool = False
+    is_whole: bool = True
 
 
 @dataclass(frozen=True, slots=True)

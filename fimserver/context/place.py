@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from fimserver.context.focus import Focus, find_embedded, find_focus
 from fimserver.context.gather import is_sure
 from fimserver.context.hole import find_hole, refuse_document
-from fimserver.context.postprocess import to_completion
+from fimserver.context.postprocess import WHOLE, Origin, to_completion
 from fimserver.context.syntax import SyntaxTree, parse
-from fimserver.datatypes import Completion, Generation, Hole, Match, NoCompletion, Snapshot
+from fimserver.datatypes import Alternative, Completion, Generation, Hole, Match, NoCompletion, Snapshot
 from fimserver.settings import Settings
 from fimserver.text import to_newlines
 
@@ -79,9 +79,9 @@ def find_place(
     return hole if isinstance(hole, NoCompletion) else Place(snapshot, focus, tree, hole)
 
 
-def complete_place(text: str, place: Place) -> Completion | NoCompletion:
-    """Return the completion for the engine's ``text``."""
-    outcome = to_completion(text, place.hole, place.focus.snapshot, place.tree)
+def complete_place(text: str, place: Place, origin: Origin = WHOLE) -> Completion | NoCompletion:
+    """Return the completion for ``text``."""
+    outcome = to_completion(text, place.hole, place.focus.snapshot, place.tree, origin)
     if isinstance(outcome, NoCompletion):
         return outcome
     start, end = place.focus.to_document(outcome.replace_start), place.focus.to_document(outcome.replace_end)
@@ -92,13 +92,18 @@ def offer_match(matches: Sequence[Match], place: Place) -> Completion | None:
     """Return the best match if it is sure and fits unchanged, except for closing brackets."""
     if not matches or not is_sure(matches[0]):
         return None
-    text = matches[0].text.strip()
-    outcome = complete_place(matches[0].text, place)
+    outcome = complete_match(matches[0].text, place)
+    return outcome if isinstance(outcome, Completion) else None
+
+
+def complete_match(text: str, place: Place) -> Completion | NoCompletion:
+    """Return the completion for a match: as it stands elsewhere, but for closers that already follow the cursor."""
+    outcome = complete_place(text, place, Origin(is_match=True))
     if isinstance(outcome, NoCompletion):
-        return None
-    middle = outcome.middle.strip()
+        return outcome
+    text, middle = text.strip(), outcome.middle.strip()
     as_it_is = middle.startswith(text) or (text.startswith(middle) and not text[len(middle) :].strip(")]}\"'`;:, "))
-    return outcome if as_it_is else None
+    return outcome if as_it_is else NoCompletion("match_changed", "a match from elsewhere does not fit here as it is")
 
 
 def to_line(text: str, place: Place) -> Completion | None:
@@ -118,12 +123,12 @@ def to_answer(
 
     Two completions are the same if they give the document the same text.
     """
-    first = complete_place(generation.text, place)
+    first = _complete(generation, place)
     if shown is not None:
         first = _going_on(shown, first)
     offered = [] if isinstance(first, NoCompletion) else [(first, generation.confidence)]
     for other in sorted(generation.alternatives, key=lambda alternative: -alternative.confidence):
-        outcome = complete_place(other.text, place) if other.confidence >= min_confidence else None
+        outcome = _complete(other, place) if other.confidence >= min_confidence else None
         if isinstance(outcome, Completion):
             offered.append((outcome, other.confidence))
     if isinstance(first, NoCompletion) and not offered:
@@ -135,6 +140,12 @@ def to_answer(
         distinct.setdefault(result, (completion, confidence))
     completions, confidences = zip(*distinct.values(), strict=True)
     return Answer(completions, confidences)
+
+
+def _complete(answer: Generation | Alternative, place: Place) -> Completion | NoCompletion:
+    if answer.is_match:
+        return complete_match(answer.text, place)
+    return complete_place(answer.text, place, Origin(answer.is_whole))
 
 
 def _going_on(shown: Completion, whole: Completion | NoCompletion) -> Completion:

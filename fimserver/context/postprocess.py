@@ -5,7 +5,9 @@
         match_indentation    use the file's tabs, or its number of spaces per level
         cut_at_hole_end      drop lines beyond the hole and lines indented less than it
         cut_comment          drop a comment that would swallow the rest of the line
-        cut_repetition       drop an endlessly repeated line or phrase
+        cut_at_limit         keep what is complete of a text that a limit ended
+        cut_repeated_lines   drop the repeats at the end of such a text
+        repeats_itself       refuse a phrase that comes again and again
         cut_repeated_suffix  drop what already follows the cursor
         find_variants        the text, also over auto-closed characters, then its repairs (``variants.py``)
         is_sound             the first variant that adds no errors to the code
@@ -16,46 +18,64 @@ Knows:  text, trees, holes.  Never: tokens, LSP.
 import re
 import time
 import uuid
+from dataclasses import dataclass, replace
+from itertools import count
 
 from fimserver.context.hole import next_line
 from fimserver.context.languages import BlockStyle, Language, find_language
 from fimserver.context.scan import find_string_end, scan
 from fimserver.context.soundness import is_sound
 from fimserver.context.syntax import SyntaxTree
-from fimserver.context.variants import Variant, find_variants, indent_unit, indent_width, overlap_with
+from fimserver.context.variants import TAB_WIDTH, Variant, find_variants, indent_unit, indent_width, overlap_with
 from fimserver.datatypes import Completion, Hole, HoleKind, NoCompletion, Snapshot
 from fimserver.text import leading_whitespace, line_around, line_ending, to_newlines
 
-_REPEATED_PHRASE = re.compile(r"(\S.{0,24}?)\1{4,}")
+_REPEATED_PHRASE = re.compile(r"(?=(\S.{4,60}?)\1{3,})", re.DOTALL)
+_REPEATED_LINE = re.compile(r"^(.*[A-Za-z].*[^,\n])(?:\n\1){3,}$", re.MULTILINE)
+_SEARCHED = 4_000  # characters at the end of a text
+_WORDS = re.compile(r"[A-Za-z_]{2,}")
 _NUMBER_END = re.compile(r"(?<![\w.])\d+$")
 _MAX_SECONDS = 0.25  # the event loop is blocked meanwhile
-_MAX_EQUAL_LINES = 3
+_MANY_GROUPS = 3  # equal groups of lines, at the end of a text that a limit ended
 _TRIVIAL_LINE_LENGTH = 4  # lines such as ")" and "pass" may be repeated
 _BARE_CLOSER = re.compile(r"\W*(?:(?:end|fi|done|esac|</[\w.-]+>)\W*)?")
 _NOT_TEXT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffd\ud800-\udfff]")
 
 
-def to_completion(text: str, hole: Hole, snapshot: Snapshot, tree: SyntaxTree | None) -> Completion | NoCompletion:
-    """Return the completion for the engine's ``text``; ``tree`` is the snapshot's, if its language has one."""
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a text comes from: the model, or a match from elsewhere; ``is_whole``: no limit ended it."""
+
+    is_whole: bool = True
+    is_match: bool = False
+
+
+WHOLE = Origin()
+
+
+def to_completion(
+    text: str, hole: Hole, snapshot: Snapshot, tree: SyntaxTree | None, origin: Origin = WHOLE
+) -> Completion | NoCompletion:
+    """Return the completion for ``text``; ``tree`` is the snapshot's, if its language has one."""
     language = find_language(snapshot.language_id)
     _, after = line_around(snapshot.text, snapshot.cursor)
     text = cut_at_half_character(to_newlines(text))
     if hole.kind not in (HoleKind.STRING, HoleKind.DOCSTRING):
-        return _fit(text, hole, snapshot, tree)
+        return _fit(text, hole, snapshot, tree, origin)
     inside = cut_at_quote(text, snapshot, after, language)
     if hole.kind is HoleKind.STRING and not after.strip() and inside != text:  # the answer continues after the string
-        outcome = _fit(text, hole, snapshot, tree)
+        outcome = _fit(text, hole, snapshot, tree, origin)
         if isinstance(outcome, Completion) and outcome.middle.startswith(inside.rstrip()):
             return outcome
-    outcome = _fit(inside, hole, snapshot, tree)
+    outcome = _fit(inside, hole, snapshot, tree, origin if inside == text else replace(origin, is_whole=True))
     over = hole.replaceable
     if isinstance(outcome, NoCompletion) and inside != text and over and not after[over:].strip():
-        return _fit(text, hole, snapshot, tree, over)  # the text after the string completes the statement
+        return _fit(text, hole, snapshot, tree, origin, over)  # the text after the string completes the statement
     return outcome
 
 
-def _fit(
-    text: str, hole: Hole, snapshot: Snapshot, tree: SyntaxTree | None, over: int = 0
+def _fit(  # noqa: PLR0913, PLR0917  a text and its place
+    text: str, hole: Hole, snapshot: Snapshot, tree: SyntaxTree | None, origin: Origin, over: int = 0
 ) -> Completion | NoCompletion:
     """Return the completion for a text in place of the ``over`` characters after the cursor."""
     language = find_language(snapshot.language_id)
@@ -65,7 +85,15 @@ def _fit(
     quotes_only = hole.kind is not HoleKind.STRING and not middle.strip(" \n\"'")  # an empty string, not code
     if not middle.strip() or quotes_only:
         return NoCompletion("empty", "the model has nothing to add here")
-    middle = cut_comment(cut_repetition(middle), hole, before, after, language)
+    is_whole = origin.is_whole or middle.count("\n") < text.count("\n")  # what came after the hole may be incomplete
+    if is_limited(middle, hole, is_whole=is_whole):
+        middle = cut_at_limit(middle, hole, language, is_whole=is_whole)
+        middle = middle if origin.is_match else cut_repeated_lines(middle)
+    if not origin.is_match and repeats_itself(middle):
+        return NoCompletion("repetition", "the model repeats one phrase again and again")
+    if not middle.strip():
+        return NoCompletion("unfinished", "the model's answer was cut before its first statement was complete")
+    middle = cut_comment(middle, hole, before, after, language)
     middle = cut_repeated_suffix(middle, before, after, _following(snapshot), language)
     if not middle.strip():
         return NoCompletion("repeats_suffix", "the model's answer already follows the cursor")
@@ -141,19 +169,54 @@ def cut_comment(middle: str, hole: Hole, before: str, after: str, language: Lang
     return middle[: max(0, state.text_start - len(before))].rstrip(" ")
 
 
-def cut_repetition(text: str) -> str:
-    """Cut the text where a line or a phrase begins to repeat endlessly, after its first occurrence."""
+def is_limited(text: str, hole: Hole, *, is_whole: bool) -> bool:
+    """Return whether a limit ended a text: of tokens or time, or of lines in a hole that may have several."""
+    return not is_whole or hole.max_lines <= text.count("\n") + 1 > 1
+
+
+def cut_at_limit(text: str, hole: Hole, language: Language, *, is_whole: bool) -> str:
+    """Cut a text that a limit ended to what is complete: whole lines of code with no bracket or string open.
+
+    Prose is cut to whole words. The last line is complete if the limit is that of lines. Nothing is left of a single
+    line of code that is not whole.
+    """
+    if hole.kind in (HoleKind.COMMENT, HoleKind.DOCSTRING):
+        return text if is_whole else re.sub(r"\S*\Z", "", text).rstrip()
+    return _cut_open(text if is_whole else text.rpartition("\n")[0], language)
+
+
+def _cut_open(text: str, language: Language) -> str:
+    """Cut lines from the one on in which a bracket or a string was opened that is not closed."""
+    while text:
+        state = scan(text, language)
+        begins = [offset for offset in state.offsets if offset >= 0] + ([state.text_start] if state.quote else [])
+        if not begins:
+            return text
+        text = text[: min(begins)].rpartition("\n")[0]
+    return text
+
+
+def cut_repeated_lines(text: str) -> str:
+    """Cut after the first of three or more equal groups of lines at the end."""
     lines = text.split("\n")
-    for i in range(len(lines) - _MAX_EQUAL_LINES + 1):
-        run = {line.strip() for line in lines[i : i + _MAX_EQUAL_LINES]}
-        if len(run) == 1 and run != {""}:
-            lines = lines[: i + 1]
-            break
-    kept = "\n".join(lines)
-    for match in _REPEATED_PHRASE.finditer(kept):
-        if len(set(match[1])) > 1 or match[1].isalnum():  # allow rulers such as dashes
-            return kept[: match.end(1)]
-    return kept
+    bare = [line.strip() for line in lines]
+    for size in range(1, len(lines) // _MANY_GROUPS + 1):
+        group = bare[-size:]
+        num_groups = next(n for n in count(1) if bare[-size * (n + 1) : -size * n] != group)
+        if num_groups >= _MANY_GROUPS and any(re.search(r"\w", line) for line in group):
+            return "\n".join(lines[: len(lines) - size * (num_groups - 1)])
+    return text
+
+
+def repeats_itself(text: str) -> bool:
+    """Return whether a line, or a phrase of several different words, stands four or more times in succession.
+
+    Words alone count: rows of numbers and placeholders (``%s, %s``) repeat in code that is right.
+    """
+    text = text[-_SEARCHED:]
+    lines = "\n".join(line.strip() for line in text.split("\n"))
+    phrases = (set(_WORDS.findall(match[1])) for match in _REPEATED_PHRASE.finditer(text))
+    return _REPEATED_LINE.search(lines) is not None or any(len(words) > 1 for words in phrases)
 
 
 def cut_repeated_suffix(middle: str, before: str, after: str, following: list[str], language: Language) -> str:
@@ -189,35 +252,46 @@ def is_unmatched(before: str, middle: str, overlap: int, language: Language) -> 
 
 
 def join(before: str, middle: str) -> str:
-    """Remove leading spaces that the line already has, or add the one that is needed after a number."""
-    if before.endswith((" ", "\t")) and middle[:1] == " ":
-        return middle.lstrip(" ")
+    """Remove leading white space that the line already has, or add the space that is needed after a number."""
+    if before.endswith((" ", "\t")):
+        return middle.lstrip(" \t")
     if _NUMBER_END.search(before) and middle[:1].isalpha():
         return " " + middle
     return middle
 
 
 def match_indentation(middle: str, before: str, text: str) -> str:
-    """Indent later lines in the file's unit: tabs, or its number of spaces if the model used another."""
+    """Indent later lines as the file does: from the cursor's line on, in tabs or in its number of spaces."""
     if "\n" not in middle:
         return middle
-    unit, base = indent_unit(f"{text}\n{before}|"), indent_width(before)
+    unit = indent_unit(text, before)
     first, *lines = middle.split("\n")
-    deeper = [indent_width(line) - base for line in lines if line.strip()]
-    steps = [width for width in deeper if width > 0]
+    lines = _move_out(first, lines, before, unit)
+    base = indent_width(before)
+    steps = [width for width in (indent_width(line) - base for line in lines if line.strip()) if width > 0]
     theirs = min(steps, default=0)
+    is_regular = bool(theirs) and not any(width % theirs for width in steps)
     if unit == "\t":
-        if re.search(r"^ {2}", text, re.MULTILINE):
-            return middle
-        return "\n".join([first, *("\t" * (indent_width(line) // 4) + line.lstrip(" \t") for line in lines)])
-    own = len(unit)
-    if theirs <= own or any(width % theirs for width in steps):
-        return middle
-    moved = (leading_whitespace(before) + " " * ((indent_width(line) - base) // theirs * own) for line in lines)
-    return "\n".join(
-        [first]
-        + [
-            line if not line.strip() or indent_width(line) <= base else indent + line.lstrip(" \t")
-            for line, indent in zip(lines, moved, strict=True)
-        ]
-    )
+        step = theirs if is_regular and theirs < TAB_WIDTH else TAB_WIDTH
+    elif not is_regular or theirs <= len(unit):
+        return "\n".join([first, *lines])
+    else:
+        step = theirs
+
+    def indent(line: str) -> str:
+        deeper = indent_width(line) - base
+        if not line.strip() or (deeper <= 0 and unit != "\t"):
+            return line
+        if deeper <= 0:
+            return unit * (indent_width(line) // TAB_WIDTH) + line.lstrip(" \t")
+        return leading_whitespace(before) + unit * (deeper // step) + line.lstrip(" \t")
+
+    return "\n".join([first, *map(indent, lines)])
+
+
+def _move_out(first: str, lines: list[str], before: str, unit: str) -> list[str]:
+    """Return the later lines of a text that stood deeper than the cursor, moved out by the same whole levels."""
+    deeper = leading_whitespace(first) if not before.strip() else ""
+    if not deeper or deeper.replace(unit, ""):
+        return lines
+    return [before + line[len(before + deeper) :] if line.startswith(before + deeper) else line for line in lines]

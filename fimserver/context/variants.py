@@ -2,8 +2,8 @@
 
     find_variants(variant, hole, snapshot, language)
         the text itself, over auto-closed characters where it closes them and continues
-        without an unmatched closer; with the missing ones; with the end of a statement, an item or a header's body
-        cut back to where its last line was complete; with fewer lines
+        without an unmatched closer; with the missing ones; with the end of a statement, an item or a header's body;
+        with fewer lines. A line itself is never made shorter, since less of an expression is another value
 
 Every variant has to pass the same check (``soundness.py``), so a wrong one only costs time.
 
@@ -11,8 +11,10 @@ Knows:  characters, lexical tables.  Never: trees, tokens.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from fimserver.context.hole import next_line
 from fimserver.context.languages import VOID_ELEMENTS, BlockStyle, Language
@@ -25,8 +27,11 @@ _CLOSING_LINE = re.compile(
     r"\s*(?:[)\]}]|</|;;|(?:end|fi|done|esac|else|elif|elsif|elseif|rescue|ensure|when|until)\b)"
 )
 _BRACE_AT_END = re.compile(r"\{\s*(?:\|[^|]*\|)?\s*$")
+_BEFORE_LITERAL = re.compile(r"(?:(?<!=)[=(,:\[?]|\breturn|\byield)\s*$")
+_GOES_ON = re.compile(r"[,(\[{]\s*$")  # the rest of a list or a call is on lines below
 _CLOSING_RUN = re.compile(r"[)\]}\"'`]*")
-_INDENT_WIDTH = 4
+TAB_WIDTH = 4  # columns, and spaces of a level where a file has none
+_NARROWEST, _WIDEST = 2, 8  # steps of indentation in spaces
 _REACH = 20_000  # characters after the cursor that are searched for a closing tag
 _TERMINATED = {"java", "c", "cpp", "csharp", "rust", "php", "css"}  # statements end with a semicolon
 _MARKUP = {"html", "javascript", "typescriptreact"}
@@ -67,7 +72,7 @@ def find_variants(first: Variant, hole: Hole, snapshot: Snapshot, language: Lang
         after, hole = after[first.replaced :], replace(hole, replaceable=0)
     header = before if before.strip() else _line_above(snapshot, indent_width(before))
     rest = snapshot.text[snapshot.cursor : snapshot.cursor + _REACH]
-    unit = indent_unit(f"{snapshot.text}\n{before}|")
+    unit = indent_unit(snapshot.text, before)
     site = _Site(before, after, header, next_line(snapshot), rest, unit, language)
     seen: set[Variant] = set()
     for variant in _variants(first.text, hole, before, after, language):
@@ -119,8 +124,19 @@ def _variants(middle: str, hole: Hole, before: str, after: str, language: Langua
         part = "\n".join(lines[:n]).rstrip()
         if n < len(lines):
             yield Variant(part)
+            if not _opens_only_blocks(before + part, language):
+                continue
         for balanced in _balanced(part, before, after, language):
             yield Variant(balanced)
+
+
+def _opens_only_blocks(code: str, language: Language) -> bool:
+    """Return whether what is open at the end of code are blocks; a list or a call with fewer lines is another one."""
+    state = scan(code, language)
+    if state.quote or (state.brackets and language.style is not BlockStyle.BRACE):
+        return False
+    opened = zip(state.brackets, state.offsets, strict=True)
+    return all(bracket == "{" and not _BEFORE_LITERAL.search(code[: max(0, offset)]) for bracket, offset in opened)
 
 
 def _over_closers(middle: str, replaceable: int, after: str, language: Language) -> Variant | None:
@@ -134,7 +150,7 @@ def _over_closers(middle: str, replaceable: int, after: str, language: Language)
 
 
 def _balanced(part: str, before: str, after: str, language: Language) -> Iterator[str]:
-    """Yield a text with its brackets closed, cut at an unmatched closer, or cut where its last line was complete."""
+    """Yield a text cut at an unmatched closer, and with its brackets closed."""
     unmatched = scan(before + part, language).unmatched
     if unmatched is not None and unmatched >= len(before):
         part = part[: unmatched - len(before)].rstrip()
@@ -143,11 +159,22 @@ def _balanced(part: str, before: str, after: str, language: Language) -> Iterato
     if language.id == "python":
         line = (before + part).rsplit("\n", 1)[-1]
         colon = ":" if language.header_pattern.match(line) and not after.strip() and not line.endswith(":") else ""
-    yield part + missing_closers(before + part, after, language) + colon
-    last = part.rsplit("\n", 1)[-1]
-    head = part[: len(part) - len(last)]
-    for cut in _cuts(last):
-        yield head + cut + missing_closers(before + head + cut, after, language) + colon
+    is_open = bool(scan(before + part, language).brackets)
+    if not is_open or not _GOES_ON.search(part) or _opens_only_blocks(before + part, language):
+        yield part + missing_closers(before + part, after, language) + colon
+    if (bare := part.rstrip(",; ").rstrip()) != part and not is_open:
+        yield bare
+    yield from _whole_statements(part, before, language)
+
+
+def _whole_statements(part: str, before: str, language: Language) -> Iterator[str]:
+    """Yield ever fewer of the statements that share the last line, as separated by semicolons."""
+    line = part.rfind("\n") + 1
+    while (end := part.rfind(";", line)) > line:
+        part = part[:end].rstrip()
+        state = scan(before + part, language)
+        if not (state.brackets or state.quote or state.comment):
+            yield part
 
 
 def _closed(variant: str, hole: Hole, site: _Site) -> Iterator[str]:
@@ -227,22 +254,26 @@ def missing_closers(code: str, after: str, language: Language) -> str:
     return "".join(parts)
 
 
-def _cuts(line: str) -> Iterator[str]:
-    """Yield ever shorter beginnings of a line, cut before a separator or an opening bracket."""
-    places = [m.start() for m in re.finditer(r"[,;(\[{]| (?:and|or|if|for|in|is|[-+*/%=<>|&]+)(?= |$)", line)]
-    for place in reversed(places[:6]):
-        if line[:place].strip():
-            yield line[:place].rstrip()
+def indent_unit(text: str, line: str = "") -> str:
+    """Return one level of indentation: a tab, or the step by which the lines of a text are most often deeper.
 
-
-def indent_unit(text: str) -> str:
-    """Return one level of indentation of a text: a tab, or its narrowest spaces."""
-    widths = {leading_whitespace(line) for line in text.splitlines() if line.strip()} - {""}
-    if any(width.startswith("\t") for width in widths):
+    The indentation of ``line``, the one to be continued, decides between tabs and spaces; without any, most lines do.
+    """
+    lines = [other for other in text.splitlines() if other.strip()]
+    blanks = [leading_whitespace(other) for other in lines]
+    own = leading_whitespace(line)
+    with_tabs = sum(blank.startswith("\t") for blank in blanks)
+    with_spaces = sum(blank.startswith("  ") for blank in blanks)
+    if own.startswith("\t") or (not own and with_tabs > with_spaces):
         return "\t"
-    return min((width for width in widths if len(width) > 1), key=len, default=" " * _INDENT_WIDTH)
+    widths = [len(blank) for blank in blanks if not blank.startswith("\t")]
+    steps = Counter(
+        deeper - width for width, deeper in pairwise([0, *widths]) if _NARROWEST <= deeper - width <= _WIDEST
+    )
+    narrowest = min((width for width in (*widths, len(own)) if width >= _NARROWEST), default=TAB_WIDTH)
+    return " " * max(steps, key=lambda step: (steps[step], -step), default=narrowest)
 
 
 def indent_width(line: str) -> int:
     """Return the columns of a line's indentation."""
-    return len(leading_whitespace(line).expandtabs(_INDENT_WIDTH))
+    return len(leading_whitespace(line).expandtabs(TAB_WIDTH))

@@ -196,8 +196,11 @@ class Engine:
             timings_ms=clock.timings_ms(),
             prompt_text=self.vocabulary.show_all(job.prompt.token_ids) if sampling.trace else "",
             confidence=best.probability,
-            alternatives=tuple(Alternative(c.text, c.probability) for c in others if c.text.strip()),
+            alternatives=tuple(
+                Alternative(c.text, c.probability, c.is_whole, c.match is not None) for c in others if c.text.strip()
+            ),
             is_match=best.match is not None,
+            is_whole=best.is_whole,
         )
 
     @torch.inference_mode()
@@ -211,8 +214,9 @@ class Engine:
     def _to_scored(self, job: Job, filled: Filled) -> Scored:
         scores = filled.match_log_probabilities or (None,) * len(job.matches)
         matches = list(zip(job.matches, scores, strict=True))
-        is_whole = filled.finish == "end"
-        return Scored(job.to_text(filled.token_ids), filled.log_probability, len(filled.token_ids), is_whole, matches)
+        return Scored(
+            job.to_text(filled.token_ids), filled.log_probability, len(filled.token_ids), filled.is_whole, matches
+        )
 
     def _rank(self, job: Job, filled: Filled, mode: Mode) -> list[Candidate]:
         """Rank the answers and the matches, the most likely first; answers only if the model is not calibrated.
@@ -225,7 +229,7 @@ class Engine:
             if calibration and (mode is not Mode.DIFFUSION or self.model.metadata.denoises_from_left):
                 ranked += rank(self._to_scored(job, answer), calibration)
             else:
-                ranked.append(Candidate(job.to_text(answer.token_ids), answer.confidence))
+                ranked.append(Candidate(job.to_text(answer.token_ids), answer.confidence, is_whole=answer.is_whole))
         unique = {c.text.rstrip(): c for c in sorted(ranked, key=lambda c: c.probability)}
         candidates = sorted(unique.values(), key=lambda c: -c.probability)
         if job.has("grammar") and len(candidates) > 1:

@@ -41,6 +41,8 @@ def typed_since(snapshot: Snapshot, text: str) -> str | None:
 def rest_of(snapshot: Snapshot, completion: Completion, now: Snapshot) -> Completion | None:
     """Return what is left of a snapshot's completion after its beginning was typed; ``None`` if other text was typed.
 
+    White space alone is nothing that is left.
+
     Closing brackets that an editor added after the cursor are replaced, or kept if the rest ends with them.
     """
     typed_length = now.cursor - snapshot.cursor
@@ -60,7 +62,7 @@ def rest_of(snapshot: Snapshot, completion: Completion, now: Snapshot) -> Comple
         if not _holds_in_order(rest, closers):
             return None
         replaced += len(closers)
-    return Completion(completion.id, rest, now.cursor, now.cursor + replaced) if rest else None
+    return Completion(completion.id, rest, now.cursor, now.cursor + replaced) if rest.strip() else None
 
 
 def rests_of(snapshot: Snapshot, completions: Iterable[Completion], now: Snapshot) -> list[Completion]:

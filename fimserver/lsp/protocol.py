@@ -6,6 +6,7 @@
   buffered right after it must not be seen. Its ``textDocument.version``, which Copilot's clients send and
   lsprotocol drops, is kept.
 - An answer is sent in the step of the loop that found it; pygls sends it in a later one, and an edit may be read first.
+- An error of the server's own code is named by its type; pygls sends its text, with a traceback and paths.
 - Documents are kept by ``Session``: pygls splits lines where LSP does not.
 
 Knows:  pygls, raw messages.  Never: what a completion is.
@@ -17,12 +18,13 @@ import asyncio
 import inspect
 import logging
 import os
+import re
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import cattrs
 from lsprotocol import types as lsp
-from pygls.exceptions import JsonRpcException
+from pygls.exceptions import JsonRpcException, JsonRpcInternalError
 from pygls.protocol import LanguageServerProtocol, lsp_method
 
 from fimserver.lsp.convert import is_writable, to_edits
@@ -114,6 +116,15 @@ class FimProtocol(LanguageServerProtocol):
                     self._connection.requests.lose_document({"params": {"textDocument": content["document"]}})
         elif "method" in data and data.get("id") is not None:
             self._refuse(data["id"], code, text)
+
+    def _send_response(self, msg_id: Any, result: Any = None, error: lsp.ResponseError | None = None) -> None:
+        """Send a response; of an error in a handler only its type, since its text may quote code."""
+        if error is not None and error.code == JsonRpcInternalError.CODE:
+            found = re.match(r"(?:\w+\.)*(\w+)(?::|$)", error.message)
+            name = found[1] if found else "error"
+            text = f"fimserver failed on this request ({name}); its log says where: fimserver daemon logs"
+            error = lsp.ResponseError(error.code, text)
+        super()._send_response(msg_id, result, error)
 
     def handle_message(self, message: Any) -> None:
         """Hand a message to its handler, or refuse it."""

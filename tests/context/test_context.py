@@ -12,7 +12,7 @@ from support.cases import Case, check, parametrize, show_refusal
 from fimserver.context.hole import find_hole
 from fimserver.context.languages import find_language
 from fimserver.context.place import Place, complete_place, find_place
-from fimserver.context.postprocess import to_completion
+from fimserver.context.postprocess import Origin, to_completion
 from fimserver.context.scan import OpenState, python_parses, scan
 from fimserver.context.soundness import is_sound
 from fimserver.context.syntax import parse
@@ -49,7 +49,8 @@ def test_completion(case: Case, request: pytest.FixtureRequest) -> None:
     snapshot = case.snapshot
     place = find_place(snapshot, case.settings)
     assert isinstance(place, Place)
-    outcome = complete_place(case.section("model"), place)
+    origin = Origin(is_whole="limited" not in case.options, is_match="match" in case.options)
+    outcome = complete_place(case.section("model"), place, origin)
     if isinstance(outcome, Completion):
         assert outcome.replace_start == snapshot.cursor
         actual = outcome.middle
@@ -265,7 +266,7 @@ def test_every_offer_parses_where_the_file_did() -> None:
     offered = 0
     for name in ("textwrap", "csv", "heapq", "shelve"):
         text = (STDLIB / f"{name}.py").read_text(encoding="utf-8")
-        for _ in range(60):
+        for _ in range(80):
             start, end = pick_line_end(text, rng)
             snapshot = snapshot_of(text[:start] + text[end:], start)
             tree = parse(snapshot.text, "python")

@@ -464,9 +464,9 @@ def test_an_untitled_document(window: Window) -> None:
     window.choose("Python")
     wait_until(lambda: window.has(".editor-container .monaco-editor.focused"), "the editor has the focus")
     wait_until(lambda: "Python" in window.texts(".statusbar-item"), "the language")
-    window.type("import json\n\n\nvalue = json.l")  # whether the editor indents is not known yet
+    window.type("import json\n\n\nvalue = json.du")  # whether the editor indents is not known yet
     try:
-        assert window.type_until_ghost("o").startswith("ad")
+        assert window.type_until_ghost("m").startswith("ps")
     finally:
         window.command("View: Revert and Close Editor")
 

@@ -38,7 +38,8 @@ class Case:
 
     @property
     def settings(self) -> Settings:
-        return parse_settings({k: v for k, v in self.options.items() if k not in {"language", "crlf"}})
+        others = {"language", "crlf", "limited", "match"}
+        return parse_settings({k: v for k, v in self.options.items() if k not in others})
 
     def section(self, title: str) -> str:
         return dict(self.sections)[title]

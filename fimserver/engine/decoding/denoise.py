@@ -130,6 +130,11 @@ class Filled:
     runners_up: tuple[RunnerUp, ...] = ()
     is_open: bool = False
 
+    @property
+    def is_whole(self) -> bool:
+        """Return whether the answer has an end, and was not ended by a limit of length or time."""
+        return self.finish == "end" or (self.finish == "steps" and not self.is_open)
+
 
 def initialize_canvases(
     model: Model, options: DenoisingOptions, generator: torch.Generator, initial: Sequence[Sequence[int]] = ((),)

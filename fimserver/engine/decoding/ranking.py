@@ -21,11 +21,15 @@ _LEAST = -40.0  # log-probabilities below are clipped to this
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A text for the middle and the probability that it is right; ``match`` is set if it is not the model's own."""
+    """A text for the middle and the probability that it is right; ``match`` is set if it is not the model's own.
+
+    ``is_whole``: it was not ended by a limit.
+    """
 
     text: str
     probability: float
     match: Match | None = None
+    is_whole: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +46,7 @@ class Scored:
 def rank(scored: Scored, calibration: Mapping[str, Sequence[float]]) -> list[Candidate]:
     """Return the model's answer and the matches, the most likely first, each text once."""
     candidates = [
-        Candidate(scored.text, _probability(calibration["answer"], answer_features(scored))),
+        Candidate(scored.text, _probability(calibration["answer"], answer_features(scored)), is_whole=scored.is_whole),
         *(
             Candidate(match.text, _probability(calibration["match"], features), match)
             for match, features in match_features(scored)
