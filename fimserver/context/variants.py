@@ -260,13 +260,13 @@ def indent_unit(text: str, line: str = "") -> str:
     The indentation of ``line``, the one to be continued, decides between tabs and spaces; without any, most lines do.
     """
     lines = [other for other in text.splitlines() if other.strip()]
-    blanks = [leading_whitespace(other) for other in lines]
+    indents = [leading_whitespace(other) for other in lines]
     own = leading_whitespace(line)
-    with_tabs = sum(blank.startswith("\t") for blank in blanks)
-    with_spaces = sum(blank.startswith("  ") for blank in blanks)
+    with_tabs = sum(indent.startswith("\t") for indent in indents)
+    with_spaces = sum(indent.startswith("  ") for indent in indents)
     if own.startswith("\t") or (not own and with_tabs > with_spaces):
         return "\t"
-    widths = [len(blank) for blank in blanks if not blank.startswith("\t")]
+    widths = [len(indent) for indent in indents if not indent.startswith("\t")]
     steps = Counter(
         deeper - width for width, deeper in pairwise([0, *widths]) if _NARROWEST <= deeper - width <= _WIDEST
     )
