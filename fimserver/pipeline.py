@@ -21,7 +21,7 @@ from itertools import islice
 
 from fimserver.context.gather import find_matches, find_snippets, without_secrets
 from fimserver.context.ignored import IgnoreRules
-from fimserver.context.languages import find_language
+from fimserver.context.languages.names import find_language
 from fimserver.context.place import Answer, Place, TreeMemory, find_place, offer_match, to_answer
 from fimserver.context.redaction import hide_whole, mask_whole
 from fimserver.context.window import budget_for, build_context, path_of

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fimserver.context.languages import LANGUAGES
+from fimserver.context.languages.table import LANGUAGES
 from fimserver.lsp.configuration import RESTART_COMMAND
 from fimserver.lsp.convert import ACCEPT_COMMAND
 from fimserver.lsp.features import EXPLAIN_COMMAND, SNOOZE_COMMAND

@@ -12,7 +12,7 @@ from support.connection import Connection, until
 
 from fimserver.cli import complete as cli_complete
 from fimserver.cli.main import main
-from fimserver.context.languages import language_of_path
+from fimserver.context.languages.names import language_of_path
 from fimserver.engine.client import EngineClient, EngineOptions
 from fimserver.lsp.features import create_server
 

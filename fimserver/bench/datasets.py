@@ -28,7 +28,7 @@ from functools import cached_property
 from pathlib import Path
 
 from fimserver.context.gather import find_matches
-from fimserver.context.languages import find_language, language_of_path
+from fimserver.context.languages.names import find_language, language_of_path
 from fimserver.context.scan import scan
 from fimserver.context.window import Budget, budget_for, build_context, surely_reached
 from fimserver.datatypes import FimContext, Hole, HoleKind, Snapshot

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fimserver import pipeline
-from fimserver.context.languages import language_of_path
+from fimserver.context.languages.names import language_of_path
 from fimserver.datatypes import (
     CanvasToken,
     Completion,

@@ -18,7 +18,7 @@ from fimserver import __version__
 from fimserver.checkpoints.gpus import find_gpu
 from fimserver.checkpoints.memory import find_checkpoint
 from fimserver.checkpoints.planner import DEFAULT_CONTEXT_TOKENS, Plan, Step, plan_on_cpu, plan_on_gpu
-from fimserver.context.languages import LANGUAGES
+from fimserver.context.languages.table import LANGUAGES
 from fimserver.context.syntax import GRAMMAR_ERRORS, load_parser
 from fimserver.daemon.launch import read_status
 from fimserver.datatypes import FimContext, Hole, HoleKind, Sampling

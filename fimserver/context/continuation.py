@@ -20,7 +20,8 @@ import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from fimserver.context.languages import BlockStyle, Language, find_language
+from fimserver.context.languages.names import find_language
+from fimserver.context.languages.table import BlockStyle, Language
 from fimserver.context.scan import CLOSER_OF, OpenState, find_string_end, scan
 from fimserver.context.surroundings import Opened, closed_after, is_closed, lacks_closers, open_before, width
 from fimserver.datatypes import FimContext, HoleKind, Verdict

@@ -14,7 +14,8 @@ import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from fimserver.context.languages import BlockStyle, Language, find_language
+from fimserver.context.languages.names import find_language
+from fimserver.context.languages.table import BlockStyle, Language
 from fimserver.context.scan import CLOSER_OF, OpenState, find_open_text, find_string_end, scan, without_comment
 from fimserver.datatypes import Snapshot
 from fimserver.text import leading_whitespace

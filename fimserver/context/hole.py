@@ -14,7 +14,8 @@ from urllib.parse import unquote
 
 from tree_sitter import Node
 
-from fimserver.context.languages import BlockStyle, Language, find_language, words
+from fimserver.context.languages.names import find_language
+from fimserver.context.languages.table import BlockStyle, Language, words
 from fimserver.context.scan import OpenState, scan, without_comment
 from fimserver.context.syntax import SyntaxTree
 from fimserver.datatypes import Hole, HoleKind, NoCompletion, Snapshot

@@ -22,7 +22,8 @@ from dataclasses import dataclass, replace
 from itertools import count
 
 from fimserver.context.hole import next_line
-from fimserver.context.languages import BlockStyle, Language, find_language
+from fimserver.context.languages.names import find_language
+from fimserver.context.languages.table import BlockStyle, Language
 from fimserver.context.scan import find_string_end, scan
 from fimserver.context.soundness import is_sound
 from fimserver.context.syntax import SyntaxTree

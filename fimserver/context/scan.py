@@ -4,7 +4,7 @@
     find_string_end(code, ...)        return where an already open string ends
     python_parses(text)               return whether Python's own parser accepts the whole text
 
-Knows:  characters, the lexical tables of ``languages.py``.  Never: trees, documents.
+Knows:  characters, the lexical tables of ``languages/``.  Never: trees, documents.
 """
 
 import ast
@@ -13,7 +13,7 @@ import warnings
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
-from fimserver.context.languages import Language, Quote
+from fimserver.context.languages.table import Language, Quote
 from fimserver.text import common_prefix_length
 
 _MAX_REMEMBERED = 32  # texts per language: one daemon serves many windows

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from tree_sitter import Node
 
-from fimserver.context.languages import words
+from fimserver.context.languages.table import words
 from fimserver.context.scan import python_parses
 from fimserver.context.syntax import SyntaxTree, parse
 from fimserver.datatypes import Snapshot

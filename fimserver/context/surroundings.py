@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
-from fimserver.context.languages import BlockStyle, Language
+from fimserver.context.languages.table import BlockStyle, Language
 from fimserver.context.scan import CLOSER_OF, scan
 from fimserver.text import leading_whitespace
 

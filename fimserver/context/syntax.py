@@ -15,7 +15,8 @@ from functools import cache
 import tree_sitter
 from tree_sitter import Node, Parser, Tree
 
-from fimserver.context.languages import Language, find_language
+from fimserver.context.languages.names import find_language
+from fimserver.context.languages.table import Language
 from fimserver.text import common_prefix_length, common_suffix_length
 
 GRAMMAR_ERRORS = (ImportError, OSError, ValueError, TypeError, AttributeError)  # a broken or missing package

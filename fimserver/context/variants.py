@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from fimserver.context.hole import next_line
-from fimserver.context.languages import VOID_ELEMENTS, BlockStyle, Language
+from fimserver.context.languages.table import VOID_ELEMENTS, BlockStyle, Language
 from fimserver.context.scan import CLOSER_OF, scan
 from fimserver.datatypes import Hole, HoleKind, Snapshot
 from fimserver.text import leading_whitespace, line_around, to_newlines

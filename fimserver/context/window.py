@@ -15,7 +15,8 @@ from functools import lru_cache
 from urllib.parse import unquote, urlsplit
 
 from fimserver.context.focus import find_scopes
-from fimserver.context.languages import Language, find_language, language_of_path
+from fimserver.context.languages.names import find_language, language_of_path
+from fimserver.context.languages.table import Language
 from fimserver.context.redaction import has_secret, mask
 from fimserver.context.scan import scan
 from fimserver.datatypes import FimContext, Hole, Match, Snapshot, Snippet

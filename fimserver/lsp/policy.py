@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 
-from fimserver.context.languages import find_language
+from fimserver.context.languages.names import find_language
 from fimserver.context.place import Answer, Place
 from fimserver.datatypes import NoCompletion
 from fimserver.engine.client import EngineState

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from fimserver.context.ignored import IgnoreRules
-from fimserver.context.languages import find_language
+from fimserver.context.languages.names import find_language
 from fimserver.context.place import TreeMemory
 from fimserver.datatypes import Completion, NoCompletion, Snapshot
 from fimserver.lsp.completion_cache import AROUND, CompletionCache

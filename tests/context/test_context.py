@@ -10,7 +10,7 @@ import pytest
 from support.cases import Case, check, parametrize, show_refusal
 
 from fimserver.context.hole import find_hole
-from fimserver.context.languages import find_language
+from fimserver.context.languages.names import find_language
 from fimserver.context.place import Place, complete_place, find_place
 from fimserver.context.postprocess import Origin, to_completion
 from fimserver.context.scan import OpenState, python_parses, scan

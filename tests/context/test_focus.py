@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fimserver.context.focus import find_focus
-from fimserver.context.languages import find_language, language_of_path
+from fimserver.context.languages.names import find_language, language_of_path
 from fimserver.context.scan import python_parses
 from fimserver.context.syntax import parse
 from fimserver.datatypes import Snapshot

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from fimserver.context.focus import find_focus
 from fimserver.context.gather import find_matches
-from fimserver.context.languages import LANGUAGES, find_language
+from fimserver.context.languages.names import find_language
+from fimserver.context.languages.table import LANGUAGES
 from fimserver.context.place import Place, TreeMemory, complete_place, find_place
 from fimserver.context.scan import find_open_text, scan
 from fimserver.context.syntax import parse

@@ -6,7 +6,7 @@ import pytest
 
 from fimserver.checkpoints.known import SHIPPED_MODELS
 from fimserver.checkpoints.metadata import limit_context, read_metadata
-from fimserver.context.languages import find_language
+from fimserver.context.languages.names import find_language
 from fimserver.context.window import Budget, build_context, find_head
 from fimserver.datatypes import Hole, HoleKind, Snapshot
 from fimserver.engine.prompt import build_prompt

@@ -15,7 +15,7 @@ from support.fake_engine import MARK, FakeServer
 
 from fimserver.context.hole import is_private
 from fimserver.context.ignored import IgnoreRules, path_of_file
-from fimserver.context.languages import words
+from fimserver.context.languages.table import words
 from fimserver.context.redaction import has_secret, mask, reveals
 from fimserver.context.window import Budget, build_context
 from fimserver.datatypes import Hole, HoleKind, Match, NoCompletion, Snapshot, Snippet

@@ -108,7 +108,7 @@ class TreeRules:
 
     @cached_property
     def _can_be_sound(self) -> bool:
-        from fimserver.context.languages import find_language  # noqa: PLC0415  lazy
+        from fimserver.context.languages.names import find_language  # noqa: PLC0415  lazy
         from fimserver.context.scan import scan  # noqa: PLC0415
 
         language = find_language(self._language_id)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fimserver.context.languages import find_language
+from fimserver.context.languages.names import find_language
 from fimserver.datatypes import Completion, NoCompletion, Snapshot
 from fimserver.lsp.records import Notes
 from fimserver.lsp.usage.acceptance import FILE_NAME, Acceptance, Kind

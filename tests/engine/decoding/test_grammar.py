@@ -14,7 +14,7 @@ from support.cases import MARK
 
 from fimserver.bench.datasets import HELD_OUT, cut_lines, read_module
 from fimserver.context.continuation import Continuation
-from fimserver.context.languages import find_language
+from fimserver.context.languages.names import find_language
 from fimserver.context.scan import python_parses, scan
 from fimserver.context.window import Budget, build_context
 from fimserver.datatypes import FimContext, Hole, HoleKind, Mode, Sampling, Snapshot, Verdict

@@ -1,7 +1,7 @@
 """Define the languages: their grammars, and the syntax of their comments, strings and blocks.
 
-    find_language(language_id)   -> Language; PLAIN for an unknown id
-    language_of_path(path)       -> the language id of a file name
+    LANGUAGES   those with a grammar
+    PLAIN       a language of which nothing is known
 
 The tables cover what a tree cannot: unfinished code. Grammars are loaded on first use.
 
@@ -11,8 +11,7 @@ Knows:  lexical facts.  Never: trees, documents.
 import re
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import cache, cached_property
-from pathlib import PurePosixPath
+from functools import cached_property
 from typing import Any
 
 
@@ -47,7 +46,7 @@ def _quotes(text: str, *, multiline: bool = False, escapes: bool = True, code: s
 class Language:
     """One language; its regular expressions are for single lines without comments."""
 
-    id: str  # VS Code's language id; other names are in ``_ALIASES``
+    id: str  # VS Code's language id; other names are in ``names.py``
     grammar: tuple[str, str] | None = None  # module and function
     suffixes: tuple[str, ...] = ()  # of file names, with the dot
     line_comments: tuple[str, ...] = ()  # marks that begin a comment up to the end of the line
@@ -386,51 +385,3 @@ LANGUAGES = (
     Language("markdown", ("tree_sitter_markdown", "language"), (".md", ".markdown"), has_brackets=False),
 )
 PLAIN = Language("plaintext", quotes=_PLAIN_QUOTES, opener=r"[:{]\s*$")
-
-# Editors' names: VS Code's ids, Vim's file types, info strings of Markdown fences.
-_ALIASES = {
-    "py": "python",
-    "python3": "python",
-    "js": "javascript",
-    "jsx": "javascript",
-    "javascriptreact": "javascript",
-    "node": "javascript",
-    "ts": "typescript",
-    "tsx": "typescriptreact",
-    "golang": "go",
-    "rs": "rust",
-    "h": "c",
-    "c++": "cpp",
-    "cc": "cpp",
-    "cs": "csharp",
-    "c#": "csharp",
-    "rb": "ruby",
-    "sh": "shellscript",
-    "bash": "shellscript",
-    "zsh": "shellscript",
-    "shell": "shellscript",
-    "htm": "html",
-    "jsonc": "json",
-    "json5": "json",
-    "yml": "yaml",
-    "md": "markdown",
-    "rmd": "markdown",
-    "quarto": "markdown",
-}
-_BY_ID = {language.id: language for language in LANGUAGES}
-_BY_SUFFIX = {suffix: language.id for language in LANGUAGES for suffix in language.suffixes}
-_BY_NAME = {"Rakefile": "ruby", "Gemfile": "ruby", ".bashrc": "shellscript", ".zshrc": "shellscript"}
-
-
-@cache
-def find_language(language_id: str) -> Language:
-    """Return the language of an editor's id, ignoring case; ``PLAIN`` for an unknown id."""
-    name = language_id.lower()
-    return _BY_ID.get(_ALIASES.get(name, name), PLAIN)
-
-
-def language_of_path(path: str) -> str:
-    """Return the language id of a file name: by its suffix, else the suffix itself, else ``plaintext``."""
-    name = PurePosixPath(path.replace("\\", "/"))
-    suffix = name.suffix.lower()
-    return _BY_NAME.get(name.name) or _BY_SUFFIX.get(suffix) or suffix.lstrip(".") or "plaintext"
