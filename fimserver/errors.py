@@ -1,5 +1,7 @@
 """Define every error that users can see: one sentence on what is wrong, one on how to fix it."""
 
+from typing import Any
+
 
 class FimserverError(Exception):
     """An error with a message for the user."""
@@ -35,3 +37,11 @@ class PathError(FimserverError):
 
 class DaemonError(FimserverError):
     """The daemon cannot be reached or started; the message says where its log is."""
+
+
+class AnalysisError(FimserverError):
+    """A step of the analysis failed, or its process died; ``outcome`` is the reason for the user."""
+
+    def __init__(self, outcome: Any) -> None:
+        super().__init__(outcome.detail)
+        self.outcome = outcome

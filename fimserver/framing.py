@@ -5,6 +5,7 @@
     read_body_async       the same for an asyncio stream of whole frames
     read_message          the next JSON object of a stream; anything else is an error
     write_message         write a JSON object and flush
+    take_private_streams  copies of stdin and stdout that no print can disturb
 
 Standard library only, and without dataclasses or asyncio: every editor window starts a process that imports this.
 
@@ -12,6 +13,7 @@ Knows:  streams of bytes, JSON.  Never: what a message means.
 """
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -24,6 +26,16 @@ MAX_BODY_BYTES = 64 * 2**20
 _MAX_HEADER_BYTES = 4096
 _NAME = b"content-length:"
 _CHUNK_BYTES = 2**16
+
+
+def take_private_streams() -> tuple[BinaryIO, BinaryIO]:
+    """Return copies of stdin and stdout for frames; redirect the originals to the null device and stderr."""
+    stream_in, stream_out = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    os.dup2(2, 1)
+    return stream_in, stream_out
 
 
 def to_frame(body: bytes) -> bytes:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from support.connection import Connection, until
+from support.local_analysis import LocalAnalysis
 
 from fimserver.cli import complete as cli_complete
 from fimserver.cli.main import main
@@ -100,7 +101,7 @@ def by_server(engine: EngineClient, file: Path, text: str, other: Path | None, s
     other_text = other.read_text() if other is not None else ""
 
     async def ask() -> dict[str, Any]:
-        server = create_server(engine=engine)
+        server = create_server(engine=engine, analysis=LocalAnalysis())
         connection = Connection(server)
         options = {"seed": seed, "candidates": 1, "firstLineMs": None, "maxLatencyMs": 60000}
         await connection.initialize({name: value for name, value in options.items() if value is not None})

@@ -25,13 +25,13 @@ from fimserver.bench.datasets import Line, cut_lines, cut_lines_of, read_code
 from fimserver.bench.infilling import LOAD_TIMEOUT_S
 from fimserver.bench.metrics import MeanInterval, paired_difference, percentile, share_interval
 from fimserver.bench.servers.llama_cpp import LlamaCpp
+from fimserver.context.query import OtherDocument, Query
 from fimserver.context.scan import python_parses
 from fimserver.context.syntax import parse
 from fimserver.context.window import Budget, build_context
 from fimserver.datatypes import Hole, HoleKind, ModelInfo, Snapshot
 from fimserver.engine.client import EngineClient, EngineOptions
 from fimserver.errors import FimserverError
-from fimserver.pipeline import OtherDocument, Query
 from fimserver.settings import Settings
 from fimserver.text import replace as replace_text
 
@@ -138,7 +138,7 @@ def evaluate_lines(  # noqa: PLR0913  the command's options
         engine.start()
         info = engine.wait_until_ready(LOAD_TIMEOUT_S)
         for line in _track(lines):
-            query = Query(line.snapshot, settings, others=lambda: others, uses_matches=matches)
+            query = Query(line.snapshot, settings, others=others, uses_matches=matches)
             outcome = _complete(query, line, engine)
             if server is not None:
                 _ask(server, line, _same_budget(info.max_prompt_tokens), outcome)

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from fimserver import pipeline
 from fimserver.context.languages.names import language_of_path
+from fimserver.context.query import OtherDocument, Query
 from fimserver.datatypes import (
     CanvasToken,
     Completion,
@@ -25,7 +26,7 @@ from fimserver.datatypes import (
 )
 from fimserver.engine.client import EngineClient, EngineOptions
 from fimserver.errors import PositionError
-from fimserver.pipeline import OtherDocument, Outcome, Query
+from fimserver.pipeline import Outcome
 from fimserver.settings import Settings
 from fimserver.text import Encoding, LineIndex, line_around
 
@@ -112,7 +113,7 @@ def complete_target(
             engine.wait_until_ready(LOAD_TIMEOUT_S)
         return engine
 
-    query = Query(target.snapshot, settings, others=lambda: others, offers_matches=not trace)
+    query = Query(target.snapshot, settings, others=others, offers_matches=not trace)
     try:
         return pipeline.complete(query, get_engine, trace=trace)
     finally:

@@ -17,10 +17,11 @@ from rich.text import Text
 
 from fimserver import pipeline
 from fimserver.cli.complete import LOAD_TIMEOUT_S, Target, read_text, to_ghost_line, to_json
+from fimserver.context.query import OtherDocument, Query
 from fimserver.datatypes import Snapshot
 from fimserver.engine.client import EngineClient, EngineOptions
 from fimserver.errors import PositionError
-from fimserver.pipeline import OtherDocument, Outcome, Query
+from fimserver.pipeline import Outcome
 from fimserver.settings import Settings
 from fimserver.text import common_prefix_length, common_suffix_length
 
@@ -41,7 +42,7 @@ def watch_file(target: Target, settings: Settings, *, as_json: bool, others: Seq
             engine.wait_until_ready(LOAD_TIMEOUT_S)
         console.print(f"watching {target.name}; save it to see a completion, press Ctrl-C to end", highlight=False)
         for snapshot in snapshots_of(target):
-            outcome = pipeline.complete(Query(snapshot, settings, others=lambda: others), lambda: engine)
+            outcome = pipeline.complete(Query(snapshot, settings, others=others), lambda: engine)
             _show(outcome, Target(target.name, snapshot), as_json=as_json)
     finally:
         engine.close()

@@ -15,8 +15,10 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, islice
 
-from fimserver.context.redaction import reveals
+from fimserver.context.limits import NEIGHBOUR, SEARCH
+from fimserver.context.privacy.redaction import mask_part, reveals
 from fimserver.datatypes import Hole, HoleKind, Match, Snapshot, Snippet
 from fimserver.text import common_prefix_length, common_suffix_length, line_around, to_newlines
 
@@ -27,7 +29,6 @@ _REACH = 160  # characters before the cursor that are compared
 _ANCHORS = (24, 8, 4)  # lengths that are searched for, longest first
 _MAX_HITS = 16  # per anchor and text
 _MAX_MATCHES = 4
-_WINDOW = 200_000  # characters that are searched on either side of the cursor
 _WORD_END = re.compile(r"\w*\Z")
 _WORD = re.compile(r"[^\W\d]\w{2,}")
 _SNIPPET_LINES = 16
@@ -44,9 +45,17 @@ def find_matches(
     """Return at most four matches for a hole, the best first; ``others`` are other texts, last edited first."""
     if hole.kind in _TEXT_KINDS:
         return []
-    deadline = time.perf_counter() + max_seconds
-    found: dict[str, Match] = {}
+    found: dict[str, _Located] = {}
+    for match, text, end in _search(snapshot, hole, others, time.perf_counter() + max_seconds):
+        found[match.text] = _merged(found.get(match.text), match, text, end)
+    ranked = sorted(found.values(), key=lambda located: located.match.rank)
+    return list(islice((located.match for located in ranked if not located.is_secret), _MAX_MATCHES))
+
+
+def _search(snapshot: Snapshot, hole: Hole, others: Sequence[str], deadline: float) -> Iterator[tuple[Match, str, int]]:
+    """Yield each match, the text it is in, and where it begins there, until the deadline or until there are enough."""
     seen: set[tuple[int, int]] = set()
+    num_texts: set[str] = set()
     line_start = snapshot.cursor - len(line_around(snapshot.text, snapshot.cursor)[0])
     before = _Before(snapshot.text[max(0, snapshot.cursor - _REACH) : snapshot.cursor])
     after = _After(snapshot, hole)
@@ -57,16 +66,16 @@ def find_matches(
         for source, text in enumerate((snapshot.text, *others)):
             for end in _find_all(text, anchor, snapshot.cursor if source == 0 else len(text)):
                 if time.perf_counter() > deadline:
-                    return sorted(found.values(), key=lambda g: g.rank)[:_MAX_MATCHES]
+                    return
                 if (source, end) in seen or (source == 0 and line_start < end <= snapshot.cursor):
                     continue  # on the cursor's own line
                 seen.add((source, end))
                 ngram_match = _to_match(text, end, before, after, source)
                 if ngram_match is not None:
-                    found[ngram_match.text] = _merged(found.get(ngram_match.text), ngram_match)
-        if len(found) >= _MAX_MATCHES:
-            break
-    return sorted(found.values(), key=lambda g: g.rank)[:_MAX_MATCHES]
+                    num_texts.add(ngram_match.text)
+                    yield ngram_match, text, end
+        if len(num_texts) >= _MAX_MATCHES:
+            return
 
 
 def without_secrets(snapshot: Snapshot, matches: Iterable[Match]) -> list[Match]:
@@ -105,12 +114,12 @@ class _After:
 def _find_all(text: str, anchor: str, near: int) -> Iterator[int]:
     """Yield where the anchor ends in a text: upwards from ``near``, then downwards."""
     position, hits = near, 0
-    while hits < _MAX_HITS // 2 and (position := text.rfind(anchor, max(0, near - _WINDOW), position)) >= 0:
+    while hits < _MAX_HITS // 2 and (position := text.rfind(anchor, max(0, near - SEARCH), position)) >= 0:
         yield position + len(anchor)
         position += len(anchor) - 1
         hits += 1
     position = max(0, near - len(anchor))
-    while hits < _MAX_HITS and (position := text.find(anchor, position, near + _WINDOW)) >= 0:
+    while hits < _MAX_HITS and (position := text.find(anchor, position, near + SEARCH)) >= 0:
         yield position + len(anchor)
         position += 1
         hits += 1
@@ -145,11 +154,27 @@ def _is_word(character: str) -> bool:
     return character.isalnum() or character == "_"
 
 
-def _merged(known: Match | None, new: Match) -> Match:
+@dataclass(slots=True)
+class _Located:
+    """A match, and where it was found."""
+
+    match: Match
+    places: list[tuple[str, int]]
+
+    @property
+    def is_secret(self) -> bool:
+        """Return whether the match is part of a secret where it was found in another text."""
+        length = len(self.match.text)
+        return any(mask_part(text, at, at + length) != text[at : at + length] for text, at in self.places)
+
+
+def _merged(known: _Located | None, new: Match, text: str, end: int) -> _Located:
+    places = [(text, end)] if new.source else []
     if known is None:
-        return new
-    best = min(known, new, key=lambda g: g.rank)
-    return replace(best, count=known.count + 1, source=min(known.source, new.source))
+        return _Located(new, places)
+    best = min(known.match, new, key=lambda g: g.rank)
+    best = replace(best, count=known.match.count + 1, source=min(known.match.source, new.source))
+    return _Located(best, [*known.places, *places])
 
 
 def find_snippets(snapshot: Snapshot, others: Sequence[tuple[str, str]]) -> tuple[Snippet, ...]:
@@ -162,10 +187,12 @@ def find_snippets(snapshot: Snapshot, others: Sequence[tuple[str, str]]) -> tupl
         return ()
     ranked = []
     for order, (path, text) in enumerate(others):
-        best = max(_pieces(to_newlines(text[:_WINDOW])), key=lambda piece: _similarity(here, piece[1]), default=None)
-        if best is not None and (score := _similarity(here, best[1])) >= _LEAST_SIMILAR:
-            ranked.append((-score, order, Snippet(path, best[0])))
-    return tuple(snippet for _, _, snippet in sorted(ranked, key=lambda r: r[:2])[:_MAX_SNIPPETS])
+        pieces = _pieces(path, to_newlines(text[:NEIGHBOUR]))
+        best = max(pieces.found, key=lambda piece: _similarity(here, piece.words), default=None)
+        if best is not None and (score := _similarity(here, best.words)) >= _LEAST_SIMILAR:
+            ranked.append((-score, order, path, pieces.text, best))
+    best_ranked = sorted(ranked, key=lambda r: r[:2])[:_MAX_SNIPPETS]
+    return tuple(Snippet(path, mask_part(text, best.start, best.end)) for _, _, path, text, best in best_ranked)
 
 
 def _words_near(snapshot: Snapshot) -> frozenset[str]:
@@ -180,18 +207,39 @@ def _similarity(a: frozenset[str], b: frozenset[str]) -> float:
     return shared / (len(a) + len(b) - shared) if shared else 0.0
 
 
-_pieces_of: dict[str, list[tuple[str, frozenset[str]]]] = {}
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A window of a text's lines, ``[start, end)``, and its words."""
+
+    start: int
+    end: int
+    words: frozenset[str]
 
 
-def _pieces(text: str) -> list[tuple[str, frozenset[str]]]:
+@dataclass(frozen=True, slots=True)
+class _Pieces:
+    """A text and its half-overlapping windows."""
+
+    text: str
+    found: list[_Piece]
+
+
+_pieces_of: dict[str, _Pieces] = {}
+
+
+def _pieces(path: str, text: str) -> _Pieces:
     """Return half-overlapping windows of lines with their words; cached for unchanged texts."""
-    known = _pieces_of.pop(text, None)
-    if known is None:
-        lines = text.split("\n")
-        starts = range(0, max(1, len(lines) - _SNIPPET_LINES // 2), _SNIPPET_LINES // 2)
-        windows = ("\n".join(lines[start : start + _SNIPPET_LINES]) for start in starts)
-        known = [(window, frozenset(_WORD.findall(window))) for window in windows]
-    _pieces_of[text] = known
+    known = _pieces_of.pop(path, None)
+    if known is None or known.text != text:
+        starts = list(accumulate((len(line) + 1 for line in text.split("\n")), initial=0))[:-1]
+        step = _SNIPPET_LINES // 2
+        pieces = []
+        for first in range(0, max(1, len(starts) - step), step):
+            last = first + _SNIPPET_LINES
+            begin, end = starts[first], starts[last] - 1 if last < len(starts) else len(text)
+            pieces.append(_Piece(begin, end, frozenset(_WORD.findall(text, begin, end))))
+        known = _Pieces(text, pieces)
+    _pieces_of[path] = known
     while len(_pieces_of) > 16:  # noqa: PLR2004  documents
         del _pieces_of[next(iter(_pieces_of))]
     return known

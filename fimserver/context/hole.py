@@ -10,12 +10,12 @@ Knows:  text, trees, the user's settings.  Never: the model, LSP.
 """
 
 import re
-from urllib.parse import unquote
 
 from tree_sitter import Node
 
 from fimserver.context.languages.names import find_language
 from fimserver.context.languages.table import BlockStyle, Language, words
+from fimserver.context.privacy.names import PRIVATE_FILE, is_private
 from fimserver.context.scan import OpenState, scan, without_comment
 from fimserver.context.syntax import SyntaxTree
 from fimserver.datatypes import Hole, HoleKind, NoCompletion, Snapshot
@@ -39,18 +39,6 @@ _GENERATED = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _VIEW_SCHEMES = {"git", "gitlens", "gitfs", "output", "debug", "vscode-scm", "fugitive", "diffview", "man", "help"}
-_PRIVATE = re.compile(
-    r"/(?:"
-    r"\.env[^/]*|[\w.-]+\.env|[._]netrc|\.pgpass|\.npmrc|\.pypirc|\.htpasswd|\.git-credentials|\.my\.cnf|\.s3cfg|\.boto"
-    r"|\.dockercfg|\.dockerconfigjson|\.vault-token|\.(?:kube|aws)/config|\.docker/config\.json"
-    r"|[\w.-]*(?:credentials?|secrets?)(?:\.(?:json|toml|ya?ml|xml|ini|cfg|conf|properties|csv|txt|enc|db))?"
-    r"|[\w.-]*(?:service[._-]?account|client[._-]?secret)[\w.-]*\.json"
-    r"|\.(?:ssh|gnupg)/.+|id_(?:rsa|dsa|ecdsa|ed25519)(?:_sk)?(?:[.-][\w.-]*)?"
-    r"|[\w.-]+\.(?:pem|key|p8|p12|pfx|pkcs12|jks|keystore|keytab|ppk|kdbx?|asc|gpg|ovpn|tfstate(?:\.backup)?)"
-    r")$",
-    re.IGNORECASE,
-)
-PRIVATE_FILE = NoCompletion("private_file", "files that hold secrets (.env, keys, credentials) are never read")
 _WORD = re.compile(r"\w")
 _COMMENT_TYPES = frozenset({"comment", "line_comment", "block_comment", "html_comment", "js_comment"})
 _STRING_TYPES = words(
@@ -84,11 +72,6 @@ def refuse_document(snapshot: Snapshot, *, invoked: bool = False, writable: bool
     if not invoked and _GENERATED.search(snapshot.text, 0, _HEAD):
         return NoCompletion("generated_file", "the file is marked as generated; invoke completion manually")
     return None
-
-
-def is_private(uri: str) -> bool:
-    """Return whether a document's name says that it holds secrets; such a document is never read."""
-    return _PRIVATE.search(unquote(re.split(r"[?#]", uri, maxsplit=1)[0])) is not None
 
 
 def find_hole(snapshot: Snapshot, tree: SyntaxTree | None, settings: Settings) -> Hole | NoCompletion:

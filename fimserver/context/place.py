@@ -17,20 +17,13 @@ from fimserver.context.focus import Focus, find_embedded, find_focus
 from fimserver.context.gather import is_sure
 from fimserver.context.hole import find_hole, refuse_document
 from fimserver.context.postprocess import WHOLE, Origin, to_completion
+from fimserver.context.query import Answer
 from fimserver.context.syntax import SyntaxTree, parse
 from fimserver.datatypes import Alternative, Completion, Generation, Hole, Match, NoCompletion, Snapshot
 from fimserver.settings import Settings
 from fimserver.text import to_newlines
 
 _CUT_ENDS = ")]}>\"'`;:, "  # characters at the end of a line that may already follow the cursor
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """The model's completions, at least one and the best first, with their confidences."""
-
-    completions: tuple[Completion, ...]
-    confidences: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)

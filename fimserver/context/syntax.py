@@ -1,6 +1,7 @@
 """Keep syntax trees of changing text: parse once, then only the edited part.
 
     parse(text, language_id, old)   -> SyntaxTree, or None for a language without a grammar here
+    load_grammar(language)          load a grammar ahead of the first text
 
 Knows:  tree-sitter, UTF-8 bytes.  Never: holes, LSP.
 Offsets: code points outside, bytes inside; ``to_byte`` converts.
@@ -116,6 +117,11 @@ def _parser(language: Language) -> Parser | None:
     except GRAMMAR_ERRORS as error:
         _logger.warning("no syntax trees for %s: %s; run: fimserver doctor", language.id, type(error).__name__)
         return None
+
+
+def load_grammar(language: Language) -> bool:
+    """Load a language's grammar ahead of the first request; return whether there is one."""
+    return _parser(language) is not None
 
 
 def load_parser(language: Language) -> Parser:

@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 from fimserver.context.focus import find_scopes
 from fimserver.context.languages.names import find_language, language_of_path
 from fimserver.context.languages.table import Language
-from fimserver.context.redaction import has_secret, mask
+from fimserver.context.privacy.redaction import has_secret, mask, mask_part
 from fimserver.context.scan import scan
 from fimserver.datatypes import FimContext, Hole, Match, Snapshot, Snippet
 from fimserver.text import leading_whitespace, to_newlines
@@ -29,9 +29,6 @@ _SCOPE_REACH = 1_000_000
 _IMPORT_REACH = 20_000  # characters from a file's start that are searched for imports
 _LONGEST_IMPORT = 600
 _MAX_IMPORTS = 4_000
-_SECRET_REACH = 8_000  # characters outside the window where a secret may begin or end
-_KEY_REACH = 200_000  # the same for a private key
-_KEY_BEGINS, _KEY_ENDS = "-----BEGIN ", "-----END "
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +56,10 @@ def build_context(
     text, cursor = snapshot.text, snapshot.cursor
     start, language = cut_start(text, cursor, budget.prefix), find_language(snapshot.language_id)
     end = cut_end(text, cursor, budget.suffix)
-    first = _above_keys(text, max(0, start - _SECRET_REACH))
-    masked = mask(text[first : end + _SECRET_REACH])
+    masked = mask_part(text, start, end)
     return FimContext(
-        prefix=to_newlines(masked[start - first : cursor - first]),
-        suffix=to_newlines(masked[cursor - first : end - first]),
+        prefix=to_newlines(masked[: cursor - start]),
+        suffix=to_newlines(masked[cursor - start :]),
         path=_shown_path(snapshot),
         language_id=snapshot.language_id,
         hole=hole,
@@ -71,12 +67,6 @@ def build_context(
         snippets=tuple(Snippet(snippet.path, mask(snippet.text)) for snippet in snippets),
         matches=tuple(ngram_match for ngram_match in matches if not has_secret(ngram_match.text)),
     )
-
-
-def _above_keys(text: str, start: int) -> int:
-    """Return where masking has to begin: the cut may be in the middle of a key, or of a token at the cursor."""
-    begin = text.rfind(_KEY_BEGINS, max(0, start - _KEY_REACH), start)
-    return begin if begin >= 0 and text.find(_KEY_ENDS, begin, start) < 0 else start
 
 
 def surely_reached(text: str, cursor: int, budget: Budget) -> int:

@@ -40,6 +40,7 @@ from typing import Any
 import structlog
 
 from fimserver import __version__
+from fimserver.analysis.client import AnalysisClient
 from fimserver.daemon.build import read_build
 from fimserver.daemon.launch import log_file
 from fimserver.daemon.logs import configure_logs, is_written_to, rotate, silence_dependencies
@@ -118,6 +119,7 @@ class Daemon:
 
     def __init__(self, listener: Listener, lock: Lock, *, engine: EngineClient | None = None, linger_s: float) -> None:
         self.engine = engine or EngineClient()
+        self.analysis = AnalysisClient()
         self.build = read_build()
         self.connections: list[Connection] = []
         self.counters: Counter[str] = Counter()  # of connections that ended
@@ -159,6 +161,7 @@ class Daemon:
         else:
             self.engine.close(f"the daemon ended ({self._reason})")
             self._release_askers()
+        self.analysis.close()
         self._phase.move(DaemonPhase.CLOSED)
 
     def _release_askers(self) -> None:
@@ -230,7 +233,7 @@ class Daemon:
     async def _serve(
         self, overrides: dict[str, Any], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        server = create_server(overrides, self.engine)
+        server = create_server(overrides, self.engine, self.analysis)
         self._count += 1
         structlog.contextvars.bind_contextvars(editor=self._count)  # for all log lines of this connection
         connection = Connection(server, writer, self._count)
@@ -345,6 +348,11 @@ class Daemon:
                 "device": info.device if info else None,
                 "resident_bytes": resident_bytes(engine.pid) if engine.pid else None,
                 "device_bytes": engine.device_bytes,
+            },
+            "analysis": {
+                "pid": self.analysis.pid,
+                "resident_bytes": resident_bytes(self.analysis.pid) if self.analysis.pid else None,
+                "deaths": self.analysis.deaths,
             },
             "queue": engine.num_pending,
             "cache": sum(session.cache.count() for session in sessions),

@@ -30,7 +30,7 @@ from fimserver.checkpoints.folder import weight_files
 from fimserver.checkpoints.installed import find_model
 from fimserver.datatypes import FimContext, Hole, HoleKind, PartialAnswer, Sampling, from_plain, to_plain
 from fimserver.errors import CompletionCancelledError, FimserverError
-from fimserver.framing import read_message, write_message
+from fimserver.framing import read_message, take_private_streams, write_message
 
 if TYPE_CHECKING:
     from fimserver.engine.engine import Engine
@@ -124,15 +124,6 @@ def main() -> int:
         request = inbox.take()
         answer(engine, request, inbox, outbox)
         inbox.forget(request["id"])
-
-
-def take_private_streams() -> tuple[BinaryIO, BinaryIO]:
-    """Return copies of stdin and stdout for frames; redirect the originals to the null device and stderr."""
-    stream_in, stream_out = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    with Path(os.devnull).open("rb") as nothing:
-        os.dup2(nothing.fileno(), 0)
-    os.dup2(2, 1)
-    return stream_in, stream_out
 
 
 def lower_priority() -> None:

@@ -3,9 +3,9 @@
     answer    the completions and where they came from; raises ``RefusedError`` with the reason if there are none
     on_edit   a document's text changed: an in-flight completion that the new text contradicts is cancelled
 
-The steps themselves are in ``pipeline.py``. A request joins an in-flight completion while the typed text is a prefix
-of its answer; the first contradiction cancels it. A request that has waited long gets the first line of its answer, and
-the next request gets the rest.
+The steps themselves are in ``pipeline.py``, and run in another process (``analysis/``). A request joins an in-flight
+completion while the typed text is a prefix of its answer; the first contradiction cancels it. A request that has waited
+long gets the first line of its answer, and the next request gets the rest.
 
 Knows:  sessions, requests, the engine's client, the pipeline.  Never: LSP types, connections.
 """
@@ -13,14 +13,16 @@ Knows:  sessions, requests, the engine's client, the pipeline.  Never: LSP types
 import asyncio
 import logging
 import time
+from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from fimserver import pipeline
-from fimserver.context.place import Answer
+from fimserver.analysis.client import AnalysisClient, FoundHole
+from fimserver.analysis.quarantine import Treatment
+from fimserver.context.query import Answer, sampling_for
 from fimserver.datatypes import Completion, NoCompletion, PartialAnswer, Snapshot
 from fimserver.engine.client import EngineClient, EngineState, Turn
-from fimserver.errors import CompletionCancelledError, EngineError
+from fimserver.errors import AnalysisError, CompletionCancelledError, EngineError
 from fimserver.lsp.completion_cache import CLOSERS, rest_of, rests_of, typed_since
 from fimserver.lsp.inflight import InflightCompletion
 from fimserver.lsp.policy import RequestPolicy
@@ -29,8 +31,11 @@ from fimserver.lsp.requests import CHANGED, RefusedError, Request, unless_ended
 from fimserver.lsp.session import Session
 from fimserver.lsp.usage.acceptance import SURE_MATCH, Kind
 from fimserver.lsp.usage.tracker import Usage
-from fimserver.pipeline import Found
 
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+_T = TypeVar("_T")
 _GRACE_S = 0.05  # for an editor's edit, cancellation and next request to arrive
 _LATE_S = 0.25  # that an answer may come after maxLatencyMs
 _TIMEOUT_FACTOR = 3  # times maxLatencyMs, the limit for automatic requests
@@ -41,9 +46,12 @@ _logger = logging.getLogger(__name__)
 class Completer:
     """The completions of one connection."""
 
-    def __init__(self, session: Session, engine: EngineClient, policy: RequestPolicy, usage: Usage) -> None:
+    def __init__(
+        self, session: Session, engine: EngineClient, analysis: AnalysisClient, policy: RequestPolicy, usage: Usage
+    ) -> None:
         self._session = session
         self._engine = engine
+        self._analysis = analysis
         self._policy = policy
         self._usage = usage
         self._running: list[InflightCompletion] = []
@@ -59,37 +67,46 @@ class Completer:
         return completions[: self._session.settings.candidates if request.invoked else 1], source
 
     async def _find_answer(self, request: Request) -> tuple[list[Completion], str]:
-        snapshot, begin, worked = request.snapshot, time.monotonic(), time.thread_time()
+        snapshot, begin = request.snapshot, time.monotonic()
         if request.stale:
             raise RefusedError(NoCompletion("stale", "the request names a version of the text that is not here"))
         self._policy.check(request)
         query = self._session.to_query(snapshot, invoked=request.invoked)
-        place = pipeline.find_hole_at(query)
+        cached = self._session.cache.find(snapshot)
         request.notes.facts |= {"invoked": request.invoked}
+        found = await self._analyse(request, self._analysis.find(id(self._session), query, with_matches=not cached))
         request.notes.timings_ms["place"] = (time.monotonic() - begin) * 1e3
-        # CPU time of this thread, without waiting for a processor
-        request.notes.timings_ms["place_cpu"] = (time.thread_time() - worked) * 1e3
-        if isinstance(place, NoCompletion):
-            raise RefusedError(place)
-        request.notes.facts["hole"] = place.hole.kind
-        if cached := self._session.cache.find(snapshot):
+        if isinstance(found, NoCompletion):
+            raise RefusedError(found)
+        request.notes.timings_ms["place_cpu"] = found.cpu_ms
+        request.notes.facts["hole"] = found.hole.kind
+        if found.treatment is not Treatment.NORMAL:
+            request.notes.facts["treatment"] = found.treatment.name.lower()
+        self._policy.check(request)  # the text may have changed meanwhile
+        if cached:
             return cached, "cache"
-        found = pipeline.find_matches_for(query, place)
         if (match := found.sure) is not None:
             self._session.cache.remember(snapshot, match)
             self._usage.know(match, Kind.MATCH, SURE_MATCH)
             return [match], "match"
         return await self._answer_by_model(request, found)
 
-    async def _answer_by_model(self, request: Request, found: Found) -> tuple[list[Completion], str]:
+    async def _analyse(self, request: Request, step: "Future[_T]") -> _T:
+        """Wait for a step of the analysis. Raises ``RefusedError`` if it fails, or if the request is ended before."""
+        try:
+            return await unless_ended(request, asyncio.wrap_future(step))
+        except AnalysisError as error:
+            raise RefusedError(error.outcome) from error
+
+    async def _answer_by_model(self, request: Request, found: FoundHole) -> tuple[list[Completion], str]:
         joined = self._find_running(request)
         if joined is None:
-            await self._policy.wait_until_due(request, found.place)
+            await self._policy.wait_until_due(request, found)
         elif (answer := await self._wait_for(request, joined)) is not None:
             request.notes.facts["joined"] = True
             return answer
         self._policy.check(request)
-        answer = await self._wait_for(request, self._begin(request, found))
+        answer = await self._wait_for(request, await self._begin(request, found))
         if answer is None:
             raise RefusedError(request.why_ended or CHANGED)
         return answer
@@ -127,13 +144,17 @@ class Completer:
                 return running
         return None
 
-    def _begin(self, request: Request, found: Found) -> InflightCompletion:
+    async def _begin(self, request: Request, found: FoundHole) -> InflightCompletion:
         """Send a request to the engine. Raises ``RefusedError`` if there is none."""
         for idle in [c for c in self._running if c.snapshot.uri == request.snapshot.uri and not c.users]:
             idle.end()
         query = self._session.to_query(request.snapshot, invoked=request.invoked)  # other documents may have changed
-        context = pipeline.to_context(query, found, self._engine.info)
-        sampling = pipeline.sampling_for(query)
+        step = self._analysis.build_context(id(self._session), query, self._engine.info)
+        context = await self._analyse(request, step)
+        if isinstance(context, NoCompletion):
+            raise RefusedError(context)
+        self._policy.check(request)
+        sampling = sampling_for(query)
         loop = asyncio.get_running_loop()
         inflight: InflightCompletion
 
@@ -179,7 +200,10 @@ class Completer:
                 inflight.note(generation)
                 if inflight.outcome.done():
                     return
-                outcome = pipeline.read_answer(inflight.query, inflight.found, generation, shown=inflight.shown)
+                step = self._analysis.read_answer(id(self._session), inflight.query, generation, inflight.shown)
+                outcome = await asyncio.wrap_future(step)
+            except AnalysisError as error:
+                outcome = error.outcome
             except Exception as error:  # noqa: BLE001  waiting requests would never be answered
                 _logger.error("an answer could not be used: %s", type(error).__name__)  # noqa: TRY400  a traceback could quote code
                 outcome = NoCompletion("error", f"the answer could not be used ({type(error).__name__})")
@@ -246,7 +270,7 @@ class Completer:
         settings = self._session.settings
         asks_again = inflight.shown is not None and request.snapshot.cursor == inflight.snapshot.cursor
         is_judged = settings.min_confidence > 0  # the confidence is only known for a whole answer
-        waits = asks_again or is_judged or inflight.found.place.hole.max_lines == 1 or settings.seed is not None
+        waits = asks_again or is_judged or inflight.found.hole.max_lines == 1 or settings.seed is not None
         if waits or settings.first_line_ms is None:
             return None
         pause_s = request.received + settings.first_line_ms / 1e3 - time.monotonic()
@@ -259,7 +283,12 @@ class Completer:
         finally:
             ended.cancel()
         waits = inflight.outcome.done() or request.why_ended is not None or not inflight.line.done()
-        return None if waits else inflight.fit_line()
+        if waits:
+            return None
+        line = asyncio.wrap_future(self._analysis.fit_line(id(self._session), inflight.query, inflight.line.result()))
+        with suppress(AnalysisError):  # the whole answer may come nevertheless
+            return await line
+        return None
 
     def _typed_on(self, request: Request) -> Snapshot:
         """Return the request's snapshot as it is now, after what was typed at its cursor. Raises ``RefusedError``."""
@@ -277,10 +306,6 @@ class Completer:
         if inflight.users or inflight.outcome.done():
             return
         remaining_s = inflight.deadline - time.monotonic() if inflight.shown is not None else 0.0
-        if not inflight.typed and remaining_s <= 0:
-            inflight.end()
-            return
-
         def end_if_idle() -> None:
             is_kept = inflight.shown is not None and time.monotonic() < inflight.deadline
             if not inflight.users and not is_kept:

@@ -3,10 +3,8 @@
 Knows:  LSP types, encodings, texts.  Never: connections, the engine.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from urllib.parse import unquote, urlsplit
 
 from lsprotocol import types as lsp
 
@@ -26,16 +24,6 @@ class Selection:
     start: int
     end: int
     text: str
-
-
-def is_writable(uri: str) -> bool:
-    """Return whether a document can be saved, as far as is known: only an existing read-only file cannot."""
-    parts = urlsplit(uri) if uri.startswith("file:///") else None
-    path = unquote(parts.path) if parts else ""
-    try:
-        return not path or not os.path.exists(path) or os.access(path, os.W_OK)  # noqa: PTH110  accepts any path
-    except (OSError, ValueError):
-        return True
 
 
 def take_snapshot(document: Document, position: lsp.Position, encoding: Encoding) -> Snapshot:

@@ -12,7 +12,7 @@ Standard library only, and without dataclasses: every editor window starts a rel
 Knows:  texts, positions, cells.  Never: LSP types, connections, what a document is used for.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fimserver.text import Encoding, LineIndex
@@ -24,11 +24,10 @@ Edit = tuple[tuple[Place, Place] | None, str]  # the range that a text replaces;
 class Document:
     """One open document as the editor last described it. ``index`` holds its text."""
 
-    __slots__ = ("index", "language_id", "uri", "version", "writable")
+    __slots__ = ("index", "language_id", "uri", "version")
 
-    def __init__(self, uri: str, language_id: str, version: int, index: LineIndex, *, writable: bool = True) -> None:
+    def __init__(self, uri: str, language_id: str, version: int, index: LineIndex) -> None:
         self.uri, self.language_id, self.version, self.index = uri, language_id, version, index
-        self.writable = writable
 
     @property
     def text(self) -> str:
@@ -44,7 +43,7 @@ class Document:
             else:
                 start, end = (index.to_nearest_offset(line, character, encoding) for line, character in place)
                 index = index.replaced(start, end, text)
-        return Document(self.uri, self.language_id, version, index, writable=self.writable)
+        return Document(self.uri, self.language_id, version, index)
 
 
 class DocumentStore:
@@ -83,17 +82,13 @@ class DocumentStore:
         """Drop a notebook; return the URIs of its cells, which the caller closes."""
         return [cell["document"] for cell in self.notebooks.pop(uri, {"cells": []})["cells"]]
 
-    def text_above(self, uri: str, read: Callable[[str], str | None]) -> str:
-        """Return the texts of the cells above a cell, each ending in a line end; empty for any other document.
-
-        ``read`` returns a cell's text, or ``None`` for a cell that is not to be read: of another language, or prose.
-        """
+    def cells_above(self, uri: str) -> list[str]:
+        """Return the URIs of the cells above a notebook's cell; empty for any other document."""
         for notebook in self.notebooks.values():
-            uris = [cell["document"] for cell in notebook["cells"]]
+            uris = [str(cell["document"]) for cell in notebook["cells"]]
             if uri in uris:
-                texts = [text for cell in uris[: uris.index(uri)] if (text := read(cell))]
-                return "".join(text if text.endswith("\n") else f"{text}\n" for text in texts)
-        return ""
+                return uris[: uris.index(uri)]
+        return []
 
 
 def parse_edits(changes: Iterable[Mapping[str, Any]]) -> list[Edit]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from lsprotocol import types as lsp
 
+from fimserver.analysis.client import AnalysisClient
 from fimserver.checkpoints.consent import is_elsewhere
 from fimserver.engine.client import EngineClient
 from fimserver.lsp.completer import FIRST_LINE
@@ -22,12 +23,16 @@ SNOOZE_COMMAND = "fimserver.snooze"
 _TRIGGERS = [".", "(", "[", "{", "=", ",", " ", ":", "<", '"', "'", "/", "@"]
 
 
-def create_server(overrides: dict[str, Any] | None = None, engine: EngineClient | None = None) -> FimLanguageServer:
+def create_server(
+    overrides: dict[str, Any] | None = None,
+    engine: EngineClient | None = None,
+    analysis: AnalysisClient | None = None,
+) -> FimLanguageServer:
     """Create the server of one connection; ``overrides`` are settings of the command line, which win over the editor's.
 
-    ``engine`` is shared with other connections; without it the server starts its own.
+    ``engine`` and ``analysis`` are shared with other connections; without them the server starts its own.
     """
-    server = FimLanguageServer(overrides, engine)
+    server = FimLanguageServer(overrides, engine, analysis)
     _register_features(server)
     _register_commands(server)
     return server

@@ -11,13 +11,13 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from fimserver.context.place import Answer, to_line
+from fimserver.analysis.client import FoundHole
+from fimserver.context.query import Answer, Query
 from fimserver.datatypes import Completion, Generation, NoCompletion, PartialAnswer, Snapshot
 from fimserver.engine.client import PendingCompletion
 from fimserver.lsp.completion_cache import CLOSERS
 from fimserver.lsp.records import Replay
 from fimserver.lsp.requests import Request
-from fimserver.pipeline import Found, Query
 from fimserver.text import to_newlines
 
 _FIRST_LINE = re.compile(r"\s*\S[^\n]*(?=\n)")  # the first line that is not empty, with the whitespace before it
@@ -29,7 +29,7 @@ class InflightCompletion:
 
     snapshot: Snapshot
     query: Query
-    found: Found
+    found: FoundHole
     epoch: int
     invoked: bool
     pending: PendingCompletion
@@ -45,7 +45,6 @@ class InflightCompletion:
     users: set[Request] = field(default_factory=set)
     facts: dict[str, Any] = field(default_factory=dict)  # of the answer, for ``explain``
     timings_ms: dict[str, float] = field(default_factory=dict)
-    _fitted: tuple[Completion | None] | None = None
 
     def end(self) -> None:
         """Cancel the completion."""
@@ -78,12 +77,6 @@ class InflightCompletion:
             self.line.set_result(found[0])
         if self.is_contradicted:
             self.end()
-
-    def fit_line(self) -> Completion | None:
-        """Return the settled first line as a completion; ``None`` if it cannot stand alone."""
-        if self._fitted is None:
-            self._fitted = (to_line(self.line.result(), self.found.place),)
-        return self._fitted[0]
 
     def may_begin_with(self, typed: str) -> bool:
         """Return whether the answer may begin with ``typed``, as far as it is settled."""

@@ -17,8 +17,10 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 
+from fimserver.analysis.client import FoundHole
+from fimserver.analysis.quarantine import Treatment
 from fimserver.context.languages.names import find_language
-from fimserver.context.place import Answer, Place
+from fimserver.context.query import Answer
 from fimserver.datatypes import NoCompletion
 from fimserver.engine.client import EngineState
 from fimserver.lsp.engine_link import EngineLink
@@ -83,13 +85,13 @@ class RequestPolicy:
         if not self._session.is_current(request.document_snapshot):
             raise RefusedError(CHANGED)
 
-    async def wait_until_due(self, request: Request, place: Place) -> None:
+    async def wait_until_due(self, request: Request, found: FoundHole) -> None:
         """Wait for the engine (invoked) or for a pause in typing (automatic)."""
         self._link.wake()
         if not request.invoked:
             if self._engine.state in (EngineState.STOPPED, EngineState.LOADING):
                 raise RefusedError(NoCompletion("loading", "the model is still loading"))
-            self._check_language(place)
+            self._check_language(found)
             pause_s = self._pause_s()
             request.notes.timings_ms["debounce"] = pause_s * 1e3
             if pause_s:
@@ -102,10 +104,16 @@ class RequestPolicy:
         chosen_ms = self._session.settings.debounce_ms
         return self.debounce.pause_s(self._engine.typical_s()) if chosen_ms is None else chosen_ms / 1e3
 
-    def _check_language(self, place: Place) -> None:
-        """Refuse automatic requests in a language that the model was not trained on."""
+    def _check_language(self, found: FoundHole) -> None:
+        """Refuse automatic requests in a language that the model was not trained on, or in text that is not parsed."""
+        if found.treatment is not Treatment.NORMAL:
+            detail = (
+                "the analysis of this file failed twice, so it is treated as plain text, where only matches with your "
+                "files are offered, until it has changed; fimserver daemon logs says what happened"
+            )
+            raise RefusedError(NoCompletion("plain_text", detail))
         info = self._engine.info
-        language = find_language(place.language_id).id
+        language = find_language(found.language_id).id
         if info is not None and info.languages and language not in info.languages:
             detail = (
                 f"the model {info.name!r} was trained on {', '.join(info.languages)} only, so in {language} only "

@@ -27,7 +27,7 @@ from lsprotocol import types as lsp
 from pygls.exceptions import JsonRpcException, JsonRpcInternalError
 from pygls.protocol import LanguageServerProtocol, lsp_method
 
-from fimserver.lsp.convert import is_writable, to_edits
+from fimserver.lsp.convert import to_edits
 from fimserver.lsp.documents import Document
 from fimserver.text import LineIndex
 
@@ -56,6 +56,9 @@ class Connection(Protocol):
 
     def forget(self, uri: str) -> None:
         """Forget a document that was closed or is opened again."""
+
+    def on_open(self, uri: str, language_id: str) -> None:
+        """Prepare for a document's first request."""
 
     def leave(self, reason: str) -> None:
         """End the connection."""
@@ -253,8 +256,9 @@ class FimProtocol(LanguageServerProtocol):
     def _open(self, item: lsp.TextDocumentItem) -> None:
         self._connection.forget(item.uri)
         index = LineIndex(item.text)
-        document = Document(item.uri, item.language_id, item.version, index, writable=is_writable(item.uri))
+        document = Document(item.uri, item.language_id, item.version, index)
         self._connection.session.open(document)
+        self._connection.on_open(item.uri, item.language_id)
 
     def _change(
         self, changed: lsp.VersionedTextDocumentIdentifier, changes: Sequence[lsp.TextDocumentContentChangeEvent]

@@ -25,6 +25,7 @@ from pygls.lsp.server import LanguageServer
 from pygls.protocol import default_converter
 
 from fimserver import __version__
+from fimserver.analysis.client import AnalysisClient
 from fimserver.datatypes import Completion, NoCompletion
 from fimserver.engine.client import EngineClient, EngineState
 from fimserver.lsp.completer import Completer
@@ -57,11 +58,16 @@ def _shared_converter() -> Any:
 
 
 class FimLanguageServer(LanguageServer):
-    """One connection. ``overrides`` are settings of the command line; ``engine`` is one that connections share."""
+    """One connection. ``overrides`` are settings of the command line; connections share ``engine`` and ``analysis``."""
 
     protocol: FimProtocol
 
-    def __init__(self, overrides: dict[str, Any] | None = None, engine: EngineClient | None = None) -> None:
+    def __init__(
+        self,
+        overrides: dict[str, Any] | None = None,
+        engine: EngineClient | None = None,
+        analysis: AnalysisClient | None = None,
+    ) -> None:
         super().__init__(
             "fimserver",
             __version__,
@@ -84,7 +90,9 @@ class FimLanguageServer(LanguageServer):
         self.requests = Requests(self.session)
         self.usage = Usage(state_folder(), self.session.learns_from_use)
         self.policy = RequestPolicy(self.session, self.link, self.usage.adjusted)
-        self.completer = Completer(self.session, self.link.engine, self.policy, self.usage)
+        self.analysis = analysis or AnalysisClient()
+        self._owns_analysis = analysis is None
+        self.completer = Completer(self.session, self.link.engine, self.analysis, self.policy, self.usage)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._warnings_shown: set[str] = set()
 
@@ -135,6 +143,10 @@ class FimLanguageServer(LanguageServer):
         self.requests.end_all()
         self.usage.save_soon()
         self.link.end(reason, self.session)
+        for uri in list(self.session.documents):
+            self.analysis.forget(id(self.session), uri)
+        if self._owns_analysis:
+            self.analysis.close()
 
     def keep(self, coroutine: Any) -> None:
         """Run a coroutine as a task, and keep a reference until it is done."""
@@ -217,6 +229,11 @@ class FimLanguageServer(LanguageServer):
         self.requests.end(uri)
         self.completer.forget(uri)
         self.usage.forget(uri)
+        self.analysis.forget(id(self.session), uri)
+
+    def on_open(self, uri: str, language_id: str) -> None:
+        """Prepare for a document's first request."""
+        self.analysis.open(id(self.session), uri, language_id)
 
     # Requests
 

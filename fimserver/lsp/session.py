@@ -8,24 +8,24 @@ Knows:  documents, texts, settings.  Never: LSP messages, the engine.
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 
-from fimserver.context.ignored import IgnoreRules
 from fimserver.context.languages.names import find_language
-from fimserver.context.place import TreeMemory
+from fimserver.context.query import OtherDocument, Query
 from fimserver.datatypes import Completion, NoCompletion, Snapshot
 from fimserver.lsp.completion_cache import AROUND, CompletionCache
 from fimserver.lsp.configuration import Configuration
 from fimserver.lsp.documents import Document, DocumentStore, Edit
 from fimserver.lsp.records import Notes, Records
 from fimserver.lsp.snooze import parse_minutes
-from fimserver.pipeline import OtherDocument, Query
 from fimserver.settings import Settings
 from fimserver.text import Encoding, common_prefix_length, common_suffix_length
 
 _MAX_DELETED = 6
 _MIN_DELETED = 8  # characters
+_MAX_OTHERS = 16  # documents that are offered to the pipeline, which takes those that may be read
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,7 @@ class Deleted:
     before: str
     text: str
     after: str
+    whole: str  # all three
 
 
 class Session:
@@ -51,8 +52,6 @@ class Session:
         self.epoch = 0  # number of changes of settings and engines; answers of an earlier epoch are not cached
         self.lost: set[str] = set()  # documents with an unreadable edit
         self._snoozed_until = 0.0  # time.monotonic
-        self._trees: dict[str, TreeMemory] = {}
-        self._ignored = IgnoreRules()
         self._deleted: deque[Deleted] = deque(maxlen=_MAX_DELETED)
 
     @property
@@ -74,7 +73,6 @@ class Session:
         """Add a document."""
         self.store.open(document)
         self.lost.discard(document.uri)
-        self._trees[document.uri] = TreeMemory()
 
     def change(self, uri: str, edits: Iterable[Edit], version: int | None) -> tuple[Document, Document]:
         """Apply edits to a document; return it before and after them. Raises ``KeyError`` if it is not open."""
@@ -90,7 +88,6 @@ class Session:
         """Drop a document and everything that is about it."""
         self.store.close(uri)
         self.lost.discard(uri)
-        self._trees.pop(uri, None)
         self.records.forget(uri)
         self.cache.forget(uri)
 
@@ -101,38 +98,17 @@ class Session:
 
     def to_query(self, snapshot: Snapshot, *, invoked: bool) -> Query:
         """Return everything that decides what is offered at a snapshot's cursor."""
-        document = self.documents.get(snapshot.uri)
+        language = find_language(snapshot.language_id)
+        same = (d for d in reversed(self.documents.values()) if find_language(d.language_id) is language)
+        cells = (self.documents.get(uri) for uri in self.store.cells_above(snapshot.uri))
         return Query(
             snapshot,
             self.settings,
             invoked=invoked,
-            writable=document is None or document.writable,
-            others=self._open_documents,
-            deleted=self._deleted_texts,
-            text_above=self._text_above,
-            trees=self._trees.setdefault(snapshot.uri, TreeMemory()),
-            ignored=self._ignored,
+            others=[_to_other(d) for d in islice(same, _MAX_OTHERS) if d.uri != snapshot.uri],
+            deleted=[OtherDocument(d.uri, "", d.whole) for d in self._deleted if len(d.text) >= _MIN_DELETED],
+            above=[_to_other(d) for d in cells if d is not None],
         )
-
-    def _open_documents(self) -> Iterator[OtherDocument]:
-        return (OtherDocument(d.uri, d.language_id, d.text) for d in reversed(self.documents.values()))
-
-    def _deleted_texts(self) -> Iterator[tuple[str, str]]:
-        deleted = (d for d in self._deleted if len(d.text) >= _MIN_DELETED)
-        return ((d.uri, f"{d.before}{d.text}{d.after}") for d in deleted)
-
-    def _text_above(self, snapshot: Snapshot) -> str:
-        """Return the cells above a notebook's cell that are in its language and may be read."""
-        language = find_language(snapshot.language_id)
-
-        def read(uri: str) -> str | None:
-            document = self.documents.get(uri)
-            if document is None or find_language(document.language_id) is not language:
-                return None
-            refusal = self._ignored.refuse(uri, with_git=not self.settings.complete_ignored)
-            return document.text if refusal is None else None
-
-        return self.store.text_above(snapshot.uri, read)
 
     def _keep_deleted(self, old: Document, new: Document) -> None:
         """Remember text that was cut, with the text around it: it may be typed again elsewhere."""
@@ -148,7 +124,7 @@ class Session:
         if last is not None and last.uri == new.uri and last.start in {end, start}:  # backspace or delete held down
             self._deleted.popleft()
             text, after = text + last.text if last.start == end else last.text + text, last.after
-        self._deleted.appendleft(Deleted(new.uri, start, before, text, after))
+        self._deleted.appendleft(Deleted(new.uri, start, before, text, after, f"{before}{text}{after}"))
 
     def snooze(self, minutes: object) -> None:
         """Offer no automatic completions for some minutes."""
@@ -174,3 +150,7 @@ class Session:
         """Drop cached completions after a change of settings or engine."""
         self.epoch += 1
         self.cache.clear()
+
+
+def _to_other(document: Document) -> OtherDocument:
+    return OtherDocument(document.uri, document.language_id, document.text)

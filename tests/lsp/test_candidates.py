@@ -9,7 +9,8 @@ import pytest
 from support.command import run
 from support.fake_engine import FakeServer
 
-from fimserver.context.place import Answer, Place, find_place, to_answer
+from fimserver.context.place import Place, find_place, to_answer
+from fimserver.context.query import Answer
 from fimserver.datatypes import Alternative, Generation, Mode, Snapshot
 from fimserver.settings import Settings
 

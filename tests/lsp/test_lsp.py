@@ -15,7 +15,7 @@ import pytest
 from support.fake_engine import FakeServer
 from support.lsp_client import SERVER, LspClient, has_memory
 
-from fimserver.lsp.convert import is_writable
+from fimserver.context.privacy.ignored import is_writable
 
 URI = "file:///home/me/app.py"
 TEXT = "import os\n\n\ndef read(path):\n    with open(path) as file:\n        return fi\n\n\ndef main():\n    pass\n"

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,16 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.fake_engine import MARK, FakeServer
 
-from fimserver.context.hole import is_private
-from fimserver.context.ignored import IgnoreRules, path_of_file
 from fimserver.context.languages.table import words
-from fimserver.context.redaction import has_secret, mask, reveals
+from fimserver.context.privacy.ignored import IgnoreRules, path_of_file
+from fimserver.context.privacy.names import is_private
+from fimserver.context.privacy.redaction import has_secret, mask, reveals
+from fimserver.context.query import OtherDocument
 from fimserver.context.window import Budget, build_context
 from fimserver.datatypes import Hole, HoleKind, Match, NoCompletion, Snapshot, Snippet
 from fimserver.lsp.configuration import Source
 from fimserver.lsp.documents import Document
 from fimserver.lsp.session import Session
-from fimserver.pipeline import find_hole_at
+from fimserver.pipeline import Memory, find_hole_at
 from fimserver.text import LineIndex
 
 HOLE = Hole(HoleKind.REST_OF_LINE, 1, 1)
@@ -301,6 +302,11 @@ def test_uris(uri: str, path: Path | None) -> None:
     assert IgnoreRules().refuse(uri) is None
 
 
+def others_of(session: Session, snapshot: Snapshot) -> Iterator[OtherDocument]:
+    query = session.to_query(snapshot, invoked=True)
+    return Memory().readable(query.others, snapshot, query.settings)
+
+
 def test_the_session_asks(repository: Path) -> None:
     (repository / ".gitignore").write_text("generated.py\n")
     session = Session()
@@ -309,14 +315,14 @@ def test_the_session_asks(repository: Path) -> None:
         session.open(Document((repository / name).as_uri(), "python", 1, LineIndex(text)))
     uri = (repository / "generated.py").as_uri()
     snapshot = Snapshot((repository / "a.py").as_uri(), 1, "python", texts["a.py"], 4)
-    assert list(session.to_query(snapshot, invoked=True).readable_others()) == []
+    assert list(others_of(session, snapshot)) == []
     generated = Snapshot(uri, 1, "python", texts["generated.py"], 8)
-    place = find_hole_at(session.to_query(generated, invoked=True))
+    place = find_hole_at(session.to_query(generated, invoked=True), Memory())
     assert isinstance(place, NoCompletion)
     assert place.reason == "ignored_file"
     assert "completeIgnored" in place.detail
     session.configuration.set_layer(Source.CONFIG_FILE, {"completeIgnored": True})
-    assert len(list(session.to_query(snapshot, invoked=True).readable_others())) == 1
+    assert len(list(others_of(session, snapshot))) == 1
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from support.connection import Connection
+from support.local_analysis import LocalAnalysis
 
 from fimserver.datatypes import FimContext, Hole, HoleKind, Sampling
 from fimserver.engine.client import EngineClient, EngineOptions, EngineState, PendingCompletion, Turn, _Worker
@@ -499,7 +500,7 @@ class Editor(Connection):
     """An editor with two documents; it knows their text when an answer comes."""
 
     def __init__(self, client: LoopClient, clock: Clock) -> None:
-        super().__init__(create_server(engine=client))
+        super().__init__(create_server(engine=client, analysis=LocalAnalysis(client.loop)))
         self.client, self.clock = client, clock
         self.server.report_server_error = lambda error, source: client.loop.faults.append((error, source))  # type: ignore[method-assign]
         self.texts: dict[str, Text] = {}

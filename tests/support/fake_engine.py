@@ -21,8 +21,9 @@ from typing import Any, cast
 
 from fimserver.datatypes import Alternative, FimContext, Generation, Mode, PartialAnswer, Sampling
 from fimserver.engine.client import EngineOptions
-from fimserver.engine.worker import Inbox, Outbox, answer, read_requests, take_private_streams
+from fimserver.engine.worker import Inbox, Outbox, answer, read_requests
 from fimserver.errors import CompletionCancelledError
+from fimserver.framing import take_private_streams
 from support.lsp_client import LspClient
 
 MARK = "\u25ae"

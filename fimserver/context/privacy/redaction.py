@@ -1,6 +1,7 @@
 """Replace secrets in files by ``x`` before a model sees them.
 
     mask        return a text of the same length without secrets
+    mask_part   the same for a part, by the text around it
     has_secret  return whether a text holds a secret
     reveals     return whether a text, appended to another, would show a secret
 
@@ -16,10 +17,11 @@ Knows:  texts.  Never: files.
 
 import re
 from collections.abc import Iterator
-from functools import lru_cache, partial
 
 _FILLER = "x"
-HIDDEN = "\0"
+_SECRET_REACH = 8_000  # characters outside a part where a secret may begin or end
+_KEY_REACH = 200_000  # the same for a private key
+_KEY_BEGINS, _KEY_ENDS = "-----BEGIN ", "-----END "
 _CHARACTER = re.compile(r"[^\r\n]")
 _LINE_END = re.compile(r"[\r\n]|\Z")
 _MOST_BEFORE = 200  # characters of a line before a name with an unquoted value
@@ -99,14 +101,14 @@ _LINES = tuple(
 )
 
 
-def mask(text: str, filler: str = _FILLER) -> str:
+def mask(text: str) -> str:
     """Replace every character of each secret in a text; keep line ends."""
     for hints, pattern in _PATTERNS:
         if any(hint in text for hint in hints):
-            text = pattern.sub(partial(_cross_out, filler=filler), text)
+            text = pattern.sub(_cross_out, text)
     parts, done = [], 0
     for start, end in _find_assigned(text):
-        parts += [text[done:start], _CHARACTER.sub(filler, text[start:end])]
+        parts += [text[done:start], _CHARACTER.sub(_FILLER, text[start:end])]
         done = end
     return "".join([*parts, text[done:]])
 
@@ -145,16 +147,16 @@ def _find_all(text: str, word: str) -> Iterator[int]:
         at = text.find(word, at + 1)
 
 
-@lru_cache(maxsize=48)
-def hide_whole(text: str) -> str:
-    """Mask a document for n-gram matching: with a character that does not occur in code (``HIDDEN``)."""
-    return mask(text, HIDDEN)
+def mask_part(text: str, start: int, end: int) -> str:
+    """Return ``[start, end)`` of a text with its secrets masked, as the text around it shows them."""
+    first = _above_keys(text, max(0, start - _SECRET_REACH))
+    return mask(text[first : end + _SECRET_REACH])[start - first : end - first]
 
 
-def mask_whole(text: str) -> str:
-    """Mask a document that is read for others; cached, since such a document rarely changes."""
-    hidden = hide_whole(text)
-    return text if hidden == text else hidden.replace(HIDDEN, _FILLER)
+def _above_keys(text: str, start: int) -> int:
+    """Return where masking has to begin: the cut may be in the middle of a key, or of a token at the cursor."""
+    begin = text.rfind(_KEY_BEGINS, max(0, start - _KEY_REACH), start)
+    return begin if begin >= 0 and text.find(_KEY_ENDS, begin, start) < 0 else start
 
 
 def has_secret(text: str) -> bool:
@@ -169,9 +171,9 @@ def reveals(before: str, text: str) -> bool:
     """
     line = before + text
     is_key = any(_KEY_LINE.fullmatch(part.strip()) for part in line.splitlines())
-    return HIDDEN in text or is_key or any(has_secret(line + end) for end in ("", '"', "'"))
+    return is_key or any(has_secret(line + end) for end in ("", '"', "'"))
 
 
-def _cross_out(match: re.Match[str], filler: str) -> str:
+def _cross_out(match: re.Match[str]) -> str:
     start, end = match.start(1) - match.start(), match.end(1) - match.start()
-    return match[0][:start] + _CHARACTER.sub(filler, match[1]) + match[0][end:]
+    return match[0][:start] + _CHARACTER.sub(_FILLER, match[1]) + match[0][end:]

@@ -2,11 +2,11 @@
 
     .fimserverignore   in any folder above a file, in the syntax of .gitignore; always
     .gitignore         in a repository, with .git/info/exclude and the user's global one; unless settings say otherwise
-    names              of keys and credentials (``hole.py: is_private``), also those of symbolic links' targets
+    names              of keys and credentials (``names.py: is_private``), also those of symbolic links' targets
 
 As in git, nothing can be re-included below an ignored folder. If two ignore files match a name, the deeper one wins.
 
-Knows:  names of files, ignore files.  Never: the texts of other files.
+Knows:  names of files, their permissions, ignore files.  Never: the texts of other files.
 Source: gitignore(5); patterns by pathspec.
 """
 
@@ -19,7 +19,7 @@ from urllib.parse import unquote, urlsplit
 
 from pathspec import GitIgnoreSpec
 
-from fimserver.context.hole import PRIVATE_FILE, is_private
+from fimserver.context.privacy.names import PRIVATE_FILE, is_private
 from fimserver.datatypes import NoCompletion
 
 OWN_FILE, GIT_FILE = ".fimserverignore", ".gitignore"
@@ -30,6 +30,16 @@ _MOST_STARS = 3  # per path component
 _FOLDER_MARK = "ps_d"
 _ANY_FOLDER = f"(?P<{_FOLDER_MARK}>/)"  # pathspec's regex for "*/", which matches the first slash
 _Identity = tuple[int, int]
+
+
+def is_writable(uri: str) -> bool:
+    """Return whether a document can be saved, as far as is known: only an existing read-only file cannot."""
+    parts = urlsplit(uri) if uri.startswith("file:///") else None
+    path = unquote(parts.path) if parts else ""
+    try:
+        return not path or not os.path.exists(path) or os.access(path, os.W_OK)  # noqa: PTH110  accepts any path
+    except (OSError, ValueError):
+        return True
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,1 @@
+"""The pipeline's steps on the user's text, in a process of their own that may die."""

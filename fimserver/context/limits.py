@@ -1,0 +1,39 @@
+"""Every bound on what is read, kept and waited for, with its reason.
+
+Knows:  numbers.  Never: anything else.
+"""
+
+# Time for one step of a request in the analysis process (``analysis/``), in seconds of its CPU time. A step takes 1 to
+# 10 ms; a user does not wait longer than a quarter of a second for text that was not asked for.
+STEP_S = 0.25
+STEP_INVOKED_S = 1.0
+WALL_FACTOR = 8  # times that, by the clock: a machine under load, or a file system that does not answer
+
+# Memory of the analysis process, in bytes: a parser that fills more than this has failed.
+ANALYSIS_BYTES = 2 * 2**30
+
+# Characters of one document. Larger ones are data: VS Code stops colouring at 20 MB, and so many are never in a prompt.
+DOCUMENT = 8_000_000
+# Characters of all documents of one editor window, and of all windows: the text is held once here and once in the
+# analysis process. Documents beyond that are not kept until others are closed.
+CONNECTION = 64_000_000
+ALL_CONNECTIONS = 256_000_000
+
+# Characters of a line. VS Code does not colour longer ones (editor.maxTokenizationLineLength): they are data, or minified
+# code.
+LINE = 20_000
+
+# Characters before the cursor that are searched for an open string or comment: 2 to 20 ms the first time.
+SCAN = 200_000
+# Characters of another document that are read for snippets: 4 ms when it has changed.
+NEIGHBOUR = 64_000
+# Characters on either side of the cursor, or before the end of another document, that are searched for matches.
+SEARCH = 200_000
+
+# A match is offered as it stands elsewhere; a longer one is a wall of text.
+MATCH_CHARACTERS = 400
+MATCH_LINES = 1
+
+# Texts that the analysis process holds, in all; beyond that the oldest are sent again when they are needed.
+HELD_TEXTS = 256
+HELD_CHARACTERS = 64_000_000

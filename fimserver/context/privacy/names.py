@@ -1,0 +1,30 @@
+"""Recognise files that hold secrets by their names: they are never read, for any file.
+
+    is_private     return whether a document's name says so
+    PRIVATE_FILE   the reason that the user gets
+
+Knows:  names.  Never: texts, files.
+"""
+
+import re
+from urllib.parse import unquote
+
+from fimserver.datatypes import NoCompletion
+
+_PRIVATE = re.compile(
+    r"/(?:"
+    r"\.env[^/]*|[\w.-]+\.env|[._]netrc|\.pgpass|\.npmrc|\.pypirc|\.htpasswd|\.git-credentials|\.my\.cnf|\.s3cfg|\.boto"
+    r"|\.dockercfg|\.dockerconfigjson|\.vault-token|\.(?:kube|aws)/config|\.docker/config\.json"
+    r"|[\w.-]*(?:credentials?|secrets?)(?:\.(?:json|toml|ya?ml|xml|ini|cfg|conf|properties|csv|txt|enc|db))?"
+    r"|[\w.-]*(?:service[._-]?account|client[._-]?secret)[\w.-]*\.json"
+    r"|\.(?:ssh|gnupg)/.+|id_(?:rsa|dsa|ecdsa|ed25519)(?:_sk)?(?:[.-][\w.-]*)?"
+    r"|[\w.-]+\.(?:pem|key|p8|p12|pfx|pkcs12|jks|keystore|keytab|ppk|kdbx?|asc|gpg|ovpn|tfstate(?:\.backup)?)"
+    r")$",
+    re.IGNORECASE,
+)
+PRIVATE_FILE = NoCompletion("private_file", "files that hold secrets (.env, keys, credentials) are never read")
+
+
+def is_private(uri: str) -> bool:
+    """Return whether a document's name says that it holds secrets; such a document is never read."""
+    return _PRIVATE.search(unquote(re.split(r"[?#]", uri, maxsplit=1)[0])) is not None
