@@ -10,6 +10,8 @@ import re
 from array import array
 from bisect import bisect_right
 from enum import StrEnum
+from itertools import accumulate, count
+from operator import add
 from typing import AnyStr
 
 from fimserver.errors import PositionError
@@ -36,13 +38,12 @@ def count_units(text: str, encoding: Encoding) -> int:
 
 
 def _find_starts(text: str) -> "array[int]":
-    """Return the offsets at which lines begin; twice as fast as a pattern if all line ends are newlines."""
+    """Return the offsets at which lines begin; without a loop of our own if all line ends are newlines."""
     if text.count("\r") != text.count("\r\n"):
         return array(_OFFSETS, (0, *(m.end() for m in _LINE_END.finditer(text))))
-    starts, start = array(_OFFSETS, (0,)), text.find("\n") + 1
-    while start:
-        starts.append(start)
-        start = text.find("\n", start) + 1
+    lengths = accumulate(map(len, text.split("\n")), initial=0)
+    starts = array(_OFFSETS, map(add, lengths, count()))  # a line end has one character
+    starts.pop()
     return starts
 
 

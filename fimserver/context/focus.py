@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from fimserver.context.languages.names import find_language
-from fimserver.context.languages.table import BlockStyle, Language
+from fimserver.context.languages.table import PLAIN, BlockStyle, Language
+from fimserver.context.limits import LINE, SCAN, SCAN_STRIDE
 from fimserver.context.scan import CLOSER_OF, OpenState, find_open_text, find_string_end, scan, without_comment
 from fimserver.datatypes import Snapshot
 from fimserver.text import leading_whitespace
@@ -26,7 +27,7 @@ _MAX_SCOPES = 12
 _MAX_TRIED = 4
 _MAX_TEXTS = 40  # multi-line strings and comments within reach
 _LONGEST_HEADER = 2_000
-_MAX_SCAN = 1_000_000  # characters before the cut that are searched for an open string
+_SCRIPT_REACH = 1_000_000  # characters before the cursor that are searched for the start of a script
 _CONTINUES = re.compile(
     r"\s*(?:[)\]}.?:&|+*/=<>,]|\{\s*$|(?:else|elif|elseif|elsif|except|finally|catch|case|default|when|rescue|ensure|"
     r"then|do|end|fi|done|esac|and|or)\b)"
@@ -97,7 +98,7 @@ def _find_fenced(text: str, cursor: int) -> tuple[int, int, str] | None:
 def _find_script(text: str, cursor: int) -> tuple[int, int, str] | None:
     """Return the content range and language of the ``<script>`` or ``<style>`` that holds the cursor."""
     opening = None
-    for opening in _EMBEDDED.finditer(text, max(0, cursor - _MAX_SCAN), cursor):  # noqa: B007  the last one counts
+    for opening in _EMBEDDED.finditer(text, max(0, cursor - _SCRIPT_REACH), cursor):  # noqa: B007  the last one counts
         pass
     if opening is None:
         return None
@@ -123,14 +124,34 @@ def _find_region(snapshot: Snapshot) -> Focus:
     language = find_language(snapshot.language_id)
     if len(text) <= language.whole_file:
         return Focus(snapshot, 0)
+    if is_long_line(text, cursor):
+        start = max(0, cursor - _REACH)
+        part = replace(snapshot, language_id=PLAIN.id, text=text[start : cursor + _REACH], cursor=cursor - start)
+        return Focus(part, start)
     start = _find_start(text, cursor, language)
     end = _cut_after(text, start, cursor, language)
-    scopes = find_scopes(text[max(0, start - _MAX_SCAN) : start], _width_at(text, start), language) if start else ()
+    scopes = find_scopes(text[scan_start(text, start) : start], _width_at(text, start), language) if start else ()
     head = "".join(f"{scope}\n" for scope in scopes)
     region = head + text[start:end]
     place = len(head) + cursor - start
     region += _tail(region, place, _width_at(text, end), language)
     return Focus(replace(snapshot, text=region, cursor=place), start - len(head))
+
+
+def is_long_line(text: str, cursor: int) -> bool:
+    """Return whether the cursor's line is too long to be analysed."""
+    start = text.rfind("\n", max(0, cursor - LINE), cursor) + 1 or max(0, cursor - LINE)
+    end = text.find("\n", cursor, start + LINE)
+    return cursor - start >= LINE or (end < 0 and len(text) - start > LINE)
+
+
+def scan_start(text: str, end: int) -> int:
+    """Return from where on the text before ``end`` is searched for what is open there: a line's start."""
+    if end <= SCAN:
+        return 0
+    base = (end - SCAN) // SCAN_STRIDE * SCAN_STRIDE
+    line = text.find("\n", base, end) + 1
+    return line or base
 
 
 def _tail(region: str, cursor: int, next_width: int, language: Language) -> str:
@@ -288,7 +309,7 @@ def _open_text_at(text: str, start: int, language: Language) -> tuple[int, int] 
     """Return the range of the string or comment that is open at ``start``."""
     if not start or not language.quotes + language.block_comments:
         return None
-    base = max(0, start - _MAX_SCAN)
+    base = scan_start(text, start)
     opened = find_open_text(text[base:start], language)
     if opened is None:
         return None

@@ -13,8 +13,10 @@ import re
 
 from tree_sitter import Node
 
+from fimserver.context.focus import is_long_line
 from fimserver.context.languages.names import find_language
 from fimserver.context.languages.table import BlockStyle, Language, words
+from fimserver.context.limits import LINE
 from fimserver.context.privacy.names import PRIVATE_FILE, is_private
 from fimserver.context.scan import OpenState, scan, without_comment
 from fimserver.context.syntax import SyntaxTree
@@ -31,7 +33,6 @@ _ESTIMATED_TOKENS = {
     HoleKind.COMMENT: 12,
     HoleKind.STRING: 8,
 }
-_MAX_CHARACTERS = 8_000_000  # larger documents are data
 _HEAD = 1_000  # characters that are searched for a "generated" notice
 _GENERATED = re.compile(
     r"@generated\b|\bDO NOT EDIT\b|\bauto-?generated (?:by|from|file)\b|"
@@ -62,9 +63,8 @@ def refuse_document(snapshot: Snapshot, *, invoked: bool = False, writable: bool
     scheme = snapshot.uri.partition(":")[0]
     if is_private(snapshot.uri):
         return PRIVATE_FILE
-    if len(snapshot.text) > _MAX_CHARACTERS:
-        size = f"{len(snapshot.text) / 1e6:.1f} million characters"
-        return NoCompletion("huge_file", f"the file has {size}; the limit is 8 million")
+    if not invoked and is_long_line(snapshot.text, snapshot.cursor):
+        return NoCompletion("long_line", f"the line has more than {LINE:,} characters; invoke completion manually")
     if scheme in _VIEW_SCHEMES:
         return NoCompletion("read_only", f"{scheme}: is a read-only view; open the file itself")
     if not writable and not invoked:

@@ -19,12 +19,16 @@ DOCUMENT = 8_000_000
 CONNECTION = 64_000_000
 ALL_CONNECTIONS = 256_000_000
 
-# Characters of a line. VS Code does not colour longer ones (editor.maxTokenizationLineLength): they are data, or minified
-# code.
+# Characters of a line. VS Code does not colour longer ones (editor.maxTokenizationLineLength): they are data or
+# minified code.
 LINE = 20_000
 
-# Characters before the cursor that are searched for an open string or comment: 2 to 20 ms the first time.
+# Characters before the cursor that are searched for an open string or comment: 5 to 40 ms the first time. The search
+# begins at a multiple of SCAN_STRIDE, so that its beginning stays the same while the cursor moves.
 SCAN = 200_000
+SCAN_STRIDE = 100_000
+# Characters of all texts whose search is remembered.
+SCANNED = 4_000_000
 # Characters of another document that are read for snippets: 4 ms when it has changed.
 NEIGHBOUR = 64_000
 # Characters on either side of the cursor, or before the end of another document, that are searched for matches.

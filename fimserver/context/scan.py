@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 
 from fimserver.context.languages.table import Language, Quote
+from fimserver.context.limits import SCANNED
 from fimserver.text import common_prefix_length
 
 _MAX_REMEMBERED = 32  # texts per language: one daemon serves many windows
-_MAX_CHARACTERS = 16_000_000  # of all remembered texts
 CLOSER_OF = {"(": ")", "[": "]", "{": "}", '"': '"', "`": "`"}  # quotes: strings around interpolated code
 
 
@@ -167,7 +167,7 @@ def find_open_text(text: str, language: Language) -> int | None:
     if known in recent:
         recent.remove(known)
     recent.append(_Scanned(text, closed))
-    while len(recent) > _MAX_REMEMBERED or (len(recent) > 1 and sum(len(r.text) for r in recent) > _MAX_CHARACTERS):
+    while len(recent) > _MAX_REMEMBERED or (len(recent) > 1 and sum(len(r.text) for r in recent) > SCANNED):
         del recent[0]
     return opened
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from urllib.parse import unquote, urlsplit
 
-from fimserver.context.focus import find_scopes
+from fimserver.context.focus import find_scopes, scan_start
 from fimserver.context.languages.names import find_language, language_of_path
 from fimserver.context.languages.table import Language
 from fimserver.context.privacy.redaction import has_secret, mask, mask_part
@@ -25,7 +25,6 @@ from fimserver.text import leading_whitespace, to_newlines
 _CHARACTERS_PER_TOKEN = 5  # more than in code, about 3 to 4: the engine cuts exactly
 _FEWEST_CHARACTERS_PER_TOKEN = 2  # dense code, with a suffix of a third of the prompt
 _CUTS_PER_BUDGET = 4
-_SCOPE_REACH = 1_000_000
 _IMPORT_REACH = 20_000  # characters from a file's start that are searched for imports
 _LONGEST_IMPORT = 600
 _MAX_IMPORTS = 4_000
@@ -83,7 +82,7 @@ def find_head(text: str, start: int, cursor: int, language: Language) -> str:
         return ""
     window = text[start:cursor].split("\n")
     widths = [len(leading_whitespace(line)) for line in window if line.strip()]
-    scopes = find_scopes(text[max(0, start - _SCOPE_REACH) : start], min(widths, default=0), language)
+    scopes = find_scopes(text[scan_start(text, start) : start], min(widths, default=0), language)
     return "\n".join([*_import_lines(text[: min(start, _IMPORT_REACH)], language), *scopes, ""]).lstrip("\n")
 
 

@@ -44,6 +44,7 @@ from fimserver.analysis.client import AnalysisClient
 from fimserver.daemon.build import read_build
 from fimserver.daemon.launch import log_file
 from fimserver.daemon.logs import configure_logs, is_written_to, rotate, silence_dependencies
+from fimserver.daemon.loop_watch import LoopWatch
 from fimserver.daemon.transport import (
     GREETING_TIMEOUT_S,
     KEY,
@@ -70,6 +71,7 @@ _LARGEST_HELLO_BYTES = 65536
 _TIMES_KEPT = 2000
 _LOCK_TIMEOUT_S = 1.0  # a probe may hold the lock for a moment
 _LOG_LOOK_S = 30.0
+_LARGE_BODY_BYTES = 2**20
 _LISTEN_FDS_START = 3  # the first descriptor that systemd passes
 _logger = logging.getLogger(__name__)
 
@@ -121,6 +123,7 @@ class Daemon:
         self.engine = engine or EngineClient()
         self.analysis = AnalysisClient()
         self.build = read_build()
+        self.loop_watch = LoopWatch()
         self.connections: list[Connection] = []
         self.counters: Counter[str] = Counter()  # of connections that ended
         self._listener, self._lock, self._linger_s = listener, lock, linger_s
@@ -249,7 +252,10 @@ class Daemon:
             while (body := await read_body_async(reader)) is not None:
                 begin = time.perf_counter()
                 try:
-                    protocol.handle_message(json.loads(body, object_hook=protocol.structure_message))
+                    message = json.loads(body, object_hook=protocol.structure_message)
+                    if len(body) > _LARGE_BODY_BYTES:
+                        await asyncio.sleep(0)  # other windows go before the rest of the work
+                    protocol.handle_message(message)
                 except Exception as error:  # noqa: BLE001  one message fails, the connection continues
                     server.report_server_error(error, None)
                 self._handling_ms.append((time.perf_counter() - begin) * 1e3)
@@ -259,7 +265,7 @@ class Daemon:
             server.leave("an editor disconnected")
             self._on_left()
 
-    def _control(self, command: str, hello: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    def _control(self, command: str, hello: dict[str, Any]) -> tuple[str, dict[str, Any]]:  # noqa: PLR0911  one for each
         """Answer a command that does not end the daemon."""
         if command == "save":
             for connection in self.connections:
@@ -269,6 +275,9 @@ class Daemon:
             for connection in self.connections:
                 connection.server.usage.reset()
             return "forgotten", {}
+        if command == "watch_loop":
+            self.loop_watch.start()
+            return "watching", {}
         if command == "explain":
             return "records", {"records": self.records()}
         if command == "texts":
@@ -358,6 +367,7 @@ class Daemon:
             "cache": sum(session.cache.count() for session in sessions),
             "counters": dict(counters),
             "message_ms": _to_percentiles(self._handling_ms),
+            "loop_ms": {**_to_percentiles(self.loop_watch.held_ms), "longest": round(self.loop_watch.longest_ms, 2)},
         }
 
 

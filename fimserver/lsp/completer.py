@@ -306,6 +306,7 @@ class Completer:
         if inflight.users or inflight.outcome.done():
             return
         remaining_s = inflight.deadline - time.monotonic() if inflight.shown is not None else 0.0
+
         def end_if_idle() -> None:
             is_kept = inflight.shown is not None and time.monotonic() < inflight.deadline
             if not inflight.users and not is_kept:

@@ -78,6 +78,8 @@ class RequestPolicy:
         if not request.invoked and (minutes := self._session.snoozed_minutes()):
             detail = f"snoozed for {minutes} more minutes; the command fimserver.snooze with 0 ends it"
             raise RefusedError(NoCompletion("snoozed", detail))
+        if (not_kept := self._session.not_kept.get(request.snapshot.uri)) is not None:
+            raise RefusedError(not_kept)
         language = request.snapshot.language_id
         if not self._session.settings.allows(language):
             detail = f"completions are off in {language!r}; turn them on in fimserver.languages"

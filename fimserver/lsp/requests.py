@@ -148,11 +148,13 @@ class Requests:
 
     def _to_request(self, params: CompletionParams, version: int | None) -> Request:
         document = self._session.documents[params.text_document.uri]
+        is_kept = document.uri not in self._session.not_kept  # otherwise it is refused, at any place
         encoding = self._session.encoding
-        snapshot = take_snapshot(document, params.position, encoding)
+        snapshot = take_snapshot(document, params.position if is_kept else lsp.Position(0, 0), encoding)
         selection, invoked = None, False
         if isinstance(params, lsp.InlineCompletionParams):
-            selection = find_selection(document.index, params.context.selected_completion_info, encoding)
+            if is_kept:
+                selection = find_selection(document.index, params.context.selected_completion_info, encoding)
             invoked = params.context.trigger_kind is lsp.InlineCompletionTriggerKind.Invoked
         return Request(
             snapshot=with_selection(snapshot, selection),

@@ -145,6 +145,7 @@ class FimLanguageServer(LanguageServer):
         self.link.end(reason, self.session)
         for uri in list(self.session.documents):
             self.analysis.forget(id(self.session), uri)
+        self.session.end()
         if self._owns_analysis:
             self.analysis.close()
 

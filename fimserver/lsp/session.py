@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from fimserver.context.languages.names import find_language
+from fimserver.context.limits import ALL_CONNECTIONS, CONNECTION, DOCUMENT
 from fimserver.context.query import OtherDocument, Query
 from fimserver.datatypes import Completion, NoCompletion, Snapshot
 from fimserver.lsp.completion_cache import AROUND, CompletionCache
@@ -21,11 +22,14 @@ from fimserver.lsp.documents import Document, DocumentStore, Edit
 from fimserver.lsp.records import Notes, Records
 from fimserver.lsp.snooze import parse_minutes
 from fimserver.settings import Settings
-from fimserver.text import Encoding, common_prefix_length, common_suffix_length
+from fimserver.text import Encoding, LineIndex, common_prefix_length, common_suffix_length
 
 _MAX_DELETED = 6
 _MIN_DELETED = 8  # characters
 _MAX_OTHERS = 16  # documents that are offered to the pipeline, which takes those that may be read
+
+
+_kept: Counter[int] = Counter()  # characters that each connection of this process keeps
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,7 @@ class Session:
         self.records = Records()
         self.epoch = 0  # number of changes of settings and engines; answers of an earlier epoch are not cached
         self.lost: set[str] = set()  # documents with an unreadable edit
+        self.not_kept: dict[str, NoCompletion] = {}  # documents that are too large, and why
         self._snoozed_until = 0.0  # time.monotonic
         self._deleted: deque[Deleted] = deque(maxlen=_MAX_DELETED)
 
@@ -70,14 +75,35 @@ class Session:
         return self.store.documents
 
     def open(self, document: Document) -> None:
-        """Add a document."""
-        self.store.open(document)
+        """Add a document; one that is too large is added without its text."""
         self.lost.discard(document.uri)
+        self.store.open(self._within_bounds(document))
+
+    def _within_bounds(self, document: Document) -> Document:
+        """Return the document, or an empty one in its place if it is too large to be kept (``not_kept``)."""
+        uri, size = document.uri, len(document.text)
+        others = sum(len(other.text) for other in self.documents.values() if other.uri != uri)
+        elsewhere = _kept.total() - _kept[id(self)]
+        self.not_kept.pop(uri, None)
+        if size > DOCUMENT:
+            detail = f"the file has {size / 1e6:.1f} million characters; the limit is {DOCUMENT / 1e6:g} million"
+            self.not_kept[uri] = NoCompletion("huge_file", detail)
+        elif others + size > CONNECTION or elsewhere + others + size > ALL_CONNECTIONS:
+            detail = "too much text is open in the editor; close some files, then open this one again"
+            self.not_kept[uri] = NoCompletion("too_many_files", detail)
+        is_kept = uri not in self.not_kept
+        _kept[id(self)] = others + (size if is_kept else 0)
+        return document if is_kept else Document(uri, document.language_id, document.version, LineIndex(""))
 
     def change(self, uri: str, edits: Iterable[Edit], version: int | None) -> tuple[Document, Document]:
         """Apply edits to a document; return it before and after them. Raises ``KeyError`` if it is not open."""
         edits = list(edits)
+        if uri in self.not_kept and all(place is not None for place, _ in edits):
+            return self.documents[uri], self.documents[uri]
         old, new = self.store.change(uri, edits, version)
+        if len(new.text) > len(old.text) and (kept := self._within_bounds(new)) is not new:
+            self.store.open(kept)
+            return old, kept
         if any(place is None for place, _ in edits):  # the whole text was replaced
             self.lost.discard(uri)
         if len(new.text) < len(old.text):
@@ -88,8 +114,14 @@ class Session:
         """Drop a document and everything that is about it."""
         self.store.close(uri)
         self.lost.discard(uri)
+        self.not_kept.pop(uri, None)
+        _kept[id(self)] = sum(len(document.text) for document in self.documents.values())
         self.records.forget(uri)
         self.cache.forget(uri)
+
+    def end(self) -> None:
+        """Count the texts of this connection no more."""
+        del _kept[id(self)]
 
     def is_current(self, snapshot: Snapshot) -> bool:
         """Return whether the document still reads as it did when the snapshot was taken."""
