@@ -13,6 +13,7 @@ Knows:  lines, indentation, lexical tables.  Never: trees, LSP.
 import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
 
 from fimserver.context.languages.names import find_language
 from fimserver.context.languages.table import PLAIN, BlockStyle, Language
@@ -39,6 +40,9 @@ _NEXT_CONDITION = re.compile(r"\s*(?:\}\s*)?(?:else if|elif|elsif|elseif)\b(.*)"
 _FIRST = {"python": "if True:", "ruby": "begin", "lua": "do", "shellscript": "if true; then"}
 _FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})[ \t]*\{?\.?([\w+#-]*)[^\n`]*$", re.MULTILINE)
 _EMBEDDED = re.compile(r"<(script|style)\b([^>]*)>", re.IGNORECASE)
+_MARK = "\ufeff"
+_MAGIC = re.compile(r"^[ \t]*(?:%(?=%?[A-Za-z])|!(?=[\w./~])|\?(?=\w))", re.MULTILINE)
+_MAX_MAGICS = 40
 _SCRIPT_TYPE = re.compile(r"""(?:type|lang)\s*=\s*["']?([\w/+.-]+)""", re.IGNORECASE)
 
 
@@ -56,9 +60,34 @@ class Focus:
 
 def find_focus(snapshot: Snapshot) -> Focus:
     """Return the part of the document to analyse for this cursor."""
-    inner = find_embedded(snapshot)
-    region = _find_region(inner.snapshot)
-    return Focus(region.snapshot, region.shift + inner.shift)
+    marked = without_mark(snapshot)
+    inner = find_embedded(marked.snapshot)
+    region = _find_region(_without_magics(inner.snapshot))
+    return Focus(region.snapshot, region.shift + inner.shift + marked.shift)
+
+
+def without_mark(snapshot: Snapshot) -> Focus:
+    """Return a document without the byte order mark at its start: parsers and the model read the text after it."""
+    if not snapshot.text.startswith(_MARK):
+        return Focus(snapshot, 0)
+    return Focus(replace(snapshot, text=snapshot.text[1:], cursor=max(0, snapshot.cursor - 1)), 1)
+
+
+def _without_magics(snapshot: Snapshot) -> Snapshot:
+    """Return Python whose lines for IPython (``%%time``, ``!pip``), except the cursor's, are comments."""
+    text, cursor = snapshot.text, snapshot.cursor
+    language = find_language(snapshot.language_id)
+    if language.id != "python":
+        return snapshot
+    start, end = max(0, cursor - SCAN), cursor + SCAN
+    for match in list(islice(_MAGIC.finditer(text, start, end), _MAX_MAGICS)):
+        line_end = text.find("\n", match.end())
+        if match.start() <= cursor <= (line_end if line_end >= 0 else len(text)):
+            continue
+        before = scan(text[max(start, match.start() - _REACH) : match.start()], language)
+        if not before.brackets and not before.quote:
+            text = f"{text[: match.end() - 1]}#{text[match.end() :]}"
+    return replace(snapshot, text=text)
 
 
 def find_embedded(snapshot: Snapshot) -> Focus:

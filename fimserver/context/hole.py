@@ -33,11 +33,15 @@ _ESTIMATED_TOKENS = {
     HoleKind.COMMENT: 12,
     HoleKind.STRING: 8,
 }
-_HEAD = 1_000  # characters that are searched for a "generated" notice
+_HEAD = 4_000  # characters that are searched for a "generated" notice
 _GENERATED = re.compile(
-    r"@generated\b|\bDO NOT EDIT\b|\bauto-?generated (?:by|from|file)\b|"
-    r"^\W*(?:(?:this )?(?:code|file) (?:is |was )?)?generated (?:by|from)\b",
-    re.IGNORECASE | re.MULTILINE,
+    r"(?<![\w.])@generated\b|\bDO NOT (?:EDIT|MODIFY)\b|\b(?i:do not (?:edit|modify) th(?:is|e) file)\b|"
+    r"^\W*(?i:(?:th(?:is|e) )?(?:code|file|source)?,? ?(?:is |was |has been )?(?:auto-?|automatically |machine[- ])?generated"
+    r" (?:by|from|with|using|code|file))\b(?! Django)",  # a migration of Django is edited
+    re.MULTILINE,
+)
+_BEFORE_COMMENTS = re.compile(
+    r"(?:\s|#!.*|<\?(?:xml.*?\?>|php\b)|<!DOCTYPE[^>]*>|[\"']use strict[\"'];?|\ufeff)*", re.IGNORECASE
 )
 _VIEW_SCHEMES = {"git", "gitlens", "gitfs", "output", "debug", "vscode-scm", "fugitive", "diffview", "man", "help"}
 _WORD = re.compile(r"\w")
@@ -69,9 +73,27 @@ def refuse_document(snapshot: Snapshot, *, invoked: bool = False, writable: bool
         return NoCompletion("read_only", f"{scheme}: is a read-only view; open the file itself")
     if not writable and not invoked:
         return NoCompletion("read_only", "the file is read-only; invoke completion manually")
-    if not invoked and _GENERATED.search(snapshot.text, 0, _HEAD):
+    if not invoked and _GENERATED.search(first_comments(snapshot.text, find_language(snapshot.language_id))):
         return NoCompletion("generated_file", "the file is marked as generated; invoke completion manually")
     return None
+
+
+def first_comments(text: str, language: Language) -> str:
+    """Return the comments above a file's first line of code, a line of text for each; a notice is nowhere else."""
+    head, found, position = to_newlines(text[:_HEAD]), [], 0
+    while True:
+        position += len(_BEFORE_COMMENTS.match(head, position)[0])  # type: ignore[index]  matches anything
+        block = next((marks for marks in language.block_comments if head.startswith(marks[0], position)), None)
+        line = next((mark for mark in language.line_comments if head.startswith(mark, position)), None)
+        if block is not None:
+            end = head.find(block[1], position + len(block[0]))
+        elif line is not None:
+            end = head.find("\n", position)
+        else:
+            return "\n".join(found)
+        end = end if end >= 0 else len(head)
+        found.append(head[position:end])
+        position = end + (len(block[1]) if block is not None else 0)
 
 
 def find_hole(snapshot: Snapshot, tree: SyntaxTree | None, settings: Settings) -> Hole | NoCompletion:

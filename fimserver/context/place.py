@@ -13,7 +13,7 @@ Knows:  the other modules of this package, what the engine answers.  Never: LSP.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from fimserver.context.focus import Focus, find_embedded, find_focus
+from fimserver.context.focus import Focus, find_embedded, find_focus, without_mark
 from fimserver.context.gather import is_sure
 from fimserver.context.hole import find_hole, refuse_document
 from fimserver.context.postprocess import WHOLE, Origin, to_completion
@@ -38,7 +38,8 @@ class Place:
     @property
     def seen(self) -> Snapshot:
         """Return what the model reads: the document, or the embedded code if the language at the cursor is another."""
-        return self.snapshot if self.language_id == self.snapshot.language_id else find_embedded(self.snapshot).snapshot
+        whole = without_mark(self.snapshot).snapshot
+        return whole if self.language_id == whole.language_id else find_embedded(whole).snapshot
 
     @property
     def language_id(self) -> str:

@@ -252,7 +252,7 @@ def python_parses(text: str) -> bool:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escape sequences do not matter here
         try:
-            ast.parse(text)
+            ast.parse(text.removeprefix("\ufeff"))  # Python reads over a byte order mark, ast.parse does not
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             return False
     return True

@@ -33,6 +33,7 @@ _BODIES = words(
     "table_constructor initializer_list field_initializer_list element flow_sequence list list_item"
 )
 _NAMES = {"identifier", "type_identifier", "command_name"}
+_OLD_PRINT = re.compile(rb"^([ \t]*)print[ \t]+(?:>>[ \t]*)?(?=[\w\"'\[{%-])", re.MULTILINE)  # Python 2
 _AT_MARGIN = re.compile(r"^(?![)\]}\s])", re.MULTILINE)
 _SMALL_BYTES = 1_500  # Python's parser takes half a millisecond
 _STAND_INS = (b"pass", b"if True:", b"except Exception: pass", b"except Exception:", b"else:", b"try:", b"@property")
@@ -60,7 +61,7 @@ def is_sound(snapshot: Snapshot, middle: str, tree: SyntaxTree | None, replaced:
         return _is_sound_nearby(snapshot, middle, tree, replaced)
     if _takes_a_word_for_a_name(new, start, end):
         return False
-    return new.language.id != "python" or parses_where_the_rest_does(new, statement, slice(start, end), snapshot.text)
+    return new.language.id != "python" or parses_where_the_rest_does(new, statement, slice(start, end))
 
 
 def _is_sound_nearby(snapshot: Snapshot, middle: str, tree: SyntaxTree, replaced: int) -> bool:
@@ -94,8 +95,8 @@ def _takes_a_word_for_a_name(new: SyntaxTree, start: int, end: int) -> bool:
     return False
 
 
-def parses_where_the_rest_does(new: SyntaxTree, statement: "Statement", middle: slice, old_text: str) -> bool:
-    """Return whether Python's parser accepts the new text, or would reject the rest of it, too.
+def parses_where_the_rest_does(new: SyntaxTree, statement: "Statement", middle: slice) -> bool:
+    """Return whether Python's parser accepts the new text, or where it would reject the rest, the statement alone.
 
     The rest is the text around the statement, or around the lines of the bytes ``middle``.
     """
@@ -112,7 +113,31 @@ def parses_where_the_rest_does(new: SyntaxTree, statement: "Statement", middle: 
     end = end if 0 <= end < region.stop else region.stop
     if region.start <= line and rest_parses(wrap + new.source[region.start : begin], new.source[end : region.stop]):
         return False
-    return not python_parses(old_text)
+    return statement_parses(new, statement)
+
+
+def statement_parses(new: SyntaxTree, statement: "Statement") -> bool:
+    """Return whether the statement is valid by itself: of a file that has errors elsewhere, or is for Python 2.
+
+    A header needs a body, its own or deeper lines below it; ``else`` and its like may follow what the file has above.
+    """
+    start = new.source.rfind(b"\n", 0, statement.start) + 1
+    end = new.source.find(b"\n", statement.end)
+    end = end if end >= 0 else len(new.source)
+    code = new.source[start:end]
+    if _OLD_PRINT.search(new.source, 0, start) or _OLD_PRINT.search(new.source, end):
+        code = _OLD_PRINT.sub(rb"\1", code)
+    indent = code[: len(code) - len(code.lstrip())]
+    below = next((line for line in new.source[end:].split(b"\n") if line.strip()), b"")
+    deeper = below[: len(below) - len(below.lstrip())]
+    body = b"\n" + deeper + b"pass" if deeper.startswith(indent) and len(deeper) > len(indent) else b""
+    wrap = b"if 1:\n" if indent else b""
+    if re.match(rb"\s*case\b", code):
+        wrap = b"match 1:\n" if indent else wrap
+    loop = indent + b"while 1:\n" + indent + b" pass\n"
+    attempt = indent + b"try: pass\n"
+    above = (b"", indent + b"if 1: pass\n", attempt, attempt + indent + b"except E: pass\n", loop)
+    return any(_parses(wrap + before + code + after) for before in above for after in dict.fromkeys((b"", body)))
 
 
 def _parses(source: bytes) -> bool:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from fimserver.lsp.session import Session
 
 COMPLETION_METHODS = (lsp.TEXT_DOCUMENT_INLINE_COMPLETION, lsp.TEXT_DOCUMENT_COMPLETION)
+_VERSIONED = (lsp.TEXT_DOCUMENT_DID_OPEN, lsp.TEXT_DOCUMENT_DID_CHANGE, lsp.NOTEBOOK_DOCUMENT_DID_CHANGE)
 _logger = logging.getLogger(__name__)
 
 
@@ -91,6 +92,8 @@ class FimProtocol(LanguageServerProtocol):
             return None
         if method == lsp.TEXT_DOCUMENT_DID_CHANGE:
             _drop_null_ranges(data)
+        if method in _VERSIONED:
+            self._fill_versions(data)
         try:
             message = super().structure_message(data)
             reasons = _coerced(data["params"]) if method in COMPLETION_METHODS else ""
@@ -107,6 +110,19 @@ class FimProtocol(LanguageServerProtocol):
             if isinstance(version, int):
                 self._client_versions[message_id] = version
         return message
+
+    def _fill_versions(self, data: dict[str, Any]) -> None:
+        """Put a document's last version where a client sends null or none, as LSP's earlier types allowed."""
+        documents = self._connection.session.documents
+        with suppress(KeyError, TypeError, AttributeError):
+            params = data["params"]
+            changed = [params["textDocument"]] if "textDocument" in params else []
+            cells = params.get("change", {}).get("cells", {}) if "notebookDocument" in params else {}
+            changed += [content["document"] for content in cells.get("textContent") or ()]
+            for document in changed:
+                if document.get("version") is None:
+                    known = documents.get(document["uri"])
+                    document["version"] = known.version if known is not None else 0
 
     def _reject(self, data: dict[str, Any], code: lsp.ErrorCodes, text: str) -> None:
         """Answer a message that cannot be read; after an unreadable edit its document is out of sync."""
