@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
-from fimserver.context.gather import find_matches, find_snippets, without_secrets
+from fimserver.context.gather import find_matches, find_snippets, without_deleted, without_secrets
 from fimserver.context.languages.names import find_language
 from fimserver.context.place import Place, TreeMemory, find_place, offer_match, to_answer
 from fimserver.context.privacy.ignored import IgnoreRules, is_writable
@@ -41,6 +41,7 @@ from fimserver.engine.client import EngineClient
 from fimserver.errors import EngineError
 from fimserver.settings import Settings, refuse_unsure
 
+_LEAST_DELETED = 8  # characters, for a match with what was deleted
 MAX_OTHER_DOCUMENTS = 8  # each is searched for matches at every request
 
 
@@ -119,9 +120,11 @@ def find_matches_for(query: Query, memory: Memory, place: Place) -> Found:
     """Return a place with what followed the same text in the document, in deleted text and in other documents."""
     matches: list[Match] = []
     if query.uses_matches and query.settings.seed is None:
-        deleted = (each for each in query.deleted if memory.refuse(each.uri, query.settings) is None)
-        others = [other.text for other in (*deleted, *_read_others(query, memory))]
+        deleted = [each for each in query.deleted if memory.refuse(each.uri, query.settings) is None]
+        cut = [f"{each.before}{each.text}{each.after}" for each in deleted if len(each.text) >= _LEAST_DELETED]
+        others = [*cut, *(other.text for other in _read_others(query, memory))]
         matches = without_secrets(query.snapshot, find_matches(query.snapshot, place.hole, others))
+        matches = without_deleted(query.snapshot, matches, deleted)
     sure = offer_match(matches, place) if query.offers_matches else None
     return Found(place, matches, sure)
 

@@ -179,10 +179,13 @@ class Settings:
         choices=("error", "warning", "info", "debug"),
     )
 
-    def allows(self, language_id: str) -> bool:
-        """Return whether completions are wanted in a language: its own entry, else that of ``*``, else yes."""
+    def allows(self, *names: str) -> bool:
+        """Return whether completions are wanted in a language, by the first of its names that has an entry.
+
+        Without any, the entry of ``*`` decides; without that, they are.
+        """
         languages = dict(self.languages)
-        return languages.get(language_id, languages.get(ANY_LANGUAGE, True))
+        return next((languages[name] for name in (*names, ANY_LANGUAGE) if name in languages), True)
 
 
 def to_wire_name(name: str) -> str:

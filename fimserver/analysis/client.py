@@ -23,7 +23,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -300,7 +300,6 @@ class AnalysisClient:
             if self._process is None or not self._process.is_alive:
                 return None
             self._process.texts.forget(job.key)
-            self._process.texts.forget(f"{job.key} deleted")
         process = self._started()
         message = {
             "step": job.step,
@@ -350,9 +349,10 @@ class AnalysisClient:
     def _to_message(self, process: _Process, key: str, query: Query) -> dict[str, Any]:
         snapshot = query.snapshot
 
-        def refer(documents: Any, kind: str) -> list[tuple[str, str, int]]:
+        def refer(documents: Sequence[OtherDocument]) -> list[tuple[str, str, int]]:
+            client = key.partition(" ")[0]
             return [
-                (each.uri, each.language_id, process.texts.refer(_kind_key(key, kind, each), each.text))
+                (each.uri, each.language_id, process.texts.refer(f"{client} {each.uri}", each.text))
                 for each in documents
             ]
 
@@ -365,9 +365,9 @@ class AnalysisClient:
             "cursor": snapshot.cursor,
             "settings": self._to_text(query.settings),
             "invoked": query.invoked,
-            "others": refer(query.others, "open"),
-            "deleted": refer(query.deleted, "deleted"),
-            "above": refer(query.above, "open"),
+            "others": refer(query.others),
+            "deleted": [to_plain(deletion) for deletion in query.deleted],
+            "above": refer(query.above),
             "uses_matches": query.uses_matches,
             "offers_matches": query.offers_matches,
         }
@@ -380,8 +380,3 @@ class AnalysisClient:
 
 def _to_key(client: int, uri: str) -> str:
     return f"{client} {uri}"
-
-
-def _kind_key(key: str, kind: str, document: OtherDocument) -> str:
-    """Return the key of another text: an open document of the same window, or a text of the document itself."""
-    return f"{key.partition(' ')[0]} {document.uri}" if kind == "open" else f"{key} {kind}"

@@ -27,7 +27,7 @@ from fimserver.context.languages.names import find_language
 from fimserver.context.limits import ANALYSIS_BYTES
 from fimserver.context.place import to_line
 from fimserver.context.privacy.ignored import IgnoreRules
-from fimserver.context.query import OtherDocument, Query
+from fimserver.context.query import Deletion, OtherDocument, Query
 from fimserver.context.syntax import load_grammar
 from fimserver.datatypes import Completion, Generation, ModelInfo, NoCompletion, Snapshot, from_plain, to_plain
 from fimserver.framing import read_body, take_private_streams, to_frame
@@ -104,16 +104,16 @@ class Analyst:
             self.texts[values["text"]],
             values["cursor"],
         )
-        others, deleted, above = (
+        others, above = (
             [OtherDocument(uri, language_id, self.texts[text]) for uri, language_id, text in values[name]]
-            for name in ("others", "deleted", "above")
+            for name in ("others", "above")
         )
         return Query(
             snapshot,
             _to_settings(values["settings"]),
             invoked=values["invoked"],
             others=[] if is_plain else others,
-            deleted=[] if is_plain else deleted,
+            deleted=[] if is_plain else [from_plain(Deletion, deletion) for deletion in values["deleted"]],
             above=above,
             uses_matches=values["uses_matches"],
             offers_matches=values["offers_matches"],

@@ -40,6 +40,10 @@ _NEXT_CONDITION = re.compile(r"\s*(?:\}\s*)?(?:else if|elif|elsif|elseif)\b(.*)"
 _FIRST = {"python": "if True:", "ruby": "begin", "lua": "do", "shellscript": "if true; then"}
 _FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})[ \t]*\{?\.?([\w+#-]*)[^\n`]*$", re.MULTILINE)
 _EMBEDDED = re.compile(r"<(script|style)\b([^>]*)>", re.IGNORECASE)
+_HOLD_SCRIPTS = frozenset({"html", "vue", "svelte", "astro", "handlebars", "jinja", "razor"})
+_JSX = frozenset({"javascript", "typescriptreact"})
+_STYLES = frozenset({"scss", "sass", "less", "stylus"})
+_ASTRO_CODE = re.compile(r"\s*---[ \t]*\n(.*?)^---[ \t]*$", re.MULTILINE | re.DOTALL)
 _MARK = "\ufeff"
 _MAGIC = re.compile(r"^[ \t]*(?:%(?=%?[A-Za-z])|!(?=[\w./~])|\?(?=\w))", re.MULTILINE)
 _MAX_MAGICS = 40
@@ -93,16 +97,43 @@ def _without_magics(snapshot: Snapshot) -> Snapshot:
 def find_embedded(snapshot: Snapshot) -> Focus:
     """Return the fenced code, script or style that holds the cursor; otherwise the document itself."""
     language = find_language(snapshot.language_id).id
-    found = None
-    if language == "markdown":
-        found = _find_fenced(snapshot.text, snapshot.cursor)
-    elif language == "html":
-        found = _find_script(snapshot.text, snapshot.cursor)
+    found = _find_inner(snapshot.text, snapshot.cursor, language)
     if found is None:
         return Focus(snapshot, 0)
     start, end, language_id = found
     inner = replace(snapshot, language_id=language_id, text=snapshot.text[start:end], cursor=snapshot.cursor - start)
     return Focus(inner, start)
+
+
+def _find_inner(text: str, cursor: int, language: str) -> tuple[int, int, str] | None:
+    """Return the range and language of the code of another language that holds the cursor."""
+    if language == "markdown":
+        return _find_fenced(text, cursor)
+    if language == "astro" and (fence := _ASTRO_CODE.match(text)) and fence.start(1) <= cursor <= fence.end(1):
+        return fence.start(1), fence.end(1), "typescript"
+    return _find_script(text, cursor) if language in _HOLD_SCRIPTS else None
+
+
+def language_at(text: str, offset: int, language: Language) -> str:
+    """Return the language at an offset of a document that may hold several: markup in code counts as one of its own."""
+    if language.id in _JSX:
+        return f"{language.id}, markup" if leading_text(text, offset).startswith("<") else language.id
+    if language.id == "php":
+        start = max(0, offset - _SCRIPT_REACH)
+        return "php" if text.rfind("<?", start, offset) > text.rfind("?>", start, offset) else "html"
+    found = _find_inner(text, offset, language.id)
+    return found[2] if found is not None else language.id
+
+
+def may_hold_others(language: Language) -> bool:
+    """Return whether a document may hold code of other languages."""
+    return language.id in _HOLD_SCRIPTS | _JSX | {"markdown", "php"}
+
+
+def leading_text(text: str, offset: int) -> str:
+    """Return the beginning of an offset's line, without its indentation."""
+    start = max(text.rfind("\n", max(0, offset - LINE), offset) + 1, offset - LINE)
+    return text[start:offset].lstrip()
 
 
 def _find_fenced(text: str, cursor: int) -> tuple[int, int, str] | None:
@@ -137,11 +168,13 @@ def _find_script(text: str, cursor: int) -> tuple[int, int, str] | None:
     kind = _SCRIPT_TYPE.search(opening[2])
     named = kind[1].lower() if kind else ""
     if opening[1].lower() == "style":
-        language_id = "css"
+        language_id = named if named in _STYLES else "css"
     elif "json" in named:
         language_id = "json"
     elif named in {"ts", "typescript", "text/typescript"}:
         language_id = "typescript"
+    elif named in {"tsx", "coffee"}:
+        language_id = named
     else:
         language_id = "javascript" if not named or "javascript" in named or named == "module" else "plaintext"
     return opening.end(), closing.start() if closing else len(text), language_id

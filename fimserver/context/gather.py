@@ -17,8 +17,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, islice
 
-from fimserver.context.limits import NEIGHBOUR, SEARCH
+from fimserver.context.focus import language_at, may_hold_others
+from fimserver.context.languages.names import find_language
+from fimserver.context.limits import MATCH, NEIGHBOUR, SEARCH
 from fimserver.context.privacy.redaction import mask_part, reveals
+from fimserver.context.query import Deletion
 from fimserver.datatypes import Hole, HoleKind, Match, Snapshot, Snippet
 from fimserver.text import common_prefix_length, common_suffix_length, line_around, to_newlines
 
@@ -31,6 +34,8 @@ _MAX_HITS = 16  # per anchor and text
 _MAX_MATCHES = 4
 _WORD_END = re.compile(r"\w*\Z")
 _WORD = re.compile(r"[^\W\d]\w{2,}")
+_SAME_PLACE = 32  # characters before a place that tell it from others
+_LEAST_DELETED = 3  # characters
 _SNIPPET_LINES = 16
 _SNIPPET_REACH = 1_200  # characters before the cursor whose words are searched for in other files
 _SNIPPET_STRIDE = 400  # the position that they are counted from moves in steps of this
@@ -56,6 +61,8 @@ def _search(snapshot: Snapshot, hole: Hole, others: Sequence[str], deadline: flo
     """Yield each match, the text it is in, and where it begins there, until the deadline or until there are enough."""
     seen: set[tuple[int, int]] = set()
     num_texts: set[str] = set()
+    language = find_language(snapshot.language_id)
+    here = language_at(snapshot.text, snapshot.cursor, language) if may_hold_others(language) else None
     line_start = snapshot.cursor - len(line_around(snapshot.text, snapshot.cursor)[0])
     before = _Before(snapshot.text[max(0, snapshot.cursor - _REACH) : snapshot.cursor])
     after = _After(snapshot, hole)
@@ -70,6 +77,8 @@ def _search(snapshot: Snapshot, hole: Hole, others: Sequence[str], deadline: flo
                 if (source, end) in seen or (source == 0 and line_start < end <= snapshot.cursor):
                     continue  # on the cursor's own line
                 seen.add((source, end))
+                if here is not None and language_at(text, end, language) != here:
+                    continue
                 ngram_match = _to_match(text, end, before, after, source)
                 if ngram_match is not None:
                     num_texts.add(ngram_match.text)
@@ -82,6 +91,24 @@ def without_secrets(snapshot: Snapshot, matches: Iterable[Match]) -> list[Match]
     """Return the matches that would not reveal a secret from elsewhere."""
     before, _ = line_around(snapshot.text, snapshot.cursor)
     return [ngram_match for ngram_match in matches if not reveals(before, ngram_match.text)]
+
+
+def without_deleted(snapshot: Snapshot, matches: Iterable[Match], deletions: Sequence[Deletion]) -> list[Match]:
+    """Return the matches that would not bring back what the user has just deleted at the same place."""
+    here = snapshot.text[max(0, snapshot.cursor - _REACH) : snapshot.cursor].rstrip()
+    at_cursor = [d for d in deletions if d.uri == snapshot.uri and _is_same_place(d.before.rstrip(), here)]
+    deleted = [line_around(d.text.lstrip(), 0)[1].rstrip() for d in at_cursor]
+    long = [text for text in deleted if len(text) >= _LEAST_DELETED]
+    return [match for match in matches if not any(_is_return(match.text, text) for text in long)]
+
+
+def _is_same_place(before: str, here: str) -> bool:
+    length = min(len(before), len(here), _SAME_PLACE)
+    return before[len(before) - length :] == here[len(here) - length :] if length else before == here
+
+
+def _is_return(text: str, deleted: str) -> bool:
+    return text.strip().startswith(deleted) or deleted.startswith(text.strip())
 
 
 def is_sure(ngram_match: Match) -> bool:
@@ -130,7 +157,9 @@ def _to_match(text: str, end: int, before: _Before, after: _After, source: int) 
     matched = before.text[len(before.text) - _common_end(text, end, before.text) :]
     if len(matched) == len(before.word) and end > len(before.word) and _is_word(text[end - len(before.word) - 1]):
         return None
-    rest = line_around(text, end)[1]
+    rest = line_around(text[end : end + MATCH + 1], 0)[1]
+    if len(rest) > MATCH:
+        return None
     middle, agreement = rest.rstrip(), 0
     if standing := after.line.rstrip():
         if middle.endswith(standing):

@@ -36,8 +36,8 @@ _ESTIMATED_TOKENS = {
 _HEAD = 4_000  # characters that are searched for a "generated" notice
 _GENERATED = re.compile(
     r"(?<![\w.])@generated\b|\bDO NOT (?:EDIT|MODIFY)\b|\b(?i:do not (?:edit|modify) th(?:is|e) file)\b|"
-    r"^\W*(?i:(?:th(?:is|e) )?(?:code|file|source)?,? ?(?:is |was |has been )?(?:auto-?|automatically |machine[- ])?generated"
-    r" (?:by|from|with|using|code|file))\b(?! Django)",  # a migration of Django is edited
+    r"^\W*(?i:(?:th(?:is|e) )?(?:code|file|source)?,? ?(?:is |was |has been )?(?:auto-?|automatically |machine[- ])?"
+    r"generated (?:by|from|with|using|code|file))\b(?! Django)",  # a migration of Django is edited
     re.MULTILINE,
 )
 _BEFORE_COMMENTS = re.compile(
@@ -80,9 +80,11 @@ def refuse_document(snapshot: Snapshot, *, invoked: bool = False, writable: bool
 
 def first_comments(text: str, language: Language) -> str:
     """Return the comments above a file's first line of code, a line of text for each; a notice is nowhere else."""
-    head, found, position = to_newlines(text[:_HEAD]), [], 0
+    head, position = to_newlines(text[:_HEAD]), 0
+    found: list[str] = []
     while True:
-        position += len(_BEFORE_COMMENTS.match(head, position)[0])  # type: ignore[index]  matches anything
+        before = _BEFORE_COMMENTS.match(head, position)
+        position = before.end() if before is not None else position
         block = next((marks for marks in language.block_comments if head.startswith(marks[0], position)), None)
         line = next((mark for mark in language.line_comments if head.startswith(mark, position)), None)
         if block is not None:
@@ -100,8 +102,9 @@ def find_hole(snapshot: Snapshot, tree: SyntaxTree | None, settings: Settings) -
     """Return the hole at the snapshot's cursor."""
     language = find_language(snapshot.language_id)
     before, after = line_around(snapshot.text, snapshot.cursor)
-    kind: HoleKind | NoCompletion
-    kind = (tree and _find_in_text(snapshot, tree, language)) or _find_in_code(snapshot, before, after, language)
+    kind: HoleKind | NoCompletion | None
+    kind = _find_in_text(snapshot, tree, language) if tree else _scan_for_text(snapshot, language)
+    kind = kind or _find_in_code(snapshot, before, after, language)
     if isinstance(kind, NoCompletion):
         return kind
     if refusal := _refuse(kind, settings):
@@ -197,6 +200,11 @@ def _scan_in_text(snapshot: Snapshot, language: Language) -> HoleKind | None:
     if not state.quote:
         return None
     return HoleKind.DOCSTRING if _opens_docstring(snapshot.text, state) else HoleKind.STRING
+
+
+def _scan_for_text(snapshot: Snapshot, language: Language) -> HoleKind | None:
+    """Like ``_scan_in_text``, for a language without a grammar; plain text has no comments, and no strings either."""
+    return _scan_in_text(snapshot, language) if language.is_lexical or language.grammar else None
 
 
 def _opens_docstring(text: str, state: OpenState) -> bool:

@@ -34,9 +34,8 @@ NEIGHBOUR = 64_000
 # Characters on either side of the cursor, or before the end of another document, that are searched for matches.
 SEARCH = 200_000
 
-# A match is offered as it stands elsewhere; a longer one is a wall of text.
-MATCH_CHARACTERS = 400
-MATCH_LINES = 1
+# Characters of a match, which ends with its line: more than three lines of ghost text on a screen are a wall of text.
+MATCH = 400
 
 # Texts that the analysis process holds, in all; beyond that the oldest are sent again when they are needed.
 HELD_TEXTS = 256

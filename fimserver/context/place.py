@@ -65,6 +65,8 @@ def find_place(
     """Return the hole at the cursor with its surroundings; updates ``memory``."""
     if refusal := refuse_document(snapshot, invoked=invoked, writable=writable):
         return refusal
+    if not snapshot.cursor and without_mark(snapshot).shift:
+        return NoCompletion("before_mark", "the cursor is before the byte order mark, which has to stay first")
     focus = find_focus(snapshot)
     tree = parse(focus.snapshot.text, focus.snapshot.language_id, memory.tree if memory else None)
     if memory is not None:

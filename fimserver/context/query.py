@@ -2,6 +2,7 @@
 
     Query           a place and everything that decides what is offered there, except the model
     OtherDocument   another text that a match or a snippet may come from
+    Deletion        text that the user has just deleted
     Answer          the completions in the engine's answer
     sampling_for    how the engine decodes for a query
 
@@ -17,7 +18,7 @@ from fimserver.settings import Settings, to_sampling
 
 @dataclass(frozen=True, slots=True)
 class OtherDocument:
-    """Another text: an open document, a cell of a notebook, or text that was just deleted from a document."""
+    """Another text: an open document, or a cell of a notebook."""
 
     uri: str
     language_id: str
@@ -25,20 +26,30 @@ class OtherDocument:
 
 
 @dataclass(frozen=True, slots=True)
+class Deletion:
+    """Text that was just cut or deleted, and the text that was before and after it."""
+
+    uri: str
+    before: str
+    text: str
+    after: str
+
+
+@dataclass(frozen=True, slots=True)
 class Query:
     """One place and everything that decides what is offered there, except the model.
 
     ``others`` are the other open documents, the last edited first; ``deleted`` are texts that were just cut or
-    deleted; ``above`` are the cells above, for a cell of a notebook. None of them need be readable: the pipeline asks
-    the ignore rules. ``uses_matches`` is off only for measurements of the model alone; ``offers_matches`` is off for a
-    trace, which shows what the model does.
+    deleted, the last one first; ``above`` are the cells above, for a cell of a notebook. None of them need be readable:
+    the pipeline asks the ignore rules. ``uses_matches`` is off only for measurements of the model alone;
+    ``offers_matches`` is off for a trace, which shows what the model does.
     """
 
     snapshot: Snapshot
     settings: Settings
     invoked: bool = True
     others: Sequence[OtherDocument] = ()
-    deleted: Sequence[OtherDocument] = ()
+    deleted: Sequence[Deletion] = ()
     above: Sequence[OtherDocument] = ()
     uses_matches: bool = True
     offers_matches: bool = True

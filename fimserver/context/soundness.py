@@ -14,8 +14,10 @@ from functools import lru_cache
 
 from tree_sitter import Node
 
-from fimserver.context.languages.table import words
-from fimserver.context.scan import python_parses
+from fimserver.context.languages.lexical import PROSE
+from fimserver.context.languages.names import find_language
+from fimserver.context.languages.table import PLAIN, words
+from fimserver.context.scan import python_parses, scan
 from fimserver.context.syntax import SyntaxTree, parse
 from fimserver.datatypes import Snapshot
 
@@ -42,10 +44,10 @@ _STAND_INS = (b"pass", b"if True:", b"except Exception: pass", b"except Exceptio
 def is_sound(snapshot: Snapshot, middle: str, tree: SyntaxTree | None, replaced: int = 0) -> bool:
     """Return whether ``middle`` may replace the ``replaced`` characters after the snapshot's cursor.
 
-    Without a tree this cannot be checked: ``True``.
+    Without a tree only brackets are checked, where the language has any.
     """
     if tree is None:
-        return True
+        return brackets_fit(snapshot, middle, replaced)
     before, after = snapshot.text[: snapshot.cursor], snapshot.text[snapshot.cursor + replaced :]
     text = before + middle + after
     new = parse(text, snapshot.language_id, tree, exact=False)
@@ -61,7 +63,25 @@ def is_sound(snapshot: Snapshot, middle: str, tree: SyntaxTree | None, replaced:
         return _is_sound_nearby(snapshot, middle, tree, replaced)
     if _takes_a_word_for_a_name(new, start, end):
         return False
-    return new.language.id != "python" or parses_where_the_rest_does(new, statement, slice(start, end))
+    return new.language.id != "python" or parses_where_the_rest_does(new, statement, slice(start, end), snapshot.text)
+
+
+def brackets_fit(snapshot: Snapshot, middle: str, replaced: int = 0) -> bool:
+    """Return whether a middle closes only what is open before it, and opens only what is closed, by a lexical scan."""
+    language = find_language(snapshot.language_id)
+    if not language.has_brackets or language.id == PLAIN.id or language.id in PROSE:
+        return True
+    before, after = snapshot.text[: snapshot.cursor], snapshot.text[snapshot.cursor + replaced :]
+    above, here = scan(before, language), scan(before + middle, language)
+    if above.quote or above.in_comment:
+        return True
+    if above.unmatched is None and here.unmatched is not None:
+        return False
+    opened = [offset for offset in here.offsets if offset >= len(before)]
+    if not opened:
+        return True
+    whole = scan(before + middle + after, language)
+    return whole.unmatched is None and not any(offset in opened for offset in whole.offsets)
 
 
 def _is_sound_nearby(snapshot: Snapshot, middle: str, tree: SyntaxTree, replaced: int) -> bool:
@@ -95,7 +115,7 @@ def _takes_a_word_for_a_name(new: SyntaxTree, start: int, end: int) -> bool:
     return False
 
 
-def parses_where_the_rest_does(new: SyntaxTree, statement: "Statement", middle: slice) -> bool:
+def parses_where_the_rest_does(new: SyntaxTree, statement: "Statement", middle: slice, old_text: str) -> bool:
     """Return whether Python's parser accepts the new text, or where it would reject the rest, the statement alone.
 
     The rest is the text around the statement, or around the lines of the bytes ``middle``.
@@ -113,7 +133,7 @@ def parses_where_the_rest_does(new: SyntaxTree, statement: "Statement", middle: 
     end = end if 0 <= end < region.stop else region.stop
     if region.start <= line and rest_parses(wrap + new.source[region.start : begin], new.source[end : region.stop]):
         return False
-    return statement_parses(new, statement)
+    return not python_parses(old_text) and statement_parses(new, statement)
 
 
 def statement_parses(new: SyntaxTree, statement: "Statement") -> bool:
@@ -128,6 +148,8 @@ def statement_parses(new: SyntaxTree, statement: "Statement") -> bool:
     if _OLD_PRINT.search(new.source, 0, start) or _OLD_PRINT.search(new.source, end):
         code = _OLD_PRINT.sub(rb"\1", code)
     indent = code[: len(code) - len(code.lstrip())]
+    if indent and not _is_in_block(new.source[:start], indent):
+        return False
     below = next((line for line in new.source[end:].split(b"\n") if line.strip()), b"")
     deeper = below[: len(below) - len(below.lstrip())]
     body = b"\n" + deeper + b"pass" if deeper.startswith(indent) and len(deeper) > len(indent) else b""
@@ -138,6 +160,17 @@ def statement_parses(new: SyntaxTree, statement: "Statement") -> bool:
     attempt = indent + b"try: pass\n"
     above = (b"", indent + b"if 1: pass\n", attempt, attempt + indent + b"except E: pass\n", loop)
     return any(_parses(wrap + before + code + after) for before in above for after in dict.fromkeys((b"", body)))
+
+
+def _is_in_block(above: bytes, indent: bytes) -> bool:
+    """Return whether a line of this indentation may follow: after others like it, or after a header."""
+    for line in reversed(above.split(b"\n")):
+        code = line.strip()
+        if code and not code.startswith(b"#"):
+            own = line[: len(line) - len(line.lstrip())]
+            if own == indent or len(own) < len(indent):
+                return own == indent or re.search(rb":\s*(?:#.*)?$", code) is not None
+    return False
 
 
 def _parses(source: bytes) -> bool:

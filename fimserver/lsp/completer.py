@@ -83,6 +83,7 @@ class Completer:
         if found.treatment is not Treatment.NORMAL:
             request.notes.facts["treatment"] = found.treatment.name.lower()
         self._policy.check(request)  # the text may have changed meanwhile
+        self._policy.check_found(request, found)
         if cached:
             return cached, "cache"
         if (match := found.sure) is not None:

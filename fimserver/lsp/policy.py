@@ -80,12 +80,20 @@ class RequestPolicy:
             raise RefusedError(NoCompletion("snoozed", detail))
         if (not_kept := self._session.not_kept.get(request.snapshot.uri)) is not None:
             raise RefusedError(not_kept)
-        language = request.snapshot.language_id
-        if not self._session.settings.allows(language):
-            detail = f"completions are off in {language!r}; turn them on in fimserver.languages"
-            raise RefusedError(NoCompletion("language_off", detail))
+        self._check_language_wanted(request.snapshot.language_id)
         if not self._session.is_current(request.document_snapshot):
             raise RefusedError(CHANGED)
+
+    def _check_language_wanted(self, *language_ids: str) -> None:
+        """Raise ``RefusedError`` if the settings turn completions off in a language, by any of its names."""
+        names = [name for each in language_ids for name in (each, find_language(each).id, *each.split("."))]
+        if not self._session.settings.allows(*names):
+            detail = f"completions are off in {language_ids[0]!r}; turn them on in fimserver.languages"
+            raise RefusedError(NoCompletion("language_off", detail))
+
+    def check_found(self, request: Request, found: FoundHole) -> None:
+        """Raise ``RefusedError`` if nothing may be offered in the language at the cursor, which may be embedded."""
+        self._check_language_wanted(found.language_id, request.snapshot.language_id)
 
     async def wait_until_due(self, request: Request, found: FoundHole) -> None:
         """Wait for the engine (invoked) or for a pause in typing (automatic)."""

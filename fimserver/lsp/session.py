@@ -9,12 +9,11 @@ import math
 import time
 from collections import Counter, deque
 from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import islice
 
 from fimserver.context.languages.names import find_language
 from fimserver.context.limits import ALL_CONNECTIONS, CONNECTION, DOCUMENT
-from fimserver.context.query import OtherDocument, Query
+from fimserver.context.query import Deletion, OtherDocument, Query
 from fimserver.datatypes import Completion, NoCompletion, Snapshot
 from fimserver.lsp.completion_cache import AROUND, CompletionCache
 from fimserver.lsp.configuration import Configuration
@@ -25,23 +24,11 @@ from fimserver.settings import Settings
 from fimserver.text import Encoding, LineIndex, common_prefix_length, common_suffix_length
 
 _MAX_DELETED = 6
-_MIN_DELETED = 8  # characters
+_MOST_DELETED = 20_000  # characters that are kept of one deletion
 _MAX_OTHERS = 16  # documents that are offered to the pipeline, which takes those that may be read
 
 
 _kept: Counter[int] = Counter()  # characters that each connection of this process keeps
-
-
-@dataclass(frozen=True, slots=True)
-class Deleted:
-    """Text that was cut from ``start`` on, and the text around it."""
-
-    uri: str
-    start: int
-    before: str
-    text: str
-    after: str
-    whole: str  # all three
 
 
 class Session:
@@ -57,7 +44,8 @@ class Session:
         self.lost: set[str] = set()  # documents with an unreadable edit
         self.not_kept: dict[str, NoCompletion] = {}  # documents that are too large, and why
         self._snoozed_until = 0.0  # time.monotonic
-        self._deleted: deque[Deleted] = deque(maxlen=_MAX_DELETED)
+        # where each began, too
+        self._deleted: deque[tuple[int, Deletion]] = deque(maxlen=_MAX_DELETED)
 
     @property
     def settings(self) -> Settings:
@@ -138,7 +126,7 @@ class Session:
             self.settings,
             invoked=invoked,
             others=[_to_other(d) for d in islice(same, _MAX_OTHERS) if d.uri != snapshot.uri],
-            deleted=[OtherDocument(d.uri, "", d.whole) for d in self._deleted if len(d.text) >= _MIN_DELETED],
+            deleted=[deleted for _, deleted in self._deleted],
             above=[_to_other(d) for d in cells if d is not None],
         )
 
@@ -152,11 +140,11 @@ class Session:
             old.text[start:end],
             old.text[end : end + AROUND],
         )
-        last = self._deleted[0] if self._deleted else None
-        if last is not None and last.uri == new.uri and last.start in {end, start}:  # backspace or delete held down
+        last_start, last = self._deleted[0] if self._deleted else (-1, None)
+        if last is not None and last.uri == new.uri and last_start in {end, start}:  # backspace or delete held down
             self._deleted.popleft()
-            text, after = text + last.text if last.start == end else last.text + text, last.after
-        self._deleted.appendleft(Deleted(new.uri, start, before, text, after, f"{before}{text}{after}"))
+            text, after = text + last.text if last_start == end else last.text + text, last.after
+        self._deleted.appendleft((start, Deletion(new.uri, before, text[:_MOST_DELETED], after)))
 
     def snooze(self, minutes: object) -> None:
         """Offer no automatic completions for some minutes."""

@@ -94,7 +94,14 @@ def test_fences_and_scripts_are_in_their_own_language() -> None:
 
 @pytest.mark.parametrize(
     ("name", "language"),
-    [("JavaScriptReact", "javascript"), ("cs", "csharp"), ("SH", "shellscript"), ("jsonc", "json"), ("?", "plaintext")],
+    [
+        ("JavaScriptReact", "javascript"),
+        ("cs", "csharp"),
+        ("SH", "shellscript"),
+        ("jsonc", "json"),
+        ("?", "?"),
+        ("", "plaintext"),
+    ],
 )
 def test_editors_names_for_languages(name: str, language: str) -> None:
     assert find_language(name).id == language

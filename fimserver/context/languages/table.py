@@ -65,6 +65,7 @@ class Language:
     whole_file: int = 6_000  # characters up to which a file is analysed whole; parsing so many takes 1 ms
     reserved: str = ""  # keywords that the grammar reads as names
     end_words: tuple[tuple[str, str], ...] = ()  # (header, end word) of the keyword style
+    is_lexical: bool = False  # only comments, strings and brackets are known (``lexical.py``)
 
     @cached_property
     def header_pattern(self) -> re.Pattern[str]:
