@@ -3,7 +3,7 @@
     from the daemon   a JSON object with ``step``, ``query`` and the step's own values, then new texts (``texts.py``)
     to the daemon     {"ready": true} once, then one object for each step: ``result`` and ``cpu_ms``, or ``error``
 
-Native code runs here on text that nobody checked: a parser may crash, never end, or fill the memory. The kernel ends
+Native code runs here on text that can be anything: a parser may crash, never end, or fill the memory. The kernel ends
 the process after a limit of CPU time for each step (where it has such a timer; elsewhere the daemon does, by the clock)
 and beyond a size of memory. End of input ends it as well.
 

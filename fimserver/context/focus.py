@@ -47,6 +47,11 @@ _ASTRO_CODE = re.compile(r"\s*---[ \t]*\n(.*?)^---[ \t]*$", re.MULTILINE | re.DO
 _MARK = "\ufeff"
 _MAGIC = re.compile(r"^[ \t]*(?:%(?=%?[A-Za-z])|!(?=[\w./~])|\?(?=\w))", re.MULTILINE)
 _MAX_MAGICS = 40
+_LONE_RETURN = re.compile(r"\r(?!\n)")
+_CELL_MAGIC = re.compile(r"\s*%%(\w+)[^\n]*(?:\n|\Z)")
+_PYTHON_CELLS = frozenset(
+    {"time", "timeit", "capture", "prun", "debug", "python", "python3", "pypy", "cython", "memit"}
+)
 _SCRIPT_TYPE = re.compile(r"""(?:type|lang)\s*=\s*["']?([\w/+.-]+)""", re.IGNORECASE)
 
 
@@ -65,7 +70,7 @@ class Focus:
 def find_focus(snapshot: Snapshot) -> Focus:
     """Return the part of the document to analyse for this cursor."""
     marked = without_mark(snapshot)
-    inner = find_embedded(marked.snapshot)
+    inner = find_embedded(_with_newlines(marked.snapshot))
     region = _find_region(_without_magics(inner.snapshot))
     return Focus(region.snapshot, region.shift + inner.shift + marked.shift)
 
@@ -75,6 +80,14 @@ def without_mark(snapshot: Snapshot) -> Focus:
     if not snapshot.text.startswith(_MARK):
         return Focus(snapshot, 0)
     return Focus(replace(snapshot, text=snapshot.text[1:], cursor=max(0, snapshot.cursor - 1)), 1)
+
+
+def _with_newlines(snapshot: Snapshot) -> Snapshot:
+    """Return a document whose lone carriage returns are newlines: parsers do not know that they end lines."""
+    text = snapshot.text
+    if text.count("\r") == text.count("\r\n"):
+        return snapshot
+    return replace(snapshot, text=_LONE_RETURN.sub("\n", text))
 
 
 def _without_magics(snapshot: Snapshot) -> Snapshot:
@@ -111,6 +124,8 @@ def _find_inner(text: str, cursor: int, language: str) -> tuple[int, int, str] |
         return _find_fenced(text, cursor)
     if language == "astro" and (fence := _ASTRO_CODE.match(text)) and fence.start(1) <= cursor <= fence.end(1):
         return fence.start(1), fence.end(1), "typescript"
+    if language == "python" and (cell := _CELL_MAGIC.match(text)) and cell[1] not in _PYTHON_CELLS:
+        return (cell.end(), len(text), cell[1]) if cursor >= cell.end() else None
     return _find_script(text, cursor) if language in _HOLD_SCRIPTS else None
 
 

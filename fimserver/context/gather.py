@@ -19,9 +19,11 @@ from itertools import accumulate, islice
 
 from fimserver.context.focus import language_at, may_hold_others
 from fimserver.context.languages.names import find_language
-from fimserver.context.limits import MATCH, NEIGHBOUR, SEARCH
+from fimserver.context.languages.table import Language
+from fimserver.context.limits import LINE, MATCH, NEIGHBOUR, SEARCH
 from fimserver.context.privacy.redaction import mask_part, reveals
 from fimserver.context.query import Deletion
+from fimserver.context.scan import scan, without_comment
 from fimserver.datatypes import Hole, HoleKind, Match, Snapshot, Snippet
 from fimserver.text import common_prefix_length, common_suffix_length, line_around, to_newlines
 
@@ -63,8 +65,11 @@ def _search(snapshot: Snapshot, hole: Hole, others: Sequence[str], deadline: flo
     num_texts: set[str] = set()
     language = find_language(snapshot.language_id)
     here = language_at(snapshot.text, snapshot.cursor, language) if may_hold_others(language) else None
-    line_start = snapshot.cursor - len(line_around(snapshot.text, snapshot.cursor)[0])
-    before = _Before(snapshot.text[max(0, snapshot.cursor - _REACH) : snapshot.cursor])
+    line = line_around(snapshot.text, snapshot.cursor)[0]
+    line_start = snapshot.cursor - len(line)
+    inner = find_language(here.partition(",")[0]) if here is not None else language
+    reach = snapshot.text[max(0, snapshot.cursor - _REACH) : snapshot.cursor]
+    before = _Before(reach, inner, scan(line[-LINE:], inner).quote)
     after = _After(snapshot, hole)
     for length in _ANCHORS:
         anchor = before.text[-length:]
@@ -118,9 +123,11 @@ def is_sure(ngram_match: Match) -> bool:
 
 @dataclass(slots=True)
 class _Before:
-    """The text before the cursor, and the word that ends at the cursor."""
+    """The text before the cursor, its language, the string that its line leaves open, and the word at its end."""
 
     text: str
+    language: Language
+    quote: str
     word: str = ""
 
     def __post_init__(self) -> None:
@@ -160,7 +167,11 @@ def _to_match(text: str, end: int, before: _Before, after: _After, source: int) 
     rest = line_around(text[end : end + MATCH + 1], 0)[1]
     if len(rest) > MATCH:
         return None
-    middle, agreement = rest.rstrip(), 0
+    start = text.rfind("\n", max(0, end - LINE), end) + 1 or max(0, end - LINE)
+    if scan(text[start:end], before.language).quote != before.quote:
+        return None  # what ends a string there is text here, or the other way round
+    code = without_comment(text[start : end + len(rest)], before.language)
+    middle, agreement = code[end - start :].rstrip(), 0  # a remark is about the line that it stands on
     if standing := after.line.rstrip():
         if middle.endswith(standing):
             middle = middle[: len(middle) - len(standing)]

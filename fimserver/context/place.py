@@ -21,7 +21,7 @@ from fimserver.context.query import Answer
 from fimserver.context.syntax import SyntaxTree, parse
 from fimserver.datatypes import Alternative, Completion, Generation, Hole, Match, NoCompletion, Snapshot
 from fimserver.settings import Settings
-from fimserver.text import to_newlines
+from fimserver.text import line_ending, to_newlines
 
 _CUT_ENDS = ")]}>\"'`;:, "  # characters at the end of a line that may already follow the cursor
 
@@ -81,7 +81,9 @@ def complete_place(text: str, place: Place, origin: Origin = WHOLE) -> Completio
     if isinstance(outcome, NoCompletion):
         return outcome
     start, end = place.focus.to_document(outcome.replace_start), place.focus.to_document(outcome.replace_end)
-    return replace(outcome, replace_start=start, replace_end=end)
+    ending = line_ending(place.snapshot.text)
+    middle = outcome.middle.replace("\n", ending) if ending == "\r" else outcome.middle
+    return replace(outcome, middle=middle, replace_start=start, replace_end=end)
 
 
 def offer_match(matches: Sequence[Match], place: Place) -> Completion | None:
@@ -98,7 +100,8 @@ def complete_match(text: str, place: Place) -> Completion | NoCompletion:
     if isinstance(outcome, NoCompletion):
         return outcome
     text, middle = text.strip(), outcome.middle.strip()
-    as_it_is = middle.startswith(text) or (text.startswith(middle) and not text[len(middle) :].strip(")]}\"'`;:, "))
+    is_longer = middle.startswith(text) and not middle[len(text) :].strip(")]}")
+    as_it_is = is_longer or (text.startswith(middle) and not text[len(middle) :].strip(")]}\"'`;:, "))
     return outcome if as_it_is else NoCompletion("match_changed", "a match from elsewhere does not fit here as it is")
 
 

@@ -32,6 +32,7 @@ from fimserver.datatypes import Completion, Hole, HoleKind, NoCompletion, Snapsh
 from fimserver.text import leading_whitespace, line_around, line_ending, to_newlines
 
 _REPEATED_PHRASE = re.compile(r"(?=(\S.{4,60}?)\1{3,})", re.DOTALL)
+_OFTEN_REPEATED = re.compile(r"(?=(\S.{4,60}?)\1{6,})")  # over several lines
 _REPEATED_LINE = re.compile(r"^(.*[A-Za-z].*[^,\n])(?:\n\1){3,}$", re.MULTILINE)
 _SEARCHED = 4_000  # characters at the end of a text
 _WORDS = re.compile(r"[A-Za-z_]{2,}")
@@ -216,7 +217,8 @@ def repeats_itself(text: str) -> bool:
     """
     text = text[-_SEARCHED:]
     lines = "\n".join(line.strip() for line in text.split("\n"))
-    phrases = (set(_WORDS.findall(match[1])) for match in _REPEATED_PHRASE.finditer(text))
+    found = (*_REPEATED_PHRASE.finditer(text), *_OFTEN_REPEATED.finditer(" ".join(text.split())))
+    phrases = (set(_WORDS.findall(match[1])) for match in found)
     return _REPEATED_LINE.search(lines) is not None or any(len(words) > 1 for words in phrases)
 
 

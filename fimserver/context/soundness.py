@@ -137,7 +137,7 @@ def parses_where_the_rest_does(new: SyntaxTree, statement: "Statement", middle: 
 
 
 def statement_parses(new: SyntaxTree, statement: "Statement") -> bool:
-    """Return whether the statement is valid by itself: of a file that has errors elsewhere, or is for Python 2.
+    """Return whether the statement alone is valid: of a file that has errors elsewhere, or is for Python 2.
 
     A header needs a body, its own or deeper lines below it; ``else`` and its like may follow what the file has above.
     """
