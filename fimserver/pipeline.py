@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
-from fimserver.context.gather import find_matches, find_snippets, without_deleted, without_secrets
+from fimserver.context.gather import brings_back, find_matches, find_snippets, without_secrets
 from fimserver.context.languages.names import find_language
-from fimserver.context.place import Place, TreeMemory, find_place, offer_match, to_answer
+from fimserver.context.place import Place, TreeMemory, find_place, offer_match, to_answer, to_line
 from fimserver.context.privacy.ignored import IgnoreRules, is_writable
 from fimserver.context.query import Answer, OtherDocument, Query, sampling_for
 from fimserver.context.window import budget_for, build_context, path_of
@@ -124,7 +124,7 @@ def find_matches_for(query: Query, memory: Memory, place: Place) -> Found:
         cut = [f"{each.before}{each.text}{each.after}" for each in deleted if len(each.text) >= _LEAST_DELETED]
         others = [*cut, *(other.text for other in _read_others(query, memory))]
         matches = without_secrets(query.snapshot, find_matches(query.snapshot, place.hole, others))
-        matches = without_deleted(query.snapshot, matches, deleted)
+        matches = [match for match in matches if not brings_back(match.text, query.snapshot, deleted)]
     sure = offer_match(matches, place) if query.offers_matches else None
     return Found(place, matches, sure)
 
@@ -166,7 +166,19 @@ def read_answer(
 
     ``shown`` is a first line that is on the screen already: the answer has to continue it.
     """
-    return to_answer(generation, found.place, shown=shown, min_confidence=query.settings.min_confidence)
+    answer = to_answer(generation, found.place, shown=shown, min_confidence=query.settings.min_confidence)
+    if query.invoked or isinstance(answer, NoCompletion):
+        return answer
+    if brings_back(answer.completions[0].middle, query.snapshot, query.deleted):
+        return NoCompletion("deleted", "the model's answer is what was just deleted here; type its beginning to get it")
+    return answer
+
+
+def read_line(query: Query, found: Found, text: str) -> Completion | None:
+    """Return the first line of an answer that is not whole yet; ``None`` if it cannot stand alone."""
+    line = to_line(text, found.place)
+    is_wanted = line is not None and (query.invoked or not brings_back(line.middle, query.snapshot, query.deleted))
+    return line if is_wanted else None
 
 
 def conclude(query: Query, found: Found, generation: Generation) -> Answer | NoCompletion:

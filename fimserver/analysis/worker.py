@@ -25,7 +25,6 @@ from fimserver import pipeline
 from fimserver.analysis.texts import ReceivedTexts
 from fimserver.context.languages.names import find_language
 from fimserver.context.limits import ANALYSIS_BYTES
-from fimserver.context.place import to_line
 from fimserver.context.privacy.ignored import IgnoreRules
 from fimserver.context.query import Deletion, OtherDocument, Query
 from fimserver.context.syntax import load_grammar
@@ -75,7 +74,7 @@ class Analyst:
             info = from_plain(ModelInfo, message["info"]) if message["info"] else None
             return {"context": to_plain(pipeline.to_context(query, memory, found, info))}
         if step == "line":
-            line = to_line(message["text"], found.place)
+            line = pipeline.read_line(query, found, message["text"])
             return {"completion": to_plain(line) if line is not None else None}
         shown = from_plain(Completion, message["shown"]) if message["shown"] else None
         generation = from_plain(Generation, message["generation"])

@@ -98,13 +98,12 @@ def without_secrets(snapshot: Snapshot, matches: Iterable[Match]) -> list[Match]
     return [ngram_match for ngram_match in matches if not reveals(before, ngram_match.text)]
 
 
-def without_deleted(snapshot: Snapshot, matches: Iterable[Match], deletions: Sequence[Deletion]) -> list[Match]:
-    """Return the matches that would not bring back what the user has just deleted at the same place."""
+def brings_back(text: str, snapshot: Snapshot, deletions: Sequence[Deletion]) -> bool:
+    """Return whether a text at the cursor begins with what the user has just deleted at the same place, or is part."""
     here = snapshot.text[max(0, snapshot.cursor - _REACH) : snapshot.cursor].rstrip()
     at_cursor = [d for d in deletions if d.uri == snapshot.uri and _is_same_place(d.before.rstrip(), here)]
     deleted = [line_around(d.text.lstrip(), 0)[1].rstrip() for d in at_cursor]
-    long = [text for text in deleted if len(text) >= _LEAST_DELETED]
-    return [match for match in matches if not any(_is_return(match.text, text) for text in long)]
+    return any(_is_return(text.strip(), each) for each in deleted if len(each) >= _LEAST_DELETED)
 
 
 def _is_same_place(before: str, here: str) -> bool:
@@ -113,7 +112,7 @@ def _is_same_place(before: str, here: str) -> bool:
 
 
 def _is_return(text: str, deleted: str) -> bool:
-    return text.strip().startswith(deleted) or deleted.startswith(text.strip())
+    return text.startswith(deleted) or deleted.startswith(text)
 
 
 def is_sure(ngram_match: Match) -> bool:
