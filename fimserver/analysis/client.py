@@ -16,6 +16,7 @@ Knows:   processes, frames, queries.  Never: LSP, what a step does.
 Threads: any thread may call; results are futures. One thread runs the steps, one after the other.
 """
 
+import ctypes
 import json
 import logging
 import queue
@@ -266,8 +267,9 @@ class AnalysisClient:
             try:
                 job = self._jobs.get(timeout=_IDLE_S)
             except queue.Empty:
-                if not self._open:
+                if not self._open and self._process is not None:
                     self._end_process()
+                    return_memory()
                 continue
             if job is None:
                 break
@@ -376,6 +378,12 @@ class AnalysisClient:
         if self._settings is None or self._settings[0] is not settings:
             self._settings = (settings, json.dumps(to_plain(settings)))
         return self._settings[1]
+
+
+def return_memory() -> None:
+    """Return freed memory to the system, where the C library can: large texts have left gaps in its heaps."""
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _to_key(client: int, uri: str) -> str:

@@ -293,10 +293,19 @@ def to_lines(status_of: dict[str, Any]) -> list[str]:
             worker_is += f", {_to_megabytes(worker['device_bytes'])} GPU memory"
     version, up = status_of["version"], _to_duration(status_of["uptime_s"])
     memory = _to_megabytes(status_of["resident_bytes"])
+    analysis = status_of["analysis"]
+    analysis_is = (
+        "not running"
+        if not analysis["pid"]
+        else (f"pid {analysis['pid']}, {_to_megabytes(analysis['resident_bytes'])}")
+    )
+    if analysis["deaths"]:
+        analysis_is += f"; ended by a document {analysis['deaths']} times"
     return [
         f"daemon    pid {status_of['pid']}, fimserver {version}, up {up}, {memory}",
         f"editors   {status_of['connections']}, with {status_of['documents']} documents",
         f"worker    {worker_is}",
+        f"analysis  {analysis_is}",
         f"requests  {status_of['queue']} waiting; {offered} offered, {empty} empty",
     ]
 

@@ -71,7 +71,7 @@ _LARGEST_HELLO_BYTES = 65536
 _TIMES_KEPT = 2000
 _LOCK_TIMEOUT_S = 1.0  # a probe may hold the lock for a moment
 _LOG_LOOK_S = 30.0
-_LARGE_BODY_BYTES = 2**20
+_LARGE_BODY_BYTES = 500_000
 _LISTEN_FDS_START = 3  # the first descriptor that systemd passes
 _logger = logging.getLogger(__name__)
 
@@ -254,7 +254,7 @@ class Daemon:
                 try:
                     message = json.loads(body, object_hook=protocol.structure_message)
                     if len(body) > _LARGE_BODY_BYTES:
-                        await asyncio.sleep(0)  # other windows go before the rest of the work
+                        await asyncio.to_thread(protocol.prepare, message)
                     protocol.handle_message(message)
                 except Exception as error:  # noqa: BLE001  one message fails, the connection continues
                     server.report_server_error(error, None)

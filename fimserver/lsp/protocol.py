@@ -28,8 +28,7 @@ from pygls.exceptions import JsonRpcException, JsonRpcInternalError
 from pygls.protocol import LanguageServerProtocol, lsp_method
 
 from fimserver.lsp.convert import to_edits
-from fimserver.lsp.documents import Document
-from fimserver.text import LineIndex
+from fimserver.lsp.documents import Document, index_of, prepare_index
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -144,6 +143,17 @@ class FimProtocol(LanguageServerProtocol):
             text = f"fimserver failed on this request ({name}); its log says where: fimserver daemon logs"
             error = lsp.ResponseError(error.code, text)
         super()._send_response(msg_id, result, error)
+
+    @staticmethod
+    def prepare(message: Any) -> None:
+        """Do ahead what takes long for a large text, in any thread; other windows are served meanwhile."""
+        params = getattr(message, "params", None)
+        if isinstance(params, lsp.DidOpenTextDocumentParams):
+            prepare_index(params.text_document.text)
+        elif isinstance(params, lsp.DidChangeTextDocumentParams):
+            for change in params.content_changes:
+                if not isinstance(change, lsp.TextDocumentContentChangePartial):
+                    prepare_index(change.text)
 
     def handle_message(self, message: Any) -> None:
         """Hand a message to its handler, or refuse it."""
@@ -271,7 +281,7 @@ class FimProtocol(LanguageServerProtocol):
 
     def _open(self, item: lsp.TextDocumentItem) -> None:
         self._connection.forget(item.uri)
-        index = LineIndex(item.text)
+        index = index_of(item.text)
         document = Document(item.uri, item.language_id, item.version, index)
         self._connection.session.open(document)
         self._connection.on_open(item.uri, item.language_id)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from support.fake_engine import FakeServer
 from support.lsp_client import SERVER, LspClient, has_memory
+from support.rights import without_rights
 
 from fimserver.context.privacy.ignored import is_writable
 
@@ -754,19 +755,6 @@ def test_views_are_not_completed(fake: FakeServer, uri: str) -> None:
     for invoked in (False, True):
         assert fake.complete(*place, invoked=invoked) == []
         assert fake.last["reason"] == "read_only"
-
-
-@contextlib.contextmanager
-def without_rights() -> Iterator[None]:
-    """Access checks use the real user id; the effective one stays as it is."""
-    if not hasattr(os, "setreuid") or os.geteuid() != 0:
-        yield
-        return
-    os.setreuid(65534, 0)
-    try:
-        yield
-    finally:
-        os.setreuid(0, 0)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX permissions")

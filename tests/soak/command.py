@@ -26,6 +26,7 @@ from soak.windows import Manner
 @click.option("--only", metavar="TEXT", help="With --each: only faults whose name contains it.")
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of all random choices.")
 @click.option("--torn", is_flag=True, help="Edit at random, until the files are not valid code any more.")
+@click.option("--hostile", is_flag=True, help="Also open documents that are hard to analyse; no kills by default.")
 @click.option("--human", is_flag=True, help="Type with a user's pauses, and ask at each key.")
 @click.option(
     "--speed",
@@ -46,6 +47,7 @@ def main(
     only: str | None,
     seed: int,
     torn: bool,
+    hostile: bool,
     human: bool,
     speed: float,
     as_json: bool,
@@ -69,12 +71,13 @@ def main(
 
         run_measurement(measure_each, as_json=as_json, show=print_trials)
         sys.exit(0 if tried and tried[0].is_good else 1)
-    manner = Manner(is_torn=torn, speed=speed if human else None)
+    manner = Manner(is_torn=torn, speed=speed if human else None, is_hostile=hostile)
     found: list[Summary] = []
 
     def measure() -> Summary:
         defaults = (NIGHTLY_EDITS, NIGHTLY_FAULTS) if nightly else (1000, 10)
-        length = (edits or defaults[0], defaults[1] if faults is None else faults)
+        kills = 0 if hostile else defaults[1]
+        length = (edits or defaults[0], kills if faults is None else faults)
         found.append(soak(editors, *length, seed, manner))
         return found[0]
 

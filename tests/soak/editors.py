@@ -13,6 +13,12 @@ killed, or stopped for a second. These must hold in every case:
     no process and no file is left when all have gone, except locks, logs and counts
     the daemon's memory does not grow: its slope over the later half of the longest life of one
 
+Hostile, each editor also opens documents that are hard to analyse (``hostile.py``); then these must hold, too:
+
+    no daemon dies that was not killed
+    nothing holds the event loop for more than 20 ms of CPU time
+    after everything is closed the daemon has at most 20 MB more than at first
+
 If a worker has died so often that the daemon starts no other, a user restarts the daemon, and so does this program.
 Fate is drawn from a seed; times are not.
 
@@ -42,9 +48,14 @@ from fimserver.daemon.launch import ask, end_daemon, read_status
 from fimserver.daemon.server import resident_bytes
 from fimserver.errors import FimserverError
 from fimserver.paths import HOME_VARIABLE
+from soak.hostile import DOCUMENTS
 from soak.windows import Counts, Manner, Window
 
 NIGHTLY_EDITS, NIGHTLY_FAULTS = 20_000, 60
+_LONGEST_HELD_MS = 20.0  # CPU time of the event loop between two other windows' turns
+_MOST_LEFT = 20.0  # megabytes that the daemon has more than at first, after everything is closed
+_CLOSED_S = 60.0  # for the analysis process to end after that
+_VISITS = 0.1  # chance after each few edits
 _LEAST_EDITS = 1500  # that are looked at: fewer say more of starting
 # Megabytes in 1,000 edits, where so many of each editor are looked at. What the daemon remembers of its last 32 files
 # fills for some 5,000 edits of an editor.
@@ -107,6 +118,12 @@ class Summary:
     megabytes_per_1000_edits: float
     growth_edits: int
     relay_megabytes: float
+    visits: int = 0
+    loop_ms_longest: float = 0.0
+    daemon_deaths: int = 0
+    analysis_deaths: int = 0
+    first_megabytes: float = 0.0
+    left_megabytes: float = 0.0
 
     @property
     def is_good(self) -> bool:
@@ -115,7 +132,9 @@ class Summary:
         of_each = self.growth_edits / self.editors if self.growth_edits >= _LEAST_EDITS else 0
         most = next(most for edits, most in reversed(_MOST_GROWTH.items()) if of_each >= edits)
         grows = self.megabytes_per_1000_edits > most
-        return not (lost or self.different_texts or self.orphans or self.files_left or grows)
+        held = self.visits and (self.loop_ms_longest > _LONGEST_HELD_MS or self.left_megabytes > _MOST_LEFT)
+        left = self.different_texts or self.orphans or self.files_left or self.daemon_deaths
+        return not (lost or left or grows or held)
 
 
 class Soak:
@@ -123,7 +142,10 @@ class Soak:
 
     def __init__(self, editors: int, edits: int, faults: int, seed: int, manner: Manner) -> None:
         self.edits, self.num_faults, self.seed = edits, faults, seed
-        self.is_human = manner.speed is not None
+        self.is_human, self.is_hostile = manner.speed is not None, manner.is_hostile
+        self.first_bytes = 0
+        self.longest_ms = 0.0
+        self.analysis_deaths: dict[int, int] = {}  # by daemon
         self.faults: Counter[str] = Counter()
         self.pids: set[int] = set()
         self.memory: dict[int, list[tuple[int, int]]] = {}  # of each daemon: edits so far, bytes
@@ -158,10 +180,20 @@ class Soak:
             _percentile([r["timings_ms"][name] for r in records if name in r["timings_ms"]], 0.95)
             for name in ("place", "place_cpu")
         )
+        left_bytes = self._close_everything() if self.is_hostile else self.first_bytes
         for window in self.windows:
             window.leave()
         end_daemon("stop", force=True)
-        return self._summarize(time.perf_counter() - begin, different, (message_ms, place_ms, place_cpu_ms))
+        own_ms = (message_ms, place_ms, place_cpu_ms)
+        return self._summarize(time.perf_counter() - begin, different, own_ms, left_bytes)
+
+    def _close_everything(self) -> int:
+        """Close all files, wait until nothing is analysed any more, and return the daemon's memory."""
+        for window in self.windows:
+            window.close_file()
+            window.ping()
+        until(lambda: not ((read_status() or {}).get("analysis") or {}).get("pid"), _CLOSED_S)
+        return (read_status() or {}).get("resident_bytes") or 0
 
     def _work(self, number: int) -> None:
         window, counts = self.windows[number], self.counts[number]
@@ -171,6 +203,9 @@ class Soak:
                 for _ in range(draw.randint(1, 12)):
                     window.press() if self.is_human else window.edit()
                 fate = draw.random()
+                if self.is_hostile and draw.random() < _VISITS:
+                    name = draw.choice(list(DOCUMENTS))
+                    window.visit(name, DOCUMENTS[name]())
                 if fate < 0.3 and not self.is_human:
                     window.request()
                 elif fate < 0.5:
@@ -209,13 +244,19 @@ class Soak:
             status = read_status()
             if status is None:
                 return
-            self.pids |= {status["pid"], *([status["worker"]["pid"]] if status["worker"]["pid"] else [])}
+            children = (status["worker"]["pid"], status["analysis"]["pid"])
+            self.pids |= {status["pid"], *(pid for pid in children if pid)}
+            if status["pid"] not in self.memory:
+                ask("watch_loop")
+                self.first_bytes = self.first_bytes or status["resident_bytes"] or 0
+            self.longest_ms = max(self.longest_ms, status["loop_ms"]["longest"])
+            self.analysis_deaths[status["pid"]] = status["analysis"]["deaths"]
             self.memory.setdefault(status["pid"], []).append((done, status["resident_bytes"] or 0))
             if status["worker"]["state"] == "failed":
                 self.restarts += 1
                 end_daemon("restart")
 
-    def _summarize(self, seconds: float, different: int, own_ms: tuple[float, ...]) -> Summary:
+    def _summarize(self, seconds: float, different: int, own_ms: tuple[float, ...], left_bytes: int) -> Summary:
         pids = self.pids.union(*(window.pids for window in self.windows))
         until(lambda: not any(map(is_there, pids)), _ENDED_S)
         total = Counter[str]()
@@ -253,6 +294,12 @@ class Soak:
             megabytes_per_1000_edits=round(1000 * _slope(later) / 1e6, 3),
             growth_edits=later[-1][0] - later[0][0],
             relay_megabytes=round(self.relay_bytes / 1e6, 1),
+            visits=total["visits"],
+            loop_ms_longest=round(self.longest_ms, 1),
+            daemon_deaths=max(0, len(self.memory) - 1 - self.faults["daemon killed"] - self.restarts),
+            analysis_deaths=sum(self.analysis_deaths.values()),
+            first_megabytes=round(self.first_bytes / 1e6, 1),
+            left_megabytes=round((left_bytes - self.first_bytes) / 1e6, 1),
         )
 
 

@@ -15,7 +15,17 @@ from soak.windows import fits
 
 pytestmark = pytest.mark.slow("types for minutes and kills processes")
 
-CLEAN = ("errors", "unanswered", "doubled", "misplaced", "stale", "different_texts", "orphans", "files_left")
+CLEAN = (
+    "daemon_deaths",
+    "errors",
+    "unanswered",
+    "doubled",
+    "misplaced",
+    "stale",
+    "different_texts",
+    "orphans",
+    "files_left",
+)
 NUMBERS: dict[str, Any] = dict.fromkeys((field.name for field in fields(Summary)), 1) | dict.fromkeys(CLEAN, 0)
 GOOD = Summary(**(NUMBERS | {"megabytes_per_1000_edits": 0.4, "growth_edits": 20_000}))
 
@@ -73,6 +83,17 @@ def test_only_needs_each() -> None:
     assert "--only goes with --each" in run_soak("--only", "relay").stderr
 
 
+def test_hostile_documents_hold_nobody() -> None:
+    result = run_soak(*["--hostile", "--editors", "2", "--edits", "250", "--seed", "1", "--json"])
+    assert result.returncode == 0, result.stdout + result.stderr
+    summary = json.loads(result.stdout)
+    assert summary["visits"] >= 5
+    for name in CLEAN:
+        assert summary[name] == 0, name
+    assert 0 < summary["loop_ms_longest"] <= 20
+    assert summary["left_megabytes"] <= 20
+
+
 @pytest.mark.parametrize("other", [["--torn"], ["--each", "1"]])
 def test_human_excludes_torn_and_each(other: list[str]) -> None:
     assert "--human goes neither with" in run_soak("--human", *other).stderr
@@ -80,7 +101,12 @@ def test_human_excludes_torn_and_each(other: list[str]) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [*({name: 1} for name in CLEAN), {"megabytes_per_1000_edits": 0.6}],
+    [
+        *({name: 1} for name in CLEAN),
+        {"megabytes_per_1000_edits": 0.6},
+        {"loop_ms_longest": 20.1},
+        {"left_megabytes": 20.1},
+    ],
     ids=lambda changes: next(iter(changes)),
 )
 def test_anything_lost_late_or_left_fails_the_run(changes: dict[str, Any]) -> None:

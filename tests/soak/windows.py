@@ -19,11 +19,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, cast
+from urllib.parse import quote
 
 from fimserver.bench.simulated_editor import draw_pause, to_keystrokes
 from fimserver.errors import PositionError
 from fimserver.framing import read_body, to_frame
 from fimserver.text import Encoding, LineIndex
+from soak.hostile import Hostile
 
 _NUM_LINES = 10_000
 _ANSWER_S = 60.0
@@ -48,6 +50,7 @@ class Manner:
 
     is_torn: bool = False  # at random
     speed: float | None = None  # a multiple of a user's speed; each key asks
+    is_hostile: bool = False  # now and then a document that is hard to analyse is opened
 
 
 Edit = tuple[int | None, int | None, str]  # what is replaced, in code points (None: all of it), and by what
@@ -69,6 +72,7 @@ class Counts:
     crossed: int = 0  # offered for the text that was asked about, before the server knew of a later edit
     stale: int = 0
     doubled: int = 0
+    visits: int = 0  # to documents that are hard to analyse
     stuck: int = 0  # relays that had to be killed when the window was closed
     state_ms: list[float] = field(default_factory=list)
 
@@ -127,9 +131,9 @@ class Window:
         self.tell("initialized", {})
         self.open()
 
-    def open(self) -> None:
+    def open(self, language: str = "python") -> None:
         """Open the file as it is now."""
-        item = {"uri": self.uri, "languageId": "python", "version": self.version, "text": self.index.text}
+        item = {"uri": self.uri, "languageId": language, "version": self.version, "text": self.index.text}
         self.tell("textDocument/didOpen", {"textDocument": item})
 
     def _read(self, stream: BinaryIO) -> None:
@@ -262,6 +266,30 @@ class Window:
             answer = self.wait(number)
         self._judge(answer, None, asked, cursor)
         time.sleep(max(0.0, due - time.monotonic()))
+
+    def visit(self, name: str, hostile: Hostile) -> None:
+        """Open a document that is hard to analyse, ask there at some keys, and close it."""
+        own = self.uri, self.index, self.version, self._place
+        self.uri, self.index, self.version = f"file:///soak/hostile/{quote(name)}", LineIndex(hostile.text), 1
+        try:
+            self.open(hostile.language)
+            cursor = len(hostile.before)
+            for typed in ("", "a", "b", " "):
+                if typed:
+                    self.change(cursor, cursor, typed)
+                    cursor += 1
+                asked = self.index
+                number = self.send_completion(cursor, 1 if self._random.random() < 0.3 else 2)
+                self.counts.requests += 1
+                self._judge(self.wait(number), None, asked, cursor)
+            self.close_file()
+            self.counts.visits += 1
+        finally:
+            self.uri, self.index, self.version, self._place = own
+
+    def close_file(self) -> None:
+        """Close the file."""
+        self.tell("textDocument/didClose", {"textDocument": {"uri": self.uri}})
 
     def _cursor(self) -> int:
         """Return the cursor as an offset."""

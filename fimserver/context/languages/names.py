@@ -97,14 +97,17 @@ _BY_NAME = {
 }
 
 
-@cache
 def find_language(language_id: str) -> Language:
     """Return the language of an editor's id, ignoring case.
 
     Of a compound id, as Vim has them (``python.django``), the first part that is known counts. An unknown id is a
     language of its own, of which as much is known as of plain text.
     """
-    name = language_id.strip().lower()
+    return _find(language_id.strip().lower())
+
+
+@cache
+def _find(name: str) -> Language:
     for part in (name, *(name.split(".") if "." in name else ())):
         known = _BY_ID.get(_ALIASES.get(part, part))
         if known is not None:
