@@ -149,7 +149,7 @@ def ranking(data: Path, limit: int, as_json: bool, **options: Any) -> None:  # n
 
     Reports how much the fitted weights improve the choice.
     """
-    from fimserver.bench.ranking_fit import fit_ranking  # noqa: PLC0415
+    from fimserver.bench.confidence.ranking_fit import fit_ranking  # noqa: PLC0415
 
     settings = read_options(options)
     run_measurement(lambda: fit_ranking(data, settings, limit=limit), as_json=as_json)
