@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
-from fimserver.context.gather import brings_back, find_matches, find_snippets, without_secrets
+from fimserver.context.gather import brings_back, find_matches, find_snippets, match_confidence, without_secrets
 from fimserver.context.languages.names import find_language
 from fimserver.context.place import Place, TreeMemory, find_place, offer_match, to_answer, to_line
 from fimserver.context.privacy.ignored import IgnoreRules, is_writable
@@ -72,11 +72,12 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A place with its matches; ``sure`` is a match that is offered without the model."""
+    """A place with its matches; ``sure`` is one that may be offered without the model, if ``confidence`` is enough."""
 
     place: Place
     matches: list[Match]
     sure: Completion | None
+    confidence: float = 0.0
 
 
 @dataclass(slots=True)
@@ -126,7 +127,8 @@ def find_matches_for(query: Query, memory: Memory, place: Place) -> Found:
         matches = without_secrets(query.snapshot, find_matches(query.snapshot, place.hole, others))
         matches = [match for match in matches if not brings_back(match.text, query.snapshot, deleted)]
     sure = offer_match(matches, place) if query.offers_matches else None
-    return Found(place, matches, sure)
+    confidence = match_confidence(matches[0], place.hole) if sure is not None else 0.0
+    return Found(place, matches, sure, confidence)
 
 
 def to_context(query: Query, memory: Memory, found: Found, info: ModelInfo | None) -> FimContext:
@@ -166,7 +168,7 @@ def read_answer(
 
     ``shown`` is a first line that is on the screen already: the answer has to continue it.
     """
-    answer = to_answer(generation, found.place, shown=shown, min_confidence=query.settings.min_confidence)
+    answer = to_answer(generation, found.place, shown=shown, min_confidence=query.threshold)
     if query.invoked or isinstance(answer, NoCompletion):
         return answer
     if brings_back(answer.completions[0].middle, query.snapshot, query.deleted):
@@ -186,7 +188,7 @@ def conclude(query: Query, found: Found, generation: Generation) -> Answer | NoC
     answer = read_answer(query, found, generation)
     if isinstance(answer, NoCompletion):
         return answer
-    return refuse_unsure(answer.confidences[0], query.settings) or answer
+    return refuse_unsure(answer.confidences[0], query.settings, invoked=query.invoked) or answer
 
 
 def complete(
@@ -203,7 +205,7 @@ def complete(
         outcome.refusal = found
         return outcome
     outcome.hole, outcome.matches = found.place.hole, found.matches
-    if found.sure is not None:
+    if found.sure is not None and refuse_unsure(found.confidence, query.settings, invoked=query.invoked) is None:
         outcome.completions, outcome.source = (found.sure,), "match"
         return outcome
     begin = time.perf_counter()

@@ -27,6 +27,7 @@ MODES = {
     "autoregressive": Mode.AUTOREGRESSIVE,
 }
 ANY_LANGUAGE = "*"
+AUTOMATIC_CONFIDENCE = 0.2  # where most offers are right and nearly half of the places get one: docs/quality.md
 
 
 def _setting(  # noqa: PLR0913  the columns of the table
@@ -88,10 +89,11 @@ class Settings:
         low=0,
         high=2**63 - 1,
     )
-    min_confidence: float = _setting(
-        default=0.0,
-        doc="Nothing is offered if the model is less sure of its answer; 0 offers everything. For automatic "
-        "requests your own counts (learnFromUse) correct the confidence. Above 0 no first line comes early "
+    min_confidence: float | None = _setting(
+        default=None,
+        doc=f"How likely an answer or a match has to be right to be offered. null: {AUTOMATIC_CONFIDENCE:g} for "
+        "automatic requests, and no limit for your own; a number counts for both, and 0 offers everything. For "
+        "automatic requests your own counts (learnFromUse) correct the confidence. Above 0 no first line comes early "
         "(firstLineMs).",
         low=0,
         high=1,
@@ -178,6 +180,12 @@ class Settings:
         "never is.",
         choices=("error", "warning", "info", "debug"),
     )
+
+    def threshold(self, *, invoked: bool) -> float:
+        """Return how likely an offer has to be right."""
+        if self.min_confidence is not None:
+            return self.min_confidence
+        return 0.0 if invoked else AUTOMATIC_CONFIDENCE
 
     def allows(self, *names: str) -> bool:
         """Return whether completions are wanted in a language, by the first of its names that has an entry.
@@ -319,20 +327,21 @@ def to_sampling(settings: Settings, *, min_tokens: int, trace: bool = False, num
     )
 
 
-def refuse_unsure(confidence: float, settings: Settings, adjusted: float | None = None) -> NoCompletion | None:
-    """Return why an answer is too unsure to be offered, or ``None``.
+def refuse_unsure(
+    confidence: float, settings: Settings, adjusted: float | None = None, *, invoked: bool
+) -> NoCompletion | None:
+    """Return why an answer or a match is too unsure to be offered, or ``None``.
 
     ``adjusted`` is the confidence corrected by what the user accepted and rejected before; if given, it decides.
     """
-    counts = confidence if adjusted is None else adjusted
-    if counts >= settings.min_confidence:
+    counts, threshold = confidence if adjusted is None else adjusted, settings.threshold(invoked=invoked)
+    if counts >= threshold:
         return None
     own = "" if adjusted is None else f", {adjusted:.2f} after what you accepted before"
-    return NoCompletion(
-        "low_confidence",
-        f"the model's confidence is {confidence:.2f}{own}; lower fimserver.minConfidence "
-        f"({settings.min_confidence:g}) to see such answers",
-    )
+    hint = f"lower fimserver.minConfidence ({threshold:g}) to see such answers"
+    if settings.min_confidence is None:
+        hint = f"set fimserver.minConfidence, which is {threshold:g} for automatic requests, or invoke a completion"
+    return NoCompletion("low_confidence", f"its confidence is {confidence:.2f}{own}; {hint}")
 
 
 def to_markdown() -> str:

@@ -16,6 +16,7 @@ from fimserver.engine.client import EngineOptions
 from fimserver.errors import SettingsError
 from fimserver.lsp.configuration import Configuration, Source
 from fimserver.settings import (
+    AUTOMATIC_CONFIDENCE,
     BY_WIRE_NAME,
     ENGINE_SETTINGS,
     Settings,
@@ -73,7 +74,7 @@ def test_every_default_is_allowed(wire_name: str) -> None:
         ("temperature", 2.1, ["temperature", "2.1", "number 0 to 2 or null"]),
         ("temperature", float("nan"), ["temperature", "nan"]),
         ("minConfidence", -0.1, ["minConfidence", "-0.1", "number 0 to 1"]),
-        ("minConfidence", None, ["minConfidence", "None"]),
+        ("maxLines", None, ["maxLines", "None"]),
         ("minConfidence", True, ["minConfidence", "True"]),
         ("contextTokens", 63, ["contextTokens", "64 to 262144 or null"]),
         ("contextTokens", 64.0, ["contextTokens", "64.0", "whole number"]),
@@ -144,9 +145,12 @@ def test_modes(name: str, mode: Mode) -> None:
 
 
 def test_unsure_answers_are_refused_with_both_numbers() -> None:
-    assert refuse_unsure(0.5, Settings()) is None
-    assert refuse_unsure(0.5, parse_settings({"minConfidence": 0.5})) is None
-    refusal = refuse_unsure(0.5, parse_settings({"minConfidence": 0.75}))
+    assert refuse_unsure(0.5, Settings(), invoked=True) is None
+    assert refuse_unsure(0.01, Settings(), invoked=True) is None, "what the user asks for is answered"
+    assert refuse_unsure(AUTOMATIC_CONFIDENCE, Settings(), invoked=False) is None
+    assert refuse_unsure(AUTOMATIC_CONFIDENCE - 0.01, Settings(), invoked=False) is not None
+    assert refuse_unsure(0.5, parse_settings({"minConfidence": 0.5}), invoked=True) is None
+    refusal = refuse_unsure(0.5, parse_settings({"minConfidence": 0.75}), invoked=True)
     assert refusal is not None
     assert refusal.reason == "low_confidence"
     assert "0.50" in refusal.detail

@@ -63,14 +63,16 @@ _UNREAD = NoCompletion(
 
 @dataclass(frozen=True, slots=True)
 class FoundHole:
-    """The hole at a query's cursor; ``sure`` is a match that is offered without the model.
+    """The hole at a query's cursor; ``sure`` is a match that may be offered without the model.
 
-    ``treatment`` is other than normal for a document that the process died of.
+    ``confidence`` is the probability that it is right. ``treatment`` is other than normal for a document that the
+    process died of.
     """
 
     hole: Hole
     language_id: str
     sure: Completion | None
+    confidence: float = 0.0
     cpu_ms: float = 0.0
     treatment: Treatment = Treatment.NORMAL
 
@@ -188,7 +190,8 @@ class AnalysisClient:
                 return from_plain(NoCompletion, result["refusal"])
             sure = from_plain(Completion, result["sure"]) if result["sure"] else None
             hole = from_plain(Hole, result["hole"])
-            return FoundHole(hole, result["language_id"], sure, reply["cpu_ms"], Treatment(reply["treatment"]))
+            treatment = Treatment(reply["treatment"])
+            return FoundHole(hole, result["language_id"], sure, result["confidence"], reply["cpu_ms"], treatment)
 
         return self._submit("find", read, client, query, with_matches=with_matches)
 

@@ -85,14 +85,15 @@ class Analyst:
         hole = pipeline.find_hole_at(query, memory)
         if isinstance(hole, NoCompletion):
             return {"refusal": to_plain(hole)}
-        sure = None
+        sure, confidence = None, 0.0
         if with_matches:
             found = self._found[place] = pipeline.find_matches_for(query, memory, hole)
             self._found.move_to_end(place)
             while len(self._found) > _PLACES:
                 self._found.popitem(last=False)
-            sure = to_plain(found.sure) if found.sure is not None else None
-        return {"hole": to_plain(hole.hole), "language_id": hole.language_id, "sure": sure}
+            sure, confidence = to_plain(found.sure) if found.sure is not None else None, found.confidence
+        kept = {"sure": sure, "confidence": confidence}
+        return {"hole": to_plain(hole.hole), "language_id": hole.language_id, **kept}
 
     def _to_query(self, message: dict[str, Any]) -> Query:
         values, is_plain = message["query"], message["is_plain"]

@@ -49,7 +49,7 @@ class ModeScores:
 
 def check_plots(folder: Path) -> None:
     """Raise ``FimserverError`` if plots cannot be drawn or written, before a long measurement."""
-    _figure_class()
+    figure_class()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -75,7 +75,7 @@ def write_quality_plots(folder: Path, scores: Sequence[ModeScores]) -> list[Path
 
 
 def _write_kinds(path: Path, scores: Sequence[ModeScores]) -> Path:
-    figure = _figure_class()(figsize=(9, 5), layout="constrained")
+    figure = figure_class()(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot()
     kinds = list(scores[0].kinds)
     width = 0.8 / len(scores)
@@ -92,7 +92,7 @@ def _write_kinds(path: Path, scores: Sequence[ModeScores]) -> Path:
 
 
 def _write_calibration(path: Path, scores: Sequence[ModeScores]) -> Path:
-    figure = _figure_class()(figsize=(6, 6), layout="constrained")
+    figure = figure_class()(figsize=(6, 6), layout="constrained")
     axes = figure.add_subplot()
     axes.plot([0, 1], [0, 1], linestyle="--", linewidth=1, color="gray", label="perfectly calibrated")
     for index, score in enumerate(scores):
@@ -107,7 +107,7 @@ def _write_calibration(path: Path, scores: Sequence[ModeScores]) -> Path:
 
 
 def _write_quality(path: Path, points: Sequence[Point], num_holes: int) -> Path:
-    figure = _figure_class()(figsize=(8, 5), layout="constrained")
+    figure = figure_class()(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     for is_budget, marker, label in ((False, "o", "decoders"), (True, "x", "diffusion, step limit")):
         shown = [p for p in points if p.is_budget is is_budget]
@@ -147,7 +147,7 @@ def _write_names(axes: Any, points: Sequence[Point]) -> None:
 
 def _write_passes(path: Path, passes: Mapping[str, Sequence[int]]) -> Path:
     rows = -(-len(passes) // _COLUMNS)
-    figure = _figure_class()(figsize=(9, 2.4 * rows), layout="constrained")
+    figure = figure_class()(figsize=(9, 2.4 * rows), layout="constrained")
     most = max((n for counts in passes.values() for n in counts), default=1)
     for index, (name, counts) in enumerate(passes.items(), 1):
         axes = figure.add_subplot(rows, _COLUMNS, index)
@@ -157,7 +157,8 @@ def _write_passes(path: Path, passes: Mapping[str, Sequence[int]]) -> Path:
     return path
 
 
-def _figure_class() -> Any:
+def figure_class() -> Any:
+    """Return matplotlib's class of figures. Raises ``FimserverError`` if it is not installed."""
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415  optional
     except ImportError as error:

@@ -134,6 +134,30 @@ def lines(  # noqa: PLR0913, PLR0917  the command's options
 
 @evaluate.command()
 @click.option(
+    "--limit", type=click.IntRange(min=1), default=300, show_default=True, metavar="N", help="Number of places."
+)
+@_lines_option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option(
+    "--plots",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    help="Write the curve of precision over coverage to this folder.",
+)
+@engine_options
+def automatic(limit: int, data: Path | None, as_json: bool, plots: Path | None, **options: Any) -> None:  # noqa: FBT001
+    """Complete places at which an editor asks by itself: after a character, at the end of a word, on a new line.
+
+    Reports how many get an offer, how many offers are exactly right, and both for any minConfidence.
+    """
+    from fimserver.bench.confidence.measure import measure_automatic  # noqa: PLC0415
+
+    settings = read_options(options, seed=None)  # no seed, as in an editor
+    run_measurement(lambda: measure_automatic(settings, limit=limit, data=data, plots=plots), as_json=as_json)
+
+
+@evaluate.command()
+@click.option(
     "--data",
     required=True,
     type=click.Path(exists=True, file_okay=False, path_type=Path),

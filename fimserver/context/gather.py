@@ -11,6 +11,7 @@ Knows:  texts, holes.  Never: trees, tokens, LSP.
 Source: cache language models, Hellendoorn and Devanbu 2017.
 """
 
+import math
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,6 +31,8 @@ from fimserver.text import common_prefix_length, common_suffix_length, line_arou
 MAX_SECONDS = 0.002  # spent per keystroke
 SURE_MATCH = 28  # matched code characters from which a match is offered automatically
 AGREEMENT_WORTH = 12  # so many fewer are enough if the text after the cursor agrees
+# Fitted by ``fimserver eval confidence``: the bias, and a weight for each of ``match_facts``.
+MATCH_WEIGHTS = (-2.0, 0.5, 0.5, 0.5, -0.1, 0.0)
 _REACH = 160  # characters before the cursor that are compared
 _ANCHORS = (24, 8, 4)  # lengths that are searched for, longest first
 _MAX_HITS = 16  # per anchor and text
@@ -118,6 +121,24 @@ def _is_return(text: str, deleted: str) -> bool:
 def is_sure(ngram_match: Match) -> bool:
     """Return whether a match is long enough to offer automatically: about half of such matches are right."""
     return ngram_match.match_length + (AGREEMENT_WORTH if ngram_match.agreement else 0) >= SURE_MATCH
+
+
+def match_confidence(ngram_match: Match, hole: Hole) -> float:
+    """Return the probability that a match is what the user would type, without asking a model."""
+    features = match_facts(ngram_match, hole)
+    return 1 / (1 + math.exp(-sum(w * f for w, f in zip(MATCH_WEIGHTS, features, strict=True))))
+
+
+def match_facts(ngram_match: Match, hole: Hole) -> list[float]:
+    """Return what the probability of a match depends on, in the order of ``MATCH_WEIGHTS``."""
+    return [
+        1.0,
+        math.log1p(ngram_match.match_length),
+        float(ngram_match.agreement > 0),
+        math.log(ngram_match.count),
+        math.log1p(len(ngram_match.text)),
+        float(hole.kind in {HoleKind.STATEMENT, HoleKind.BLOCK}),
+    ]
 
 
 @dataclass(slots=True)

@@ -55,6 +55,11 @@ class Query:
     offers_matches: bool = True
 
     @property
+    def threshold(self) -> float:
+        """Return how likely an offer has to be right."""
+        return self.settings.threshold(invoked=self.invoked)
+
+    @property
     def num_candidates(self) -> int:
         """Return how many completions may be offered: several only on an explicit request."""
         return self.settings.candidates if self.invoked else 1

@@ -29,7 +29,7 @@ from fimserver.lsp.policy import RequestPolicy
 from fimserver.lsp.records import Replay
 from fimserver.lsp.requests import CHANGED, RefusedError, Request, unless_ended
 from fimserver.lsp.session import Session
-from fimserver.lsp.usage.acceptance import SURE_MATCH, Kind
+from fimserver.lsp.usage.acceptance import Kind
 from fimserver.lsp.usage.tracker import Usage
 
 if TYPE_CHECKING:
@@ -87,9 +87,11 @@ class Completer:
         if cached:
             return cached, "cache"
         if (match := found.sure) is not None:
-            self._session.cache.remember(snapshot, match)
-            self._usage.know(match, Kind.MATCH, SURE_MATCH)
-            return [match], "match"
+            request.notes.facts["match_confidence"] = round(found.confidence, 3)
+            if self._policy.refuse_unsure_match(request, found) is None:
+                self._session.cache.remember(snapshot, match)
+                self._usage.know(match, Kind.MATCH, found.confidence)
+                return [match], "match"
         return await self._answer_by_model(request, found)
 
     async def _analyse(self, request: Request, step: "Future[_T]") -> _T:
@@ -270,7 +272,7 @@ class Completer:
         """Return the settled first line after a request has waited long; ``None`` to wait for the whole answer."""
         settings = self._session.settings
         asks_again = inflight.shown is not None and request.snapshot.cursor == inflight.snapshot.cursor
-        is_judged = settings.min_confidence > 0  # the confidence is only known for a whole answer
+        is_judged = settings.threshold(invoked=request.invoked) > 0  # only the whole answer's confidence is known
         waits = asks_again or is_judged or inflight.found.hole.max_lines == 1 or settings.seed is not None
         if waits or settings.first_line_ms is None:
             return None

@@ -26,6 +26,7 @@ from fimserver.engine.client import EngineState
 from fimserver.lsp.engine_link import EngineLink
 from fimserver.lsp.requests import CHANGED, RefusedError, Request, unless_ended
 from fimserver.lsp.session import Session
+from fimserver.lsp.usage.acceptance import Kind
 from fimserver.settings import refuse_unsure
 
 MAX_PAUSE_S = 0.25
@@ -66,7 +67,7 @@ class AdaptiveDebounce:
 class RequestPolicy:
     """The rules of one connection."""
 
-    def __init__(self, session: Session, link: EngineLink, adjust: Callable[[float], float | None]) -> None:
+    def __init__(self, session: Session, link: EngineLink, adjust: Callable[[float, Kind], float | None]) -> None:
         """Keep the rules' inputs; ``adjust`` corrects the model's confidence by what the user accepted before."""
         self._session, self._link, self._engine = session, link, link.engine
         self._adjust = adjust
@@ -101,7 +102,7 @@ class RequestPolicy:
         if not request.invoked:
             if self._engine.state in (EngineState.STOPPED, EngineState.LOADING):
                 raise RefusedError(NoCompletion("loading", "the model is still loading"))
-            self._check_language(found)
+            self._check_language(request, found)
             pause_s = self._pause_s()
             request.notes.timings_ms["debounce"] = pause_s * 1e3
             if pause_s:
@@ -114,7 +115,7 @@ class RequestPolicy:
         chosen_ms = self._session.settings.debounce_ms
         return self.debounce.pause_s(self._engine.typical_s()) if chosen_ms is None else chosen_ms / 1e3
 
-    def _check_language(self, found: FoundHole) -> None:
+    def _check_language(self, request: Request, found: FoundHole) -> None:
         """Refuse automatic requests in a language that the model was not trained on, or in text that is not parsed."""
         if found.treatment is not Treatment.NORMAL:
             detail = (
@@ -124,12 +125,13 @@ class RequestPolicy:
             raise RefusedError(NoCompletion("plain_text", detail))
         info = self._engine.info
         language = find_language(found.language_id).id
+        unsure = self.refuse_unsure_match(request, found) if found.sure is not None else None
         if info is not None and info.languages and language not in info.languages:
             detail = (
                 f"the model {info.name!r} was trained on {', '.join(info.languages)} only, so in {language} only "
                 "matches with your files are offered; invoke a completion manually, or choose another fimserver.model"
             )
-            raise RefusedError(NoCompletion("language_not_learned", detail))
+            raise RefusedError(unsure or NoCompletion("language_not_learned", detail))
 
     def check_wanted(self, request: Request) -> None:
         """Raise ``RefusedError`` for a request that was ended, and where completions are off."""
@@ -140,5 +142,12 @@ class RequestPolicy:
 
     def refuse_unsure(self, request: Request, answer: Answer) -> NoCompletion | None:
         """Return why an answer is too unsure to be offered. The user's own counts correct automatic requests only."""
-        confidence, settings = answer.confidences[0], self._session.settings
-        return refuse_unsure(confidence, settings, None if request.invoked else self._adjust(confidence))
+        return self._refuse_unsure(request, answer.confidences[0], Kind.MODEL)
+
+    def refuse_unsure_match(self, request: Request, found: FoundHole) -> NoCompletion | None:
+        """Return why a match is too unsure to be offered without the model."""
+        return self._refuse_unsure(request, found.confidence, Kind.MATCH)
+
+    def _refuse_unsure(self, request: Request, confidence: float, kind: Kind) -> NoCompletion | None:
+        adjusted = None if request.invoked else self._adjust(confidence, kind)
+        return refuse_unsure(confidence, self._session.settings, adjusted, invoked=request.invoked)

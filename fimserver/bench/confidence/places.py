@@ -70,11 +70,9 @@ def _draw(name: str, text: str, trigger: Trigger, rng: random.Random) -> Asked |
     ends = [match.end() for match in _WORD.finditer(code) if match.end() < len(code)]
     if trigger is Trigger.WORD and not ends:
         return None
-    column = {
-        Trigger.CHARACTER: lambda: rng.randrange(1, len(code) - 1),
-        Trigger.WORD: lambda: rng.choice(ends),
-        Trigger.LINE: lambda: 0,
-    }[trigger]()
+    column = 0
+    if trigger is not Trigger.LINE:
+        column = rng.choice(ends) if trigger is Trigger.WORD else rng.randrange(1, len(code) - 1)
     begin = sum(len(line) + 1 for line in lines[:number])
     start = begin + len(lines[number]) - len(lines[number].lstrip()) + column
     end = begin + len(lines[number])

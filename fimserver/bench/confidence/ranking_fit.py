@@ -1,15 +1,17 @@
 """Run ``fimserver eval ranking``: fit the weights that rank the model's answer among n-gram matches, and measure them.
 
-Holes are the rests of code lines in the Python files of a folder: use packages that the model was not trained on, or
-the fit learns its confidence on known text. For each hole, the model's answer and the matches are scored once; one
-logistic model for each learns which are right (``engine/decoding/ranking.py``). Numbers are cross-validated by file;
-the weights, fitted on all, are for ``calibration`` in the model's ``fimserver.json``.
+Holes are at the places where an editor asks (``places.py``), in the Python files of a folder: use packages that the
+model was not trained on, or the fit learns its confidence on known text. For each hole, the model's answer and the
+matches are scored once; one logistic model for each learns which are right (``engine/decoding/ranking.py``). Numbers
+are cross-validated by file; the weights, fitted on all, are for ``calibration`` in the model's ``fimserver.json``.
+
+A third logistic model learns which matches are right without asking a model: ``match_weights`` are for
+``context/gather.py``.
 
 Knows:  texts, matches, the engine.  Never: LSP.
 """
 
 import ast
-import math
 import random
 import statistics
 import sys
@@ -21,17 +23,17 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from fimserver.bench.datasets import cut_line
+from fimserver import pipeline
+from fimserver.bench.confidence.places import Asked, draw_places
 from fimserver.bench.metrics import Answer, expected_calibration_error
-from fimserver.context.gather import find_matches, is_sure
-from fimserver.context.window import budget_for, build_context
-from fimserver.datatypes import Hole, HoleKind
+from fimserver.context.gather import match_facts
+from fimserver.context.query import Query
+from fimserver.datatypes import Hole, Match, NoCompletion
 from fimserver.engine.decoding.ranking import Scored, answer_features, match_features, rank
 from fimserver.engine.engine import Engine
 from fimserver.errors import FimserverError
 from fimserver.settings import Settings
 
-_LINE = Hole(HoleKind.REST_OF_LINE, max_lines=1, estimated_tokens=12)
 _DRAW_SEED = 17
 _FOLDS = 5
 _SHRINKAGE = 1e-2  # of weights, per feature
@@ -41,16 +43,21 @@ Weights = dict[str, list[float]]
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """One hole: its scored candidates, its middle, its file, and the match that would be offered automatically."""
+    """One hole: its place, its scored candidates, and the match that may be offered without the model."""
 
-    file: str
-    rest: str
+    place: Asked
+    hole: Hole
     scored: Scored
-    sure: str | None
+    sure: Match | None
+
+    @property
+    def file(self) -> str:
+        """Return the file's name."""
+        return self.place.name
 
     def is_right(self, text: str) -> bool:
         """Return whether a text is the middle, except for spaces at its ends."""
-        return text.strip() == self.rest.strip()
+        return self.place.is_right(text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +75,7 @@ class Summary:
     matches_chosen: float
     expected_calibration_error: float | None
     calibration: Weights
+    match_weights: list[float]
 
 
 def fit_ranking(folder: Path, settings: Settings, *, limit: int) -> Summary:
@@ -90,7 +98,9 @@ def fit_ranking(folder: Path, settings: Settings, *, limit: int) -> Summary:
         files=len(files),
         model=engine.info.name,
         exact_model=_share(hole.is_right(hole.scored.text) for hole in seen),
-        exact_sure_match_or_model=_share(hole.is_right(hole.sure or hole.scored.text) for hole in seen),
+        exact_sure_match_or_model=_share(
+            hole.is_right(hole.sure.text if hole.sure else hole.scored.text) for hole in seen
+        ),
         exact_first_match_or_model=_share(
             hole.is_right(next((g.text for g, _ in hole.scored.matches), hole.scored.text)) for hole in seen
         ),
@@ -102,6 +112,9 @@ def fit_ranking(folder: Path, settings: Settings, *, limit: int) -> Summary:
         matches_chosen=_share(candidate.match is not None for _, candidate in chosen),
         expected_calibration_error=expected_calibration_error(answers),
         calibration=fit(seen),
+        match_weights=fit_logistic(
+            [(match_facts(hole.sure, hole.hole), hole.is_right(hole.sure.text)) for hole in seen if hole.sure]
+        ),
     )
 
 
@@ -111,18 +124,17 @@ def score_holes(engine: Engine, folder: Path, limit: int) -> Iterable[Seen]:
     if not texts:
         msg = f"{folder} holds no Python file that parses"
         raise FimserverError(msg)
-    rng, budget = random.Random(_DRAW_SEED), budget_for(engine.info.max_prompt_tokens)
-    names = list(texts)
     console = Console(stderr=True)
-    for _ in track(range(limit), "scoring", console=console, disable=not sys.stderr.isatty()):
-        name = rng.choice(names)
-        line = cut_line(name, texts[name], rng)
-        if line is None:
+    places = list(draw_places(texts, limit))
+    settings = Settings()
+    for place in track(places, "scoring", console=console, disable=not sys.stderr.isatty()):
+        query = Query(place.snapshot, settings, invoked=False)
+        found = pipeline.find(query, memory := pipeline.Memory())
+        if isinstance(found, NoCompletion):
             continue
-        matches = find_matches(line.snapshot, _LINE, max_seconds=math.inf)
-        context = build_context(line.snapshot, _LINE, budget, matches=matches)
-        sure = next((match.text for match in matches if is_sure(match)), None)
-        yield Seen(name, line.rest, engine.score(context), sure)
+        sure = found.matches[0] if found.sure is not None else None
+        context = pipeline.to_context(query, memory, found, engine.info)
+        yield Seen(place, found.place.hole, engine.score(context), sure)
 
 
 def fit(seen: Sequence[Seen]) -> Weights:

@@ -27,7 +27,6 @@ from fimserver.paths import read_plain, write_private
 
 NUM_BINS = 10
 PRIOR_WEIGHT = 20  # observations; the weight of the model's own confidence
-SURE_MATCH = 0.5  # about half of the offered matches are right
 WRITE_EVERY_S = 30.0
 FILE_NAME = "acceptance.json"
 _MOST = 500  # observations in a bin; more are halved, so that new habits count
@@ -199,9 +198,9 @@ class Acceptance:
         None  # completions that the editor reported as shown; None if it never reported any
     )
 
-    def adjusted(self, confidence: float) -> float | None:
-        """Return the model's confidence corrected by the user's own counts; ``None`` if that is off."""
-        return self._read().adjusted(confidence) if self.is_on() else None
+    def adjusted(self, confidence: float, kind: Kind = Kind.MODEL) -> float | None:
+        """Return a confidence corrected by the user's own counts of such offers; ``None`` if that is off."""
+        return self._read().adjusted(confidence, kind) if self.is_on() else None
 
     def know(self, completion: Completion, kind: Kind, confidence: float) -> None:
         """Record the confidence of a completion that may be shown."""

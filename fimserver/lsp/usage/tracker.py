@@ -23,9 +23,9 @@ class Usage:
         self.ledger = Ledger(folder / FOLDER_NAME, is_on)
         self.acceptance = Acceptance(folder / FILE_NAME, is_on, self._on_decided)
 
-    def adjusted(self, confidence: float) -> float | None:
-        """Return the model's confidence corrected by the user's own counts; ``None`` if they do not count."""
-        return self.acceptance.adjusted(confidence)
+    def adjusted(self, confidence: float, kind: Kind) -> float | None:
+        """Return a confidence corrected by the user's own counts of such offers; ``None`` if they do not count."""
+        return self.acceptance.adjusted(confidence, kind)
 
     def know(self, completion: Completion, kind: Kind, confidence: float) -> None:
         """Record the confidence of a completion that may be shown."""
