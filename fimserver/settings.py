@@ -27,7 +27,7 @@ MODES = {
     "autoregressive": Mode.AUTOREGRESSIVE,
 }
 ANY_LANGUAGE = "*"
-AUTOMATIC_CONFIDENCE = 0.2  # where most offers are right and nearly half of the places get one: docs/quality.md
+AUTOMATIC_CONFIDENCE = 0.23  # where most offers are right and nearly half of the places get one: docs/quality.md
 
 
 def _setting(  # noqa: PLR0913  the columns of the table

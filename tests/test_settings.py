@@ -74,7 +74,6 @@ def test_every_default_is_allowed(wire_name: str) -> None:
         ("temperature", 2.1, ["temperature", "2.1", "number 0 to 2 or null"]),
         ("temperature", float("nan"), ["temperature", "nan"]),
         ("minConfidence", -0.1, ["minConfidence", "-0.1", "number 0 to 1"]),
-        ("maxLines", None, ["maxLines", "None"]),
         ("minConfidence", True, ["minConfidence", "True"]),
         ("contextTokens", 63, ["contextTokens", "64 to 262144 or null"]),
         ("contextTokens", 64.0, ["contextTokens", "64.0", "whole number"]),

@@ -146,7 +146,7 @@ def lines(  # noqa: PLR0913, PLR0917  the command's options
 )
 @engine_options
 def automatic(limit: int, data: Path | None, as_json: bool, plots: Path | None, **options: Any) -> None:  # noqa: FBT001
-    """Complete places at which an editor asks by itself: after a character, at the end of a word, on a new line.
+    """Complete places at which an editor asks automatically: after a character, at the end of a word, on a new line.
 
     Reports how many get an offer, how many offers are exactly right, and both for any minConfidence.
     """

@@ -1,4 +1,4 @@
-"""Run ``fimserver eval automatic``: what an editor that asks by itself is offered, and how often it is right.
+"""Run ``fimserver eval automatic``: what automatic requests are offered, and how often it is right.
 
 Places are those at which an editor asks (``places.py``). Each is completed as an automatic request, and everything that
 has an answer is counted with its confidence: the default of ``minConfidence`` is chosen from the curve of precision

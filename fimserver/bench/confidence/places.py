@@ -1,4 +1,4 @@
-"""Draw places at which an editor asks by itself: after a typed character, at the end of a word, on a new line.
+"""Draw places at which an editor asks automatically: after a typed character, at the end of a word, on a new line.
 
     draw_places(texts, limit)   -> the same places of a folder's files each time
 

@@ -1,0 +1,85 @@
+"""Places at which an editor asks automatically, and what is counted there."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from fimserver.bench.confidence.measure import Offer, summarize, write_curve
+from fimserver.bench.confidence.places import Trigger, draw_places
+from fimserver.cli.main import main
+from fimserver.datatypes import Snapshot
+
+TEXTS = {
+    "a.py": "import os\n\n\ndef read(path):\n    # a remark about it\n    with open(path) as f:\n        return f\n"
+    * 3,
+    "b.js": "const names = [];\n// a remark about it\nfunction add(name) {\n  names.push(name);\n}\n" * 3,
+}
+
+
+def before(snapshot: Snapshot) -> str:
+    return snapshot.text[: snapshot.cursor].rpartition("\n")[2]
+
+
+def test_places_are_the_same_each_time_and_of_all_triggers() -> None:
+    places = list(draw_places(TEXTS, 60))
+    assert places == list(draw_places(TEXTS, 60))
+    assert {place.trigger for place in places} == set(Trigger)
+    for place in places:
+        text, cursor = place.snapshot.text, place.snapshot.cursor
+        assert text[:cursor] + place.rest + text[cursor:] == TEXTS[place.name]
+        assert "remark" not in place.rest
+        assert place.is_right(f" {place.rest}\n")
+        assert not place.is_right(place.rest + "x")
+        line = before(place.snapshot)
+        if place.trigger is Trigger.LINE:
+            assert not line.strip()
+        else:
+            assert line.strip()
+        if place.trigger is Trigger.WORD:
+            assert line[-1].isalnum()
+            assert not place.rest[0].isalnum()
+            assert place.rest[0] != "_"
+
+
+def test_a_folder_without_code_gives_no_places() -> None:
+    assert list(draw_places({"a.py": "# a remark\n"}, 5)) == []
+
+
+OFFERS = [
+    Offer("python", "character", "rest_of_line", "model", 0.9, is_right=True),
+    Offer("python", "character", "rest_of_line", "model", 0.6, is_right=True),
+    Offer("python", "new line", "statement", "model", 0.4, is_right=False),
+    Offer("go", "new line", "statement", "match", 0.1, is_right=False),
+    Offer("go", "new line"),
+]
+
+
+def test_what_is_counted() -> None:
+    summary = summarize(OFFERS * 2, 0.5, "data", "model")
+    assert (summary.all.places, summary.all.offered, summary.all.right) == (10, 0.4, 1.0)
+    assert (summary.all.offered_at_any, summary.all.right_at_any) == (0.8, 0.5)
+    assert summary.parts["language: go"].right is None
+    assert summary.parts["source: match"].right_at_any == 0.0
+    assert summary.parts["trigger: new line"].offered == 0.0
+    assert summary.precision == {"0.1": 1.0, "0.2": 1.0, "0.3": 1.0, "0.4": 1.0, "0.45": 1.0, "0.5": 0.8, "0.6": 0.667,
+                                 "0.7": 0.571, "0.8": 0.5}  # fmt: skip
+    assert summary.thresholds["0.6"] == 0.4
+
+
+def test_the_curve_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert write_curve(tmp_path / "curve.png", OFFERS * 10, 0.5).stat().st_size > 1000
+
+
+@pytest.mark.slow("loads the model")
+def test_the_command(tmp_path: Path) -> None:
+    for name, text in TEXTS.items():
+        (tmp_path / name).write_text(text)
+    result = CliRunner().invoke(main, ["eval", "automatic", "--limit", "9", "--data", str(tmp_path), "--json"])
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stdout)
+    assert summary["all"]["places"] == 9
+    assert summary["threshold"] == 0.23
+    assert {"trigger: new line", "language: python", "language: javascript"} <= set(summary["parts"])
