@@ -89,6 +89,17 @@ def test_tokens_are_crossed_out(secret: str, line: str) -> None:
             "aws_secret_access_key = wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY",
             "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY",
         ),
+        ("const transport = {user: 'bot', pass: 'Xk29fjQ0aa77'}", "Xk29fjQ0aa77"),
+        ("DATABASE_PASS = 'Xk29fjQ0aa77'", "Xk29fjQ0aa77"),
+        ("docker login --username bot --password Xk29fjQ0aa77", "Xk29fjQ0aa77"),
+        ("deploy --api-key=Xk29fjQ0aa77 --dry-run", "Xk29fjQ0aa77"),
+        ('add connectionString="Server=db;User Id=sa;Password=Xk29fjQ0aa77;"', "Xk29fjQ0aa77"),
+        ("var c = 'Host=db;Pwd=Xk29fjQ0aa77';", "Xk29fjQ0aa77"),
+        ("requests.get(url, auth=('admin', 'Xk29fjQ0aa77'))", "Xk29fjQ0aa77"),
+        ('HTTPBasicAuth("admin", "Xk29fjQ0aa77")', "Xk29fjQ0aa77"),
+        ("PASSWORD_OF_IT = 'correct horse battery staple 9'", "battery staple"),
+        ("URL = 'https://hooks.slack.com/services/T01ABCDEF/B02GHIJKL/aBcDeFgHiJkLmNoPqRsTuVwX'", "aBcDeFgHiJkL"),
+        ("https://discord.com/api/webhooks/123456789012345678/aBcDeFgHiJkLmNoPqRsTuVwXyZ01", "aBcDeFgHiJkL"),
         ("-----BEGIN RSA PRIVATE KEY-----\nMIIEpAIBAAKCAQ\nEA1234\n-----END RSA PRIVATE KEY-----", "MIIEpAIBAAKCAQ"),
         ("-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNzaC1rZXk", "b3BlbnNzaC1rZXk"),
     ],
@@ -104,6 +115,17 @@ def test_literals_are_crossed_out(text: str, secret: str) -> None:
     "text",
     [
         "password = os.environ['DB_PASSWORD_2']",
+        "bypass = 'compass-needle-2'",
+        "passes: 'first-and-second-2'",
+        "pass: '${DB_PASSWORD_2}'",
+        "docker login --username bot --password $PASSWORD_2",
+        "docker login --password-stdin 12345678",
+        "run --max-tokens 1234567890",
+        "requests.get(url, auth=('admin', get_password(2)))",
+        "authenticate('user-name', 'page-title')",
+        "'password = ' + quote(value2)",
+        "password_hint = 'Enter your password here, 8 letters or more'",
+        "see https://hooks.slack.com/services/ and https://discord.com/api/webhooks/",
         "token = tokenizer.next_token(2)",
         "password: str = field(default='')",
         "key = 'refresh_token'",
@@ -340,7 +362,18 @@ def test_literals_of_other_styles_are_crossed_out(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["token" * 8000, "token=\n" * 8000, "eyJaaaaaaaa-" * 8000, "password = '" * 3000, "://a:" * 8000]
+    "text",
+    [
+        "token" * 8000,
+        "token=\n" * 8000,
+        "eyJaaaaaaaa-" * 8000,
+        "password = '" * 3000,
+        "://a:" * 8000,
+        "--password " * 5000,
+        "auth=('a', '" * 4000,
+        ";password=" * 5000,
+        "pass: '" * 6000,
+    ],
 )
 def test_no_text_takes_long(text: str) -> None:
     begin = time.process_time()

@@ -5,10 +5,12 @@
     has_secret  return whether a text holds a secret
     reveals     return whether a text, appended to another, would show a secret
 
-Secrets are tokens with a known prefix, private keys, passwords in URLs and headers, and values assigned to a name like
-password, secret, token or api_key: a quoted literal with a digit (for password, passwd, pwd and passphrase also one
-without), and, as in settings files and shells (``NAME=value``, ``name: value`` to the line's end), an unquoted value
-with a digit. Placeholders (``${NAME}``, ``{name}``) are not secrets.
+Secrets are tokens with a known prefix, private keys, passwords in URLs and headers, addresses of webhooks, and values
+assigned to a name like password, secret, token or api_key: a quoted literal with a digit (for password, passwd, pwd and
+passphrase also one without, and several words with one), and, as in settings files and shells (``NAME=value``,
+``name: value`` to the line's end), an unquoted value with a digit. So are values of options (``--password VALUE``) and
+of connection strings, and what follows a user's name in ``auth=(...)``. Placeholders (``${NAME}``, ``{name}``) are not
+secrets.
 detect-secrets was tried first: its pattern for GitHub covers the token's prefix alone, it takes 0.13 ms a line, and it
 brings an HTTP library into this process.
 
@@ -62,6 +64,34 @@ _PATTERNS = (
         ("earer ", "BEARER "),
         re.compile(r"\b(?i:bearer) +(?=[^\s\"']{0,400}\d)([A-Za-z0-9._~+/-]{12,}={0,2})"),
     ),
+    (("hooks.slack.com/",), re.compile(r"hooks\.slack\.com/(?:services|workflows|triggers)/([A-Za-z0-9/]{20,200})")),
+    (("/webhooks/",), re.compile(r"discord(?:app)?\.com/api/webhooks/(\d{5,30}/[\w-]{20,200})")),
+    (("webhook.office.com",), re.compile(r"webhook\.office\.com/(\w{1,20}/[\w@/-]{30,300})")),
+    (
+        ("--",),
+        re.compile(
+            r"(?<![\w-])--(?:[\w-]{0,30}-)?(?i:pass(?:word|wd|phrase)?|pwd|token|secret|api-?key)(?:=|[ \t]{1,9})[\"']?"
+            r"(?=[^\s\"']{0,400}\d)(?![\d.]{1,20}(?:\s|$))([^\s\"'`$<>{}()]{8,400})"
+        ),
+    ),
+    (
+        ("assword", "wd", "ASSWORD", "WD"),  # in a connection string
+        re.compile(r"(?<=[;\"'])\s{0,3}(?i:(?:user ?)?password|pwd)\s{0,3}=\s{0,3}([^;\"'\s{}$<>]{6,200})(?=[;\"'])"),
+    ),
+    (
+        ("uth",),  # a user's name and a password
+        re.compile(
+            r"(?i:auth)\w{0,20}\s{0,3}(?:=\s{0,3})?\(\s{0,9}[\"'][^\"'\n]{1,80}[\"']\s{0,9},\s{0,9}"
+            r"[\"'](?=[^\"'\n]{0,200}\d)([^\s\"'`<>{}$]{6,200})[\"']"
+        ),
+    ),
+    (
+        ("pass", "PASS", "Pass"),  # as a name of its own
+        re.compile(
+            r"(?<![A-Za-z])(?i:pass)[\"']?\]?\s{0,9}(?:=>|[:=]=?)\s{0,9}[rbuf]{0,2}[\"'`](?=[^\"'`\n]{0,400}\d)"
+            r"(?![^\"'`\n]{0,400}(?:\$[({]|\{[^}\"'`\n]{0,80}\}|%\())(?!\$\w{1,80}[\"'`])([^\s\"'`<>]{8,400})[\"'`]"
+        ),
+    ),
     (
         ("uthorization", "AUTHORIZATION"),
         re.compile(r"(?i:authorization)\W{1,20}(?i:basic) +([A-Za-z0-9+/]{8,400}={0,2})"),
@@ -75,6 +105,9 @@ _QUOTED = r"([^\s\"'`<>]{8,400})[\"'`]"
 _SPEAKS = r"(?![^\"'`\n]{0,400}(?i:pass|pwd|secret|token|key|your|example|change|enter))"
 _LITERAL = re.compile(rf"\w{{0,40}}{_ASSIGNED}(?=[^\"'`\n]{{0,400}}\d){_FILLED_IN}{_QUOTED}", re.IGNORECASE)
 _PASSWORD = re.compile(f"{_ASSIGNED}{_SPEAKS}{_FILLED_IN}{_QUOTED}", re.IGNORECASE)
+_PASSPHRASE = re.compile(  # several words and a digit
+    rf"\w{{0,40}}{_ASSIGNED}{_SPEAKS}{_FILLED_IN}(?=[^\"'`\n]{{0,400}}\d)([^\"'`\n<>]{{12,400}})[\"'`]", re.IGNORECASE
+)
 # Unquoted values, matched from the start of the line: in shells and Dockerfiles; in YAML, where a word with a digit
 # after it is code; in INI files, where they have to be long with letters of both cases.
 _NOT_ONE = (
@@ -125,7 +158,7 @@ def _find_assigned(text: str) -> Iterator[tuple[int, int]]:
             continue
         match = _LITERAL.match(text, at + len(name))
         if match is None and name in _PASSWORDS:
-            match = _PASSWORD.match(text, at + len(name))
+            match = _PASSWORD.match(text, at + len(name)) or _PASSPHRASE.match(text, at + len(name))
         if match is None and at >= line_end and not _OF_ANOTHER.match(text, at + len(name)):
             near = max(0, at - _MOST_BEFORE)
             begin = max(text.rfind("\n", near, at), text.rfind("\r", near, at)) + 1
