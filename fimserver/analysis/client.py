@@ -56,6 +56,7 @@ _logger = logging.getLogger(__name__)
 
 _CRASHED = NoCompletion("analysis_crashed", "the analysis of this text crashed; other files are not affected")
 _SLOW = NoCompletion("analysis_slow", "the analysis of this text took too long and was ended")
+_ENDED = NoCompletion("cancelled", "the server has ended")
 _UNREAD = NoCompletion(
     "analysis_refused", "the analysis of this file failed again and again; it is read again after it has changed"
 )
@@ -136,13 +137,17 @@ class _Process:
             self._in.write(frames)
             self._in.flush()
             body = read_body(self._out)
-        except OSError as error:
+            if body is None:
+                raise _DiedError
+            return cast("dict[str, Any]", json.loads(body))
+        except (OSError, ValueError) as error:  # what it says makes no sense: it does not run as it should
             raise _DiedError from error
         finally:
             timer.cancel()
-        if body is None:
-            raise _DiedError
-        return cast("dict[str, Any]", json.loads(body))
+
+    def kill(self) -> None:
+        """End the process at once, also during a step."""
+        self._child.kill()
 
     def _kill(self) -> None:
         self.was_killed = True
@@ -173,6 +178,7 @@ class AnalysisClient:
         self._quarantine = Quarantine()
         self._open: set[str] = set()
         self._settings: tuple[Settings, str] | None = None
+        self._is_closed = False
         self.deaths = 0
 
     @property
@@ -239,15 +245,17 @@ class AnalysisClient:
         key = _to_key(client, uri)
         if key in self._open:
             self._open.discard(key)
-            self._quarantine.forget(key)
             self._put(_Job("forget", {"key": key}, lambda _reply: None, key=key))
 
     def close(self) -> None:
-        """End the process and the thread; steps that wait fail."""
+        """End the process and the thread for good; steps that run or wait fail."""
         with self._lock:
+            self._is_closed = True
             thread, self._thread = self._thread, None
         if thread is not None:
             self._jobs.put(None)
+            if (process := self._process) is not None:
+                process.kill()
             thread.join(_START_S)
 
     def _submit(
@@ -257,6 +265,9 @@ class AnalysisClient:
 
     def _put(self, job: _Job) -> "Future[Any]":
         with self._lock:
+            if self._is_closed:
+                job.future.set_exception(AnalysisError(_ENDED))
+                return job.future
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="analysis", daemon=True)
                 self._thread.start()
@@ -281,13 +292,14 @@ class AnalysisClient:
                     job.future.set_result(self._run(job))
                 except Exception as error:  # noqa: BLE001  the future has it
                     job.future.set_exception(error)
-                    with suppress(AnalysisError):
-                        self._started()  # before the next step needs it
+                    if not self._is_closed:
+                        with suppress(AnalysisError):
+                            self._started()  # before the next step needs it
         self._end_process()
         while not self._jobs.empty():
             late = self._jobs.get()
             if late is not None and late.future.set_running_or_notify_cancel():
-                late.future.set_exception(AnalysisError(NoCompletion("cancelled", "the server ended")))
+                late.future.set_exception(AnalysisError(_ENDED))
 
     def _end_process(self) -> None:
         if self._process is not None:
@@ -302,6 +314,7 @@ class AnalysisClient:
             if treatment is Treatment.UNREAD:
                 raise AnalysisError(_UNREAD)
         elif job.step == "forget":
+            self._quarantine.forget(job.key)
             if self._process is None or not self._process.is_alive:
                 return None
             self._process.texts.forget(job.key)
@@ -318,7 +331,10 @@ class AnalysisClient:
             reply = process.exchange(message, job.limit_s * WALL_FACTOR)
         except _DiedError:
             self._process = None
-            raise AnalysisError(self._on_death(job, process.end(), was_killed=process.was_killed)) from None
+            code = process.end()
+            if self._is_closed:
+                raise AnalysisError(_ENDED) from None
+            raise AnalysisError(self._on_death(job, code, was_killed=process.was_killed)) from None
         if "error" in reply:
             raise AnalysisError(NoCompletion("error", f"an error in fimserver: {reply['error']}"))
         return job.read({**reply, "treatment": treatment})
@@ -343,12 +359,14 @@ class AnalysisClient:
         self.deaths += 1
         is_slow = was_killed or code == -getattr(signal, "SIGPROF", 0) != 0
         language = job.query.snapshot.language_id if job.query is not None else ""
-        _logger.warning(
-            "the analysis of a document ended its process",
-            extra={"step": job.step, "code": code, "language": language, "slow": is_slow},
-        )
+        treatment = Treatment.NORMAL
         if job.query is not None:
             self._quarantine.note(job.key, job.query.snapshot.text)
+            treatment = self._quarantine.treatment(job.key, job.query.snapshot.text)
+        facts = {"step": job.step, "code": code, "language": language, "slow": is_slow}
+        _logger.warning(
+            "the analysis of a document ended its process", extra={**facts, "treatment": treatment.name.lower()}
+        )
         return _SLOW if is_slow else _CRASHED
 
     def _to_message(self, process: _Process, key: str, query: Query) -> dict[str, Any]:

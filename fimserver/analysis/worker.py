@@ -49,8 +49,8 @@ class Analyst:
     def answer(self, message: dict[str, Any], bodies: list[bytes]) -> dict[str, Any]:
         """Return the result of one message's step, or the error in it; no text is quoted in an error."""
         begin = time.process_time()
+        self.texts.receive(message["new"], bodies, message["dropped"])  # if this fails, so does everything after it
         try:
-            self.texts.receive(message["new"], bodies, message["dropped"])
             result = self._run(message)
         except Exception as error:  # noqa: BLE001  one step fails, the process continues
             return {"error": _describe(error)}
