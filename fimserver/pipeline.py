@@ -41,6 +41,7 @@ from fimserver.engine.client import EngineClient
 from fimserver.errors import EngineError
 from fimserver.settings import Settings, refuse_unsure
 
+_MOVED_CONFIDENCE = 0.5  # at least, of text that was cut elsewhere and is typed again: not measured
 _LEAST_DELETED = 8  # characters, for a match with what was deleted
 MAX_OTHER_DOCUMENTS = 8  # each is searched for matches at every request
 
@@ -120,6 +121,7 @@ def find_hole_at(query: Query, memory: Memory) -> Place | NoCompletion:
 def find_matches_for(query: Query, memory: Memory, place: Place) -> Found:
     """Return a place with what followed the same text in the document, in deleted text and in other documents."""
     matches: list[Match] = []
+    cut: list[str] = []
     if query.uses_matches and query.settings.seed is None:
         deleted = [each for each in query.deleted if memory.refuse(each.uri, query.settings) is None]
         cut = [f"{each.before}{each.text}{each.after}" for each in deleted if len(each.text) >= _LEAST_DELETED]
@@ -127,18 +129,18 @@ def find_matches_for(query: Query, memory: Memory, place: Place) -> Found:
         matches = without_secrets(query.snapshot, find_matches(query.snapshot, place.hole, others))
         matches = [match for match in matches if not brings_back(match.text, query.snapshot, deleted)]
     sure = offer_match(matches, place) if query.offers_matches else None
-    confidence = match_confidence(matches[0], place.hole) if sure is not None else 0.0
+    if sure is None:
+        return Found(place, matches, None)
+    confidence = match_confidence(matches[0], place.hole)
+    if 0 < matches[0].source <= len(cut):
+        confidence = max(confidence, _MOVED_CONFIDENCE)
     return Found(place, matches, sure, confidence)
 
 
 def to_context(query: Query, memory: Memory, found: Found, info: ModelInfo | None) -> FimContext:
     """Return what the model is shown: a window around the cursor, snippets of other documents, matches."""
     reads_snippets = info is not None and info.reads_snippets
-    others = (
-        list(islice(memory.readable(query.others, query.snapshot, query.settings), MAX_OTHER_DOCUMENTS))
-        if reads_snippets
-        else []
-    )
+    others = list(_read_others(query, memory)) if reads_snippets else []
     seen = found.place.seen
     cells = memory.readable(query.above, seen, query.settings)
     if above := "".join(_whole_lines(cell.text) for cell in cells if cell.text):
