@@ -71,7 +71,7 @@ class Completer:
         if request.stale:
             raise RefusedError(NoCompletion("stale", "the request names a version of the text that is not here"))
         self._policy.check(request)
-        query = self._session.to_query(snapshot, invoked=request.invoked)
+        query, epoch = self._session.to_query(snapshot, invoked=request.invoked), self._session.epoch
         cached = self._session.cache.find(snapshot)
         request.notes.facts |= {"invoked": request.invoked}
         found = await self._analyse(request, self._analysis.find(id(self._session), query, with_matches=not cached))
@@ -83,6 +83,8 @@ class Completer:
         if found.treatment is not Treatment.NORMAL:
             request.notes.facts["treatment"] = found.treatment.name.lower()
         self._policy.check(request)  # the text may have changed meanwhile
+        if self._session.epoch != epoch:  # or the settings
+            return await self._find_answer(request)
         self._policy.check_found(request, found)
         if cached:
             return cached, "cache"

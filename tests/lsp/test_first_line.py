@@ -18,14 +18,10 @@ DEFAULT_S = 0.15
 Place = tuple[str, int, int]
 
 
-@pytest.fixture(autouse=True)
-def at_any_confidence(fake: FakeServer) -> None:
-    """A first line has no confidence yet, so that it comes early only if none is asked for."""
-    fake.set(minConfidence=0)
-
-
-def test_by_default_automatic_requests_wait_for_the_whole_answer(fake: FakeServer) -> None:
-    fake.set()
+def test_by_default_automatic_requests_wait_for_the_whole_answer(start_fake: Callable[..., FakeServer]) -> None:
+    """A first line has no confidence yet, so that it comes early only if none is asked for, as in the other tests."""
+    fake = start_fake(options={"minConfidence": None})
+    fake.wait_until_ready()
     assert ask(fake, show(fake, "default", rest_s=0.3)) == [ANSWER]
     assert ask(fake, show(fake, "asked", rest_s=0.3), invoked=True) == [LINE]
 
@@ -36,7 +32,7 @@ def show(server: FakeServer, name: str, text: str = BODY, **order: object) -> Pl
 
 def show_held(server: FakeServer, name: str, text: str = BODY, held: int = 2, **order: object) -> Place:
     """The engine holds the rest until the test releases it, however slow the machine is."""
-    server.set(maxLatencyMs=60_000, minConfidence=0)
+    server.set(maxLatencyMs=60_000)
     return show(server, name, text, held=held, **order)
 
 
@@ -144,19 +140,19 @@ def test_a_finished_answer_is_whole(fake: FakeServer) -> None:
 
 @pytest.mark.parametrize("settings", [{"maxLines": 1}, {"minConfidence": 0.1}, {"seed": 3}, {"firstLineMs": 5000}])
 def test_the_first_line_can_be_off(fake: FakeServer, settings: dict[str, object]) -> None:
-    fake.set(**{"minConfidence": 0, **settings})
+    fake.set(**settings)
     place = show(fake, "off" + "".join(settings), rest_s=0.3)
     assert ask(fake, place) == [LINE if "maxLines" in settings else ANSWER]
     assert fake.last["source"] == "model"
 
 
 def test_null_turns_it_off(start_fake: Callable[..., FakeServer]) -> None:
-    server = start_fake(options={"firstLineMs": None, "minConfidence": 0})
+    server = start_fake(options={"firstLineMs": None})
     assert ask(server, show(server, "null", rest_s=0.3), invoked=True) == [ANSWER]
 
 
 def test_parallel_decoding_shows_settled_text_only(start_fake: Callable[..., FakeServer]) -> None:
-    server = start_fake(mode="diffusion", options={"minConfidence": 0})
+    server = start_fake(mode="diffusion")
     server.wait_until_ready()
     noise = "x = y\n    z"
     settled = [f"{LINE}\n    noise", len(LINE) + 1]
@@ -193,7 +189,7 @@ def test_a_document_that_is_closed_ends_it(fake: FakeServer) -> None:
 
 
 def test_the_rest_respects_the_time_limit(fake: FakeServer) -> None:
-    fake.set(maxLatencyMs=200, minConfidence=0)
+    fake.set(maxLatencyMs=200)
     place = show(fake, "late", rest_s=LATER_S)
     assert ask(fake, place) == [LINE]
     fake.wait_until_noted("cancelled", "late", SOON_S)
@@ -201,7 +197,7 @@ def test_the_rest_respects_the_time_limit(fake: FakeServer) -> None:
 
 def test_automatic_requests_do_not_wait_for_ever(start_fake: Callable[..., FakeServer]) -> None:
     """After three times maxLatencyMs the answer is empty and has a reason; an invoked request keeps waiting."""
-    fake = start_fake(options={"maxLatencyMs": 50, "minConfidence": 0})
+    fake = start_fake(options={"maxLatencyMs": 50})
     fake.wait_until_ready()
     never = show(fake, "late", drafts=[], rest_s=LATER_S)
     begin = time.perf_counter()
@@ -215,7 +211,7 @@ def test_automatic_requests_do_not_wait_for_ever(start_fake: Callable[..., FakeS
 
 
 def test_a_line_that_never_settles_is_not_waited_for_either(start_fake: Callable[..., FakeServer]) -> None:
-    fake = start_fake(options={"maxLatencyMs": 100, "minConfidence": 0})
+    fake = start_fake(options={"maxLatencyMs": 100})
     fake.wait_until_ready()
     place = show(fake, "open", drafts=[[LINE, 0]] * 40, step_s=0.05, rest_s=LATER_S)
     begin = time.perf_counter()

@@ -164,7 +164,8 @@ class FakeServer(LspClient):
         super().__init__(
             env=configure(journal, load_s=load_s, mode=mode), command=[*WORKER, "serve", json.dumps(overrides)]
         )
-        options = {"debounceMs": 0, **(options or {})}
+        # what other tests accept and reject must not decide what is offered
+        options = {"debounceMs": 0, "minConfidence": 0, **(options or {})}
         self.capabilities = self.initialize(encodings=encodings, options=options, **capabilities)["capabilities"]
 
     def show(

@@ -1,5 +1,7 @@
 """By default automatic requests get what is likely to be right, and requests by the user get everything."""
 
+from collections.abc import Callable
+
 import pytest
 from support.fake_engine import FakeServer
 
@@ -11,40 +13,48 @@ KNOWN = "value = compute_everything_again_for_all(first, second)\n"
 ASKED = "result = compute_everything_again_for_all(\u25ae\n"
 
 
+@pytest.fixture
+def default(start_fake: Callable[..., FakeServer]) -> FakeServer:
+    """A server with the default settings, and a user who has not accepted anything yet."""
+    server = start_fake(options={"minConfidence": None, "learnFromUse": False})
+    server.wait_until_ready()
+    return server
+
+
 def texts(items: list[dict[str, str]]) -> list[str]:
     return [item["insertText"] for item in items]
 
 
 @pytest.mark.parametrize("confidence", [AUTOMATIC_CONFIDENCE - 0.05, AUTOMATIC_CONFIDENCE + 0.05])
-def test_the_model(fake: FakeServer, confidence: float) -> None:
-    place = fake.show("file:///unsure.py", CALL, order={"answer": "first, second", "confidence": confidence})
+def test_the_model(default: FakeServer, confidence: float) -> None:
+    place = default.show("file:///unsure.py", CALL, order={"answer": "first, second", "confidence": confidence})
     is_offered = confidence >= AUTOMATIC_CONFIDENCE
-    assert bool(fake.complete(*place, invoked=False)) is is_offered
+    assert bool(default.complete(*place, invoked=False)) is is_offered
     if not is_offered:
-        assert fake.last["reason"] == "low_confidence"
+        assert default.last["reason"] == "low_confidence"
         for number in (f"{confidence:.2f}", f"{AUTOMATIC_CONFIDENCE:g}"):
-            assert number in fake.last["detail"]
-        assert "minConfidence" in fake.last["detail"]
-    assert texts(fake.complete(*place)) == ["first, second"]
+            assert number in default.last["detail"]
+        assert "minConfidence" in default.last["detail"]
+    assert texts(default.complete(*place)) == ["first, second"]
 
 
-def test_a_sure_match_needs_no_model(fake: FakeServer) -> None:
-    place = fake.show("file:///match.py", KNOWN * 3 + ASKED, order={"answer": "model"})
-    assert texts(fake.complete(*place, invoked=False)) == ["first, second)"]
-    assert fake.last["source"] == "match"
-    assert fake.last["facts"]["match_confidence"] >= AUTOMATIC_CONFIDENCE
+def test_a_sure_match_needs_no_model(default: FakeServer) -> None:
+    place = default.show("file:///match.py", KNOWN * 3 + ASKED, order={"answer": "model"})
+    assert texts(default.complete(*place, invoked=False)) == ["first, second)"]
+    assert default.last["source"] == "match"
+    assert default.last["facts"]["match_confidence"] >= AUTOMATIC_CONFIDENCE
 
 
-def test_an_unsure_match_is_the_models_to_judge(fake: FakeServer) -> None:
+def test_an_unsure_match_is_the_models_to_judge(default: FakeServer) -> None:
     long = "".join(f"argument_{n}, " for n in range(20))
     text = f"value = compute_everything_again_for_all({long})\n{ASKED}"
-    place = fake.show("file:///long.py", text, order={"answer": "first, second)", "confidence": 0.9})
-    assert texts(fake.complete(*place, invoked=False)) == ["first, second)"]
-    assert fake.last["source"] == "model"
-    assert fake.last["facts"]["match_confidence"] < AUTOMATIC_CONFIDENCE
-    fake.set(minConfidence=0)
-    assert fake.complete(*place, invoked=False)
-    assert fake.last["source"] == "match"
-    fake.set()
-    assert fake.complete(*place)
-    assert fake.last["source"] == "match", "as the user asked"
+    place = default.show("file:///long.py", text, order={"answer": "first, second)", "confidence": 0.9})
+    assert texts(default.complete(*place, invoked=False)) == ["first, second)"]
+    assert default.last["source"] == "model"
+    assert default.last["facts"]["match_confidence"] < AUTOMATIC_CONFIDENCE
+    default.set(minConfidence=0, learnFromUse=False)
+    assert default.complete(*place, invoked=False)
+    assert default.last["source"] == "match"
+    default.set(minConfidence=None, learnFromUse=False)
+    assert default.complete(*place)
+    assert default.last["source"] == "match", "as the user asked"
