@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -51,7 +52,8 @@ from fimserver.settings import Settings
 COMMAND = (sys.executable, "-P", "-m", "fimserver.analysis.worker")
 _START_S = 30.0  # for Python to start and to import, on a busy machine
 _IDLE_S = 20.0  # after which the process ends if no document is open
-_MAX_STARTS = 3  # in succession without an answer
+_MAX_STARTS = 3  # in succession
+_RETRY_S = 5.0  # after these
 _logger = logging.getLogger(__name__)
 
 _CRASHED = NoCompletion("analysis_crashed", "the analysis of this text crashed; other files are not affected")
@@ -109,7 +111,7 @@ class _Process:
         self._in, self._out = cast("BinaryIO", self._child.stdin), cast("BinaryIO", self._child.stdout)
         try:
             self._exchange(b"", _START_S)
-        except _DiedError:
+        except BaseException:
             self.end()
             raise
 
@@ -132,15 +134,15 @@ class _Process:
 
     def _exchange(self, frames: bytes, within_s: float) -> dict[str, Any]:
         timer = threading.Timer(within_s, self._kill)  # also ends a write to a process that does not read
-        timer.start()
         try:
+            timer.start()
             self._in.write(frames)
             self._in.flush()
             body = read_body(self._out)
             if body is None:
                 raise _DiedError
             return cast("dict[str, Any]", json.loads(body))
-        except (OSError, ValueError) as error:  # what it says makes no sense: it does not run as it should
+        except (OSError, ValueError, RuntimeError) as error:  # it says nothing, or what makes no sense; or no timer
             raise _DiedError from error
         finally:
             timer.cancel()
@@ -179,6 +181,7 @@ class AnalysisClient:
         self._open: set[str] = set()
         self._settings: tuple[Settings, str] | None = None
         self._is_closed = False
+        self._next_start = 0.0  # time.monotonic
         self.deaths = 0
 
     @property
@@ -268,9 +271,10 @@ class AnalysisClient:
             if self._is_closed:
                 job.future.set_exception(AnalysisError(_ENDED))
                 return job.future
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="analysis", daemon=True)
-                self._thread.start()
+            if self._thread is None or not self._thread.is_alive():
+                thread = threading.Thread(target=self._work, name="analysis", daemon=True)
+                thread.start()
+                self._thread = thread
             self._jobs.put(job)
         return job.future
 
@@ -293,7 +297,7 @@ class AnalysisClient:
                 except Exception as error:  # noqa: BLE001  the future has it
                     job.future.set_exception(error)
                     if not self._is_closed:
-                        with suppress(AnalysisError):
+                        with suppress(Exception):  # the next step tries again
                             self._started()  # before the next step needs it
         self._end_process()
         while not self._jobs.empty():
@@ -309,6 +313,8 @@ class AnalysisClient:
     def _run(self, job: _Job) -> Any:
         """Return what a step returns. Raises ``AnalysisError``."""
         query, treatment = job.query, Treatment.NORMAL
+        if self._is_closed:
+            raise AnalysisError(_ENDED)
         if query is not None:
             treatment = self._quarantine.treatment(job.key, query.snapshot.text)
             if treatment is Treatment.UNREAD:
@@ -342,13 +348,14 @@ class AnalysisClient:
     def _started(self) -> _Process:
         if self._process is not None and not self._process.is_alive:  # ended between two steps, by someone else
             self._end_process()
-        for _ in range(_MAX_STARTS):
+        for _ in range(_MAX_STARTS if time.monotonic() >= self._next_start else 0):
             if self._process is not None:
-                return self._process
+                break
             try:
                 self._process = _Process(self._command)
-            except (OSError, _DiedError) as error:
+            except (OSError, RuntimeError, _DiedError) as error:
                 _logger.warning("the analysis process did not start", extra={"error": type(error).__name__})
+                self._next_start = time.monotonic() + _RETRY_S
         if self._process is None:
             detail = "the process that analyses files does not start; run: fimserver doctor"
             raise AnalysisError(NoCompletion("analysis", detail))

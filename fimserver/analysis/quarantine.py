@@ -18,6 +18,7 @@ from enum import IntEnum
 
 _DEATHS = 2
 _PAUSE_S, _LONGEST_PAUSE_S = 10.0, 600.0
+_FORGOTTEN_S = 3600.0  # a single death
 _DOCUMENTS = 256
 
 
@@ -38,6 +39,7 @@ class _Case:
     checksum: int = 0  # of the text at the last death
     pause_s: float = _PAUSE_S / 2
     until: float = 0.0
+    at: float = 0.0  # the last death
 
 
 class Quarantine:
@@ -60,11 +62,14 @@ class Quarantine:
         """Record that the process died while it worked on a document."""
         case = self._cases.setdefault(uri, _Case())
         self._cases.move_to_end(uri)
-        case.deaths, case.checksum = case.deaths + 1, hash(text)
+        now = self._clock()
+        if case.treatment is Treatment.NORMAL and now - case.at > _FORGOTTEN_S:
+            case.deaths = 0
+        case.deaths, case.checksum, case.at = case.deaths + 1, hash(text), now
         if case.deaths >= _DEATHS:
             case.treatment, case.deaths = Treatment(min(case.treatment + 1, Treatment.UNREAD)), 0
             case.pause_s = min(2 * case.pause_s, _LONGEST_PAUSE_S)
-            case.until = self._clock() + case.pause_s
+            case.until = now + case.pause_s
         if len(self._cases) > _DOCUMENTS:
             self._cases.popitem(last=False)
 

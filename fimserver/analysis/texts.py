@@ -9,11 +9,11 @@ sides always hold the same. One text is a number, a base, two lengths, and the c
 Knows:  texts.  Never: processes, what a text is for.
 """
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
-from fimserver.context.limits import HELD_CHARACTERS, HELD_TEXTS
+from fimserver.context.limits import HELD_CHARACTERS, HELD_OF_A_DOCUMENT
 from fimserver.text import common_prefix_length, common_suffix_length
 
 
@@ -62,11 +62,12 @@ class SentTexts:
     def take(self) -> Parcel:
         """Return the parcel of a message that is complete, and begin the next."""
         size = sum(len(held.text) for held in self._held.values())
-        for held in list(self._held.values()):
-            if len(self._held) <= HELD_TEXTS and size <= HELD_CHARACTERS:
-                break
-            if held.number not in self._needed:
+        of_a_document = Counter(held.key for held in self._held.values())
+        for held in list(self._held.values()):  # the last used last
+            is_old = of_a_document[held.key] > HELD_OF_A_DOCUMENT
+            if held.number not in self._needed and (is_old or size > HELD_CHARACTERS):
                 size -= len(held.text)
+                of_a_document[held.key] -= 1
                 self._drop(held)
         parcel, self._parcel = self._parcel, Parcel()
         self._needed.clear()

@@ -38,7 +38,7 @@ _ENDS_HEADER = re.compile(r"\s*(?:[)\]]|\{\s*$|\}(?!\s*(?:else|catch|finally|whi
 _MARKUP = {"html", "css", "json", "markdown", "yaml", "toml"}
 _NEXT_CONDITION = re.compile(r"\s*(?:\}\s*)?(?:else if|elif|elsif|elseif)\b(.*)", re.DOTALL)
 _FIRST = {"python": "if True:", "ruby": "begin", "lua": "do", "shellscript": "if true; then"}
-_FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})[ \t]*\{?\.?([\w+#-]*)[^\n`]*$", re.MULTILINE)
+_FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})[ \t]*+\{?\.?([\w+#-]*+)[^\n`]*+$", re.MULTILINE)
 _EMBEDDED = re.compile(r"<(script|style)\b([^>]*)>", re.IGNORECASE)
 _HOLD_SCRIPTS = frozenset({"html", "vue", "svelte", "astro", "handlebars", "jinja", "razor"})
 _JSX = frozenset({"javascript", "typescriptreact"})
@@ -124,9 +124,16 @@ def _find_inner(text: str, cursor: int, language: str) -> tuple[int, int, str] |
         return _find_fenced(text, cursor)
     if language == "astro" and (fence := _ASTRO_CODE.match(text)) and fence.start(1) <= cursor <= fence.end(1):
         return fence.start(1), fence.end(1), "typescript"
-    if language == "python" and (cell := _CELL_MAGIC.match(text)) and cell[1] not in _PYTHON_CELLS:
+    if language == "python" and (cell := _CELL_MAGIC.match(text)) and _is_of_another(cell[1]):
         return (cell.end(), len(text), cell[1]) if cursor >= cell.end() else None
     return _find_script(text, cursor) if language in _HOLD_SCRIPTS else None
+
+
+def _is_of_another(magic: str) -> bool:
+    """Return whether a cell with a magic holds another language; an unknown magic may be anything, mostly Python."""
+    language = find_language(magic)
+    is_known = language.is_lexical or language.grammar is not None or language is PLAIN
+    return is_known and magic not in _PYTHON_CELLS
 
 
 def language_at(text: str, offset: int, language: Language) -> str:

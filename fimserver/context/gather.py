@@ -37,9 +37,11 @@ _REACH = 160  # characters before the cursor that are compared
 _ANCHORS = (24, 8, 4)  # lengths that are searched for, longest first
 _MAX_HITS = 16  # per anchor and text
 _MAX_MATCHES = 4
+_MAX_PLACES = 8  # of one match that are searched for secrets around it
 _WORD_END = re.compile(r"\w*\Z")
 _WORD = re.compile(r"[^\W\d]\w{2,}")
 _SAME_PLACE = 64  # characters before a place that tell it from others
+_TELLING = 16  # of them that are not spaces at the end
 _LEAST_DELETED = 3  # characters
 _SNIPPET_LINES = 16
 _SNIPPET_REACH = 1_200  # characters before the cursor whose words are searched for in other files
@@ -72,7 +74,7 @@ def _search(snapshot: Snapshot, hole: Hole, others: Sequence[str], deadline: flo
     line_start = snapshot.cursor - len(line)
     inner = find_language(here.partition(",")[0]) if here is not None else language
     reach = snapshot.text[max(0, snapshot.cursor - _REACH) : snapshot.cursor]
-    before = _Before(reach, inner, scan(line[-LINE:], inner).quote)
+    before = _Before(reach, inner, scan(line[-LINE:], inner).quote, hole.kind is HoleKind.STRING)
     after = _After(snapshot, hole)
     for length in _ANCHORS:
         anchor = before.text[-length:]
@@ -103,15 +105,21 @@ def without_secrets(snapshot: Snapshot, matches: Iterable[Match]) -> list[Match]
 
 def brings_back(text: str, snapshot: Snapshot, deletions: Sequence[Deletion]) -> bool:
     """Return whether a text at the cursor begins with what the user has just deleted at the same place, or is part."""
-    here = snapshot.text[max(0, snapshot.cursor - _REACH) : snapshot.cursor].rstrip()
-    at_cursor = [d for d in deletions if d.uri == snapshot.uri and _is_same_place(d.before.rstrip(), here)]
+    here = snapshot.text[max(0, snapshot.cursor - 8 * _SAME_PLACE) : snapshot.cursor]
+    at_cursor = [d for d in deletions if d.uri == snapshot.uri and _is_same_place(d.before, here)]
     deleted = [line_around(d.text.lstrip(), 0)[1].rstrip() for d in at_cursor]
     return any(_is_return(text.strip(), each) for each in deleted if len(each) >= _LEAST_DELETED)
 
 
 def _is_same_place(before: str, here: str) -> bool:
-    length = min(len(before), len(here), _SAME_PLACE)
-    return before[len(before) - length :] == here[len(here) - length :] if length else before == here
+    """Return whether a place that had ``before`` in front of it is the one with ``here``, but for spaces at its end.
+
+    Less than ``_SAME_PLACE`` characters are all that there was, from the start of the text on.
+    """
+    if len(before) < _SAME_PLACE:
+        return before.rstrip() == here.rstrip()
+    code = before.rstrip()
+    return here.endswith(before) if len(code) < _TELLING else here[-2 * _SAME_PLACE :].rstrip().endswith(code)
 
 
 def _is_return(text: str, deleted: str) -> bool:
@@ -143,11 +151,15 @@ def match_facts(ngram_match: Match, hole: Hole) -> list[float]:
 
 @dataclass(slots=True)
 class _Before:
-    """The text before the cursor, its language, the string that its line leaves open, and the word at its end."""
+    """The text before the cursor, its language, the string that its line leaves open, and the word at its end.
+
+    ``in_string`` is also set in a string that begins on an earlier line.
+    """
 
     text: str
     language: Language
     quote: str
+    in_string: bool
     word: str = ""
 
     def __post_init__(self) -> None:
@@ -190,8 +202,9 @@ def _to_match(text: str, end: int, before: _Before, after: _After, source: int) 
     start = text.rfind("\n", max(0, end - LINE), end) + 1 or max(0, end - LINE)
     if scan(text[start:end], before.language).quote != before.quote:
         return None  # what ends a string there is text here, or the other way round
-    code = without_comment(text[start : end + len(rest)], before.language)
-    middle, agreement = code[end - start :].rstrip(), 0  # a remark is about the line that it stands on
+    middle, agreement = rest.rstrip(), 0
+    if not before.in_string:  # a remark is about the line that it stands on
+        middle = without_comment(text[start : end + len(rest)], before.language)[end - start :].rstrip()
     if standing := after.line.rstrip():
         if middle.endswith(standing):
             middle = middle[: len(middle) - len(standing)]
@@ -229,7 +242,7 @@ class _Located:
 
 
 def _merged(known: _Located | None, new: Match, text: str, end: int) -> _Located:
-    places = [(text, end)] if new.source else []
+    places = [(text, end)] if new.source and (known is None or len(known.places) < _MAX_PLACES) else []
     if known is None:
         return _Located(new, places)
     best = min(known.match, new, key=lambda g: g.rank)

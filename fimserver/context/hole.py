@@ -36,8 +36,9 @@ _ESTIMATED_TOKENS = {
 _HEAD = 4_000  # characters that are searched for a "generated" notice
 _GENERATED = re.compile(
     r"(?<![\w.])@generated\b|\bDO NOT (?:EDIT|MODIFY)\b|\b(?i:do not (?:edit|modify) th(?:is|e) file)\b|"
-    r"^\W*(?i:(?:th(?:is|e) )?(?:code|file|source)?,? ?(?:is |was |has been )?(?:auto-?|automatically |machine[- ])?"
-    r"generated (?:by|from|with|using|code|file))\b(?! Django)",  # a migration of Django is edited
+    r"^[^\w\n]*(?i:(?:th(?:is|e) )?(?:code|file|source)?,? ?(?:is |was |has been )?"
+    r"(?:auto-?|automatically |machine[- ])?generated (?:by|from|with|using|code|file))\b"
+    r"(?! Django)",  # a migration of Django is edited
     re.MULTILINE,
 )
 _BEFORE_COMMENTS = re.compile(

@@ -37,6 +37,7 @@ SEARCH = 200_000
 # Characters of a match, which ends with its line: more than three lines of ghost text on a screen are a wall of text.
 MATCH = 400
 
-# Texts that the analysis process holds, in all; beyond that the oldest are sent again when they are needed.
-HELD_TEXTS = 256
+# Texts that the analysis process holds: the last ones of each document, which a request and the answer to the one
+# before it refer to, and so many characters in all. Older ones are sent again when they are needed.
+HELD_OF_A_DOCUMENT = 3
 HELD_CHARACTERS = 64_000_000

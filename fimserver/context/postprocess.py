@@ -103,7 +103,10 @@ def _fit(  # noqa: PLR0913, PLR0917  a text and its place
     ending = line_ending(snapshot.text)
     deadline = time.perf_counter() + _MAX_SECONDS
     place = snapshot.cursor
+    is_guess = language.is_lexical and not origin.is_match  # a lexical scan is not sure enough for a repair
     for variant in find_variants(Variant(middle, over), hole, snapshot, language):
+        if is_guess and variant.text != middle:
+            continue
         candidate = variant.text.replace("\n", ending)
         if candidate.strip() and is_sound(snapshot, candidate, tree, variant.replaced):
             return Completion(uuid.uuid4().hex[:12], candidate, place, place + variant.replaced)

@@ -20,6 +20,7 @@ from fimserver.context.languages.table import PLAIN, words
 from fimserver.context.scan import python_parses, scan
 from fimserver.context.syntax import SyntaxTree, parse
 from fimserver.datatypes import Snapshot
+from fimserver.text import line_around
 
 # Nodes of all grammars whose children are statements, members or items; the names do not collide.
 _BODIES = words(
@@ -78,10 +79,13 @@ def brackets_fit(snapshot: Snapshot, middle: str, replaced: int = 0) -> bool:
     if above.unmatched is None and here.unmatched is not None:
         return False
     opened = [offset for offset in here.offsets if offset >= len(before)]
+    if middle.rstrip().endswith("{") and not line_around(after, 0)[1].strip():
+        opened = opened[:-1]  # a block's header: its body is typed next
     if not opened:
         return True
     whole = scan(before + middle + after, language)
-    return whole.unmatched is None and not any(offset in opened for offset in whole.offsets)
+    is_balanced = whole.unmatched is None or scan(before + after, language).unmatched is not None
+    return is_balanced and not any(offset in opened for offset in whole.offsets)
 
 
 def _is_sound_nearby(snapshot: Snapshot, middle: str, tree: SyntaxTree, replaced: int) -> bool:

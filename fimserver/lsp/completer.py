@@ -154,6 +154,7 @@ class Completer:
         for idle in [c for c in self._running if c.snapshot.uri == request.snapshot.uri and not c.users]:
             idle.end()
         query = self._session.to_query(request.snapshot, invoked=request.invoked)  # other documents may have changed
+        epoch = self._session.epoch
         step = self._analysis.build_context(id(self._session), query, self._engine.info)
         context = await self._analyse(request, step)
         if isinstance(context, NoCompletion):
@@ -176,7 +177,7 @@ class Completer:
             snapshot=request.snapshot,
             query=query,
             found=found,
-            epoch=self._session.epoch,
+            epoch=epoch,
             invoked=request.invoked,
             pending=pending,
             replay=Replay(context, sampling),
@@ -205,6 +206,7 @@ class Completer:
                 inflight.note(generation)
                 if inflight.outcome.done():
                     return
+                inflight.is_read = True
                 step = self._analysis.read_answer(id(self._session), inflight.query, generation, inflight.shown)
                 outcome = await asyncio.wrap_future(step)
             except AnalysisError as error:
@@ -291,9 +293,10 @@ class Completer:
         if waits:
             return None
         line = asyncio.wrap_future(self._analysis.fit_line(id(self._session), inflight.query, inflight.line.result()))
+        fitted = None
         with suppress(AnalysisError):  # the whole answer may come nevertheless
-            return await line
-        return None
+            fitted = await line
+        return None if inflight.is_read or inflight.outcome.done() else fitted
 
     def _typed_on(self, request: Request) -> Snapshot:
         """Return the request's snapshot as it is now, after what was typed at its cursor. Raises ``RefusedError``."""

@@ -42,6 +42,7 @@ class InflightCompletion:
     typed: str = ""  # at its cursor since, with closing brackets that an editor may have added after it
     is_placed: bool = True  # the cursor is known to be at the end of ``typed``
     is_remembered: bool = False
+    is_read: bool = False  # the whole answer is here: no first line is offered any more
     users: set[Request] = field(default_factory=set)
     facts: dict[str, Any] = field(default_factory=dict)  # of the answer, for ``explain``
     timings_ms: dict[str, float] = field(default_factory=dict)

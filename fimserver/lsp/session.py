@@ -89,7 +89,7 @@ class Session:
         if uri in self.not_kept and all(place is not None for place, _ in edits):
             return self.documents[uri], self.documents[uri]
         old, new = self.store.change(uri, edits, version)
-        if len(new.text) > len(old.text) and (kept := self._within_bounds(new)) is not new:
+        if len(new.text) != len(old.text) and (kept := self._within_bounds(new)) is not new:
             self.store.open(kept)
             return old, kept
         if any(place is None for place, _ in edits):  # the whole text was replaced

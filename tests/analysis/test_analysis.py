@@ -2,7 +2,9 @@
 
 import os
 import signal
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -192,6 +194,42 @@ def test_a_process_that_does_not_start_is_reported() -> None:
         analysis.close()
 
 
+def test_a_process_that_does_not_start_is_not_started_at_every_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[object] = []
+    popen = subprocess.Popen
+
+    def count(*arguments: Any, **options: Any) -> Any:
+        started.append(arguments)
+        return popen(*arguments, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", count)
+    analysis = AnalysisClient((sys.executable, "-c", "raise SystemExit(3)"))
+    try:
+        for _ in range(5):
+            assert refusal(analysis.find(1, to_query("x = \u25ae\n", "python"))) == "analysis"
+        assert len(started) == 3
+    finally:
+        analysis.close()
+
+
+def test_a_thread_that_ended_is_replaced(client: AnalysisClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_timer: object) -> None:
+        raise RuntimeError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Timer, "start", fail)
+        assert client.find(1, to_query("x = \u25ae\n", "python")).exception(20) is not None
+    assert isinstance(client.find(1, to_query("x = \u25ae\n", "python")).result(60), FoundHole)
+
+
+def test_nothing_is_started_after_the_end() -> None:
+    analysis = AnalysisClient()
+    assert isinstance(analysis.find(1, to_query("x = \u25ae\n", "python")).result(60), FoundHole)
+    analysis.close()
+    assert refusal(analysis.find(1, to_query("x = \u25ae\n", "python"))) == "cancelled"
+    assert analysis.pid is None
+
+
 def test_the_memory_of_a_step_is_bounded() -> None:
     if sys.platform != "linux":
         pytest.skip("limits of memory")
@@ -264,6 +302,13 @@ class TestQuarantine:
         now[0] += 10
         assert quarantine.treatment("a", "more") is Treatment.NORMAL
 
+    def test_deaths_far_apart_do_not_add_up(self) -> None:
+        quarantine, now = self.make()
+        for _ in range(5):
+            quarantine.note("a", "text")
+            assert quarantine.treatment("a", "text") is Treatment.NORMAL
+            now[0] += 4000
+
     def test_a_closed_document_is_forgotten(self) -> None:
         quarantine, _ = self.make()
         for _ in range(2):
@@ -300,6 +345,17 @@ def test_a_change_is_sent_as_one() -> None:
     assert len(sent.take().bodies[0]) == 50_000
     sent.refer("a", text[:20_000] + "x" + text[20_000:])
     assert sent.take().bodies == [b"x"]
+
+
+def test_few_texts_of_a_document_are_held() -> None:
+    sent, received = SentTexts(), ReceivedTexts()
+    texts = [f"{number:02}" * 20 for number in range(20)]
+    for text in [*texts, texts[0]]:
+        name = sent.refer("a", text)
+        parcel = sent.take()
+        received.receive(parcel.new, parcel.bodies, parcel.dropped)
+        assert received[name] == text
+        assert len(received) <= 3
 
 
 def test_what_is_held_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

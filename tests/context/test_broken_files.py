@@ -1,9 +1,11 @@
 """Files with a fault somewhere: what is checked at the cursor must not depend on it."""
 
 import ast
+import time
 
 import pytest
 
+from fimserver.context.focus import find_embedded
 from fimserver.context.hole import first_comments, refuse_document
 from fimserver.context.languages.names import find_language
 from fimserver.context.place import Place, complete_place, find_place
@@ -144,6 +146,16 @@ def test_generated_files(language: str, text: str) -> None:
 @pytest.mark.parametrize(("language", "text"), WRITTEN)
 def test_files_that_people_write(language: str, text: str) -> None:
     assert refuse_document(Snapshot("file:///a", 1, language, text, 0)) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["/*" + "\n" * 3990 + "*/\n", "#\n" * 2000, "/*" + " " * 3990 + "*/", "# this file is " * 300]
+)
+def test_no_first_comment_takes_long(text: str) -> None:
+    begin = time.process_time()
+    refuse_document(Snapshot("file:///a", 1, "c" if text.startswith("/*") else "python", text, 0))
+    find_embedded(Snapshot("file:///a", 1, "markdown", f"```{'a' * 19_000}`\n{text}", 1))
+    assert time.process_time() - begin < 1.0
 
 
 def test_the_first_comments() -> None:

@@ -6,9 +6,9 @@ from fimserver.context.languages.lexical import FILE, LEXICAL, NAMES
 from fimserver.context.languages.names import find_language, language_of_path
 from fimserver.context.languages.probe import to_text
 from fimserver.context.languages.table import LANGUAGES
-from fimserver.context.place import Place, find_place
+from fimserver.context.place import Place, complete_place, find_place
 from fimserver.context.scan import scan
-from fimserver.datatypes import HoleKind, NoCompletion, Snapshot
+from fimserver.datatypes import Completion, HoleKind, NoCompletion, Snapshot
 from fimserver.settings import Settings
 
 MARK = "\u25ae"
@@ -132,6 +132,64 @@ def test_strings_of_languages_without_a_grammar(language: str, marked: str, kind
     found = hole_at(marked + "\n", language)
     assert isinstance(found, Place)
     assert found.hole.kind is kind
+
+
+CHARACTERS = [
+    ("kotlin", "val i = \u25ae", "s.indexOf('(')"),
+    ("objective-c", "\u25ae", "if (c == '(') { foo(); }"),
+    ("swift", "let i = \u25ae", "f('\"')"),
+    ("haskell", "a = \u25ae", "takeWhile (/= '(') x'"),
+    ("scala", "val a = \u25ae", "s.split(')')"),
+    ("scheme", "(define a \u25ae)", "#\\("),
+    ("clojure", "(def a \u25ae)", "\\)"),
+    ("perl", "\u25ae", "$x =~ s/\\)//g;"),
+    ("elixir", "a = \u25ae", "?("),
+    ("erlang", "A = \u25ae", "$(."),
+    ("zig", "const a = \u25ae", "'{';"),
+]
+
+
+@pytest.mark.parametrize(("language", "marked", "answer"), CHARACTERS)
+def test_characters_are_no_brackets(language: str, marked: str, answer: str) -> None:
+    found = hole_at(marked + "\n", language)
+    assert isinstance(found, Place)
+    completion = complete_place(answer, found)
+    assert isinstance(completion, Completion), completion
+    assert completion.middle == answer
+
+
+@pytest.mark.parametrize(
+    ("language", "marked"),
+    [
+        ("ini", "url = http://a.com/#\u25ae"),
+        ("ini", "url = jdbc:a;\u25ae"),
+        ("properties", "a.url=http://x/#\u25ae"),
+        ("perl", "my $n = $#\u25ae"),
+        ("elixir", "a = ?#\u25ae"),
+        ("asm", "mov r0, #\u25ae"),
+        ("dockerfile", "RUN echo a#\u25ae"),
+    ],
+)
+def test_what_is_no_comment(language: str, marked: str) -> None:
+    found = hole_at(marked + "\n", language, comments=False)
+    assert isinstance(found, Place), found
+
+
+@pytest.mark.parametrize(
+    ("language", "marked", "answer", "is_right"),
+    [
+        ("kotlin", "fun \u25ae", "main() {", True),
+        ("nginx", "location ~ \\.php$ \u25ae", "{", True),
+        ("dart", "void main() {\n  \u25ae\n}", "if (x) {", True),
+        ("dart", "void main() {\n  \u25ae\n}", "if (x {", False),
+        ("swift", "let a = [1)\nlet b = \u25ae\nlet c = f(2)", "f(1)", True),
+        ("kotlin", "val a = \u25ae", "f(1))", False),
+    ],
+)
+def test_headers_of_blocks_and_faults_elsewhere(language: str, marked: str, answer: str, is_right: bool) -> None:
+    found = hole_at(marked + "\n", language)
+    assert isinstance(found, Place)
+    assert isinstance(complete_place(answer, found), Completion) is is_right
 
 
 def test_an_escaped_per_cent_sign_begins_no_comment() -> None:

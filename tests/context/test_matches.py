@@ -130,6 +130,19 @@ def test_the_same_kind_of_string_is_open(language: str, marked: str, middle: str
 
 
 @pytest.mark.parametrize(
+    ("language", "opening", "typed", "rest"),
+    [
+        ("javascript", "const a = `", "  background-image-of-the-page: url(", "https://example.com/a.png);"),
+        ("python", 'a = """', "  border-of-the-whole-front-page: 1px", " solid #ccc;"),
+        ("kotlin", 'val a = """', "  border-of-the-whole-front-page: 1px", " // #ccc;"),
+    ],
+)
+def test_a_string_of_several_lines_has_no_remarks(language: str, opening: str, typed: str, rest: str) -> None:
+    closing = "`" if "`" in opening else '"""'
+    assert offered(f"{opening}\n{typed}{rest}\nother\n{typed}{MARK}\n{closing}\n", language) == rest
+
+
+@pytest.mark.parametrize(
     ("language", "remark"),
     [("python", "  # ask Anna"), ("kotlin", " // ask Anna"), ("sql", " -- ask Anna"), ("javascript", " /* ask Anna"),
      ("yaml", " # ask Anna"), ("haskell", " -- ask Anna")],
@@ -166,8 +179,12 @@ class TestDeleted:
             (".customer)", "f(invoice", URI, False),
             (".customer)", "f(order", "file:///other", False),
             (".customer)", "f(order ", URI, True),
+            (".customer)", "order", URI, False),
         ],
     )
     def test_what_brings_it_back(self, text: str, before: str, uri: str, expected: bool) -> None:
         snapshot = Snapshot(URI, 1, "python", "f(order", 7)
+        above = "first = 1\n" * 10
+        longer = Snapshot(URI, 1, "python", above + "f(order", 107)
+        assert brings_back(text, longer, [Deletion(uri, (above + before)[-64:], ".customer)", "")]) is expected
         assert brings_back(text, snapshot, [Deletion(uri, before, ".customer)", "")]) is expected

@@ -62,6 +62,6 @@ DOCUMENTS: dict[str, Callable[[], Hostile]] = {
         "python", "password = '" + "a1" * 2000 + "'\n" + "token = 'b2' " * 4000
     ),
     "nul and lone surrogates": lambda: Hostile("python", "x = '\x00\ud800' # \udfff\n" * 2000 + "y = "),
-    "carriage returns": lambda: Hostile("go", "package a\r" + "var b = 1\r" * 20_000),
+    "carriage returns": lambda: Hostile("go", "package a\r" + "var b = 1\r" * 20_000, "\r"),
     "kotlin, comments in comments": lambda: Hostile("kotlin", "/* " * 5000 + "\nval a = "),
 }

@@ -135,7 +135,20 @@ NAMES = {
     "yang": "",
     "zig": "",
 }
+# Tokens that only look like a bracket, a quote or a comment, and their first characters: characters of Lisps, escapes.
+_ESCAPED = {
+    **dict.fromkeys(("commonlisp", "scheme", "racket", "clojure", "fennel", "raku", "sed", "awk"), (r"\\[^\n]", "\\")),
+    **dict.fromkeys(("dockerfile", "makefile", "fish", "tcl", "powershell", "nushell"), (r"\\[^\n]", "\\")),
+    **dict.fromkeys(("elixir", "elisp"), (r"\?\\?[^\n\w]", "?")),
+    "perl": (r"\\[^\n]|\$#", "\\$"),
+    "erlang": (r"\$\\?[^\n\w]", "$"),
+}
 PROSE = frozenset({"diff", "latex", "restructuredtext", "gherkin", "typst", "bibtex"})  # text has brackets
+
+
+def _has_characters(values: dict[str, Any]) -> bool:
+    """Return whether an apostrophe may be around one character: it begins neither strings nor comments."""
+    return "'" not in values["line"] and all(quote["mark"] != "'" for quote in values["quotes"])
 
 
 def _read() -> tuple[Language, ...]:
@@ -150,10 +163,12 @@ def _to_language(name: str, values: dict[str, Any]) -> Language:
         Quote(q["mark"], q["mark"], q["multiline"], q["escapes"]) for q in values["quotes"]
     )
     known = {
+        r"'(?:\\[^\n]{1,8}|[^\\'\n])'": "'" if _has_characters(values) else "",
         r"(?<=\w)'": "'" if any(quote.open == "'" for quote in quotes) else "",  # in a word, as in don't
         r"\\%": "\\" if "%" in values["line"] else "",  # a per cent sign, not a comment
     }
-    literals, starts = [literal for literal, start in known.items() if start], list(filter(None, known.values()))
+    known |= dict([_ESCAPED[name]]) if name in _ESCAPED else {}
+    literals = [literal for literal, start in known.items() if start]
     return Language(
         name,
         line_comments=tuple(values["line"]),
@@ -161,7 +176,7 @@ def _to_language(name: str, values: dict[str, Any]) -> Language:
         comment_after_space=values["after_space"],
         quotes=quotes,
         literals="|".join(literals),
-        literal_starts="".join(literal[0] for literal in starts),
+        literal_starts="".join(known.values()),
         opener=PLAIN.opener,
         is_lexical=True,
     )

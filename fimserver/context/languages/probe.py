@@ -49,6 +49,9 @@ _LIKE = {
     "vue": "xml",
     "xml": "xml",
 }
+# Where the lexers are too generous: "#" marks operands in some assemblers, ";" and "#" stand in values of settings.
+_NOT_MARKS = {"asm": "#"}
+_AFTER_SPACE = frozenset({"ini"})
 _LINE_MARKS = ("//", "#", "--", ";", "%", "!", "'", '"', "REM ", "rem ", "::", "..", "dnl ", "NB.")
 _BLOCK_MARKS = (
     ("/*", "*/"),
@@ -124,6 +127,7 @@ def probe(name: str) -> dict[str, Any]:
     prober = Prober(_LEXERS.get(like, like))
     line = [mark for mark in _LINE_MARKS if prober.is_comment(f"{mark} qqa wwb")]
     block = [marks for marks in _BLOCK_MARKS if prober.is_comment(f"{marks[0]} qqa\nwwb {marks[1]}")]
+    line = [mark for mark in line if mark not in _NOT_MARKS.get(name, "")]
     quotes = [quote for quote in prober.find_quotes() if quote["mark"] not in line]
     for quote in quotes:
         if quote["mark"] == "'" and name != "sql":
@@ -134,7 +138,7 @@ def probe(name: str) -> dict[str, Any]:
         "line": line,
         "block": [marks for marks in block if not any(o != marks[0] and o in marks[0] for o, _ in block)],
         "quotes": quotes,
-        "after_space": "#" in line and not _is_comment(within_word),
+        "after_space": name in _AFTER_SPACE or ("#" in line and not _is_comment(within_word)),
     }
 
 
