@@ -310,7 +310,7 @@ def test_two_windows_share_one_model(window: Window, workbench: Workbench, edito
         second.begin(other)
         status = daemon_status(editors_home)
         assert status["connections"] == 2, status
-        workers = [pid for pid in children_of(status["pid"]) if "worker" in command_of(pid)]
+        workers = [pid for pid in children_of(status["pid"]) if "engine.worker" in command_of(pid)]
         assert workers == [status["worker"]["pid"]]
     finally:
         second.close()

@@ -74,6 +74,7 @@ _QUIET = {  # without these a chat panel takes the keyboard, pages of news come 
     "editor.minimap.enabled": False,
     "editor.quickSuggestions": False,
     "files.autoSave": "off",
+    "fimserver.minConfidence": 0,  # these tests are about the editor: what is offered need not be likely
     "git.enabled": False,
     "terminal.integrated.gpuAcceleration": "off",  # so that its text can be read
 }
