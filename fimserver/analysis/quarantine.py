@@ -5,7 +5,7 @@
 
 A document of which the process died twice is treated as plain text: no parser sees it, and nothing is searched for
 elsewhere. If it dies of that as well, twice, the document is not read at all. Both end when the text has changed and a
-pause has passed, which doubles with each further death: a user who types in such a document changes it at every key.
+pause has passed, which doubles with each further death: while it is edited, such a document changes at every key.
 
 Knows:  documents' names, checksums of texts, a clock.  Never: processes, what is done with a text.
 """

@@ -4,15 +4,15 @@ import ast
 import time
 
 import pytest
+from support.filling import MARK, fill
 
 from fimserver.context.focus import find_embedded
 from fimserver.context.hole import first_comments, refuse_document
 from fimserver.context.languages.names import find_language
 from fimserver.context.place import Place, complete_place, find_place
-from fimserver.datatypes import Completion, NoCompletion, Snapshot
+from fimserver.datatypes import NoCompletion, Snapshot
 from fimserver.settings import Settings
 
-MARK = "\u25ae"
 # Faults that make ``ast.parse`` refuse a whole file, above and below the cursor.
 FAULTS = {
     "a byte order mark": ("\ufeff", ""),
@@ -40,18 +40,6 @@ ANSWERS = [
     ("if values:\n    pass\n▮\n", "else:\n    pass", True),
     ("if values:\n    ▮\n", "x = 1", True),
 ]
-
-
-def fill(marked: str, answer: str, language: str = "python") -> str:
-    cursor = marked.index(MARK)
-    text = marked.replace(MARK, "")
-    place = find_place(Snapshot("file:///a", 1, language, text, cursor), Settings(), invoked=True)
-    assert isinstance(place, Place), place
-    outcome = complete_place(answer, place)
-    if isinstance(outcome, NoCompletion):
-        return f"! {outcome.reason}"
-    assert isinstance(outcome, Completion)
-    return text[: outcome.replace_start] + outcome.middle + text[outcome.replace_end :]
 
 
 @pytest.mark.parametrize("fault", FAULTS)

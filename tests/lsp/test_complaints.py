@@ -11,30 +11,15 @@ from typing import Any
 import pytest
 from support.connection import connection, is_in, until
 from support.fake_engine import MARK, WORKER, FakeServer, configure, read_journal
+from support.filling import fill
 from support.lsp_client import LspClient, has_memory
 
-from fimserver.context.place import Place, complete_place, find_place
-from fimserver.datatypes import Completion, NoCompletion, Snapshot
 from fimserver.engine.client import EngineClient, EngineOptions, EngineState
-from fimserver.settings import Settings
 
 URI = "file:///home/me/complaint.py"
 CALL = "def call(first, second):\n    return join(▮)\n"
 ANSWER = {"answer": "first, second"}
 PRIVATE = 'SERVICE_NAME = 1\nSERVICE_ACCESS_TOKEN = "hunter2hunter2hunter2"'
-
-
-def fill(marked: str, answer: str, language: str = "python") -> str:
-    """Return the text after the model answered ``answer`` at the mark and the user accepted the offer."""
-    cursor = marked.index(MARK)
-    text = marked.replace(MARK, "")
-    place = find_place(Snapshot("file:///a", 1, language, text, cursor), Settings(), invoked=True)
-    assert isinstance(place, Place), place
-    outcome = complete_place(answer, place)
-    if isinstance(outcome, NoCompletion):
-        return f"! {outcome.reason}"
-    assert isinstance(outcome, Completion)
-    return text[: outcome.replace_start] + outcome.middle + text[outcome.replace_end :]
 
 
 def inserted(items: list[dict[str, Any]]) -> list[str]:
