@@ -147,7 +147,15 @@ class Editor:
 
 
 def until(condition: Any, timeout_s: float = 5.0) -> None:
+    """Wait for a condition, which may ask for the last message: there may be none yet."""
+
+    def holds() -> bool:
+        try:
+            return bool(condition())
+        except IndexError:
+            return False
+
     deadline = time.monotonic() + timeout_s
-    while not condition():
+    while not holds():
         assert time.monotonic() < deadline, "the condition did not become true"
         time.sleep(0.002)
