@@ -29,6 +29,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, BinaryIO, cast
 
 from fimserver.analysis.quarantine import Quarantine, Treatment
@@ -206,28 +207,15 @@ class AnalysisClient:
 
     def build_context(self, client: int, query: Query, info: ModelInfo | None) -> "Future[FimContext | NoCompletion]":
         """Build what the model is shown."""
-
-        def read(reply: dict[str, Any]) -> FimContext | NoCompletion:
-            result = reply["result"]
-            if "refusal" in result:
-                return from_plain(NoCompletion, result["refusal"])
-            return from_plain(FimContext, result["context"])
-
+        read = partial(_to_outcome, FimContext, "context")
         return self._submit("context", read, client, query, info=to_plain(info) if info is not None else None)
 
     def read_answer(
         self, client: int, query: Query, generation: Generation, shown: Completion | None
     ) -> "Future[Answer | NoCompletion]":
         """Fit the engine's answer to the hole; it has to continue ``shown``, a first line on the screen."""
-
-        def read(reply: dict[str, Any]) -> Answer | NoCompletion:
-            result = reply["result"]
-            if "refusal" in result:
-                return from_plain(NoCompletion, result["refusal"])
-            return from_plain(Answer, result["answer"])
-
         values = {"generation": to_plain(generation), "shown": to_plain(shown) if shown is not None else None}
-        return self._submit("read", read, client, query, **values)
+        return self._submit("read", partial(_to_outcome, Answer, "answer"), client, query, **values)
 
     def fit_line(self, client: int, query: Query, text: str) -> "Future[Completion | None]":
         """Return a first line as a completion; ``None`` if it cannot stand alone."""
@@ -412,6 +400,12 @@ def return_memory() -> None:
     """Return freed memory to the system, where the C library can: large texts have left gaps in its heaps."""
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def _to_outcome(kind: type[Any], name: str, reply: dict[str, Any]) -> Any:
+    """Return what a step's result has under a name, or the reason why it has nothing."""
+    result = reply["result"]
+    return from_plain(NoCompletion, result["refusal"]) if "refusal" in result else from_plain(kind, result[name])
 
 
 def _to_key(client: int, uri: str) -> str:
