@@ -17,6 +17,23 @@ from pathlib import Path
 from fimserver.errors import PathError
 
 HOME_VARIABLE = "FIMSERVER_HOME"
+# The folder in which child processes run: none of a repository, whose files Python could import, and none of the
+# user's, which a running process would keep busy.
+OUTSIDE = Path(sys.executable).anchor
+# Where libraries keep compiled code, by the variable that names the folder. Their defaults are partly in the shared
+# folder for temporary files, under a name that another user can take first: torch runs what it finds there.
+_LIBRARY_FOLDERS = {
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "TRITON_CACHE_DIR": "triton",
+    "TRITON_HOME": "triton",
+    "TORCH_HOME": "torch",
+    "TORCH_EXTENSIONS_DIR": "torch_extensions",
+    "CUDA_CACHE_PATH": "cuda",
+    "FLASHINFER_WORKSPACE_BASE": "flashinfer",
+    "QUACK_CACHE_DIR": "quack",
+    "NUMBA_CACHE_DIR": "numba",
+    "MPLCONFIGDIR": "matplotlib",
+}
 _LONGEST_SOCKET_NAME = 99  # bytes; systems allow 103 to 107
 
 
@@ -78,6 +95,24 @@ def socket_path() -> Path:
 
 def _temporary_folder(suffix: str) -> Path:
     return Path(os.environ.get("TMPDIR") or "/tmp") / f"fimserver-{os.getuid()}{suffix}"  # noqa: S108  make_private
+
+
+def use_private_caches() -> None:
+    """Let libraries keep their caches and temporary files in folders of ours, which only the user can enter.
+
+    Has to run before torch, triton and matplotlib are imported. A folder that the user's environment names is kept.
+    Raises ``PathError`` if no folder can be created.
+    """
+    import tempfile  # noqa: PLC0415  the relay does not need it
+
+    try:
+        folder = make_private(make_private(cache_folder()) / "libraries")
+    except PathError:  # the home folder is read-only, for instance
+        folder = make_private(make_private(runtime_folder()) / "libraries")
+    for variable, name in _LIBRARY_FOLDERS.items():
+        if not os.environ.get(variable):
+            os.environ[variable] = str(make_private(folder / name))
+    tempfile.tempdir = str(make_private(folder / "temporary"))
 
 
 def write_private(path: Path, text: str) -> None:

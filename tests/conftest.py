@@ -6,8 +6,13 @@ windowing are exercised there. Its encoder and decoder differ in the one weight 
 """
 
 import os
+import tempfile
 from pathlib import Path
 
+from fimserver.paths import use_private_caches
+
+use_private_caches()
+tempfile.tempdir = None  # pytest's own folders, which tests as another user have to reach
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run here too; Triton reads it when it is imported
 

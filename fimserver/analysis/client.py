@@ -48,6 +48,7 @@ from fimserver.datatypes import (
 )
 from fimserver.errors import AnalysisError
 from fimserver.framing import read_body, to_frame
+from fimserver.paths import OUTSIDE
 from fimserver.settings import Settings
 
 COMMAND = (sys.executable, "-P", "-m", "fimserver.analysis.worker")
@@ -108,7 +109,9 @@ class _Process:
     def __init__(self, command: tuple[str, ...]) -> None:
         self.texts = SentTexts()
         self.was_killed = False  # because it took too long
-        self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # noqa: S603  our own interpreter
+        self._child = subprocess.Popen(  # noqa: S603  our own interpreter
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=OUTSIDE
+        )
         self._in, self._out = cast("BinaryIO", self._child.stdin), cast("BinaryIO", self._child.stdout)
         try:
             self._exchange(b"", _START_S)

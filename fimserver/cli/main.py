@@ -42,6 +42,7 @@ from fimserver.cli.options import (
     with_progress,
 )
 from fimserver.errors import FimserverError
+from fimserver.paths import use_private_caches
 from fimserver.settings import Settings
 
 
@@ -49,6 +50,8 @@ from fimserver.settings import Settings
 @click.version_option(__version__, prog_name="fimserver")
 def main() -> None:
     """Complete code on your own machine with a text-diffusion model that fills the middle."""
+    with exit_on_error():
+        use_private_caches()
 
 
 for command in (bench, daemon, evaluate, explain, model, quantize_model, report, stats):

@@ -10,10 +10,12 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import click
 
+from fimserver.checkpoints.known import shipped_names
 from fimserver.errors import FimserverError, SettingsError
 from fimserver.paths import config_file
 from fimserver.settings import MODES, Settings, parse_settings, read_config_file, to_wire_name
@@ -78,6 +80,8 @@ def read_options(
     for problem in problems if reports else ():
         click.echo(f"fimserver: {problem}", err=True)
     values = _wire_values(options)
+    if (model := values.get("model")) and model not in shipped_names() and Path(model).is_dir():
+        values["model"] = str(Path(model).absolute())  # the engine runs in another folder
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:

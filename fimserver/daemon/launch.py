@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from fimserver.daemon.build import read_build
 from fimserver.daemon.transport import KEY, Lock, Stream, connect, say_hello
 from fimserver.errors import DaemonError
-from fimserver.paths import log_folder, make_private, read_plain
+from fimserver.paths import OUTSIDE, log_folder, make_private, read_plain
 
 if TYPE_CHECKING:
     import subprocess
@@ -192,7 +192,7 @@ def _spawn() -> "subprocess.Popen[bytes]":
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            cwd=Path(sys.executable).anchor,  # keeps no folder of the user busy
+            cwd=OUTSIDE,
             **detached,
         )
     except OSError as error:

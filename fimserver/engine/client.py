@@ -48,6 +48,7 @@ from fimserver.datatypes import FimContext, Generation, ModelInfo, PartialAnswer
 from fimserver.engine.schedule import Schedule, Ticket
 from fimserver.errors import CompletionCancelledError, EngineError
 from fimserver.framing import read_message, write_message
+from fimserver.paths import OUTSIDE
 from fimserver.settings import Settings
 from fimserver.states import StateMachine, Transitions
 
@@ -436,6 +437,7 @@ class EngineClient:
             [*self.options.command, json.dumps(self.options.arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            cwd=OUTSIDE,
         )
         worker = _Worker(process)
         threading.Thread(target=self._read, args=(worker,), daemon=True).start()

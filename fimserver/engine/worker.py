@@ -31,6 +31,7 @@ from fimserver.checkpoints.installed import find_model
 from fimserver.datatypes import FimContext, Hole, HoleKind, PartialAnswer, Sampling, from_plain, to_plain
 from fimserver.errors import CompletionCancelledError, FimserverError
 from fimserver.framing import read_message, take_private_streams, write_message
+from fimserver.paths import use_private_caches
 
 if TYPE_CHECKING:
     from fimserver.engine.engine import Engine
@@ -112,6 +113,7 @@ def main() -> int:
     threading.Thread(target=read_requests, args=(stream_in, inbox, outbox), daemon=True).start()
     lower_priority()
     try:
+        use_private_caches()
         engine = load_engine(**options, report=LoadSigns(outbox))
     except FimserverError as error:
         outbox.send("failed", message=str(error))

@@ -22,6 +22,7 @@ from fimserver.checkpoints.installed import find_model
 from fimserver.engine.loading.weights import read_config
 from fimserver.engine.modeling.model import find_device
 from fimserver.errors import FimserverError
+from fimserver.paths import use_private_caches
 from fimserver.training.corpus import default_folder, read_documents, read_held_out
 from fimserver.training.experiments import EXPERIMENTS, find_experiment, run_experiment, to_table
 from fimserver.training.learning_rate import Budget
@@ -243,6 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(list_experiments()))  # noqa: T201  its output
         return 0
     try:
+        use_private_caches()
         lines = run_experiments(
             given.names,
             operations=given.operations,

@@ -40,7 +40,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from fimserver.errors import FimserverError
-from fimserver.paths import cache_folder
+from fimserver.paths import OUTSIDE, cache_folder
 
 if TYPE_CHECKING:
     from email.message import Message  # generic for the type checker only
@@ -428,9 +428,9 @@ def _name_and_version(wheel: Path) -> tuple[str, str]:
 
 def _download(pin: Pin, wheels: Path) -> None:
     wheels.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
-    command += ["--no-deps", "--only-binary", ":all:", "--dest", str(wheels), f"{pin.name}=={pin.version}"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  our own interpreter
+    command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
+    command += ["--no-deps", "--only-binary", ":all:", "--dest", str(wheels.absolute()), f"{pin.name}=={pin.version}"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=OUTSIDE)  # noqa: S603  our own interpreter
     if result.returncode or _find_wheel(wheels, pin) is None:
         reason = (result.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
         msg = f"pip did not download {pin.name}=={pin.version}: {reason}; fix that, or put the wheel into {wheels}"

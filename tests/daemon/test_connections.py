@@ -1,9 +1,12 @@
-"""Nothing leaves the machine: the test sees every connection of a completion, and it works without a network."""
+"""What a session touches: its connections, all on the machine, and its files, all in folders of the user's."""
 
+import getpass
 import json
 import os
+import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,12 @@ from fimserver.daemon.launch import end_daemon
 from fimserver.paths import socket_path
 
 URI = "file:///a.py"
+PROJECT = Path(__file__).parents[2]
+SHARED = ("/tmp", "/var/tmp", "/dev/shm")  # noqa: S108  read, not written
+CHANGES = re.compile(
+    r"O_CREAT|O_WRONLY|O_RDWR|O_TRUNC|^\S+ (?:mkdir|rename|unlink|rmdir|link|symlink|chmod|mknod|truncate)"
+)
+HARMLESS = re.compile(r"/dev/(?:null|tty|pts/\d+)|/proc/.*|.*/__pycache__(?:/.*)?")
 WATCH = """
 import json, os, sys
 def watch(event, arguments):
@@ -64,13 +73,53 @@ def test_completions_work_without_a_network(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.slow("starts daemons under strace or without a network")
 def test_system_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    strace = shutil.which("strace")
-    trial = [strace or "strace", "-f", "-o", os.devnull, "true"]
-    if strace is None or subprocess.run(trial, capture_output=True, check=False).returncode:
+    if not can_trace():
         pytest.skip("strace is not installed, or not allowed")
     monkeypatch.setenv("FIMSERVER_HOME", str(tmp_path / "home"))
     log = tmp_path / "calls"
-    use([strace, "-f", "-qq", "-e", "trace=connect,sendto,sendmsg", "-o", str(log), *RELAY], {})
+    use(["strace", "-f", "-qq", "-e", "trace=connect,sendto,sendmsg", "-o", str(log), *RELAY], {})
     called = [line for line in log.read_text().splitlines() if "sa_family=" in line]
     assert called
     assert [line for line in called if "AF_UNIX" not in line] == []
+
+
+@pytest.mark.slow("starts daemons under strace or without a network")
+def test_files_outside_the_user_s_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No file is changed outside, and none in a folder that all users share is opened, whoever made it."""
+    if not can_trace():
+        pytest.skip("strace is not installed, or not allowed")
+    temporary, home, log = tmp_path / "temporary", tmp_path / "home", tmp_path / "calls"
+    temporary.mkdir()
+    (temporary / f"torchinductor_{getpass.getuser()}").touch()  # torch's default folder, taken by another user
+    monkeypatch.setenv("FIMSERVER_HOME", str(home))
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    for variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TRITON_HOME", "MPLCONFIGDIR", "NUMBA_CACHE_DIR"):
+        monkeypatch.delenv(variable, raising=False)
+    use(["strace", "-f", "-qq", "-y", "-e", "trace=%file", "-o", str(log), *RELAY], {})
+    calls = log.read_text(errors="replace").splitlines()
+    assert len(calls) > 1000
+    socket = str(socket_path().parent)  # in the temporary folder if the path of the runtime folder is long
+    own = (sys.prefix, sys.base_prefix, str(PROJECT), str(home), socket)
+    changed, opened = set(), set()
+    for call in calls:
+        path = path_of(call)
+        if path is None or path.startswith((str(home), socket)) or HARMLESS.fullmatch(path):
+            continue
+        if CHANGES.search(call):
+            changed.add(path)
+        if any(Path(path).is_relative_to(folder) for folder in (*SHARED, tmp_path)) and not path.startswith(own):
+            opened.add(path)
+    assert changed == set()
+    assert opened - set(map(str, (tmp_path, *tmp_path.parents, temporary))) == set()
+
+
+def path_of(call: str) -> str | None:
+    """Return the path that a line of strace names, absolute."""
+    found = re.search(r'\((?:(?:AT_FDCWD|\d+)<([^>]*)>, )?"([^"]*)"', call)
+    return os.path.normpath(Path(found[1] or "/", found[2])) if found else None
+
+
+def can_trace() -> bool:
+    """Return whether strace works here."""
+    trial = ["strace", "-f", "-o", os.devnull, "true"]
+    return shutil.which("strace") is not None and not subprocess.run(trial, capture_output=True, check=False).returncode

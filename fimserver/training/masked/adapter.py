@@ -35,6 +35,7 @@ from fimserver.checkpoints.metadata import METADATA_FILE, Canvas, read_metadata
 from fimserver.engine.loading.weights import load_weights
 from fimserver.engine.vocabulary import Vocabulary
 from fimserver.errors import FimserverError
+from fimserver.paths import use_private_caches
 from fimserver.training.corpus import default_folder, read_documents
 from fimserver.training.masked.rows import IGNORED, MaskedRow, MaskedRowMaker
 
@@ -219,6 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--corpus", type=Path, metavar="FOLDER", help="folder of the corpus")
     given = parser.parse_args(arguments)
     try:
+        use_private_caches()
         adapt_folder(given.source, given.folder, given.corpus, Options(minutes=given.minutes))
     except FimserverError as error:
         print(f"fimserver: {error}", file=sys.stderr)  # noqa: T201
