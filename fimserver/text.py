@@ -17,6 +17,7 @@ from typing import AnyStr
 from fimserver.errors import PositionError
 
 _LINE_END = re.compile(r"\r\n|\n|\r")
+_COMPARED = 2**16  # characters at a time: larger slices would be given pages of their own, which takes longer
 _OFFSETS = "I"  # 4 bytes: offsets below 2**32
 
 
@@ -199,8 +200,11 @@ def leading_whitespace(line: str) -> str:
 
 
 def common_prefix_length(a: AnyStr, b: AnyStr) -> int:
-    """Return how many leading characters or bytes two strings share; bisects, so that comparing runs in C."""
-    low, high = 0, min(len(a), len(b))
+    """Return how many leading characters or bytes two strings share; slices are compared, which runs in C."""
+    low, longest = 0, min(len(a), len(b))
+    while low < longest and a[low : low + _COMPARED] == b[low : low + _COMPARED]:
+        low += _COMPARED
+    low, high = min(low, longest), min(low + _COMPARED, longest)
     while low < high:
         middle = (low + high + 1) // 2
         if a[low:middle] == b[low:middle]:
@@ -212,10 +216,17 @@ def common_prefix_length(a: AnyStr, b: AnyStr) -> int:
 
 def common_suffix_length(a: AnyStr, b: AnyStr, longest: int) -> int:
     """Return how many trailing characters or bytes two strings share, at most ``longest``."""
-    low, high = 0, longest
+
+    def agree(low: int, high: int) -> bool:
+        return a[len(a) - high : len(a) - low] == b[len(b) - high : len(b) - low]
+
+    low = 0
+    while low + _COMPARED <= longest and agree(low, low + _COMPARED):
+        low += _COMPARED
+    high = min(low + _COMPARED, longest)
     while low < high:
         middle = (low + high + 1) // 2
-        if a[len(a) - middle : len(a) - low] == b[len(b) - middle : len(b) - low]:
+        if agree(low, middle):
             low = middle
         else:
             high = middle - 1

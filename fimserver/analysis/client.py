@@ -16,7 +16,6 @@ Knows:   processes, frames, queries.  Never: LSP, what a step does.
 Threads: any thread may call; results are futures. One thread runs the steps, one after the other.
 """
 
-import ctypes
 import json
 import logging
 import queue
@@ -32,6 +31,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, BinaryIO, cast
 
+from fimserver.analysis.heap import return_memory
 from fimserver.analysis.quarantine import Quarantine, Treatment
 from fimserver.analysis.texts import SentTexts
 from fimserver.context.limits import STEP_INVOKED_S, STEP_S, WALL_FACTOR
@@ -53,6 +53,7 @@ from fimserver.settings import Settings
 
 COMMAND = (sys.executable, "-P", "-m", "fimserver.analysis.worker")
 _START_S = 30.0  # for Python to start and to import, on a busy machine
+_KILL_S = 5.0  # for a killed process to be gone
 _IDLE_S = 20.0  # after which the process ends if no document is open
 _MAX_STARTS = 3  # in succession
 _RETRY_S = 5.0  # after these
@@ -167,7 +168,10 @@ class _Process:
             code = self._child.wait(0.5)
         except subprocess.TimeoutExpired:
             self._child.kill()
-            code = self._child.wait()
+            try:
+                code = self._child.wait(_KILL_S)
+            except subprocess.TimeoutExpired:  # it waits for a file system, and ends when that answers
+                code = -getattr(signal, "SIGKILL", 9)
         self._out.close()
         return code
 
@@ -277,8 +281,9 @@ class AnalysisClient:
                 job = self._jobs.get(timeout=_IDLE_S)
             except queue.Empty:
                 if not self._open and self._process is not None:
-                    self._end_process()
+                    self._process.end()
                     return_memory()
+                    self._process = None  # who waits for this sees the memory returned
                 continue
             if job is None:
                 break
@@ -397,12 +402,6 @@ class AnalysisClient:
         if self._settings is None or self._settings[0] is not settings:
             self._settings = (settings, json.dumps(to_plain(settings)))
         return self._settings[1]
-
-
-def return_memory() -> None:
-    """Return freed memory to the system, where the C library can: large texts have left gaps in its heaps."""
-    with suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _to_outcome(kind: type[Any], name: str, reply: dict[str, Any]) -> Any:

@@ -41,6 +41,7 @@ import structlog
 
 from fimserver import __version__
 from fimserver.analysis.client import AnalysisClient
+from fimserver.analysis.heap import freeze, map_large_blocks
 from fimserver.daemon.build import read_build
 from fimserver.daemon.launch import log_file
 from fimserver.daemon.logs import configure_logs, is_written_to, rotate, silence_dependencies
@@ -62,7 +63,7 @@ from fimserver.engine.client import EngineClient
 from fimserver.errors import DaemonError
 from fimserver.framing import read_body_async, to_frame
 from fimserver.lsp.features import create_server
-from fimserver.lsp.server import FimLanguageServer
+from fimserver.lsp.server import FimLanguageServer, prepare_converter
 from fimserver.states import StateMachine, Transitions
 
 LINGER_S = 300.0
@@ -134,6 +135,7 @@ class Daemon:
         self._count = 0
         self._handling_ms: deque[float] = deque(maxlen=_TIMES_KEPT)  # per message; no other is handled meanwhile
         self._idle_timer: asyncio.TimerHandle | None = None
+        self._turn = asyncio.Lock()  # one message in each round of the loop: the others come between two large ones
         self._tasks: set[asyncio.Task[None]] = set()
         self._askers: list[asyncio.StreamWriter] = []  # commands that wait for the daemon's end
 
@@ -252,10 +254,16 @@ class Daemon:
             while (body := await read_body_async(reader)) is not None:
                 begin = time.perf_counter()
                 try:
-                    message = json.loads(body, object_hook=protocol.structure_message)
                     if len(body) > _LARGE_BODY_BYTES:
+                        message = protocol.to_message(await asyncio.to_thread(json.loads, body))
                         await asyncio.to_thread(protocol.prepare, message)
-                    protocol.handle_message(message)
+                    else:
+                        message = json.loads(body)
+                    async with self._turn:
+                        protocol.handle_message(message)
+                        await asyncio.sleep(0)
+                except (json.JSONDecodeError, RecursionError):
+                    protocol.refuse_body()
                 except Exception as error:  # noqa: BLE001  one message fails, the connection continues
                     server.report_server_error(error, None)
                 self._handling_ms.append((time.perf_counter() - begin) * 1e3)
@@ -416,6 +424,9 @@ def run_daemon(linger_s: float = LINGER_S) -> int:
         _logger.info("another daemon is running already")
         return 0
     listener = _inherited() or listen()
+    map_large_blocks()
+    prepare_converter()
+    freeze()
     # Workers do not inherit the lock: they are started with descriptors closed.
     asyncio.run(Daemon(listener, lock, linger_s=linger_s).run())
     return 0

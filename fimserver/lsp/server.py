@@ -52,7 +52,7 @@ def _set_log_level() -> None:
 
 
 @cache
-def _shared_converter() -> Any:
+def prepare_converter() -> Any:
     """Return one converter for all connections: it has no state of theirs, and making one takes 40 ms."""
     return default_converter()  # type: ignore[no-untyped-call]
 
@@ -72,7 +72,7 @@ class FimLanguageServer(LanguageServer):
             "fimserver",
             __version__,
             protocol_cls=FimProtocol,
-            converter_factory=_shared_converter,
+            converter_factory=prepare_converter,
             notebook_document_sync=lsp.NotebookDocumentSyncOptions([lsp.NotebookDocumentFilterWithNotebook("*")]),
         )
         self.overrides = overrides or {}
