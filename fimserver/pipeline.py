@@ -23,7 +23,7 @@ from itertools import islice
 from fimserver.context.gather import brings_back, find_matches, find_snippets, match_confidence, without_secrets
 from fimserver.context.languages.names import find_language
 from fimserver.context.place import Place, TreeMemory, find_place, offer_match, to_answer, to_line
-from fimserver.context.privacy.ignored import IgnoreRules, is_writable
+from fimserver.context.privacy.file_checks import FileChecks
 from fimserver.context.query import Answer, OtherDocument, Query, sampling_for
 from fimserver.context.window import budget_for, build_context, path_of
 from fimserver.datatypes import (
@@ -51,11 +51,11 @@ class Memory:
     """What is kept between the queries of one document: its last syntax tree, and the ignore files that were read."""
 
     trees: TreeMemory = field(default_factory=TreeMemory)
-    ignored: IgnoreRules = field(default_factory=IgnoreRules)
+    files: FileChecks = field(default_factory=FileChecks)
 
     def refuse(self, uri: str, settings: Settings) -> NoCompletion | None:
         """Return why a document must not be read, or ``None`` if it may be."""
-        return self.ignored.refuse(uri, with_git=not settings.complete_ignored)
+        return self.files.check(uri, with_git=not settings.complete_ignored).refusal
 
     def readable(
         self, documents: Iterable[OtherDocument], snapshot: Snapshot, settings: Settings
@@ -112,10 +112,10 @@ def find(query: Query, memory: Memory) -> Found | NoCompletion:
 def find_hole_at(query: Query, memory: Memory) -> Place | NoCompletion:
     """Return the place of a query, or the reason why nothing may be filled there."""
     uri = query.snapshot.uri
-    if (refusal := memory.refuse(uri, query.settings)) is not None:
-        return refusal
-    writable = is_writable(uri)
-    return find_place(query.snapshot, query.settings, memory.trees, invoked=query.invoked, writable=writable)
+    facts = memory.files.check(uri, with_git=not query.settings.complete_ignored)
+    if facts.refusal is not None:
+        return facts.refusal
+    return find_place(query.snapshot, query.settings, memory.trees, invoked=query.invoked, writable=facts.is_writable)
 
 
 def find_matches_for(query: Query, memory: Memory, place: Place) -> Found:

@@ -25,7 +25,7 @@ from fimserver import pipeline
 from fimserver.analysis.texts import ReceivedTexts
 from fimserver.context.languages.names import find_language
 from fimserver.context.limits import ANALYSIS_BYTES
-from fimserver.context.privacy.ignored import IgnoreRules
+from fimserver.context.privacy.file_checks import FileChecks
 from fimserver.context.query import Deletion, OtherDocument, Query
 from fimserver.context.syntax import load_grammar
 from fimserver.datatypes import Completion, Generation, ModelInfo, NoCompletion, Snapshot, from_plain, to_plain
@@ -42,7 +42,7 @@ class Analyst:
     """The steps, and what is kept between them."""
 
     texts: ReceivedTexts = field(default_factory=ReceivedTexts)
-    _ignored: IgnoreRules = field(default_factory=IgnoreRules)
+    _files: FileChecks = field(default_factory=FileChecks)
     _memories: OrderedDict[str, Memory] = field(default_factory=OrderedDict)  # by document
     _found: OrderedDict[tuple[Any, ...], Found] = field(default_factory=OrderedDict)  # by place
 
@@ -120,7 +120,7 @@ class Analyst:
         )
 
     def _memory(self, key: str) -> Memory:
-        memory = self._memories.setdefault(key, Memory(ignored=self._ignored))
+        memory = self._memories.setdefault(key, Memory(files=self._files))
         self._memories.move_to_end(key)
         while len(self._memories) > _DOCUMENTS:
             self._memories.popitem(last=False)

@@ -5,31 +5,32 @@
     names              of keys and credentials (``names.py: is_private``), also those of symbolic links' targets
 
 As in git, nothing can be re-included below an ignored folder. If two ignore files match a name, the deeper one wins.
+Where an ignore file cannot be applied, because it is too large, nothing is read.
 
 Knows:  names of files, their permissions, ignore files.  Never: the texts of other files.
-Source: gitignore(5); patterns by pathspec.
+Source: gitignore(5).
 """
 
 import os
 import stat
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from pathspec import GitIgnoreSpec
-
 from fimserver.context.privacy.names import PRIVATE_FILE, is_private
+from fimserver.context.privacy.patterns import IgnorePatterns, TooCostlyError, Work
 from fimserver.datatypes import NoCompletion
 
 OWN_FILE, GIT_FILE = ".fimserverignore", ".gitignore"
-_LARGEST_BYTES = 1_000_000
-_MOST_STARS = 3  # per path component
-# pathspec's private group for the slash that ends the match of a folder; it has no public way to ask. The version is
-# pinned, and tests/lsp/test_privacy.py compares the results with git's.
-_FOLDER_MARK = "ps_d"
-_ANY_FOLDER = f"(?P<{_FOLDER_MARK}>/)"  # pathspec's regex for "*/", which matches the first slash
+_LARGEST_BYTES = 200_000
+_MOST_FILES = 500  # that are kept
+_LONGEST_PATH, _MOST_PARTS = 4096, 256  # no system that we know opens a file with a longer path
+_LONGEST_URI = 4 * _LONGEST_PATH
 _Identity = tuple[int, int]
+_LONG_PATH = NoCompletion("long_path", f"its path has more than {_LONGEST_PATH} characters or {_MOST_PARTS} folders")
+_OVERRIDE = "set fimserver.completeIgnored to true to complete there"
 
 
 def is_writable(uri: str) -> bool:
@@ -44,92 +45,121 @@ def is_writable(uri: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Rules:
-    """One ignore file: its folder and its patterns."""
+    """One ignore file: how many folders are above what it is about, and its patterns; ``None`` if it is too large."""
 
-    folder: Path
-    spec: GitIgnoreSpec
+    file: str
+    depth: int
+    patterns: IgnorePatterns | None
 
 
 @dataclass(slots=True)
 class IgnoreRules:
     """Cached ignore files; each is read again when it has changed."""
 
-    _read: dict[Path, tuple[_Identity, GitIgnoreSpec]] = field(default_factory=dict)
+    _read: OrderedDict[str, tuple[_Identity, IgnorePatterns | None]] = field(default_factory=OrderedDict)
 
     def refuse(self, uri: str, *, with_git: bool = True) -> NoCompletion | None:
         """Return why a document is ignored; ``None`` for one that may be read and for a URI that is not a file."""
+        path = path_of_file(uri) if len(uri) <= _LONGEST_URI else None
+        parts = path.parts if path is not None else ()
+        if len(uri) > _LONGEST_URI or len(parts) > _MOST_PARTS or sum(map(len, parts)) > _LONGEST_PATH:
+            return _LONG_PATH
         if is_private(uri):
             return PRIVATE_FILE
-        for each in _paths_of(uri):
+        work = Work()
+        for each in _with_target(path) if path is not None else ():
             if is_private(each.as_uri()):
                 return PRIVATE_FILE
-            if (by := self._ignored_by(each, OWN_FILE)) is not None:
-                return NoCompletion("ignored_file", f"{by} matches this file; it is never read")
-            if with_git and (by := self._ignored_by(each, GIT_FILE)) is not None:
-                hint = "set fimserver.completeIgnored to true to complete there"
-                return NoCompletion("ignored_file", f"{by} matches this file; {hint}")
+            for name in (OWN_FILE, GIT_FILE) if with_git else (OWN_FILE,):
+                if (refusal := self._refuse_by(each, name, work)) is not None:
+                    return refusal
         return None
 
-    def _ignored_by(self, path: Path, name: str) -> Path | None:
-        """Return the ignore file that ignores a path or a folder above it."""
-        above = list(self._rules_above(path, name))
-        if not above:
-            return None
-        for part in (*reversed(path.parents), path):
-            decided: tuple[bool, Path] | None = None
-            for source, rules in above:
-                if part == rules.folder or not part.is_relative_to(rules.folder):
-                    continue
-                inside = part.relative_to(rules.folder).as_posix()
-                given = _says(rules.spec, inside if part is path else f"{inside}/")
-                if given is not None:
-                    decided = given, source
-            if decided is not None and decided[0]:
-                return decided[1]
-        return None
-
-    def _rules_above(self, path: Path, name: str) -> Iterator[tuple[Path, _Rules]]:
-        """Yield the ignore files that may match a path, the outermost first."""
-        folders = list(reversed(path.parents))
-        if name == GIT_FILE:
-            root = next((f for f in reversed(folders) if (f / ".git").exists()), None)
-            if root is None:
-                return
-            folders = [f for f in folders if f.is_relative_to(root)]
-            home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-            for file in (home / "git" / "ignore", root / ".git" / "info" / "exclude"):
-                if (spec := self._spec_of(file)) is not None:
-                    yield file, _Rules(root, spec)
-        for folder in folders:
-            if (spec := self._spec_of(folder / name)) is not None:
-                yield folder / name, _Rules(folder, spec)
-
-    def _spec_of(self, file: Path) -> GitIgnoreSpec | None:
-        """Return the patterns of a file; an unreadable file has none."""
+    def _refuse_by(self, path: Path, name: str, work: Work) -> NoCompletion | None:
+        """Return why ignore files of one name refuse a path, or ``None``."""
+        hint = f"; {_OVERRIDE}" if name == GIT_FILE else "; it is never read"
+        above = self._rules_above(path, name)
+        if large := [rules.file for rules in above if rules.patterns is None]:
+            return NoCompletion("ignored_file", f"{large[0]} is too large to be applied{hint}")
         try:
-            found = file.stat()
-            if not stat.S_ISREG(found.st_mode):  # reading a device or a pipe may never end
-                raise ValueError  # noqa: TRY301  as one that cannot be read
-            identity = found.st_mtime_ns, found.st_size
+            by = _ignored_by(path.parts, above, work)
+        except TooCostlyError:
+            files = ", ".join(rules.file for rules in above)
+            return NoCompletion("ignored_file", f"the patterns take too long to apply ({files}){hint}")
+        return NoCompletion("ignored_file", f"{by} matches this file{hint}") if by is not None else None
+
+    def _rules_above(self, path: Path, name: str) -> list[_Rules]:
+        """Return the ignore files that may match a path, the outermost first."""
+        folders = list(reversed(path.parents))
+        found: list[tuple[Path, int]] = []
+        if name == GIT_FILE:
+            roots = [depth for depth, folder in enumerate(folders, 1) if _exists(folder / ".git")]
+            if not roots:
+                return []
+            root, folders_from = folders[roots[-1] - 1], roots[-1]
+            home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")  # noqa: PTH111  without a home it stays
+            found = [(Path(home, "git", "ignore"), folders_from), (root / ".git" / "info" / "exclude", folders_from)]
+        else:
+            folders_from = 1
+        found += [(folder / name, depth) for depth, folder in enumerate(folders, 1) if depth >= folders_from]
+        return [rules for file, depth in found if (rules := self._rules_of(str(file), depth)) is not None]
+
+    def _rules_of(self, file: str, depth: int) -> _Rules | None:
+        """Return the patterns of a file; ``None`` for an unreadable file."""
+        try:
+            status = os.stat(file)  # noqa: PTH116  most do not exist: this is called for every folder
+            if not stat.S_ISREG(status.st_mode):  # reading a device or a pipe may never end
+                return None
+            identity = status.st_mtime_ns, status.st_size
             known = self._read.get(file)
             if known is None or known[0] != identity:
-                with file.open("rb") as stream:
-                    data = stream.read(_LARGEST_BYTES)
-                lines = data.decode("utf-8-sig", "replace").splitlines()
-                self._read[file] = known = identity, GitIgnoreSpec.from_lines(filter(_is_pattern, lines))
+                known = identity, _read_patterns(file, status.st_size)
+                self._read[file] = known
+                while len(self._read) > _MOST_FILES:
+                    self._read.popitem(last=False)
         except (OSError, ValueError):
             self._read.pop(file, None)
             return None
-        return known[1]
+        return _Rules(file, depth, known[1])
 
 
-def _paths_of(uri: str) -> list[Path]:
-    """Return a URI's path as named and with symbolic links resolved; empty if it is not a file on this machine."""
-    path = path_of_file(uri)
+def _read_patterns(file: str, num_bytes: int) -> IgnorePatterns | None:
+    """Return a file's patterns; ``None`` if it is too large. Raises ``OSError``."""
+    if num_bytes > _LARGEST_BYTES:
+        return None
+    with Path(file).open("rb") as stream:
+        data = stream.read(_LARGEST_BYTES)
     try:
-        return list(dict.fromkeys((path, Path(os.path.realpath(path))))) if path is not None else []
+        return IgnorePatterns.parse(data.decode("utf-8-sig", "replace"))
+    except TooCostlyError:
+        return None
+
+
+def _ignored_by(parts: Sequence[str], above: Sequence[_Rules], work: Work) -> str | None:
+    """Return the ignore file that ignores a path or a folder above it. Raises ``TooCostlyError``."""
+    for end in range(2, len(parts) + 1):  # the first part is the root
+        decided: tuple[bool, str] | None = None
+        for rules in above:
+            if rules.depth < end and rules.patterns is not None:
+                inside, is_folder = parts[rules.depth : end], end < len(parts)
+                given = rules.patterns.decide(inside, is_folder=is_folder, work=work)
+                if given is not None:
+                    decided = given, rules.file
+        if decided is not None and decided[0]:
+            return decided[1]
+    return None
+
+
+def _exists(path: Path) -> bool:
+    return os.path.exists(path)  # noqa: PTH110  Path.exists raises for a folder that may not be searched
+
+
+def _with_target(path: Path) -> list[Path]:
+    """Return a path as named and with symbolic links resolved."""
+    try:
+        return list(dict.fromkeys((path, Path(os.path.realpath(path)))))
     except (OSError, ValueError):
-        return []
+        return [path]
 
 
 def path_of_file(uri: str) -> Path | None:
@@ -145,31 +175,3 @@ def path_of_file(uri: str) -> Path | None:
         text = text.lstrip("/")
     path = Path(text)
     return path if path.is_absolute() and "\0" not in text else None
-
-
-def _says(spec: GitIgnoreSpec, name: str) -> bool | None:
-    """Return whether patterns ignore a name (a folder's ends with a slash) or re-include it; ``None`` if neither.
-
-    The last match wins. Matches of a folder above the name are skipped: that folder was checked before.
-    """
-    given = None
-    for pattern in spec.patterns:
-        if pattern.include is None or (found := pattern.match_file(name)) is None:
-            continue
-        below = found.match.groupdict().get(_FOLDER_MARK)
-        expression = pattern.regex.pattern if pattern.regex is not None else ""
-        is_any_folder = expression == _ANY_FOLDER and name.endswith("/")
-        if below is None or is_any_folder or found.match.end(_FOLDER_MARK) == len(name):
-            given = pattern.include
-    return given
-
-
-def _is_pattern(line: str) -> bool:
-    """Return whether a line is a valid and quickly matched pattern; others are skipped."""
-    if any(part.count("*") > _MOST_STARS for part in line.split("/")):
-        return False  # each further star multiplies the time by the length of a name
-    try:
-        GitIgnoreSpec.from_lines([line])
-    except ValueError:
-        return False
-    return True
