@@ -5,6 +5,7 @@
     read_body_async       the same for an asyncio stream of whole frames
     read_message          the next JSON object of a stream; anything else is an error
     write_message         write a JSON object and flush
+    is_legal_id, is_deep  check what a peer sent
     take_private_streams  copies of stdin and stdout that no print can disturb
 
 Standard library only, and without dataclasses or asyncio: every editor window starts a process that imports this.
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 MAX_BODY_BYTES = 64 * 2**20
 _MAX_HEADER_BYTES = 4096
+_MOST_LEVELS = 100
 _NAME = b"content-length:"
 _CHUNK_BYTES = 2**16
 
@@ -104,6 +106,22 @@ def read_message(stream: BinaryIO) -> dict[str, Any] | None:
         msg = f"a message is a {type(message).__name__}, not an object"
         raise FrameError(msg)
     return message
+
+
+def is_legal_id(value: object) -> bool:
+    """Return whether a value may be a request's id: a text or a finite number."""
+    return isinstance(value, str) or (type(value) in (int, float) and value - value == 0)  # type: ignore[operator]
+
+
+def is_deep(value: object) -> bool:
+    """Return whether a JSON value is nested more deeply than any message of LSP; Python's own limit varies."""
+    level = [value]
+    for _ in range(_MOST_LEVELS):
+        inner = [part for part in level if isinstance(part, list | dict)]
+        if not inner:
+            return False
+        level = [each for part in inner for each in (part.values() if isinstance(part, dict) else part)]
+    return True
 
 
 def write_message(stream: BinaryIO, message: Mapping[str, Any]) -> None:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 START_TIMEOUT_S = 30.0
 END_TIMEOUT_S = 15.0
+FORCE_TIMEOUT_S = 5.0
 _POLL_S = 0.02
 _PROBE_S = 0.3  # longer than any probe holds the lock
 _MOST_HAND_OVERS = 3  # older relays may have started an older daemon again
@@ -95,14 +96,16 @@ def read_status() -> dict[str, Any] | None:
 def end_daemon(command: str, *, force: bool = False) -> bool:
     """End the daemon with a ``command``: stop, restart or hand_over. Return ``False`` if none is running.
 
-    With ``force`` an unresponsive daemon is killed. Raises ``DaemonError`` if it does not end.
+    With ``force`` a daemon is killed that does not respond, refuses, or does not end in time. Raises ``DaemonError`` if
+    it does not end.
     """
-    lock, ended = Lock("daemon.lock"), None
+    lock, ended, killed = Lock("daemon.lock"), None, False
+    timeout_s = FORCE_TIMEOUT_S if force else END_TIMEOUT_S
     try:
         stream = connect()
         try:
             ended = say_hello(stream, "control", read_build(), {"command": command}).get("pid")
-            stream.set_timeout(END_TIMEOUT_S)
+            stream.set_timeout(timeout_s)
             stream.read()  # returns when the daemon closes the connection
         finally:
             stream.close()
@@ -115,10 +118,13 @@ def end_daemon(command: str, *, force: bool = False) -> bool:
         if not force:
             raise
         _kill()
-    deadline = time.monotonic() + END_TIMEOUT_S
+    deadline = time.monotonic() + timeout_s
     while _is_held() and (ended is None or lock.read_holder() == ended):  # another daemon may have started already
-        if time.monotonic() > deadline:
-            msg = f"the daemon has not ended within {END_TIMEOUT_S:.0f} s; kill it with: fimserver daemon stop --force"
+        if time.monotonic() > deadline and force and not killed:
+            _kill()
+            killed, deadline = True, time.monotonic() + timeout_s
+        elif time.monotonic() > deadline:
+            msg = f"the daemon has not ended within {timeout_s:.0f} s; kill it with: fimserver daemon stop --force"
             raise DaemonError(msg)
         time.sleep(_POLL_S)
     return True

@@ -36,12 +36,13 @@ from typing import Any, BinaryIO
 from fimserver.daemon.replica import Replica, to_notification
 from fimserver.daemon.transport import KEY, NO_ANSWER, Stream
 from fimserver.errors import FimserverError
-from fimserver.framing import MAX_BODY_BYTES, read_body, to_frame
+from fimserver.framing import MAX_BODY_BYTES, is_deep, is_legal_id, read_body, to_frame
 from fimserver.lsp.snooze import parse_minutes
 from fimserver.states import StateMachine, Transitions
 from fimserver.text import Encoding
 
 Connect = Callable[[], Stream]
+Id = int | float | str
 _PAUSES_S = (0.0, 0.1, 0.5, 2.0, 5.0, 15.0)  # before each attempt to reach a daemon
 _STABLE_S = 30.0  # after this time a daemon's death is not a failed start
 _PARSE_ERROR, _INVALID_REQUEST, _INTERNAL_ERROR = -32700, -32600, -32603
@@ -105,11 +106,15 @@ class Pending:
     ``num_deaths`` counts the daemons that died while it was open: the request may be the cause.
     """
 
-    __slots__ = ("body", "is_stale", "method", "num_deaths", "uri")
+    __slots__ = ("body", "id", "is_stale", "method", "num_deaths", "uri")
 
-    def __init__(self, body: bytes, method: str, uri: str | None) -> None:
-        self.body, self.method, self.uri = body, method, uri
+    def __init__(self, message_id: Id, body: bytes, method: str, uri: str | None) -> None:
+        self.id, self.body, self.method, self.uri = message_id, body, method, uri
         self.is_stale, self.num_deaths = False, 0
+
+    def has_id(self, message_id: object) -> bool:
+        """Return whether an id is this request's; 1, 1.0 and true are three ids."""
+        return type(message_id) is type(self.id) and message_id == self.id
 
 
 class Relay:
@@ -129,10 +134,10 @@ class Relay:
         self._has_asked = threading.Event()
         self._ended = threading.Event()
         self._is_shut_down = False
-        self._initialize: dict[str, Any] | None = None
+        self._initialize: Pending | None = None  # kept after its answer, for the next daemon
         self._initialized: bytes | None = None
         self._replica = Replica(self._make_stale)
-        self._pending: dict[int | str, Pending] = {}
+        self._pending: list[Pending] = []  # the oldest first; two may have the same id
         self._replayed: list[tuple[str, bytes]] = []
         self._snoozed_until = 0.0  # time.monotonic
         self._asked: set[int | str] = set()  # ids of this daemon's requests to the editor
@@ -169,6 +174,9 @@ class Relay:
         if message.get("method") == "exit":
             self._ended.set()
             return
+        if (fault := _find_fault(message)) is not None:
+            self._answer_error(*fault)
+            return
         with self._lock:
             if not self._note(message, body):
                 return
@@ -179,11 +187,16 @@ class Relay:
                 with suppress(OSError):  # the reading thread notices the end too and sends everything again
                     self._stream.send(body)
             elif self._link.state is RelayState.STOPPED and message.get("method") == "shutdown":
-                for number in [number for number, asked in self._pending.items() if asked.method == "shutdown"]:
-                    self._answer_nothing(self._pending.pop(number), number)
+                self._answer_shutdown()
                 return
             if message.get("id") is not None or message.get("method") in _WAKING:
                 self._wake.set()
+
+    def _answer_shutdown(self) -> None:
+        """Answer ``shutdown`` without a daemon."""
+        for pending in [pending for pending in self._pending if pending.method == "shutdown"]:
+            self._pending.remove(pending)
+            self._answer_nothing(pending)
 
     def _watch(self) -> None:
         """Warn the user about a daemon that does not respond, once per daemon."""
@@ -222,30 +235,40 @@ class Relay:
     def _note(self, message: dict[str, Any], body: bytes) -> bool:
         """Record a message; return whether to forward it."""
         method, message_id = message.get("method"), message.get("id")
-        if not isinstance(message_id, int | str):
-            message_id = None  # an id that cannot be answered
         if method is None:  # an answer: only useful to the daemon that asked
-            if message_id in self._asked:
+            if isinstance(message_id, int | str) and message_id in self._asked:
                 self._asked.discard(message_id)
                 return True
             return False
         params = message.get("params")
-        self._note_snooze(str(method), params)
-        if message_id is not None:
-            self._pending[message_id] = Pending(body, str(method), _uri_of(params))
-        if method == "initialize" and isinstance(params, dict) and message_id is not None:
-            self._initialize = self._initialize or message
-        elif method == "initialized":
+        try:
+            if message_id is None:
+                self._note_notification(method, params, body)
+            else:
+                self._note_request(method, message_id, params, body)
+        except Exception as error:  # noqa: BLE001  the outermost handler: one document is lost, the others are served
+            _log(f"a message of the editor could not be followed ({type(error).__name__})")
+            self._replica.lose(_uri_of(params))
+        return True
+
+    def _note_request(self, method: str, message_id: Id, params: Any, body: bytes) -> None:
+        self._note_snooze(method, params)
+        pending = Pending(message_id, body, method, _uri_of(params))
+        self._pending.append(pending)
+        if method == "initialize" and self._initialize is None:
+            self._initialize = pending
+
+    def _note_notification(self, method: str, params: Any, body: bytes) -> None:
+        if method == "initialized":
             self._initialized = body
         elif method in _REPLAYED:
             self._replayed = [(m, b) for m, b in self._replayed if m != method or "Folders" in m]
-            self._replayed.append((str(method), body))
+            self._replayed.append((method, body))
         elif method == "$/cancelRequest" and isinstance(params, dict):
-            with suppress(KeyError, TypeError):
-                self._pending[params["id"]].is_stale = True
-        elif str(method).partition("/")[0] in {"textDocument", "notebookDocument"}:
-            self._replica.note(str(method), params)
-        return True
+            for pending in self._pending:
+                pending.is_stale = pending.is_stale or pending.has_id(params.get("id"))
+        elif method.partition("/")[0] in {"textDocument", "notebookDocument"}:
+            self._replica.note(method, params)
 
     def _note_snooze(self, method: str, params: Any) -> None:
         """Remember a snooze for the next daemon."""
@@ -263,7 +286,7 @@ class Relay:
 
     def _make_stale(self, uri: str) -> None:
         """Mark a document's completion requests as stale: its text has changed."""
-        for pending in self._pending.values():
+        for pending in self._pending:
             if pending.uri == uri and pending.method in _COMPLETIONS:
                 pending.is_stale = True
 
@@ -324,7 +347,7 @@ class Relay:
         """Record what the next daemon needs from a message, and forward it."""
         try:
             message = json.loads(body)
-        except ValueError:
+        except (ValueError, RecursionError):
             return
         if not isinstance(message, dict):
             return
@@ -345,7 +368,7 @@ class Relay:
                 self._status = body
             if not is_wanted:
                 return
-            if method is not None and message_id is not None:
+            if method is not None and isinstance(message_id, int | str):
                 self._asked.add(message_id)
             elif method == "$/progress":
                 self._note_progress(message.get("params"))
@@ -354,9 +377,13 @@ class Relay:
     def _note_answer(self, message: dict[str, Any]) -> bool:
         """Return whether the editor waits for an answer: not for the relay's own requests or those answered already."""
         message_id = message.get("id")
-        asked = self._pending.pop(message_id, None) if message_id is not None else None
+        asked = next((pending for pending in self._pending if pending.has_id(message_id)), None)
+        if asked is not None:
+            self._pending.remove(asked)
         if asked is not None and asked.method == "shutdown":
             self._is_shut_down = True
+        if asked is self._initialize is not None and "error" in message:
+            self._initialize = None  # the editor may send another
         if message_id == _OWN_ID or (asked is not None and asked.method == "initialize"):
             self._take_encoding(message)
         return asked is not None
@@ -390,14 +417,14 @@ class Relay:
             self._progress.clear()
             says = self._initialized is not None and not self._ended.is_set()
             is_stopped = self._link.state is RelayState.STOPPED
-            stopped = list(self._pending.items()) if is_stopped else []
-            for pending in self._pending.values():
+            stopped = list(self._pending) if is_stopped else []
+            for pending in self._pending:
                 pending.num_deaths += self._link.state is not RelayState.HANDING_OVER
                 pending.is_stale = pending.is_stale or pending.num_deaths >= _MOST_DEATHS
-            for number, _ in stopped:
-                del self._pending[number]
-        for number, pending in stopped:  # the user stopped the daemon: no request may wait for it
-            self._answer_nothing(pending, number)
+            if is_stopped:
+                self._pending.clear()
+        for pending in stopped:  # the user stopped the daemon: no request may wait for it
+            self._answer_nothing(pending)
         for token in tokens:
             self._notify("$/progress", {"token": token, "value": {"kind": "end"}})
         if says:
@@ -411,37 +438,35 @@ class Relay:
                 stream.close()
                 return
             bodies = []
-            is_answered = self._initialize is not None and self._initialize.get("id") not in self._pending
-            if self._initialize is not None and is_answered:
-                bodies.append(json.dumps({**self._initialize, "id": _OWN_ID}).encode())
+            if self._initialize in self._pending:
+                bodies.append(self._initialize.body)
             elif self._initialize is not None:
-                bodies.append(self._pending[self._initialize["id"]].body)
+                bodies.append(json.dumps({**json.loads(self._initialize.body), "id": _OWN_ID}).encode())
             bodies += [self._initialized] if self._initialized is not None else []
             bodies += [body for _, body in self._replayed]
             if (remaining_s := self._snoozed_until - time.monotonic()) > 0:
                 snooze = {"id": _OWN_SNOOZE_ID, "method": "fimserver/snooze", "params": {"minutes": remaining_s / 60}}
                 bodies.append(json.dumps({"jsonrpc": "2.0", **snooze}).encode())
             bodies += self._replica.to_messages()
-            stale = {number: pending for number, pending in self._pending.items() if pending.is_stale}
-            for number, pending in self._pending.items():
-                if number not in stale and pending.method != "initialize":
+            stale = [pending for pending in self._pending if pending.is_stale]
+            for pending in self._pending:
+                if not pending.is_stale and pending is not self._initialize:
                     bodies.append(pending.body)
             try:
                 stream.send(*(body for body in bodies if len(body) <= MAX_BODY_BYTES))
             except OSError:
                 stream.close()
                 raise
-            for number in stale:
-                del self._pending[number]
+            self._pending = [pending for pending in self._pending if pending not in stale]
             self._stream, self._shown = stream, ""
             self._link.move(RelayState.CONNECTED)
-        for number, pending in stale.items():
-            self._answer_nothing(pending, number)
+        for pending in stale:
+            self._answer_nothing(pending)
 
     def _report_failure(self, reason: str) -> None:
         """Answer all requests with nothing: no daemon can be reached now. The next message tries again."""
         with self._lock:
-            unanswered = list(self._pending.items())
+            unanswered = list(self._pending)
             self._pending.clear()
             self._wake.clear()
             self._link.move(RelayState.STOPPED)
@@ -449,22 +474,22 @@ class Relay:
             self._shown = reason
             self._show(1, f"fimserver gives no completions: {reason}")
         self._notify(_STATUS, {"kind": "Error", "busy": False, "message": reason})
-        for message_id, pending in unanswered:
+        for pending in unanswered:
             if pending.method == "initialize":
                 self._initialize = None  # the editor may send it again
-                self._answer_error(message_id, _INTERNAL_ERROR, reason)
+                self._answer_error(pending.id, _INTERNAL_ERROR, reason)
             else:
-                self._answer_nothing(pending, message_id)
+                self._answer_nothing(pending)
 
     # To the editor
 
-    def _answer_nothing(self, pending: Pending, message_id: int | str) -> None:
+    def _answer_nothing(self, pending: Pending) -> None:
         if pending.method == "shutdown":
             self._is_shut_down = True
         result = _COMPLETIONS.get(pending.method)
-        self._write(json.dumps({"jsonrpc": "2.0", "id": message_id, "result": result}).encode())
+        self._write(json.dumps({"jsonrpc": "2.0", "id": pending.id, "result": result}).encode())
 
-    def _answer_error(self, message_id: int | str | None, code: int, text: str) -> None:
+    def _answer_error(self, message_id: Id | None, code: int, text: str) -> None:
         error = {"code": code, "message": text}
         self._write(json.dumps({"jsonrpc": "2.0", "id": message_id, "error": error}).encode())
 
@@ -478,6 +503,28 @@ class Relay:
         with self._write_lock, suppress(OSError, ValueError):  # the thread that reads from the editor notices its end
             self._to_editor.write(to_frame(body))
             self._to_editor.flush()
+
+
+def _find_fault(message: Mapping[str, Any]) -> tuple[Id | None, int, str] | None:
+    """Return the answer to a message that is neither a request, a notification nor an answer; ``None`` for a good one.
+
+    The daemon could not answer it: the id would be no key of its tables, or the nesting beyond Python's limit.
+    """
+    message_id = message.get("id")
+    if message_id is not None and not is_legal_id(message_id):
+        return None, _INVALID_REQUEST, "the id of a message has to be a text or a whole number"
+    if "method" in message and not isinstance(message["method"], str):
+        return message_id, _INVALID_REQUEST, "the method of a message is not a string"
+    if message.get("jsonrpc") != "2.0" and message_id is not None and "method" in message:
+        return message_id, _INVALID_REQUEST, 'a message needs "jsonrpc": "2.0"'
+    if message_id is not None and "method" in message and is_deep(message):
+        return message_id, _INVALID_REQUEST, "the message is nested too deeply"
+    return None
+
+
+def _log(text: str) -> None:
+    with suppress(OSError, ValueError):
+        sys.stderr.write(f"fimserver: {text}\n")
 
 
 def _uri_of(params: Any) -> str | None:

@@ -17,8 +17,6 @@ from typing import Any
 from fimserver.lsp.documents import Document, DocumentStore, parse_edits
 from fimserver.text import Encoding, LineIndex
 
-_UNREADABLE = (KeyError, TypeError, ValueError, AttributeError)
-
 
 class Replica:
     """The editor's documents and notebooks; ``on_change`` gets the URI of each document whose text changed."""
@@ -43,7 +41,7 @@ class Replica:
                 self._note_notebook(method, params)
             else:
                 self._note_document(method, params)
-        except _UNREADABLE:
+        except Exception:  # noqa: BLE001  whatever an editor sends
             with suppress(KeyError, TypeError, AttributeError):
                 if method == "notebookDocument/didChange":
                     self._forget(params["notebookDocument"]["uri"])

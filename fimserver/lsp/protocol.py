@@ -27,6 +27,7 @@ from lsprotocol import types as lsp
 from pygls.exceptions import JsonRpcException, JsonRpcInternalError
 from pygls.protocol import LanguageServerProtocol, lsp_method
 
+from fimserver.framing import is_deep, is_legal_id
 from fimserver.lsp.convert import to_edits
 from fimserver.lsp.documents import Document, index_of, prepare_index
 
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
 COMPLETION_METHODS = (lsp.TEXT_DOCUMENT_INLINE_COMPLETION, lsp.TEXT_DOCUMENT_COMPLETION)
 _VERSIONED = (lsp.TEXT_DOCUMENT_DID_OPEN, lsp.TEXT_DOCUMENT_DID_CHANGE, lsp.NOTEBOOK_DOCUMENT_DID_CHANGE)
+_NOTIFICATIONS = {method for method, types in lsp.METHOD_TO_TYPES.items() if types[1] is None}
+_VERSION = "2.0"
 _logger = logging.getLogger(__name__)
 
 
@@ -70,6 +73,7 @@ class FimProtocol(LanguageServerProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._initialized = False
+        self._initialize_id: Any = None
         self._client_versions: dict[int | str, int] = {}
 
     @property
@@ -82,12 +86,17 @@ class FimProtocol(LanguageServerProtocol):
         return self._shutdown
 
     def structure_message(self, data: dict[str, Any]) -> Any:
-        """Return the typed message of a JSON object; ``None`` for one that was refused here."""
-        if "jsonrpc" not in data:
-            return data
+        """Return an object of a message as it is: pygls calls this for every object, also for those inside others."""
+        return data
+
+    def to_message(self, data: object) -> Any:
+        """Return the typed message of a JSON value; ``None`` for one that was refused here."""
+        if not isinstance(data, dict):
+            self._refuse(None, lsp.ErrorCodes.InvalidRequest, "the message is not an object; batches are not supported")
+            return None
         method, message_id = data.get("method"), data.get("id")
-        if method is not None and not isinstance(method, str):
-            self._reject(data, lsp.ErrorCodes.InvalidRequest, "the method of a message is not a string")
+        if (fault := _find_fault(data)) is not None:
+            self._reject(data if is_legal_id(message_id) else {**data, "id": None}, *fault)
             return None
         if method == lsp.TEXT_DOCUMENT_DID_CHANGE:
             _drop_null_ranges(data)
@@ -126,14 +135,14 @@ class FimProtocol(LanguageServerProtocol):
     def _reject(self, data: dict[str, Any], code: lsp.ErrorCodes, text: str) -> None:
         """Answer a message that cannot be read; after an unreadable edit its document is out of sync."""
         _logger.warning("a message was refused: %s", text)
-        if data.get("method") == lsp.TEXT_DOCUMENT_DID_CHANGE:
+        if "method" in data and "id" in data:
+            self._refuse(data["id"], code, text)
+        elif data.get("method") == lsp.TEXT_DOCUMENT_DID_CHANGE:
             self._connection.requests.lose_document(data)
         elif data.get("method") == lsp.NOTEBOOK_DOCUMENT_DID_CHANGE:
             with suppress(KeyError, TypeError, AttributeError):
                 for content in data["params"]["change"]["cells"]["textContent"]:
                     self._connection.requests.lose_document({"params": {"textDocument": content["document"]}})
-        elif "method" in data and data.get("id") is not None:
-            self._refuse(data["id"], code, text)
 
     def _send_response(self, msg_id: Any, result: Any = None, error: lsp.ResponseError | None = None) -> None:
         """Send a response; of an error in a handler only its type, since its text may quote code."""
@@ -142,6 +151,9 @@ class FimProtocol(LanguageServerProtocol):
             name = found[1] if found else "error"
             text = f"fimserver failed on this request ({name}); its log says where: fimserver daemon logs"
             error = lsp.ResponseError(error.code, text)
+        if error is not None and self._initialize_id is not None and msg_id == self._initialize_id:
+            self._initialized = False  # the editor may send another
+            self._initialize_id = None
         super()._send_response(msg_id, result, error)
 
     @staticmethod
@@ -156,31 +168,40 @@ class FimProtocol(LanguageServerProtocol):
                     prepare_index(change.text)
 
     def handle_message(self, message: Any) -> None:
-        """Hand a message to its handler, or refuse it."""
+        """Hand a message, typed or as JSON, to its handler, or refuse it."""
+        if not hasattr(message, "jsonrpc"):
+            message = self.to_message(message) if message is not None else None
         if message is None:
             return
         method, message_id = getattr(message, "method", None), getattr(message, "id", None)
-        if method is not None and message_id is not None:
-            if self._shutdown:
-                self._refuse(message_id, lsp.ErrorCodes.InvalidRequest, "the server was shut down")
-                return
-            if self._initialized and method == lsp.INITIALIZE:
-                self._refuse(message_id, lsp.ErrorCodes.InvalidRequest, "initialize was sent already")
-                return
-            if not self._initialized and method != lsp.INITIALIZE:
-                self._refuse(message_id, lsp.ErrorCodes.ServerNotInitialized, "send initialize first")
-                return
+        if method is not None and message_id is not None and (refusal := self._find_refusal(method)) is not None:
+            self._refuse(message_id, *refusal)
+            return
         if method == lsp.INITIALIZED and (self._shutdown or not self._initialized):
             _logger.warning("an initialized outside of a session was ignored")
             return
         if method == lsp.EXIT and self._connection.is_shared:
             return  # pygls would end the process, and all other connections with it
         if method == lsp.INITIALIZE:
-            self._initialized = True
+            self._initialized, self._initialize_id = True, message_id
         if method in COMPLETION_METHODS:
             version = self._client_versions.pop(message_id, None) if message_id is not None else None
             self._connection.requests.receive(message_id, message.params, version)
         super().handle_message(message)
+
+    def _find_refusal(self, method: str) -> tuple[lsp.ErrorCodes, str] | None:
+        """Return why a request comes at the wrong time, or ``None``."""
+        if self._shutdown:
+            return lsp.ErrorCodes.InvalidRequest, "the server was shut down"
+        if self._initialized and method == lsp.INITIALIZE:
+            return lsp.ErrorCodes.InvalidRequest, "initialize was sent already"
+        if not self._initialized and method != lsp.INITIALIZE:
+            return lsp.ErrorCodes.ServerNotInitialized, "send initialize first"
+        return None
+
+    def refuse_body(self) -> None:
+        """Answer a body that is no JSON."""
+        self._refuse(None, lsp.ErrorCodes.ParseError, "the message is not JSON in UTF-8")
 
     def _execute_handler(
         self,
@@ -226,7 +247,7 @@ class FimProtocol(LanguageServerProtocol):
             if not self._connection.is_shared:
                 os._exit(1)
 
-    def _refuse(self, message_id: int | str, code: lsp.ErrorCodes, text: str) -> None:
+    def _refuse(self, message_id: int | str | None, code: lsp.ErrorCodes, text: str) -> None:
         self._send_response(message_id, error=lsp.ResponseError(code=code.value, message=text))
 
     @lsp_method(lsp.TEXT_DOCUMENT_DID_OPEN)
@@ -282,9 +303,9 @@ class FimProtocol(LanguageServerProtocol):
     def _open(self, item: lsp.TextDocumentItem) -> None:
         self._connection.forget(item.uri)
         index = index_of(item.text)
-        document = Document(item.uri, item.language_id, item.version, index)
+        document = Document(item.uri, str(item.language_id), item.version, index)
         self._connection.session.open(document)
-        self._connection.on_open(item.uri, item.language_id)
+        self._connection.on_open(item.uri, document.language_id)
 
     def _change(
         self, changed: lsp.VersionedTextDocumentIdentifier, changes: Sequence[lsp.TextDocumentContentChangeEvent]
@@ -300,6 +321,23 @@ class FimProtocol(LanguageServerProtocol):
     def _close(self, uri: str) -> None:
         self._connection.forget(uri)
         self._connection.session.close(uri)
+
+
+def _find_fault(data: dict[str, Any]) -> tuple[lsp.ErrorCodes, str] | None:
+    """Return why an object is no message that can be handled; ``None`` for a good one."""
+    method, message_id = data.get("method"), data.get("id")
+    text = ""
+    if message_id is not None and not is_legal_id(message_id):
+        text = "the id of a message has to be a text or a whole number"
+    elif "method" in data and not isinstance(method, str):
+        text = "the method of a message is not a string"
+    elif data.get("jsonrpc") != _VERSION:
+        text = f'a message needs "jsonrpc": "{_VERSION}"'
+    elif method is not None and message_id is not None and is_deep(data):
+        text = "the message is nested too deeply"
+    elif method in _NOTIFICATIONS and message_id is not None:
+        text = f"{method} is a notification, which has no id"
+    return (lsp.ErrorCodes.InvalidRequest, text) if text else None
 
 
 def _drop_null_ranges(message: dict[str, Any]) -> None:

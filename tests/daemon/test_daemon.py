@@ -58,6 +58,14 @@ def until(condition: Callable[[], Any], timeout_s: float = 30.0) -> Any:
     return found
 
 
+NEVER_ENDS = """
+import sys, time
+if sys.argv[-2:] == ["daemon", "run"]:
+    import fimserver.daemon.server as server
+    server.Daemon.end = lambda self, reason: time.sleep(1000)
+"""
+
+
 class Home:
     """A home with its own daemon, whose worker answers with its process id."""
 
@@ -222,6 +230,20 @@ def test_a_daemon_that_does_not_answer(home: Home) -> None:
         assert "stop --force" in refused.stderr
     finally:
         assert home.run("stop", "--force").stdout == "stopped\n"
+    until(lambda: not has_memory(pid))
+
+
+@pytest.mark.slow("starts and ends daemons")
+def test_a_daemon_that_does_not_end(home: Home) -> None:
+    """It answers, then nothing: as when its event loop stops in the middle of ending."""
+    site = Path(home.env["PYTHONPATH"]) / "sitecustomize.py"
+    site.write_text(f"{site.read_text()}\n{NEVER_ENDS}")
+    assert home.run("start").returncode == 0
+    pid = home.status()["pid"]
+    refused = home.run("stop")
+    assert refused.returncode == 1
+    assert "stop --force" in refused.stderr
+    assert home.run("stop", "--force").stdout == "stopped\n"
     until(lambda: not has_memory(pid))
 
 

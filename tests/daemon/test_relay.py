@@ -423,7 +423,9 @@ def test_an_editor_can_leave_while_the_daemon_does_not_read(editor: Editor, monk
     daemon = editor.daemon
     monkeypatch.setattr(daemon, "send", send)
     monkeypatch.setattr(daemon, "close", closed.set)
-    threading.Thread(target=editor.relay.from_editor, args=(b'{"id": 9, "method": "x"}',), daemon=True).start()
+    threading.Thread(
+        target=editor.relay.from_editor, args=(b'{"jsonrpc": "2.0", "id": 9, "method": "x"}',), daemon=True
+    ).start()
     assert sending.wait(5)
     assert editor.leave() == 1
     assert closed.is_set()

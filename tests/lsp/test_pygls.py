@@ -32,7 +32,11 @@ def test_the_pinned_version_is_installed() -> None:
 def test_no_other_private_member_is_used() -> None:
     source = inspect.getsource(protocol)
     used = set(re.findall(r"(?:self|super\(\))\.(_[a-z]\w*)", source))
-    own = {name for name in vars(FimProtocol) if name.startswith("_")} | {"_initialized", "_client_versions"}
+    own = {name for name in vars(FimProtocol) if name.startswith("_")} | {
+        "_initialized",
+        "_initialize_id",
+        "_client_versions",
+    }
     overridden = {name for name in own if hasattr(LanguageServerProtocol, name)} - {"__init__", "__module__", "__doc__"}
     assert {name for name in used - own | overridden if not name.startswith("__")} == PRIVATE
 
