@@ -13,12 +13,18 @@ from fimserver.datatypes import NoCompletion
 
 _PRIVATE = re.compile(
     r"/(?:"
-    r"\.env[^/]*|[\w.-]+\.env|[._]netrc|\.pgpass|\.npmrc|\.pypirc|\.htpasswd|\.git-credentials|\.my\.cnf|\.s3cfg|\.boto"
-    r"|\.dockercfg|\.dockerconfigjson|\.vault-token|\.(?:kube|aws)/config|\.docker/config\.json"
+    r"\.env[^/]*|[\w.-]+\.env|\.dev\.vars[^/]*|[._]netrc|\.pgpass|\.npmrc|\.pypirc|\.htpasswd|\.git-credentials|\.my\.cnf|\.s3cfg|\.boto"
+    r"|\.dockercfg|\.dockerconfigjson|\.vault-token|\.(?:kube|aws)/config|\.docker/config\.json|[\w.-]*kubeconfig[\w.-]*"
+    r"|\.config/gh/hosts\.ya?ml|\.azure/.+|\.config/gcloud/.+|\.aws/sso/.+|\.kube/cache/.+|\.terraform\.d/.+|\.terraformrc"
+    r"|[\w.-]+\.tfvars(?:\.json)?|wp-config[\w.-]*\.php|auth\.json|\.composer/auth\.json|\.netrc\.gpg|\.mylogin\.cnf"
+    r"|\.(?:ba|z|k|c|tc|fi|da)?sh_history|\.(?:python|node_repl|psql|mysql|sqlite|rediscli|irb|lua|php|Rhistory)_?history"
+    r"|\.viminfo|\.lesshst|ConsoleHost_history\.txt|fish_history|recentservers\.xml|sitemanager\.xml|\.?msmtprc|\.?fetchmailrc"
+    r"|\.?secrets/.+|rclone\.conf|wpa_supplicant\.conf|shadow|master\.key|sa\.json|key\.json|\.rubygems/credentials"
     r"|[\w.-]*(?:credentials?|secrets?)(?:\.(?:json|toml|ya?ml|xml|ini|cfg|conf|properties|csv|txt|enc|db))?"
     r"|[\w.-]*(?:service[._-]?account|client[._-]?secret)[\w.-]*\.json"
     r"|\.(?:ssh|gnupg)/.+|id_(?:rsa|dsa|ecdsa|ed25519)(?:_sk)?(?:[.-][\w.-]*)?"
-    r"|[\w.-]+\.(?:pem|key|p8|p12|pfx|pkcs12|jks|keystore|keytab|ppk|kdbx?|asc|gpg|ovpn|tfstate(?:\.backup)?)"
+    r"|[\w.-]+\.(?:pem|key|p8|p12|pfx|pkcs12|jks|keystore|keytab|ppk|kdbx?|asc|gpg|pgp|ovpn|agekey|tfstate(?:\.backup)?)"
+    r"(?:[.~_-]?(?:bak|backup|old|orig|copy|save|swp|\d{1,8}))?~?"
     r")$",
     re.IGNORECASE,
 )
