@@ -2,6 +2,7 @@
 
 import { type ChildProcess, spawn } from "node:child_process";
 import * as vscode from "vscode";
+import { childSurroundings } from "./workspace";
 
 class DoctorTerminal implements vscode.Pseudoterminal {
   private readonly written = new vscode.EventEmitter<string>();
@@ -13,10 +14,12 @@ class DoctorTerminal implements vscode.Pseudoterminal {
   constructor(private readonly program: string) {}
 
   open(size: vscode.TerminalDimensions | undefined): void {
-    const env = { ...process.env, FORCE_COLOR: "1", COLUMNS: String(size?.columns ?? 80) };
+    const { cwd, env: inherited } = childSurroundings();
+    const env = { ...inherited, FORCE_COLOR: "1", COLUMNS: String(size?.columns ?? 80) };
     const write = (text: string): void => this.written.fire(text.replace(/\r?\n/g, "\r\n"));
     write(`${this.program} doctor\n\n`);
-    const child = spawn(this.program, ["doctor"], { env, stdio: ["ignore", "pipe", "pipe"], windowsHide: true });
+    const options = { cwd, env, windowsHide: true };
+    const child = spawn(this.program, ["doctor"], { ...options, stdio: ["ignore", "pipe", "pipe"] });
     child.stdout.setEncoding("utf8").on("data", write);
     child.stderr.setEncoding("utf8").on("data", write);
     child.on("error", (error) => write(`${error.message}\n`));

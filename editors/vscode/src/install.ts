@@ -2,7 +2,8 @@
 
 import { type ChildProcess, spawn } from "node:child_process";
 import { readFile } from "node:fs/promises";
-import { join } from "node:path";
+import { dirname, join, win32 } from "node:path";
+import type { Surroundings } from "./outside";
 import { onPath, programIn } from "./program";
 
 export type Tool = "uv" | "pipx" | "python";
@@ -86,41 +87,47 @@ export function toSteps(choice: Choice, folder: string, platform: NodeJS.Platfor
   const isUv = choice.tool === "uv";
   const pip = isUv
     ? { command: choice.program, args: ["pip", "install", "--python", python] }
-    : { command: python, args: ["-m", "pip", "install", "--disable-pip-version-check", "--no-input"] };
+    : { command: python, args: ["-I", "-m", "pip", "install", "--disable-pip-version-check", "--no-input"] };
   return [
     {
       title: make,
       command: choice.program,
-      args: isUv ? ["venv", "--python", `>=${OLDEST}`, folder] : ["-m", "venv", folder],
+      args: isUv ? ["venv", "--python", `>=${OLDEST}`, folder] : ["-I", "-m", "venv", folder],
     },
     { title: fetchTorch, command: pip.command, args: [...pip.args, ...from, TORCH] },
     { title: fetchServer, command: pip.command, args: [...pip.args, choice.source] },
   ];
 }
 
-/** Return this machine's tools that can install the server, best first. */
-export async function findTools(path: string, platform: NodeJS.Platform): Promise<{ tool: Tool; program: string }[]> {
+/** Return this machine's tools that can install the server, best first; none from the `refused` folders. */
+export async function findTools(
+  path: string,
+  platform: NodeJS.Platform,
+  refused: readonly string[],
+  around: Surroundings,
+): Promise<{ tool: Tool; program: string }[]> {
   const found: { tool: Tool; program: string }[] = [];
   for (const tool of ["uv", "pipx"] as const) {
-    const program = onPath(tool, path, platform);
+    const program = onPath(tool, path, platform, refused);
     if (program !== undefined) {
       found.push({ tool, program });
     }
   }
   for (const name of ["python3", "python"]) {
-    const program = onPath(name, path, platform);
-    if (program !== undefined && (await isNewEnough(program))) {
+    const program = onPath(name, path, platform, refused);
+    if (program !== undefined && (await isNewEnough(program, around))) {
       return [...found, { tool: "python", program }];
     }
   }
   return found;
 }
 
-async function isNewEnough(python: string): Promise<boolean> {
+async function isNewEnough(python: string, around: Surroundings): Promise<boolean> {
   const [major, minor] = OLDEST.split(".");
   const code = `import ensurepip, sys, venv; sys.exit(sys.version_info < (${major}, ${minor}))`;
   try {
-    await run({ title: "", command: python, args: ["-c", code] }, () => {}, new AbortController().signal);
+    const step = { title: "", command: python, args: ["-I", "-c", code] };
+    await run(step, around, () => {}, new AbortController().signal);
     return true;
   } catch {
     return false;
@@ -130,7 +137,12 @@ async function isNewEnough(python: string): Promise<boolean> {
 export class CancelledError extends Error {}
 
 /** Run one step and pass each printed line to `onLine`. Throws if it fails, `CancelledError` when aborted. */
-export function run(step: Step, onLine: (line: string) => void, signal: AbortSignal): Promise<void> {
+export function run(
+  step: Step,
+  around: Surroundings,
+  onLine: (line: string) => void,
+  signal: AbortSignal,
+): Promise<void> {
   return new Promise((resolve, reject) => {
     if (signal.aborted) {
       reject(new CancelledError());
@@ -138,7 +150,8 @@ export function run(step: Step, onLine: (line: string) => void, signal: AbortSig
     }
     const isWindows = process.platform === "win32";
     const child = spawn(step.command, [...step.args], {
-      env: { ...process.env, ...step.env },
+      cwd: around.cwd,
+      env: { ...around.env, ...step.env },
       stdio: ["ignore", "pipe", "pipe"],
       detached: !isWindows, // a process group, so that its child processes end with it
       windowsHide: true,
@@ -178,7 +191,10 @@ function end(child: ChildProcess, isWindows: boolean): void {
     return;
   }
   if (isWindows) {
-    spawn("taskkill", ["/pid", String(child.pid), "/t", "/f"], { windowsHide: true });
+    // By its name, Windows would look in the current folder first.
+    const taskkill = win32.join(process.env["SystemRoot"] ?? "C:\\Windows", "System32", "taskkill.exe");
+    const options = { cwd: dirname(taskkill), windowsHide: true };
+    spawn(taskkill, ["/pid", String(child.pid), "/t", "/f"], options).on("error", () => child.kill());
     return;
   }
   try {

@@ -15,7 +15,9 @@ import {
   toSteps,
 } from "./install";
 import type { Messages } from "./messages";
+import { isInside } from "./outside";
 import { programIn } from "./program";
+import { childSurroundings, untrustedFolders } from "./workspace";
 
 const BUILDS: Readonly<Record<Build, { label: string; detail: string }>> = {
   cpu: { label: "For the CPU", detail: "Works on any machine. The shipped model is made for it." },
@@ -47,7 +49,7 @@ export class Installer {
   }
 
   private async ask(): Promise<Choice | undefined> {
-    const tools = await findTools(process.env["PATH"] ?? "", process.platform);
+    const tools = await findTools(process.env["PATH"] ?? "", process.platform, untrustedFolders(), childSurroundings());
     if (tools.length === 0) {
       this.messages.error(
         "The server needs uv, pipx, or Python 3.11 or newer with venv. None of them is on PATH; install one first.",
@@ -107,6 +109,13 @@ export class Installer {
       openLabel: "Install",
     });
     const path = found?.[0]?.fsPath;
+    if (path !== undefined && isInside(path, untrustedFolders(), process.platform)) {
+      this.messages.error(
+        `${path} is in this workspace, which you do not trust. Trust it before you install from it.`,
+        ["install"],
+      );
+      return undefined;
+    }
     if (path !== undefined && isFolder && !(await isCheckout(path))) {
       this.messages.error(`${path} is not a checkout of fimserver: it has no pyproject.toml with that name.`, [
         "install",
@@ -132,7 +141,7 @@ export class Installer {
             this.log.info(line);
             progress.report({ message: `${title}: ${line.slice(0, 80)}` });
           };
-          await run(step, onLine, abort.signal);
+          await run(step, childSurroundings(), onLine, abort.signal);
         }
         await access(programIn(this.folder, process.platform));
       });

@@ -3,6 +3,7 @@
 import { accessSync, constants, statSync } from "node:fs";
 import { homedir } from "node:os";
 import { posix, win32 } from "node:path";
+import { isFull, isInside, safeEntries } from "./outside";
 
 export type Origin = "setting" | "workspace" | "path" | "own";
 
@@ -11,7 +12,7 @@ export interface Program {
   readonly origin: Origin;
 }
 
-/** The setting names a program that does not exist; no other program is started instead. */
+/** The setting names a program that does not exist or must not run; no other program is started instead. */
 export class MissingProgramError extends Error {}
 
 export interface Place {
@@ -45,29 +46,35 @@ function expand(setting: string, folders: readonly string[]): string {
   return home.replace(/\$\{workspaceFolder\}/g, () => folders[0] ?? "");
 }
 
-/** Return the first program on PATH with this name. */
+/** Return the first program on PATH with this name. Relative entries and the `refused` folders do not count. */
 export function onPath(
   name: string,
   path: string,
   platform: NodeJS.Platform,
+  refused: readonly string[],
   exists: (path: string) => boolean = isProgram,
 ): string | undefined {
-  const { join, delimiter, isAbsolute } = platform === "win32" ? win32 : posix;
+  const { join } = platform === "win32" ? win32 : posix;
   const file = platform === "win32" ? `${name}.exe` : name;
-  // A relative entry could find a program in the open folder, which may not be trusted.
-  const candidates = path.split(delimiter).filter((folder) => isAbsolute(folder));
-  return candidates.map((folder) => join(folder, file)).find(exists);
+  const candidates = safeEntries(path, refused, platform).map((folder) => join(folder, file));
+  return candidates.find((candidate) => exists(candidate) && !isInside(candidate, refused, platform));
 }
 
 /** Return the server's program; `undefined` if none is installed. Throws `MissingProgramError`. */
 export function findProgram(place: Place): Program | undefined {
   const exists = place.isProgram ?? isProgram;
-  const { join, isAbsolute } = place.platform === "win32" ? win32 : posix;
+  const { join } = place.platform === "win32" ? win32 : posix;
+  const refused = place.trusted ? [] : place.folders;
   if (place.setting) {
     const path = expand(place.setting, place.trusted ? place.folders : []);
-    if (!isAbsolute(path) || !exists(path)) {
+    if (!isFull(path, place.platform) || !exists(path)) {
       throw new MissingProgramError(
         `fimserver.serverPath is ${place.setting}, which is not a program. Set the full path of fimserver, or clear it.`,
+      );
+    }
+    if (isInside(path, refused, place.platform)) {
+      throw new MissingProgramError(
+        `fimserver.serverPath is ${place.setting}, which is in this workspace. Trust the workspace, or set another path.`,
       );
     }
     return { path, origin: "setting" };
@@ -79,7 +86,7 @@ export function findProgram(place: Place): Program | undefined {
       return { path: inside, origin: "workspace" };
     }
   }
-  const found = onPath("fimserver", place.path, place.platform, exists);
+  const found = onPath("fimserver", place.path, place.platform, refused, exists);
   if (found !== undefined) {
     return { path: found, origin: "path" };
   }

@@ -1,6 +1,5 @@
 // Finds, starts, watches and restarts the server for this window, and keeps its state.
 
-import { homedir } from "node:os";
 import * as vscode from "vscode";
 import {
   CloseAction,
@@ -20,6 +19,7 @@ import type { Messages } from "./messages";
 import { Missed } from "./missed";
 import { findProgram, MissingProgramError, type Program } from "./program";
 import { INITIAL, type Phase, type View } from "./view";
+import { childSurroundings, workspaceFolders } from "./workspace";
 
 /** Documents that are completed: files, new documents, and cells of notebooks. */
 export const DOCUMENTS = [{ scheme: "file" }, { scheme: "untitled" }, { scheme: "vscode-notebook-cell" }];
@@ -197,10 +197,9 @@ export class Server implements vscode.Disposable {
   }
 
   private find(): Program | undefined {
-    const folders = (vscode.workspace.workspaceFolders ?? []).filter((folder) => folder.uri.scheme === "file");
     return findProgram({
       setting: vscode.workspace.getConfiguration("fimserver").get("serverPath", "").trim(),
-      folders: folders.map((folder) => folder.uri.fsPath),
+      folders: workspaceFolders(),
       trusted: vscode.workspace.isTrusted,
       path: process.env["PATH"] ?? "",
       own: this.own,
@@ -210,7 +209,7 @@ export class Server implements vscode.Disposable {
 
   private connect(program: Program): LanguageClient {
     // Not in the open folder, so that the server cannot pick up files of that folder by accident.
-    const executable = { command: program.path, args: ["lsp"], options: { cwd: homedir() } };
+    const executable = { command: program.path, args: ["lsp"], options: childSurroundings() };
     const client: LanguageClient = new LanguageClient(
       "fimserver",
       "fimserver",

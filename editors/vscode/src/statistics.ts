@@ -3,12 +3,13 @@
 import { execFile } from "node:child_process";
 import * as vscode from "vscode";
 import { toThemed } from "./themed";
+import { childSurroundings } from "./workspace";
 
 const MAX_PAGE_BYTES = 16 * 1024 * 1024;
 
 function readPage(program: string): Promise<string> {
   return new Promise((resolve, reject) => {
-    const options = { maxBuffer: MAX_PAGE_BYTES, timeout: 30_000 };
+    const options = { ...childSurroundings(), maxBuffer: MAX_PAGE_BYTES, timeout: 30_000 };
     execFile(program, ["stats", "--html", "--write", "-"], options, (error, page, complaint) => {
       if (error) {
         reject(new Error(complaint.trim().split("\n").at(-1) || error.message));

@@ -59,5 +59,25 @@ test("Windows has other paths and names", () => {
 });
 
 test("relative entries of PATH are ignored", () => {
-  expect(onPath("uv", ".:bin:/usr/bin", "linux", () => true)).toBe("/usr/bin/uv");
+  expect(onPath("uv", ".::bin:/usr/bin", "linux", [], () => true)).toBe("/usr/bin/uv");
+  expect(onPath("uv", "", "linux", [], () => true)).toBeUndefined();
+  const windows = ";.;bin;\\\\bin;C:bin;C:\\bin".replace("\\\\", "\\");
+  expect(onPath("uv", windows, "win32", [], () => true)).toBe("C:\\bin\\uv.exe");
+});
+
+test("PATH finds nothing in a workspace that is not trusted", () => {
+  const programs = ["/two/bin/fimserver", "/opt/bin/fimserver"];
+  const path = "/two/bin:/two/../two/bin:/opt/bin";
+  expect(findProgram(place(programs, { path }))?.path).toBe(programs[0]);
+  expect(findProgram(place(programs, { path, trusted: false }))?.path).toBe(programs[1]);
+  expect(findProgram(place(programs.slice(0, 1), { path, trusted: false }))).toBeUndefined();
+  const windows = { platform: "win32", folders: ["C:\\Code"], path: "c:\\code\\bin;C:\\bin", trusted: false } as const;
+  const found = findProgram(place(["c:\\code\\bin\\fimserver.exe", "C:\\bin\\fimserver.exe"], windows));
+  expect(found?.path).toBe("C:\\bin\\fimserver.exe");
+});
+
+test("the user's own setting does not name a program in a workspace that is not trusted", () => {
+  const setting = "/two/bin/fimserver";
+  expect(findProgram(place([setting], { setting }))?.path).toBe(setting);
+  expect(() => findProgram(place([setting], { setting, trusted: false }))).toThrow("Trust the workspace");
 });
