@@ -1,5 +1,6 @@
 --- Finds the program `fimserver`, and runs it to read its output.
 local config = require('fimserver.config')
+local outside = require('fimserver.outside')
 
 local M = {}
 
@@ -91,36 +92,94 @@ function M.forget()
   answers = {}
 end
 
+---@param path string
+---@param where string
+---@return string[]? command
+---@return string where_or_why
+---@return boolean? is_known
+local function with_trust(path, where)
+  local trusted, asked = is_trusted(path)
+  if trusted then
+    return { path, 'lsp' }, where
+  end
+  local text = "the project's own program is not trusted yet; open it, run :trust, then :Fimserver restart; "
+    .. 'or set its path: setup({ cmd = { %q, "lsp" } })'
+  return nil, text:format(path), asked
+end
+
+--- Return the first program on PATH that is outside the project, and the first one inside.
+---@param name string
+---@param folders string[]
+---@return string? path
+---@return string? inside
+local function search_path(name, folders)
+  local inside = nil
+  for _, path in ipairs(outside.on_path(name)) do
+    if not outside.is_inside(path, folders) then
+      return path, inside
+    end
+    inside = inside or path
+  end
+  return nil, inside
+end
+
+--- Return the command of the option cmd. A full path is the user's own word; what a name or a relative path finds in
+--- the project needs trust.
+---@param command string[]
+---@param folders string[]
+---@return string[]? command
+---@return string where_or_why
+---@return boolean? is_known
+local function find_chosen(command, folders)
+  local where, named = 'the option cmd', command[1]
+  local path, inside = named, nil ---@type string?, string?
+  if not named:find('[/\\]') then
+    path, inside = search_path(named, folders)
+  elseif not outside.is_full(named) then
+    path = vim.fs.normalize(vim.fs.joinpath(vim.fn.getcwd(), named), { expand_env = false })
+    if outside.is_inside(path, folders) then
+      path, inside = nil, path
+    end
+  end
+  if path and is_program(path) then
+    command[1] = path
+    return command, where
+  end
+  if inside and is_program(inside) then
+    local trusted, why, asked = with_trust(inside, where)
+    if not trusted then
+      return nil, why, asked
+    end
+    command[1] = inside
+    return command, where
+  end
+  return nil, ('the option cmd names %s, which is not a program here; correct or remove it'):format(named)
+end
+
 --- Return the command that starts the server for a buffer and where it was found, or nil and the reason.
 ---@param buffer integer
 ---@return string[]? command
 ---@return string where_or_why
 ---@return boolean? is_known Whether the user knows the reason, having just been asked.
 function M.find(buffer)
-  local cmd = config.options.cmd
+  local cmd, folders = config.options.cmd, outside.folders(buffer)
   if cmd then
     local command = type(cmd) == 'table' and vim.deepcopy(cmd) or { cmd, 'lsp' }
     command[1] = vim.fn.expand(command[1])
-    if is_program(command[1]) then
-      return command, 'the option cmd'
-    end
-    return nil, ('the option cmd names %s, which is not a program here; correct or remove it'):format(command[1])
+    return find_chosen(command, folders)
   end
   local name = vim.api.nvim_buf_get_name(buffer)
   local folder = name ~= '' and vim.fs.dirname(name) or vim.fn.getcwd()
-  local on_path = vim.fn.exepath('fimserver')
-  if on_path ~= '' then
+  local on_path, inside = search_path('fimserver', folders)
+  if on_path then
     return { on_path, 'lsp' }, 'PATH'
+  end
+  if inside then
+    return with_trust(inside, 'PATH')
   end
   local in_venv = find_in_venv(folder)
   if in_venv then
-    local trusted, asked = is_trusted(in_venv)
-    if trusted then
-      return { in_venv, 'lsp' }, 'the virtual environment of the project'
-    end
-    local text = "the project's own program is not trusted yet; open it, run :trust, then :Fimserver restart; "
-      .. 'or set its path: setup({ cmd = { %q, "lsp" } })'
-    return nil, text:format(in_venv), asked
+    return with_trust(in_venv, 'the virtual environment of the project')
   end
   return nil, 'the program `fimserver` was not found; ' .. M.remedy
 end
@@ -140,7 +199,8 @@ function M.run(command, arguments, timeout_ms)
     table.insert(whole, part)
   end
   vim.list_extend(whole, arguments)
-  local started, process = pcall(vim.system, whole, { text = true })
+  local cwd, env = outside.surroundings(0)
+  local started, process = pcall(vim.system, whole, { text = true, cwd = cwd, env = env })
   if not started then
     return 127, tostring(process)
   end

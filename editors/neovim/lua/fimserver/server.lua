@@ -7,6 +7,7 @@
 --- Knows:  vim.lsp, the names of docs/protocol.md.  Never: ghost text, keys.
 local config = require('fimserver.config')
 local message = require('fimserver.message')
+local outside = require('fimserver.outside')
 local place = require('fimserver.place')
 local program = require('fimserver.program')
 local status = require('fimserver.status')
@@ -147,9 +148,12 @@ function M.attach(buffer)
   status.set('loading', 'the server is starting')
   local settings = wire_settings()
   local root = vim.fs.root(buffer, { '.git', 'pyproject.toml' }) or vim.fs.dirname(vim.api.nvim_buf_get_name(buffer))
+  local cwd, env = outside.surroundings(buffer)
   local id = vim.lsp.start({
     name = NAME,
     cmd = command,
+    cmd_cwd = cwd,
+    cmd_env = env,
     root_dir = root,
     capabilities = capabilities(),
     init_options = settings.fimserver,
