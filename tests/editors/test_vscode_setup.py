@@ -40,6 +40,39 @@ def test_a_workspace_that_is_not_trusted(
 
 
 @editors
+def test_nothing_of_a_hostile_repository_runs(
+    vscode: VSCode, vsix: Path, editors_home: dict[str, str], tmp_path: Path
+) -> None:
+    folder, ran, seen = tmp_path / "theirs", tmp_path / "ran", tmp_path / "seen"
+    for place in (folder, folder / "bin"):
+        for name in ("fimserver", "uv", "pipx", "python3", "python"):
+            write_script(place / name, f'echo "$0" >> {ran}')
+    for name in ("venv", "ensurepip"):
+        (folder / f"{name}.py").write_text(f"open('{ran}', 'a').write('{name}')\n", encoding="utf-8")
+    (folder / "inventory.py").write_text(SAMPLE, encoding="utf-8")
+    link = tmp_path / "link" / "fimserver"
+    link.parent.mkdir()
+    link.symlink_to(folder / "fimserver")
+    safe = write_script(tmp_path / "tools" / "fimserver", f'echo "$PWD|$PATH" >> {seen}', f'exec {FIMSERVER} "$@"')
+    end = f"{safe.parent}:/usr/bin:/bin"
+    env = {**editors_home, "PATH": f"{folder}:{folder}/bin:{link.parent}:.::bin:{end}", "PYTHONPATH": str(folder)}
+    settings = {"fimserver.serverPath": ""}
+    with closing(Workbench(vscode, vsix, folder, env=env, settings=settings, trusted=False)) as workbench:
+        window = workbench.window()
+        assert "not trusted" in window.wait_for_status("Ready", timeout=120)
+        cwd, path = seen.read_text(encoding="utf-8").splitlines()[0].split("|")
+        assert not Path(cwd).is_relative_to(folder)
+        assert str(folder) not in path
+        assert path.endswith(end)
+        window.command("fimserver: Install the Server...")
+        window.accept("0.3 GB")
+        wait_until(lambda: not any("0.3 GB" in row for row in window.rows()) and window.rows(), "the tools")
+        assert not [row for row in window.rows() if str(folder) in row]
+        assert not ran.exists(), ran.read_text(encoding="utf-8")
+        workbench.assert_calm(window)
+
+
+@editors
 @pytest.mark.parametrize("has_own", [False, True], ids=["by_path", "with_an_environment"])
 def test_trust_is_given_while_it_runs(
     has_own: bool, vscode: VSCode, vsix: Path, editors_home: dict[str, str], tmp_path: Path

@@ -7,10 +7,12 @@ import { runDoctor } from "./doctor";
 import { type Remedy, toSentence } from "./explain";
 import { Installer } from "./installer";
 import { Messages } from "./messages";
+import { isInside } from "./outside";
 import { DOCUMENTS, Server } from "./server";
 import { showStatistics } from "./statistics";
 import { StatusItem } from "./statusItem";
 import { type Action, type Language, toMenu, toStatus } from "./view";
+import { untrustedFolders } from "./workspace";
 
 const NOT_NOW = "fimserver.doNotOffer";
 const REMEDIES: Readonly<Record<Remedy, { title: string; action: Action }>> = {
@@ -208,6 +210,9 @@ class Extension {
     const program = this.server.program?.path;
     if (program === undefined) {
       this.messages.warn("The server is not installed yet.", ["install", "locate"]);
+    } else if (isInside(program, untrustedFolders(), process.platform)) {
+      // Its folder was added to the workspace after the start.
+      this.messages.warn(`${program} is in this workspace, which you do not trust.`, ["restart"]);
     } else if (what === "doctor") {
       runDoctor(program);
     } else {

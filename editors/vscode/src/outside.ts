@@ -11,7 +11,7 @@ export interface Surroundings {
 }
 
 const MOST_STEPS = 1_000; // links may form a circle
-const SEARCH_PATHS = ["PATH", "PYTHONPATH"];
+const SEARCH_PATHS = ["PATH", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "CONDA_PREFIX"]; // uv looks in the last two
 
 /** Return whether a path means the same file whatever the current folder and drive are. */
 export function isFull(path: string, platform: NodeJS.Platform): boolean {

@@ -47,7 +47,7 @@ test("child processes run outside the workspace, also if that is the home folder
 });
 
 test("search paths have no relative entries, and none in a workspace that is not trusted", () => {
-  const env = { PATH: ".::/project/bin:/usr/bin", PYTHONPATH: ".", HOME: "/home/me" };
+  const env = { PATH: ".::/project/bin:/usr/bin", PYTHONPATH: ".", VIRTUAL_ENV: "/project/.venv", HOME: "/home/me" };
   expect(surroundings(["/project"], false, env, "linux").env).toEqual({ PATH: "/usr/bin", HOME: "/home/me" });
   expect(surroundings(["/project"], true, env, "linux").env["PATH"]).toBe("/project/bin:/usr/bin");
   const windows = surroundings(["C:\\code"], false, { Path: "c:\\Code\\bin;.;C:\\bin" }, "win32").env;

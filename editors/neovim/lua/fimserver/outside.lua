@@ -145,7 +145,7 @@ end
 ---@return table<string, string> env Added to the environment of Neovim.
 function M.surroundings(buffer)
   local folders, env = M.folders(buffer), {}
-  for _, name in ipairs({ 'PATH', 'PYTHONPATH' }) do
+  for _, name in ipairs({ 'PATH', 'PYTHONPATH', 'PYTHONHOME' }) do
     if vim.env[name] then
       local entries = vim.tbl_filter(function(entry)
         return not M.is_inside(entry, folders)
