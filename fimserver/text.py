@@ -18,6 +18,9 @@ from fimserver.errors import PositionError
 
 _LINE_END = re.compile(r"\r\n|\n|\r")
 _COMPARED = 2**16  # characters at a time: larger slices would be given pages of their own, which takes longer
+# Letters and marks by their category, which are shown as nothing: grapheme joiner, Hangul fillers, variation selectors
+# and others that are not of the category "format".
+_INVISIBLE = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0") | {chr(c) for c in range(0x180B, 0x1810)}
 _OFFSETS = "I"  # 4 bytes: offsets below 2**32
 
 
@@ -241,3 +244,18 @@ def line_around(text: str, offset: int) -> tuple[str, str]:
     end = len(text) if end < 0 else end
     carriage_return = text.find("\r", offset, end)
     return text[start:offset], text[offset : end if carriage_return < 0 else carriage_return]
+
+
+def to_printable(text: str) -> str:
+    r"""Return a text of others as one line that is safe to show: what is not printable becomes its escape.
+
+    These are control characters and line ends (``\x1b``, ``\n``), bidirectional overrides and characters without width
+    (``\u202e``, ``\u200b``), spaces other than the common one, and lone surrogates. A backslash stays as it is.
+    """
+    if text.isprintable() and text.isascii():
+        return text
+    return "".join(c if c.isprintable() and c not in _INVISIBLE else _escape(c) for c in text)
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")

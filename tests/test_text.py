@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fimserver.errors import PositionError
-from fimserver.text import Encoding, LineIndex, count_units, line_ending, replace, to_newlines
+from fimserver.text import Encoding, LineIndex, count_units, line_ending, replace, to_newlines, to_printable
 
 TEXT = "a\u00e9\U0001f40dz\r\n\x0c\u2028b\rc\n"
 
@@ -99,3 +99,29 @@ def test_a_long_line_with_emoji_is_fast() -> None:
     begin = time.process_time()
     assert index.to_offset(0, 900_002, Encoding.UTF16) == 900_001
     assert time.process_time() - begin < 0.2
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("", ""),
+        ("a b \\x1b caf\u00e9 \u4f60 \U0001f40d", "a b \\x1b caf\u00e9 \u4f60 \U0001f40d"),
+        ("\x1b[31m\0\x7f\x9b", "\\x1b[31m\\x00\\x7f\\x9b"),
+        ("a\r\n\tb\x0c\x85", "a\\r\\n\\tb\\x0c\\x85"),
+        ("\u202e\u2066\u200f\u061c", "\\u202e\\u2066\\u200f\\u061c"),
+        ("\u200b\u200d\u2060\ufeff\u00ad\u3164\u034f", "\\u200b\\u200d\\u2060\\ufeff\\xad\\u3164\\u034f"),
+        ("\u2028\u2029\u00a0", "\\u2028\\u2029\\xa0"),
+        ("\ud800x\udfff", "\\ud800x\\udfff"),
+        ("\U000e0041", "\\U000e0041"),
+    ],
+)
+def test_others_texts_are_shown_as_one_printable_line(text: str, shown: str) -> None:
+    assert to_printable(text) == shown
+
+
+@given(st.text(st.characters(codec=None)))
+def test_a_shown_text_is_printable(text: str) -> None:
+    shown = to_printable(text)
+    assert shown.isprintable()
+    assert to_printable(shown) == shown
+    assert len(shown.encode()) >= len(shown)
