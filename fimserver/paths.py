@@ -151,7 +151,10 @@ def read_bytes(path: Path, most: int = 16 * 2**20) -> bytes:
             raise OSError(errno.EINVAL, "it is not a file")
         if found.st_size > most:
             raise OSError(errno.EFBIG, f"it is larger than {most // 2**20} MB")
-        return stream.read()
+        content = stream.read(most + 1)  # a file may grow, and one of the system's own may tell no size
+        if len(content) > most:
+            raise OSError(errno.EFBIG, f"it is larger than {most // 2**20} MB")
+        return content
 
 
 def make_private(folder: Path) -> Path:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fimserver.checkpoints.folder import LONGEST_NAME, is_tensor_name
 from fimserver.errors import WeightsError
 
 GGUF_SUFFIX = ".gguf"
@@ -28,6 +29,8 @@ _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _ALIGNMENT = 32  # bytes, unless the file names another
 _MOST_AXES = 4
+_MOST_TENSORS, _MOST_VALUES = 2**17, 2**16
+_MOST_ELEMENTS = 2**22  # of all arrays: a vocabulary's texts, their types and its merges
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 # By the number in a file: the name, the elements of a block, and its bytes.
@@ -159,6 +162,7 @@ class _Header:
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self._path, self._data, self._at = path, data, len(_MAGIC)
+        self._num_elements = 0
 
     def read(self) -> GgufFile:
         version = self._number("I")
@@ -168,6 +172,9 @@ class _Header:
             msg = f"{self._path} {what}; only little-endian files of version 2 or 3 can be read: convert it again"
             raise WeightsError(msg)
         num_tensors, num_values = self._number("Q"), self._number("Q")
+        if num_tensors > _MOST_TENSORS or num_values > _MOST_VALUES:
+            msg = f"it would have {num_tensors} tensors and {num_values} values"
+            raise ValueError(msg)
         values: dict[str, Any] = {}
         for _ in range(num_values):
             key = self._text()
@@ -210,6 +217,9 @@ class _Header:
     def _tensor(self) -> tuple[str, str, tuple[int, ...], int]:
         """Read the header of a tensor: its name, type and shape, and its offset from the first one's data."""
         name, axes = self._text(), self._number("I")
+        if not is_tensor_name(name):
+            msg = f"a tensor has the name {name[:LONGEST_NAME]!r}"
+            raise ValueError(msg)
         if not 0 < axes <= _MOST_AXES:
             msg = f"tensor {name} has {axes} axes"
             raise ValueError(msg)
@@ -247,6 +257,10 @@ class _Header:
             msg = f"a value has the type {kind}, which is not known"
             raise ValueError(msg)
         kind, count = self._number("I"), self._number("Q")
+        self._num_elements += count
+        if self._num_elements > _MOST_ELEMENTS:
+            msg = f"an array has {count} elements"
+            raise ValueError(msg)
         if kind == _STRING:
             return [self._text() for _ in range(count)]
         if kind not in _SCALARS:

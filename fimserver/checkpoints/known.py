@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from fimserver.checkpoints.folder import read_json
+from fimserver.errors import WeightsError
 
 SHIPPED_MODELS = Path(__file__).parent.parent / "models"
 KNOWN_MODELS = SHIPPED_MODELS / "known"
+_MOST_TOKENS = 2**22
 _DENSE_SIZES = (
     "hidden_size",
     "num_hidden_layers",
@@ -90,10 +92,17 @@ def find_known_metadata(config: Mapping[str, Any], folder: Path | None = None) -
 
 
 def read_added_tokens(folder: Path) -> dict[str, int]:
-    """Return the ids of the added tokens of a folder's tokenizer, by their names."""
+    """Return the ids of the added tokens of a folder's tokenizer, by their names. Raises ``WeightsError``."""
     path = folder / "tokenizer.json"
-    added = read_json(path).get("added_tokens", []) if path.exists() else []
-    return {str(token["content"]): int(token["id"]) for token in added if isinstance(token, dict)}
+    added = (read_json(path).get("added_tokens") or []) if path.exists() else []
+    found = {}
+    for token in added if isinstance(added, list) else [added]:
+        text, number = (token.get("content"), token.get("id")) if isinstance(token, dict) else (None, None)
+        if not isinstance(text, str) or type(number) is not int or not 0 <= number < _MOST_TOKENS:
+            msg = f"{path}: added_tokens has an entry without a content and an id; copy the model folder again"
+            raise WeightsError(msg)
+        found[text] = number
+    return found
 
 
 def _named_tokens(folder: Path) -> dict[str, int]:

@@ -25,8 +25,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from fimserver.checkpoints.config_limits import check_layers, check_numbers
 from fimserver.checkpoints.engine_limits import MARGIN_TOKENS
-from fimserver.checkpoints.folder import DAMAGED, read_json, weight_files
+from fimserver.checkpoints.folder import DAMAGED, check_file, is_tensor_name, read_json, weight_files
 from fimserver.checkpoints.gguf import GGUF_SUFFIX, read_gguf
 from fimserver.checkpoints.installed import find_added
 from fimserver.checkpoints.known import SHIPPED_MODELS, read_known, shipped_names
@@ -238,7 +239,8 @@ def find_checkpoint(name: str) -> Checkpoint:
 
 def read_folder(folder: Path) -> Checkpoint:
     """Read a folder's config and the headers of its files. Raises ``WeightsError``."""
-    shape = parse_config(read_json(folder / "config.json"), str(folder / "config.json"))
+    config = read_json(folder / "config.json")
+    shape = parse_config(config, str(folder / "config.json"))
     files = weight_files(folder)
     tensors: dict[str, _Stored] = {}
     for path in files:
@@ -247,6 +249,7 @@ def read_folder(folder: Path) -> Checkpoint:
             role = _find_role(name, is_tied=shape.is_tied, is_dense=shape.is_dense)
             if role is not None:
                 tensors.setdefault(_to_shared_name(name), _Stored(role, _find_format(name, dtype), sizes, num_bytes))
+    check_layers(config, tensors, folder)
     checkpoint = Checkpoint(
         name=folder.name,
         shape=shape,
@@ -320,6 +323,7 @@ def _to_layer_name(name: str) -> str:
 
 def parse_config(values: Mapping[str, Any], source: str) -> Shape:
     """Parse the sizes of a config.json, with transformers' own defaults. Raises ``WeightsError`` that names the key."""
+    check_numbers(values, source)
     text, kind = values.get("text_config"), values.get("model_type")
     if kind in _DENSE_TYPES:
         return _parse_dense(values, source)
@@ -396,6 +400,7 @@ def _parse_dense(values: Mapping[str, Any], source: str) -> Shape:
 
 def read_header(path: Path) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """Yield name, dtype and shape of each tensor in a safetensors file. Raises ``WeightsError``."""
+    check_file(path)
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
@@ -408,7 +413,18 @@ def read_header(path: Path) -> Iterator[tuple[str, str, tuple[int, ...]]]:
             for name, entry in entries.items()
             if name != "__metadata__"
         ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        if any(not is_tensor_name(name) or min(sizes, default=0) < 0 for name, _, sizes in found):
+            raise ValueError("a tensor has a name or a shape that none can have")  # noqa: TRY301, TRY003, EM101
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+        struct.error,
+    ) as error:
         msg = f"{path} cannot be read as safetensors ({error}); {DAMAGED}"
         raise WeightsError(msg) from error
     yield from found

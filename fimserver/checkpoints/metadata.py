@@ -96,6 +96,8 @@ class Healing(StrEnum):
 
 
 _LENGTH_BIAS = (1.77, 0.56, 0.06, 0.24)  # arXiv 2602.00476
+_MOST = {"num_special_tokens": 2**16}
+_LARGEST_NUMBER = 2**24
 _LEAST = {"max_commits": 1, "refresh_every": 1, "max_prompt_tokens": 1}
 _MODES = {
     Canvas.UNIFORM: (Mode.DIFFUSION, Mode.SPECULATIVE, Mode.AUTOREGRESSIVE),
@@ -214,12 +216,23 @@ def read_metadata(folder: Path) -> ModelMetadata:
     return ModelMetadata(**values)
 
 
+def _is_plain(value: object) -> bool:
+    """Return whether a value is a number of usual size: not NaN, not infinite."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST_NUMBER
+
+
 def _check_calibration(path: Path, calibration: Mapping[str, Any]) -> None:
+    if not isinstance(calibration, dict):
+        msg = f"{path}: calibration has to be an object of lists of numbers"
+        raise WeightsError(msg)
     if unknown := set(calibration) - {"answer", "match"}:
         msg = f"{path}: calibration has unknown keys: {', '.join(sorted(unknown))}; allowed: answer, match"
         raise WeightsError(msg)
     for name, features in (("answer", ANSWER_FEATURES), ("match", MATCH_FEATURES)):
         weights = calibration.get(name)
+        if weights is not None and not (isinstance(weights, list) and all(map(_is_plain, weights))):
+            msg = f"{path}: calibration.{name} has to be a list of numbers"
+            raise WeightsError(msg)
         if weights is not None and len(weights) != len(features):
             msg = (
                 f"{path}: calibration.{name} has {len(weights)} weights; it needs one for each of {', '.join(features)}"
@@ -237,6 +250,9 @@ def _check_numbers(path: Path, values: Mapping[str, Any]) -> None:
             raise WeightsError(msg)
         if types[key] in {float, "float"} and not is_number:
             msg = f"{path}: {key} is {value!r}; it has to be a number"
+            raise WeightsError(msg)
+        if is_number and not abs(value) <= (most := _MOST.get(key, _LARGEST_NUMBER)):
+            msg = f"{path}: {key} is larger than {most}; no model has such a number"
             raise WeightsError(msg)
     if values.get("logit_shift", 0) > 1:
         msg = f"{path}: logit_shift is {values['logit_shift']}; it may be 0 or 1"
@@ -281,6 +297,11 @@ def _parse_kinds(path: Path, values: dict[str, Any]) -> None:
 
 def _check_tokens(path: Path, values: Mapping[str, Any]) -> None:
     layout, tokens = values["prompt_layout"], values["special_tokens"]
+    if not isinstance(tokens, dict) or any(
+        type(i) is not int or not 0 <= i <= _LARGEST_NUMBER for i in tokens.values()
+    ):
+        msg = f"{path}: special_tokens has to be an object of token ids"
+        raise WeightsError(msg)
     needs = list(_SPECIAL_TOKENS[layout])
     if layout == "fim":
         needs += [name for name, budget in _BUDGETS_OF.items() if values.get(budget)]

@@ -17,6 +17,7 @@ from typing import Any
 
 from tokenizers import Encoding, Tokenizer
 
+from fimserver.checkpoints.folder import check_file, most_bytes
 from fimserver.errors import WeightsError
 
 
@@ -54,6 +55,7 @@ class Vocabulary:
     @classmethod
     def load(cls, path: Path, special_ids: Iterable[int]) -> "Vocabulary":
         """Load a ``tokenizer.json``. Raises ``WeightsError``."""
+        check_file(path, most_bytes(path.name))
         try:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises plain Exception

@@ -34,6 +34,7 @@ from fimserver.engine.loading.tensor_files import Stored, TensorFiles, is_finite
 from fimserver.errors import WeightsError
 
 _FP8_BLOCK = 128
+_SMALL_BYTES = 2**16
 _FP8_SLICE = 2**22  # elements that are expanded to float32 at a time
 ENCODER, DECODER = "model.encoder.language_model.", "model.decoder."
 _VISION = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
@@ -103,9 +104,14 @@ class Checkpoint:
         self._unread = Counter(self.stored[name].path for t in self.targets.values() for name in self._names(t))
 
     @classmethod
-    def open(cls, folder: Path, expected: Mapping[str, tuple[int, ...]]) -> "Checkpoint":
-        """Open a folder; ``expected`` are the model's weights, tied ones once. Raises ``WeightsError``."""
-        stored = read_headers(weight_files(folder))
+    def open(
+        cls, folder: Path, expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, Stored] | None = None
+    ) -> "Checkpoint":
+        """Open a folder; ``expected`` are the model's weights, tied ones once. Raises ``WeightsError``.
+
+        ``stored`` are the headers of its files, if they were read before.
+        """
+        stored = read_headers(weight_files(folder)) if stored is None else stored
         pieces = _to_pieces(stored, expected)
         targets = {}
         for name, shape in expected.items():
@@ -152,6 +158,14 @@ class Checkpoint:
         """Return whether a weight can stay in 4 bits: projections wholly in 4 bits, experts with their other stack."""
         is_projection = not any(name in target.name for name in (".router.", "embed_tokens", "lm_head"))
         return is_projection and target.is_nvfp4 and self._twin_of(target).is_nvfp4
+
+    def check_small(self) -> None:
+        """Read the floats of up to 64 KB: norms, biases, scales. Raises ``WeightsError`` for NaN or infinity."""
+        for target in self.targets.values():
+            for name in self._names(target):
+                stored = self.stored[name]
+                if _FORMATS.get(stored.dtype) is Format.FLOAT and stored.num_bytes <= _SMALL_BYTES:
+                    _check_finite(self._files.tensor(name), name, stored.path)
 
     def formats(self) -> Iterator[tuple[str, Format]]:
         """Yield every stored matrix of the text's projections: its module's name and its format."""
@@ -241,10 +255,7 @@ class Checkpoint:
             expand_rows(tensor, self.stored[name].dtype, placed)
         else:
             placed = tensor.to(device, dtype, copy=True)
-        if not is_finite(placed):
-            path = self.stored[name].path.name
-            msg = f"{path}: tensor {name} has NaN or infinite values; {DAMAGED}"
-            raise WeightsError(msg)
+        _check_finite(placed, name, self.stored[name].path)
         return placed
 
     def _tensor(self, name: str) -> torch.Tensor:
@@ -254,6 +265,12 @@ class Checkpoint:
         if self._unread[path] <= 0:
             self._files.close(path)
         return tensor
+
+
+def _check_finite(tensor: torch.Tensor, name: str, path: Path) -> None:
+    if not is_finite(tensor):
+        msg = f"{path.name}: tensor {name} has NaN or infinite values; {DAMAGED}"
+        raise WeightsError(msg)
 
 
 def _to_pieces(stored: Mapping[str, Stored], expected: Mapping[str, tuple[int, ...]]) -> dict[str, list[Piece]]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from fimserver.checkpoints.folder import DAMAGED
+from fimserver.checkpoints.folder import DAMAGED, LONGEST_NAME, check_file, is_tensor_name
 from fimserver.checkpoints.gguf import GGUF_SUFFIX, count_bytes
 from fimserver.engine.loading.gguf_files import map_tensor, read_places
 from fimserver.errors import WeightsError
@@ -54,9 +54,13 @@ def read_headers(paths: list[Path]) -> dict[str, Stored]:
         if path.suffix == GGUF_SUFFIX:
             stored |= {name: Stored(path, *place) for name, place in read_places(path)}
             continue
+        check_file(path)
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118  safe_open is not a mapping
+                    if not is_tensor_name(name):
+                        msg = f"{path}: a tensor has the name {name[:LONGEST_NAME]!r}; {DAMAGED}"
+                        raise WeightsError(msg)
                     if name in stored:
                         msg = f"tensor {name} is in {stored[name].path.name} and in {path.name}; {DAMAGED}"
                         raise WeightsError(msg)
@@ -88,6 +92,7 @@ class TensorFiles:
             self._mapped_bytes = 0
         try:
             if path not in self._files:
+                check_file(path)
                 self._files[path] = safe_open(path, framework="pt")
             file = self._files[path]
             tensor: torch.Tensor = file.get_tensor(name) if index is None else file.get_slice(name)[index]

@@ -26,7 +26,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from fimserver.checkpoints.folder import DAMAGED, read_json
+from fimserver.checkpoints.config_limits import check_layers, check_numbers
+from fimserver.checkpoints.folder import DAMAGED, read_json, weight_files
 from fimserver.checkpoints.memory import pinned_stack_bytes
 from fimserver.engine.kernels.nvfp4 import NVFP4Tensor
 from fimserver.engine.kernels.packed import (
@@ -39,6 +40,7 @@ from fimserver.engine.kernels.packed import (
 )
 from fimserver.engine.loading.checkpoint import DECODER, ENCODER, Checkpoint, Format
 from fimserver.engine.loading.quantization_config import Quantization, read_quantization
+from fimserver.engine.loading.tensor_files import read_headers
 from fimserver.errors import WeightsError
 
 CPU = torch.device("cpu")
@@ -72,8 +74,7 @@ def load_weights(  # noqa: PLR0913  the options of a load
     (``expert_cache.py``); this requires experts that stay in 4 bits.
     """
     config = read_config(folder)
-    model = _create_empty(folder, config)
-    checkpoint = Checkpoint.open(folder, _shapes_of(model))
+    model, checkpoint = _open(folder, config)
     if not (keeps_vision and checkpoint.has_vision):
         _drop_vision(model)
         checkpoint.leave_out_vision()
@@ -89,9 +90,22 @@ def load_weights(  # noqa: PLR0913  the options of a load
         _fill(model, ((name, place_weight(name, weight, device)) for name, weight in weights), device, folder)
         for experts in find_packed_experts(model):
             experts.stay_on_host(experts_on_device, device)
-    if (folder / "generation_config.json").exists():
-        model.generation_config = type(model).generation_config_class.from_pretrained(str(folder))
+    if (path := folder / "generation_config.json").exists():
+        read_json(path)  # the class would wait for a pipe
+        try:
+            model.generation_config = type(model).generation_config_class.from_pretrained(str(folder))
+        except (OSError, TypeError, ValueError, KeyError, AttributeError) as error:
+            msg = f"{path} cannot be used ({error}); copy the model folder again"
+            raise WeightsError(msg) from error
     return model
+
+
+def _open(folder: Path, config: PreTrainedConfig) -> tuple[Any, Checkpoint]:
+    """Return an empty model and the folder's headers; the number of layers is compared before modules are made."""
+    stored = read_headers(weight_files(folder))
+    check_layers(read_json(folder / "config.json"), stored, folder)
+    model = _create_empty(folder, config)
+    return model, Checkpoint.open(folder, _shapes_of(model), stored)
 
 
 def create_model(
@@ -137,7 +151,7 @@ def _fill(
 def _create_empty(folder: Path, config: PreTrainedConfig) -> Any:
     try:
         return _create_class(config)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, AssertionError, ArithmeticError, RuntimeError) as error:
         msg = f"{folder / 'config.json'} lacks a number of the model ({error}); copy the model folder again"
         raise WeightsError(msg) from error
 
@@ -244,6 +258,7 @@ def read_config(folder: Path) -> Any:
     """Parse ``config.json``. Raises ``WeightsError`` for another class of model."""
     path = folder / "config.json"
     values = read_json(path)
+    check_numbers(values, str(path))
     found = _CLASSES.get(str(values.get("model_type")))
     if found is None:
         msg = f"{path}: model_type is {values.get('model_type')!r}; it may be: {', '.join(_CLASSES)}"
@@ -251,7 +266,7 @@ def read_config(folder: Path) -> Any:
     read_quantization(folder)  # raises for an unsupported quantization
     try:
         config = found[0].from_dict({k: v for k, v in values.items() if k not in _IGNORED_KEYS})
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
         msg = f"{path} does not describe a model ({error}); copy the model folder again"
         raise WeightsError(msg) from error
     if isinstance(config, Qwen2Config):
@@ -284,5 +299,10 @@ def expected_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check_weights(folder: Path) -> None:
-    """Compare the tensors in a folder's files with the model's. Raises ``WeightsError`` that names one."""
-    Checkpoint.open(folder, expected_shapes(read_config(folder)))
+    """Compare the tensors in a folder's files with the model's, and read small ones for NaN and infinity.
+
+    Raises ``WeightsError`` that names one.
+    """
+    _, checkpoint = _open(folder, read_config(folder))
+    checkpoint.leave_out_vision()
+    checkpoint.check_small()
