@@ -22,10 +22,12 @@ from pathlib import Path
 
 from fimserver.checkpoints.known import SHIPPED_MODELS, read_known, shipped_names
 from fimserver.errors import WeightsError
-from fimserver.paths import data_folder
+from fimserver.paths import data_folder, read_plain
 
-_NAME = re.compile(r"^[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*$", re.ASCII)
-_LOCAL_NAME = re.compile(r"^[A-Za-z0-9_][\w.-]*$", re.ASCII)
+_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
+_LOCAL_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*", re.ASCII)
+_REVISION = re.compile(r"[A-Za-z0-9_][\w.+-]*(/[A-Za-z0-9_][\w.+-]*)*", re.ASCII)
+_LONGEST_NAME = 200  # characters
 MAIN_BRANCH = "main"
 LOCAL = "local"  # the revision of a GGUF file on the disk
 WEIGHTS_SUFFIX = ".safetensors"
@@ -95,12 +97,19 @@ class Removal:
 
 def is_hub_name(text: str) -> bool:
     """Return whether a text could be ``owner/name``."""
-    return bool(_NAME.match(text)) and "--" not in text and ".." not in text
+    return bool(_NAME.fullmatch(text)) and len(text) <= _LONGEST_NAME and "--" not in text and ".." not in text
 
 
 def is_local_name(text: str) -> bool:
     """Return whether a text can be the name of a GGUF file's model, which is also the name of its folder."""
-    return bool(_LOCAL_NAME.match(text)) and ".." not in text and not text.endswith(".")
+    return (
+        bool(_LOCAL_NAME.fullmatch(text)) and len(text) <= _LONGEST_NAME and ".." not in text and not text.endswith(".")
+    )
+
+
+def is_revision(text: str) -> bool:
+    """Return whether a text can be a branch, a tag or a commit, and stays inside of a folder as a path."""
+    return bool(_REVISION.fullmatch(text)) and ".." not in text and len(text) <= _LONGEST_NAME
 
 
 def gguf_folder() -> Path:
@@ -123,7 +132,7 @@ def find_added(text: str) -> Path | None:
     huggingface_hub is imported only for a name that is not in the record.
     """
     name, _, revision = text.partition("@")
-    if not is_hub_name(name) and not is_local_name(name):
+    if not (is_hub_name(name) or is_local_name(name)) or (revision and not is_revision(revision)):
         return None
     added = find_recorded(text)
     if added is not None and (Path(added.folder) / "config.json").is_file():
@@ -251,7 +260,7 @@ def read_record() -> dict[str, AddedModel]:
     if not path.exists():
         return {}
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_plain(path))
         return {name: AddedModel(name=name, **value) for name, value in values["models"].items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         msg = f"{path} cannot be read ({type(error).__name__}); delete it and add the models again (no second download)"

@@ -15,6 +15,7 @@ import click
 from fimserver.checkpoints.gguf import GGUF_SUFFIX
 from fimserver.cli.options import exit_on_error, run_measurement, with_progress
 from fimserver.errors import FimserverError
+from fimserver.text import to_printable
 
 _NOT_PERMISSIVE = "not a permissive licence: read it before you use the model"
 _LIST_WIDTH = 120
@@ -85,9 +86,9 @@ def _add_file(file: Path, name: str | None) -> None:
         header = read_gguf(file)
         for label, value in (
             ("model", f"{header.architecture}, {header.num_parameters / 1e6:,.0f} million parameters"),
-            ("license", header.licence or "not named in the file"),
+            ("license", to_printable(header.licence) or "not named in the file"),
             ("size", to_gigabytes(header.num_bytes)),
-            ("file", str(file.resolve())),
+            ("file", to_printable(str(file.resolve()))),
         ):
             click.echo(f"{label:8} {value}", err=True)
         added = add_gguf(file, name if name is not None else choose_name(file), _check_folder)

@@ -19,6 +19,7 @@ from fimserver.checkpoints.known import shipped_names
 from fimserver.errors import FimserverError, SettingsError
 from fimserver.paths import config_file
 from fimserver.settings import MODES, Settings, parse_settings, read_config_file, to_wire_name
+from fimserver.text import to_printable
 
 SEED = 0  # fixed, so that measurements repeat
 
@@ -109,7 +110,8 @@ def exit_on_error() -> Iterator[None]:
     try:
         yield
     except FimserverError as error:
-        click.echo(f"fimserver: {error}", err=True)
+        lines = (to_printable(line) for line in str(error).split("\n"))  # names in files of others are part of it
+        click.echo("fimserver: " + "\n".join(lines), err=True)
         sys.exit(1)
 
 

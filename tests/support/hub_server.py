@@ -10,7 +10,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -28,6 +28,13 @@ class Repository:
     folder: Path
     licence: str = "apache-2.0"
     gated: bool = False
+    announced: dict[str, dict[str, Any]] = field(
+        default_factory=dict
+    )  # what is announced of a file instead, by its name
+    extra: list[dict[str, Any]] = field(default_factory=list)  # files that are announced and not there
+    contents: dict[str, bytes] = field(default_factory=dict)  # sent instead of a file's own
+    info: dict[str, Any] = field(default_factory=dict)  # keys of the description
+    etags: dict[str, str] = field(default_factory=dict)
 
     @property
     def files(self) -> list[Path]:
@@ -82,6 +89,10 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     hub: Hub
 
+    def handle(self) -> None:
+        with suppress(ConnectionError):  # a client that breaks off
+            super().handle()
+
     def do_HEAD(self) -> None:
         self._answer()
 
@@ -126,7 +137,9 @@ class _Handler(BaseHTTPRequestHandler):
             else:
                 entry = {"rfilename": path, "size": size, "blobId": git}
                 lfs = {"sha256": sha256, "size": size, "pointerSize": 134}
-            listed.append({**entry, "lfs": lfs} if is_large(file) else entry)
+            whole = {**entry, "lfs": lfs} if is_large(file) else entry
+            listed.append({**whole, **repository.announced.get(path, {})})
+        listed += repository.extra
         info = {
             "_id": "0",
             "id": name,
@@ -137,6 +150,7 @@ class _Handler(BaseHTTPRequestHandler):
             "tags": [f"license:{repository.licence}"],
             "cardData": {"license": repository.licence},
             "siblings": listed,
+            **repository.info,
         }
         content = json.dumps(listed if is_tree else info).encode()
         self._send(200, {"Content-Type": "application/json", "X-Repo-Commit": repository.commit}, content)
@@ -153,9 +167,9 @@ class _Handler(BaseHTTPRequestHandler):
         if not file.is_file():
             self._send(404, {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"}, b"")
             return
-        content = file.read_bytes()
+        content = repository.contents.get(path, file.read_bytes())
         headers = {
-            "ETag": f'"{etag_of(file)}"',
+            "ETag": f'"{repository.etags.get(path, etag_of(file))}"',
             "X-Repo-Commit": repository.commit,
             "X-Linked-Size": str(len(content)),
             "Accept-Ranges": "bytes",
