@@ -141,6 +141,16 @@ LINK_EVENTS: dict[str, Callable[[EngineLink], Any]] = {
 }
 
 
+class NoConsent:
+    """Nothing was agreed to, and nobody is told."""
+
+    def digest_of(self, _folder: str) -> None:
+        return None
+
+    def warn(self, _text: str) -> None:
+        return None
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.sampled_from(sorted(LINK_EVENTS)), max_size=10), st.booleans())
 def test_a_link_survives_any_order_of_events(events: list[str], owns_engine: bool) -> None:
@@ -149,8 +159,8 @@ def test_a_link_survives_any_order_of_events(events: list[str], owns_engine: boo
             cast("Any", Editor()),
             None if owns_engine else IdleEngine(),
             Configuration(),
-            warn_once=lambda _text: None,
-            on_restart=lambda: None,
+            cast("Any", NoConsent()),
+            lambda: None,
         )
         if owns_engine:
             link.engine = IdleEngine()

@@ -12,7 +12,7 @@ import ctypes
 import gc
 from contextlib import suppress
 
-_M_MMAP_THRESHOLD = -3
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
 _LARGE_BYTES = 2**20
 
 
@@ -23,7 +23,9 @@ def map_large_blocks() -> None:
     are put between small objects, and their gaps stay.
     """
     with suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
+        library = ctypes.CDLL(None)
+        library.mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
+        library.mallopt(_M_ARENA_MAX, 1)  # one heap for all threads: each has gaps of its own
 
 
 def return_memory() -> None:

@@ -5,30 +5,40 @@ editor's settings name anything but a shipped model or one added by name (``fims
 after the user agreed, whether it exists yet or not. Until then its path is not even accessed, since a name can reach
 another machine. Models named in ``config.toml`` or on the command line need no agreement.
 
-    find_known      the model of a name that needs no agreement, or ``None``
-    Agreements      agreements and refusals, in a file of the user's
+    find_known       the model of a name that needs no agreement, or ``None``
+    content_digest   what a folder contains, as a short text
+    check_content    compare a folder with what was agreed to
+    Agreements       agreements and refusals, in a file of the user's
 
-An agreement records the resolved folder: a link that is moved later leads nowhere else.
+An agreement records the resolved folder, so a link that is moved later leads nowhere else, and a digest of what it
+contains: JSON and text files, the weights' sizes and headers. The process that loads a model compares it.
 
 Knows:  names of models, folders, the state folder.  Never: LSP, weights.
 """
 
+import hashlib
 import json
 import logging
 import os
+import stat
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fimserver.checkpoints.installed import find_added, find_recorded, is_hub_name
+from fimserver.checkpoints.installed import find_added, find_recorded, is_hub_name, read_record
 from fimserver.checkpoints.known import shipped_names
 from fimserver.errors import WeightsError
 from fimserver.paths import read_plain, write_private
 
 FILE_NAME = "agreements.json"
 ANYWHERE = "*"
+CHANGED = "the model folder has changed since you agreed to it"
 _MOST = 500
+_MOST_BYTES = 64 * 2**20  # of a file that is not weights
+_HEADER_BYTES = 2**20  # of weights: their tensors' names and shapes; of a large model they take 0.3 MB
+_MOST_FILES = 10_000
+_WEIGHTS = (".safetensors", ".gguf")
 _logger = logging.getLogger(__name__)
 
 
@@ -43,6 +53,16 @@ def find_known(model: str) -> str | None:
     return added.folder if added is not None else None
 
 
+def is_installed(model: str) -> bool:
+    """Return whether a name or a folder is that of a model which needs no agreement: shipped, or added by name."""
+    if find_known(model) is not None:
+        return True
+    try:
+        return any(added.folder == model for added in read_record().values())
+    except WeightsError:
+        return False
+
+
 def to_key(model: str) -> str:
     """Normalize a name for comparison, without accessing any disk."""
     return model if is_hub_name(model.partition("@")[0]) else os.path.normpath(os.path.expanduser(model))  # noqa: PTH111
@@ -53,11 +73,43 @@ def is_elsewhere(model: str) -> bool:
     return model.replace("\\", "/").startswith("//")
 
 
+def content_digest(folder: Path) -> str:
+    """Return a text that changes when a folder's model does; also for a folder that is missing or unreadable.
+
+    Weights count with their size and the beginning of each file, other files whole. Folders in it are not read.
+    """
+    digest = hashlib.sha256()
+    try:
+        paths = sorted(folder.iterdir())[:_MOST_FILES]
+    except OSError as error:
+        return f"unreadable: {type(error).__name__}"
+    for path in paths:
+        try:
+            file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+            with os.fdopen(file, "rb") as stream:
+                found = os.fstat(file)
+                if stat.S_ISREG(found.st_mode):
+                    head = stream.read(_HEADER_BYTES if path.suffix in _WEIGHTS else _MOST_BYTES)
+                    digest.update(f"{path.name}\0{found.st_size}\0".encode("utf-8", "surrogatepass"))
+                    digest.update(hashlib.sha256(head).digest())
+        except OSError:
+            digest.update(f"{path.name}\0?".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def check_content(folder: Path, digest: str) -> None:
+    """Compare a folder with what was agreed to; an empty digest needs no agreement. Raises ``WeightsError``."""
+    if digest and content_digest(folder) != digest:
+        msg = f"{CHANGED}: {folder}; you are asked again, or run the command fimserver.restart"
+        raise WeightsError(msg)
+
+
 @dataclass(slots=True)
 class _Answer:
-    """The folder of a model, and the workspaces that may and may not load it."""
+    """The folder of a model and its contents, and the workspaces that may and may not load it."""
 
     folder: str
+    digest: str = ""
     agreed: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
 
@@ -71,7 +123,14 @@ class Agreements:
     def find_folder(self, model: str, workspaces: Sequence[str]) -> str | None:
         """Return the folder agreed to for a model in all of these workspaces (URIs), or ``None``."""
         answer = self._read().get(to_key(model))
-        return answer.folder if answer is not None and _covers(answer.agreed, workspaces) else None
+        has_content = answer is not None and bool(answer.digest)
+        return answer.folder if answer is not None and has_content and _covers(answer.agreed, workspaces) else None
+
+    def find_digest(self, folder: str, workspaces: Sequence[str]) -> str | None:
+        """Return the contents that were agreed to of a folder in all of these workspaces, or ``None``."""
+        answers = self._read().values()
+        found = (a.digest for a in answers if a.folder == folder and a.digest and _covers(a.agreed, workspaces))
+        return next(found, None)
 
     def is_refused(self, model: str, workspaces: Sequence[str]) -> bool:
         """Return whether the user refused a model in each of these workspaces."""
@@ -79,34 +138,48 @@ class Agreements:
         return answer is not None and _covers(answer.refused, workspaces)
 
     def agree(self, model: str, workspaces: Sequence[str]) -> None:
-        """Record the user's agreement: in these workspaces, or ``ANYWHERE``. Raises ``OSError``."""
+        """Record the user's agreement: in these workspaces, or ``ANYWHERE``. Reads the folder. Raises ``OSError``."""
         added = find_added(model) if is_hub_name(model.partition("@")[0]) else None
-        folder = str(added or Path(model).expanduser().resolve())
-        self._change(model, folder, agreed=workspaces)
+        folder = added or Path(model).expanduser().resolve()
+        self._change(model, str(folder), content_digest(folder), agreed=workspaces)
+
+    def revoke(self, folder: str) -> None:
+        """Forget the agreements to a folder: its contents have changed. Raises ``OSError``."""
+        answers = {key: answer for key, answer in self._read().items() if answer.folder != folder}
+        self._write(answers)
 
     def refuse(self, model: str, workspaces: Sequence[str]) -> None:
         """Record the user's refusal. Raises ``OSError``."""
-        self._change(model, "", refused=workspaces or [ANYWHERE])
+        self._change(model, "", "", refused=workspaces or [ANYWHERE])
 
-    def _change(self, model: str, folder: str, *, agreed: Sequence[str] = (), refused: Sequence[str] = ()) -> None:
+    def _change(
+        self, model: str, folder: str, digest: str, *, agreed: Sequence[str] = (), refused: Sequence[str] = ()
+    ) -> None:
         answers = self._read()
-        answer = answers.pop(to_key(model), _Answer(folder))
-        if folder and folder != answer.folder:
-            answer = _Answer(folder)  # the earlier agreement was to another folder
+        answer = answers.pop(to_key(model), _Answer(folder, digest))
+        if folder and (folder, digest) != (answer.folder, answer.digest):
+            answer = _Answer(folder, digest)  # the earlier agreement was to another folder, or to other contents
         answer.agreed = [*(name for name in answer.agreed if name not in refused), *agreed][-_MOST:]
         answer.refused = [*(name for name in answer.refused if name not in agreed), *refused][-_MOST:]
         answers[to_key(model)] = answer
         while len(answers) > _MOST:
             del answers[next(iter(answers))]
+        self._write(answers)
+
+    def _write(self, answers: dict[str, _Answer]) -> None:
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        values = {key: {"folder": a.folder, "agreed": a.agreed, "refused": a.refused} for key, a in answers.items()}
-        write_private(self._path, json.dumps(values, indent=1))
+        write_private(self._path, json.dumps({key: asdict(answer) for key, answer in answers.items()}, indent=1))
 
     def _read(self) -> dict[str, _Answer]:
         try:
             values: Any = json.loads(read_plain(self._path))
             return {
-                str(key): _Answer(str(given["folder"]), _texts(given["agreed"]), _texts(given["refused"]))
+                str(key): _Answer(
+                    str(given["folder"]),
+                    str(given.get("digest", "")),
+                    _texts(given["agreed"]),
+                    _texts(given["refused"]),
+                )
                 for key, given in values.items()
             }
         except FileNotFoundError:

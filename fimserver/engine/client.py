@@ -155,20 +155,22 @@ class EngineOptions:
     threads: int = 0
     context_tokens: int | None = None
     fp4_activations: bool = False
+    digest: str = ""  # of the model folder's contents, if loading it needs the user's agreement
     idle_unload_minutes: float = 0.0
     command: tuple[str, ...] = (sys.executable, "-P", "-m", "fimserver.engine.worker")
 
     def under(self, settings: Settings) -> "EngineOptions":
         """Return these options with the engine's part of the user's settings."""
-        return replace(self, **{name: getattr(settings, name) for name in _CHOSEN})
+        return replace(self, **{name: getattr(settings, name) for name in _CHOSEN}, digest="")
 
     @property
     def arguments(self) -> dict[str, Any]:
         """Return the worker's arguments: workers with equal arguments are interchangeable."""
-        return {name: getattr(self, name) for name in _CHOSEN if name != "idle_unload_minutes"}
+        chosen = {name: getattr(self, name) for name in _CHOSEN if name != "idle_unload_minutes"}
+        return {**chosen, "digest": self.digest} if self.digest else chosen
 
 
-_CHOSEN = [f.name for f in fields(EngineOptions) if f.name != "command"]
+_CHOSEN = [f.name for f in fields(EngineOptions) if f.name not in {"command", "digest"}]
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from fimserver.checkpoints.consent import check_content
 from fimserver.checkpoints.folder import weight_files
 from fimserver.checkpoints.installed import find_model
 from fimserver.datatypes import FimContext, Hole, HoleKind, PartialAnswer, Sampling, from_plain, to_plain
@@ -168,12 +169,14 @@ def load_engine(  # noqa: PLR0913  the options of an engine
     report: Callable[[int, int], None] = lambda _done, _total: None,
     *,
     fp4_activations: bool = False,
+    digest: str = "",
 ) -> "Engine":
     """Import torch, load the model and run it once, so that the first request is as fast as the next.
 
-    ``report`` gets bytes read and total bytes; ``fp4_activations`` as for ``Model.load``. Raises ``FimserverError``,
-    also for a failed import.
+    ``report`` gets bytes read and total bytes; ``fp4_activations`` as for ``Model.load``; ``digest`` is what the user
+    agreed to, if an agreement was needed. Raises ``FimserverError``, also for a failed import.
     """
+    check_content(find_model(model), digest)
     os.environ["HF_HUB_OFFLINE"] = "1"  # no library may download anything
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:

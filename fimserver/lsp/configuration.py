@@ -11,18 +11,21 @@ the editor does not trust decides nothing about the engine.
 Knows:  settings, consent.  Never: documents, the engine, LSP types except messages to the user.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from enum import StrEnum
 from typing import Any
 
-from fimserver.checkpoints.consent import ANYWHERE, Agreements, find_known, is_elsewhere
+from fimserver.checkpoints.consent import ANYWHERE, Agreements, find_known, is_elsewhere, is_installed
 from fimserver.checkpoints.consent import FILE_NAME as AGREEMENTS_NAME
 from fimserver.paths import config_file, state_folder
 from fimserver.settings import BY_WIRE_NAME, ENGINE_SETTINGS, Settings, read_settings
+from fimserver.text import to_printable
 
 TRUST_OPTION = "workspaceTrusted"  # key of initializationOptions
 RESTART_COMMAND = "fimserver.restart"
+_LONGEST_NAME = 300  # characters of a model in a question
 _NOT_AN_OBJECT = 'the fimserver section of the settings is not an object; write for instance {"maxLines": 8}'
 
 
@@ -55,6 +58,7 @@ class Configuration:
         self.settings = Settings()
         self.is_trusted = True  # the workspace, as the editor says
         self.refused_model: str | None = None  # the name that would be used if the user had agreed to it
+        self.own_models: set[str] = set()  # named where a repository cannot: config.toml, the command line
         self._layers: dict[Source, dict[str, Any]] = {}
         self._find_model = find_model
         self.on_change = on_change
@@ -97,6 +101,8 @@ class Configuration:
         """Put the settings together again: trust or consent may have changed."""
         settings, problems = Settings(), []
         self.refused_model = None
+        named = (self._layers.get(source, {}).get("model") for source in Source if source not in _EDITORS)
+        self.own_models = {Settings().model, *(model for model in named if isinstance(model, str))}
         for source in Source:
             values = self._layers.get(source, {})
             if "model" in values:
@@ -137,7 +143,7 @@ class ConsentPrompt:
         warn: Callable[[str], None],
     ) -> None:
         self._agreements = Agreements(state_folder() / AGREEMENTS_NAME)
-        self._workspaces, self._show_choices, self._warn = workspaces, show_choices, warn
+        self._workspaces, self._show_choices, self.warn = workspaces, show_choices, warn
         self._asked_about: set[str] = set()
 
     def find_model(self, model: str) -> str | None:
@@ -145,6 +151,20 @@ class ConsentPrompt:
         if (known := find_known(model)) is not None:
             return known
         return None if is_elsewhere(model) else self._agreements.find_folder(model, self._workspaces())
+
+    def may_use(self, folder: str) -> bool:
+        """Return whether a window may be served by a model that another one has chosen."""
+        return is_installed(folder) or self.digest_of(folder) is not None
+
+    def digest_of(self, folder: str) -> str | None:
+        """Return the contents of a model folder that the user agreed to for the open workspaces, or ``None``."""
+        return self._agreements.find_digest(folder, self._workspaces())
+
+    def revoke(self, folder: str) -> None:
+        """Forget the agreements to a folder whose contents have changed, and ask about it again."""
+        with suppress(OSError):
+            self._agreements.revoke(folder)
+        self._asked_about.clear()
 
     def may_ask(self, model: str) -> bool:
         """Return whether to ask about a model that was refused; warn where it must not be loaded at all.
@@ -156,11 +176,11 @@ class ConsentPrompt:
         self._asked_about.add(model)
         needs_none = f"fimserver.model in {config_file()} needs no consent"
         if is_elsewhere(model):
-            self._warn(f"fimserver.model is a folder of another machine, which editors may not name; {needs_none}")
+            self.warn(f"fimserver.model is a folder of another machine, which editors may not name; {needs_none}")
         elif self._agreements.is_refused(model, self._workspaces()):
-            self._warn(
-                f"fimserver.model is {model!r}, which you declined here; remove the setting, or run the command "
-                f"{RESTART_COMMAND} to be asked again"
+            self.warn(
+                f"fimserver.model is {_shorten(model)}, which you declined here; remove the setting, or run the "
+                f"command {RESTART_COMMAND} to be asked again"
             )
         else:
             return True
@@ -171,8 +191,9 @@ class ConsentPrompt:
         here, everywhere, never = "Load it in this workspace", "Load it everywhere", "Do not load it"
         titles = [here, everywhere, never] if self._workspaces() else [everywhere, never]
         text = (
-            f"The settings name a model that fimserver does not know: {model}. A repository can bring such a setting "
-            f"with it, so it is loaded only if you agree. (fimserver.model in {config_file()} needs no consent.)"
+            f"The settings name a model that fimserver does not know: {_shorten(model)}. A repository can bring such a "
+            "setting with it, so it is loaded only if you agree. "
+            f"(fimserver.model in {config_file()} needs no consent.)"
         )
         answer: str | None = None
         with suppress(Exception):  # an editor that cannot ask cannot give consent
@@ -183,8 +204,15 @@ class ConsentPrompt:
             if answer == never:
                 self._agreements.refuse(model, self._workspaces())
             elif answer in {here, everywhere}:
-                self._agreements.agree(model, [ANYWHERE] if answer == everywhere else self._workspaces())
+                where = [ANYWHERE] if answer == everywhere else self._workspaces()
+                await asyncio.to_thread(self._agreements.agree, model, where)  # it reads the folder
         except (OSError, RuntimeError) as error:
-            self._warn(f"{state_folder() / AGREEMENTS_NAME} cannot be written ({error}); fix its folder")
+            self.warn(f"{state_folder() / AGREEMENTS_NAME} cannot be written ({error}); fix its folder")
             return False
         return True
+
+
+def _shorten(name: str) -> str:
+    """Return a name from outside as one line of printable text."""
+    shown = to_printable(name)
+    return shown if len(shown) <= _LONGEST_NAME else f"{shown[:_LONGEST_NAME]}..."

@@ -22,22 +22,27 @@ Knows:  the engine's client, settings, what the editor shows of the engine.  Nev
 import asyncio
 import json
 import logging
+import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from enum import Enum
 from typing import Any
 
 from lsprotocol import types as lsp
 from pygls.lsp.server import LanguageServer
 
+from fimserver.checkpoints.consent import CHANGED, is_installed
 from fimserver.datatypes import NoCompletion
 from fimserver.engine.client import EngineClient, EngineOptions, EngineState
-from fimserver.lsp.configuration import RESTART_COMMAND, Configuration
+from fimserver.lsp.configuration import RESTART_COMMAND, Configuration, ConsentPrompt
 from fimserver.lsp.requests import RefusedError
 from fimserver.settings import BY_WIRE_NAME, ENGINE_SETTINGS, to_wire_value
 from fimserver.states import StateMachine, Transitions
+from fimserver.text import to_printable
 
 LOAD_TIMEOUT_S = 60.0
+_CONSENT_S = 2.0  # for which an answer about consent counts: it may be given in another window
 STATUS_NOTIFICATION = "didChangeStatus"  # a name that clients of Copilot's server know already
 _PROGRESS_TOKEN = "fimserver.loading"  # noqa: S105  a progress token, not a secret
 _logger = logging.getLogger(__name__)
@@ -69,7 +74,8 @@ _DECIDES = (LinkState.CHOSEN, LinkState.ADOPTING, LinkState.DECIDING)
 class EngineLink:
     """One connection's use of an engine: its own (``engine`` is ``None``), or one that several connections share.
 
-    ``warn_once`` shows a warning that was not shown before; ``on_restart`` is called when the engine is replaced.
+    ``on_restart`` is called when the engine is replaced, and ``on_changed`` when the engine's model folder is not what
+    the user agreed to; ``consent`` knows what that was.
     """
 
     def __init__(
@@ -77,14 +83,15 @@ class EngineLink:
         server: LanguageServer,
         engine: EngineClient | None,
         configuration: Configuration,
-        *,
-        warn_once: Callable[[str], None],
+        consent: ConsentPrompt,
         on_restart: Callable[[], None],
     ) -> None:
         self.engine = engine or EngineClient()
         self.owns_engine = engine is None
         self._server, self._configuration = server, configuration
-        self._warn_once, self._on_restart = warn_once, on_restart
+        self._consent, self._on_restart = consent, on_restart
+        self.on_changed: Callable[[str], None] = lambda _folder: None
+        self._may_use: tuple[str, float, bool] | None = None  # the engine's model, until when, the answer
         self._state = StateMachine(LinkState.CHOSEN if engine is None else LinkState.CONNECTED, _TRANSITIONS)
         self._wanted: EngineOptions | None = None  # set once the settings are known
         self._idle_timer: asyncio.TimerHandle | None = None
@@ -134,7 +141,7 @@ class EngineLink:
         before, self._wanted = self._wanted, self._options()
         if self._state.state is LinkState.FOLLOWING:
             for difference in self._differences() if self._configuration.is_trusted else ():
-                self._warn_once(difference)
+                self._consent.warn(difference)
         elif self._state.state is LinkState.ADOPTING:
             self._state.move(LinkState.DECIDING)
             is_other = self.engine.options.arguments != self._wanted.arguments
@@ -164,6 +171,21 @@ class EngineLink:
         else:
             self.engine.unlisten(self._on_state)
             self.engine.forget(id(client))
+
+    def check_consent(self) -> None:
+        """Raise ``RefusedError`` if the engine's model was agreed to in other windows only."""
+        model, now = self.engine.options.model, time.monotonic()
+        if self.owns_engine or model == self._configuration.settings.model or model in self._configuration.own_models:
+            return
+        if self._may_use is None or self._may_use[0] != model or now > self._may_use[1]:
+            self._may_use = model, now + _CONSENT_S, self._consent.may_use(model)
+        if not self._may_use[2]:
+            detail = (
+                f"the engine runs {to_printable(model)}, a model that you allowed in another workspace, not in this; "
+                "only matches with your files are offered here; to use it here too, set fimserver.model to it"
+            )
+            self._consent.warn(f"fimserver: {detail}")
+            raise RefusedError(NoCompletion("no_consent", detail))
 
     # Idle times
 
@@ -209,7 +231,10 @@ class EngineLink:
         self._server.protocol.notify(STATUS_NOTIFICATION, status)
 
     def _options(self) -> EngineOptions:
-        return self.engine.options.under(self._configuration.settings)
+        options = self.engine.options.under(self._configuration.settings)
+        if options.model in self._configuration.own_models or is_installed(options.model):
+            return options
+        return replace(options, digest=self._consent.digest_of(options.model) or "")
 
     def _differences(self) -> list[str]:
         """Return a sentence for each setting that differs in the running engine."""
@@ -243,6 +268,8 @@ class EngineLink:
         else:
             self._settled.set()
         self.send_status(state, detail)
+        if state is EngineState.FAILED and CHANGED in detail and self._state.state in _DECIDES:
+            self.on_changed(self.engine.options.model)
         if state is EngineState.FAILED:
             message = f"fimserver gives no completions: {detail}"
             self._server.window_show_message(lsp.ShowMessageParams(lsp.MessageType.Error, message))

@@ -98,6 +98,7 @@ class RequestPolicy:
 
     async def wait_until_due(self, request: Request, found: FoundHole) -> None:
         """Wait for the engine (invoked) or for a pause in typing (automatic)."""
+        self._link.check_consent()
         self._link.wake()
         if not request.invoked:
             if self._engine.state in (EngineState.STOPPED, EngineState.LOADING):

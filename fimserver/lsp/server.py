@@ -80,13 +80,8 @@ class FimLanguageServer(LanguageServer):
         self.configuration = Configuration(self.consent.find_model)
         self.session = Session(self.configuration)
         self.configuration.on_change = self.session.begin_epoch
-        self.link = EngineLink(
-            self,
-            engine,
-            self.configuration,
-            warn_once=self.warn_once,
-            on_restart=self.session.begin_epoch,
-        )
+        self.link = EngineLink(self, engine, self.configuration, self.consent, self.session.begin_epoch)
+        self.link.on_changed = self.ask_again
         self.requests = Requests(self.session)
         self.usage = Usage(state_folder(), self.session.learns_from_use)
         self.policy = RequestPolicy(self.session, self.link, self.usage.adjusted)
@@ -194,6 +189,11 @@ class FimLanguageServer(LanguageServer):
         """Ask whether a model may be loaded that only the editor's settings name."""
         if await self.consent.ask(model, lambda: self.configuration.refused_model == model):
             self.apply_settings(self.configuration.reread())
+
+    def ask_again(self, folder: str) -> None:
+        """Ask about a model folder whose contents are not those that the user agreed to."""
+        self.consent.revoke(folder)
+        self.apply_settings(self.configuration.reread())
 
     def workspaces(self) -> list[str]:
         """Return the URIs of the open folders."""

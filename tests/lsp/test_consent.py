@@ -1,18 +1,36 @@
 """Model folders named in editor settings are loaded only after the user agreed; trust as the editor reports it."""
 
+import asyncio
 import json
 import os
+import shutil
 import stat
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.connection import FAKE_WORKER, connection, is_in
+from support.connection import until as wait_until
 from support.fake_engine import FakeServer, read_journal
 
-from fimserver.checkpoints.consent import ANYWHERE, FILE_NAME, Agreements, find_known, is_elsewhere
+from fimserver.checkpoints.consent import (
+    ANYWHERE,
+    CHANGED,
+    FILE_NAME,
+    Agreements,
+    check_content,
+    content_digest,
+    find_known,
+    is_elsewhere,
+)
 from fimserver.checkpoints.installed import record_file
+from fimserver.checkpoints.known import SHIPPED_MODELS
+from fimserver.engine.client import EngineState
+from fimserver.engine.worker import load_engine
+from fimserver.errors import WeightsError
 from fimserver.lsp.configuration import Configuration
 
 HERE, THERE = "file:///home/me/here", "file:///home/me/there"
@@ -174,7 +192,8 @@ def test_an_accepted_folder_loads_without_another_question(start_fake: Start, ho
     until(lambda: loaded(server) == ["tiny", str(folder)])
     assert model_of(server) == "None"
     agreed = json.loads((home / "state" / FILE_NAME).read_text())
-    assert agreed == {str(folder): {"folder": str(folder), "agreed": [HERE], "refused": []}}
+    entry = {"folder": str(folder), "digest": content_digest(folder), "agreed": [HERE], "refused": []}
+    assert agreed == {str(folder): entry}
     again = start_fake(folders=[HERE], options={"model": str(folder)})
     again.wait_until_ready()
     assert asked(again) == []
@@ -268,3 +287,121 @@ def test_an_editor_without_trust_is_trusted(options: dict[str, Any] | None) -> N
     configuration = Configuration()
     configuration.initialize(options)
     assert configuration.is_trusted
+
+
+# Contents, and windows that share an engine
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    copied = tmp_path / "copied"
+    shutil.copytree(SHIPPED_MODELS / "tiny", copied)
+    return copied
+
+
+def test_other_contents_are_another_model(model: Path) -> None:
+    before = content_digest(model)
+    assert content_digest(model) == before
+    weights, config = model / "model.safetensors", model / "config.json"
+    kept = weights.read_bytes()
+    for change in (
+        lambda: config.write_text(config.read_text() + " "),
+        lambda: (model / "tokenizer.json").write_text("{}"),
+        lambda: weights.write_bytes(kept + b"0"),
+        lambda: weights.write_bytes(kept[:9] + b"Z" + kept[10:]),  # the header
+        lambda: (model / "extra.json").write_text("{}"),
+        weights.unlink,
+    ):
+        changed = content_digest(model)
+        change()
+        assert content_digest(model) != changed
+    check_content(model, "")
+    with pytest.raises(WeightsError, match=CHANGED):
+        check_content(model, before)
+
+
+def test_a_digest_waits_for_no_pipe_and_no_missing_folder(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.json")
+    (tmp_path / "tokenizer.json").symlink_to("/dev/zero")
+    begin = time.monotonic()
+    content_digest(tmp_path)
+    assert content_digest(tmp_path / "none") != content_digest(tmp_path)
+    assert time.monotonic() - begin < 5
+
+
+def test_replaced_contents_are_not_loaded(model: Path) -> None:
+    """As the worker does it: the question comes again, and the folder is not read any further."""
+    digest = content_digest(model)
+    load_engine(str(model), "cpu", 1, digest=digest)
+    (model / "config.json").write_text("{}")
+    with pytest.raises(WeightsError, match="you are asked again"):
+        load_engine(str(model), "cpu", 1, digest=digest)
+
+
+def test_the_user_is_asked_again_about_replaced_contents(home: Path, model: Path, tmp_path: Path) -> None:
+    worker = tmp_path / "worker.py"
+    worker.write_text(CHECKING_WORKER)
+
+    async def scenario() -> None:
+        Agreements(home / "state" / FILE_NAME).agree(str(model), [HERE])
+        (model / "config.json").write_text("{}")
+        async with connection(command=(sys.executable, "-P", str(worker))) as one:
+            await one.initialize({"model": str(model)}, folders=[HERE])
+            await wait_until(lambda: any(m.get("method") == ASK for m in one.sent))
+            assert Agreements(home / "state" / FILE_NAME).find_folder(str(model), [HERE]) is None
+            assert one.server.configuration.refused_model == str(model)
+
+    asyncio.run(scenario())
+
+
+CHECKING_WORKER = f"""
+import json, sys
+from pathlib import Path
+from fimserver.checkpoints.consent import check_content
+from fimserver.errors import WeightsError
+from fimserver.framing import write_message
+options = json.loads(sys.argv[1])
+try:
+    check_content(Path(options["model"]), options.get("digest", ""))
+except WeightsError as error:
+    write_message(sys.stdout.buffer, dict(type="failed", message=str(error)))
+    sys.exit(1)
+{FAKE_WORKER}
+"""
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_another_workspace_is_not_served_by_a_model_it_did_not_agree_to(
+    home: Path, model: Path, tmp_path: Path, trusted: bool
+) -> None:
+    worker = tmp_path / "worker.py"
+    worker.write_text(FAKE_WORKER)
+
+    async def scenario() -> None:
+        agreements = Agreements(home / "state" / FILE_NAME)
+        agreements.agree(str(model), [HERE])
+        async with connection(command=(sys.executable, "-P", str(worker))) as first:
+            await first.initialize({"model": str(model)}, folders=[HERE])
+            engine = first.server.engine
+            await wait_until(lambda: is_in(engine, EngineState.READY))
+            assert engine.options.model == str(model)
+            assert await first.complete()
+            async with connection(engine) as second:
+                await second.initialize({"workspaceTrusted": trusted}, folders=[THERE])
+                assert await second.complete() == []
+                assert second.server.explain()["last"]["reason"] == "no_consent"
+                assert any("another workspace" in warning for warning in second.warnings)
+                agreements.agree(str(model), [ANYWHERE])
+                second.server.link._may_use = None  # as after two seconds
+                assert await second.complete()
+
+    asyncio.run(scenario())
+
+
+def test_a_name_in_a_question_is_one_line(start_fake: Start, home: Path) -> None:
+    server = start_fake(folders=[HERE])
+    server.wait_until_ready()
+    server.set(model="/models/x\n\u202eevil\x1b[2J" + "a" * 5000)
+    (question,) = until(lambda: asked(server))
+    assert question["message"].isprintable()
+    assert len(question["message"]) < 1000

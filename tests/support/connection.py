@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -46,7 +46,7 @@ class Connection:
         pass
 
     def receive(self, message: dict[str, Any]) -> None:
-        self.server.protocol.handle_message(self.server.protocol.structure_message(message))
+        self.server.protocol.handle_message(message)
 
     def notify(self, method: str, params: Any) -> None:
         self.receive({"jsonrpc": "2.0", "method": method, "params": params})
@@ -58,8 +58,9 @@ class Connection:
         await until(lambda: any(m.get("id") == number and "method" not in m for m in self.sent))
         return next(m for m in self.sent if m.get("id") == number and "method" not in m)["result"]
 
-    async def initialize(self, options: Any = None, **capabilities: Any) -> None:
+    async def initialize(self, options: Any = None, *, folders: Sequence[str] = (), **capabilities: Any) -> None:
         params = {"processId": None, "rootUri": None, "capabilities": capabilities, "initializationOptions": options}
+        params["workspaceFolders"] = [{"uri": uri, "name": uri} for uri in folders] or None
         await self.request("initialize", params)
         self.notify("initialized", {})
 
