@@ -17,7 +17,10 @@ from dataclasses import dataclass
 from fimserver.context.languages.table import words
 from fimserver.context.privacy.values import Evidence, looks_secret
 
-_STEMS = ("pass", "pwd", "pw", "secret", "token", "credential", "key", "auth", "dsn", "webhook")
+_STEMS = (
+    *("pass", "pwd", "pw", "secret", "token", "credential", "key", "auth", "dsn", "webhook", "psk", "salt", "mnemonic"),
+    *("kennwort", "contrase\u00f1a", "contrasena", "senha", "wachtwoord", "parola"),
+)
 # What has to stand before ``key`` and may stand before ``pass`` without a sign between them.
 _KEYS = tuple(
     words(
@@ -44,14 +47,30 @@ _OTHERS = words(
     "through thru port fail failed percent rate color colour primary"
 )
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+# get_password("a service") gives a name, no secret
+_GETTER = re.compile(
+    r"(?i)(?:^|[._])(?:get|fetch|find|load|read|check|verify|validate|has|is|reset|change|forgot|hash)_?$"
+)
 _WHOLE = ("password", "passphrase")  # also at the end of a longer word
 # What may follow a stem in its word.
 _CONTINUED = {
-    "pass": ("words", "word", "wd", "phrases", "phrase", "codes", "code"),
+    "pass": ("words", "word", "wort", "wd", "phrases", "phrase", "codes", "code", "e"),
     "secret": ("s", "key", "token"),
     "auth": ("key", "token"),
 }
-_STRONG = ("pass", "pwd", "pw", "secret")
+_STRONG = (
+    "pass",
+    "pwd",
+    "pw",
+    "secret",
+    "psk",
+    "kennwort",
+    "contrase\u00f1a",
+    "contrasena",
+    "senha",
+    "wachtwoord",
+    "parola",
+)
 _MOST_BEFORE = 400  # characters of a line before a name: more are data
 _REACH = 6_000  # characters of a line after a name
 _NEXT_LINES = 3
@@ -61,11 +80,12 @@ _MAY_HOLD = re.compile(r"[\"'`\d>]|[!#%&*+;^~-]\w")
 _GAP = 200  # characters in which a literal has to begin
 _OPENING = re.compile(r"\"\"\"|\'\'\'|r(#{1,3})\"|R\"\(|\\?[\"'`]|%w\[|~[sS]\(")
 _CLOSINGS = {'R"(': ')"', "%w[": "]", "~s(": ")", "~S(": ")"}
-_BRACKETS = re.compile(r"\[[^\[\]]*\]")
+_BRACKETS = re.compile(r"\[[^\[\]]*\]|\{[^{}]*\}")
+_KEYWORD = re.compile(r"(\w+)\s*[=:]\s*$")
 _CONNECTOR = re.compile(r"[^;]{0,90}")
 _NO_CONNECTOR = re.compile(r"\b(?:and|import|return|print|raise|log\w*|assert)\b|&&|[{}]\s*\w+\s*[({]")
 _DIRECT = re.compile(
-    r"[\w\]\)\"'`?!]*\s*(?::[^=\n\"'`]{1,60})?\s*(?:=>|->|<-|:=|\?=|\?\?=|\|\|=|===?|!==?|\|\||\?\?|\?:|//|[=:,(]|\bto\b|\bor\b|$)?[\s@$&]*"
+    r"[\w\]\)}\"'`?!]*\s*(?:[Aa][Ss]\s+\w+\s*|TYPE\s+\w+\s+VALUE\s*)?(?::[^=\n\"'`]{1,60})?\s*(?:=>|->|<-|:=|\?=|\?\?=|\|\|=|===?|!==?|\|\||\?\?|\?:|//|[=:,(]|\bto\b|\bor\b|$)?[\s@$&]*"
     r"(?:\w{1,20}\s*[=:]\s*)?"
     r"(?:[\w.:<>\[\]&*!]{0,60}[\[({]{1,2}\s*)?(?:[rRbBuUfFLN@#]{0,3})?"
 )
@@ -87,6 +107,7 @@ _REMARK_AFTER = re.compile(r"[ \t]#")
 _FLOW = re.compile(r"[\"']?\s{0,3}:\s+(?P<value>[^\s\"'`{}\[\],]{6,400})\s*(?=[,}])")
 _SPACED = re.compile(r"[ \t]+(?:\?|:)?=[ \t]+(?P<value>[^\s\"'`{(\[][^\r\n]*)")
 _AFTER_SPACE = re.compile(r"[ \t]+(?:is[ \t]+|of[ \t]+|=[ \t]*)?(?P<value>[^\s\"'`(){}\[\],;=<>]{6,400})(?=[ \t]|$)")
+_BYTES = re.compile(r"[^={\r\n]{0,40}=?\s*\{\s*(?P<value>0x[0-9a-fA-F]{2}(?:\s*,\s*0x[0-9a-fA-F]{2}){7,})")
 _ELEMENT = re.compile(r"[^<>\r\n]{0,80}>(?:</key>\s*<string>)?\s*(?P<value>[^<>\r\n]{6,4000}?)\s*</")
 _STRING_ELEMENT = re.compile(r"\s*<string>(?P<value>[^<>\r\n]+)</string>")
 _OPTION = re.compile(r"(?:=|[ \t]{1,4})(?P<value>[^\s\"'`<>{}()$][^\s\"'`<>{}()]{5,400})")
@@ -100,11 +121,26 @@ _IS_CONFIG = re.compile(
 _CALLS = tuple(
     (hint, re.compile(pattern))
     for hint, pattern in (
-        ("redential", r"\b\w*[cC]redentials?\("),
+        ("redential", r"\b\w*[cC]redentials?(?:::new)?\("),
         ("asic", r"\b\w*(?:basic_?auth|BasicAuth|HttpCredentials)\w*\b[( ]"),
         ("ogin(", r"\blogin\("),
         ("Auth(", r"\b\w+Auth\("),
         ("onnect", r"\b(?:getConnection|mysqli_connect|mysql_real_connect|pg_connect|connect)\("),
+        ("bind", r"\bsimple_bind\w*\("),
+        ("pw_set(", r"\busername_pw_set\("),
+        ("AES.new(", r"\bAES\.new\("),
+        ("openssl_", r"\bopenssl_(?:en|de)crypt\("),
+        ("USERPWD", r"\bCURLOPT_USERPWD\b"),
+        ("ogin(", r"\bftp_login\("),
+        ("FTP(", r"\bFTP\("),
+        ("PasswordAuthentication(", r"\bPasswordAuthentication\("),
+        ("signWith(", r"\bsignWith\("),
+        ("CreateAsync(", r"\bCreateAsync\("),
+        ("CookieStore(", r"\bNewCookieStore\("),
+        ("SymmetricKey(", r"\bSymmetricKey\("),
+        ("pgp_sym", r"\bpgp_sym_(?:en|de)crypt\("),
+        ("createUser", r"\bcreateUser\b"),
+        ("PSK", r"\bPSK\b"),
         ("PDO(", r"\bPDO\("),
         ("wt.", r"\bjwt\.(?:sign|encode|decode|verify)\("),
         ("JWT.", r"\bJWT\.(?:sign|encode|decode|verify)\("),
@@ -120,7 +156,7 @@ _CALLS = tuple(
     )
 )
 _CHARACTERS = re.compile(r"\"((?:\\.|[^\"\\\r\n])*)\"\.toCharArray\(")
-_GIVEN = Evidence(is_strong=False, is_direct=True, is_quoted=True)
+_GIVEN = Evidence(is_strong=True, is_direct=True, is_quoted=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +187,8 @@ def _find_given(text: str) -> Iterator[tuple[int, int]]:
         for match in pattern.finditer(text):
             end = min(_line_end(text, match.end()), match.end() + _REACH)
             for _, begin, close in _literals_after(text, match.end(), end):
-                if looks_secret(text[begin:close], _GIVEN):
+                value = text[begin:close]
+                if not value.isalpha() and looks_secret(value.rpartition(":")[2] or value, _GIVEN):
                     yield begin, close
     if "toCharArray" in text:
         for match in _CHARACTERS.finditer(text):
@@ -225,6 +262,8 @@ def _name_at(text: str, at: int, stem: str, line_start: int, line_end: int) -> _
         end += 1
     whole = text[at : at + len("passphrase")].lower()
     before = text[start:at]
+    if "public" in before.lower() or "arn:" in text[max(line_start, start - 90) : start]:
+        return None
     begins_word = not before or not before[-1].isalpha() or (text[at].isupper() and before[-1].islower())
     if stem == "key":
         begins_word = text[max(line_start, at - 14) : at].lower().rstrip("_-. :").endswith(_KEYS)
@@ -232,7 +271,8 @@ def _name_at(text: str, at: int, stem: str, line_start: int, line_end: int) -> _
         begins_word = whole.startswith(_WHOLE) or before.lower().endswith(_OWNERS)
     if not begins_word or not _is_word(stem, text[at + len(stem) : end], shouts=text[at + len(stem) - 1].isupper()):
         return None
-    return _Name(start, end, stem in _STRONG, is_phrase=whole == "passphrase")
+    is_asked = _GETTER.search(before) is not None
+    return _Name(start, end, stem in _STRONG and not is_asked, is_phrase=whole == "passphrase" or stem == "mnemonic")
 
 
 def _is_word(stem: str, after: str, *, shouts: bool) -> bool:
@@ -257,7 +297,8 @@ def _values_after(text: str, name: _Name, line_start: int, line_end: int) -> Ite
     if is_inside or escaped:
         at += 2 if escaped else 1
     found = False
-    for span in _literals(text, at, line_end, name, is_listed=is_inside):
+    is_argument = line_before.rstrip("-\"'`").endswith("(")  # the first one of a call: the next is its value
+    for span in _literals(text, at, line_end, name, is_listed=is_inside and not is_argument):
         found = True
         yield span
     if found:
@@ -302,14 +343,20 @@ def _literals(text: str, at: int, end: int, name: _Name, *, is_listed: bool = Fa
     ``is_listed``: the name is in a literal, so the next one after a comma is its value, or merely in the same list.
     """
     last = at
+    has_values = False
     for number, (start, begin, close) in enumerate(_literals_after(text, at, end)):
         connector = text[last:start]
+        has_values = has_values or "VALUES" in connector.upper()
         if not _CONNECTOR.fullmatch(_BRACKETS.sub("", connector)) or _NO_CONNECTOR.search(connector):
             return
         last = close + 1
-        is_direct = number == 0 and _DIRECT.fullmatch(connector) is not None
+        is_direct = has_values or (number == 0 and _DIRECT.fullmatch(connector) is not None)
         is_direct = is_direct and (bool(connector.strip()) or text[start] != "`")
-        is_strong = name.is_strong and not (is_listed and "," in connector)
+        given = _KEYWORD.search(connector)
+        is_direct = is_direct and not (
+            given and _WORD.findall(given[1])[-1:] and _WORD.findall(given[1])[-1].lower() in _OTHERS
+        )
+        is_strong = name.is_strong and not (is_listed and given is None and "," in connector)
         if looks_secret(text[begin:close], Evidence(is_strong, is_direct, is_quoted=True, is_phrase=name.is_phrase)):
             yield begin, close
 
@@ -330,6 +377,7 @@ _FORMS: tuple[tuple["re.Pattern[str]", frozenset[str], frozenset[str]], ...] = (
     (_SPACED, frozenset({"config"}), frozenset({"config"})),
     (_OPTION, frozenset({"option"}), frozenset({"option"})),
     (_ELEMENT, frozenset({"markup"}), frozenset({"markup"})),
+    (_BYTES, frozenset({"anywhere"}), frozenset({"anywhere"})),
     (_AFTER_SPACE, frozenset({"anywhere"}), frozenset()),
 )
 
@@ -360,7 +408,8 @@ def _unquoted(text: str, name: _Name, before: str, end: int) -> tuple[int, int] 
             value = _REMARK_AFTER.split(match["value"], maxsplit=1)[0].rstrip()
             is_direct = bool(here & direct) and not (pattern is _COLON and "remark" in here)
             is_quoted = pattern in {_ELEMENT, _HEADER} or name.is_phrase
-            if looks_secret(value, Evidence(name.is_strong, is_direct, is_quoted, is_phrase=name.is_phrase)):
+            shouts = pattern is _EQUALS and "shouts" in here
+            if looks_secret(value, Evidence(name.is_strong, is_direct, is_quoted, name.is_phrase, shouts)):
                 return match.start("value"), match.start("value") + len(value)
     return None
 

@@ -100,7 +100,7 @@ _IN_RUNS: _Patterns = (
     (("_mmk",), re.compile(r"\b([A-Za-z0-9]{6}_[A-Za-z0-9]{29}_mmk)\b")),
     (("NRAL",), re.compile(r"\b([0-9a-f]{36}NRAL)\b")),
     (("-us",), re.compile(r"\b([0-9a-f]{32}-us\d{1,2})\b")),
-    ((":A",), re.compile(r"(?<![\w:])(\d{6,16}:A[A-Za-z0-9_-]{34})\b")),
+    ((":A",), re.compile(r"(?<![A-Za-z0-9_:])(?:bot)?(\d{6,16}:A[A-Za-z0-9_-]{34})\b")),
     (
         ("M", "N", "O"),
         re.compile(r"(?<![\w.-])([MNO][A-Za-z0-9]{23,27}\.[A-Za-z0-9_-]{6}\.[A-Za-z0-9_-]{27,38})(?![\w.-])"),
@@ -155,10 +155,18 @@ _IN_TEXTS: _Patterns = (
     (("pass:",), re.compile(r"\s-pass(?:in|out)? pass:([^\s\"'$]{4,200})")),
     (("sudo -S",), re.compile(r"echo [\"']?([^\s\"'$]{6,200})[\"']? ?\| ?sudo -S")),
     (("chpasswd",), re.compile(r"echo [\"']?[\w.-]{1,60}:([^\s\"'$]{6,200})[\"']? ?\| ?chpasswd")),
+    (("htpasswd",), re.compile(r"\bhtpasswd -\w*b\w* \S{1,200} \S{1,80} [\"']?([^\s\"'$]{6,200})")),
+    (("snmp",), re.compile(r"\bsnmp\w+\b.{0,120}?-c ?[\"']?([^\s\"'$]{6,200})")),
+    (("mosquitto",), re.compile(r"\bmosquitto_\w+\b.{0,120}?-P ?[\"']?([^\s\"'$]{6,200})")),
+    (("/rp ",), re.compile(r"\s/rp [\"']?([^\s\"'%]{6,200})")),
+    (("lftp",), re.compile(r"\blftp -u [\w.-]{1,60},([^\s\"'$]{6,200})")),
+    (("community",), re.compile(r"(?m)^\s*r[ow]community6? ([^\s\"'$]{6,200})")),
+    (("asic ",), re.compile(r"(?i:authorization): ?Basic [\w.@-]{1,80} ([^\s\"'{$]{6,200})$", re.MULTILINE)),
+    (("password ",), re.compile(r"(?:insecure-password|\bpassword [0-7]) ([^\s\"'$]{6,200})")),
     # Addresses without a scheme.
     (("@tcp(", "@unix("), re.compile(r"[\"'`][\w.-]{1,60}:([^\s\"'`$@]{4,200})@(?:tcp|unix)\(")),
     (("thin:",), re.compile(r"jdbc:oracle:thin:\w{1,60}/([^\s\"'$@]{4,200})@")),
-    ((":",), re.compile(r"(?m)^[\w.*-]{1,80}:(?:\d{2,5}|\*):[\w*-]{1,60}:[\w*-]{1,60}:(?=\S{0,200}\d)(\S{6,200})$")),
+    ((":",), re.compile(r"(?m)^[\w.*-]{1,80}:(?:\d{2,5}|\*):[\w*-]{1,60}:[\w*-]{1,60}:([^\s:/]{6,200})$")),
     (("[?&;]key=", "key=", "key%3D"), re.compile(r"[?&]key=(?=[\w-]{0,200}\d)([\w-]{20,200})")),
 )
 

@@ -34,19 +34,24 @@ _EXPRESSION = re.compile(
 )
 _NUMBER = re.compile(r"[\d_.,:/ +-]+(?:px|em|ms|s|m|h|d|MB|GB|KB|k|%)?|0x[0-9a-fA-F_]+|v?\d+(?:\.\d+)+[\w.-]*")
 _SPEAKS = re.compile(
-    r"pass|pwd|secret|token|key|your|example|change|enter|credential|auth|user|admin|login|required|invalid|optional|string",
+    r"pass|pwd|secret|token|keys?\b|[a-z_]Key|key[_-]|your|example|change|enter|credential|auth|user|admin|login|required|invalid|optional|string",
     re.IGNORECASE,
+)
+_HOST = re.compile(
+    r"[\w-]+(?:\.[\w-]+)*\.(?:com|net|org|io|dev|local|internal|example|lan|de|eu|uk)|\S+@[\w-]+(?:\.[\w-]+)+"
 )
 _LEET = re.compile(r"[A-Za-z]\d+[A-Za-z]|(?<![\w.#-])\d[a-z]{4,}")
 # Words with a digit between letters that are no secret.
 _TECHNICAL = re.compile(
     r"(?i)\b(?:sha\d+\w*|utf\d+\w*|base\d+\w*|md5\w*|oauth2\w*|x509\w*|ed25519\w*|rs256|hs\d{3}|es\d{3}|pkcs\d+\w*|h26\d\w*|"
-    r"i18n|l10n|k8s|s3\w*|ec2\w*|log4j|mp[34]\w*|p2p|b2b|c2c|o2o|e2e\w*|web3\w*|iso8601|rfc\d+\w*|int\d+\w*|uint\d+\w*|float\d+\w*|"
+    r"i18n|l10n|k8s|s3\w*|ec2\w*|log4j|mp[34]\w*|p2p|b2b|c2c|o2o|e2e\w*|web3\w*|pbkdf2\w*|hmac\w*|aes\d\w*|"
+    r"rsa\d\w*|iso8601|rfc\d+\w*|int\d+\w*|uint\d+\w*|float\d+\w*|"
     r"win32\w*|x86\w*|amd64|arm64|linux64|py3\w*|http2\w*|ipv[46]\w*|level\d\w*|v\d+\w*|test\d+\w*|foo\d*|bar\d*|abc123|[a-z]+2[a-z]+)\b"
 )
 _PUNCTUATED = re.compile(r"[A-Za-z0-9][!@#$%^&*+;~?|=][A-Za-z0-9]")
 _SENTENCE = re.compile(
-    r"[.:?!…]\s|[.:?!…]$|%[sd]|\b(?:the|is|are|must|be|to|a|an|of|for|please|not|with|and|or|your)\b", re.IGNORECASE
+    r"[.:?!…]\s|[.:?!…]$|%[sd]|\b(?:at|least|characters|minimum|maximum|the|is|are|must|be|to|a|an|of|for|please|not|with|and|or|your)\b",
+    re.IGNORECASE,
 )
 _MIXED = re.compile(r"[A-Z].*[a-z]|[a-z].*[A-Z]")
 _APP_PASSWORD = re.compile(r"[a-z]{4}(?: [a-z]{4}){3}")
@@ -56,10 +61,14 @@ _SNAKE = re.compile(
 _REGEX = re.compile(r"\\[dwsbDWS]|\[\^?[\w\\-]+-|\(\?|\.\*|\{\d+,\d*\}|\[[^\]]+\][+*]")
 _MARKUP = re.compile(r"</?[a-z][a-z1-6]{0,9}(?:[ /][^>]*)?>|&\w+;")
 _CONSONANTS = re.compile(r"[bcdfghjklmnpqrstvwxz]{5,}", re.IGNORECASE)
-_RANDOM = re.compile(r"[A-Za-z0-9+/_~.-]{32,}={0,2}")
+_RANDOM = re.compile(r"[A-Za-z0-9+/_~.-]{20,}={0,2}")
+_SHORTEST_RANDOM = 20
 _HASH_REACH = 60
+_ABOVE = 2_000  # characters: a certificate
+_PUBLIC_BLOCK = re.compile(r"-----BEGIN (?:[A-Z]+ )*(?:PUBLIC KEY|CERTIFICATE)[^-]*-----[^-]*$")
 _HASH_BEFORE = re.compile(
-    r"(?i)sha-?\d|md5|blake|crc32|hash|digest|checksum|integrity|fingerprint|\bh1:|\bcommit\b|\brev(?:ision)?\b|\bref\b|\boid\b|@$|"
+    r"(?i)sha-?\d|md5|blake|crc32|hash|digest|checksum|integrity|fingerprint|\bh1:|\bcommit\b|rev(?:ision)?\b|"
+    r"\bref(?:erence)?\b|public|recv-keys|keyserver|\boid\b|@$|"
     r"\buuid\b|\bguid\b|ssh-|[#@]\w{0,7}$|://\S*$"
 )
 _HASH_AFTER = re.compile(r"(?i)sha\d+sum|md5sum|hexdigest")
@@ -72,6 +81,7 @@ _CASES = (re.compile(r"[a-z]"), re.compile(r"[A-Z]"), re.compile(r"\d"))
 # Random text changes between lower case, upper case and digits at most pairs of characters, and has no words.
 _LEAST_CHANGES, _LEAST_CHANGES_OF_TWO = 0.4, 0.3
 _LONGEST_LOWER = 10
+_SURELY_LONG, _LEAST_DIGITS = 32, 3  # shorter values are random only with so many digits
 _LOWER = re.compile(r"[a-z]+")
 _ALPHABET = re.compile(r"[A-Za-z0-9+/_~.-]+={0,2}")
 _LONG_WORD = 24
@@ -89,11 +99,13 @@ class Evidence:
     is_direct: bool
     is_quoted: bool
     is_phrase: bool = False  # the name is that of a passphrase
+    is_shouted: bool = False  # NAME=value of a shell: the value is no name of a program
 
 
 def looks_secret(value: str, evidence: Evidence) -> bool:  # noqa: C901, PLR0911, PLR0912  one line for each kind of value
     """Return whether a value that a name calls a secret is one."""
     size = len(value)
+    value = value.removeprefix("{noop}")
     if not _SHORTEST <= size <= _LONGEST or _PLACEHOLDER.fullmatch(value) or "\ufffd" in value:
         return False
     if is_random(value, shortest=16):
@@ -115,12 +127,12 @@ def looks_secret(value: str, evidence: Evidence) -> bool:  # noqa: C901, PLR0911
     is_punctuated = _PUNCTUATED.search(plain) is not None
     if " " in value or "\t" in value:
         return _is_phrase(value, evidence, has_digit=has_digit)
+    if _HOST.fullmatch(value):
+        return False
     if has_digit and any(c.isalpha() for c in rest):
         if is_leet or (is_punctuated and evidence.is_direct):
-            return size >= 8 or (evidence.is_direct and evidence.is_strong)  # noqa: PLR2004
-        if _SNAKE.fullmatch(value) and not (
-            evidence.is_strong and evidence.is_direct and evidence.is_quoted and not _SPEAKS.search(value)
-        ):
+            return size >= _LEAST or (evidence.is_direct and evidence.is_strong)
+        if _SNAKE.fullmatch(value) and not (evidence.is_strong and evidence.is_direct and not _SPEAKS.search(value)):
             return _MIXED.search(value) is not None and "-" in value and evidence.is_direct
         return evidence.is_direct and size >= _LEAST
     if has_digit:
@@ -131,7 +143,7 @@ def looks_secret(value: str, evidence: Evidence) -> bool:  # noqa: C901, PLR0911
         return False
     if is_punctuated:
         return True
-    return evidence.is_quoted and size >= 8 and _SNAKE.fullmatch(value) is not None  # noqa: PLR2004
+    return (evidence.is_quoted or evidence.is_shouted) and size >= _LEAST and _SNAKE.fullmatch(value) is not None
 
 
 def _is_phrase(value: str, evidence: Evidence, *, has_digit: bool) -> bool:
@@ -154,6 +166,8 @@ def is_random(value: str, *, shortest: int = 32) -> bool:
     has_digits = _CASES[2].search(value) is not None
     if _HEX.fullmatch(value):
         return has_digits and not value.isdigit()
+    if len(value) < _SURELY_LONG and sum(c.isdigit() for c in value) < _LEAST_DIGITS:
+        return False
     kinds = sum(pattern.search(value) is not None for pattern in _CASES)
     separators = sum(not character.isalnum() for character in value.rstrip("="))
     if (
@@ -183,9 +197,14 @@ def _is_sequence(value: str) -> bool:
 def find_random(text: str) -> Iterator[tuple[int, int]]:
     """Yield the ranges of random values in a text, except hashes that the line calls so: they are no secrets."""
     for match in _RANDOM.finditer(text):
-        if is_random(match[0]):
+        if is_random(match[0], shortest=_SHORTEST_RANDOM):
             line_start = text.rfind("\n", 0, match.start()) + 1
             before = text[max(line_start, match.start() - _HASH_REACH) : match.start() + len("sha512-")]
             after = text[match.end() : match.end() + _HASH_REACH].partition("\n")[0]
-            if _HASH_BEFORE.search(before) is None and _HASH_AFTER.search(after) is None:
+            above = text[max(0, line_start - _ABOVE) : line_start]
+            if (
+                _PUBLIC_BLOCK.search(above) is None
+                and _HASH_BEFORE.search(before) is None
+                and _HASH_AFTER.search(after) is None
+            ):
                 yield match.span()
