@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from fimserver.cli.options import decoding_options, engine_options, open_option, read_options, run_measurement
+from fimserver.cli.terminal import echo
 
 _lines_option = click.option(
     "--data",
@@ -382,7 +383,7 @@ def gpu(  # noqa: PLR0913, PLR0917  one parameter per option
                 context_tokens=context,
                 with_generate=generate,
                 out=out,
-                report=lambda stage: click.echo(f"{stage} ...", err=True),
+                report=lambda stage: echo(f"{stage} ...", err=True),
             )
         )
         return found[0]

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fimserver import pipeline
+from fimserver.cli.terminal import make_console, plain
 from fimserver.context.languages.names import language_of_path
 from fimserver.context.query import OtherDocument, Query
 from fimserver.datatypes import (
@@ -107,7 +108,7 @@ def complete_target(
     engine = EngineClient(EngineOptions().under(settings))
 
     def get_engine() -> EngineClient:
-        with Console(stderr=True).status("loading the model") as status:
+        with make_console(stderr=True).status("loading the model") as status:
             engine.listen(lambda _state, detail: status.update(detail))
             engine.start()
             engine.wait_until_ready(LOAD_TIMEOUT_S)
@@ -123,12 +124,12 @@ def complete_target(
 def print_outcome(outcome: Outcome, target: Target, *, as_json: bool, trace: bool) -> None:
     """Print the completion to stdout (on a terminal within its line), or the reason for none to stderr."""
     if trace:
-        print_trace(outcome, Console(stderr=as_json, highlight=False, soft_wrap=True))
+        print_trace(outcome, make_console(stderr=as_json, soft_wrap=True))
     if as_json:
         sys.stdout.write(json.dumps(to_json(outcome, target)) + "\n")
     elif outcome.completion is not None:
         if sys.stdout.isatty():
-            Console(highlight=False, soft_wrap=True).print(to_ghost_line(outcome.completion, target.snapshot))
+            make_console(soft_wrap=True).print(to_ghost_line(outcome.completion, target.snapshot))
         else:
             sys.stdout.write(outcome.completion.middle + "\n")
     if outcome.refusal is not None:
@@ -140,9 +141,9 @@ def to_ghost_line(completion: Completion | None, snapshot: Snapshot) -> Text:
     """Return the cursor's line as an editor would show it, with the completion in place of the text it replaces."""
     before, after = line_around(snapshot.text, snapshot.cursor)
     if completion is None:
-        return Text(before + after, style="dim")
+        return Text(plain(before + after), style="dim")
     after = after[completion.replace_end - completion.replace_start :]
-    return Text.assemble((before, "dim"), (completion.middle, "bold green"), (after, "dim"))
+    return Text.assemble((plain(before), "dim"), (plain(completion.middle), "bold green"), (plain(after), "dim"))
 
 
 def to_json(outcome: Outcome, target: Target) -> dict[str, Any]:
@@ -188,11 +189,11 @@ def print_trace(outcome: Outcome, console: Console) -> None:
         heading(f"context ({len(prefix)} characters before, {len(suffix)} after)")
         before = prefix if len(prefix) <= _SHOWN else "\u2026" + prefix[-_SHOWN:]
         after = suffix if len(suffix) <= _SHOWN else suffix[:_SHOWN] + "\u2026"
-        console.print(Text.assemble((before, "cyan"), ("\u258f", "bold red"), (after, "magenta")))
+        console.print(Text.assemble((plain(before), "cyan"), ("\u258f", "bold red"), (plain(after), "magenta")))
     _print_matches(outcome, heading, console)
     if outcome.generation is not None:
         heading(f"prompt ({outcome.generation.prompt_tokens} tokens)")
-        console.print(Text(outcome.generation.prompt_text, style="dim"))
+        console.print(Text(plain(outcome.generation.prompt_text), style="dim"))
         heading("canvas after every step" if any(p.canvas for p in outcome.partials) else "answer after every token")
         if any(p.canvas for p in outcome.partials):
             console.print(Text.assemble(("accepted", "green"), " ", ("renoised", "red strike")))

@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from fimserver.cli.options import exit_on_error
+from fimserver.cli.terminal import echo, make_console
 from fimserver.daemon.launch import ask, end_daemon, log_file, read_status, start
 from fimserver.errors import DaemonError, PathError
 
@@ -71,7 +72,7 @@ def start_command() -> None:
 @click.option("--force", is_flag=True, help="Kill the daemon if it does not respond.")
 def stop(force: bool) -> None:  # noqa: FBT001  click passes flags by name
     """Stop the daemon and the model. Open editors start it again at the next keystroke."""
-    click.echo("stopped" if end_daemon("stop", force=force) else "no daemon is running")
+    echo("stopped" if end_daemon("stop", force=force) else "no daemon is running")
 
 
 @daemon.command()
@@ -89,12 +90,12 @@ def status(as_json: bool) -> None:  # noqa: FBT001
     """Show whether the daemon is running, its editors, and its memory. Exits with 1 if no daemon is running."""
     found = read_status()
     if as_json:
-        click.echo(json.dumps(found or {"pid": None}, indent=2))
+        echo(json.dumps(found or {"pid": None}, indent=2))
     elif found is None:
-        click.echo("no daemon is running; the first editor starts it, or run: fimserver daemon start")
+        echo("no daemon is running; the first editor starts it, or run: fimserver daemon start")
     else:
         for line in to_lines(found):
-            click.echo(line)
+            echo(line)
     sys.exit(0 if found else 1)
 
 
@@ -119,14 +120,14 @@ def logs(lines: int, follow: bool, as_json: bool) -> None:  # noqa: FBT001
 
     path = log_file()
     if sys.platform == "linux" and is_installed():
-        click.echo("systemd starts the daemon and keeps its log; run: journalctl --user -u fimserver", err=True)
+        echo("systemd starts the daemon and keeps its log; run: journalctl --user -u fimserver", err=True)
     if not path.is_file():
-        click.echo(f"there is no log at {path} yet", err=True)
+        echo(f"there is no log at {path} yet", err=True)
         return
-    click.echo(f"{path}:", err=True)
+    echo(f"{path}:", err=True)
     with suppress(KeyboardInterrupt):
         for line in _lines_of(path, lines, follow=follow):
-            click.echo(line.rstrip("\n") if as_json else to_line(line))
+            echo(line.rstrip("\n") if as_json else to_line(line))
 
 
 def _lines_of(path: Path, last: int, *, follow: bool) -> Iterator[str]:
@@ -157,8 +158,8 @@ def install() -> None:
 
     paths, command = write_units()
     for path in paths:
-        click.echo(f"wrote {path}")
-    click.echo(f"now run: {command}")
+        echo(f"wrote {path}")
+    echo(f"now run: {command}")
 
 
 @daemon.command()
@@ -168,8 +169,8 @@ def uninstall() -> None:
 
     paths, command = remove_units()
     for path in paths:
-        click.echo(f"removed {path}")
-    click.echo(f"now run: {command}" if paths else "nothing was installed")
+        echo(f"removed {path}")
+    echo(f"now run: {command}" if paths else "nothing was installed")
 
 
 @click.command(cls=_Command)
@@ -190,11 +191,11 @@ def explain(file: str | None, as_json: bool, last: int, replay: str | None) -> N
         return
     records = explaining.read_records(file)[-last:]
     if as_json:
-        click.echo(json.dumps(records, indent=2))
+        echo(json.dumps(records, indent=2))
     elif records:
         explaining.print_records(records)
     else:
-        click.echo("no requests yet" + (f" for a file {file}" if file else ""))
+        echo("no requests yet" + (f" for a file {file}" if file else ""))
 
 
 @click.command(cls=_Command)
@@ -215,14 +216,14 @@ def report(with_code: bool, write: Path | None, yes: bool) -> None:  # noqa: FBT
     from fimserver.paths import create_private  # noqa: PLC0415
 
     text = to_report(with_code=with_code)
-    click.echo(text)
+    echo(text)
     if write is not None and (yes or click.confirm(f"write this report to {write}?", err=True)):
         try:
             create_private(write, text + "\n")
         except OSError as error:
             msg = f"{write} cannot be written ({error.strerror}); name another file"
             raise PathError(msg) from error
-        click.echo(f"wrote {write}", err=True)
+        echo(f"wrote {write}", err=True)
 
 
 @click.command(cls=_Command)
@@ -240,8 +241,6 @@ def stats(days: int | None, as_json: bool, as_html: bool, write: Path | None, fo
     """
     from datetime import date, timedelta  # noqa: PLC0415  only this command needs these
 
-    from rich.console import Console  # noqa: PLC0415
-
     from fimserver.cli.stats_page import print_statistics, to_json_object, to_page  # noqa: PLC0415
     from fimserver.lsp.usage.ledger import FOLDER_NAME, forget_statistics, read_statistics  # noqa: PLC0415
     from fimserver.paths import make_private, state_folder, write_private  # noqa: PLC0415
@@ -257,13 +256,13 @@ def stats(days: int | None, as_json: bool, as_html: bool, write: Path | None, fo
         except OSError as error:
             msg = f"{error.filename} cannot be deleted ({error.strerror})"
             raise PathError(msg) from error
-        click.echo("deleted all counts, and what was learned from them")
+        echo("deleted all counts, and what was learned from them")
         return
     found, today = read_statistics(folder), date.today()  # noqa: DTZ011  days are the user's local ones
     if days is not None:
         found = found.since((today - timedelta(days - 1)).isoformat())
     if as_html and str(write) == "-":
-        click.echo(to_page(found, today), nl=False)
+        echo(to_page(found, today), nl=False)
     elif as_html:
         target = write or make_private(state_folder()) / "statistics.html"
         try:
@@ -272,13 +271,13 @@ def stats(days: int | None, as_json: bool, as_html: bool, write: Path | None, fo
             why = getattr(error, "strerror", None) or "it is not a file name"
             msg = f"{target} cannot be written ({why}); name another file with --write"
             raise PathError(msg) from error
-        click.echo(target)
+        echo(target)
     elif as_json:
-        click.echo(json.dumps(to_json_object(found), indent=2))
+        echo(json.dumps(to_json_object(found), indent=2))
     elif not found.days:
-        click.echo("nothing has been counted yet; the setting learnFromUse turns counting on and off")
+        echo("nothing has been counted yet; the setting learnFromUse turns counting on and off")
     else:
-        print_statistics(found, Console(highlight=False))
+        print_statistics(found, make_console())
 
 
 def to_lines(status_of: dict[str, Any]) -> list[str]:
@@ -312,7 +311,7 @@ def to_lines(status_of: dict[str, Any]) -> list[str]:
 
 def _print_pid() -> None:
     found = read_status()
-    click.echo(f"the daemon is running, pid {found['pid']}" if found else "the daemon started and has ended again")
+    echo(f"the daemon is running, pid {found['pid']}" if found else "the daemon started and has ended again")
 
 
 def _to_duration(seconds: float) -> str:

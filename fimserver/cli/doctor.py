@@ -18,6 +18,7 @@ from fimserver import __version__
 from fimserver.checkpoints.gpus import find_gpu
 from fimserver.checkpoints.memory import find_checkpoint
 from fimserver.checkpoints.planner import DEFAULT_CONTEXT_TOKENS, Plan, Step, plan_on_cpu, plan_on_gpu
+from fimserver.cli.terminal import make_console, plain
 from fimserver.context.languages.table import LANGUAGES
 from fimserver.context.syntax import GRAMMAR_ERRORS, load_parser
 from fimserver.daemon.launch import read_status
@@ -54,14 +55,14 @@ class Check:
 
 def run_checks(settings: Settings) -> bool:
     """Print every check; return whether all are good."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = make_console(soft_wrap=True)
     good = True
     for check in (check_python, check_packages, check_memory, check_grammar, check_config, check_daemon, check_model):
         result = check(settings)
         mark = ("FAIL", "bold red") if result.remedy else ("ok  ", "green")
-        console.print(Text.assemble(mark, f" {result.name:9} {result.found}"))
+        console.print(Text.assemble(mark, plain(f" {result.name:9} {result.found}")))
         if result.remedy:
-            console.print(Text(f"     {'':9} {result.remedy}"))
+            console.print(Text(plain(f"     {'':9} {result.remedy}")))
             good = False
     return good
 
@@ -184,7 +185,7 @@ def plan_model(model: str, gpu: str, context_tokens: int | None) -> Plan:
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:
     """Print the memory line by line, the time of a step, and what to change if the model does not fit."""
-    console = console or Console(width=120, highlight=False)
+    console = console or make_console(width=120)
     capability = f", compute capability {plan.compute_capability}" if plan.compute_capability else ""
     console.print(f"{plan.model} on {plan.gpu}{capability}")
     table = Table(box=SIMPLE, pad_edge=False)

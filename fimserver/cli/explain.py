@@ -9,28 +9,28 @@ Knows:  the daemon's answers, the terminal.  Never: LSP.
 
 import json
 import platform
-import re
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from fimserver import __version__
 from fimserver.cli.complete import print_trace
+from fimserver.cli.terminal import make_console, plain
 from fimserver.daemon.launch import ask, read_status
 from fimserver.datatypes import FimContext, PartialAnswer, Sampling, from_plain
 from fimserver.engine.client import EngineClient, EngineOptions
 from fimserver.errors import DaemonError
 from fimserver.pipeline import Outcome
+from fimserver.text import to_printable
 
 LOAD_TIMEOUT_S = 300.0
 NO_DAEMON = "no daemon is running, so there are no requests to explain; open a file in an editor to start it"
-_PATH = re.compile(r"(?<![\w.])(?:[A-Za-z]:)?[~.]{0,2}[\\/](?:[^\n\"';]*[\\/])?[^\s\"';:,)]*")
+_HIDDEN = "hidden: it names a path"
 _Records = list[dict[str, Any]]
 
 
@@ -51,20 +51,20 @@ def print_records(records: Iterable[Mapping[str, Any]]) -> None:
         if record["outcome"] == "offered":
             came = Text(f"offered ({record['source']})", style="green")
         else:
-            came = Text(f"nothing ({record['reason']}): {record['detail']}")
+            came = Text(plain(f"nothing ({record['reason']}): {record['detail']}"))
         if "passes" in facts:
             sure = f", confidence {facts['confidence']:.2f}, {facts['passes']} passes"
             came.append(f"{sure}, {facts['tokens']} tokens, {facts['mode']}", style="dim")
         table.add_row(
             record["request"],
             time.strftime("%H:%M:%S", time.localtime(record["at"])),
-            _name_of(record["uri"]).rpartition("/")[2],
+            to_printable(_name_of(record["uri"]).rpartition("/")[2]),
             "yes" if facts.get("invoked") else "",
             facts.get("hole", ""),
             came,
             f"{timings['total']:.0f}" if "total" in timings else "",
         )
-    Console(highlight=False).print(table)
+    make_console().print(table)
 
 
 def replay(request: str) -> Outcome:
@@ -82,7 +82,7 @@ def replay(request: str) -> Outcome:
     outcome.hole = outcome.context.hole
     partials: list[PartialAnswer] = []
     try:
-        with Console(stderr=True).status("loading the model"):
+        with make_console(stderr=True).status("loading the model"):
             engine.start()
             outcome.model = engine.wait_until_ready(LOAD_TIMEOUT_S)
         sampling = from_plain(Sampling, {**asked["sampling"], "trace": True})
@@ -91,7 +91,7 @@ def replay(request: str) -> Outcome:
         engine.close()
     outcome.partials = partials
     outcome.timings_ms = outcome.generation.timings_ms
-    print_trace(outcome, Console(highlight=False, soft_wrap=True))
+    print_trace(outcome, make_console(soft_wrap=True))
     return outcome
 
 
@@ -123,9 +123,12 @@ def to_report(*, with_code: bool) -> str:
 
 
 def _without_names(text: str) -> str:
-    """Return a sentence without its paths; text between two paths may be removed too."""
-    return _PATH.sub("<path>", text)
+    """Return a sentence, or only that it is hidden if it may have a path: a folder may be called anything."""
+    return _HIDDEN if any(separator in text for separator in "/\\") else text
 
 
 def _name_of(uri: str) -> str:
-    return unquote(urlsplit(uri).path) or uri
+    try:
+        return unquote(urlsplit(uri).path) or uri
+    except ValueError:
+        return uri

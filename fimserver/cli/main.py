@@ -41,6 +41,7 @@ from fimserver.cli.options import (
     to_overrides,
     with_progress,
 )
+from fimserver.cli.terminal import echo
 from fimserver.errors import FimserverError
 from fimserver.paths import use_private_caches
 from fimserver.settings import Settings
@@ -72,7 +73,7 @@ def lsp(no_daemon: bool, stdio: bool, **options: Any) -> None:  # noqa: ARG001, 
     from fimserver.daemon.stdio import serve  # noqa: PLC0415
 
     if sys.stdin.isatty():
-        click.echo("fimserver lsp waits for an editor on stdin; see README.md, or try: fimserver complete", err=True)
+        echo("fimserver lsp waits for an editor on stdin; see README.md, or try: fimserver complete", err=True)
     sys.exit(serve(to_overrides(options), has_daemon=not no_daemon))
 
 
@@ -138,7 +139,7 @@ def _watch(place: Any, settings: Settings, others: Any, *, as_json: bool) -> Non
         try:
             watch_file(place, settings, as_json=as_json, others=others)
         except KeyboardInterrupt:
-            click.echo(err=True)
+            echo(err=True)
 
 
 @main.command()
@@ -170,7 +171,7 @@ def doctor(gpu: str | None, context: int | None, as_json: bool, **options: Any) 
     except FimserverError as error:
         raise click.UsageError(str(error)) from error
     if as_json:
-        click.echo(json.dumps(dataclasses.asdict(plan)))
+        echo(json.dumps(dataclasses.asdict(plan)))
     else:
         print_plan(plan)
 
@@ -195,7 +196,7 @@ def corpus(folder: Path | None, wheels: Path | None, yes: bool, as_json: bool) -
     wheels = wheels or folder / "wheels"
     if missing := find_missing(wheels):
         size = sum(pin.megabytes for pin in missing)
-        click.echo(f"pip will download {len(missing)} wheels from PyPI, about {size:.0f} MB, into {wheels}", err=True)
+        echo(f"pip will download {len(missing)} wheels from PyPI, about {size:.0f} MB, into {wheels}", err=True)
         if not yes:
             click.confirm("Fetch them?", abort=True, err=True)
     run_measurement(

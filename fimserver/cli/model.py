@@ -14,6 +14,7 @@ import click
 
 from fimserver.checkpoints.gguf import GGUF_SUFFIX
 from fimserver.cli.options import exit_on_error, run_measurement, with_progress
+from fimserver.cli.terminal import echo, make_console
 from fimserver.errors import FimserverError
 from fimserver.text import to_printable
 
@@ -64,7 +65,7 @@ def add(name: str, yes: bool, own_name: str | None) -> None:  # noqa: FBT001
             ),
             ("to", f"{offer.folder}, {to_gigabytes(offer.free_bytes)} free"),
         ):
-            click.echo(f"{label:8} {value}", err=True)
+            echo(f"{label:8} {value}", err=True)
         if offer.missing_bytes and not yes:
             if not sys.stdin.isatty():
                 msg = "cannot ask for confirmation without a terminal; add --yes to download"
@@ -73,8 +74,8 @@ def add(name: str, yes: bool, own_name: str | None) -> None:  # noqa: FBT001
         added = with_progress(
             lambda report: add_model(offer, check_config=_check_config, check_weights=_check_weights, report=report)
         )
-        click.echo(f"added {added.name}, {added.folder}")
-        click.echo(f'Set fimserver.model to "{added.name}", or use: --model {added.name}', err=True)
+        echo(f"added {added.name}, {added.folder}")
+        echo(f'Set fimserver.model to "{added.name}", or use: --model {added.name}', err=True)
 
 
 def _add_file(file: Path, name: str | None) -> None:
@@ -90,10 +91,10 @@ def _add_file(file: Path, name: str | None) -> None:
             ("size", to_gigabytes(header.num_bytes)),
             ("file", to_printable(str(file.resolve()))),
         ):
-            click.echo(f"{label:8} {value}", err=True)
+            echo(f"{label:8} {value}", err=True)
         added = add_gguf(file, name if name is not None else choose_name(file), _check_folder)
-        click.echo(f"added {added.name}, {added.folder}")
-        click.echo(f'Set fimserver.model to "{added.name}", or use: --model {added.name}', err=True)
+        echo(f"added {added.name}, {added.folder}")
+        echo(f'Set fimserver.model to "{added.name}", or use: --model {added.name}', err=True)
 
 
 def _check_folder(folder: Path) -> None:
@@ -138,17 +139,17 @@ def list_all(as_json: bool) -> None:  # noqa: FBT001
             need = needs.get(one.name)
             estimates = {"gpu_bytes": need and need.gpu_bytes, "cpu_bytes": need and need.cpu_bytes}
             rows.append({**dataclasses.asdict(one), **estimates})
-        click.echo(json.dumps({"models": rows}))
+        echo(json.dumps({"models": rows}))
         return
     for one in listed:
         gone = "its files are missing; add it again" if one.state == "added" and one.num_bytes is None else None
         place = gone or one.folder or "not downloaded"
-        click.echo(f"{one.name:42} {one.state:8} {to_gigabytes(one.num_bytes):>12}  {place}")
+        echo(f"{one.name:42} {one.state:8} {to_gigabytes(one.num_bytes):>12}  {place}")
         if need := needs.get(one.name):
             memory = f"{to_gigabytes(need.gpu_bytes)} of memory on a GPU, {to_gigabytes(need.cpu_bytes)} on a CPU"
             text = f"{one.licence}; {memory}. {one.use}"
-            click.echo(textwrap.fill(text, _LIST_WIDTH, initial_indent="    ", subsequent_indent="    "))
-    click.echo("Download one with: fimserver model add OWNER/NAME")
+            echo(textwrap.fill(text, _LIST_WIDTH, initial_indent="    ", subsequent_indent="    "))
+    echo("Download one with: fimserver model add OWNER/NAME")
 
 
 @model.command(name="remove")
@@ -167,7 +168,7 @@ def remove(name: str, yes: bool) -> None:  # noqa: FBT001
                 raise click.UsageError(msg)
             click.confirm(f"Delete {what}?", abort=True, err=True)
         removal.execute()
-        click.echo(f"removed {name}, {to_gigabytes(removal.num_bytes)}")
+        echo(f"removed {name}, {to_gigabytes(removal.num_bytes)}")
 
 
 @click.command(name="quantize")
@@ -218,10 +219,9 @@ def quantize_model(source: str, target: Path, dialect: str, as_json: bool, **opt
 def _print_quantized(summary: Any) -> None:
     """Print a table row for each layer, then sizes and the layers that stayed in floating point."""
     from rich.box import SIMPLE  # noqa: PLC0415
-    from rich.console import Console  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
 
-    console = Console(width=100, highlight=False)
+    console = make_console(width=100)
     table = Table(title=f"{summary.model} in 4 bits, relative errors", box=SIMPLE)
     table.add_column("layer")
     for column in ("matrices", "of weights", "of outputs*", "MB before", "MB after"):

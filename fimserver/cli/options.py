@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from fimserver.checkpoints.known import shipped_names
+from fimserver.cli.terminal import echo, make_console
 from fimserver.errors import FimserverError, SettingsError
 from fimserver.paths import config_file
 from fimserver.settings import MODES, Settings, parse_settings, read_config_file, to_wire_name
@@ -79,7 +80,7 @@ def read_options(
     """Return the settings of config.toml, options and ``--set NAME=VALUE``. Raises ``UsageError``."""
     configured, problems = read_config_file(config_file())
     for problem in problems if reports else ():
-        click.echo(f"fimserver: {problem}", err=True)
+        echo(f"fimserver: {problem}", err=True)
     values = _wire_values(options)
     if (model := values.get("model")) and model not in shipped_names() and Path(model).is_dir():
         values["model"] = str(Path(model).absolute())  # the engine runs in another folder
@@ -111,16 +112,15 @@ def exit_on_error() -> Iterator[None]:
         yield
     except FimserverError as error:
         lines = (to_printable(line) for line in str(error).split("\n"))  # names in files of others are part of it
-        click.echo("fimserver: " + "\n".join(lines), err=True)
+        echo("fimserver: " + "\n".join(lines), err=True)
         sys.exit(1)
 
 
 def with_progress(build: Callable[[Callable[[str, int, int], None]], Any]) -> Any:
     """Run ``build``, which takes minutes, with a progress bar."""
-    from rich.console import Console  # noqa: PLC0415  only slow commands import it
     from rich.progress import Progress  # noqa: PLC0415
 
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+    with Progress(console=make_console(stderr=True), disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("")
         return build(lambda what, done, total: progress.update(task, description=what, completed=done, total=total))
 
@@ -136,12 +136,12 @@ def run_measurement(
     with exit_on_error():
         summary = measure()
     if as_json:
-        click.echo(json.dumps(dataclasses.asdict(summary)))
+        echo(json.dumps(dataclasses.asdict(summary)))
     elif show:
         show(summary)
     else:
         for line in (to_lines or _to_lines)(summary):
-            click.echo(line)
+            echo(line)
 
 
 def _to_lines(summary: Any) -> Iterator[str]:

@@ -14,7 +14,6 @@ from datetime import date, timedelta
 
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from fimserver.lsp.usage.ledger import Day, Statistics, Tally, middle_of, percentile
@@ -86,13 +85,13 @@ def print_statistics(statistics: Statistics, console: Console) -> None:
     tallies = Table("", "offered", "accepted", "rejected", "share", "characters", "tokens", box=SIMPLE, pad_edge=False)
     for groups in (by_language(whole), by_hole(whole)):
         for name, tally in groups.items():
-            tallies.add_row(escape(name), *_cells(tally))
+            tallies.add_row(name, *_cells(tally))
         tallies.add_section()
     console.print(tallies)
     times = Table("shown, by source", "times", "p50", "p95", box=SIMPLE, pad_edge=False)
     for source, bins in sorted(whole.times.items(), key=lambda item: -item[1].total()):
         times.add_row(
-            escape(SOURCES.get(source, source)),
+            SOURCES.get(source, source),
             str(bins.total()),
             _ms(percentile(bins, 0.5)),
             _ms(percentile(bins, 0.95)),
@@ -100,7 +99,7 @@ def print_statistics(statistics: Statistics, console: Console) -> None:
     console.print(times)
     empty = Table("nothing, because", "times", box=SIMPLE, pad_edge=False)
     for reason, count in whole.empty.most_common():
-        empty.add_row(escape(reason), str(count))
+        empty.add_row(reason, str(count))
     console.print(empty)
 
 

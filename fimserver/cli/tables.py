@@ -9,6 +9,8 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from fimserver.cli.terminal import make_console
+
 if TYPE_CHECKING:
     from fimserver.bench.decode import Comparison, WayNumbers
     from fimserver.bench.metrics import Interval, MeanInterval
@@ -50,7 +52,7 @@ _QUALITY_COLUMNS = (
 
 def print_comparison(comparison: "Comparison", console: Console | None = None) -> None:
     """Print a table row for each decoder, then the ratios."""
-    console = console or Console(width=140, highlight=False)
+    console = console or make_console(width=140)
     table = Table(title=f"{comparison.holes} holes, {comparison.long_holes} of them long")
     table.add_column("decoder")
     for column in _COLUMNS:
@@ -80,7 +82,7 @@ def print_comparison(comparison: "Comparison", console: Console | None = None) -
 
 def print_profile(profile: "Profile", console: Console | None = None) -> None:
     """Print a table row for each part, then the machine's bound."""
-    console = console or Console(width=120, highlight=False)
+    console = console or make_console(width=120)
     table = Table(title=f"{profile.mode}: {profile.requests} requests, ms per request")
     table.add_column("part")
     for column in ("ms", "share", "calls"):
@@ -107,7 +109,7 @@ def print_profile(profile: "Profile", console: Console | None = None) -> None:
 
 def print_quality(quality: "Quality", console: Console | None = None) -> None:
     """Print a table for each model, then comparisons between modes and between models."""
-    console = console or Console(width=160, highlight=False)
+    console = console or make_console(width=160)
     matches = "with matches" if quality.matches else "without matches"
     console.print(f"{quality.data}: {quality.files} files, {matches}, seed {quality.seed}")
     for scores in quality.models:

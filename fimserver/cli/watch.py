@@ -12,11 +12,11 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.text import Text
 
 from fimserver import pipeline
 from fimserver.cli.complete import LOAD_TIMEOUT_S, Target, read_text, to_ghost_line, to_json
+from fimserver.cli.terminal import make_console, plain
 from fimserver.context.query import OtherDocument, Query
 from fimserver.datatypes import Snapshot
 from fimserver.engine.client import EngineClient, EngineOptions
@@ -35,7 +35,7 @@ def watch_file(target: Target, settings: Settings, *, as_json: bool, others: Seq
     Raises ``PositionError`` for a file that cannot be read, ``EngineError`` for a model that does not load.
     """
     engine = EngineClient(EngineOptions().under(settings))
-    console = Console(stderr=True)
+    console = make_console(stderr=True)
     try:
         with console.status("loading the model"):
             engine.start()
@@ -59,18 +59,19 @@ def snapshots_of(target: Target) -> Iterator[Snapshot]:
 
 
 def _texts(path: Path, text: str) -> Iterator[str]:
-    """Return the texts of a file as it changes; wait while it is being replaced."""
-    stamp = None
+    """Return the texts of a file as it changes; wait while it is being replaced, or written: until it stays the same."""
+    read = stamp = None
     while True:
         time.sleep(_POLL_S)
         try:
             status = path.stat()
-            if (new_stamp := (status.st_mtime_ns, status.st_size, status.st_ino)) == stamp:
+            before, stamp = stamp, (status.st_mtime_ns, status.st_size, status.st_ino)
+            if stamp in (read, None) or stamp != before:
                 continue
             new = read_text(str(path))
         except (OSError, PositionError):
             continue  # between an editor's unlink and rename, or half written
-        stamp = new_stamp
+        read = stamp
         if new != text:
             text = new
             yield text
@@ -91,7 +92,7 @@ def _show(outcome: Outcome, target: Target, *, as_json: bool) -> None:
         return
     snapshot = target.snapshot
     above = snapshot.text[: snapshot.cursor].split("\n")[-_LINES_ABOVE - 1 : -1]
-    lines = [Text(line, style="dim") for line in above] + [to_ghost_line(outcome.completion, snapshot)]
+    lines = [Text(plain(line), style="dim") for line in above] + [to_ghost_line(outcome.completion, snapshot)]
     if outcome.completion is None:
-        lines.append(Text(f"(nothing: {outcome.refusal.detail if outcome.refusal else ''})", style="italic"))
-    Console(highlight=False, soft_wrap=True).print(Text("\n").join(lines), "\n")
+        lines.append(Text(plain(f"(nothing: {outcome.refusal.detail if outcome.refusal else ''})"), style="italic"))
+    make_console(soft_wrap=True).print(Text("\n").join(lines), "\n")

@@ -39,7 +39,7 @@ from fimserver.lsp.session import Session
 from fimserver.lsp.usage.tracker import Usage
 from fimserver.paths import config_file, state_folder
 from fimserver.settings import read_config_file
-from fimserver.text import Encoding, LineIndex
+from fimserver.text import Encoding, LineIndex, to_printable
 
 _EXPLAINED = 20  # number of requests
 _logger = logging.getLogger(__name__)
@@ -207,7 +207,7 @@ class FimLanguageServer(LanguageServer):
         """Show a warning, unless it was shown before."""
         if text not in self._warnings_shown:
             self._warnings_shown.add(text)
-            self.window_show_message(lsp.ShowMessageParams(lsp.MessageType.Warning, text))
+            self.window_show_message(lsp.ShowMessageParams(lsp.MessageType.Warning, to_printable(text)))
 
     async def _show_choices(self, text: str, titles: list[str]) -> str | None:
         actions = [lsp.MessageActionItem(title) for title in titles]
