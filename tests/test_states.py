@@ -142,7 +142,7 @@ LINK_EVENTS: dict[str, Callable[[EngineLink], Any]] = {
 
 
 class NoConsent:
-    """Nothing was agreed to, and nobody is told."""
+    """Nothing was agreed to, and no warning is shown."""
 
     def digest_of(self, _folder: str) -> None:
         return None

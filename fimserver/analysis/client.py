@@ -283,7 +283,7 @@ class AnalysisClient:
                 if not self._open and self._process is not None:
                     self._process.end()
                     return_memory()
-                    self._process = None  # who waits for this sees the memory returned
+                    self._process = None  # only now, so that the memory is returned before
                 continue
             if job is None:
                 break

@@ -59,14 +59,15 @@ def snapshots_of(target: Target) -> Iterator[Snapshot]:
 
 
 def _texts(path: Path, text: str) -> Iterator[str]:
-    """Return the texts of a file as it changes; wait while it is being replaced, or written: until it stays the same."""
-    read = stamp = None
+    """Return the texts of a file as it changes; wait while it is being replaced or written, until it stays the same."""
+    read: tuple[int, int, int] | None = None
+    stamp: tuple[int, int, int] | None = None
     while True:
         time.sleep(_POLL_S)
         try:
             status = path.stat()
             before, stamp = stamp, (status.st_mtime_ns, status.st_size, status.st_ino)
-            if stamp in (read, None) or stamp != before:
+            if stamp == read or stamp != before:
                 continue
             new = read_text(str(path))
         except (OSError, PositionError):

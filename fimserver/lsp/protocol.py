@@ -200,7 +200,7 @@ class FimProtocol(LanguageServerProtocol):
         return None
 
     def refuse_body(self) -> None:
-        """Answer a body that is no JSON."""
+        """Answer a body that is not JSON."""
         self._refuse(None, lsp.ErrorCodes.ParseError, "the message is not JSON in UTF-8")
 
     def _execute_handler(

@@ -1,7 +1,7 @@
 """Secrets: how many of invented ones are found, and how many lines of ordinary code are affected.
 
 The rules were written with ``data/secrets.txt``. Of ``data/secrets_second.txt``, which was written independently, they
-found 336 of 450 at first sight; then its misses were used too.
+found 336 of 450 on the first run; then its misses were used too.
 """
 
 import random

@@ -1,4 +1,4 @@
-"""Values from outside that no editor should send: relay and daemon go on, and answer each request once.
+"""Values from outside that no editor should send: relay and daemon answer each request once, and continue.
 
 The relay is a real process with pipes, the daemon is spoken to through its socket; the worker is a fake. Each case has
 a connection of its own, and in the end a completion in a sound document.

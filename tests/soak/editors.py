@@ -75,7 +75,7 @@ _WEIGHTS = {
 }
 _KEPT = re.compile(
     r"runtime/(daemon|start)\.lock|state/(daemon\.log(\.1)?|acceptance\.json|statistics(/\d{4}-\d\d\.json)?)"
-    r"|runtime|state|tmp|tmp/torchinductor_\w+"  # the last is torch's, one for all
+    r"|runtime|state|tmp|cache|cache/libraries(/.*)?"
 )
 
 

@@ -1,7 +1,7 @@
 """Judge whether a value is a secret, or a word of a program, a placeholder, a path.
 
     looks_secret   whether a value that a name calls a secret is one
-    is_random      whether a value is random by itself: a hash or a key, whatever its name
+    is_random      whether a value is random: a hash or a key, whatever its name
     find_random    the ranges of such values in a text
 
 Limits are calibrated on installed packages (``tests/context/test_secrets.py``): of ordinary lines at most 1 in 2,000 is
@@ -99,7 +99,7 @@ class Evidence:
     is_direct: bool
     is_quoted: bool
     is_phrase: bool = False  # the name is that of a passphrase
-    is_shouted: bool = False  # NAME=value of a shell: the value is no name of a program
+    is_shouted: bool = False  # NAME=value of a shell: the value cannot be a name in a program
 
 
 def looks_secret(value: str, evidence: Evidence) -> bool:  # noqa: C901, PLR0911, PLR0912  one line for each kind of value
