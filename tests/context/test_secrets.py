@@ -21,7 +21,7 @@ from fimserver.pipeline import Found, Memory, find
 from fimserver.settings import Settings
 
 DATA = Path(__file__).parents[1] / "data"
-LEAST_FOUND = 0.8  # of a secret's characters: what is left of it does not help anybody
+LEAST_FOUND = 0.8  # of a secret's characters: what is left of it is of no use
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,43 @@ def test_files_outside_the_user_s_folders(tmp_path: Path, monkeypatch: pytest.Mo
     assert opened - set(map(str, (tmp_path, *tmp_path.parents, temporary))) == set()
 
 
+CACHES = """
+import os, tempfile
+from fimserver.cli.main import main
+main(["model", "list", "--json"], standalone_mode=False)
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+print()
+print("\\n".join([cache_dir(), tempfile.gettempdir(), *(v for k, v in os.environ.items() if k.endswith(ENDS))]))
+"""
+
+
+def test_every_cache_of_a_library_is_private(tmp_path: Path) -> None:
+    """In commands too, which import torch: doctor, bench, eval and train all begin in the same function."""
+    ends = (
+        "_CACHE_DIR",
+        "TRITON_HOME",
+        "TORCH_HOME",
+        "MPLCONFIGDIR",
+        "WORKSPACE_BASE",
+        "_EXTENSIONS_DIR",
+        "CACHE_PATH",
+    )
+    program = f"ENDS = {ends}\n{CACHES}"
+    kept = {name: value for name, value in os.environ.items() if not name.endswith(ends)}
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**kept, "FIMSERVER_HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path)},
+    )
+    folders = [Path(line) for line in result.stdout.rpartition("\n\n")[2].splitlines()]
+    assert len(folders) >= len(ends)
+    for folder in folders:
+        assert folder.is_relative_to(tmp_path / "home")
+        assert folder.stat().st_mode & 0o077 == 0
+
+
 def path_of(call: str) -> str | None:
     """Return the path that a line of strace names, absolute."""
     found = re.search(r'\((?:(?:AT_FDCWD|\d+)<([^>]*)>, )?"([^"]*)"', call)

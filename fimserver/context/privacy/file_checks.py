@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from fimserver.context.privacy.ignored import IgnoreRules, is_writable
 from fimserver.datatypes import NoCompletion
 
-_WITHIN_S = 0.1
+_WITHIN_S = 0.5  # a machine under load takes 0.1 s
+_SHORTER = 0.1  # of that, after a file system did not answer: the next file may be on it too
 _MOST_STUCK = 32  # threads that wait for a file system
 
 NO_ANSWER = NoCompletion("file_slow", "the file system does not answer for this file; nothing is read until it does")
@@ -45,6 +46,7 @@ class FileChecks:
 
     rules: IgnoreRules = field(default_factory=IgnoreRules)
     within_s: float = _WITHIN_S
+    _is_slow: bool = False
     _waiting: dict[tuple[str, bool], _Question] = field(default_factory=dict)  # for a file system
     _questions: "queue.SimpleQueue[_Question | None] | None" = None  # of the thread that answers
 
@@ -57,7 +59,9 @@ class FileChecks:
                 return FileFacts(NO_ANSWER, is_writable=True)
             del self._waiting[key]
         question = _Question(uri, with_git)
-        if not self._ask(question) or not question.answered.wait(self.within_s):
+        within_s = self.within_s * (_SHORTER if self._is_slow else 1.0)
+        self._is_slow = not self._ask(question) or not question.answered.wait(within_s)
+        if self._is_slow:
             self._waiting[key] = question
             if self._questions is not None:  # the thread ends when it has its answer
                 self._questions.put(None)
