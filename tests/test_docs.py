@@ -49,6 +49,14 @@ def test_the_number_of_languages_is_right(name: str) -> None:
     assert re.findall(r"syntax of (\d+) languages", text) == [str(len(LANGUAGES))]
 
 
+def test_every_test_of_a_security_promise_exists() -> None:
+    text = (ROOT / "fimserver" / "docs" / "security.md").read_text(encoding="utf-8")
+    files = set(re.findall(r"`((?:tests|editors)/[\w/.]+)`", text))
+    assert len(files) >= 15
+    for file in files:
+        assert (ROOT / file).exists(), file
+
+
 def test_files_for_contributors_exist() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     files = set(re.findall(r"`((?:fimserver|tests|editors)/[\w/.]+)`", text))
