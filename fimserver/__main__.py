@@ -36,6 +36,10 @@ def _parse(arguments: list[str]) -> dict[str, object] | None:
         value = value if equals else rest.pop(0)
         if name == "--threads" and not value.isdigit():
             return None
+        if name == "--model":
+            from fimserver.paths import to_absolute  # noqa: PLC0415
+
+            value = to_absolute(value)
         values[_SETTINGS[name]] = int(value) if name == "--threads" else value
     return values if not values or _is_good(values) else None
 

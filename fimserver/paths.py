@@ -97,6 +97,14 @@ def _temporary_folder(suffix: str) -> Path:
     return Path(os.environ.get("TMPDIR") or "/tmp") / f"fimserver-{os.getuid()}{suffix}"  # noqa: S108  make_private
 
 
+def to_absolute(name: str) -> str:
+    """Return a path that begins with a dot as an absolute one, since other processes run in other folders.
+
+    Other names stay: a repository could have a folder of the same name as a model.
+    """
+    return os.path.abspath(name) if name.startswith(("./", "../", ".\\", "..\\")) else name  # noqa: PTH100
+
+
 def use_private_caches() -> None:
     """Let libraries keep their caches and temporary files in folders of ours, which only the user can enter.
 

@@ -262,7 +262,7 @@ def stats(days: int | None, as_json: bool, as_html: bool, write: Path | None, fo
     if days is not None:
         found = found.since((today - timedelta(days - 1)).isoformat())
     if as_html and str(write) == "-":
-        echo(to_page(found, today), nl=False)
+        sys.stdout.write(to_page(found, today))
     elif as_html:
         target = write or make_private(state_folder()) / "statistics.html"
         try:

@@ -9,6 +9,7 @@ Knows:  the daemon's answers, the terminal.  Never: LSP.
 
 import json
 import platform
+import re
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -30,6 +31,8 @@ from fimserver.text import to_printable
 
 LOAD_TIMEOUT_S = 300.0
 NO_DAEMON = "no daemon is running, so there are no requests to explain; open a file in an editor to start it"
+# what json leaves as it is, and a terminal does not show
+_UNSEEN = re.compile(r"[\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]")
 _HIDDEN = "hidden: it names a path"
 _Records = list[dict[str, Any]]
 
@@ -119,7 +122,8 @@ def to_report(*, with_code: bool) -> str:
             record["request"]: (ask("replay", request=record["request"]) or {}).get("replay") for record in records
         }
         report["asked"] = {request: replay for request, replay in asked.items() if replay is not None}
-    return json.dumps(report, indent=2, ensure_ascii=False)
+    text = json.dumps(report, indent=2, ensure_ascii=False)
+    return _UNSEEN.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def _without_names(text: str) -> str:

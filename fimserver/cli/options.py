@@ -18,7 +18,7 @@ import click
 from fimserver.checkpoints.known import shipped_names
 from fimserver.cli.terminal import echo, make_console
 from fimserver.errors import FimserverError, SettingsError
-from fimserver.paths import config_file
+from fimserver.paths import config_file, to_absolute
 from fimserver.settings import MODES, Settings, parse_settings, read_config_file, to_wire_name
 from fimserver.text import to_printable
 
@@ -59,6 +59,8 @@ def decoding_options(command: Any) -> Any:
 def to_overrides(options: dict[str, Any]) -> dict[str, Any]:
     """Return the given options by the wire names of their settings. Raises ``UsageError`` for a wrong value."""
     values = _wire_values(options)
+    if "model" in values:
+        values["model"] = to_absolute(values["model"])
     _parse(values, Settings())
     return values
 

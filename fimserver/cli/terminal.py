@@ -25,9 +25,9 @@ def plain(text: str) -> str:
     return "\n".join("\t".join(map(to_printable, line.split("\t"))) for line in text.split("\n"))
 
 
-def echo(text: object = "", *, err: bool = False, nl: bool = True) -> None:
+def echo(text: object = "", *, err: bool = False) -> None:
     """Print a text to standard output, or to stderr."""
-    click.echo(plain(str(text)), err=err, nl=nl)
+    click.echo(plain(str(text)), err=err)
 
 
 def make_console(**options: Any) -> "Console":

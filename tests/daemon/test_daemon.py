@@ -314,6 +314,13 @@ def test_the_first_step_reads_its_options(arguments: list[str]) -> None:
     assert _parse(arguments) is not None
 
 
+def test_a_folder_that_begins_with_a_dot_is_the_one_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other processes run elsewhere; any other name could be a folder of the repository that is open."""
+    monkeypatch.chdir(tmp_path)
+    assert _parse(["--model", "./copied"]) == {"model": str(tmp_path / "copied")}
+    assert _parse(["--model=copied"]) == {"model": "copied"}
+
+
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["--no-daemon"], ["--threads", "x"], ["--threads"], ["--device", "gpu"], ["x"]]
 )
