@@ -7,8 +7,11 @@ Knows:  the environment, platformdirs.  Never: what the files contain.
 
 import errno
 import os
+import shutil
 import stat
 import sys
+import threading
+import time
 import warnings
 import zlib
 from contextlib import suppress
@@ -34,6 +37,7 @@ _LIBRARY_FOLDERS = {
     "NUMBA_CACHE_DIR": "numba",
     "MPLCONFIGDIR": "matplotlib",
 }
+_KEPT_S = 7 * 24 * 3600.0  # of temporary files
 _LONGEST_SOCKET_NAME = 99  # bytes; systems allow 103 to 107
 
 
@@ -113,19 +117,37 @@ def use_private_caches() -> None:
     """
     import tempfile  # noqa: PLC0415  the relay does not need it
 
-    try:
-        folder = make_private(make_private(cache_folder()) / "libraries")
-    except PathError:  # the home folder is read-only, for instance
-        folder = make_private(make_private(runtime_folder()) / "libraries")
+    folder = _make_library_folder()
+    given = {variable for variable in _LIBRARY_FOLDERS if os.environ.get(variable)}
     for variable, name in _LIBRARY_FOLDERS.items():
-        if not os.environ.get(variable):
+        if variable not in given and not (variable == "TRITON_CACHE_DIR" and "TRITON_HOME" in given):
             os.environ[variable] = str(make_private(folder / name))
     tempfile.tempdir = str(make_private(folder / "temporary"))
+    oldest = time.time() - _KEPT_S
+    for left in Path(tempfile.tempdir).iterdir():  # by a process that was killed
+        with suppress(OSError):
+            if left.lstat().st_mtime < oldest:
+                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+
+
+def _make_library_folder() -> Path:
+    """Return a folder that can be written: in the cache, or among the sockets if the home folder is read-only."""
+    for parent in (cache_folder, runtime_folder):
+        try:
+            folder = make_private(make_private(parent()) / "libraries")
+            probe = folder / f"probe.{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except (PathError, OSError):
+            continue
+        return folder
+    msg = f"neither {cache_folder()} nor {runtime_folder()} can be written; set {HOME_VARIABLE} to a writable folder"
+    raise PathError(msg)
 
 
 def write_private(path: Path, text: str) -> None:
     """Replace a file atomically, readable by its owner only. Raises ``OSError``."""
-    new = path.with_name(f"{path.name}.{os.getpid()}")
+    new = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
     with suppress(FileNotFoundError):
         new.unlink()
     file = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

@@ -13,11 +13,11 @@ import gc
 from contextlib import suppress
 
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
-_LARGE_BYTES = 2**20
+_LARGE_BYTES = 2**18
 
 
 def map_large_blocks() -> None:
-    """Give each block of 1 MB and more pages of its own, which are returned when it is freed.
+    """Give each block of 0.25 MB and more pages of its own, which are returned when it is freed.
 
     By default the C library raises this limit to 32 MB when it first frees such a block. From then on texts of some MB
     are put between small objects, and their gaps stay.

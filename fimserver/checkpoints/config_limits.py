@@ -37,6 +37,8 @@ _LARGEST = {
     "pooling_kernel_size": 2**12,
     "position_embedding_size": 2**20,
 }
+# Where exporters write 0 or -1 for a part that a model does not have.
+_LEAST = {"num_experts": 0, "top_k_experts": 0, "moe_intermediate_size": 0, "sliding_window": -1}
 _LARGEST_FLOATS = {"rms_norm_eps": 1.0, "rope_theta": 1e12, "partial_rotary_factor": 1.0}  # all above 0
 _LARGEST_INTEGER = 2**53
 _DEEPEST = 16  # objects in objects
@@ -67,14 +69,17 @@ def _check_value(key: str, value: Any, place: str, depth: int) -> None:
     elif isinstance(value, list):
         for element in value:
             _check_value("", element, place, depth + 1)
-    most = _LARGEST.get(key)
-    if most is not None and value is not None and not (type(value) is int and 0 < value <= most):
-        msg = f"{place} is {_show(value)}; it has to be a whole number from 1 to {most}: {_COPY}"
+            if key in _LARGEST:
+                _check_value(key, element, place, depth + 1)
+    most, least = _LARGEST.get(key), _LEAST.get(key, 1)
+    is_size = type(value) is int and most is not None and least <= value <= most
+    if most is not None and value is not None and not isinstance(value, list) and not is_size:
+        msg = f"{place} is {_show(value)}; it has to be a whole number from {least} to {most}: {_COPY}"
         raise WeightsError(msg)
     most_float = _LARGEST_FLOATS.get(key)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if most_float is not None and value is not None and not (is_number and 0 < value <= most_float):
-        msg = f"{place} is {_show(value)}; it has to be a number above 0, at most {most_float:g}: {_COPY}"
+    if most_float is not None and value is not None and not (is_number and 0 <= value <= most_float):
+        msg = f"{place} is {_show(value)}; it has to be a number from 0 on, at most {most_float:g}: {_COPY}"
         raise WeightsError(msg)
     if is_number and not (math.isfinite(value) if isinstance(value, float) else abs(value) <= _LARGEST_INTEGER):
         what = "an integer of many digits" if isinstance(value, int) else _show(value)

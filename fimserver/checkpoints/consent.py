@@ -16,11 +16,13 @@ contains: JSON and text files, the weights' sizes and headers. The process that 
 Knows:  names of models, folders, the state folder.  Never: LSP, weights.
 """
 
+import errno
 import hashlib
 import json
 import logging
 import os
 import stat
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -37,8 +39,12 @@ CHANGED = "the model folder has changed since you agreed to it"
 _MOST = 500
 _MOST_BYTES = 64 * 2**20  # of a file that is not weights
 _HEADER_BYTES = 2**20  # of weights: their tensors' names and shapes; of a large model they take 0.3 MB
-_MOST_FILES = 10_000
+_MOST_FILES = 500
 _WEIGHTS = (".safetensors", ".gguf")
+_LOADED = (*_WEIGHTS, ".json", ".jinja", ".model", ".txt")
+MISSING = "missing"
+NOT_AGREED = "not agreed"  # equal to no digest
+_changing = threading.Lock()  # a change reads the file and writes it
 _logger = logging.getLogger(__name__)
 
 
@@ -74,32 +80,36 @@ def is_elsewhere(model: str) -> bool:
 
 
 def content_digest(folder: Path) -> str:
-    """Return a text that changes when a folder's model does; also for a folder that is missing or unreadable.
+    """Return a text that changes when a folder's model does; ``MISSING`` without a folder.
 
-    Weights count with their size and the beginning of each file, other files whole. Folders in it are not read.
+    Only files that can be loaded count: weights with their size and beginning, others whole. Raises ``OSError`` if one
+    cannot be read, or if there are too many.
     """
     digest = hashlib.sha256()
-    try:
-        paths = sorted(folder.iterdir())[:_MOST_FILES]
-    except OSError as error:
-        return f"unreadable: {type(error).__name__}"
+    if not folder.is_dir():
+        return MISSING
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in _LOADED)
+    if len(paths) > _MOST_FILES:
+        raise OSError(errno.EFBIG, f"it has more than {_MOST_FILES} files")
     for path in paths:
-        try:
-            file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
-            with os.fdopen(file, "rb") as stream:
-                found = os.fstat(file)
-                if stat.S_ISREG(found.st_mode):
-                    head = stream.read(_HEADER_BYTES if path.suffix in _WEIGHTS else _MOST_BYTES)
-                    digest.update(f"{path.name}\0{found.st_size}\0".encode("utf-8", "surrogatepass"))
-                    digest.update(hashlib.sha256(head).digest())
-        except OSError:
-            digest.update(f"{path.name}\0?".encode("utf-8", "surrogatepass"))
+        digest.update(f"{path.name}\0".encode("utf-8", "surrogatepass"))
+        if stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+            with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as stream:
+                size = os.fstat(stream.fileno()).st_size
+                head = stream.read(_HEADER_BYTES if path.suffix.lower() in _WEIGHTS else _MOST_BYTES)
+            digest.update(f"{size}\0".encode() + hashlib.sha256(head).digest())
     return digest.hexdigest()
 
 
 def check_content(folder: Path, digest: str) -> None:
     """Compare a folder with what was agreed to; an empty digest needs no agreement. Raises ``WeightsError``."""
-    if digest and content_digest(folder) != digest:
+    if not digest:
+        return
+    try:
+        found = content_digest(folder)
+    except OSError as error:
+        found = type(error).__name__
+    if found != digest:
         msg = f"{CHANGED}: {folder}; you are asked again, or run the command fimserver.restart"
         raise WeightsError(msg)
 
@@ -128,7 +138,7 @@ class Agreements:
 
     def find_digest(self, folder: str, workspaces: Sequence[str]) -> str | None:
         """Return the contents that were agreed to of a folder in all of these workspaces, or ``None``."""
-        answers = self._read().values()
+        answers = reversed(self._read().values())  # the last agreement counts, under whatever name
         found = (a.digest for a in answers if a.folder == folder and a.digest and _covers(a.agreed, workspaces))
         return next(found, None)
 
@@ -145,8 +155,12 @@ class Agreements:
 
     def revoke(self, folder: str) -> None:
         """Forget the agreements to a folder: its contents have changed. Raises ``OSError``."""
-        answers = {key: answer for key, answer in self._read().items() if answer.folder != folder}
-        self._write(answers)
+        with _changing:
+            answers = self._read()
+            for answer in answers.values():
+                if answer.folder == folder:
+                    answer.agreed = []
+            self._write(answers)
 
     def refuse(self, model: str, workspaces: Sequence[str]) -> None:
         """Record the user's refusal. Raises ``OSError``."""
@@ -155,16 +169,18 @@ class Agreements:
     def _change(
         self, model: str, folder: str, digest: str, *, agreed: Sequence[str] = (), refused: Sequence[str] = ()
     ) -> None:
-        answers = self._read()
-        answer = answers.pop(to_key(model), _Answer(folder, digest))
-        if folder and (folder, digest) != (answer.folder, answer.digest):
-            answer = _Answer(folder, digest)  # the earlier agreement was to another folder, or to other contents
-        answer.agreed = [*(name for name in answer.agreed if name not in refused), *agreed][-_MOST:]
-        answer.refused = [*(name for name in answer.refused if name not in agreed), *refused][-_MOST:]
-        answers[to_key(model)] = answer
-        while len(answers) > _MOST:
-            del answers[next(iter(answers))]
-        self._write(answers)
+        with _changing:
+            answers = self._read()
+            answer = answers.pop(to_key(model), _Answer(folder, digest))
+            if folder and (folder, digest) != (answer.folder, answer.digest):
+                # the earlier agreement was to another folder, or to other contents
+                answer = _Answer(folder, digest, refused=answer.refused)
+            answer.agreed = [*(name for name in answer.agreed if name not in refused), *agreed][-_MOST:]
+            answer.refused = [*(name for name in answer.refused if name not in agreed), *refused][-_MOST:]
+            answers[to_key(model)] = answer
+            while len(answers) > _MOST:
+                del answers[next(iter(answers))]
+            self._write(answers)
 
     def _write(self, answers: dict[str, _Answer]) -> None:
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -304,9 +304,9 @@ def _fetch_file(offer: Offer, file: HubFile, blob: Path, report: Callable[[int],
     lock = offer.folder.parent / ".locks" / offer.folder.name / f"{file.blob}.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(lock):
-        if _size_of(blob) == file.num_bytes and _hash(file, blob, report) == file.blob:
+        is_whole = blob.is_file() and blob.stat().st_size == file.num_bytes  # or a link to one: its hash is compared
+        if is_whole and _hash(file, blob, report) == file.blob:
             return  # from an earlier run, another process or another program
-        blob.unlink(missing_ok=True)
         if _size_of(part) is None:
             part.unlink(missing_ok=True)  # a link or a pipe, which is not ours
         try:

@@ -109,7 +109,7 @@ def complete_target(
 
     def get_engine() -> EngineClient:
         with make_console(stderr=True).status("loading the model") as status:
-            engine.listen(lambda _state, detail: status.update(detail))
+            engine.listen(lambda _state, detail: status.update(Text(plain(detail))))
             engine.start()
             engine.wait_until_ready(LOAD_TIMEOUT_S)
         return engine

@@ -9,7 +9,6 @@ Knows:  the daemon's answers, the terminal.  Never: LSP.
 
 import json
 import platform
-import re
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -31,8 +30,6 @@ from fimserver.text import to_printable
 
 LOAD_TIMEOUT_S = 300.0
 NO_DAEMON = "no daemon is running, so there are no requests to explain; open a file in an editor to start it"
-# what json leaves as it is, and a terminal does not show
-_UNSEEN = re.compile(r"[\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]")
 _HIDDEN = "hidden: it names a path"
 _Records = list[dict[str, Any]]
 
@@ -123,7 +120,8 @@ def to_report(*, with_code: bool) -> str:
         }
         report["asked"] = {request: replay for request, replay in asked.items() if replay is not None}
     text = json.dumps(report, indent=2, ensure_ascii=False)
-    return _UNSEEN.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+    lines = text.split("\n")  # characters that a terminal does not show, as JSON's escapes
+    return "\n".join("".join(c if to_printable(c) == c else json.dumps(c)[1:-1] for c in line) for line in lines)
 
 
 def _without_names(text: str) -> str:

@@ -42,17 +42,23 @@ from fimserver.cli.options import (
     with_progress,
 )
 from fimserver.cli.terminal import echo
-from fimserver.errors import FimserverError
+from fimserver.errors import FimserverError, PathError
 from fimserver.paths import use_private_caches
 from fimserver.settings import Settings
+
+_USES_TORCH = {"bench", "eval", "quantize", "train"}  # in this process
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="fimserver")
 def main() -> None:
     """Complete code on your own machine with a text-diffusion model that fills the middle."""
-    with exit_on_error():
+    try:
         use_private_caches()
+    except PathError as error:
+        if click.get_current_context().invoked_subcommand in _USES_TORCH:
+            echo(f"fimserver: {error}", err=True)
+            sys.exit(1)
 
 
 for command in (bench, daemon, evaluate, explain, model, quantize_model, report, stats):

@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from fimserver.checkpoints.known import shipped_names
-from fimserver.cli.terminal import echo, make_console
+from fimserver.cli.terminal import echo, make_console, plain
 from fimserver.errors import FimserverError, SettingsError
 from fimserver.paths import config_file, to_absolute
 from fimserver.settings import MODES, Settings, parse_settings, read_config_file, to_wire_name
@@ -120,11 +120,16 @@ def exit_on_error() -> Iterator[None]:
 
 def with_progress(build: Callable[[Callable[[str, int, int], None]], Any]) -> Any:
     """Run ``build``, which takes minutes, with a progress bar."""
+    from rich.markup import escape  # noqa: PLC0415
     from rich.progress import Progress  # noqa: PLC0415
 
     with Progress(console=make_console(stderr=True), disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("")
-        return build(lambda what, done, total: progress.update(task, description=what, completed=done, total=total))
+        return build(
+            lambda what, done, total: progress.update(
+                task, description=escape(plain(what)), completed=done, total=total
+            )
+        )
 
 
 def run_measurement(

@@ -13,7 +13,7 @@ import time
 from collections import deque
 
 _BEAT_S = 0.002
-_KEPT = 100_000
+_KEPT = 1_000  # the last ones: sorting more for a status would itself hold the loop
 
 
 class LoopWatch:

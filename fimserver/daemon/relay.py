@@ -513,11 +513,12 @@ def _find_fault(message: Mapping[str, Any]) -> tuple[Id | None, int, str] | None
     message_id = message.get("id")
     if message_id is not None and not is_legal_id(message_id):
         return None, _INVALID_REQUEST, "the id of a message has to be a text or a whole number"
-    if "method" in message and not isinstance(message["method"], str):
+    is_answer = message.get("method") is None and ("result" in message or "error" in message)
+    if "method" in message and not isinstance(message["method"], str) and not is_answer:
         return message_id, _INVALID_REQUEST, "the method of a message is not a string"
-    if message.get("jsonrpc") != "2.0" and message_id is not None and "method" in message:
+    if message.get("jsonrpc") != "2.0" and message_id is not None and not is_answer:
         return message_id, _INVALID_REQUEST, 'a message needs "jsonrpc": "2.0"'
-    if message_id is not None and "method" in message and is_deep(message):
+    if message_id is not None and not is_answer and is_deep(message):
         return message_id, _INVALID_REQUEST, "the message is nested too deeply"
     return None
 

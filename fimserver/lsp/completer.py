@@ -169,6 +169,7 @@ class Completer:
                 loop.call_soon_threadsafe(lambda: inflight.on_partial(partial))
 
         try:
+            self._policy.check_consent()  # another window may have chosen another model meanwhile
             turn = Turn(id(self._session), request.snapshot.uri, request.invoked)
             pending = self._engine.complete(context, sampling, on_partial=on_partial, turn=turn)
         except EngineError as error:

@@ -32,7 +32,7 @@ from typing import Any
 from lsprotocol import types as lsp
 from pygls.lsp.server import LanguageServer
 
-from fimserver.checkpoints.consent import CHANGED, is_installed
+from fimserver.checkpoints.consent import CHANGED, NOT_AGREED, is_installed
 from fimserver.datatypes import NoCompletion
 from fimserver.engine.client import EngineClient, EngineOptions, EngineState
 from fimserver.lsp.configuration import RESTART_COMMAND, Configuration, ConsentPrompt
@@ -132,6 +132,7 @@ class EngineLink:
             self._state.move(LinkState.CHOSEN)
         elif self._state.state is LinkState.FOLLOWING:
             self._state.move(LinkState.ADOPTING)
+            self._configuration.reread()  # an agreement may have ended in another window
             self.apply_settings()
 
     def apply_settings(self) -> None:
@@ -156,6 +157,7 @@ class EngineLink:
 
     def restart(self) -> None:
         """Replace the engine by one with the settings as they are now; open requests wait for it."""
+        self._configuration.reread()
         self._on_restart()
         self._settled.clear()
         self.engine.restart(self._options())
@@ -175,7 +177,7 @@ class EngineLink:
     def check_consent(self) -> None:
         """Raise ``RefusedError`` if the engine's model was agreed to in other windows only."""
         model, now = self.engine.options.model, time.monotonic()
-        if self.owns_engine or model == self._configuration.settings.model or model in self._configuration.own_models:
+        if self.owns_engine or not self.engine.options.digest:  # its own, or one that needs no agreement
             return
         if self._may_use is None or self._may_use[0] != model or now > self._may_use[1]:
             self._may_use = model, now + _CONSENT_S, self._consent.may_use(model)
@@ -234,7 +236,7 @@ class EngineLink:
         options = self.engine.options.under(self._configuration.settings)
         if options.model in self._configuration.own_models or is_installed(options.model):
             return options
-        return replace(options, digest=self._consent.digest_of(options.model) or "")
+        return replace(options, digest=self._consent.digest_of(options.model) or NOT_AGREED)
 
     def _differences(self) -> list[str]:
         """Return a sentence for each setting that differs in the running engine."""
@@ -268,8 +270,10 @@ class EngineLink:
         else:
             self._settled.set()
         self.send_status(state, detail)
-        if state is EngineState.FAILED and CHANGED in detail and self._state.state in _DECIDES:
-            self.on_changed(self.engine.options.model)
+        if state is EngineState.FAILED and CHANGED in detail:
+            model = self.engine.options.model
+            if model == self._configuration.settings.model:
+                self.on_changed(model)
         if state is EngineState.FAILED:
             message = f"fimserver gives no completions: {detail}"
             self._server.window_show_message(lsp.ShowMessageParams(lsp.MessageType.Error, message))

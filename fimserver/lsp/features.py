@@ -122,6 +122,10 @@ def _register_own(server: FimLanguageServer) -> None:
         if isinstance(trusted, bool):
             server.apply_settings(server.configuration.set_trust(trusted=trusted))
 
+    @server.feature(lsp.WORKSPACE_DID_CHANGE_WORKSPACE_FOLDERS)
+    def did_change_folders(_params: lsp.DidChangeWorkspaceFoldersParams) -> None:
+        server.apply_settings(server.configuration.reread())  # a model was agreed to in some folders only
+
 
 def _register_copilots(server: FimLanguageServer) -> None:
     """Register notifications that clients of Copilot's server send, under Copilot's names."""

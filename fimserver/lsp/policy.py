@@ -98,7 +98,7 @@ class RequestPolicy:
 
     async def wait_until_due(self, request: Request, found: FoundHole) -> None:
         """Wait for the engine (invoked) or for a pause in typing (automatic)."""
-        self._link.check_consent()
+        self.check_consent()
         self._link.wake()
         if not request.invoked:
             if self._engine.state in (EngineState.STOPPED, EngineState.LOADING):
@@ -111,6 +111,10 @@ class RequestPolicy:
                     await asyncio.wait_for(request.ended.wait(), pause_s)
         if self._engine.state is not EngineState.READY:
             await unless_ended(request, self._link.wait_until_ready())
+
+    def check_consent(self) -> None:
+        """Raise ``RefusedError`` if this window did not agree to the engine's model, which may be another one now."""
+        self._link.check_consent()
 
     def _pause_s(self) -> float:
         chosen_ms = self._session.settings.debounce_ms

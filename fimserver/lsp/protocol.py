@@ -151,8 +151,8 @@ class FimProtocol(LanguageServerProtocol):
             name = found[1] if found else "error"
             text = f"fimserver failed on this request ({name}); its log says where: fimserver daemon logs"
             error = lsp.ResponseError(error.code, text)
-        if error is not None and self._initialize_id is not None and msg_id == self._initialize_id:
-            self._initialized = False  # the editor may send another
+        if self._initialize_id is not None and msg_id == self._initialize_id:
+            self._initialized = error is None  # after an error the editor may send another
             self._initialize_id = None
         super()._send_response(msg_id, result, error)
 
@@ -329,7 +329,7 @@ def _find_fault(data: dict[str, Any]) -> tuple[lsp.ErrorCodes, str] | None:
     text = ""
     if message_id is not None and not is_legal_id(message_id):
         text = "the id of a message has to be a text or a whole number"
-    elif "method" in data and not isinstance(method, str):
+    elif "method" in data and not isinstance(method, str) and not _is_answer(data):
         text = "the method of a message is not a string"
     elif data.get("jsonrpc") != _VERSION:
         text = f'a message needs "jsonrpc": "{_VERSION}"'
@@ -338,6 +338,11 @@ def _find_fault(data: dict[str, Any]) -> tuple[lsp.ErrorCodes, str] | None:
     elif method in _NOTIFICATIONS and message_id is not None:
         text = f"{method} is a notification, which has no id"
     return (lsp.ErrorCodes.InvalidRequest, text) if text else None
+
+
+def _is_answer(data: dict[str, Any]) -> bool:
+    """Return whether an object is an answer; some clients write its absent method as null."""
+    return data.get("method") is None and ("result" in data or "error" in data)
 
 
 def _drop_null_ranges(message: dict[str, Any]) -> None:

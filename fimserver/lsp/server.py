@@ -194,6 +194,8 @@ class FimLanguageServer(LanguageServer):
         """Ask about a model folder whose contents are not those that the user agreed to."""
         self.consent.revoke(folder)
         self.apply_settings(self.configuration.reread())
+        if self.engine.state is EngineState.FAILED:  # another window decides, but this one has started it
+            self.link.restart()
 
     def workspaces(self) -> list[str]:
         """Return the URIs of the open folders."""

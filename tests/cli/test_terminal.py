@@ -12,6 +12,7 @@ import fimserver.cli
 from fimserver.checkpoints.installed import record_file
 from fimserver.cli import explain, model
 from fimserver.cli.doctor import run_checks
+from fimserver.cli.options import with_progress
 from fimserver.cli.terminal import echo, make_console, plain
 from fimserver.settings import Settings
 
@@ -109,6 +110,20 @@ def test_a_report_hides_whole_paths(detail: str, monkeypatch: pytest.MonkeyPatch
     report = explain.to_report(with_code=False)
     for word in ("mine", "really", "all", "my files", "gitignore", "x y", "c d", "secret name"):
         assert not re.search(rf"\b{word}\b", report.replace("allowed", "")), word
+
+
+def test_progress_shows_names_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with_progress(lambda report: report("model[/x]\x1b[2J[id].safetensors", 1, 2))
+    assert "\x1b[2J" not in capsys.readouterr().err
+
+
+def test_a_report_is_json_on_the_terminal_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {**record("x"), "detail": "a\u00a0b\x7f\U000e0041 \u65e5\u672c"}
+    monkeypatch.setattr(explain, "ask", lambda *_a, **_k: {"records": [found]})
+    monkeypatch.setattr(explain, "read_status", dict)
+    shown = plain(explain.to_report(with_code=False))
+    assert json.loads(shown)["requests"][0]["detail"] == found["detail"]
+    assert "\u65e5\u672c" in shown
 
 
 def test_every_command_prints_through_the_terminal_module() -> None:

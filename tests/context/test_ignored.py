@@ -12,7 +12,8 @@ from fimserver.context.privacy.file_checks import FileChecks
 from fimserver.context.privacy.ignored import IgnoreRules
 from fimserver.context.privacy.patterns import IgnorePatterns, TooCostlyError, Work
 
-NAMES = ["a", "b", "ab", "ba", "abb", "a.b", "a b", "[a]", "x/a", "x/ab", "x/y/a", "x/y/ab", "a/b", "a/b/a", "b/x/y/ba"]
+NAMES = ["a", "b", "ab", "ba", "abb", "a.b", "a b", "[a]", "x/a", "x/ab", "x/y/a", "x/y/ab", "a/b", "a/b/a", "b/x/y/ba",
+    "a/c/b", "ab/b", "a/c/d/b", "x/a/c/b", "\u00e9", "\u00e9x"]  # fmt: skip
 PIECES = ["a", "b", "x", "y", "*", "**", "?", "/", "[ab]", "[!a]", "[^b]", "[a-y]", "[[:alpha:]]", "\\", ".", "ab", " "]
 
 
@@ -60,6 +61,7 @@ def test_patterns_say_what_git_says(repository: Path, seed: int) -> None:
         "a/**/b\n", "**/a/b\n", "a/**\n", "/a\n", "x/\n!x/a\n", "*\n!a\n!x\n", "a\\ b\n", "a b  \n", "\\!a\n", "#a\n",
         "\\[a\\]\n", "[\n", "a[\n", "[]a]\n", "[!]a]\n", "[a-\n", "/\n", "//\n", "**\n", "**/\n", "***\n", "a**b\n",
         "\\\n", "a\\\n", "[[:digit:]]\n", "[[:none:]]\n", "[b-a]\n", "a\r\n", "\ufeffa\n", "?\n", "x/*\n", "x/**/a\n",
+        "a**/b\n", "***/a\n", "a\\/b\n", "??\n", "x/a**/b\n", "[!a]\n", "\u00e9\n", "[\u00e0-\u00fc]x\n", "x**/*/a\n",
     ],
 )  # fmt: skip
 def test_unusual_patterns_say_what_git_says(repository: Path, lines: str) -> None:
@@ -176,6 +178,19 @@ def test_an_answer_that_comes_late_counts() -> None:
     while checks.check(uri, with_git=True).refusal is not None:
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_slow_file_system_is_served_by_its_last_answer() -> None:
+    """An answer that comes late is not thrown away: each check takes longer than is waited for."""
+    rules = _Stalled()
+    rules.seconds = 0.3
+    checks = FileChecks(rules, within_s=0.05)
+    uri = "file:///mnt/stalled/a.py"
+    assert checks.check(uri, with_git=True).refusal is not None
+    time.sleep(0.6)
+    for _ in range(5):
+        assert checks.check(uri, with_git=True).refusal is None
+        time.sleep(0.1)
 
 
 def test_many_files_that_do_not_answer_leave_the_others_alone(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_secrets_are_found(group: str) -> None:
 
 def test_most_of_the_second_list_is_found() -> None:
     missed = [case.text for case in SECOND if case.share_found < LEAST_FOUND]
-    assert len(missed) <= 0.125 * len(SECOND), missed  # values of letters alone, and without any name
+    assert len(missed) <= 0.15 * len(SECOND), missed  # values of letters alone, and without any name
 
 
 def test_harmless_lines_stay() -> None:
@@ -124,7 +124,9 @@ def test_no_secret_is_offered_from_another_tab() -> None:
         "sk-", "eyJ", "-----BEGIN RSA PRIVATE KEY-----\n", "Authorization: Basic ", "://a:", "curl -u ", "mysql -p",
         "docker login -p ", "credentials(", "login('", "token\n", "token:\n", "token = (\n'", "api key ", "MIIE",
         "0123456789abcdef", "a:5432:b:c:\n", "1234567:A", "echo 'a:b' | ", "sig=", 'r#"token', 'token """', "Ab1/",
-        "password" + " " * 300 + "\n", "token,\n", "password\\\n",
+        "password" + " " * 300 + "\n",
+        "<password>" + " " * 900,
+        "password = " + "1." * 2_900 + "\n", '"password", ', "token,\n", "password\\\n",
     ],
 )  # fmt: skip
 def test_no_text_takes_long(text: str) -> None:
@@ -137,6 +139,25 @@ def test_no_text_takes_long(text: str) -> None:
         times.append(time.process_time() - begin)
     assert times[1] < 1.0
     assert times[1] < 100 * max(times[0], 0.002)
+
+
+def test_masking_again_changes_nothing() -> None:
+    for case in (*SECRETS, *SECOND, *HARMLESS):
+        masked = mask(case.text)
+        assert mask(masked) == masked
+
+
+@pytest.mark.parametrize(
+    ("before", "text"),
+    [
+        ("", "/" * 60), ("", "+" * 50), ("", "AbstractSingletonProxyFactoryBeanConfigurationTest"),
+        ("", "/home/user/projects/fimserver/context/privacy/redaction"), ("sqlite3.connect(", '"app-v2.db")'),
+        ("", "src/components/authentication/forms/LoginFormContainer"), ("$token = ", "Str::random(60);"),
+        ("docker run -p ", "27017:27017 mongo"), ("jwt.decode(token, ", 'options={"verify_signature": False})'),
+    ],
+)  # fmt: skip
+def test_ordinary_completions_are_offered(before: str, text: str) -> None:
+    assert not reveals(before, text)
 
 
 def test_random_values() -> None:

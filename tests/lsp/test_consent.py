@@ -8,6 +8,7 @@ import stat
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from fimserver.checkpoints.consent import (
     ANYWHERE,
     CHANGED,
     FILE_NAME,
+    NOT_AGREED,
     Agreements,
     check_content,
     content_digest,
@@ -28,7 +30,7 @@ from fimserver.checkpoints.consent import (
 )
 from fimserver.checkpoints.installed import record_file
 from fimserver.checkpoints.known import SHIPPED_MODELS
-from fimserver.engine.client import EngineState
+from fimserver.engine.client import EngineClient, EngineOptions, EngineState
 from fimserver.engine.worker import load_engine
 from fimserver.errors import WeightsError
 from fimserver.lsp.configuration import Configuration
@@ -352,6 +354,63 @@ def test_the_user_is_asked_again_about_replaced_contents(home: Path, model: Path
             assert one.server.configuration.refused_model == str(model)
 
     asyncio.run(scenario())
+
+
+def test_a_window_that_takes_over_asks_again_too(home: Path, model: Path, tmp_path: Path) -> None:
+    """Its settings are older than the end of the agreement in the other window."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(CHECKING_WORKER)
+
+    async def scenario() -> None:
+        agreements = Agreements(home / "state" / FILE_NAME)
+        agreements.agree(str(model), [HERE])
+        engine = EngineClient(EngineOptions(command=(sys.executable, "-P", str(worker))))
+        async with connection(engine) as second:
+            async with connection(engine) as first:
+                first.server.decide()
+                for one in (first, second):
+                    await one.initialize({"model": str(model)}, folders=[HERE])
+                await wait_until(lambda: is_in(engine, EngineState.READY))
+                (model / "config.json").write_text("{}")
+                agreements.revoke(str(model))
+            second.server.decide()
+            await wait_until(lambda: is_in(engine, EngineState.READY))
+            assert engine.options.model == "tiny"
+            await second.request("workspace/executeCommand", {"command": "fimserver.restart", "arguments": []})
+            assert engine.options.model == "tiny"
+        engine.close()
+
+    asyncio.run(scenario())
+
+
+def test_without_an_agreement_no_folder_is_loaded(home: Path, model: Path) -> None:
+    with pytest.raises(WeightsError, match=CHANGED):
+        check_content(model, NOT_AGREED)
+    with pytest.raises(WeightsError, match=CHANGED):
+        check_content(home / "none", content_digest(model))
+
+
+def test_agreements_of_several_windows_at_once_are_all_kept(tmp_path: Path, folder: Path) -> None:
+    path = tmp_path / "state" / FILE_NAME
+    names = [f"file:///{i}" for i in range(40)]
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda name: Agreements(path).agree(str(folder), [name]), names))
+    assert Agreements(path).find_folder(str(folder), names) == str(folder)
+
+
+def test_many_files_and_folders_end_no_digest(model: Path) -> None:
+    before = content_digest(model)
+    for number in range(200):
+        (model / f"folder{number}").mkdir()
+    descriptors = Path("/proc/self/fd")
+    num_open = len([*descriptors.iterdir()]) if descriptors.exists() else 0
+    assert content_digest(model) == before
+    if num_open:
+        assert len([*descriptors.iterdir()]) == num_open
+    for number in range(600):
+        (model / f"{number}.json").touch()
+    with pytest.raises(OSError, match="more than"):
+        content_digest(model)
 
 
 CHECKING_WORKER = f"""

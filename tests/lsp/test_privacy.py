@@ -172,10 +172,18 @@ PRIVATE = words(
     ".git-credentials credentials credentials.json secrets.yaml app-secret.properties .aws/credentials .aws/config "
     ".kube/config .docker/config.json .cargo/credentials.toml service-account.json my_service_account-1.json "
     "client_secret_1.json terraform.tfstate terraform.tfstate.backup id_rsa id_ecdsa_sk id_rsa.bak id_ed25519-old "
+    "terraform.tfvars prod.auto.tfvars.json kubeconfig kubeconfig-prod.yaml .config/gh/hosts.yml "
+    ".azure/accessTokens.json .dev.vars .bash_history .python_history .psql_history wp-config.php auth.json "
+    "server.key.bak a.pem.old "
+    "secrets/x.txt config/secrets/db.yml .secrets/token ConsoleHost_history.txt .ssh/a%0Ab "
     ".ssh/id_work .ssh/config .gnupg/trustdb a.pem a.key a.jks a.keystore a.keytab a.ppk a.p12 a.kdbx a.ovpn"
 )
 PUBLIC = words(
     "env.py environment.ts secrets.py credentials.rs secret_santa.py token.go config.json kube/config.py keys.py "
+    "src/secrets/index.ts app/Secrets/SecretsController.cs internal/secrets/vault.go .azure/pipelines/ci.yml "
+    "kubeconfig.go "
+    "pkg/kubeconfig/kubeconfig_test.go locales/en/auth.json i18n/key.json locales/de/secrets.json id_rsa.go .env.d.ts "
+    ".env.example wp-config-sample.php id_ed25519.pub example.tfvars include/shadow .environment "
     "id_rsa_reader.py docker/config.json ssh/client.c account.json .gitignore .editorconfig tfstate.go README.md"
 )
 

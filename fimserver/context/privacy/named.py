@@ -18,14 +18,14 @@ from fimserver.context.languages.table import words
 from fimserver.context.privacy.values import Evidence, looks_secret
 
 _STEMS = (
-    *("pass", "pwd", "pw", "secret", "token", "credential", "key", "auth", "dsn", "webhook", "psk", "salt", "mnemonic"),
+    *("pass", "pwd", "pw", "secret", "token", "credential", "key", "auth", "dsn", "webhook", "psk", "salt"),
     *("kennwort", "contrase\u00f1a", "contrasena", "senha", "wachtwoord", "parola"),
 )
 # What has to stand before ``key`` and may stand before ``pass`` without a sign between them.
 _KEYS = tuple(
     words(
         "api access account private auth signing sign encryption encrypt decryption validation secret master license "
-        "licence storage subscription client session jwt hmac ssh shared service admin deploy consumer app security aws"
+        "licence subscription client session jwt hmac ssh shared service admin deploy consumer app security aws"
     )
 )
 _OWNERS = tuple(
@@ -45,8 +45,14 @@ _OTHERS = words(
     "mismatch invalid missing ref reference references arn store storage handler middleware backend event events "
     "callback function func chars characters alphabet symbols charset env var variable variables users user "
     "through thru port fail failed percent rate color colour primary"
+    " tag tags event colors colours bg fg border level santa lexer classes rows width height end begin start"
 )
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+# Public keys; tokens of design, of pages and of lexers. Passes of renderers and compilers.
+_OF_OTHERS = re.compile(
+    r"(?i)public|(?:colou?r|page|next|prev\w*|design|syntax|css|style|lexer|stop|eos|bos|pad|cancel\w*)[_-]?$"
+)
+_PASSES = re.compile(r"(?i)(?:render|boarding|shader|compile[rd]?|opt|test|first|second|multi)[_-]?$")
 # get_password("a service") gives a name, no secret
 _GETTER = re.compile(
     r"(?i)(?:^|[._])(?:get|fetch|find|load|read|check|verify|validate|has|is|reset|change|forgot|hash)_?$"
@@ -81,9 +87,12 @@ _GAP = 200  # characters in which a literal has to begin
 _OPENING = re.compile(r"\"\"\"|\'\'\'|r(#{1,3})\"|R\"\(|\\?[\"'`]|%w\[|~[sS]\(")
 _CLOSINGS = {'R"(': ')"', "%w[": "]", "~s(": ")", "~S(": ")"}
 _BRACKETS = re.compile(r"\[[^\[\]]*\]|\{[^{}]*\}")
+_DEFAULTS = {"default", "value", "defaultvalue", "default_value", "fallback", "password", "secret", "token", "key"}
 _KEYWORD = re.compile(r"(\w+)\s*[=:]\s*$")
 _CONNECTOR = re.compile(r"[^;]{0,90}")
-_NO_CONNECTOR = re.compile(r"\b(?:and|import|return|print|raise|log\w*|assert)\b|&&|[{}]\s*\w+\s*[({]")
+_NO_CONNECTOR = re.compile(
+    r"\)\s*\.\s*(?!or|get|unwrap|default|to\w*\b(?<!Class)|fetch|ok|expect|into)\w+\(|\b(?:and|import|return|print|raise|log\w*|assert)\b|&&|[{}]\s*\w+\s*[({]"
+)
 _DIRECT = re.compile(
     r"[\w\]\)}\"'`?!]*\s*(?:[Aa][Ss]\s+\w+\s*|TYPE\s+\w+\s+VALUE\s*)?(?::[^=\n\"'`]{1,60})?\s*(?:=>|->|<-|:=|\?=|\?\?=|\|\|=|===?|!==?|\|\||\?\?|\?:|//|[=:,(]|\bto\b|\bor\b|$)?[\s@$&]*"
     r"(?:\w{1,20}\s*[=:]\s*)?"
@@ -108,7 +117,7 @@ _FLOW = re.compile(r"[\"']?\s{0,3}:\s+(?P<value>[^\s\"'`{}\[\],]{6,400})\s*(?=[,
 _SPACED = re.compile(r"[ \t]+(?:\?|:)?=[ \t]+(?P<value>[^\s\"'`{(\[][^\r\n]*)")
 _AFTER_SPACE = re.compile(r"[ \t]+(?:is[ \t]+|of[ \t]+|=[ \t]*)?(?P<value>[^\s\"'`(){}\[\],;=<>]{6,400})(?=[ \t]|$)")
 _BYTES = re.compile(r"[^={\r\n]{0,40}=?\s*\{\s*(?P<value>0x[0-9a-fA-F]{2}(?:\s*,\s*0x[0-9a-fA-F]{2}){7,})")
-_ELEMENT = re.compile(r"[^<>\r\n]{0,80}>(?:</key>\s*<string>)?\s*(?P<value>[^<>\r\n]{6,4000}?)\s*</")
+_ELEMENT = re.compile(r"[^<>\r\n]{0,80}>(?:</key>\s*<string>)?\s*+(?P<value>[^<>\s][^<>\r\n]{5,3999})</")
 _STRING_ELEMENT = re.compile(r"\s*<string>(?P<value>[^<>\r\n]+)</string>")
 _OPTION = re.compile(r"(?:=|[ \t]{1,4})(?P<value>[^\s\"'`<>{}()$][^\s\"'`<>{}()]{5,400})")
 _BEFORE_KEY = re.compile(r"[\w.-]*$")
@@ -121,11 +130,20 @@ _IS_CONFIG = re.compile(
 _CALLS = tuple(
     (hint, re.compile(pattern))
     for hint, pattern in (
-        ("redential", r"\b\w*[cC]redentials?(?:::new)?\("),
+        ("redential", r"\b(?:new |with|set|add|Network|Basic\w*|Http\w*)[cC]redentials?\(|\bCredentials?(?:::new)?\("),
+        ("Credential(", r"\b(?:Network|ClientSecret|Basic\w*)Credential\("),
         ("asic", r"\b\w*(?:basic_?auth|BasicAuth|HttpCredentials)\w*\b[( ]"),
-        ("ogin(", r"\blogin\("),
+        ("ogin(", r"\.login\("),
         ("Auth(", r"\b\w+Auth\("),
-        ("onnect", r"\b(?:getConnection|mysqli_connect|mysql_real_connect|pg_connect|connect)\("),
+        ("onnect", r"\b(?:getConnection|mysqli_connect|mysql_real_connect|pg_connect)\("),
+        ("wt.", r"\bjwt\.(?:sign|encode|decode|verify)\("),
+        ("JWT.", r"\bJWT\.(?:sign|encode|decode|verify)\("),
+        ("mac", r"\b(?:hmac\.new|createHmac|hash_hmac)\("),
+        ("Fernet(", r"\bFernet\("),
+        ("ookieParser(", r"\bcookieParser\("),
+        ("KeySpec(", r"\bSecretKeySpec\("),
+        ("WiFi.begin", r"\bWiFi\.begin\("),
+        ("crypt(", r"\bcrypt\("),
         ("bind", r"\bsimple_bind\w*\("),
         ("pw_set(", r"\busername_pw_set\("),
         ("AES.new(", r"\bAES\.new\("),
@@ -137,24 +155,22 @@ _CALLS = tuple(
         ("signWith(", r"\bsignWith\("),
         ("CreateAsync(", r"\bCreateAsync\("),
         ("CookieStore(", r"\bNewCookieStore\("),
-        ("SymmetricKey(", r"\bSymmetricKey\("),
+        ("SymmetricKey(", r"\bSymmetric(?:Security)?Key\("),
+        ("SecurityKey(", r"\bSecurityKey\("),
         ("pgp_sym", r"\bpgp_sym_(?:en|de)crypt\("),
         ("createUser", r"\bcreateUser\b"),
         ("PSK", r"\bPSK\b"),
         ("PDO(", r"\bPDO\("),
-        ("wt.", r"\bjwt\.(?:sign|encode|decode|verify)\("),
-        ("JWT.", r"\bJWT\.(?:sign|encode|decode|verify)\("),
-        ("mac", r"\b(?:hmac\.new|createHmac|hash_hmac)\("),
-        ("Fernet(", r"\bFernet\("),
-        ("ookieParser(", r"\bcookieParser\("),
-        ("KeySpec(", r"\bSecretKeySpec\("),
-        ("WiFi.begin", r"\bWiFi\.begin\("),
-        ("crypt(", r"\bcrypt\("),
         ("ConvertTo-SecureString", r"\bConvertTo-SecureString\b"),
         ("DENTIFIED BY", r"\bIDENTIFIED BY\b"),
         ("setValue(", r"\bsetValue\((?=[^\r\n]{0,200}(?:[Kk]ey|[Aa]uth|[Tt]oken))"),
     )
 )
+_ARGUMENTS_END = re.compile(r"\)\s*[;,.\]}]|\{\s*\w+\s*:|\boptions\s*=")  # or other arguments than a secret
+_ALGORITHM = re.compile(
+    r"(?i)(?:aes|des|rsa|sha|hs|rs|es|md|hmac|pbkdf|blowfish|3des)[-_]?\d[\w-]*|(?:des|aes)3?[a-z0-9]*"
+)
+_FILE = re.compile(r"[\w./-]+\.[a-z]\w{1,7}|[\w-]+://\S+")
 _CHARACTERS = re.compile(r"\"((?:\\.|[^\"\\\r\n])*)\"\.toCharArray\(")
 _GIVEN = Evidence(is_strong=True, is_direct=True, is_quoted=True)
 
@@ -167,16 +183,12 @@ class _Name:
     end: int
     is_strong: bool
     is_phrase: bool = False
+    is_password: bool = True
 
 
 def find_named(text: str) -> Iterator[tuple[int, int]]:
-    """Yield, in order, the ranges of values that are secrets by their name."""
-    found = sorted([*_find_given(text), *_find_assigned(text)])
-    done = 0
-    for start, end in found:
-        if start >= done:
-            done = end
-            yield start, end
+    """Yield, in order, the ranges of values that are secrets by their name; they may overlap."""
+    yield from sorted({*_find_given(text), *_find_assigned(text)})
 
 
 def _find_given(text: str) -> Iterator[tuple[int, int]]:
@@ -186,9 +198,11 @@ def _find_given(text: str) -> Iterator[tuple[int, int]]:
             continue
         for match in pattern.finditer(text):
             end = min(_line_end(text, match.end()), match.end() + _REACH)
-            for _, begin, close in _literals_after(text, match.end(), end):
+            stop = _ARGUMENTS_END.search(text, match.end(), end)
+            for _, begin, close in _literals_after(text, match.end(), stop.end() if stop else end):
                 value = text[begin:close]
-                if not value.isalpha() and looks_secret(value.rpartition(":")[2] or value, _GIVEN):
+                is_other = value.isalpha() or _ALGORITHM.fullmatch(value) or _FILE.fullmatch(value)
+                if not is_other and looks_secret(value.rpartition(":")[2] or value, _GIVEN):
                     yield begin, close
     if "toCharArray" in text:
         for match in _CHARACTERS.finditer(text):
@@ -262,7 +276,10 @@ def _name_at(text: str, at: int, stem: str, line_start: int, line_end: int) -> _
         end += 1
     whole = text[at : at + len("passphrase")].lower()
     before = text[start:at]
-    if "public" in before.lower() or "arn:" in text[max(line_start, start - 90) : start]:
+    is_password = not (stem in {"pass", "pw", "secret"} and not whole.startswith(("passw", "passp", "passc")))
+    if not is_password and _PASSES.search(before):
+        return None
+    if _OF_OTHERS.search(before) or "arn:" in text[max(line_start, start - 90) : start]:
         return None
     begins_word = not before or not before[-1].isalpha() or (text[at].isupper() and before[-1].islower())
     if stem == "key":
@@ -272,7 +289,8 @@ def _name_at(text: str, at: int, stem: str, line_start: int, line_end: int) -> _
     if not begins_word or not _is_word(stem, text[at + len(stem) : end], shouts=text[at + len(stem) - 1].isupper()):
         return None
     is_asked = _GETTER.search(before) is not None
-    return _Name(start, end, stem in _STRONG and not is_asked, is_phrase=whole == "passphrase" or stem == "mnemonic")
+    is_bare = text[start:end].lower() in {"pass", "pw"}  # of a compiler, a renderer, a test
+    return _Name(start, end, stem in _STRONG and not (is_asked or is_bare), whole == "passphrase", is_password)
 
 
 def _is_word(stem: str, after: str, *, shouts: bool) -> bool:
@@ -284,7 +302,8 @@ def _is_word(stem: str, after: str, *, shouts: bool) -> bool:
             return False
         after = after[len(more) :]
     others = [word.lower() in _OTHERS for word in _WORD.findall(after)]
-    return not others or stem == "webhook" or not (others[0] or others[-1])
+    is_address = stem == "webhook" and after.lower().strip("_-") in {"url", "uri", "address", "endpoint", "path"}
+    return not others or is_address or not (others[0] or others[-1])
 
 
 def _values_after(text: str, name: _Name, line_start: int, line_end: int) -> Iterator[tuple[int, int]]:
@@ -353,11 +372,12 @@ def _literals(text: str, at: int, end: int, name: _Name, *, is_listed: bool = Fa
         is_direct = has_values or (number == 0 and _DIRECT.fullmatch(connector) is not None)
         is_direct = is_direct and (bool(connector.strip()) or text[start] != "`")
         given = _KEYWORD.search(connector)
-        is_direct = is_direct and not (
-            given and _WORD.findall(given[1])[-1:] and _WORD.findall(given[1])[-1].lower() in _OTHERS
-        )
+        is_direct = is_direct and not (given and any(word.lower() in _OTHERS for word in _WORD.findall(given[1])[-1:]))
         is_strong = name.is_strong and not (is_listed and given is None and "," in connector)
-        if looks_secret(text[begin:close], Evidence(is_strong, is_direct, is_quoted=True, is_phrase=name.is_phrase)):
+        if number and given and given[1].lower() not in _DEFAULTS:
+            continue  # another argument
+        evidence = Evidence(is_strong, is_direct, True, name.is_phrase, name.is_password)  # noqa: FBT003
+        if looks_secret(text[begin:close], evidence):
             yield begin, close
 
 
@@ -409,7 +429,8 @@ def _unquoted(text: str, name: _Name, before: str, end: int) -> tuple[int, int] 
             is_direct = bool(here & direct) and not (pattern is _COLON and "remark" in here)
             is_quoted = pattern in {_ELEMENT, _HEADER} or name.is_phrase
             shouts = pattern is _EQUALS and "shouts" in here
-            if looks_secret(value, Evidence(name.is_strong, is_direct, is_quoted, name.is_phrase, shouts)):
+            evidence = Evidence(name.is_strong, is_direct, is_quoted, name.is_phrase, name.is_password, shouts)
+            if looks_secret(value, evidence):
                 return match.start("value"), match.start("value") + len(value)
     return None
 

@@ -12,6 +12,7 @@ Raises:  ``TooCostlyError``.
 Source:  gitignore(5); tests/context/test_ignored.py compares with git.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -23,8 +24,15 @@ _CLASSES = {
     "graph": "!-~", "print": " -~",
 }  # fmt: skip
 _ANY_FOLDERS = "**"
+_ESCAPED_SLASH = re.compile(r"(?<=[^\\])\\/")
+_MOST_NAMES = 12  # of a pattern with such stars: each doubles the number of patterns
 # Costs, in about nanoseconds.
 _A_TRIAL, _A_CHARACTER = 500, 100
+
+
+def to_bytes(text: str) -> str:
+    """Return a text with a character for each of its bytes in UTF-8: git compares bytes."""
+    return text if text.isascii() else text.encode("utf-8", "surrogateescape").decode("latin-1")
 
 
 class TooCostlyError(Exception):
@@ -156,17 +164,15 @@ class IgnorePatterns:
     def parse(cls, text: str) -> "IgnorePatterns":
         """Return the patterns in a file's text; lines that git cannot apply are skipped. Raises ``TooCostlyError``."""
         self = cls()
-        for order, line in enumerate(text.split("\n")):
-            pattern = _parse_line(order, line.removesuffix("\r"))
-            if pattern is None:
-                continue
-            last = pattern.parts[-1]
-            if last is not None and last.name is not None:
-                self._by_name.setdefault(last.name, []).append(pattern)
-            else:
-                self._others.append(pattern)
-                if len(self._others) > _MOST_WILDCARDS:
-                    raise TooCostlyError
+        for order, line in enumerate(to_bytes(text).split("\n")):
+            for pattern in _parse_line(order, line.removesuffix("\r")):
+                last = pattern.parts[-1]
+                if last is not None and last.name is not None:
+                    self._by_name.setdefault(last.name, []).append(pattern)
+                else:
+                    self._others.append(pattern)
+                    if len(self._others) > _MOST_WILDCARDS:
+                        raise TooCostlyError
         return self
 
     def decide(self, path: Sequence[str], *, is_folder: bool, work: Work) -> bool | None:
@@ -175,6 +181,7 @@ class IgnorePatterns:
         ``None`` if they say neither. The last match wins. Raises ``TooCostlyError``.
         """
         best: _Pattern | None = None
+        path = [part if part.isascii() else to_bytes(part) for part in path]
         for patterns in (self._by_name.get(path[-1], ()), self._others):
             for pattern in reversed(patterns):
                 if best is not None and pattern.order < best.order:
@@ -185,32 +192,45 @@ class IgnorePatterns:
         return best.ignores if best is not None else None
 
 
-def _parse_line(order: int, line: str) -> _Pattern | None:
-    """Return the pattern of a line; ``None`` for a comment, an empty line and one that matches nothing."""
+def _parse_line(order: int, line: str) -> list[_Pattern]:
+    """Return the patterns of a line; none for a comment, an empty line and one that matches nothing."""
     if line and _PLAIN.issuperset(line):  # most lines
-        return _Pattern(order, (None, _Part.of(line)), ignores=True, for_folders=False)
+        return [_Pattern(order, (None, _Part.of(line)), ignores=True, for_folders=False)]
     if line.startswith("#"):
-        return None
+        return []
     ignores = not line.startswith("!")
     text = _without_spaces(line if ignores else line[1:])
     for_folders = text.endswith("/")
-    text = text.removesuffix("/")
+    text = _ESCAPED_SLASH.sub("/", text.removesuffix("/"))
     if not text:
-        return None
+        return []
     names = text.removeprefix("/").split("/")
     is_anchored = "/" in text
+    found = _parse_names(names, is_anchored=is_anchored)
+    return [_Pattern(order, parts, ignores=ignores, for_folders=for_folders) for parts in found]
+
+
+def _parse_names(names: list[str], *, is_anchored: bool) -> list[tuple[_Part | None, ...]]:
+    """Return the parts of a pattern; several lists of them for ``a**/b``, whose stars git lets match slashes."""
+    for at, name in enumerate(names[:-1]):
+        if name.endswith(_ANY_FOLDERS) and (begin := name.rstrip("*")) and len(names) < _MOST_NAMES:
+            before, follows, after = names[:at], names[at + 1], names[at + 2 :]
+            return [
+                *_parse_names([*before, f"{begin}{follows}", *after], is_anchored=is_anchored),
+                *_parse_names([*before, f"{begin}*", _ANY_FOLDERS, follows, *after], is_anchored=True),
+            ]
     parts: list[_Part | None] = [] if is_anchored else [None]
     for name in names:
-        if name == _ANY_FOLDERS and is_anchored:
+        if len(name) > 1 and not name.strip("*") and is_anchored:
             if not parts or parts[-1] is not None:
                 parts.append(None)
         elif (part := _parse_part(name)) is not None:
             parts.append(part)
         else:
-            return None
+            return []
     if parts[-1] is None:  # "folder/**" matches what is in it
         parts.append(_ANY)
-    return _Pattern(order, tuple(parts), ignores=ignores, for_folders=for_folders)
+    return [tuple(parts)]
 
 
 def _without_spaces(line: str) -> str:

@@ -24,6 +24,7 @@ _KEY_REACH = 200_000  # the same for a private key
 _KEY_BEGINS, _KEY_ENDS = "-----BEGIN ", "-----END "
 _CHARACTER = re.compile(r"[^\r\n]")
 _KEY_LINE = re.compile(r"[A-Za-z0-9+/]{40,}={0,2}")  # of a private key that begins elsewhere
+_LEAST_DIGITS = 3
 
 
 def mask(text: str) -> str:
@@ -59,11 +60,19 @@ def has_secret(text: str) -> bool:
     return mask(text) != text
 
 
+def _is_key_line(line: str) -> bool:
+    """Return whether a line may be one of a private key: not a ruler, a path or a long name."""
+    if _KEY_LINE.fullmatch(line) is None or line.count("/") > len(line) // 8:
+        return False
+    cases = any(map(str.islower, line)), any(map(str.isupper, line)), sum(map(str.isdigit, line)) >= _LEAST_DIGITS
+    return all(cases)
+
+
 def reveals(before: str, text: str) -> bool:
     """Return whether offering ``text`` after ``before``, the start of the cursor's line, would show a secret.
 
     A text that ends within a literal counts as if the literal ended there.
     """
     line = before + text
-    is_key = any(_KEY_LINE.fullmatch(part.strip()) for part in line.splitlines())
+    is_key = any(_is_key_line(part.strip()) for part in line.splitlines())
     return is_key or any(has_secret(line + end) for end in ("", '"', "'"))

@@ -133,6 +133,7 @@ _IN_TEXTS: _Patterns = (
     (("/webhooks/",), re.compile(r"discord(?:app)?\.com/api/webhooks/(\d{5,30}/[\w-]{20,200})")),
     (("webhook.office.com",), re.compile(r"webhook\.office\.com/(\w{1,20}/[\w@/-]{30,300})")),
     (("hooks.zapier.com",), re.compile(r"hooks\.zapier\.com/hooks/catch/(\d{4,12}/\w{5,20})")),
+    (("nemonic", "seed"), re.compile(r"(?i:mnemonic|seed)\w{0,20}\W{1,20}((?:[a-z]{3,8} ){11,23}[a-z]{3,8})\b")),
     # Commands: a user's name and a password, or a password as an option of one letter.
     (
         ("curl", "wget", "http"),
@@ -143,7 +144,8 @@ _IN_TEXTS: _Patterns = (
     (
         ("login", "mongo", "sqlcmd", "redis-cli", "ldap", "bcp "),
         re.compile(
-            r"\b(?:docker|podman|az|oc|mongo\w*|sqlcmd|bcp|redis-cli|ldap\w+)\b.{0,200}?\s-(?:p|P|a|w) ?[\"']?"
+            r"\b(?:(?:docker|podman|az|oc) login|mongo\w*|sqlcmd|bcp|redis-cli|ldap\w+)\b.{0,200}?\s-[pPaw] ?[\"']?"
+            r"(?![\d.:]+(?:/\w+)?(?:[\s\"']|$))"
             r"(?=[^\s\"'$]{0,200}[\d!#%&*+;?^~])([^\s\"'$]{6,200})"
         ),
     ),
@@ -166,7 +168,12 @@ _IN_TEXTS: _Patterns = (
     # Addresses without a scheme.
     (("@tcp(", "@unix("), re.compile(r"[\"'`][\w.-]{1,60}:([^\s\"'`$@]{4,200})@(?:tcp|unix)\(")),
     (("thin:",), re.compile(r"jdbc:oracle:thin:\w{1,60}/([^\s\"'$@]{4,200})@")),
-    ((":",), re.compile(r"(?m)^[\w.*-]{1,80}:(?:\d{2,5}|\*):[\w*-]{1,60}:[\w*-]{1,60}:([^\s:/]{6,200})$")),
+    (
+        (":",),
+        re.compile(
+            r"(?m)^(?:[\w-]+(?:\.[\w-]+)+|localhost|\w*\d+|\*):(?:\d{4,5}|\*):[\w*-]{1,60}:[\w*-]{1,60}:([^\s:/]{6,200})$"
+        ),
+    ),
     (("[?&;]key=", "key=", "key%3D"), re.compile(r"[?&]key=(?=[\w-]{0,200}\d)([\w-]{20,200})")),
 )
 

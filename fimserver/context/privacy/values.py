@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 _SHORTEST, _LONGEST = 6, 20_000
+_LONG = 500  # characters: no name, path or sentence
 _LEAST = 8  # characters, unless it is clearly no word
 _PLACEHOLDER = re.compile(
     r"\$\{\{.*\}\}|\$\{[^}]*\}|\$\([^)]*\)|\$\w+|\{\{.*\}\}|\{[\w.:!-]*\}|%\(\w+\)s|%\w+%|<[^<>]{1,60}>"
@@ -27,7 +28,9 @@ _PATH = re.compile(r"(?:~|\.{1,2}|[A-Za-z]:)?(?:[/\\]{1,2}[\w.@ -]+)+[/\\]?|[\w.
 _URL = re.compile(r"[A-Za-z][\w+.-]{1,20}://\S*|(?:mailto|data|urn|tel|jdbc|about|blob|class|file):\S+|www\.\S+")
 _URL_PARTS = re.compile(r"[/?&=.:@]")
 _RULES = re.compile(r"[a-z_]+(?:[|,:;=][a-z0-9_]+)+")  # of a validator
-_CODE = re.compile(r"[A-Za-z_$][\w$]*(?:(?:\.|::|->|\?\.)[A-Za-z_$][\w$]*)+[()\[\]]*|\.?[A-Za-z_$][\w$.]*[(\[].*")
+_CODE = re.compile(
+    r"[$\w]+(?:->|::)[\w$].*|[A-Za-z_$][\w$]*(?:(?:\.|::|->|\?\.)[A-Za-z_$][\w$]*)+[()\[\]]*|\.?[A-Za-z_$][\w$.]*[(\[].*"
+)
 _EXPRESSION = re.compile(
     r"(?:self|this|cls)\.\S*|[A-Za-z_][\w.]*[+*%/|](?:\d+|[A-Za-z_][\w.]*[_.]\w*)|(?:[A-Z][a-z]+)+\d*(?:[A-Z][a-z]+)*\d*"
     r"|[A-Z][a-z]*\d+(?:[A-Z][a-z]+)+"
@@ -53,7 +56,14 @@ _SENTENCE = re.compile(
     r"[.:?!…]\s|[.:?!…]$|%[sd]|\b(?:at|least|characters|minimum|maximum|the|is|are|must|be|to|a|an|of|for|please|not|with|and|or|your)\b",
     re.IGNORECASE,
 )
+_WORDS_ONLY = re.compile(r"[a-z]+(?:[-_ ][a-z]+)*")
+# What weak names have: words with one number, dotted words, colours, keys to press, versions.
+_ORDINARY = re.compile(
+    r"\d{4}_\w+|(?=\D*\d{1,4}\D*$)[a-z_.\d-]{1,15}|[a-zA-Z_]+(?:\.[a-zA-Z_]*\d*[a-z]?)+|#[0-9a-fA-F]{3,8}|(?i:ctrl|cmd|alt|shift|meta)\+.*"
+    r"|[\^~<>=v ]*\d+(?:\.\d+)+[\w.-]*|[a-z]+(?:[-_][a-z0-9]+){1,4}\d?"
+)
 _MIXED = re.compile(r"[A-Z].*[a-z]|[a-z].*[A-Z]")
+_SIGNS = re.compile(r"[,!;]")
 _APP_PASSWORD = re.compile(r"[a-z]{4}(?: [a-z]{4}){3}")
 _SNAKE = re.compile(
     r"[A-Za-z]+(?:[_.-][A-Za-z]+)*[_.-]?v?\d{0,4}|[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+|[a-z][a-z0-9]*(?:_[a-z0-9]+)+"
@@ -99,6 +109,7 @@ class Evidence:
     is_direct: bool
     is_quoted: bool
     is_phrase: bool = False  # the name is that of a passphrase
+    is_password: bool = True  # the name says so: a bare pass or secret can be anything
     is_shouted: bool = False  # NAME=value of a shell: the value cannot be a name in a program
 
 
@@ -110,6 +121,8 @@ def looks_secret(value: str, evidence: Evidence) -> bool:  # noqa: C901, PLR0911
         return False
     if is_random(value, shortest=16):
         return True
+    if size > _LONG:  # patterns for words take too long
+        return evidence.is_direct and " " not in value
     if _URL.fullmatch(value):
         return any(is_random(part, shortest=16) for part in _URL_PARTS.split(value))
     if _NUMBER.fullmatch(value) or _RULES.fullmatch(value):
@@ -130,16 +143,22 @@ def looks_secret(value: str, evidence: Evidence) -> bool:  # noqa: C901, PLR0911
     if _HOST.fullmatch(value):
         return False
     if has_digit and any(c.isalpha() for c in rest):
+        if not evidence.is_strong and _ORDINARY.fullmatch(value):
+            return False
         if is_leet or (is_punctuated and evidence.is_direct):
             return size >= _LEAST or (evidence.is_direct and evidence.is_strong)
         if _SNAKE.fullmatch(value) and not (evidence.is_strong and evidence.is_direct and not _SPEAKS.search(value)):
             return _MIXED.search(value) is not None and "-" in value and evidence.is_direct
+        if not evidence.is_strong and _ORDINARY.fullmatch(value):
+            return False
         return evidence.is_direct and size >= _LEAST
     if has_digit:
         return evidence.is_strong and evidence.is_direct and evidence.is_quoted and size >= _LEAST
     if size >= _LONG_WORD and value.isalpha() and _CONSONANTS.search(value) and not re.search(r"[a-z][A-Z]", value):
         return True
     if not evidence.is_direct or not evidence.is_strong or _SPEAKS.search(value):
+        return False
+    if (value.isalpha() and value.istitle()) or (not evidence.is_password and _WORDS_ONLY.fullmatch(value)):
         return False
     if is_punctuated:
         return True
@@ -155,8 +174,9 @@ def _is_phrase(value: str, evidence: Evidence, *, has_digit: bool) -> bool:
         return 3 <= len(words) <= 12 and re.search(r"[.:?!]$|%[sd]|[{}]", value) is None  # noqa: PLR2004
     if not (evidence.is_strong and evidence.is_direct) or _SPEAKS.search(value) or _SENTENCE.search(value):
         return False
-    fits = 3 <= len(words) <= 8 and all(re.fullmatch(r"[\w,'!-]{1,16}", word) for word in words)  # noqa: PLR2004
-    return fits and (has_digit or value.islower() or bool(_MIXED.search(value)))
+    if not (has_digit or _SIGNS.search(value)) or not 3 <= len(words) <= 8:  # noqa: PLR2004
+        return False
+    return all(re.fullmatch(r"[\w,'!-]{1,16}", word) for word in words)
 
 
 def is_random(value: str, *, shortest: int = 32) -> bool:
