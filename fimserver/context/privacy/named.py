@@ -162,7 +162,7 @@ _CALLS = tuple(
         ("PSK", r"\bPSK\b"),
         ("PDO(", r"\bPDO\("),
         ("ConvertTo-SecureString", r"\bConvertTo-SecureString\b"),
-        ("DENTIFIED BY", r"\bIDENTIFIED BY\b"),
+        ("IDENTIFIED BY", r"\bIDENTIFIED BY\b"),
         ("setValue(", r"\bsetValue\((?=[^\r\n]{0,200}(?:[Kk]ey|[Aa]uth|[Tt]oken))"),
     )
 )
