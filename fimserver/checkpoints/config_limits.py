@@ -39,6 +39,7 @@ _LARGEST = {
 }
 # Where exporters write 0 or -1 for a part that a model does not have.
 _LEAST = {"num_experts": 0, "top_k_experts": 0, "moe_intermediate_size": 0, "sliding_window": -1}
+_PAIRS = ("patch_size", "pooling_kernel_size")  # or one number for both
 _LARGEST_FLOATS = {"rms_norm_eps": 1.0, "rope_theta": 1e12, "partial_rotary_factor": 1.0}  # all above 0
 _LARGEST_INTEGER = 2**53
 _DEEPEST = 16  # objects in objects
@@ -69,17 +70,17 @@ def _check_value(key: str, value: Any, place: str, depth: int) -> None:
     elif isinstance(value, list):
         for element in value:
             _check_value("", element, place, depth + 1)
-            if key in _LARGEST:
+            if key in _PAIRS:
                 _check_value(key, element, place, depth + 1)
     most, least = _LARGEST.get(key), _LEAST.get(key, 1)
     is_size = type(value) is int and most is not None and least <= value <= most
-    if most is not None and value is not None and not isinstance(value, list) and not is_size:
+    if most is not None and value is not None and not (is_size or (key in _PAIRS and isinstance(value, list))):
         msg = f"{place} is {_show(value)}; it has to be a whole number from {least} to {most}: {_COPY}"
         raise WeightsError(msg)
     most_float = _LARGEST_FLOATS.get(key)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if most_float is not None and value is not None and not (is_number and 0 <= value <= most_float):
-        msg = f"{place} is {_show(value)}; it has to be a number from 0 on, at most {most_float:g}: {_COPY}"
+    if most_float is not None and value is not None and not (is_number and 0 < value <= most_float):
+        msg = f"{place} is {_show(value)}; it has to be a number above 0, at most {most_float:g}: {_COPY}"
         raise WeightsError(msg)
     if is_number and not (math.isfinite(value) if isinstance(value, float) else abs(value) <= _LARGEST_INTEGER):
         what = "an integer of many digits" if isinstance(value, int) else _show(value)

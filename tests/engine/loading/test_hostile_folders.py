@@ -193,7 +193,8 @@ def write_config(folder: Path, part: str, key: str, value: Any) -> None:
 @pytest.mark.parametrize("key", [*SIZES, "num_experts", "top_k_experts", "moe_intermediate_size", "sliding_window"])
 def test_absurd_sizes_are_refused_at_add_and_at_load(folder: Path, dense_folder: Path, key: str) -> None:
     whole = {one: (one / "config.json").read_text() for one in (folder, dense_folder)}
-    for value in ABSURD:
+    allowed = {0, -1} if key in {"num_experts", "top_k_experts", "moe_intermediate_size", "sliding_window"} else set()
+    for value in (each for each in ABSURD if type(each) is not int or each not in allowed):
         for one, part in ((folder, "text_config"), (folder, "vision_config"), (dense_folder, "")):
             write_config(one, part, key, value)
             for call in (add, load, find_checkpoint):
