@@ -1,24 +1,33 @@
 """Apply a language's grammar in the decoding loops: the only import of ``context/`` from here, made lazily.
 
     LexicalRules   autoregressive: brackets, strings, indentation (``context/continuation.py``)
-    TreeRules      in parallel: errors of the syntax tree around the cursor
+    TreeRules      in parallel: errors of the syntax tree around the cursor, by a process of its own (``parsing.py``)
 
-Both need only the texts of a context; importing this file loads no grammar.
+Both need only the texts of a context; this process loads no grammar.
 
 Knows:  texts of the context, token ids, bytes.  Never: documents, tensors.
 """
 
+import atexit
 import sys
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache, cached_property
 
 from fimserver.datatypes import FimContext, Verdict
+from fimserver.engine.decoding.parsing import ErrorParser
 from fimserver.engine.decoding.stopping import AnswerEnd
 from fimserver.engine.vocabulary import Vocabulary
 
 _BEFORE, _AFTER = 1_600, 900  # characters parsed around a middle; takes about a millisecond
 _MOST_REFUSED = 6  # further tokens after which an answer may end anywhere
 _STAND_INS = ("", "x", "pass", "0", "x: pass", ": pass", "x;", ";")
+
+
+@cache
+def _parser() -> ErrorParser:
+    parser = ErrorParser()
+    atexit.register(parser.close)
+    return parser
 
 
 class LexicalRules:
@@ -84,6 +93,7 @@ class TreeRules:
         following = context.suffix[:_AFTER]
         self._before, self._after = before, following[: following.rfind("\n") + 1] or following
         self._healed, self._language_id = healed, context.language_id
+        self._has_died = False  # the process that parses, on this text
 
     def error_spans(self, middle: str) -> list[tuple[int, int]]:
         """Return the characters of a middle within errors; none if no simple text would be free of errors there."""
@@ -122,17 +132,18 @@ class TreeRules:
         )
 
     def _spans(self, middle: str) -> list[tuple[int, int]]:
-        from fimserver.context.syntax import parse  # noqa: PLC0415  lazy
-
-        tree = parse(self._before + middle + self._after, self._language_id)
-        if tree is None:
+        if self._has_died:
+            return []
+        errors = _parser().find_errors(self._before + middle + self._after, self._language_id)
+        if errors is None:  # nor would it with the next middle
+            self._has_died = True
             return []
         source = middle.encode("utf-8", "surrogatepass")
-        start, length = tree.to_byte(len(self._before)), len(source)
+        start, length = len(self._before.encode("utf-8", "surrogatepass")), len(source)
         # if a middle is incomplete, the error is at the next word
         spaces = len(self._after) - len(self._after.lstrip())
         spans = []
-        for first, last in tree.errors():
+        for first, last in errors:
             if first <= start + length + spaces and last >= start:
                 begin = max(min(first - start, length - 1), 0)
                 end = max(min(last - start, length), begin + 1)
