@@ -38,6 +38,7 @@ _LIBRARY_FOLDERS = {
     "MPLCONFIGDIR": "matplotlib",
 }
 _KEPT_S = 7 * 24 * 3600.0  # of temporary files
+_LONGEST_TEMPORARY_NAME = 60
 _LONGEST_SOCKET_NAME = 99  # bytes; systems allow 103 to 107
 
 
@@ -122,12 +123,23 @@ def use_private_caches() -> None:
     for variable, name in _LIBRARY_FOLDERS.items():
         if variable not in given and not (variable == "TRITON_CACHE_DIR" and "TRITON_HOME" in given):
             os.environ[variable] = str(make_private(folder / name))
-    tempfile.tempdir = str(make_private(folder / "temporary"))
+    tempfile.tempdir = str(_make_temporary_folder(folder))
     oldest = time.time() - _KEPT_S
     for left in Path(tempfile.tempdir).iterdir():  # by a process that was killed
         with suppress(OSError):
             if left.lstat().st_mtime < oldest:
                 shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+
+
+def _make_temporary_folder(libraries: Path) -> Path:
+    """Return a private folder for temporary files, with a short name if possible: multiprocessing has sockets there."""
+    own = libraries / "temporary"
+    if len(os.fsencode(own)) > _LONGEST_TEMPORARY_NAME and sys.platform != "win32":
+        short = _temporary_folder("-temporary")
+        if len(os.fsencode(short)) <= _LONGEST_TEMPORARY_NAME:
+            with suppress(PathError):  # another user has taken it
+                return make_private(short)
+    return make_private(own)
 
 
 def _make_library_folder() -> Path:
