@@ -55,6 +55,13 @@ def fimserver_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield home
 
 
+@pytest.fixture(autouse=True)
+def temporary_folder() -> Iterator[None]:
+    """Commands that run in the tests' process choose a private folder, where tests as another user cannot go."""
+    yield
+    tempfile.tempdir = None
+
+
 def make_random_network() -> DiffusionGemmaForBlockDiffusion:
     torch.manual_seed(0)
     text = DiffusionGemmaTextConfig(

@@ -169,7 +169,7 @@ def test_a_file_system_that_does_not_answer_costs_one_document(tmp_path: Path) -
 
 def test_an_answer_that_comes_late_counts() -> None:
     rules = _Stalled()
-    rules.seconds = 0.5
+    rules.seconds = 1.5
     checks = FileChecks(rules)
     uri = "file:///mnt/stalled/a.py"
     assert checks.check(uri, with_git=True).refusal is not None
