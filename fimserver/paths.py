@@ -7,7 +7,6 @@ Knows:  the environment, platformdirs.  Never: what the files contain.
 
 import errno
 import os
-import shutil
 import stat
 import sys
 import threading
@@ -116,7 +115,8 @@ def use_private_caches() -> None:
     Has to run before torch, triton and matplotlib are imported. A folder that the user's environment names is kept.
     Raises ``PathError`` if no folder can be created.
     """
-    import tempfile  # noqa: PLC0415  the relay does not need it
+    import shutil  # noqa: PLC0415  the relay needs neither
+    import tempfile  # noqa: PLC0415
 
     folder = _make_library_folder()
     given = {variable for variable in _LIBRARY_FOLDERS if os.environ.get(variable)}

@@ -30,7 +30,7 @@ from fimserver.text import to_printable
 
 LOAD_TIMEOUT_S = 300.0
 NO_DAEMON = "no daemon is running, so there are no requests to explain; open a file in an editor to start it"
-_HIDDEN = "hidden: it names a path"
+_HIDDEN = "left out: it names a path"
 _Records = list[dict[str, Any]]
 
 

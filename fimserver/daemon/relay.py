@@ -516,9 +516,9 @@ def _find_fault(message: Mapping[str, Any]) -> tuple[Id | None, int, str] | None
     is_answer = message.get("method") is None and ("result" in message or "error" in message)
     if "method" in message and not isinstance(message["method"], str) and not is_answer:
         return message_id, _INVALID_REQUEST, "the method of a message is not a string"
-    if message.get("jsonrpc") != "2.0" and message_id is not None and not is_answer:
+    if message.get("jsonrpc") != "2.0" and message_id is not None and "method" in message and not is_answer:
         return message_id, _INVALID_REQUEST, 'a message needs "jsonrpc": "2.0"'
-    if message_id is not None and not is_answer and is_deep(message):
+    if message_id is not None and "method" in message and not is_answer and is_deep(message):
         return message_id, _INVALID_REQUEST, "the message is nested too deeply"
     return None
 

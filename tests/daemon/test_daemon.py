@@ -760,7 +760,7 @@ def test_a_report_has_no_names_unless_it_is_asked_for(home: Home, tmp_path: Path
     client.complete((tmp_path / "hidden" / "b.py").as_uri(), 0, 4)
     assert "hidden" in run_fimserver(home, "explain", "b.py").stdout
     report = run_fimserver(home, "report")
-    assert "hidden: it names a path" in report.stdout
+    assert "left out: it names a path" in report.stdout
     for word in ("hidden", "shown_to_none", str(tmp_path), "a.py", "b.py", "x = ", "secret_name"):
         assert word not in report.stdout
     assert json.loads(report.stdout)["requests"][0]["uri"] == "file 1"
