@@ -5,7 +5,7 @@
     read_body_async       the same for an asyncio stream of whole frames
     read_message          the next JSON object of a stream; anything else is an error
     write_message         write a JSON object and flush
-    is_legal_id, is_deep  check what a peer sent
+    is_legal_id, is_answer, is_deep  check what a peer sent
     take_private_streams  copies of stdin and stdout that no print can disturb
 
 Standard library only, and without dataclasses or asyncio: every editor window starts a process that imports this.
@@ -111,6 +111,11 @@ def read_message(stream: BinaryIO) -> dict[str, Any] | None:
 def is_legal_id(value: object) -> bool:
     """Return whether a value may be a request's id: a text or a finite number."""
     return isinstance(value, str) or (type(value) in (int, float) and value - value == 0)  # type: ignore[operator]
+
+
+def is_answer(message: Mapping[str, Any]) -> bool:
+    """Return whether an object is an answer; some peers write its absent method as null."""
+    return message.get("method") is None and ("result" in message or "error" in message)
 
 
 def is_deep(value: object) -> bool:

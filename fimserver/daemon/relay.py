@@ -36,7 +36,7 @@ from typing import Any, BinaryIO
 from fimserver.daemon.replica import Replica, to_notification
 from fimserver.daemon.transport import KEY, NO_ANSWER, Stream
 from fimserver.errors import FimserverError
-from fimserver.framing import MAX_BODY_BYTES, is_deep, is_legal_id, read_body, to_frame
+from fimserver.framing import MAX_BODY_BYTES, is_answer, is_deep, is_legal_id, read_body, to_frame
 from fimserver.lsp.snooze import parse_minutes
 from fimserver.states import StateMachine, Transitions
 from fimserver.text import Encoding
@@ -513,12 +513,11 @@ def _find_fault(message: Mapping[str, Any]) -> tuple[Id | None, int, str] | None
     message_id = message.get("id")
     if message_id is not None and not is_legal_id(message_id):
         return None, _INVALID_REQUEST, "the id of a message has to be a text or a whole number"
-    is_answer = message.get("method") is None and ("result" in message or "error" in message)
-    if "method" in message and not isinstance(message["method"], str) and not is_answer:
+    if "method" in message and not isinstance(message["method"], str) and not is_answer(message):
         return message_id, _INVALID_REQUEST, "the method of a message is not a string"
-    if message.get("jsonrpc") != "2.0" and message_id is not None and "method" in message and not is_answer:
+    if message.get("jsonrpc") != "2.0" and message_id is not None and "method" in message and not is_answer(message):
         return message_id, _INVALID_REQUEST, 'a message needs "jsonrpc": "2.0"'
-    if message_id is not None and "method" in message and not is_answer and is_deep(message):
+    if message_id is not None and "method" in message and not is_answer(message) and is_deep(message):
         return message_id, _INVALID_REQUEST, "the message is nested too deeply"
     return None
 

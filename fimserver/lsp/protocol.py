@@ -27,7 +27,7 @@ from lsprotocol import types as lsp
 from pygls.exceptions import JsonRpcException, JsonRpcInternalError
 from pygls.protocol import LanguageServerProtocol, lsp_method
 
-from fimserver.framing import is_deep, is_legal_id
+from fimserver.framing import is_answer, is_deep, is_legal_id
 from fimserver.lsp.convert import to_edits
 from fimserver.lsp.documents import Document, index_of, prepare_index
 
@@ -329,7 +329,7 @@ def _find_fault(data: dict[str, Any]) -> tuple[lsp.ErrorCodes, str] | None:
     text = ""
     if message_id is not None and not is_legal_id(message_id):
         text = "the id of a message has to be a text or a whole number"
-    elif "method" in data and not isinstance(method, str) and not _is_answer(data):
+    elif "method" in data and not isinstance(method, str) and not is_answer(data):
         text = "the method of a message is not a string"
     elif data.get("jsonrpc") != _VERSION:
         text = f'a message needs "jsonrpc": "{_VERSION}"'
@@ -338,11 +338,6 @@ def _find_fault(data: dict[str, Any]) -> tuple[lsp.ErrorCodes, str] | None:
     elif method in _NOTIFICATIONS and message_id is not None:
         text = f"{method} is a notification, which has no id"
     return (lsp.ErrorCodes.InvalidRequest, text) if text else None
-
-
-def _is_answer(data: dict[str, Any]) -> bool:
-    """Return whether an object is an answer; some clients write its absent method as null."""
-    return data.get("method") is None and ("result" in data or "error" in data)
 
 
 def _drop_null_ranges(message: dict[str, Any]) -> None:

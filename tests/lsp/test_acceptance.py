@@ -1,15 +1,14 @@
 """Accepted and rejected completions are counted, and the counts move the confidence that an answer needs."""
 
 import json
-import os
 import stat
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from support.fake_engine import FakeServer
+from support.rights import as_another_user
 
 from fimserver.datatypes import Completion, Snapshot
 from fimserver.lsp.usage.acceptance import FILE_NAME, Acceptance, Counts, Kind, bin_of, no_bins, posterior, read_bins
@@ -278,19 +277,6 @@ def test_a_damaged_file_is_replaced(tmp_path: Path, text: str, caplog: pytest.Lo
     assert read_bins(path)[Kind.MODEL][5] == [1, 1]
 
 
-@contextmanager
-def without_rights() -> Iterator[None]:
-    """Run as a user without the right to read everything."""
-    if not hasattr(os, "seteuid") or os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX permissions")
 def test_an_unreadable_or_unwritable_file_is_not_an_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "state"
@@ -301,7 +287,7 @@ def test_an_unreadable_or_unwritable_file_is_not_an_error(tmp_path: Path, caplog
     for parent in (folder, *folder.parents[:3]):
         parent.chmod(0o555)
     try:
-        with without_rights():
+        with as_another_user():
             counts = Counts(path, Clock())
             assert "cannot be read" in caplog.text
             counts.count(Kind.MODEL, 0.5, accepted=True)

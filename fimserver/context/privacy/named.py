@@ -120,7 +120,6 @@ _BYTES = re.compile(r"[^={\r\n]{0,40}=?\s*\{\s*(?P<value>0x[0-9a-fA-F]{2}(?:\s*,
 _ELEMENT = re.compile(r"[^<>\r\n]{0,80}>(?:</key>\s*<string>)?\s*+(?P<value>[^<>\s][^<>\r\n]{5,3999})</")
 _STRING_ELEMENT = re.compile(r"\s*<string>(?P<value>[^<>\r\n]+)</string>")
 _OPTION = re.compile(r"(?:=|[ \t]{1,4})(?P<value>[^\s\"'`<>{}()$][^\s\"'`<>{}()]{5,400})")
-_BEFORE_KEY = re.compile(r"[\w.-]*$")
 _IS_CONFIG = re.compile(
     r"[ \t]*(?:[-#*/;]+[ \t]*)*(?:(?i:export|set|ENV|ARG|declare|RUN|-e|--env)[ \t]+)*[\"']?[@$]?[\w./:-]*$"
 )
