@@ -5,7 +5,7 @@
     read_body_async       the same for an asyncio stream of whole frames
     read_message          the next JSON object of a stream; anything else is an error
     write_message         write a JSON object and flush
-    is_legal_id, is_answer, is_deep  check what a peer sent
+    find_fault, is_legal_id, is_answer, is_deep  check what a peer sent
     take_private_streams  copies of stdin and stdout that no print can disturb
 
 Standard library only, and without dataclasses or asyncio: every editor window starts a process that imports this.
@@ -23,6 +23,7 @@ from fimserver.errors import FrameError
 if TYPE_CHECKING:
     from asyncio import StreamReader
 
+VERSION = "2.0"  # of JSON-RPC
 MAX_BODY_BYTES = 64 * 2**20
 _MAX_HEADER_BYTES = 4096
 _MOST_LEVELS = 100
@@ -106,6 +107,20 @@ def read_message(stream: BinaryIO) -> dict[str, Any] | None:
         msg = f"a message is a {type(message).__name__}, not an object"
         raise FrameError(msg)
     return message
+
+
+def find_fault(message: Mapping[str, Any]) -> str | None:
+    """Return why an object is no message of JSON-RPC 2.0; ``None`` for a good one."""
+    method, message_id = message.get("method"), message.get("id")
+    if message_id is not None and not is_legal_id(message_id):
+        return "the id of a message has to be a text or a whole number"
+    if "method" in message and not isinstance(method, str) and not is_answer(message):
+        return "the method of a message is not a string"
+    if message.get("jsonrpc") != VERSION:
+        return f'a message needs "jsonrpc": "{VERSION}"'
+    if method is not None and message_id is not None and is_deep(message):
+        return "the message is nested too deeply"
+    return None
 
 
 def is_legal_id(value: object) -> bool:

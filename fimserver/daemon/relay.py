@@ -36,7 +36,7 @@ from typing import Any, BinaryIO
 from fimserver.daemon.replica import Replica, to_notification
 from fimserver.daemon.transport import KEY, NO_ANSWER, Stream
 from fimserver.errors import FimserverError
-from fimserver.framing import MAX_BODY_BYTES, is_answer, is_deep, is_legal_id, read_body, to_frame
+from fimserver.framing import MAX_BODY_BYTES, find_fault, is_answer, is_legal_id, read_body, to_frame
 from fimserver.lsp.snooze import parse_minutes
 from fimserver.states import StateMachine, Transitions
 from fimserver.text import Encoding
@@ -174,8 +174,9 @@ class Relay:
         if message.get("method") == "exit":
             self._ended.set()
             return
-        if (fault := _find_fault(message)) is not None:
-            self._answer_error(*fault)
+        if (fault := find_fault(message)) is not None and _is_answerable(message):
+            message_id = message.get("id")
+            self._answer_error(message_id if is_legal_id(message_id) else None, _INVALID_REQUEST, fault)
             return
         with self._lock:
             if not self._note(message, body):
@@ -505,21 +506,11 @@ class Relay:
             self._to_editor.flush()
 
 
-def _find_fault(message: Mapping[str, Any]) -> tuple[Id | None, int, str] | None:
-    """Return the answer to a message that is neither a request, a notification nor an answer; ``None`` for a good one.
-
-    The daemon could not answer it: the id would be no key of its tables, or the nesting beyond Python's limit.
-    """
-    message_id = message.get("id")
-    if message_id is not None and not is_legal_id(message_id):
-        return None, _INVALID_REQUEST, "the id of a message has to be a text or a whole number"
-    if "method" in message and not isinstance(message["method"], str) and not is_answer(message):
-        return message_id, _INVALID_REQUEST, "the method of a message is not a string"
-    if message.get("jsonrpc") != "2.0" and message_id is not None and "method" in message and not is_answer(message):
-        return message_id, _INVALID_REQUEST, 'a message needs "jsonrpc": "2.0"'
-    if message_id is not None and "method" in message and not is_answer(message) and is_deep(message):
-        return message_id, _INVALID_REQUEST, "the message is nested too deeply"
-    return None
+def _is_answerable(message: Mapping[str, Any]) -> bool:
+    """Return whether a faulty message is one that expects an answer: no notification, and no answer itself."""
+    if "method" not in message or is_answer(message):
+        return False
+    return message.get("id") is not None or not isinstance(message["method"], str)
 
 
 def _log(text: str) -> None:

@@ -27,7 +27,7 @@ from lsprotocol import types as lsp
 from pygls.exceptions import JsonRpcException, JsonRpcInternalError
 from pygls.protocol import LanguageServerProtocol, lsp_method
 
-from fimserver.framing import is_answer, is_deep, is_legal_id
+from fimserver.framing import find_fault, is_legal_id
 from fimserver.lsp.convert import to_edits
 from fimserver.lsp.documents import Document, index_of, prepare_index
 
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 COMPLETION_METHODS = (lsp.TEXT_DOCUMENT_INLINE_COMPLETION, lsp.TEXT_DOCUMENT_COMPLETION)
 _VERSIONED = (lsp.TEXT_DOCUMENT_DID_OPEN, lsp.TEXT_DOCUMENT_DID_CHANGE, lsp.NOTEBOOK_DOCUMENT_DID_CHANGE)
 _NOTIFICATIONS = {method for method, types in lsp.METHOD_TO_TYPES.items() if types[1] is None}
-_VERSION = "2.0"
 _logger = logging.getLogger(__name__)
 
 
@@ -96,7 +95,8 @@ class FimProtocol(LanguageServerProtocol):
             return None
         method, message_id = data.get("method"), data.get("id")
         if (fault := _find_fault(data)) is not None:
-            self._reject(data if is_legal_id(message_id) else {**data, "id": None}, *fault)
+            known = data if is_legal_id(message_id) else {**data, "id": None}
+            self._reject(known, lsp.ErrorCodes.InvalidRequest, fault)
             return None
         if method == lsp.TEXT_DOCUMENT_DID_CHANGE:
             _drop_null_ranges(data)
@@ -323,21 +323,12 @@ class FimProtocol(LanguageServerProtocol):
         self._connection.session.close(uri)
 
 
-def _find_fault(data: dict[str, Any]) -> tuple[lsp.ErrorCodes, str] | None:
+def _find_fault(data: dict[str, Any]) -> str | None:
     """Return why an object is no message that can be handled; ``None`` for a good one."""
-    method, message_id = data.get("method"), data.get("id")
-    text = ""
-    if message_id is not None and not is_legal_id(message_id):
-        text = "the id of a message has to be a text or a whole number"
-    elif "method" in data and not isinstance(method, str) and not is_answer(data):
-        text = "the method of a message is not a string"
-    elif data.get("jsonrpc") != _VERSION:
-        text = f'a message needs "jsonrpc": "{_VERSION}"'
-    elif method is not None and message_id is not None and is_deep(data):
-        text = "the message is nested too deeply"
-    elif method in _NOTIFICATIONS and message_id is not None:
+    method = data.get("method")
+    if (text := find_fault(data)) is None and method in _NOTIFICATIONS and data.get("id") is not None:
         text = f"{method} is a notification, which has no id"
-    return (lsp.ErrorCodes.InvalidRequest, text) if text else None
+    return text
 
 
 def _drop_null_ranges(message: dict[str, Any]) -> None:

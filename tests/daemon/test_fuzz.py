@@ -403,6 +403,7 @@ ODD: list[Any] = [
 
 
 ATTACKS: dict[str, list[bytes]] = {
+    "id without a method or an answer": [write({"jsonrpc": None, "id": 1000}), write({"jsonrpc": "2.0", "id": 1001})],
     "version infinite": [opened(version=math.inf)],
     "changed version infinite": [edited(version=math.inf)],
     "line infinite": [edited((math.inf, 0))],
