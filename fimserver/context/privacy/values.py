@@ -149,8 +149,6 @@ def looks_secret(value: str, evidence: Evidence) -> bool:  # noqa: C901, PLR0911
             return size >= _LEAST or (evidence.is_direct and evidence.is_strong)
         if _SNAKE.fullmatch(value) and not (evidence.is_strong and evidence.is_direct and not _SPEAKS.search(value)):
             return _MIXED.search(value) is not None and "-" in value and evidence.is_direct
-        if not evidence.is_strong and _ORDINARY.fullmatch(value):
-            return False
         return evidence.is_direct and size >= _LEAST
     if has_digit:
         return evidence.is_strong and evidence.is_direct and evidence.is_quoted and size >= _LEAST

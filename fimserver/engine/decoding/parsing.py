@@ -36,7 +36,7 @@ class ErrorParser:
         """Return the byte ranges of errors in a text's tree, none without a grammar; ``None`` if the process died."""
         try:
             if self._process is None:
-                self._process = self._start()
+                self._start()
             reply = self._exchange({"text": text, "language_id": language_id}, self._within_s)
         except (OSError, RuntimeError, FrameError, EOFError):
             self.deaths += 1
@@ -44,13 +44,11 @@ class ErrorParser:
             return None
         return [(first, last) for first, last in reply["errors"]]
 
-    def _start(self) -> "subprocess.Popen[bytes]":
-        process = subprocess.Popen(  # noqa: S603  our own interpreter
+    def _start(self) -> None:
+        self._process = subprocess.Popen(  # noqa: S603  our own interpreter
             self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=OUTSIDE
         )
-        self._process = process
         self._exchange({"text": "", "language_id": "plaintext"}, _START_S)
-        return process
 
     def _exchange(self, message: dict[str, Any], within_s: float) -> dict[str, Any]:
         """Send a message and return the reply. Raises ``OSError`` or ``EOFError`` if the process has ended."""
