@@ -71,7 +71,7 @@ def test_secrets_are_found(group: str) -> None:
 
 def test_most_of_the_second_list_is_found() -> None:
     missed = [case.text for case in SECOND if case.share_found < LEAST_FOUND]
-    assert len(missed) <= 0.15 * len(SECOND), missed  # values of letters alone, and without any name
+    assert len(missed) <= 0.125 * len(SECOND), missed  # values of letters alone, and without any name
 
 
 def test_harmless_lines_stay() -> None:

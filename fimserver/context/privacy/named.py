@@ -25,7 +25,8 @@ _STEMS = (
 _KEYS = tuple(
     words(
         "api access account private auth signing sign encryption encrypt decryption validation secret master license "
-        "licence subscription client session jwt hmac ssh shared service admin deploy consumer app security aws"
+        "licence subscription client session jwt hmac ssh shared service admin deploy consumer app security aws "
+        "logged_in nonce"
     )
 )
 _OWNERS = tuple(
@@ -132,11 +133,12 @@ _CALLS = tuple(
         ("redential", r"\b(?:new |with|set|add|Network|Basic\w*|Http\w*)[cC]redentials?\(|\bCredentials?(?:::new)?\("),
         ("Credential(", r"\b(?:Network|ClientSecret|Basic\w*)Credential\("),
         ("asic", r"\b\w*(?:basic_?auth|BasicAuth|HttpCredentials)\w*\b[( ]"),
-        ("ogin(", r"\.login\("),
+        ("ogin(", r"(?:\.|->)login\("),
         ("Auth(", r"\b\w+Auth\("),
         ("onnect", r"\b(?:getConnection|mysqli_connect|mysql_real_connect|pg_connect)\("),
-        ("wt.", r"\bjwt\.(?:sign|encode|decode|verify)\("),
-        ("JWT.", r"\bJWT\.(?:sign|encode|decode|verify)\("),
+        ("connect", r"\b(?:DBI->|MySQLdb\.|pymysql\.|psycopg2?\.)connect\("),
+        ("wt.", r"\bjwt\.(?:sign|encode|decode|verify)\((?:\s*\{[^{}\r\n]*\}\s*,)?"),
+        ("JWT.", r"\bJWT\.(?:sign|encode|decode|verify)\((?:\s*\{[^{}\r\n]*\}\s*,)?"),
         ("mac", r"\b(?:hmac\.new|createHmac|hash_hmac)\("),
         ("Fernet(", r"\bFernet\("),
         ("ookieParser(", r"\bcookieParser\("),
@@ -165,7 +167,8 @@ _CALLS = tuple(
         ("setValue(", r"\bsetValue\((?=[^\r\n]{0,200}(?:[Kk]ey|[Aa]uth|[Tt]oken))"),
     )
 )
-_ARGUMENTS_END = re.compile(r"\)\s*[;,.\]}]|\{\s*\w+\s*:|\boptions\s*=")  # or other arguments than a secret
+# Or other arguments than a secret; Rust converts arguments by a call.
+_ARGUMENTS_END = re.compile(r"(?<!\.into\()\)\s*[;,.\]}]|\{\s*\w+\s*:|\boptions\s*=")
 _ALGORITHM = re.compile(
     r"(?i)(?:aes|des|rsa|sha|hs|rs|es|md|hmac|pbkdf|blowfish|3des)[-_]?\d[\w-]*|(?:des|aes)3?[a-z0-9]*"
 )

@@ -60,7 +60,7 @@ _WORDS_ONLY = re.compile(r"[a-z]+(?:[-_ ][a-z]+)*")
 # What weak names have: words with one number, dotted words, colours, keys to press, versions.
 _ORDINARY = re.compile(
     r"\d{4}_\w+|(?=\D*\d{1,4}\D*$)[a-z_.\d-]{1,15}|[a-zA-Z_]+(?:\.[a-zA-Z_]*\d*[a-z]?)+|#[0-9a-fA-F]{3,8}|(?i:ctrl|cmd|alt|shift|meta)\+.*"
-    r"|[\^~<>=v ]*\d+(?:\.\d+)+[\w.-]*|[a-z]+(?:[-_][a-z0-9]+){1,4}\d?"
+    r"|[\^~<>=v ]*\d+(?:\.\d+)+[\w.-]*|(?=(?:\D*\d){0,4}\D*$)[a-z]+(?:[-_][a-z0-9]+){1,4}\d?"
 )
 _MIXED = re.compile(r"[A-Z].*[a-z]|[a-z].*[A-Z]")
 _SIGNS = re.compile(r"[,!;]")
