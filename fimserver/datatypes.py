@@ -214,7 +214,8 @@ class Generation:
     ``steps`` denoising steps spent, ``latency`` time spent.
     ``timings_ms`` has prompt, encode, decode and total; ``confidence`` is the probability that the answer is right, or,
     for a model that is not calibrated, the geometric mean of its tokens' probabilities. ``is_match``: the text is an
-    n-gram match that is more likely than the model's own answer. ``is_whole``: no limit ended the text.
+    n-gram match that is more likely than the model's own answer. ``is_whole``: no limit ended the text. ``engine``,
+    ``server`` and ``sent_bytes`` say what answered, and how much of the request left this process.
     """
 
     text: str
@@ -231,11 +232,33 @@ class Generation:
     alternatives: tuple[Alternative, ...] = ()
     is_match: bool = False
     is_whole: bool = True
+    engine: str = "local"
+    server: str = ""
+    sent_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What an engine can do other than complete a text.
+
+    ``canvas``: parallel decoding of a canvas that may be given. ``suffix``: it reads the text after the cursor.
+    ``healing``: the word before the cursor may be spelled again. ``token_ids``: prompts may be ids.
+    ``probabilities``: it reports those of its tokens, so that answers have a confidence.
+    """
+
+    canvas: bool = False
+    suffix: bool = True
+    healing: bool = False
+    token_ids: bool = False
+    probabilities: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """Description of the loaded model; budgets are in tokens."""
+    """Description of the loaded model; budgets are in tokens.
+
+    ``server`` is the address of an engine that is not in fimserver's own process; empty for the others.
+    """
 
     name: str
     device: str
@@ -250,6 +273,9 @@ class ModelInfo:
     languages: tuple[str, ...] = ()  # of the training data; empty means any
     kernels: str = ""  # the matmul backend for 4-bit weights, and the result for every other one
     row_cost: float | None = None  # of one more row in a pass, in passes over one row; None if not measured
+    engine: str = "local"
+    server: str = ""
+    capabilities: Capabilities = Capabilities()
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,17 @@ class EngineError(FimserverError):
     """The engine cannot answer: it failed to load, died, or was stopped."""
 
 
+class RemoteError(EngineError):
+    """An engine's server cannot be used; the message names the server and contains no code.
+
+    ``is_lasting``: only a change of settings helps. ``retry_after_s``: the server named the time to wait.
+    """
+
+    def __init__(self, message: str, *, is_lasting: bool = False, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.is_lasting, self.retry_after_s = is_lasting, retry_after_s
+
+
 class CompletionCancelledError(FimserverError):
     """The completion was cancelled before it was done."""
 

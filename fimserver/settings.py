@@ -19,6 +19,9 @@ from fimserver.errors import SettingsError
 from fimserver.paths import read_bytes
 
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+_API_KEY = re.compile(r"(?:[A-Z_][A-Z0-9_]{0,99}|keyring:[\w.-]{1,100})?")
+ENGINES = ("local", "vllm", "llamacpp", "llamacpp-server", "ollama", "openai", "mistral", "inception")
+IN_PROCESS = ("local", "llamacpp")  # engines without a server
 MODES = {
     "auto": Mode.AUTO,
     "diffusion": Mode.DIFFUSION,
@@ -38,10 +41,52 @@ def _setting(  # noqa: PLR0913  the columns of the table
     high: int | None = None,
     choices: tuple[str, ...] = (),
     pattern: re.Pattern[str] | None = None,
+    written: str = "",
+    secret: bool = False,
     engine: bool = False,
 ) -> Any:
     metadata = {"doc": doc, "low": low, "high": high, "choices": choices, "pattern": pattern, "engine": engine}
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata={**metadata, "written": written, "secret": secret})
+
+
+@dataclass(frozen=True, slots=True)
+class Remote:
+    """Where an engine that is not ``local`` answers. An empty text leaves the choice to the engine."""
+
+    url: str = _setting(
+        default="",
+        doc="Address of the engine's server, such as http://127.0.0.1:8080; empty means the engine's usual one.",
+        pattern=re.compile(r"(?:https?://[^\s/?#]+[^\s]*)?"),
+        written="http://... | https://... | empty",
+        engine=True,
+    )
+    model: str = _setting(
+        default="",
+        doc="Name of the model on that server; empty means the first that it lists.",
+        pattern=re.compile(r"[^\x00-\x1f]{0,300}"),
+        written="text",
+        engine=True,
+    )
+    api_key: str = _setting(
+        default="",
+        doc="Where the server's key is found, never the key itself: the name of an environment variable, or "
+        "keyring:NAME for the entry NAME of the service fimserver in the system's keyring.",
+        pattern=_API_KEY,
+        written="NAME_OF_A_VARIABLE | keyring:NAME | empty",
+        secret=True,
+        engine=True,
+    )
+    timeout_ms: int = _setting(
+        default=3000,
+        doc="Longest wait for a connection, for the first part of an answer, and between two parts. An engine that "
+        "takes longer counts as failed (fallback).",
+        low=50,
+        high=600000,
+        engine=True,
+    )
+
+
+NO_REMOTE = Remote()
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +181,26 @@ class Settings:
         "editor has no inline completion.",
         choices=("auto", "on", "off"),
     )
+    engine: str = _setting(
+        default="local",
+        doc="What answers: fimserver's own engine with a model on this machine (local), llama.cpp in fimserver's own "
+        "process with a GGUF file (llamacpp), or a server that runs already, here or elsewhere. Code goes to another "
+        "machine only after you agreed.",
+        choices=ENGINES,
+        engine=True,
+    )
+    remote: Remote = _setting(  # noqa: RUF009  as for all others, a field
+        default=NO_REMOTE,
+        doc="Where an engine that is not local answers.",
+        engine=True,
+    )
+    fallback: str = _setting(
+        default="local",
+        doc="What answers while an engine that is not local fails: fimserver's own engine with fimserver.model, or "
+        "nothing.",
+        choices=("local", "none"),
+        engine=True,
+    )
     model: str = _setting(
         default="tiny",
         doc="The shipped model's name, the name of a model that was added, or the folder of a checkpoint.",
@@ -203,6 +268,7 @@ def to_wire_name(name: str) -> str:
 
 
 BY_WIRE_NAME = {to_wire_name(f.name): f for f in fields(Settings)}
+REMOTE_BY_WIRE_NAME = {to_wire_name(f.name): f for f in fields(Remote)}
 ENGINE_SETTINGS = tuple(name for name, f in BY_WIRE_NAME.items() if f.metadata["engine"])
 
 
@@ -210,6 +276,9 @@ def to_wire_value(value: Any) -> Any:
     """Return a setting's value as it is written in JSON or TOML."""
     if isinstance(value, tuple):
         return dict(value)
+    if isinstance(value, Remote):
+        values = {name: getattr(value, f.name) for name, f in REMOTE_BY_WIRE_NAME.items()}
+        return {name: own for name, own in values.items() if own != REMOTE_BY_WIRE_NAME[name].default}
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -224,7 +293,9 @@ def allowed_values(setting: "dataclasses.Field[Any]") -> str:
     if m["choices"]:
         return " | ".join(m["choices"])
     if m["pattern"]:
-        return "auto | cpu | cuda | cuda:N | mps"
+        return m["written"] or "auto | cpu | cuda | cuda:N | mps"
+    if isinstance(setting.default, Remote):
+        return f"an object with {', '.join(REMOTE_BY_WIRE_NAME)}"
     if m["low"] is not None:
         number = "number" if _is_fraction(setting) else "whole number"
         return f"{number} {m['low']} to {m['high']}{null}"
@@ -248,18 +319,41 @@ def _is_allowed(setting: "dataclasses.Field[Any]", value: Any) -> bool:
         return isinstance(value, Mapping) and all(
             isinstance(k, str) and k and isinstance(v, bool) for k, v in value.items()
         )
-    good = isinstance(value, str) and bool(value)
-    return good and (m["pattern"] is None or m["pattern"].fullmatch(value) is not None)
+    is_good = m["pattern"].fullmatch if m["pattern"] else bool
+    return isinstance(value, str) and bool(is_good(value))
 
 
 def _parse(wire_name: str, value: Any) -> Any:
     setting = BY_WIRE_NAME[wire_name]
-    if not _is_allowed(setting, value):
-        msg = f"fimserver.{wire_name} is {value!r}; allowed: {allowed_values(setting)}"
-        raise SettingsError(msg)
+    if isinstance(setting.default, Remote):
+        return _parse_remote(wire_name, value)
+    _check(wire_name, setting, value)
     if isinstance(value, Mapping):
         return tuple(sorted(value.items()))
     return float(value) if _is_fraction(setting) and value is not None else value
+
+
+def _check(name: str, setting: "dataclasses.Field[Any]", value: Any) -> None:
+    """Raise ``SettingsError`` for a value that is not allowed; one that may be a key is not repeated."""
+    if not _is_allowed(setting, value):
+        shown = "not the name of a place" if setting.metadata["secret"] else repr(value)
+        msg = f"fimserver.{name} is {shown}; allowed: {allowed_values(setting)}"
+        raise SettingsError(msg)
+
+
+def _parse_remote(wire_name: str, value: Any) -> Remote:
+    if not isinstance(value, Mapping):
+        msg = f"fimserver.{wire_name} is {value!r}; allowed: {allowed_values(BY_WIRE_NAME[wire_name])}"
+        raise SettingsError(msg)
+    chosen = {}
+    for key, own in value.items():
+        if key not in REMOTE_BY_WIRE_NAME:
+            msg = f"fimserver.{wire_name}.{key} is not a setting; the settings are: {', '.join(REMOTE_BY_WIRE_NAME)}"
+            raise SettingsError(msg)
+        if own is not None:
+            _check(f"{wire_name}.{key}", REMOTE_BY_WIRE_NAME[key], own)
+            chosen[REMOTE_BY_WIRE_NAME[key].name] = own
+    return Remote(**chosen)
 
 
 def parse_settings(values: Mapping[str, Any], base: Settings | None = None) -> Settings:
@@ -347,7 +441,8 @@ def refuse_unsure(
 def to_markdown() -> str:
     """Return the table of docs/settings.md."""
     rows = ["| setting | default | may be | belongs to | meaning |", "|---|---|---|---|---|"]
-    for wire_name, setting in BY_WIRE_NAME.items():
+    parts = ((f"remote.{name}", setting) for name, setting in REMOTE_BY_WIRE_NAME.items())
+    for wire_name, setting in (*BY_WIRE_NAME.items(), *parts):
         default = json.dumps(to_wire_value(setting.default)).strip('"')
         may_be = allowed_values(setting).replace("|", "\\|")
         owner = "engine" if setting.metadata["engine"] else "connection"

@@ -85,12 +85,26 @@ def test_every_default_is_allowed(wire_name: str) -> None:
         ("seed", -1, ["seed", "or null"]),
         ("max_lines", 8, ["max_lines", "not a setting", "maxLines"]),
         ("logLevel", "loud", ["logLevel", "error | warning"]),
+        ("engine", "cloud", ["engine", "'cloud'", "local | vllm"]),
+        ("remote", "http://a", ["remote", "url, model, apiKey, timeoutMs"]),
+        ("remote", {"uri": "x"}, ["remote.uri", "not a setting", "url, model"]),
+        ("remote", {"url": "file:///etc/passwd"}, ["remote.url", "http://"]),
+        ("remote", {"url": ["http://a"]}, ["remote.url", "http://"]),
+        ("remote", {"timeoutMs": 1}, ["remote.timeoutMs", "50 to 600000"]),
+        ("remote", {"apiKey": "sk-proj-1"}, ["remote.apiKey", "keyring:NAME"]),
+        ("remote", {"apiKey": "abcdef0123"}, ["remote.apiKey", "NAME_OF_A_VARIABLE"]),
     ],
 )
 def test_a_bad_value_names_key_value_and_range(key: str, value: object, words: list[str]) -> None:
     with pytest.raises(SettingsError) as error:
         parse_settings({key: value})
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_a_key_in_the_settings_is_not_repeated() -> None:
+    with pytest.raises(SettingsError) as error:
+        parse_settings({"remote": {"apiKey": "sk-proj-1234"}})
+    assert "sk-proj" not in str(error.value)
 
 
 def test_one_bad_value_leaves_the_others() -> None:
@@ -100,13 +114,19 @@ def test_one_bad_value_leaves_the_others() -> None:
 
 
 def test_engine_settings_match_the_engines_arguments() -> None:
-    assert ENGINE_SETTINGS == ("model", "device", "threads", "contextTokens", "fp4Activations", "idleUnloadMinutes")
+    own = ("model", "device", "threads", "contextTokens", "fp4Activations", "idleUnloadMinutes")
+    assert list(ENGINE_SETTINGS) == ["engine", "remote", "fallback", *own]
     values = {"model": "m", "device": "cpu", "threads": 3, "contextTokens": 64, "fp4Activations": True}
     settings = parse_settings({**values, "idleUnloadMinutes": 0.5})
     options = EngineOptions().under(settings)
     assert options == EngineOptions("m", "cpu", 3, 64, fp4_activations=True, idle_unload_minutes=0.5)
     shown = {"model": "m", "device": "cpu", "threads": 3, "context_tokens": 64, "fp4_activations": True}
     assert options.arguments == shown
+    server = {"engine": "vllm", "remote": {"url": "http://a:1", "timeoutMs": 100}, "fallback": "none"}
+    options = EngineOptions().under(parse_settings({**values, **server}))
+    remote = {"url": "http://a:1", "model": "", "api_key": "", "timeout_ms": 100}
+    assert options.arguments == {**shown, "engine": "vllm", "remote": remote, "fallback": "none", "agreed": ""}
+    assert EngineOptions.from_arguments(options.arguments).arguments == options.arguments
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,9 @@ class NoConsent:
     def digest_of(self, _folder: str) -> None:
         return None
 
+    def choose_options(self, options: EngineOptions, *, is_own: bool) -> tuple[EngineOptions, None]:
+        return options, None
+
     def warn(self, _text: str) -> None:
         return None
 

@@ -29,7 +29,8 @@ from fimserver.bench.sandbox import Outcome, run_program
 from fimserver.bench.servers.llama_cpp import LlamaCpp, Reply
 from fimserver.context.scan import python_parses
 from fimserver.datatypes import FimContext, Generation, Hole, HoleKind, ModelInfo, Sampling
-from fimserver.engine.client import EngineClient, EngineOptions
+from fimserver.engine.client import EngineClient
+from fimserver.engine.remote.consent import options_here
 from fimserver.errors import FimserverError
 from fimserver.settings import Settings, to_sampling
 
@@ -157,7 +158,7 @@ def evaluate_files(  # noqa: PLR0913  the command's options
 def _fill(
     items: Sequence[Item], settings: Settings, max_tokens: int | None, server: LlamaCpp | None
 ) -> tuple[ModelInfo, list[Filled]]:
-    engine = EngineClient(EngineOptions().under(settings))
+    engine = EngineClient(options_here(settings))
     try:
         engine.start()
         info = engine.wait_until_ready(LOAD_TIMEOUT_S)

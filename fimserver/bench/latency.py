@@ -33,7 +33,8 @@ from rich.progress import track
 from fimserver.bench.infilling import LOAD_TIMEOUT_S
 from fimserver.bench.metrics import percentile
 from fimserver.bench.simulated_editor import NUM_LINES, Answer, Editor, Key, TimedEngine, draw_pause, to_keystrokes
-from fimserver.engine.client import EngineOptions, EngineState
+from fimserver.engine.client import EngineState
+from fimserver.engine.remote.consent import options_here
 from fimserver.errors import EngineError, FimserverError
 from fimserver.lsp.completer import FIRST_LINE
 from fimserver.settings import Settings
@@ -73,7 +74,7 @@ class _Measured:
 
 def measure_typing(settings: Settings, *, limit: int) -> Summary:
     """Type ``limit`` characters. Raises ``FimserverError`` if the model does not load."""
-    engine = TimedEngine(EngineOptions().under(settings))
+    engine = TimedEngine(options_here(settings))
     try:
         engine.start()
         info = engine.wait_until_ready(LOAD_TIMEOUT_S)
@@ -221,7 +222,7 @@ def replay_typing(settings: Settings, *, limit: int, speed: float) -> TypingSumm
 
     Raises ``FimserverError`` if the model does not load.
     """
-    engine = TimedEngine(EngineOptions().under(settings))
+    engine = TimedEngine(options_here(settings))
     try:
         engine.start()
         info = engine.wait_until_ready(LOAD_TIMEOUT_S)

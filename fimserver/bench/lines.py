@@ -30,7 +30,8 @@ from fimserver.context.scan import python_parses
 from fimserver.context.syntax import parse
 from fimserver.context.window import Budget, build_context
 from fimserver.datatypes import Hole, HoleKind, ModelInfo, Snapshot
-from fimserver.engine.client import EngineClient, EngineOptions
+from fimserver.engine.client import EngineClient
+from fimserver.engine.remote.consent import options_here
 from fimserver.errors import FimserverError
 from fimserver.settings import Settings
 from fimserver.text import replace as replace_text
@@ -132,7 +133,7 @@ def evaluate_lines(  # noqa: PLR0913  the command's options
     """
     lines = cut_lines_of(read_code(data), limit) if data else list(cut_lines(limit))
     server = LlamaCpp(against) if against else None
-    engine = EngineClient(EngineOptions().under(settings))
+    engine = EngineClient(options_here(settings))
     outcomes = []
     try:
         engine.start()

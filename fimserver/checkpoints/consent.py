@@ -8,7 +8,8 @@ another machine. Models named in ``config.toml`` or on the command line need no 
     find_known       the model of a name that needs no agreement, or ``None``
     content_digest   what a folder contains, as a short text
     check_content    compare a folder with what was agreed to
-    Agreements       agreements and refusals, in a file of the user's
+    AnswerBook       the user's answers, in a file
+    Agreements       agreements to model folders, and refusals
 
 An agreement records the resolved folder, so a link that is moved later leads nowhere else, and a digest of what it
 contains: JSON and text files, the weights' sizes and headers. The process that loads a model compares it.
@@ -80,15 +81,16 @@ def is_elsewhere(model: str) -> bool:
 
 
 def content_digest(folder: Path) -> str:
-    """Return a text that changes when a folder's model does; ``MISSING`` without a folder.
+    """Return a text that changes when the model of a folder, or of one file, does; ``MISSING`` without either.
 
     Only files that can be loaded count: weights with their size and beginning, others whole. Raises ``OSError`` if one
     cannot be read, or if there are too many.
     """
     digest = hashlib.sha256()
-    if not folder.is_dir():
+    is_file = folder.suffix.lower() in _WEIGHTS and folder.is_file()  # one that llama.cpp loads as it is
+    if not is_file and not folder.is_dir():
         return MISSING
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in _LOADED)
+    paths = [folder] if is_file else sorted(path for path in folder.iterdir() if path.suffix.lower() in _LOADED)
     if len(paths) > _MOST_FILES:
         raise OSError(errno.EFBIG, f"it has more than {_MOST_FILES} files")
     for path in paths:
@@ -116,7 +118,7 @@ def check_content(folder: Path, digest: str) -> None:
 
 @dataclass(slots=True)
 class _Answer:
-    """The folder of a model and its contents, and the workspaces that may and may not load it."""
+    """What was asked about, its contents, and the workspaces in which the user agreed and refused."""
 
     folder: str
     digest: str = ""
@@ -124,69 +126,48 @@ class _Answer:
     refused: list[str] = field(default_factory=list)
 
 
-class Agreements:
-    """Agreements and refusals, by workspace."""
+class AnswerBook:
+    """A file with the user's answers, by a key and by workspace (URIs)."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def find_folder(self, model: str, workspaces: Sequence[str]) -> str | None:
-        """Return the folder agreed to for a model in all of these workspaces (URIs), or ``None``."""
-        answer = self._read().get(to_key(model))
-        has_content = answer is not None and bool(answer.digest)
-        return answer.folder if answer is not None and has_content and _covers(answer.agreed, workspaces) else None
-
-    def find_digest(self, folder: str, workspaces: Sequence[str]) -> str | None:
-        """Return the contents that were agreed to of a folder in all of these workspaces, or ``None``."""
-        answers = reversed(self._read().values())  # the last agreement counts, under whatever name
-        found = (a.digest for a in answers if a.folder == folder and a.digest and _covers(a.agreed, workspaces))
-        return next(found, None)
-
-    def is_refused(self, model: str, workspaces: Sequence[str]) -> bool:
-        """Return whether the user refused a model in each of these workspaces."""
-        answer = self._read().get(to_key(model))
-        return answer is not None and _covers(answer.refused, workspaces)
-
-    def agree(self, model: str, workspaces: Sequence[str]) -> None:
-        """Record the user's agreement: in these workspaces, or ``ANYWHERE``. Reads the folder. Raises ``OSError``."""
-        added = find_added(model) if is_hub_name(model.partition("@")[0]) else None
-        folder = added or Path(model).expanduser().resolve()
-        self._change(model, str(folder), content_digest(folder), agreed=workspaces)
-
-    def revoke(self, folder: str) -> None:
-        """Forget the agreements to a folder: its contents have changed. Raises ``OSError``."""
-        with _changing:
-            answers = self._read()
-            for answer in answers.values():
-                if answer.folder == folder:
-                    answer.agreed = []
-            self._write(answers)
-
-    def refuse(self, model: str, workspaces: Sequence[str]) -> None:
-        """Record the user's refusal. Raises ``OSError``."""
-        self._change(model, "", "", refused=workspaces or [ANYWHERE])
-
-    def _change(
-        self, model: str, folder: str, digest: str, *, agreed: Sequence[str] = (), refused: Sequence[str] = ()
+    def change(
+        self,
+        key: str,
+        target: str,
+        digest: str,
+        *,
+        agreed: Sequence[str] = (),
+        refused: Sequence[str] = (),
     ) -> None:
+        """Record an answer about ``target`` with these contents; "" leaves both as they are. Raises ``OSError``."""
         with _changing:
-            answers = self._read()
-            answer = answers.pop(to_key(model), _Answer(folder, digest))
-            if folder and (folder, digest) != (answer.folder, answer.digest):
-                # the earlier agreement was to another folder, or to other contents
-                answer = _Answer(folder, digest, refused=answer.refused)
+            answers = self.read()
+            answer = answers.pop(key, _Answer(target, digest))
+            if target and (target, digest) != (answer.folder, answer.digest):
+                # the earlier agreement was to another target, or to other contents
+                answer = _Answer(target, digest, refused=answer.refused)
             answer.agreed = [*(name for name in answer.agreed if name not in refused), *agreed][-_MOST:]
             answer.refused = [*(name for name in answer.refused if name not in agreed), *refused][-_MOST:]
-            answers[to_key(model)] = answer
+            answers[key] = answer
             while len(answers) > _MOST:
                 del answers[next(iter(answers))]
             self._write(answers)
 
-    def _write(self, answers: dict[str, _Answer]) -> None:
-        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_private(self._path, json.dumps({key: asdict(answer) for key, answer in answers.items()}, indent=1))
+    def revoke(self, target: str) -> bool:
+        """Forget the agreements to a target; return whether there were any. Raises ``OSError``."""
+        with _changing:
+            answers = self.read()
+            found = [answer for answer in answers.values() if answer.folder == target and answer.agreed]
+            for answer in found:
+                answer.agreed = []
+            if found:
+                self._write(answers)
+            return bool(found)
 
-    def _read(self) -> dict[str, _Answer]:
+    def read(self) -> dict[str, _Answer]:
+        """Return all answers; none if the file is missing or damaged."""
         try:
             values: Any = json.loads(read_plain(self._path))
             return {
@@ -204,10 +185,53 @@ class Agreements:
             _logger.warning("%s cannot be read (%s); you will be asked again", self._path, type(error).__name__)
             return {}
 
+    def _write(self, answers: dict[str, _Answer]) -> None:
+        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_private(self._path, json.dumps({key: asdict(answer) for key, answer in answers.items()}, indent=1))
+
+
+class Agreements:
+    """Agreements and refusals about model folders, by workspace."""
+
+    def __init__(self, path: Path) -> None:
+        self._answers = AnswerBook(path)
+
+    def find_folder(self, model: str, workspaces: Sequence[str]) -> str | None:
+        """Return the folder agreed to for a model in all of these workspaces (URIs), or ``None``."""
+        answer = self._answers.read().get(to_key(model))
+        has_content = answer is not None and bool(answer.digest)
+        return answer.folder if answer is not None and has_content and covers(answer.agreed, workspaces) else None
+
+    def find_digest(self, folder: str, workspaces: Sequence[str]) -> str | None:
+        """Return the contents that were agreed to of a folder in all of these workspaces, or ``None``."""
+        answers = reversed(self._answers.read().values())  # the last agreement counts, under whatever name
+        found = (a.digest for a in answers if a.folder == folder and a.digest and covers(a.agreed, workspaces))
+        return next(found, None)
+
+    def is_refused(self, model: str, workspaces: Sequence[str]) -> bool:
+        """Return whether the user refused a model in each of these workspaces."""
+        answer = self._answers.read().get(to_key(model))
+        return answer is not None and covers(answer.refused, workspaces)
+
+    def agree(self, model: str, workspaces: Sequence[str]) -> None:
+        """Record the user's agreement: in these workspaces, or ``ANYWHERE``. Reads the folder. Raises ``OSError``."""
+        added = find_added(model) if is_hub_name(model.partition("@")[0]) else None
+        folder = added or Path(model).expanduser().resolve()
+        self._answers.change(to_key(model), str(folder), content_digest(folder), agreed=workspaces)
+
+    def revoke(self, folder: str) -> None:
+        """Forget the agreements to a folder: its contents have changed. Raises ``OSError``."""
+        self._answers.revoke(folder)
+
+    def refuse(self, model: str, workspaces: Sequence[str]) -> None:
+        """Record the user's refusal. Raises ``OSError``."""
+        self._answers.change(to_key(model), "", "", refused=workspaces or [ANYWHERE])
+
 
 def _texts(values: Iterable[Any]) -> list[str]:
     return [value for value in values if isinstance(value, str)]
 
 
-def _covers(given: Sequence[str], workspaces: Sequence[str]) -> bool:
+def covers(given: Sequence[str], workspaces: Sequence[str]) -> bool:
+    """Return whether an answer was given for all of these workspaces (URIs), of which there is at least one."""
     return ANYWHERE in given or (bool(workspaces) and all(workspace in given for workspace in workspaces))

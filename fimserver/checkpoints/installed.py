@@ -1,6 +1,7 @@
 """Find the models on this machine: shipped, added by name, or already in the Hugging Face cache.
 
     find_model      the folder of a shipped name, a path, or an added name
+    find_gguf       the GGUF file of a path, a folder or an added name
     find_added      the folder of an added name or of one in the Hugging Face cache; never uses the network
     list_models     shipped, added and known models
     find_removal    what a removal would free
@@ -31,6 +32,7 @@ _LONGEST_NAME = 200  # characters
 MAIN_BRANCH = "main"
 LOCAL = "local"  # the revision of a GGUF file on the disk
 WEIGHTS_SUFFIX = ".safetensors"
+GGUF_SUFFIX = ".gguf"
 NEEDED_FILES = ("config.json", "tokenizer.json")
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -56,6 +58,20 @@ def find_model(name: str) -> Path:
         raise WeightsError(msg)
     msg = f"model {name!r} is neither a folder nor one of: {', '.join(shipped)}; set fimserver.model to one"
     raise WeightsError(msg)
+
+
+def find_gguf(name: str) -> Path:
+    """Return the GGUF file of a path, a folder or an added name. Raises ``WeightsError``."""
+    path = Path(name).expanduser()
+    if path.suffix.lower() == GGUF_SUFFIX and path.is_file():
+        return path
+    folder = find_model(name)
+    found = sorted(file for file in folder.iterdir() if file.suffix.lower() == GGUF_SUFFIX)
+    if len(found) != 1:
+        has = "no GGUF file" if not found else f"{len(found)} GGUF files"
+        msg = f"model {name!r} has {has}; for the engine llamacpp set fimserver.model to the path of one"
+        raise WeightsError(msg)
+    return found[0]
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,8 @@ from fimserver.datatypes import (
     PartialAnswer,
     Snapshot,
 )
-from fimserver.engine.client import EngineClient, EngineOptions
+from fimserver.engine.client import EngineClient
+from fimserver.engine.remote.consent import options_here
 from fimserver.errors import PositionError
 from fimserver.pipeline import Outcome
 from fimserver.settings import Settings
@@ -105,7 +106,7 @@ def complete_target(
     target: Target, settings: Settings, *, trace: bool, others: Sequence[OtherDocument] = ()
 ) -> Outcome:
     """Complete as for an invoked request; start an engine if one is needed, and end it."""
-    engine = EngineClient(EngineOptions().under(settings))
+    engine = EngineClient(options_here(settings))
 
     def get_engine() -> EngineClient:
         with make_console(stderr=True).status("loading the model") as status:

@@ -3,6 +3,7 @@
 Knows:  packages, the machine, the engine's client, plans.  Never: LSP, torch (the engine's process imports it).
 """
 
+import dataclasses
 import os
 import platform
 import sys
@@ -22,8 +23,9 @@ from fimserver.cli.terminal import make_console, plain
 from fimserver.context.languages.table import LANGUAGES
 from fimserver.context.syntax import GRAMMAR_ERRORS, load_parser
 from fimserver.daemon.launch import read_status
-from fimserver.datatypes import FimContext, Hole, HoleKind, Sampling
-from fimserver.engine.client import EngineClient, EngineOptions
+from fimserver.datatypes import FimContext, Generation, Hole, HoleKind, ModelInfo, Sampling
+from fimserver.engine.client import EngineClient
+from fimserver.engine.remote.consent import options_here
 from fimserver.errors import EngineError, FimserverError
 from fimserver.paths import config_file
 from fimserver.settings import Settings, read_config_file
@@ -143,8 +145,11 @@ def check_daemon(_settings: Settings) -> Check:
 
 def check_model(settings: Settings) -> Check:
     """Load the model in a process of its own, as in real use, and complete one probe."""
-    engine = EngineClient(EngineOptions().under(settings))
     hole = Hole(HoleKind.REST_OF_LINE, max_lines=1, estimated_tokens=8)
+    try:
+        engine = EngineClient(options_here(settings))
+    except FimserverError as error:
+        return Check("model", settings.engine, str(error))
     try:
         engine.start()
         info = engine.wait_until_ready(LOAD_TIMEOUT_S)
@@ -158,12 +163,28 @@ def check_model(settings: Settings) -> Check:
         )
     finally:
         engine.close()
+    if generation.engine != "local":
+        return _describe_other(engine.info or info, generation)
+    if settings.engine != "local":
+        return Check("model", f"{settings.engine}; {info.name} answered in its place", engine.detail)
     wide = "" if info.row_cost is None else f" (one more row adds {info.row_cost:.0%} to a forward pass)"
     found = (
         f"{info.name}, {info.num_parameters / 1e6:.1f} M parameters, {info.dtype} on {info.device}, "
         f"{info.num_threads} threads, mode {info.preferred_mode}{wide}, loaded in {info.load_ms:.0f} ms, "
         f"probe answered in {generation.timings_ms['total']:.0f} ms ({generation.mode})"
         f"{'; 4-bit weights with ' + info.kernels if info.kernels else ''}"
+    )
+    return Check("model", found)
+
+
+def _describe_other(info: ModelInfo, generation: Generation) -> Check:
+    """Return what answered in place of fimserver's own engine, and how much was sent."""
+    names = [f.name for f in dataclasses.fields(info.capabilities) if getattr(info.capabilities, f.name)]
+    sent = f"; {generation.sent_bytes} bytes were sent there" if generation.server else ""
+    found = (
+        f"{info.name} {f'at {info.server}' if info.server else 'in this process'} ({info.engine}), "
+        f"{', '.join(names).replace('_', ' ')}, prompts of {info.max_prompt_tokens} tokens, "
+        f"probe answered in {generation.timings_ms['total']:.0f} ms{sent}"
     )
     return Check("model", found)
 

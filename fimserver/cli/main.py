@@ -30,6 +30,7 @@ import click
 from fimserver import __version__
 from fimserver.cli.bench import bench, evaluate
 from fimserver.cli.daemon import daemon, explain, report, stats
+from fimserver.cli.engine import engine
 from fimserver.cli.model import model, quantize_model
 from fimserver.cli.options import (
     decoding_options,
@@ -61,7 +62,7 @@ def main() -> None:
             sys.exit(1)
 
 
-for command in (bench, daemon, evaluate, explain, model, quantize_model, report, stats):
+for command in (bench, daemon, engine, evaluate, explain, model, quantize_model, report, stats):
     main.add_command(command)
 
 

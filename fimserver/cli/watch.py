@@ -19,7 +19,8 @@ from fimserver.cli.complete import LOAD_TIMEOUT_S, Target, read_text, to_ghost_l
 from fimserver.cli.terminal import make_console, plain
 from fimserver.context.query import OtherDocument, Query
 from fimserver.datatypes import Snapshot
-from fimserver.engine.client import EngineClient, EngineOptions
+from fimserver.engine.client import EngineClient
+from fimserver.engine.remote.consent import options_here
 from fimserver.errors import PositionError
 from fimserver.pipeline import Outcome
 from fimserver.settings import Settings
@@ -34,7 +35,7 @@ def watch_file(target: Target, settings: Settings, *, as_json: bool, others: Seq
 
     Raises ``PositionError`` for a file that cannot be read, ``EngineError`` for a model that does not load.
     """
-    engine = EngineClient(EngineOptions().under(settings))
+    engine = EngineClient(options_here(settings))
     console = make_console(stderr=True)
     try:
         with console.status("loading the model"):

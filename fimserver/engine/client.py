@@ -37,10 +37,10 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any, BinaryIO, cast
 
@@ -49,7 +49,7 @@ from fimserver.engine.schedule import Schedule, Ticket
 from fimserver.errors import CompletionCancelledError, EngineError
 from fimserver.framing import read_message, write_message
 from fimserver.paths import OUTSIDE
-from fimserver.settings import Settings
+from fimserver.settings import IN_PROCESS, NO_REMOTE, Remote, Settings
 from fimserver.states import StateMachine, Transitions
 
 MAX_DEATHS = 3
@@ -155,31 +155,56 @@ class EngineOptions:
     threads: int = 0
     context_tokens: int | None = None
     fp4_activations: bool = False
+    engine: str = "local"
+    remote: Remote = NO_REMOTE
+    fallback: str = "local"
     digest: str = ""  # of the model folder's contents, if loading it needs the user's agreement
+    agreed: str = ""  # the server to which the user agreed to send code
     idle_unload_minutes: float = 0.0
     command: tuple[str, ...] = (sys.executable, "-P", "-m", "fimserver.engine.worker")
 
     def under(self, settings: Settings) -> "EngineOptions":
         """Return these options with the engine's part of the user's settings."""
-        return replace(self, **{name: getattr(settings, name) for name in _CHOSEN}, digest="")
+        return replace(self, **{name: getattr(settings, name) for name in _CHOSEN}, digest="", agreed="")
 
     @property
     def arguments(self) -> dict[str, Any]:
         """Return the worker's arguments: workers with equal arguments are interchangeable."""
-        chosen = {name: getattr(self, name) for name in _CHOSEN if name != "idle_unload_minutes"}
-        return {**chosen, "digest": self.digest} if self.digest else chosen
+        chosen = {name: getattr(self, name) for name in _CHOSEN if name not in _NOT_OF_OWN}
+        if self.digest:
+            chosen["digest"] = self.digest
+        if self.engine != "local":
+            chosen["engine"] = self.engine
+            chosen |= {"remote": asdict(self.remote), "fallback": self.fallback, "agreed": self.agreed}
+        return chosen
+
+    @classmethod
+    def from_arguments(cls, arguments: Mapping[str, Any]) -> "EngineOptions":
+        """Return the options with these arguments."""
+        remote = Remote(**arguments.get("remote", {}))
+        return cls(**{**arguments, "remote": remote})
+
+    @property
+    def title(self) -> str:
+        """Return what is loaded, in words."""
+        return f"model {self.model}" if self.engine in IN_PROCESS else f"the engine {self.engine}"
 
 
-_CHOSEN = [f.name for f in fields(EngineOptions) if f.name not in {"command", "digest"}]
+_CHOSEN = [f.name for f in fields(EngineOptions) if f.name not in {"command", "digest", "agreed"}]
+_NOT_OF_OWN = {"idle_unload_minutes", "engine", "remote", "fallback"}
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """The client and the document of a request, and whether the user invoked it."""
+    """The client and the document of a request, and whether the user invoked it.
+
+    ``stays_here``: the user did not agree that code of this client's workspace is sent to a server.
+    """
 
     client: Hashable = None
     document: str = ""
     invoked: bool = True
+    stays_here: bool = False
 
 
 @dataclass(eq=False)
@@ -228,6 +253,7 @@ class EngineClient:
         self.options = options or EngineOptions()
         self._phase = StateMachine(WorkerPhase.STOPPED, _TRANSITIONS)
         self.detail = "the engine was not started"
+        self.notice = ""  # a sentence for the user about what answers, since the last change
         self.info: ModelInfo | None = None
         self.device_bytes: int | None = None  # GPU memory; None without a GPU
         self.ready_since = 0.0  # by the client's clock, like all times here
@@ -370,6 +396,7 @@ class EngineClient:
                 "context": to_plain(context),
                 "sampling": to_plain(sampling),
                 "partials": on_partial is not None,
+                "stays_here": turn.stays_here,
             }
             pending = PendingCompletion(self._next_id, message, self, on_partial, self._clock())
             pending.future.set_running_or_notify_cancel()  # from now on future.cancel() does nothing
@@ -431,7 +458,7 @@ class EngineClient:
             self._move(WorkerPhase.FAILED, f"the engine cannot be started: {error}")
             self._finish_all(self.detail)
             return
-        self._move(phase, f"loading model {self.options.model}")
+        self._move(phase, f"loading {self.options.title}")
         self._expect_sign(LOAD_TIMEOUT_S)
 
     def _start_worker(self) -> _Worker:
@@ -514,15 +541,12 @@ class EngineClient:
                 return
             pending = self._pending.get(message.get("id", -1))
             self.device_bytes = message.get("device_bytes", self.device_bytes)
-            is_loading = self._phase.state in _LOADING
-            if kind == "ready" and is_loading:
-                self._on_ready(from_plain(ModelInfo, message["info"]))
-            elif kind == "loading" and is_loading:
-                self._announce(f"loading model {self.options.model}, {message['share']:.0%}")
+            if kind == "loading" and self._phase.state in _LOADING:
+                self._announce(f"loading {self.options.title}, {message['share']:.0%}")
                 self._expect_sign(LOAD_TIMEOUT_S)
                 return
-            elif kind == "failed" and self._phase.state is not WorkerPhase.FAILED:
-                self._move(WorkerPhase.FAILED, message["message"])
+            if kind in {"ready", "failed", "changed"}:
+                self._on_news(kind, message)
             elif kind == "started":
                 worker.current = message["id"]
             elif kind in _ENDINGS:
@@ -533,14 +557,24 @@ class EngineClient:
             self._send_next()
             if self._sent is not None:
                 self._expect_sign(HANG_TIMEOUT_S)
-        if kind == "partial" and pending is not None and pending.on_partial is not None:
-            with suppress(Exception):  # an error in a caller's callback must not end the worker
-                pending.on_partial(from_plain(PartialAnswer, message["partial"]))
+        if kind == "partial":
+            _pass_on(pending, message)
+
+    def _on_news(self, kind: str, message: dict[str, Any]) -> None:
+        """Take over what the worker says of its engine."""
+        if kind == "ready" and self._phase.state in _LOADING:
+            self._on_ready(from_plain(ModelInfo, message["info"]))
+        elif kind == "failed" and self._phase.state is not WorkerPhase.FAILED:
+            self._move(WorkerPhase.FAILED, message["message"])
+        elif kind == "changed" and self.state is EngineState.READY:  # a server failed, or answers again
+            self.info, self.notice = from_plain(ModelInfo, message["info"]), message["notice"]
+            self._announce(message["detail"])
 
     def _on_ready(self, info: ModelInfo) -> None:
-        self.info = info
+        self.info, self.notice = info, ""
         self._last_used = self.ready_since = self._clock()
-        self._move(WorkerPhase.READY, f"{info.name} on {info.device}")
+        where = f"at {info.server} ({info.engine})" if info.server else f"on {info.device}"
+        self._move(WorkerPhase.READY, f"{info.name} {where}")
 
     def _on_death(self, worker: _Worker) -> None:
         with self._changed:
@@ -593,6 +627,12 @@ class EngineClient:
         else:
             self._took_s.append(self._clock() - max(pending.since, self.ready_since))
             pending.future.set_result(outcome)
+
+
+def _pass_on(pending: PendingCompletion | None, message: dict[str, Any]) -> None:
+    if pending is not None and pending.on_partial is not None:
+        with suppress(Exception):  # an error in a caller's callback must not end the worker
+            pending.on_partial(from_plain(PartialAnswer, message["partial"]))
 
 
 def _to_outcome(kind: str, message: dict[str, Any]) -> Generation | Exception:

@@ -25,6 +25,7 @@ from fimserver.checkpoints.metadata import Canvas, limit_context
 from fimserver.datatypes import (
     Alternative,
     CanvasToken,
+    Capabilities,
     FimContext,
     Generation,
     Mode,
@@ -41,7 +42,8 @@ from fimserver.engine.decoding.probe import choose_drafts, choose_prompt_length,
 from fimserver.engine.decoding.ranking import Candidate, Scored, rank
 from fimserver.engine.decoding.speculative import Drafter, DraftOptions, fill_speculative
 from fimserver.engine.decoding.stopping import AnswerEnd, AnswerStart
-from fimserver.engine.job import LEAST_TEMPERATURE, Clock, Job, OnPartial
+from fimserver.engine.interface import OnPartial
+from fimserver.engine.job import LEAST_TEMPERATURE, Clock, Job
 from fimserver.engine.kernels.devices import memory_held
 from fimserver.engine.modeling.model import Model, find_device
 from fimserver.engine.modeling.prompt_cache import Encoded, PromptCache
@@ -138,6 +140,9 @@ class Engine:
             languages=metadata.languages,
             row_cost=self._row_cost,
             kernels=self.model.kernels,
+            capabilities=Capabilities(
+                canvas=metadata.canvas is not Canvas.NONE, healing=True, token_ids=True, probabilities=True
+            ),
         )
 
     def options(self, sampling: Sampling) -> DenoisingOptions:
@@ -202,6 +207,23 @@ class Engine:
             is_match=best.match is not None,
             is_whole=best.is_whole,
         )
+
+    def complete_here(
+        self,
+        context: FimContext,
+        sampling: Sampling,
+        *,
+        cancelled: Callable[[], bool] = lambda: False,
+        on_partial: OnPartial = lambda _partial: None,
+    ) -> Generation:
+        """Return the middle of a context: nothing is sent anywhere in any case."""
+        return self.complete(context, sampling, cancelled=cancelled, on_partial=on_partial)
+
+    def begin(self) -> None:
+        """Do nothing: all runs in requests."""
+
+    def check(self) -> None:
+        """Do nothing: a loaded model can answer."""
 
     @torch.inference_mode()
     def score(self, context: FimContext) -> Scored:

@@ -14,10 +14,10 @@ from fimserver.engine.decoding.denoise import Filled
 from fimserver.engine.decoding.grammar import LexicalRules
 from fimserver.engine.decoding.request import DecodeRequest
 from fimserver.engine.decoding.stopping import AnswerEnd, AnswerStart
+from fimserver.engine.interface import OnPartial
 from fimserver.engine.prompt import Prompt
 from fimserver.errors import CompletionCancelledError
 
-OnPartial = Callable[[PartialAnswer], None]
 LEAST_TEMPERATURE = 1e-4  # nearly greedy, without overflow
 
 

@@ -3,7 +3,7 @@
 The server sends one request at a time, because it decides which is next (``schedule.py``).
 
     from the server   complete {id, context, sampling}   cancel {id}
-    to the server     ready {info, device_bytes} | failed {message}
+    to the server     ready {info, device_bytes} | failed {message}    changed {info, detail, notice}
                       started {id}        partial {id, partial}   alive {id}
                       generation {id, generation, device_bytes}
                       cancelled {id}      error {id, message}
@@ -28,9 +28,19 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from fimserver.checkpoints.consent import check_content
 from fimserver.checkpoints.folder import weight_files
-from fimserver.checkpoints.installed import find_model
-from fimserver.datatypes import FimContext, Hole, HoleKind, PartialAnswer, Sampling, from_plain, to_plain
-from fimserver.errors import CompletionCancelledError, FimserverError
+from fimserver.checkpoints.installed import find_gguf, find_model
+from fimserver.datatypes import (
+    FimContext,
+    Hole,
+    HoleKind,
+    ModelInfo,
+    PartialAnswer,
+    Sampling,
+    from_plain,
+    to_plain,
+)
+from fimserver.engine.interface import CompletionEngine
+from fimserver.errors import CompletionCancelledError, EngineError, FimserverError
 from fimserver.framing import read_message, take_private_streams, write_message
 from fimserver.paths import use_private_caches
 
@@ -105,7 +115,7 @@ class Outbox:
 
 
 def main() -> int:
-    """Run the worker; ``argv[1]`` is a JSON object with the arguments of ``load_engine``."""
+    """Run the worker; ``argv[1]`` is a JSON object with ``EngineOptions.arguments``."""
     stream_in, stream_out = take_private_streams()
     logging.basicConfig(stream=sys.stderr, level=logging.ERROR, format="fimserver engine: %(message)s")
     logging.getLogger("fimserver").setLevel(logging.WARNING)
@@ -115,7 +125,7 @@ def main() -> int:
     lower_priority()
     try:
         use_private_caches()
-        engine = load_engine(**options, report=LoadSigns(outbox))
+        engine = load(options, outbox)
     except FimserverError as error:
         outbox.send("failed", message=str(error))
         return 1
@@ -123,16 +133,29 @@ def main() -> int:
         outbox.send("failed", message=f"the engine cannot load: {type(error).__name__}: {error}")
         return 1
     outbox.send("ready", info=to_plain(engine.info), device_bytes=engine.device_bytes())
+    engine.begin()
     while True:
         request = inbox.take()
         answer(engine, request, inbox, outbox)
         inbox.forget(request["id"])
 
 
+def load(options: dict[str, Any], outbox: Outbox) -> CompletionEngine:
+    """Return the engine that the options name. Raises ``FimserverError``."""
+    if "engine" not in options:
+        return load_engine(**options, report=LoadSigns(outbox))
+    from fimserver.engine.remote.load import load_remote  # noqa: PLC0415  its HTTP library is needed by few
+
+    def report(info: ModelInfo, detail: str, notice: str) -> None:
+        outbox.send("changed", info=to_plain(info), detail=detail, notice=notice)
+
+    return load_remote(options, report, choose_threads)
+
+
 def lower_priority() -> None:
     """Lower this process's priority below the editor's, on systems that support it."""
     if hasattr(os, "nice"):
-        os.nice(_NICENESS)
+        os.nice(max(0, _NICENESS - os.nice(0)))  # a worker may start another one
 
 
 def read_requests(stream: BinaryIO, inbox: Inbox, outbox: Outbox) -> None:
@@ -199,7 +222,9 @@ def load_engine(  # noqa: PLR0913  the options of an engine
 def choose_threads(model: str) -> int:
     """Return all physical cores for a model whose passes take long, else all but one, which the editor keeps."""
     cores = count_physical_cores()
-    is_large = sum(path.stat().st_size for path in weight_files(find_model(model))) > _LARGE_BYTES
+    path = Path(model).expanduser()
+    files = [find_gguf(model)] if path.is_file() else weight_files(find_model(model))
+    is_large = sum(file.stat().st_size for file in files) > _LARGE_BYTES
     return cores if is_large else max(1, cores - 1)
 
 
@@ -216,7 +241,7 @@ def count_physical_cores() -> int:
     return max(1, len(cores))
 
 
-def answer(engine: "Engine", request: dict[str, Any], inbox: Inbox, outbox: Outbox) -> None:
+def answer(engine: CompletionEngine, request: dict[str, Any], inbox: Inbox, outbox: Outbox) -> None:
     """Compute one request and send its result. Errors are sent without the user's text."""
     request_id = request["id"]
 
@@ -233,8 +258,9 @@ def answer(engine: "Engine", request: dict[str, Any], inbox: Inbox, outbox: Outb
 
     outbox.send("started", id=request_id)
 
+    complete = engine.complete_here if request.get("stays_here") else engine.complete
     try:
-        generation = engine.complete(
+        generation = complete(
             from_plain(FimContext, request["context"]),
             from_plain(Sampling, request["sampling"]),
             cancelled=lambda: inbox.is_cancelled(request_id),
@@ -242,6 +268,8 @@ def answer(engine: "Engine", request: dict[str, Any], inbox: Inbox, outbox: Outb
         )
     except CompletionCancelledError:
         outbox.send("cancelled", id=request_id)
+    except EngineError as error:
+        outbox.send("error", id=request_id, message=str(error))
     except Exception as error:  # noqa: BLE001  the outermost handler: only this request fails
         engine.forget()
         frames = traceback.extract_tb(error.__traceback__)[-3:]

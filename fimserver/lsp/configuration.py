@@ -2,23 +2,29 @@
 
     Source          config.toml, then the editor's three ways to send settings, then the command line: the last one wins
     Configuration   the layers, the settings they make, the editor's word on workspace trust
-    ConsentPrompt   asks the user about a model that only an editor's settings name
+    ConsentPrompt   asks the user about a model that only an editor's settings name, and about a server that gets code
 
 An editor merges the user's settings with those of a repository, and the server cannot tell them apart. So an editor's
 settings may name only models that the user installed or agreed to (``checkpoints/consent.py``), and a workspace that
 the editor does not trust decides nothing about the engine.
 
-Knows:  settings, consent.  Never: documents, the engine, LSP types except messages to the user.
+Knows:  settings, consent, options of the engine.  Never: documents, LSP types except messages to the user.
 """
 
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import replace
 from enum import StrEnum
 from typing import Any
 
 from fimserver.checkpoints.consent import ANYWHERE, Agreements, find_known, is_elsewhere, is_installed
 from fimserver.checkpoints.consent import FILE_NAME as AGREEMENTS_NAME
+from fimserver.engine.client import EngineOptions
+from fimserver.engine.remote.address import Address, parse_address
+from fimserver.engine.remote.consent import FILE_NAME as SERVERS_NAME
+from fimserver.engine.remote.consent import ServerAgreements, choose_options
+from fimserver.errors import SettingsError
 from fimserver.paths import config_file, state_folder
 from fimserver.settings import BY_WIRE_NAME, ENGINE_SETTINGS, Settings, read_settings
 from fimserver.text import to_printable
@@ -59,6 +65,7 @@ class Configuration:
         self.is_trusted = True  # the workspace, as the editor says
         self.refused_model: str | None = None  # the name that would be used if the user had agreed to it
         self.own_models: set[str] = set()  # named where a repository cannot: config.toml, the command line
+        self.is_own_engine = True  # so is the engine, and where it is
         self._layers: dict[Source, dict[str, Any]] = {}
         self._find_model = find_model
         self.on_change = on_change
@@ -103,6 +110,9 @@ class Configuration:
         self.refused_model = None
         named = (self._layers.get(source, {}).get("model") for source in Source if source not in _EDITORS)
         self.own_models = {Settings().model, *(model for model in named if isinstance(model, str))}
+        self.is_own_engine = not any(
+            name in self._layers.get(source, {}) for source in _EDITORS for name in ("engine", "remote")
+        )
         for source in Source:
             values = self._layers.get(source, {})
             if "model" in values:
@@ -130,7 +140,7 @@ class Configuration:
 
 
 class ConsentPrompt:
-    """The question whether a model may be loaded that only an editor's settings name.
+    """The questions whether a model may be loaded that only an editor's settings name, and whether code may be sent.
 
     ``show_choices`` shows a message with buttons and returns the title that was clicked; ``workspaces`` returns the
     URIs of the open folders.
@@ -143,6 +153,7 @@ class ConsentPrompt:
         warn: Callable[[str], None],
     ) -> None:
         self._agreements = Agreements(state_folder() / AGREEMENTS_NAME)
+        self._servers = ServerAgreements(state_folder() / SERVERS_NAME)
         self._workspaces, self._show_choices, self.warn = workspaces, show_choices, warn
         self._asked_about: set[str] = set()
 
@@ -159,6 +170,60 @@ class ConsentPrompt:
     def digest_of(self, folder: str) -> str | None:
         """Return the contents of a model folder that the user agreed to for the open workspaces, or ``None``."""
         return self._agreements.find_digest(folder, self._workspaces())
+
+    def choose_options(self, options: EngineOptions, *, is_own: bool) -> tuple[EngineOptions, Address | None]:
+        """Return the options that the user agreed to, and the server to which nothing may be sent yet."""
+        try:
+            return choose_options(options, self._servers, self._workspaces(), is_own=is_own)
+        except SettingsError as error:
+            self.warn(f"fimserver: {error}")
+            return replace(options, engine="local"), None
+
+    def may_send(self, options: EngineOptions) -> bool:
+        """Return whether code of the open workspaces may be sent where an engine with these options sends it."""
+        if not options.agreed:
+            return True
+        return self._servers.is_agreed(parse_address(options.agreed), options.remote.api_key, self._workspaces())
+
+    def may_ask_server(self, address: Address) -> bool:
+        """Return whether to ask about a server; each is asked about once, until ``revoke``."""
+        if address.origin in self._asked_about:
+            return False
+        self._asked_about.add(address.origin)
+        if self._servers.is_refused(address, self._workspaces()):
+            self.warn(
+                f"fimserver.engine is a server at {address.origin}, which you declined here; to allow it, run: "
+                f"fimserver engine allow {address.origin}"
+            )
+            return False
+        return True
+
+    async def ask_server(self, options: EngineOptions, address: Address, is_still_wanted: Callable[[], bool]) -> bool:
+        """Ask whether code may be sent to a server, and store the answer; return whether it may have changed."""
+        here, everywhere, never = "Send it from this workspace", "Send it from everywhere", "Do not send it"
+        titles = [here, everywhere, never] if self._workspaces() else [everywhere, never]
+        elsewhere = "this machine, with a key" if address.is_loopback else "another machine"
+        key = f" The key that {options.remote.api_key} holds is sent along." if options.remote.api_key else ""
+        open_text = "" if address.is_encrypted or address.is_loopback else " It is not encrypted on its way."
+        text = (
+            f"The settings name the engine {options.engine} at {_shorten(address.origin)}: the code around the cursor "
+            f"would be sent there, to {elsewhere}.{key}{open_text} Until you agree, fimserver's own engine answers."
+        )
+        answer: str | None = None
+        with suppress(Exception):  # an editor that cannot ask cannot give consent
+            answer = await self._show_choices(text, titles)
+        if answer is None or not is_still_wanted():
+            return False
+        try:
+            if answer == never:
+                self._servers.refuse(address, self._workspaces())
+            elif answer in {here, everywhere}:
+                where = [ANYWHERE] if answer == everywhere else self._workspaces()
+                self._servers.agree(address, options.remote.api_key, where)
+        except OSError as error:
+            self.warn(f"{state_folder() / SERVERS_NAME} cannot be written ({error}); fix its folder")
+            return False
+        return True
 
     def revoke(self, folder: str) -> None:
         """Forget the agreements to a folder whose contents have changed, and ask about it again."""

@@ -27,7 +27,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lsprotocol import types as lsp
 from pygls.lsp.server import LanguageServer
@@ -40,6 +40,9 @@ from fimserver.lsp.requests import RefusedError
 from fimserver.settings import BY_WIRE_NAME, ENGINE_SETTINGS, to_wire_value
 from fimserver.states import StateMachine, Transitions
 from fimserver.text import to_printable
+
+if TYPE_CHECKING:
+    from fimserver.engine.remote.address import Address
 
 LOAD_TIMEOUT_S = 60.0
 _CONSENT_S = 2.0  # for which an answer about consent counts: it may be given in another window
@@ -94,6 +97,8 @@ class EngineLink:
         self._may_use: tuple[str, float, bool] | None = None  # the engine's model, until when, the answer
         self._state = StateMachine(LinkState.CHOSEN if engine is None else LinkState.CONNECTED, _TRANSITIONS)
         self._wanted: EngineOptions | None = None  # set once the settings are known
+        self.refused_server: Address | None = None  # to which nothing may be sent, and the options that name it
+        self.refused_options = EngineOptions()
         self._idle_timer: asyncio.TimerHandle | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._progress: asyncio.Task[None] | None = None
@@ -189,6 +194,17 @@ class EngineLink:
             self._consent.warn(f"fimserver: {detail}")
             raise RefusedError(NoCompletion("no_consent", detail))
 
+    def stays_here(self) -> bool:
+        """Return whether a request of this window must not be sent to the engine's server.
+
+        The deciding connection then gets another engine: the agreement was withdrawn.
+        """
+        if self._consent.may_send(self.engine.options):
+            return False
+        if self._state.state is LinkState.DECIDING:
+            self.apply_settings()
+        return True
+
     # Idle times
 
     def wake(self) -> None:
@@ -224,7 +240,8 @@ class EngineLink:
         """Return the engine's state as editors see it."""
         info = self.engine.info
         named = {"model": info.name if info else None, "device": info.device if info else None}
-        return {"state": self.engine.state, "detail": self.engine.detail, "pid": self.engine.pid, **named}
+        where = {"engine": info.engine if info else self.engine.options.engine, "server": info.server if info else ""}
+        return {"state": self.engine.state, "detail": self.engine.detail, "pid": self.engine.pid, **named, **where}
 
     def send_status(self, state: EngineState, detail: str) -> None:
         """Tell the editor what to show in its status bar."""
@@ -233,7 +250,9 @@ class EngineLink:
         self._server.protocol.notify(STATUS_NOTIFICATION, status)
 
     def _options(self) -> EngineOptions:
-        options = self.engine.options.under(self._configuration.settings)
+        wanted = self.engine.options.under(self._configuration.settings)
+        options, self.refused_server = self._consent.choose_options(wanted, is_own=self._configuration.is_own_engine)
+        self.refused_options = wanted
         if options.model in self._configuration.own_models or is_installed(options.model):
             return options
         return replace(options, digest=self._consent.digest_of(options.model) or NOT_AGREED)
@@ -270,6 +289,8 @@ class EngineLink:
         else:
             self._settled.set()
         self.send_status(state, detail)
+        if self.engine.notice:
+            self._consent.warn(self.engine.notice)
         if state is EngineState.FAILED and CHANGED in detail:
             model = self.engine.options.model
             if model == self._configuration.settings.model:

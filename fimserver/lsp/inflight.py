@@ -68,7 +68,10 @@ class InflightCompletion:
             "characters_per_token": round(len(generation.text) / max(1, generation.num_tokens), 2),
             "confidence": round(generation.confidence, 3),
             "finish": generation.finish,
+            "engine": generation.engine,
         }
+        if generation.server:
+            self.facts |= {"server": generation.server, "sent_bytes": generation.sent_bytes}
         self.timings_ms = {f"model_{name}": ms for name, ms in generation.timings_ms.items()}
 
     def on_partial(self, partial: PartialAnswer) -> None:

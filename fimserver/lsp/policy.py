@@ -116,6 +116,10 @@ class RequestPolicy:
         """Raise ``RefusedError`` if this window did not agree to the engine's model, which may be another one now."""
         self._link.check_consent()
 
+    def stays_here(self) -> bool:
+        """Return whether this window's code must not be sent to the engine's server."""
+        return self._link.stays_here()
+
     def _pause_s(self) -> float:
         chosen_ms = self._session.settings.debounce_ms
         return self.debounce.pause_s(self._engine.typical_s()) if chosen_ms is None else chosen_ms / 1e3

@@ -28,6 +28,7 @@ from fimserver import __version__
 from fimserver.analysis.client import AnalysisClient
 from fimserver.datatypes import Completion, NoCompletion
 from fimserver.engine.client import EngineClient, EngineState
+from fimserver.engine.remote.address import Address
 from fimserver.lsp.completer import Completer
 from fimserver.lsp.configuration import Configuration, ConsentPrompt, Source
 from fimserver.lsp.convert import to_inline_items, to_menu_items
@@ -184,6 +185,13 @@ class FimLanguageServer(LanguageServer):
         if (model := self.configuration.refused_model) is not None and self.consent.may_ask(model):
             self.keep(self.ask_for_consent(model))
         self.link.apply_settings()
+        if (server := self.link.refused_server) is not None and self.consent.may_ask_server(server):
+            self.keep(self.ask_about_server(server))
+
+    async def ask_about_server(self, server: Address) -> None:
+        """Ask whether code may be sent to the engine's server."""
+        if await self.consent.ask_server(self.link.refused_options, server, lambda: self.link.refused_server == server):
+            self.apply_settings(self.configuration.reread())
 
     async def ask_for_consent(self, model: str) -> None:
         """Ask whether a model may be loaded that only the editor's settings name."""
@@ -339,4 +347,5 @@ class FimLanguageServer(LanguageServer):
             "documents": len(self.session.documents),
             "trusted": self.configuration.is_trusted,
             "refusedModel": self.configuration.refused_model,
+            "refusedServer": self.link.refused_server.origin if self.link.refused_server is not None else None,
         }

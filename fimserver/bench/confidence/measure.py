@@ -23,7 +23,8 @@ from fimserver.bench.infilling import LOAD_TIMEOUT_S
 from fimserver.bench.metrics import Answer, expected_calibration_error, share_interval
 from fimserver.context.query import Query, sampling_for
 from fimserver.datatypes import NoCompletion
-from fimserver.engine.client import EngineClient, EngineOptions
+from fimserver.engine.client import EngineClient
+from fimserver.engine.remote.consent import options_here
 from fimserver.settings import Settings
 
 CURVE_FILE = "precision_over_coverage.png"
@@ -78,7 +79,7 @@ def measure_automatic(
 ) -> Summary:
     """Complete ``limit`` places. Raises ``FimserverError`` if the model does not load or a folder has no code."""
     texts = read_code(data) if data else {f"{name}.py": read_module(name) for name in HELD_OUT}
-    engine = EngineClient(EngineOptions().under(settings))
+    engine = EngineClient(options_here(settings))
     try:
         engine.start()
         info = engine.wait_until_ready(LOAD_TIMEOUT_S)

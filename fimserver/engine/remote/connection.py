@@ -1,0 +1,359 @@
+"""Talk to an engine's server over HTTP: JSON requests, and answers that arrive in parts.
+
+    Connection.get, post   one JSON answer
+    Connection.stream      the events of an answer, as they arrive; leaving it closes the request
+
+Rules that hold for every server:
+
+- Nothing is sent to an address of this machine through a proxy. Elsewhere the usual variables count: HTTPS_PROXY,
+  HTTP_PROXY, NO_PROXY, SSL_CERT_FILE, SSL_CERT_DIR.
+- A redirect is never followed: the key and the code would go to another server than the user agreed to.
+- An answer is bounded in size, and each of its events in time; it is not compressed, so that no small one grows.
+- A request is sent once more only if a kept connection was closed before any answer came.
+- An error's message has no text of the request, nor of the answer to one that contained code.
+
+Knows:   HTTP, JSON.  Never: prompts, models, settings.
+Raises:  ``RemoteError``.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+import httpx2
+
+from fimserver import __version__
+from fimserver.engine.remote.address import Address, parse_address
+from fimserver.errors import RemoteError, SettingsError
+
+_MOST_BYTES = 8 * 2**20  # of one answer
+_MOST_LINE_BYTES = 2**20  # of one event
+_LONGEST_REASON = 200
+_LONGEST_WAIT_S = 3600.0  # that a server may ask for
+_KEEP_ALIVE_S = 60.0
+_STREAMS = ("text/event-stream", "application/x-ndjson", "application/jsonl")
+_HIDDEN = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN})
+_DONE = "[DONE]"
+
+Event = Mapping[str, Any]
+
+
+class Connection:
+    """The connections to one server. All methods run in one event loop.
+
+    ``unix_socket`` is the path of a Unix socket that takes the place of host and port. ``timeout_s`` is the longest
+    wait for a connection, for the first event, and between two events. ``sent_bytes`` counts the bodies of all
+    requests.
+    """
+
+    def __init__(self, address: Address, api_key: str, timeout_s: float, unix_socket: Path | None = None) -> None:
+        self.address, self.timeout_s = address, timeout_s
+        self.sent_bytes = 0
+        self._has_key = bool(api_key)
+        headers = {"User-Agent": f"fimserver/{__version__}", "Accept-Encoding": "identity"}
+        if api_key:
+            headers["Authorization"] = f"Bearer {api_key}"
+        self._client = httpx2.AsyncClient(
+            headers=headers,
+            http2=True,
+            verify=httpx2.create_ssl_context(trust_env=True) if address.is_encrypted else True,
+            timeout=httpx2.Timeout(timeout_s),
+            limits=httpx2.Limits(max_connections=4, keepalive_expiry=_KEEP_ALIVE_S),
+            transport=httpx2.AsyncHTTPTransport(uds=str(unix_socket)) if unix_socket is not None else None,
+            trust_env=not address.is_loopback,
+            follow_redirects=False,
+        )
+
+    @property
+    def name(self) -> str:
+        """Return the server's address for messages."""
+        return self.address.origin
+
+    async def get(self, path: str) -> Any:
+        """Return the JSON at a path; the request contains no code."""
+        return await self._ask("GET", path, None)
+
+    async def post(self, path: str, body: Mapping[str, Any]) -> Any:
+        """Return the JSON answer to a body."""
+        return await self._ask("POST", path, body)
+
+    async def _ask(self, method: str, path: str, body: Mapping[str, Any] | None) -> Any:
+        try:
+            async with asyncio.timeout(self.timeout_s), self._open(method, path, body) as response:
+                return self._parse(await _read_whole(response, self.name))
+        except TimeoutError as error:
+            raise self._late() from error
+
+    @asynccontextmanager
+    async def stream(self, path: str, body: Mapping[str, Any]) -> AsyncIterator[AsyncIterator[Event]]:
+        """Send a body; gives the events of the answer. Leaving the context early closes the request."""
+        opened = self._open("POST", path, body)
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                response = await opened.__aenter__()
+        except TimeoutError as error:
+            raise self._late() from error
+        try:
+            yield self._events(response)
+        finally:
+            await opened.__aexit__(None, None, None)
+
+    async def _events(self, response: httpx2.Response) -> AsyncIterator[Event]:
+        kind = _kind_of(response)
+        if kind not in _STREAMS:  # a server that does not stream answers with one object
+            try:
+                async with asyncio.timeout(self.timeout_s):
+                    whole = await _read_whole(response, self.name)
+            except TimeoutError as error:
+                raise self._late() from error
+            yield self._to_event(whole)
+            return
+        lines = _read_lines(response, self.name)
+        while True:
+            try:
+                async with asyncio.timeout(self.timeout_s):
+                    line = await self._next_data(lines, is_sse=kind == _STREAMS[0])
+            except TimeoutError as error:
+                raise self._late() from error
+            except httpx2.HTTPError as error:
+                raise self._broken(error) from error
+            if line is None:
+                return
+            yield self._to_event(line)
+
+    async def _next_data(self, lines: AsyncIterator[bytes], *, is_sse: bool) -> bytes | None:
+        """Return the data of the next event, or ``None`` at the end; comments and pings are skipped."""
+        async for line in lines:
+            if not is_sse:
+                if line.strip():
+                    return line
+                continue
+            name, _, value = line.partition(b":")
+            if name == b"error" and value:
+                raise RemoteError(self._failed(None))
+            if name == b"data":
+                data = value.strip()
+                return None if data == _DONE.encode() else data
+        return None
+
+    def _to_event(self, data: bytes) -> Event:
+        value = self._parse(data)
+        if not isinstance(value, dict):
+            msg = f"the server at {self.name} sent something other than an object; {self._is_it_one()}"
+            raise RemoteError(msg)
+        if value.get("error"):
+            raise RemoteError(self._failed(None))
+        return value
+
+    def _parse(self, data: bytes) -> Any:
+        try:
+            return json.loads(data.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            msg = f"the server at {self.name} sent something other than JSON; {self._is_it_one()}"
+            raise RemoteError(msg) from error
+
+    @asynccontextmanager
+    async def _open(self, method: str, path: str, body: Mapping[str, Any] | None) -> AsyncIterator[httpx2.Response]:
+        """Send a request, once more if a kept connection had been closed; gives the answer to it if it is good."""
+        url = f"{self.address.origin}{self.address.path}{path}"
+        content = None if body is None else json.dumps(body).encode()
+        headers = {} if body is None else {"Content-Type": "application/json"}
+        response: httpx2.Response | None = None
+        for is_last in (False, True):
+            request = self._client.build_request(method, url, content=content, headers=headers)
+            self.sent_bytes += len(content or b"")
+            try:
+                response = await self._client.send(request, stream=True)
+                break
+            except (httpx2.RemoteProtocolError, httpx2.ReadError, httpx2.WriteError) as error:
+                if is_last:
+                    raise self._broken(error) from error
+            except httpx2.TimeoutException as error:
+                raise self._late() from error
+            except (httpx2.HTTPError, OSError) as error:
+                raise self._unreachable(error) from error
+        assert response is not None
+        try:
+            await self._check(response, has_code=body is not None)
+            yield response
+        except httpx2.HTTPError as error:
+            raise self._broken(error) from error
+        finally:
+            await response.aclose()
+
+    async def _check(self, response: httpx2.Response, *, has_code: bool) -> None:
+        status = response.status_code
+        if response.is_redirect:
+            where = _origin_of(response)
+            msg = (
+                f"the server at {self.name} redirects to {where}, which is not followed; "
+                "if you trust it, set fimserver.remote.url to that address"
+            )
+            raise RemoteError(msg, is_lasting=True)
+        if status == HTTPStatus.OK:
+            encoding = response.headers.get("content-encoding", "identity")
+            kind = _kind_of(response)
+            if encoding != "identity":
+                msg = f"the server at {self.name} compresses its answer ({encoding!r}) although asked not to"
+                raise RemoteError(msg, is_lasting=True)
+            if kind not in {*_STREAMS, "application/json", ""}:
+                msg = f"the server at {self.name} answers with {kind!r}; {self._is_it_one()}"
+                raise RemoteError(msg, is_lasting=True)
+            return
+        wait_s = _retry_after(response)
+        said = await _read_whole(response, self.name)
+        reason = "" if has_code or status in _HIDDEN else _reason_of(said)
+        is_lasting = status < HTTPStatus.INTERNAL_SERVER_ERROR and status not in {
+            HTTPStatus.TOO_MANY_REQUESTS,
+            HTTPStatus.REQUEST_TIMEOUT,
+        }
+        msg = _known_refusal(said) or self._failed(status, reason, response.request.url.path)
+        raise RemoteError(msg, is_lasting=is_lasting, retry_after_s=wait_s)
+
+    def _failed(self, status: int | None, reason: str = "", path: str = "") -> str:
+        """Return what an error means, by its status."""
+        if status in _HIDDEN:
+            place = "check the key that fimserver.remote.apiKey names"
+            how = place if self._has_key else "name the place of a key in fimserver.remote.apiKey"
+            return f"the server at {self.name} refuses the request ({status}); {how}"
+        if status == HTTPStatus.NOT_FOUND:
+            return (
+                f"the server at {self.name} does not know {path} or the model (404){reason}; "
+                "check fimserver.engine, fimserver.remote.url and fimserver.remote.model"
+            )
+        if status == HTTPStatus.TOO_MANY_REQUESTS:
+            return f"the server at {self.name} wants fewer requests (429){reason}"
+        if status == HTTPStatus.SERVICE_UNAVAILABLE:
+            return f"the server at {self.name} is busy, or still loads its model (503){reason}"
+        if status is not None and status < HTTPStatus.INTERNAL_SERVER_ERROR:
+            return f"the server at {self.name} refuses the request ({status}){reason}; {self._is_it_one()}"
+        shown = "" if status is None else f" ({status}){reason}"
+        return f"the server at {self.name} failed{shown}; its own log says why"
+
+    def _is_it_one(self) -> str:
+        return "check that fimserver.engine fits this server, and fimserver.remote.url"
+
+    def _late(self) -> RemoteError:
+        return RemoteError(
+            f"the server at {self.name} did not answer within {self.timeout_s:g} s (fimserver.remote.timeoutMs); "
+            "it may be busy, or out of reach"
+        )
+
+    def _broken(self, error: Exception) -> RemoteError:
+        return RemoteError(f"the server at {self.name} ended in the middle of an answer ({type(error).__name__})")
+
+    def _unreachable(self, error: Exception) -> RemoteError:
+        text = str(error)
+        why = type(error).__name__
+        if "CERTIFICATE" in text.upper():
+            msg = (
+                f"the certificate of {self.name} cannot be trusted; if it is your own, name the file of its authority "
+                "in the environment variable SSL_CERT_FILE"
+            )
+            return RemoteError(msg, is_lasting=True)
+        if isinstance(error, httpx2.ProxyError):
+            return RemoteError(f"the proxy on the way to {self.name} refuses; check HTTPS_PROXY and NO_PROXY")
+        if isinstance(error, httpx2.ConnectError):
+            is_name = any(
+                word in text.lower() for word in ("getaddrinfo", "name", "resolve", "nodename", "address associ")
+            )
+            why = "its name is not known" if is_name else "nothing answers there"
+        return RemoteError(
+            f"the server at {self.name} cannot be reached: {why}; start it, or correct fimserver.remote.url"
+        )
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._client.aclose()
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return error
+
+
+def _known_refusal(data: bytes) -> str:
+    """Return a sentence for what a server said, if it is known to have no code in it; else an empty text."""
+    said = data.decode("utf-8", "replace").lower()
+    for words, sentence in _KNOWN.items():
+        if words in said:
+            return sentence
+    return ""
+
+
+_KNOWN = {
+    "infill is not supported by this model": (
+        "the model has no tokens for fill-in-the-middle, so it cannot complete between two texts; choose a code model "
+        "such as Qwen2.5-Coder"
+    ),
+    "does not support insert": (
+        "the model has no template for fill-in-the-middle; choose a code model such as qwen2.5-coder"
+    ),
+    "exceed": "the prompt is longer than the server's context; start the server with a longer one, or set "
+    "fimserver.contextTokens",
+    "loading model": "the server still loads its model",
+}
+
+
+def _kind_of(response: httpx2.Response) -> str:
+    kind: str = response.headers.get("content-type", "")
+    return kind.partition(";")[0].strip().lower()
+
+
+def _origin_of(response: httpx2.Response) -> str:
+    target = str(response.headers.get("location", ""))
+    try:
+        return parse_address(target.partition("?")[0].partition("#")[0]).origin
+    except SettingsError:
+        return "another path"
+
+
+def _retry_after(response: httpx2.Response) -> float | None:
+    """Return the seconds that a server asks to wait; ``None`` if it names none, or a date."""
+    try:
+        return min(max(float(response.headers["retry-after"]), 0.0), _LONGEST_WAIT_S)
+    except (KeyError, ValueError):
+        return None
+
+
+def _reason_of(data: bytes) -> str:
+    """Return a server's own words on a request without code, as the end of a sentence."""
+    try:
+        said = json.loads(data.decode("utf-8"))
+        error = said.get("error", said.get("message", said.get("detail", "")))
+        words = error.get("message", "") if isinstance(error, dict) else error
+    except (ValueError, AttributeError, RecursionError):
+        return ""
+    return f": {words[:_LONGEST_REASON]}" if isinstance(words, str) and words else ""
+
+
+async def _read_whole(response: httpx2.Response, name: str) -> bytes:
+    parts, size = [], 0
+    async for part in response.aiter_raw():
+        parts.append(part)
+        size += len(part)
+        if size > _MOST_BYTES:
+            raise _too_large(name)
+    return b"".join(parts)
+
+
+async def _read_lines(response: httpx2.Response, name: str) -> AsyncIterator[bytes]:
+    rest, size = b"", 0
+    async for part in response.aiter_raw():
+        size += len(part)
+        *lines, rest = (rest + part).split(b"\n")
+        for line in lines:
+            yield line.removesuffix(b"\r")
+        if size > _MOST_BYTES or len(rest) > _MOST_LINE_BYTES:
+            raise _too_large(name)
+    if rest:
+        yield rest
+
+
+def _too_large(name: str) -> RemoteError:
+    return RemoteError(f"the answer of the server at {name} is too large to be a completion; it was not read further")

@@ -1,0 +1,246 @@
+"""Answer requests by a server: one event loop in a thread, one request at a time.
+
+    RemoteEngine    complete, check and description, as every engine has them
+
+A request is closed when it is cancelled, when its answer has ended by fimserver's own rules, and when the time is up.
+The model is looked up before the first request, and again after a failure: another one may be served by then.
+
+Knows:   servers, connections.  Never: what answers while a server fails; settings, LSP.
+Raises:  ``RemoteError``.
+"""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import wait
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from fimserver.datatypes import FimContext, Generation, Mode, ModelInfo, PartialAnswer, Sampling
+from fimserver.engine.interface import OnPartial
+from fimserver.engine.prompt import normalize_span
+from fimserver.engine.remote.answers import CodeReader, Piece
+from fimserver.engine.remote.connection import Connection
+from fimserver.engine.remote.servers import Request, Server, ServerModel
+from fimserver.errors import CompletionCancelledError, EngineError, RemoteError
+
+_T = TypeVar("_T")
+_POLL_S = 0.005  # between two looks at whether a request was cancelled
+
+
+class EventLoop:
+    """An event loop in a thread, for code that waits in another one."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+
+    def run(self, coroutine: Coroutine[Any, Any, _T], cancelled: Callable[[], bool] = lambda: False) -> _T:
+        """Wait for a coroutine. Raises ``CompletionCancelledError`` if it is cancelled; then it has ended too."""
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        while not wait([future], _POLL_S).done:
+            if cancelled():
+                future.cancel()
+                raise CompletionCancelledError
+        return future.result()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+class RemoteEngine:
+    """A server's model. ``wanted`` is its name, or empty; ``context_tokens`` limits prompts.
+
+    ``is_here``: the server runs in this process, so that nothing is sent anywhere.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        connection: Connection,
+        wanted: str = "",
+        context_tokens: int | None = None,
+        *,
+        is_here: bool = False,
+    ) -> None:
+        self._server, self._connection, self._wanted = server, connection, wanted
+        self._context_tokens, self._is_here = context_tokens, is_here
+        self._loop = EventLoop()
+        self._model: ServerModel | None = None
+        self._load_ms = 0.0
+        self._has_event = False  # of the current answer
+        self.waited_s = 0.0  # for a first event that has not come, over requests that were cancelled meanwhile
+
+    @property
+    def info(self) -> ModelInfo:
+        """Description of the server's model, as far as it is known."""
+        model = self._model or ServerModel(self._wanted)
+        return ModelInfo(
+            name=model.name or "a model",
+            device="llama.cpp" if self._is_here else self._connection.name,
+            dtype="",
+            num_parameters=0,
+            max_prompt_tokens=self._limit(model.context_tokens),
+            canvas_length=0,
+            preferred_mode=Mode.AUTOREGRESSIVE,
+            load_ms=self._load_ms,
+            num_threads=0,
+            reads_snippets=True,
+            engine=self._server.name,
+            server="" if self._is_here else self._connection.name,
+            capabilities=self._server.capabilities,
+        )
+
+    def _limit(self, context_tokens: int) -> int:
+        return min(context_tokens, self._context_tokens or context_tokens)
+
+    def begin(self) -> None:
+        """Do nothing: all runs in requests."""
+
+    def check(self) -> None:
+        """Look at the server. Raises ``RemoteError`` if it cannot answer."""
+        self._model = None
+        self._loop.run(self._look())
+
+    def complete(
+        self,
+        context: FimContext,
+        sampling: Sampling,
+        *,
+        cancelled: Callable[[], bool] = lambda: False,
+        on_partial: OnPartial = lambda _partial: None,
+    ) -> Generation:
+        """Return the middle of a context."""
+        begin = time.perf_counter()
+        self._has_event = False
+        try:
+            generation = self._loop.run(self._answer(context, sampling, on_partial), cancelled)
+        except CompletionCancelledError:
+            self.waited_s = 0.0 if self._has_event else self.waited_s + time.perf_counter() - begin
+            raise
+        except EngineError:
+            self._model = None
+            raise
+        self.waited_s = 0.0
+        return generation
+
+    def complete_here(
+        self,
+        context: FimContext,
+        sampling: Sampling,
+        *,
+        cancelled: Callable[[], bool] = lambda: False,
+        on_partial: OnPartial = lambda _partial: None,
+    ) -> Generation:
+        """Complete if the server is in this process. Raises ``EngineError`` otherwise."""
+        if self._is_here:
+            return self.complete(context, sampling, cancelled=cancelled, on_partial=on_partial)
+        msg = "this engine is a server, and code of this workspace must not be sent there"
+        raise EngineError(msg)
+
+    def forget(self) -> None:
+        """Do nothing: what a server keeps is its own."""
+
+    def close(self) -> None:
+        """Close the connections, and end the thread."""
+        self._loop.run(self._connection.close())
+        self._loop.close()
+
+    def device_bytes(self) -> int | None:
+        """Return ``None``: what a server uses is not known."""
+        return None
+
+    async def _look(self) -> ServerModel:
+        if self._model is not None:
+            return self._model
+        begin = time.perf_counter()
+        try:
+            model = await self._server.look(self._connection, self._wanted)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise _strange(self._connection) from error
+        self._model = replace(model, context_tokens=self._limit(model.context_tokens))
+        self._load_ms = (time.perf_counter() - begin) * 1e3
+        return self._model
+
+    async def _answer(self, context: FimContext, sampling: Sampling, on_partial: OnPartial) -> Generation:
+        begin = time.perf_counter()
+        context, moved = normalize_span(context)
+        connection, model = self._connection, await self._look()
+        sent_before = connection.sent_bytes
+        request = self._server.write(model, context, sampling)
+        written = time.perf_counter()
+        first = 0.0
+        finish = "end"
+        async with connection.stream(request.path, request.body) as events:
+            async for event in events:
+                first = first or time.perf_counter()
+                self._has_event = True
+                piece = self._read(event, connection)
+                if (found := _take(request, piece, connection)) is not None:
+                    finish = found
+                    break
+                settled = request.reader.settled()
+                on_partial(PartialAnswer(request.reader.num_tokens, settled, num_settled=len(settled)))
+                if _is_over(sampling, begin) and (now := request.reader.read()) is not None and now.text:
+                    finish = "latency"
+                    break
+            else:
+                msg = f"the server at {connection.name} ended its answer in the middle"
+                raise RemoteError(msg)
+        answer = request.reader.read()
+        text = answer.text if answer is not None else ""
+        if context.suffix.startswith("\n"):
+            text = text.removesuffix("\n")
+        end = time.perf_counter()
+        laps = {"prompt": written - begin, "encode": first - written, "decode": end - first, "total": end - begin}
+        return Generation(
+            text=f"{text}{moved}" if text else "",
+            mode=Mode.AUTOREGRESSIVE,
+            finish=finish,
+            num_tokens=request.reader.num_tokens,
+            denoising_steps=0,
+            forward_passes=request.reader.num_tokens,
+            cached_tokens=0,
+            prompt_tokens=0,
+            timings_ms={name: round(seconds * 1e3, 2) for name, seconds in laps.items()},
+            confidence=request.reader.confidence(),
+            is_whole=finish == "end",
+            engine=self._server.name,
+            server="" if self._is_here else connection.name,
+            sent_bytes=0 if self._is_here else connection.sent_bytes - sent_before,
+        )
+
+    def _read(self, event: Any, connection: Connection) -> Piece:
+        try:
+            return self._server.read(event)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise _strange(connection) from error
+
+
+def _take(request: Request, piece: Piece, connection: Connection) -> str | None:
+    """Give the reader the next part; return how the answer ended, or ``None`` while it has not."""
+    reader: CodeReader = request.reader
+    try:
+        reader.add(piece)
+    except ValueError as error:
+        raise _strange(connection) from error
+    answer = reader.read()
+    if answer is None or answer.is_complete:
+        return "end"
+    return reader.finish
+
+
+def _is_over(sampling: Sampling, begin: float) -> bool:
+    limit_ms = sampling.max_latency_ms
+    return limit_ms is not None and (time.perf_counter() - begin) * 1e3 > limit_ms
+
+
+def _strange(connection: Connection) -> RemoteError:
+    return RemoteError(
+        f"the server at {connection.name} sent an answer of another form; check that fimserver.engine fits this server"
+    )

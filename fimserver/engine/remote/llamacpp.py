@@ -1,0 +1,102 @@
+"""Ask a llama.cpp server, which runs elsewhere or in fimserver's own process.
+
+Where the server's tokenizer has the tokens of a known family, the prompt is fimserver's own, sent to ``/completion`` as
+token ids and texts by turns: a text between ids is never read as a token. Other models get ``/infill``, for which the
+server writes the prompt. The word before the cursor is taken off the prompt, and a grammar makes the answer begin with
+it (token healing).
+
+Knows:   the server's requests and answers.  Never: HTTP.
+Source:  tools/server/README.md of ggml-org/llama.cpp.
+"""
+
+from typing import Any
+
+from fimserver.datatypes import Capabilities, FimContext, Sampling
+from fimserver.engine.remote.answers import CodeReader, Piece
+from fimserver.engine.remote.connection import Connection, Event
+from fimserver.engine.remote.prompts import split_parts, to_pieces
+from fimserver.engine.remote.servers import (
+    DEFAULT_CONTEXT_TOKENS,
+    Request,
+    ServerModel,
+    count_tokens,
+    to_number,
+    verify_family,
+)
+
+_FINISH = {"eos": "end", "word": "end", "limit": "length"}
+_INFILL_ENDS = ("<|endoftext|>", "<|file_sep|>", "<|repo_name|>", "<|fim_pad|>", "<|im_end|>")
+_CONTEXT_PARTS = 4  # the server cuts what an /infill request gives it by shares of its batch
+
+
+class LlamaCpp:
+    """llama.cpp's own server."""
+
+    name = "llamacpp-server"
+    capabilities = Capabilities(suffix=True, healing=True, token_ids=True, probabilities=True)
+
+    async def look(self, connection: Connection, wanted: str) -> ServerModel:
+        """Return the server's model: it serves one."""
+        props = await connection.get("/props")
+        settings = props.get("default_generation_settings", {}) if isinstance(props, dict) else {}
+        path = str(props.get("model_alias") or props.get("model_path") or wanted) if isinstance(props, dict) else wanted
+        name = path.replace("\\", "/").rpartition("/")[2] or wanted or "unnamed"
+        tokens = to_number(settings.get("n_ctx"), DEFAULT_CONTEXT_TOKENS) if isinstance(settings, dict) else 0
+
+        async def tokenize(text: str, *, with_begin: bool = False) -> list[int]:
+            body = {"content": text, "parse_special": True, "add_special": with_begin}
+            return _ids_of(await connection.post("/tokenize", body))
+
+        begin = tuple(await tokenize("", with_begin=True))
+        found = await verify_family(name, tokenize)
+        family, ids = found or (None, {})
+        return ServerModel(name, tokens or DEFAULT_CONTEXT_TOKENS, family, ids, begin)
+
+    def write(self, model: ServerModel, context: FimContext, sampling: Sampling) -> Request:
+        """Return the request for a context."""
+        parts = split_parts(context, model.context_tokens, heals=True)
+        body: dict[str, Any] = {
+            "n_predict": count_tokens(context, sampling),
+            "temperature": sampling.temperature or 0.0,
+            "cache_prompt": True,
+            "n_probs": 1,
+            "stream": True,
+        }
+        if context.hole.max_lines == 1:
+            body["stop"] = ["\n"]
+        if sampling.seed is not None:
+            body["seed"] = sampling.seed % 2**32
+        if sampling.max_latency_ms is not None:
+            body["t_max_predict_ms"] = sampling.max_latency_ms
+        if parts.healed:
+            body["grammar"] = to_grammar(parts.healed)
+        if model.family is not None:
+            pieces = to_pieces(parts, model.family)
+            written = [model.token_ids[text] if is_token else text for is_token, text in pieces]
+            body["prompt"] = [*model.begin_ids, *written]
+            return Request("/completion", body, CodeReader(context, parts.healed, model.family.control_tokens))
+        body |= {"input_prefix": parts.prefix, "input_suffix": parts.suffix}
+        body["input_extra"] = [{"filename": name, "text": text} for name, text in parts.snippets]
+        return Request("/infill", body, CodeReader(context, parts.healed, _INFILL_ENDS))
+
+    def read(self, event: Event) -> Piece:
+        """Return the part of an answer in an event."""
+        found = event.get("completion_probabilities") or []
+        probabilities = tuple((str(one["token"]), float(one["logprob"])) for one in found)
+        is_last = bool(event.get("stop"))
+        finish = _FINISH.get(str(event.get("stop_type")), "length") if is_last else None
+        return Piece(str(event["content"]), probabilities, finish)
+
+
+def to_grammar(healed: str) -> str:
+    """Return a grammar (GBNF) of all texts that begin with a word."""
+    escaped = "".join(_ESCAPES.get(c, c) for c in healed)
+    return f'root ::= "{escaped}" [^\\x00]*'
+
+
+_ESCAPES = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
+
+
+def _ids_of(answer: Any) -> list[int]:
+    tokens = answer.get("tokens", []) if isinstance(answer, dict) else []
+    return [token for token in tokens if isinstance(token, int)] if isinstance(tokens, list) else []

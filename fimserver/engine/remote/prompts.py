@@ -1,0 +1,142 @@
+"""Write prompts as text, for engines that are given no token ids.
+
+    Parts          prefix and suffix, cut to a number of characters; the word that an engine has to spell again
+    split_parts    the parts of a context
+    to_pieces      a family's prompt: tokens and texts by turns, so that no text acts as a token
+    to_raw         the same as one text, in which such texts are changed
+    to_turn        the user's turn for a chat model
+
+The prefix comes last where a family allows it: typing extends the prompt at its end, and the server's cache stays
+valid. A long prefix is cut by quarters of its budget, so that the cut does not move with every key.
+
+Knows:  texts of the context, families.  Never: servers, token ids.
+"""
+
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from fimserver.datatypes import FimContext
+from fimserver.engine.chat import NOTHING_FOLLOWS, marks_around, tag_of
+from fimserver.engine.prompt import split_last_word
+from fimserver.engine.remote.families import Family
+
+_CHARACTERS_PER_TOKEN = 2.5  # fewer than in nearly all code, so that a prompt fits
+_SUFFIX_SHARE = 0.25  # of the characters, as for fimserver's own models
+_SNIPPETS_SHARE = 0.15
+_CUTS_PER_BUDGET = 4
+_LONGEST_HEALED = 40
+_ANSWER_TOKENS = 512  # left for the answer in the server's context
+_INSTRUCTION = (
+    "Fill in the code at the cursor of a file. Answer with one code block between {marks}: begin with the cursor's "
+    "line as it is, from its start, and go on with what is missing at the cursor. Do not repeat the code after the "
+    "cursor. Do not explain."
+)
+_JOINER = "\u2060"  # has no width; within a token's name it leaves only text
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The texts of a prompt. ``prefix`` ends before ``healed``, with which the answer has to begin."""
+
+    prefix: str
+    suffix: str
+    healed: str = ""
+    path: str = ""
+    snippets: tuple[tuple[str, str], ...] = ()  # file names and texts
+
+
+def split_parts(context: FimContext, context_tokens: int, *, heals: bool) -> Parts:
+    """Return the parts of a context that fit a server's context of so many tokens."""
+    budget = int(max(256, context_tokens - _ANSWER_TOKENS) * _CHARACTERS_PER_TOKEN)
+    suffix = _cut_end(context.suffix, int(budget * _SUFFIX_SHARE))
+    snippets = _fit_snippets(context, int(budget * _SNIPPETS_SHARE))
+    used = len(suffix) + sum(len(name) + len(text) for name, text in snippets)
+    before, healed = split_last_word(context.prefix) if heals else (context.prefix, "")
+    if len(healed) > _LONGEST_HEALED:
+        before, healed = context.prefix, ""
+    prefix = _cut_start(before, budget - used - len(context.head))
+    head = context.head if len(prefix) < len(before) else ""
+    return Parts(head + prefix, suffix, healed, _name_of(context.path), snippets)
+
+
+def to_pieces(parts: Parts, family: Family) -> list[tuple[bool, str]]:
+    """Return a prompt as tokens (true) and texts (false) by turns, without empty ones."""
+    files: list[tuple[bool, str]] = []
+    if parts.snippets and family.file_separator:
+        files = [(True, family.repository), (False, "project\n")]
+        for name, text in parts.snippets:
+            files += [(True, family.file_separator), (False, f"{name}\n{text}\n")]
+        files += [(True, family.file_separator), (False, f"{parts.path}\n")]
+    prefix, suffix = (False, parts.prefix), (False, parts.suffix)
+    p, s, m = (True, family.prefix), (True, family.suffix), (True, family.middle)
+    if family.only_suffix_first:
+        order = [s, suffix, p, prefix, m]
+    elif family.suffix_first:
+        order = [p, s, suffix, m, prefix]
+    else:
+        order = [p, prefix, s, suffix, m]
+    return [piece for piece in (*files, *order) if piece[1]]
+
+
+def to_raw(parts: Parts, family: Family) -> str:
+    """Return a prompt as one text; where the code itself names a token, it is changed so that it is not one."""
+    return "".join(text if is_token else _defuse(text, family) for is_token, text in to_pieces(parts, family))
+
+
+def _defuse(text: str, family: Family) -> str:
+    for token in family.control_tokens:
+        if token.strip() in text:
+            name = token.strip()
+            text = text.replace(name, name[:2] + _JOINER + name[2:])
+    return text
+
+
+def to_turn(context: FimContext, parts: Parts) -> str:
+    """Return the user's turn for a chat model, whose answer begins with the cursor's line."""
+    marks = marks_around([parts.prefix, parts.suffix, *(text for _, text in parts.snippets)])
+    tag = tag_of(context.language_id)
+
+    def quote(title: str, text: str) -> str:
+        return f"\n\n{title}:\n{marks}{tag}\n{text}\n{marks}"
+
+    written = [_INSTRUCTION.format(marks=marks)]
+    if parts.path:
+        written.append(f"\n\nThe file: {context.language_id} {parts.path}")
+    written += [quote(f"From {name}", text) for name, text in parts.snippets]
+    follows = parts.suffix.strip()
+    written.append(quote("The code after the cursor", parts.suffix.rstrip()) if follows else NOTHING_FOLLOWS)
+    written.append(quote("The code before the cursor", parts.prefix))
+    return "".join(written)
+
+
+def _fit_snippets(context: FimContext, room: int) -> tuple[tuple[str, str], ...]:
+    found = []
+    for snippet in context.snippets:
+        name = _name_of(snippet.path)
+        if len(name) + len(snippet.text) > room:
+            break
+        room -= len(name) + len(snippet.text)
+        found.append((name, snippet.text))
+    return tuple(found)
+
+
+def _name_of(path: str) -> str:
+    """Return the file's name alone: earlier parts of a path are private."""
+    return PurePosixPath(path.replace("\\", "/")).name.replace("\n", " ")
+
+
+def _cut_start(text: str, budget: int) -> str:
+    excess = len(text) - max(0, budget)
+    if excess <= 0:
+        return text
+    stride = max(1, budget // _CUTS_PER_BUDGET)
+    start = min(-(-excess // stride) * stride, len(text))
+    newline = text.find("\n", start - 1)
+    return text[newline + 1 :] if newline >= 0 else text[start:]
+
+
+def _cut_end(text: str, budget: int) -> str:
+    if len(text) <= budget:
+        return text
+    newline = text.rfind("\n", 0, budget)
+    return text[: newline + 1] if newline >= 0 else text[:budget]

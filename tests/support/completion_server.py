@@ -1,0 +1,218 @@
+"""A server of completions on this machine: llama.cpp, Ollama or OpenAI in form, and with faults on request."""
+
+import json
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+TOKENS = {"<|fim_prefix|>": 11, "<|fim_suffix|>": 12, "<|fim_middle|>": 13, "<|repo_name|>": 14, "<|file_sep|>": 15}
+ANSWER = "first + second"
+
+
+@dataclass
+class Asked:
+    """One request as the server got it."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: Any
+
+
+@dataclass
+class CompletionServer:
+    """What is served, and how; ``fault`` is the name of one of ``FAULTS``, or empty."""
+
+    kind: str = "llamacpp"
+    fault: str = ""
+    pieces: tuple[str, ...] = ("first", " +", " second")
+    pause_s: float = 0.0
+    asked: list[Asked] = field(default_factory=list)
+    num_closed: int = 0  # by the client, in the middle of an answer
+    port: int = 0
+    models: tuple[str, ...] = ("qwen2.5-coder-0.5b",)
+    tls: ssl.SSLContext | None = None
+    retry_after: str = ""
+    has_family: bool = True
+
+    @property
+    def url(self) -> str:
+        return f"{'https' if self.tls else 'http'}://127.0.0.1:{self.port}"
+
+    @property
+    def completions(self) -> list[Asked]:
+        """The requests that contain code."""
+        ends = ("/completion", "/completions", "/infill", "/api/generate")
+        return [asked for asked in self.asked if asked.path.endswith(ends)]
+
+    # The answers of each kind
+
+    def look(self, path: str, body: Any) -> Any:
+        """Return the answer to a question about the model; None for any other."""
+        if path == "/tokenize":
+            return {"tokens": self.tokenize(body.get("content", body.get("prompt")))}
+        return {
+            "/props": {"default_generation_settings": {"n_ctx": 2048}, "model_alias": "".join(self.models[:1])},
+            "/v1/models": {"data": [{"id": name, "max_model_len": 2048} for name in self.models]},
+            "/api/tags": {"models": [{"name": name} for name in self.models]},
+            "/api/show": {"capabilities": ["completion", "insert"], "model_info": {"qwen2.context_length": 32768}},
+        }.get(path)
+
+    def tokenize(self, text: str) -> list[int]:
+        if not text:
+            return [7] if self.kind == "begins" else []
+        return [TOKENS[text]] if self.has_family and text in TOKENS else [1, 2, 3]
+
+    def events(self, path: str) -> Iterator[bytes]:
+        for text in self.pieces:
+            if path.endswith("/api/generate"):
+                yield json.dumps({"response": text, "done": False}).encode() + b"\n"
+            elif path.endswith("/chat/completions"):
+                yield _sse({"choices": [{"delta": {"content": text}}]})
+            elif path.endswith("/fim/completions"):
+                yield _sse({"choices": [{"index": 0, "text": text, "finish_reason": None}]})
+            elif path.endswith("/completions"):
+                logprobs = {"tokens": [text], "token_logprobs": [-0.5]}
+                yield _sse({"choices": [{"text": text, "logprobs": logprobs, "finish_reason": None}]})
+            else:
+                probability = {"token": text, "logprob": -0.5}
+                yield _sse({"content": text, "stop": False, "completion_probabilities": [probability]})
+        if path.endswith("/api/generate"):
+            yield json.dumps({"response": "", "done": True, "done_reason": "stop"}).encode() + b"\n"
+        elif path.endswith("/completions"):
+            yield _sse({"choices": [{"text": "", "delta": {}, "finish_reason": "stop"}]}) + b"data: [DONE]\n\n"
+        else:
+            yield _sse({"content": "", "stop": True, "stop_type": "eos"})
+
+
+def _sse(value: Any) -> bytes:
+    return f"data: {json.dumps(value)}\n\n".encode()
+
+
+class _HangError(Exception):
+    """Keep the connection, and say nothing more."""
+
+
+def _status(code: int, headers: str = "", body: str = "{}", kind: str = "application/json") -> bytes:
+    head = f"HTTP/1.1 {code} X\r\nContent-Type: {kind}\r\nContent-Length: {len(body.encode())}\r\n{headers}\r\n"
+    return (head + body).encode()
+
+
+_SSE = "text/event-stream"
+FAULTS: dict[str, Callable[[CompletionServer], bytes]] = {
+    "garbage": lambda _s: _status(200, body="data: \x00\x01{]\n\n", kind=_SSE),
+    "other_form": lambda _s: _status(200, body='data: {"surprise": 1}\n\n', kind=_SSE),
+    "a_list": lambda _s: _status(200, body="data: [1]\n\n", kind=_SSE),
+    "not_http": lambda _s: b"\x16\x03\x01 what is this\r\n\r\n",
+    "html": lambda _s: _status(200, body="<html>x = SECRET</html>", kind="text/html"),
+    "compressed": lambda _s: _status(200, "Content-Encoding: gzip\r\n", body="x"),
+    "error_event": lambda _s: _status(200, body='data: {"error": {"message": "SECRET"}}\n\n', kind=_SSE),
+    "no_end": lambda _s: _status(200, body=_sse({"content": " first", "stop": False}).decode(), kind=_SSE),
+    "400": lambda _s: _status(400, body='{"error": {"message": "bad SECRET"}}'),
+    "401": lambda _s: _status(401),
+    "403": lambda _s: _status(403),
+    "404": lambda _s: _status(404),
+    "429": lambda s: _status(429, f"Retry-After: {s.retry_after}\r\n" if s.retry_after else ""),
+    "500": lambda _s: _status(500, body="SECRET"),
+    "503": lambda _s: _status(503, body='{"error": {"message": "Loading model"}}'),
+    "redirect": lambda _s: _status(307, "Location: http://elsewhere.example/completion\r\n"),
+    "huge_line": lambda _s: b"HTTP/1.1 200 X\r\nContent-Type: text/event-stream\r\n\r\ndata: " + b"a" * 2**22,
+    "huge": lambda _s: b"HTTP/1.1 200 X\r\nContent-Type: text/event-stream\r\n\r\n" + b": ping\n\n" * 2**21,
+    "surrogate": lambda _s: _status(200, body='data: {"content": "\\ud800", "stop": false}\n\n', kind=_SSE),
+    "no_fim": lambda _s: _status(501, body='{"error": {"message": "Infill is not supported by this model: SECRET"}}'),
+}
+SLOW = ("slow_first_byte", "drip", "pings_only", "half", "reset")
+
+
+@contextmanager
+def serve(**options: Any) -> Iterator[CompletionServer]:
+    server = CompletionServer(**options)
+    listener = socket.create_server(("127.0.0.1", server.port))
+    server.port = listener.getsockname()[1]
+    is_over = threading.Event()
+    open_sockets: list[socket.socket] = []
+
+    def accept() -> None:
+        while True:
+            try:
+                peer, _ = listener.accept()
+            except OSError:
+                return
+            open_sockets.append(peer)
+            threading.Thread(target=_answer, args=(server, peer, is_over, open_sockets), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    try:
+        yield server
+    finally:
+        is_over.set()
+        with suppress(OSError):
+            listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        for peer in open_sockets:
+            with suppress(OSError):
+                peer.shutdown(socket.SHUT_RDWR)
+            peer.close()
+
+
+def _answer(
+    server: CompletionServer, peer: socket.socket, is_over: threading.Event, open_sockets: list[socket.socket]
+) -> None:
+    with suppress(OSError, _HangError):
+        if server.tls is not None:
+            peer = server.tls.wrap_socket(peer, server_side=True)
+            open_sockets.append(peer)
+        stream = peer.makefile("rb")
+        while line := stream.readline():
+            method, path, _ = line.decode().split(" ", 2)
+            if path.startswith("http://"):  # through a proxy
+                path = "/" + path.split("/", 3)[3]
+            headers = {}
+            while header := stream.readline().decode().strip():
+                name, _, value = header.partition(":")
+                headers[name.lower()] = value.strip()
+            body = json.loads(stream.read(int(headers.get("content-length", 0))) or "null")
+            server.asked.append(Asked(method, path, headers, body))
+            _respond(server, peer, path, body, is_over)
+
+
+def _respond(server: CompletionServer, peer: socket.socket, path: str, body: Any, is_over: threading.Event) -> None:
+    found = server.look(path, body)
+    if found is not None and server.fault != "dead":
+        peer.sendall(_status(200, body=json.dumps(found)))
+        return
+    if server.fault in FAULTS:
+        peer.sendall(FAULTS[server.fault](server))
+        peer.shutdown(socket.SHUT_RDWR)
+        raise _HangError
+    if server.fault in {"slow_first_byte", "dead"}:
+        is_over.wait(30)
+        raise _HangError
+    if server.fault == "reset":
+        peer.shutdown(socket.SHUT_RDWR)
+        raise _HangError
+    kind = "application/x-ndjson" if path.endswith("/api/generate") else "text/event-stream"
+    peer.sendall(f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
+    if server.fault in {"pings_only", "drip"}:
+        while not is_over.wait(0.05):
+            _send_chunk(peer, b": ping\n\n" if server.fault == "pings_only" else b"d")
+    try:
+        for number, event in enumerate(server.events(path)):
+            time.sleep(server.pause_s)
+            _send_chunk(peer, event)
+            if server.fault == "half" and number == 0:
+                peer.shutdown(socket.SHUT_RDWR)
+                raise _HangError
+        peer.sendall(b"0\r\n\r\n")
+    except OSError:
+        server.num_closed += 1
+        raise
+
+
+def _send_chunk(peer: socket.socket, data: bytes) -> None:
+    peer.sendall(b"%x\r\n%s\r\n" % (len(data), data))
