@@ -134,7 +134,8 @@ def complete(  # noqa: PLR0913, PLR0917  one parameter per option
     if watch:
         _watch(place, settings, documents, as_json=as_json)
         return
-    outcome = complete_target(place, settings, trace=trace, others=documents)
+    with exit_on_error():
+        outcome = complete_target(place, settings, trace=trace, others=documents)
     print_outcome(outcome, place, as_json=as_json, trace=trace)
     sys.exit(0 if outcome.completion is not None else 1)
 

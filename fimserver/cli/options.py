@@ -19,7 +19,7 @@ from fimserver.checkpoints.known import shipped_names
 from fimserver.cli.terminal import echo, make_console, plain
 from fimserver.errors import FimserverError, SettingsError
 from fimserver.paths import config_file, to_absolute
-from fimserver.settings import MODES, Settings, parse_settings, read_config_file, to_wire_name
+from fimserver.settings import ENGINES, MODES, Settings, parse_settings, read_config_file, to_wire_name
 from fimserver.text import to_printable
 
 SEED = 0  # fixed, so that measurements repeat
@@ -35,6 +35,8 @@ def engine_options(command: Any) -> Any:
         ),
         click.option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps."),
         click.option("--threads", type=int, metavar="N", help="CPU threads; 0 means as many as suit the model."),
+        click.option("--engine", type=click.Choice(list(ENGINES)), help="What answers; see docs/engines.md."),
+        click.option("--server", metavar="URL", help="The engine's server (remote.url)."),
     ):
         command = option(command)
     return command
@@ -58,15 +60,19 @@ def decoding_options(command: Any) -> Any:
 
 def to_overrides(options: dict[str, Any]) -> dict[str, Any]:
     """Return the given options by the wire names of their settings. Raises ``UsageError`` for a wrong value."""
-    values = _wire_values(options)
+    values = _wire_values(options, {})
     if "model" in values:
         values["model"] = to_absolute(values["model"])
     _parse(values, Settings())
     return values
 
 
-def _wire_values(options: dict[str, Any]) -> dict[str, Any]:
-    return {to_wire_name(name): value for name, value in options.items() if value is not None}
+def _wire_values(options: dict[str, Any], remote: dict[str, Any]) -> dict[str, Any]:
+    """Return options by wire names; ``remote`` has what is set of it elsewhere."""
+    given = {to_wire_name(name): value for name, value in options.items() if value is not None}
+    if (server := given.pop("server", None)) is not None:
+        given["remote"] = {**remote, "url": server}
+    return given
 
 
 def _parse(values: dict[str, Any], base: Settings) -> Settings:
@@ -83,7 +89,7 @@ def read_options(
     configured, problems = read_config_file(config_file())
     for problem in problems if reports else ():
         echo(f"fimserver: {problem}", err=True)
-    values = _wire_values(options)
+    values = _wire_values(options, configured.get("remote", {}))
     if (model := values.get("model")) and model not in shipped_names() and Path(model).is_dir():
         values["model"] = str(Path(model).absolute())  # the engine runs in another folder
     for pair in pairs:

@@ -37,7 +37,7 @@ class CompletionEngine(Protocol):
         """Complete without sending anything to a server. Raises ``EngineError`` if that is not possible."""
 
     def begin(self) -> None:
-        """Start what runs beside requests; called once, after the engine was announced."""
+        """Start what runs in the background; called once, after the engine was announced."""
 
     def check(self) -> None:
         """Raise ``EngineError`` if the engine cannot answer now."""

@@ -270,8 +270,10 @@ def test_addresses(url: str, origin: str, is_loopback: bool) -> None:
 
 @pytest.mark.parametrize(
     "url",
-    ["", "localhost:8080", "ftp://a", "http://", "http://a:b", "http://a:99999", "http://u@a", "http://a/?k=1"]
-    + ["http://a/#x", "http://ex\u0430mple.org", "http://a b", "http://[::1"],
+    [
+        *("", "localhost:8080", "ftp://a", "http://", "http://a:b", "http://a:99999", "http://u@a", "http://a/?k=1"),
+        *("http://a/#x", "http://ex\u0430mple.org", "http://a b", "http://[::1"),
+    ],
 )
 def test_addresses_that_are_none(url: str) -> None:
     with pytest.raises(SettingsError):

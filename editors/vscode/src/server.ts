@@ -36,11 +36,12 @@ const PHASES: Readonly<Record<string, Phase>> = {
 };
 
 interface EngineStatus {
-  readonly engine: { readonly state: string; readonly detail: string };
+  readonly engine: { readonly state: string; readonly detail: string; readonly server?: string };
   readonly enabled: boolean;
   readonly snoozedMinutes: number;
   readonly trusted: boolean;
   readonly refusedModel: string | null;
+  readonly refusedServer?: string | null;
 }
 
 /** Notification of the server when its state changes, with the name that Copilot's server uses. */
@@ -171,9 +172,10 @@ export class Server implements vscode.Disposable {
     if (!status?.engine || this.client !== client) {
       return false;
     }
-    const { engine, enabled, snoozedMinutes, trusted, refusedModel } = status;
+    const { engine, enabled, snoozedMinutes, trusted, refusedModel, refusedServer = null } = status;
     const phase = PHASES[engine.state] ?? "ready";
-    const seen = { enabled, snoozedMinutes, trusted, refusedModel, mode: this.mode(), detail: engine.detail };
+    const where = { refusedServer, server: engine.server ?? "" };
+    const seen = { enabled, snoozedMinutes, trusted, refusedModel, ...where, mode: this.mode(), detail: engine.detail };
     this.change({ ...seen, phase, ...(engine.state === "ready" ? { engine: engine.detail } : {}) });
     clearTimeout(this.snoozeTimer);
     if (snoozedMinutes > 0) {

@@ -14,6 +14,10 @@ export interface View {
   readonly thinking: boolean;
   readonly trusted: boolean;
   readonly refusedModel: string | null;
+  /** The engine's server to which nothing is sent, because the user has not allowed it. */
+  readonly refusedServer: string | null;
+  /** The server that gets the code; empty while it stays on this machine. */
+  readonly server: string;
   readonly mode: string;
 }
 
@@ -26,6 +30,8 @@ export const INITIAL: View = {
   thinking: false,
   trusted: true,
   refusedModel: null,
+  refusedServer: null,
+  server: "",
   mode: "auto",
 };
 
@@ -49,8 +55,14 @@ function minutes(number: number): string {
 }
 
 function engineLine(view: View): string[] {
-  const [model, device] = view.engine.split(" on ", 2);
-  return model && device ? [`Model: ${model}, on ${device}`] : [];
+  if (view.server !== "") {
+    return [`Engine: ${view.engine}`, `Code is sent to ${view.server}`];
+  }
+  const [, model, device] = /^(.+) on (\S+)$/.exec(view.engine) ?? [];
+  if (model === undefined || device === undefined) {
+    return view.engine === "" ? [] : [`Engine: ${view.engine}`];
+  }
+  return [`Model: ${model}, on ${device}`];
 }
 
 /** Return the content of the status item. */
@@ -59,7 +71,9 @@ export function toStatus(view: View, language: Language | undefined): Status {
   const restricted = view.trusted ? [] : ["The workspace is not trusted: its model and device settings are ignored."];
   const refused =
     view.refusedModel === null ? [] : [`The model ${view.refusedModel} is not loaded: you have not allowed it.`];
-  const base = { lines: [...lines, ...restricted, ...refused], severity: "none" as const };
+  const notSent =
+    view.refusedServer === null ? [] : [`Nothing is sent to ${view.refusedServer}: you have not allowed it.`];
+  const base = { lines: [...lines, ...restricted, ...refused, ...notSent], severity: "none" as const };
   switch (view.phase) {
     case "missing":
       return {
@@ -91,7 +105,7 @@ export function toStatus(view: View, language: Language | undefined): Status {
   if (view.thinking) {
     return { ...base, text: `$(sync~spin) ${NAME}`, headline: "Thinking" };
   }
-  return { ...base, text: `$(sparkle) ${NAME}`, headline: "Ready" };
+  return { ...base, text: `$(${view.server === "" ? "sparkle" : "cloud"}) ${NAME}`, headline: "Ready" };
 }
 
 export type Action =

@@ -23,6 +23,17 @@ test("model and device are shown", () => {
   expect(toStatus({ ...READY, engine: "" }, PYTHON).lines).toEqual([]);
 });
 
+test("a server that gets the code is shown", () => {
+  const detail = "qwen at http://10.0.0.1:8000 (vllm)";
+  const status = toStatus({ ...READY, engine: detail, detail, server: "http://10.0.0.1:8000" }, PYTHON);
+  expect(status.text).toContain("$(cloud)");
+  expect(status.lines).toEqual([`Engine: ${detail}`, "Code is sent to http://10.0.0.1:8000"]);
+  expect(toStatus(READY, PYTHON).text).toContain("$(sparkle)");
+  const down = toStatus({ ...READY, engine: "tiny answers on this machine: the server is late" }, PYTHON);
+  expect(down.lines).toEqual(["Engine: tiny answers on this machine: the server is late"]);
+  expect(toStatus({ ...READY, refusedServer: "http://10.0.0.1" }, PYTHON).lines.join()).toContain("have not allowed it");
+});
+
 test("an error is shown with its fix", () => {
   const status = toStatus({ ...READY, phase: "failed", detail: "The weights are torn; fetch them again." }, PYTHON);
   expect(status.severity).toBe("error");

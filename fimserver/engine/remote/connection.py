@@ -278,7 +278,7 @@ def _first_cause(error: BaseException) -> BaseException:
 
 
 def _known_refusal(data: bytes) -> str:
-    """Return a sentence for what a server said, if it is known to have no code in it; else an empty text."""
+    """Return a sentence for a known error of a server, which has no code in it; else an empty text."""
     said = data.decode("utf-8", "replace").lower()
     for words, sentence in _KNOWN.items():
         if words in said:

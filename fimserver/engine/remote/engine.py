@@ -56,7 +56,8 @@ class EventLoop:
 class RemoteEngine:
     """A server's model. ``wanted`` is its name, or empty; ``context_tokens`` limits prompts.
 
-    ``is_here``: the server runs in this process, so that nothing is sent anywhere.
+    ``embedded`` is the server itself if it runs in this process, so that nothing is sent anywhere; it lives as long as
+    the engine.
     """
 
     def __init__(
@@ -66,15 +67,19 @@ class RemoteEngine:
         wanted: str = "",
         context_tokens: int | None = None,
         *,
-        is_here: bool = False,
+        embedded: object | None = None,
     ) -> None:
         self._server, self._connection, self._wanted = server, connection, wanted
-        self._context_tokens, self._is_here = context_tokens, is_here
+        self._context_tokens, self._embedded = context_tokens, embedded
         self._loop = EventLoop()
         self._model: ServerModel | None = None
         self._load_ms = 0.0
         self._has_event = False  # of the current answer
         self.waited_s = 0.0  # for a first event that has not come, over requests that were cancelled meanwhile
+
+    @property
+    def _is_here(self) -> bool:
+        return self._embedded is not None
 
     @property
     def info(self) -> ModelInfo:
@@ -85,7 +90,7 @@ class RemoteEngine:
             device="llama.cpp" if self._is_here else self._connection.name,
             dtype="",
             num_parameters=0,
-            max_prompt_tokens=self._limit(model.context_tokens),
+            max_prompt_tokens=min(model.context_tokens, model.usual_tokens),
             canvas_length=0,
             preferred_mode=Mode.AUTOREGRESSIVE,
             load_ms=self._load_ms,
@@ -95,9 +100,6 @@ class RemoteEngine:
             server="" if self._is_here else self._connection.name,
             capabilities=self._server.capabilities,
         )
-
-    def _limit(self, context_tokens: int) -> int:
-        return min(context_tokens, self._context_tokens or context_tokens)
 
     def begin(self) -> None:
         """Do nothing: all runs in requests."""
@@ -163,7 +165,7 @@ class RemoteEngine:
             model = await self._server.look(self._connection, self._wanted)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise _strange(self._connection) from error
-        self._model = replace(model, context_tokens=self._limit(model.context_tokens))
+        self._model = replace(model, usual_tokens=self._context_tokens or model.usual_tokens)
         self._load_ms = (time.perf_counter() - begin) * 1e3
         return self._model
 

@@ -9,6 +9,7 @@ Knows:   the server's requests and answers.  Never: HTTP.
 Source:  tools/server/README.md of ggml-org/llama.cpp.
 """
 
+import math
 from typing import Any
 
 from fimserver.datatypes import Capabilities, FimContext, Sampling
@@ -17,6 +18,7 @@ from fimserver.engine.remote.connection import Connection, Event
 from fimserver.engine.remote.prompts import split_parts, to_pieces
 from fimserver.engine.remote.servers import (
     DEFAULT_CONTEXT_TOKENS,
+    LONGEST_USUAL_TOKENS,
     Request,
     ServerModel,
     count_tokens,
@@ -26,7 +28,8 @@ from fimserver.engine.remote.servers import (
 
 _FINISH = {"eos": "end", "word": "end", "limit": "length"}
 _INFILL_ENDS = ("<|endoftext|>", "<|file_sep|>", "<|repo_name|>", "<|fim_pad|>", "<|im_end|>")
-_CONTEXT_PARTS = 4  # the server cuts what an /infill request gives it by shares of its batch
+_PROBE_FUNCTIONS = 10  # about 130 tokens
+_PROMPT_S, _LEAST_USUAL_TOKENS = 1.0, 512
 
 
 class LlamaCpp:
@@ -50,11 +53,12 @@ class LlamaCpp:
         begin = tuple(await tokenize("", with_begin=True))
         found = await verify_family(name, tokenize)
         family, ids = found or (None, {})
-        return ServerModel(name, tokens or DEFAULT_CONTEXT_TOKENS, family, ids, begin)
+        usual = await _measure_prompt(connection)
+        return ServerModel(name, tokens or DEFAULT_CONTEXT_TOKENS, usual, family, ids, begin)
 
     def write(self, model: ServerModel, context: FimContext, sampling: Sampling) -> Request:
         """Return the request for a context."""
-        parts = split_parts(context, model.context_tokens, heals=True)
+        parts = split_parts(context, model.prompt_characters, heals=True)
         body: dict[str, Any] = {
             "n_predict": count_tokens(context, sampling),
             "temperature": sampling.temperature or 0.0,
@@ -86,6 +90,18 @@ class LlamaCpp:
         is_last = bool(event.get("stop"))
         finish = _FINISH.get(str(event.get("stop_type")), "length") if is_last else None
         return Piece(str(event["content"]), probabilities, finish)
+
+
+async def _measure_prompt(connection: Connection) -> int:
+    """Return the tokens of a prompt that the server encodes in a second, by a text that is no user's."""
+    text = "".join(f"def value_{i}():\n    return {i}\n" for i in range(_PROBE_FUNCTIONS))
+    body = {"prompt": text, "n_predict": 1, "cache_prompt": False, "stream": False}
+    answer = await connection.post("/completion", body)
+    timings = answer.get("timings", {}) if isinstance(answer, dict) else {}
+    speed = timings.get("prompt_per_second") if isinstance(timings, dict) else None
+    if isinstance(speed, bool) or not isinstance(speed, int | float) or not math.isfinite(speed):
+        return LONGEST_USUAL_TOKENS
+    return int(min(max(speed * _PROMPT_S, _LEAST_USUAL_TOKENS), LONGEST_USUAL_TOKENS))
 
 
 def to_grammar(healed: str) -> str:

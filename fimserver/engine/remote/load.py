@@ -74,6 +74,6 @@ def _load_embedded(own: dict[str, Any], digest: str, num_threads: Callable[[str]
     threads = own["threads"] or num_threads(own["model"])
     server = EmbeddedServer(own["model"], own["device"], threads, own["context_tokens"])
     connection = server.connect(_EMBEDDED_TIMEOUT_S)
-    engine = RemoteEngine(_Embedded(), connection, "", own["context_tokens"], is_here=True)
+    engine = RemoteEngine(_Embedded(), connection, "", own["context_tokens"], embedded=server)
     engine.check()
     return engine

@@ -47,11 +47,11 @@ class Ollama:
                 "fimserver.remote.model to a code model, for instance qwen2.5-coder:1.5b-base"
             )
             raise RemoteError(msg, is_lasting=True)
-        return ServerModel(name, tokens, family, layout=_SUFFIX if family is None else _RAW)
+        return ServerModel(name, tokens, family=family, layout=_SUFFIX if family is None else _RAW)
 
     def write(self, model: ServerModel, context: FimContext, sampling: Sampling) -> Request:
         """Return the request for a context."""
-        parts = split_parts(context, model.context_tokens, heals=False)
+        parts = split_parts(context, model.prompt_characters, heals=False)
         options: dict[str, Any] = {
             "num_predict": count_tokens(context, sampling),
             "num_ctx": model.context_tokens,

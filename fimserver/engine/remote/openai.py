@@ -52,11 +52,11 @@ class OpenAi:
         name = choose_model(list(found), wanted, connection.name)
         tokens = to_number(found.get(name, {}).get("max_model_len"), DEFAULT_CONTEXT_TOKENS)
         family = find_family(name)
-        return ServerModel(name, tokens, family, layout=CHAT if family is None else RAW, base=base)
+        return ServerModel(name, tokens, family=family, layout=CHAT if family is None else RAW, base=base)
 
     def write(self, model: ServerModel, context: FimContext, sampling: Sampling) -> Request:
         """Return the request for a context."""
-        parts = split_parts(context, model.context_tokens, heals=False)
+        parts = split_parts(context, model.prompt_characters, heals=False)
         body: dict[str, Any] = {
             "max_tokens": count_tokens(context, sampling),
             "temperature": sampling.temperature or 0.0,

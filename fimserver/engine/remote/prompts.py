@@ -20,15 +20,13 @@ from fimserver.engine.chat import NOTHING_FOLLOWS, marks_around, tag_of
 from fimserver.engine.prompt import split_last_word
 from fimserver.engine.remote.families import Family
 
-_CHARACTERS_PER_TOKEN = 2.5  # fewer than in nearly all code, so that a prompt fits
 _SUFFIX_SHARE = 0.25  # of the characters, as for fimserver's own models
 _SNIPPETS_SHARE = 0.15
 _CUTS_PER_BUDGET = 4
 _LONGEST_HEALED = 40
-_ANSWER_TOKENS = 512  # left for the answer in the server's context
 _INSTRUCTION = (
     "Fill in the code at the cursor of a file. Answer with one code block between {marks}: begin with the cursor's "
-    "line as it is, from its start, and go on with what is missing at the cursor. Do not repeat the code after the "
+    "line as it is, from its start, and continue with what is missing at the cursor. Do not repeat the code after the "
     "cursor. Do not explain."
 )
 _JOINER = "\u2060"  # has no width; within a token's name it leaves only text
@@ -45,9 +43,8 @@ class Parts:
     snippets: tuple[tuple[str, str], ...] = ()  # file names and texts
 
 
-def split_parts(context: FimContext, context_tokens: int, *, heals: bool) -> Parts:
-    """Return the parts of a context that fit a server's context of so many tokens."""
-    budget = int(max(256, context_tokens - _ANSWER_TOKENS) * _CHARACTERS_PER_TOKEN)
+def split_parts(context: FimContext, budget: int, *, heals: bool) -> Parts:
+    """Return the parts of a context, cut to so many characters in all."""
     suffix = _cut_end(context.suffix, int(budget * _SUFFIX_SHARE))
     snippets = _fit_snippets(context, int(budget * _SNIPPETS_SHARE))
     used = len(suffix) + sum(len(name) + len(text) for name, text in snippets)

@@ -19,25 +19,36 @@ from fimserver.engine.remote.families import FAMILIES, Family, find_family
 from fimserver.errors import RemoteError
 
 DEFAULT_CONTEXT_TOKENS = 4096  # of a server that does not say
+LONGEST_USUAL_TOKENS = 8192  # what lies further from the cursor helps little
 TOKENS_A_LINE = 24  # token limit of an answer per line of its hole, as for fimserver's own engine
 _MOST_TOKENS = 512
 _HEALED_TOKENS = 16
+_CHARACTERS_PER_TOKEN, _FEWEST_CHARACTERS_PER_TOKEN = 3.5, 2.5  # of code
+_LEAST_CHARACTERS = 512
 
 
 @dataclass(frozen=True, slots=True)
 class ServerModel:
     """A server's model: ``token_ids`` are those of the family's tokens, ``begin_ids`` of what begins every prompt.
 
+    ``context_tokens`` are for prompt and answer; ``usual_tokens`` for a prompt that is encoded in about a second.
     ``layout`` says how a prompt is written, where a server takes several kinds; ``base`` is the address's own path.
     """
 
     name: str
     context_tokens: int = DEFAULT_CONTEXT_TOKENS
+    usual_tokens: int = LONGEST_USUAL_TOKENS
     family: Family | None = None
     token_ids: Mapping[str, int] = field(default_factory=dict)
     begin_ids: tuple[int, ...] = ()
     layout: str = ""
     base: str = ""
+
+    @property
+    def prompt_characters(self) -> int:
+        """Return the length of prompts: surely within the context, and usually within the time."""
+        most = (self.context_tokens - _MOST_TOKENS) * _FEWEST_CHARACTERS_PER_TOKEN
+        return max(_LEAST_CHARACTERS, int(min(most, self.usual_tokens * _CHARACTERS_PER_TOKEN)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,6 +58,10 @@ function M.line()
   if state == 'snoozed' then
     return ('fim: snoozed %d min'):format(M.snoozed_minutes())
   end
+  local host = server.detail:match('^%S+ at https?://([^%s/]+) %(') -- the server that gets the code
+  if state == 'ready' and host then
+    return 'fim @ ' .. host
+  end
   return words[state] or ('fim: ' .. state)
 end
 
