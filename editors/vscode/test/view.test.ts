@@ -31,7 +31,9 @@ test("a server that gets the code is shown", () => {
   expect(toStatus(READY, PYTHON).text).toContain("$(sparkle)");
   const down = toStatus({ ...READY, engine: "tiny answers on this machine: the server is late" }, PYTHON);
   expect(down.lines).toEqual(["Engine: tiny answers on this machine: the server is late"]);
-  expect(toStatus({ ...READY, refusedServer: "http://10.0.0.1" }, PYTHON).lines.join()).toContain("have not allowed it");
+  expect(toStatus({ ...READY, refusedServer: "http://10.0.0.1" }, PYTHON).lines.join()).toContain(
+    "have not allowed it",
+  );
 });
 
 test("an error is shown with its fix", () => {

@@ -12,14 +12,17 @@ Source:  the templates that Zed publishes for each family (crates/edit_predictio
 import re
 from dataclasses import dataclass
 
+from fimserver.checkpoints.metadata import Healing
+
 
 @dataclass(frozen=True, slots=True)
 class Family:
     """The tokens around the parts of a prompt, and the order of the parts.
 
     ``suffix_first``: ``prefix suffix SUFFIX middle PREFIX`` in place of ``prefix PREFIX suffix SUFFIX middle``;
-    ``only_suffix_first``: the family's own order, ``suffix SUFFIX prefix PREFIX middle``. ``ends`` are tokens that end
-    an answer, for servers that write them as text. ``pattern`` recognizes the names of its models.
+    ``only_suffix_first``: the family's own order, ``suffix SUFFIX prefix PREFIX middle``. ``healing`` is what is taken
+    off a prompt before the cursor. ``ends`` are tokens that end an answer, for servers that write them as text.
+    ``pattern`` recognizes the names of its models.
     """
 
     name: str
@@ -32,6 +35,7 @@ class Family:
     only_suffix_first: bool = False
     repository: str = ""
     file_separator: str = ""
+    healing: Healing = Healing.WORD
 
     @property
     def tokens(self) -> tuple[str, ...]:
@@ -60,6 +64,7 @@ FAMILIES = (
         suffix_first=True,
         repository="<|repo_name|>",
         file_separator="<|file_sep|>",
+        healing=Healing.PIECE,
     ),
     Family(
         "CodeGemma",

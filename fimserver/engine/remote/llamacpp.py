@@ -12,6 +12,7 @@ Source:  tools/server/README.md of ggml-org/llama.cpp.
 import math
 from typing import Any
 
+from fimserver.checkpoints.metadata import Healing
 from fimserver.datatypes import Capabilities, FimContext, Sampling
 from fimserver.engine.remote.answers import CodeReader, Piece
 from fimserver.engine.remote.connection import Connection, Event
@@ -28,8 +29,8 @@ from fimserver.engine.remote.servers import (
 
 _FINISH = {"eos": "end", "word": "end", "limit": "length"}
 _INFILL_ENDS = ("<|endoftext|>", "<|file_sep|>", "<|repo_name|>", "<|fim_pad|>", "<|im_end|>")
-_PROBE_FUNCTIONS = 10  # about 130 tokens
-_PROMPT_S, _LEAST_USUAL_TOKENS = 1.0, 512
+_PROBE_FUNCTIONS = 20  # about 260 tokens
+_PROMPT_S, _LEAST_USUAL_TOKENS = 1.0, 256
 
 
 class LlamaCpp:
@@ -58,7 +59,8 @@ class LlamaCpp:
 
     def write(self, model: ServerModel, context: FimContext, sampling: Sampling) -> Request:
         """Return the request for a context."""
-        parts = split_parts(context, model.prompt_characters, heals=True)
+        healing = model.family.healing if model.family is not None else Healing.WORD
+        parts = split_parts(context, model.prompt_characters, healing)
         body: dict[str, Any] = {
             "n_predict": count_tokens(context, sampling),
             "temperature": sampling.temperature or 0.0,
@@ -66,7 +68,7 @@ class LlamaCpp:
             "n_probs": 1,
             "stream": True,
         }
-        if context.hole.max_lines == 1:
+        if context.hole.max_lines == 1 and "\n" not in parts.healed:
             body["stop"] = ["\n"]
         if sampling.seed is not None:
             body["seed"] = sampling.seed % 2**32

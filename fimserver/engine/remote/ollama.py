@@ -51,7 +51,7 @@ class Ollama:
 
     def write(self, model: ServerModel, context: FimContext, sampling: Sampling) -> Request:
         """Return the request for a context."""
-        parts = split_parts(context, model.prompt_characters, heals=False)
+        parts = split_parts(context, model.prompt_characters)
         options: dict[str, Any] = {
             "num_predict": count_tokens(context, sampling),
             "num_ctx": model.context_tokens,

@@ -56,7 +56,7 @@ class OpenAi:
 
     def write(self, model: ServerModel, context: FimContext, sampling: Sampling) -> Request:
         """Return the request for a context."""
-        parts = split_parts(context, model.prompt_characters, heals=False)
+        parts = split_parts(context, model.prompt_characters)
         body: dict[str, Any] = {
             "max_tokens": count_tokens(context, sampling),
             "temperature": sampling.temperature or 0.0,

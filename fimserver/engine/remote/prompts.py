@@ -12,9 +12,11 @@ valid. A long prefix is cut by quarters of its budget, so that the cut does not 
 Knows:  texts of the context, families.  Never: servers, token ids.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from fimserver.checkpoints.metadata import Healing
 from fimserver.datatypes import FimContext
 from fimserver.engine.chat import NOTHING_FOLLOWS, marks_around, tag_of
 from fimserver.engine.prompt import split_last_word
@@ -28,6 +30,12 @@ _INSTRUCTION = (
     "Fill in the code at the cursor of a file. Answer with one code block between {marks}: begin with the cursor's "
     "line as it is, from its start, and continue with what is missing at the cursor. Do not repeat the code after the "
     "cursor. Do not explain."
+)
+_MOST_PIECE_CHARACTERS = 256  # before the cursor, in which the last piece is looked for
+# Words with the mark or space before them, digits, marks with line ends, white space: how tokenizers like Qwen2's split
+# text before they look for tokens. "_" is a mark.
+_PIECE = re.compile(
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|(?:[^\r\n\w]|_)?[^\W\d_]+|\d| ?(?:[^\s\w]|_)+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
 _JOINER = "\u2060"  # has no width; within a token's name it leaves only text
 
@@ -43,14 +51,13 @@ class Parts:
     snippets: tuple[tuple[str, str], ...] = ()  # file names and texts
 
 
-def split_parts(context: FimContext, budget: int, *, heals: bool) -> Parts:
-    """Return the parts of a context, cut to so many characters in all."""
+def split_parts(context: FimContext, budget: int, healing: Healing | None = None) -> Parts:
+    """Return the parts of a context, cut to so many characters in all; without ``healing`` nothing is taken off."""
     suffix = _cut_end(context.suffix, int(budget * _SUFFIX_SHARE))
     snippets = _fit_snippets(context, int(budget * _SNIPPETS_SHARE))
     used = len(suffix) + sum(len(name) + len(text) for name, text in snippets)
-    before, healed = split_last_word(context.prefix) if heals else (context.prefix, "")
-    if len(healed) > _LONGEST_HEALED:
-        before, healed = context.prefix, ""
+    healed = _find_healed(context.prefix, healing)
+    before = context.prefix[: len(context.prefix) - len(healed)]
     prefix = _cut_start(before, budget - used - len(context.head))
     head = context.head if len(prefix) < len(before) else ""
     return Parts(head + prefix, suffix, healed, _name_of(context.path), snippets)
@@ -104,6 +111,18 @@ def to_turn(context: FimContext, parts: Parts) -> str:
     written.append(quote("The code after the cursor", parts.suffix.rstrip()) if follows else NOTHING_FOLLOWS)
     written.append(quote("The code before the cursor", parts.prefix))
     return "".join(written)
+
+
+def _find_healed(prefix: str, healing: Healing | None) -> str:
+    """Return the end of a prefix that an answer has to begin with; nothing if that would be long."""
+    if healing is None:
+        return ""
+    if healing is Healing.WORD:
+        healed = split_last_word(prefix)[1]
+    else:
+        pieces = _PIECE.findall(prefix[-_MOST_PIECE_CHARACTERS:])
+        healed = pieces[-1] if pieces else ""
+    return healed if len(healed) <= _LONGEST_HEALED else ""
 
 
 def _fit_snippets(context: FimContext, room: int) -> tuple[tuple[str, str], ...]:
