@@ -39,6 +39,7 @@ class CompletionServer:
     tls: ssl.SSLContext | None = None
     retry_after: str = ""
     has_family: bool = True
+    prompt_per_second: Any = 5000.0
 
     @property
     def url(self) -> str:
@@ -48,12 +49,14 @@ class CompletionServer:
     def completions(self) -> list[Asked]:
         """The requests that contain code."""
         ends = ("/completion", "/completions", "/infill", "/api/generate")
-        return [asked for asked in self.asked if asked.path.endswith(ends)]
+        return [asked for asked in self.asked if asked.path.endswith(ends) and asked.body["stream"]]
 
     # The answers of each kind
 
     def look(self, path: str, body: Any) -> Any:
         """Return the answer to a question about the model; None for any other."""
+        if path == "/completion" and not body["stream"]:
+            return {"content": "x", "timings": {"prompt_per_second": self.prompt_per_second}}
         if path == "/tokenize":
             return {"tokens": self.tokenize(body.get("content", body.get("prompt")))}
         return {

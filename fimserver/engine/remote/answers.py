@@ -26,12 +26,13 @@ _MOST_CHARACTERS = 65536
 class Piece:
     """A part of an answer: its text, the texts and log-probabilities of its tokens if the engine reports them.
 
-    ``finish`` is set in the last part: ``end`` or ``length``.
+    ``finish`` is set in the last part: ``end`` or ``length``. ``token_ids`` are set by engines that report them.
     """
 
     text: str = ""
     log_probabilities: tuple[tuple[str, float], ...] = ()
     finish: str | None = None
+    token_ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from fimserver.engine.interface import OnPartial
 from fimserver.engine.prompt import normalize_span
 from fimserver.engine.remote.answers import CodeReader, Piece
 from fimserver.engine.remote.connection import Connection
-from fimserver.engine.remote.servers import Request, Server, ServerModel
+from fimserver.engine.remote.servers.server import Request, Server, ServerModel
 from fimserver.errors import CompletionCancelledError, EngineError, RemoteError
 
 _T = TypeVar("_T")

@@ -21,16 +21,16 @@ from fimserver.engine.remote.connection import Connection
 from fimserver.engine.remote.embedded import EmbeddedServer
 from fimserver.engine.remote.engine import RemoteEngine
 from fimserver.engine.remote.fallback import FallbackEngine, Report
-from fimserver.engine.remote.llamacpp import LlamaCpp
-from fimserver.engine.remote.ollama import Ollama
-from fimserver.engine.remote.openai import Inception, Mistral, OpenAi, Vllm
-from fimserver.engine.remote.servers import Server
-from fimserver.errors import EngineError, SettingsError
+from fimserver.engine.remote.servers.llamacpp import LlamaCpp
+from fimserver.engine.remote.servers.ollama import Ollama
+from fimserver.engine.remote.servers.openai import Inception, Mistral, OpenAi
+from fimserver.engine.remote.servers.server import Server
+from fimserver.engine.remote.servers.vllm import Vllm, load_own
+from fimserver.errors import EngineError, SettingsError, WeightsError
 from fimserver.settings import Remote
 
 _EMBEDDED_TIMEOUT_S = 60.0  # a prompt of many tokens takes long on a CPU, and nothing can get lost on the way
 _SERVERS: dict[str, Callable[[], Server]] = {
-    "vllm": Vllm,
     "llamacpp-server": LlamaCpp,
     "ollama": Ollama,
     "openai": OpenAi,
@@ -58,7 +58,7 @@ def load_remote(options: dict[str, Any], report: Report, num_threads: Callable[[
         msg = f"code may not be sent to {address.origin} before you agree; run: fimserver engine allow {address.origin}"
         raise EngineError(msg)
     key, timeout_s = read_api_key(remote.api_key), remote.timeout_ms / 1e3
-    server = _SERVERS[options["engine"]]()
+    server = _load_vllm(options["model"]) if options["engine"] == "vllm" else _SERVERS[options["engine"]]()
     connection = Connection(address, key, timeout_s)
     engine = RemoteEngine(server, connection, remote.model, options["context_tokens"])
     fallback = None
@@ -66,6 +66,14 @@ def load_remote(options: dict[str, Any], report: Report, num_threads: Callable[[
         chosen = {**own, "fp4_activations": options["fp4_activations"], "digest": options.get("digest", "")}
         fallback = EngineClient(EngineOptions(**chosen))
     return FallbackEngine(engine, fallback, report, timeout_s)
+
+
+def _load_vllm(model: str) -> Vllm:
+    """Return a client that knows the tokenizer of the model of the settings, which the server may serve too."""
+    try:
+        return Vllm(load_own(find_model(model)))
+    except WeightsError:  # reported when the model is loaded in place of the server
+        return Vllm()
 
 
 def _load_embedded(own: dict[str, Any], digest: str, num_threads: Callable[[str], int]) -> CompletionEngine:

@@ -15,7 +15,7 @@ from fimserver.engine.remote.address import parse_address
 from fimserver.engine.remote.connection import Connection
 from fimserver.engine.remote.engine import RemoteEngine
 from fimserver.engine.remote.fallback import FallbackEngine
-from fimserver.engine.remote.llamacpp import LlamaCpp
+from fimserver.engine.remote.servers.llamacpp import LlamaCpp
 from fimserver.errors import CompletionCancelledError, EngineError, RemoteError
 
 LINE = Hole(HoleKind.REST_OF_LINE, max_lines=1, estimated_tokens=8)

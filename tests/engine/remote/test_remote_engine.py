@@ -15,10 +15,11 @@ from fimserver.datatypes import FimContext, Generation, Hole, HoleKind, PartialA
 from fimserver.engine.remote.address import parse_address
 from fimserver.engine.remote.connection import Connection
 from fimserver.engine.remote.engine import RemoteEngine
-from fimserver.engine.remote.llamacpp import LlamaCpp, to_grammar
-from fimserver.engine.remote.ollama import Ollama
-from fimserver.engine.remote.openai import Inception, Mistral, OpenAi, Vllm
-from fimserver.engine.remote.servers import Server
+from fimserver.engine.remote.servers.llamacpp import LlamaCpp, to_grammar
+from fimserver.engine.remote.servers.ollama import Ollama
+from fimserver.engine.remote.servers.openai import Inception, Mistral, OpenAi
+from fimserver.engine.remote.servers.server import Server
+from fimserver.engine.remote.servers.vllm import Vllm
 from fimserver.errors import CompletionCancelledError, RemoteError
 
 LINE = Hole(HoleKind.REST_OF_LINE, max_lines=1, estimated_tokens=8)
@@ -101,6 +102,18 @@ def test_llama_cpp_gets_the_familys_prompt_in_tokens_and_texts(llamacpp: Complet
     assert asked.body["cache_prompt"] is True
     assert engine.info.max_prompt_tokens == 2048
     assert engine.info.name == "qwen2.5-coder-0.5b"
+
+
+@pytest.mark.parametrize(
+    ("speed", "tokens"),
+    [(700.0, 700), (3, 256), (1e9, 2048), (None, 2048), ("fast", 2048), (True, 2048), (float("nan"), 2048)],
+)
+def test_prompts_are_as_long_as_the_server_encodes_in_a_second(speed: object, tokens: int) -> None:
+    with serve(prompt_per_second=speed) as server:
+        engine = make_engine(LlamaCpp(), server.url)
+        engine.check()
+        assert engine.info.max_prompt_tokens == tokens
+        assert "x = " not in str(server.asked), "the measurement sends no code of a user"
 
 
 def test_what_begins_every_prompt_is_kept() -> None:

@@ -14,7 +14,7 @@ from fimserver.engine.remote.answers import CodeReader, Piece
 from fimserver.engine.remote.connection import Connection, Event
 from fimserver.engine.remote.families import find_family
 from fimserver.engine.remote.prompts import split_parts, to_raw
-from fimserver.engine.remote.servers import Request, ServerModel, choose_model, count_tokens, to_number
+from fimserver.engine.remote.servers.server import Request, ServerModel, choose_model, count_tokens, to_number
 from fimserver.errors import RemoteError
 
 _CONTEXT_TOKENS = 4096  # asked for: another number would load the model again

@@ -17,7 +17,7 @@ from fimserver.datatypes import Capabilities, FimContext, Sampling
 from fimserver.engine.remote.answers import CodeReader, Piece
 from fimserver.engine.remote.connection import Connection, Event
 from fimserver.engine.remote.prompts import split_parts, to_pieces
-from fimserver.engine.remote.servers import (
+from fimserver.engine.remote.servers.server import (
     DEFAULT_CONTEXT_TOKENS,
     LONGEST_USUAL_TOKENS,
     Request,

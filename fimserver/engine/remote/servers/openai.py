@@ -2,7 +2,6 @@
 
     OpenAi      /v1/completions with a known family's prompt; else /v1/chat/completions with a question in words. If the
                 address itself ends in /completions, the texts before and after the cursor are sent there (DeepSeek).
-    Vllm        the same, with the family confirmed by the server's tokenizer
     Mistral     Codestral's /v1/fim/completions
     Inception   Mercury's /v1/fim/completions
 
@@ -10,7 +9,6 @@ Knows:   requests and answers.  Never: HTTP.
 Source:  OpenAI's reference of completions and chat completions; docs.mistral.ai and docs.inceptionlabs.ai for theirs.
 """
 
-from dataclasses import replace
 from typing import Any
 
 from fimserver.datatypes import Capabilities, FimContext, Sampling
@@ -18,14 +16,13 @@ from fimserver.engine.remote.answers import ChatReader, CodeReader, Piece
 from fimserver.engine.remote.connection import Connection, Event
 from fimserver.engine.remote.families import find_family
 from fimserver.engine.remote.prompts import split_parts, to_raw, to_turn
-from fimserver.engine.remote.servers import (
+from fimserver.engine.remote.servers.server import (
     DEFAULT_CONTEXT_TOKENS,
     Request,
     ServerModel,
     choose_model,
     count_tokens,
     to_number,
-    verify_family,
 )
 
 _LINE_TOKENS = 256  # for the cursor's line, which a chat model writes again
@@ -46,7 +43,7 @@ class OpenAi:
         if base.endswith("/completions"):
             layout = CHAT if base.endswith("/chat/completions") else SUFFIX
             return ServerModel(wanted, layout=layout, base=base)
-        listed = await connection.get(_path(base, "models"))
+        listed = await connection.get(to_path(base, "models"))
         models = listed.get("data", []) if isinstance(listed, dict) else []
         found = {str(model["id"]): model for model in models if isinstance(model, dict) and "id" in model}
         name = choose_model(list(found), wanted, connection.name)
@@ -69,7 +66,7 @@ class OpenAi:
         if model.layout == CHAT:
             body["messages"] = [{"role": "user", "content": to_turn(context, parts)}]
             body["max_tokens"] += _LINE_TOKENS
-            return Request(_path(model.base, "chat/completions"), body, ChatReader(context))
+            return Request(to_path(model.base, "chat/completions"), body, ChatReader(context))
         stop = ["\n"] if context.hole.max_lines == 1 else []
         if model.family is not None:
             body |= {"prompt": to_raw(parts, model.family), "logprobs": 1}
@@ -79,7 +76,7 @@ class OpenAi:
         if stop:
             body["stop"] = stop[:_MOST_STOPS]
         ends = model.family.control_tokens if model.family is not None else ()
-        return Request(_path(model.base, "completions"), body, CodeReader(context, ends=ends))
+        return Request(to_path(model.base, "completions"), body, CodeReader(context, ends=ends))
 
     def read(self, event: Event) -> Piece:
         """Return the part of an answer in an event."""
@@ -95,28 +92,6 @@ class OpenAi:
 
 
 _FINISH = {"length": "length", "model_length": "length", "error": "length"}
-
-
-class Vllm(OpenAi):
-    """A vLLM server."""
-
-    name = "vllm"
-
-    async def look(self, connection: Connection, wanted: str) -> ServerModel:
-        """Return the model, with its family if the server's tokenizer has the family's tokens."""
-        model = await super().look(connection, wanted)
-        if model.layout == SUFFIX or model.family is None:
-            return model
-
-        async def tokenize(text: str) -> list[int]:
-            body = {"model": model.name, "prompt": text, "add_special_tokens": False}
-            answer = await connection.post("/tokenize", body)
-            tokens = answer.get("tokens", []) if isinstance(answer, dict) else []
-            return [token for token in tokens if isinstance(token, int)]
-
-        found = await verify_family(model.name, tokenize)
-        family, ids = found or (None, {})
-        return replace(model, family=family, token_ids=ids, layout=RAW if found else CHAT)
 
 
 class Mistral(OpenAi):
@@ -137,7 +112,7 @@ class Mistral(OpenAi):
         body = dict(request.body)
         if "seed" in body:
             body["random_seed"] = body.pop("seed")
-        return Request(_path(model.base, "fim/completions"), body, request.reader)
+        return Request(to_path(model.base, "fim/completions"), body, request.reader)
 
 
 class Inception(Mistral):
@@ -152,7 +127,7 @@ class Inception(Mistral):
         return Request(request.path, {k: v for k, v in request.body.items() if k != "random_seed"}, request.reader)
 
 
-def _path(base: str, end: str) -> str:
+def to_path(base: str, end: str) -> str:
     """Return the path of a request: with the version, unless the address has it; nothing if that is a whole one."""
     if base.endswith("/completions"):
         return ""

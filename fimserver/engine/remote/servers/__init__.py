@@ -1,0 +1,1 @@
+"""Know the requests and answers of each kind of server."""

@@ -1,0 +1,226 @@
+"""Ask a vLLM server; one that serves DiffusionGemma fills a canvas that fimserver lays out.
+
+A canvas request gives the ids of fimserver's own prompt, and a canvas of as many tokens as the hole may need: what was
+typed of the first word, pinned; then the last answer, if the text still begins with it; then random tokens. vLLM
+denoises it for a few steps and returns every position. It gives what the model would write at a pinned position too,
+so those are put back here. An answer ends at the first token that is not text.
+
+That needs the same tokenizer on both sides, which is asked of the server once with a text of fimserver's own, and
+vLLM's request fields for canvases, which are tried once. A server without them gets the ids alone; one with another
+tokenizer gets a prompt as text, or a question in words (``openai.py``).
+
+Knows:   the server's requests and answers, the tokenizer of ``fimserver.model``.  Never: HTTP.
+Source:  vllm/utils/diffusion.py and vllm/model_executor/models/diffusion_gemma.py of vllm-project/vllm 0.32.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fimserver.checkpoints.folder import read_json
+from fimserver.checkpoints.metadata import Canvas, ModelMetadata, limit_context, read_metadata
+from fimserver.datatypes import Capabilities, FimContext, Sampling
+from fimserver.engine.prompt import Prompt, build_prompt
+from fimserver.engine.remote.answers import CodeReader, Piece
+from fimserver.engine.remote.connection import Connection, Event
+from fimserver.engine.remote.servers.openai import CHAT, RAW, SUFFIX, OpenAi, to_path
+from fimserver.engine.remote.servers.server import (
+    TOKENS_A_LINE,
+    Request,
+    ServerModel,
+    count_tokens,
+    verify_family,
+)
+from fimserver.engine.vocabulary import Vocabulary
+from fimserver.errors import RemoteError
+
+CANVAS, IDS = "canvas", "ids"  # layouts
+_PROBE = "def probe(value):\n    return value + 1  # a line of fimserver's own\n"
+_STEPS = 8  # of denoising: later ones change little
+_LEAST_CANVAS = 8
+_PROBE_CANVAS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """What fimserver knows of the model itself: its record, its tokenizer, the length of its canvas."""
+
+    metadata: ModelMetadata
+    vocabulary: Vocabulary
+    canvas_length: int
+
+
+def load_own(folder: Path) -> Own | None:
+    """Return what a model's folder says of a model with a canvas of random tokens; ``None`` for another kind.
+
+    Raises ``WeightsError``.
+    """
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    metadata = read_metadata(folder)
+    length = metadata.canvas_length or read_json(folder / "config.json").get("canvas_length")
+    if metadata.canvas is not Canvas.UNIFORM or not isinstance(length, int):
+        return None
+    return Own(metadata, Vocabulary.load(folder / "tokenizer.json", metadata.special_ids), length)
+
+
+class Vllm(OpenAi):
+    """A vLLM server. ``own`` is what is known of the model that it may serve."""
+
+    name = "vllm"
+    capabilities = Capabilities(canvas=True, suffix=True, token_ids=True, probabilities=True)
+
+    def __init__(self, own: Own | None = None) -> None:
+        self._own = own
+        self.capabilities = replace(type(self).capabilities, canvas=False, token_ids=False)
+        self._last: tuple[str, str] = ("", "")  # prefix and answer of the last request
+        self._random = random.Random()  # noqa: S311  noise for a canvas
+
+    async def look(self, connection: Connection, wanted: str) -> ServerModel:
+        """Return the model, and how prompts are written for it."""
+        model = await super().look(connection, wanted)
+        if model.layout == SUFFIX:
+            return model
+        if self._own is not None and await self._has_own_tokens(connection, model, self._own):
+            layout = CANVAS if await self._takes_canvases(connection, model, self._own) else IDS
+            self.capabilities = replace(self.capabilities, canvas=layout == CANVAS, token_ids=True)
+            return replace(model, layout=layout, family=None)
+
+        async def tokenize(text: str) -> list[int]:
+            return await _tokenize(connection, model, text)
+
+        found = await verify_family(model.name, tokenize) if model.family is not None else None
+        family, ids = found or (None, {})
+        return replace(model, family=family, token_ids=ids, layout=RAW if found else CHAT)
+
+    async def _has_own_tokens(self, connection: Connection, model: ServerModel, own: Own) -> bool:
+        try:
+            return await _tokenize(connection, model, _PROBE) == own.vocabulary.encode(_PROBE)
+        except RemoteError as error:
+            if error.is_lasting:  # a server without such requests
+                return False
+            raise
+
+    async def _takes_canvases(self, connection: Connection, model: ServerModel, own: Own) -> bool:
+        """Return whether the server knows the fields for canvases: an older one ignores or refuses them."""
+        ids = own.vocabulary.encode(_PROBE)
+        prompt = [own.metadata.special_tokens["bos"], *ids]
+        body = {**_body(model, prompt), **_canvas_fields([ids[0]] * _PROBE_CANVAS, [], 1)}
+        try:
+            answer = await connection.post(to_path(model.base, "completions"), body)
+        except RemoteError as error:
+            if error.is_lasting:
+                return False
+            raise
+        return len(answer["choices"][0].get("token_ids") or []) == _PROBE_CANVAS
+
+    def write(self, model: ServerModel, context: FimContext, sampling: Sampling) -> Request:
+        """Return the request for a context."""
+        if model.layout not in {CANVAS, IDS} or self._own is None:
+            return super().write(model, context, sampling)
+        own = self._own
+        metadata = limit_context(own.metadata, min(model.usual_tokens, model.context_tokens - own.canvas_length))
+        prompt = build_prompt(context, own.vocabulary, metadata)
+        body = _body(model, list(prompt.token_ids))
+        path = to_path(model.base, "completions")
+        if model.layout == IDS:
+            tokens = count_tokens(context, sampling)
+            body["max_tokens"] = tokens
+            return Request(path, body, IdsReader(context, prompt, own, [], lambda _text: None))
+        healed = own.vocabulary.encode(prompt.healed)
+        length = min(own.canvas_length, max(_LEAST_CANVAS, len(healed) + TOKENS_A_LINE * context.hole.max_lines))
+        chance = self._random if sampling.seed is None else random.Random(sampling.seed)  # noqa: S311
+        start = healed + (self._warm_start(context, own) if sampling.seed is None else [])
+        noise = (chance.randrange(metadata.num_special_tokens, own.vocabulary.size) for _ in range(length))
+        canvas = [*start[:length], *noise][:length]
+        steps = min(sampling.max_denoising_steps or _STEPS, metadata.max_denoising_steps)
+        body |= _canvas_fields(canvas, list(range(min(len(healed), length))), steps)
+
+        def remember(text: str) -> None:
+            self._last = context.prefix, text
+
+        return Request(path, body, IdsReader(context, prompt, own, healed, remember))
+
+    def _warm_start(self, context: FimContext, own: Own) -> list[int]:
+        """Return the rest of the last answer, if what was typed since is its beginning."""
+        prefix, text = self._last
+        typed = context.prefix.removeprefix(prefix)
+        if not prefix or typed == context.prefix or not text.startswith(typed) or typed == text:
+            return []
+        return [*own.vocabulary.encode(text[len(typed) :]), own.metadata.special_tokens["eos"]]
+
+    def read(self, event: Event) -> Piece:
+        """Return the part of an answer in an event; ids are kept for the reader."""
+        piece = super().read(event)
+        choices = event.get("choices") or [{}]
+        ids = choices[0].get("token_ids")
+        return piece if ids is None else replace(piece, token_ids=tuple(int(i) for i in ids))
+
+
+class IdsReader(CodeReader):
+    """Reads an answer in token ids: of a canvas, or of an answer that is written in order.
+
+    ``healed`` are the pinned ids at its beginning, and ``remember`` gets the text of a whole canvas.
+    """
+
+    def __init__(
+        self, context: FimContext, prompt: Prompt, own: Own, healed: list[int], remember: Callable[[str], None]
+    ) -> None:
+        super().__init__(context, prompt.healed)
+        self._prompt, self._own, self._pinned, self._remember = prompt, own, healed, remember
+        self._ids: list[int] = []
+
+    def add(self, piece: Piece) -> None:
+        """Take the next ids. Raises ``ValueError`` for ids that the tokenizer does not have."""
+        if piece.token_ids is None:
+            super().add(replace(piece, text=""))
+            return
+        vocabulary, ids = self._own.vocabulary, list(piece.token_ids)
+        if any(not 0 <= i < vocabulary.size for i in ids):
+            msg = "the answer has token ids that the tokenizer does not have"
+            raise ValueError(msg)
+        if not self._ids:
+            ids[: len(self._pinned)] = self._pinned[: len(ids)]
+        end = next((i for i, token_id in enumerate(ids) if not vocabulary.is_text(token_id)), None)
+        whole = self._ids + (ids if end is None else ids[:end])
+        before = vocabulary.decode(self._ids)
+        self._ids = whole
+        text = vocabulary.decode(whole)
+        probabilities = _align(vocabulary, ids[:end], piece.log_probabilities)
+        finish = "end" if end is not None else piece.finish
+        super().add(Piece(text.removeprefix(before), probabilities, finish))
+        if piece.finish is not None or end is not None:
+            self._remember(text[len(self._prompt.healed) :])
+
+
+def _align(
+    vocabulary: Vocabulary, ids: list[int], given: tuple[tuple[str, float], ...]
+) -> tuple[tuple[str, float], ...]:
+    """Return the log-probabilities with the tokens' own texts: a server may write them in another way."""
+    pairs = zip(ids, given, strict=False)
+    return tuple((vocabulary.token_bytes[i].decode("utf-8", "replace"), value) for i, (_, value) in pairs)
+
+
+def _body(model: ServerModel, prompt: list[int]) -> dict[str, Any]:
+    """Return the part that all requests with ids share. vLLM refuses a temperature for diffusion models."""
+    return {"model": model.name, "prompt": prompt, "logprobs": 1, "return_token_ids": True, "stream": False}
+
+
+def _canvas_fields(canvas: list[int], pinned: list[int], steps: int) -> dict[str, Any]:
+    fields = {
+        "diffusion_canvas_length": len(canvas),
+        "diffusion_seed_canvas": canvas,
+        "diffusion_pinned": pinned,
+        "diffusion_max_steps": steps,
+        "diffusion_read_only": True,
+    }
+    return {"max_tokens": len(canvas), "vllm_xargs": fields}
+
+
+async def _tokenize(connection: Connection, model: ServerModel, text: str) -> list[int]:
+    body = {"model": model.name, "prompt": text, "add_special_tokens": False}
+    answer = await connection.post("/tokenize", body)
+    tokens = answer.get("tokens", []) if isinstance(answer, dict) else []
+    return [token for token in tokens if isinstance(token, int)]
