@@ -20,12 +20,13 @@ from fimserver.daemon import server as daemon
 from fimserver.daemon.transport import KEY
 from fimserver.engine import client
 from fimserver.engine.client import EngineClient, EngineOptions, EngineState
+from fimserver.engine.remote import fallback
 from fimserver.lsp import engine_link
 from fimserver.lsp.configuration import Configuration
 from fimserver.lsp.engine_link import EngineLink
 from fimserver.states import StateMachine, Transitions, to_diagram
 
-MODULES = [relay, daemon, client, engine_link]
+MODULES = [relay, daemon, client, fallback, engine_link]
 
 
 def pairs(transitions: Transitions[Any]) -> Iterator[tuple[Enum, Enum]]:

@@ -40,6 +40,9 @@ class CompletionServer:
     retry_after: str = ""
     has_family: bool = True
     prompt_per_second: Any = 5000.0
+    refused: Callable[[Any], bool] = lambda _body: False  # bodies that are answered by the fault
+    encode: Callable[[str], list[int]] | None = None
+    answer_ids: Callable[[Any], list[int]] | None = None  # to prompts of token ids
 
     @property
     def url(self) -> str:
@@ -57,6 +60,10 @@ class CompletionServer:
         """Return the answer to a question about the model; None for any other."""
         if path == "/completion" and not body["stream"]:
             return {"content": "x", "timings": {"prompt_per_second": self.prompt_per_second}}
+        if isinstance(body, dict) and isinstance(body.get("prompt"), list) and self.answer_ids is not None:
+            ids = self.answer_ids(body)
+            logprobs = {"tokens": ["?"] * len(ids), "token_logprobs": [-0.5] * len(ids)}
+            return {"choices": [{"text": "", "token_ids": ids, "logprobs": logprobs, "finish_reason": "length"}]}
         if path == "/tokenize":
             return {"tokens": self.tokenize(body.get("content", body.get("prompt")))}
         return {
@@ -69,6 +76,8 @@ class CompletionServer:
     def tokenize(self, text: str) -> list[int]:
         if not text:
             return [7] if self.kind == "begins" else []
+        if self.encode is not None:
+            return self.encode(text)
         return [TOKENS[text]] if self.has_family and text in TOKENS else [1, 2, 3]
 
     def events(self, path: str) -> Iterator[bytes]:
@@ -185,7 +194,7 @@ def _answer(
 
 
 def _respond(server: CompletionServer, peer: socket.socket, path: str, body: Any, is_over: threading.Event) -> None:
-    found = server.look(path, body)
+    found = None if server.refused(body) else server.look(path, body)
     if found is not None and server.fault != "dead":
         peer.sendall(_status(200, body=json.dumps(found)))
         return

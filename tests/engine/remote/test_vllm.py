@@ -1,0 +1,170 @@
+"""Canvases on a vLLM server: what is sent of them, what is read, and servers that do not know them."""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from support.completion_server import CompletionServer, serve
+
+from fimserver.checkpoints.known import SHIPPED_MODELS
+from fimserver.datatypes import FimContext, Generation, Hole, HoleKind, Sampling
+from fimserver.engine.prompt import build_prompt
+from fimserver.engine.remote.address import parse_address
+from fimserver.engine.remote.connection import Connection
+from fimserver.engine.remote.engine import RemoteEngine
+from fimserver.engine.remote.servers.vllm import Own, Vllm, load_own
+from fimserver.errors import RemoteError
+
+LINE = Hole(HoleKind.REST_OF_LINE, max_lines=1, estimated_tokens=8)
+CONTEXT = FimContext(
+    "def add(first, second):\n    return fi", "\n\nprint(add(1, 2))\n", "/home/me/a.py", "python", LINE
+)
+URL = os.environ.get("FIMSERVER_TEST_VLLM", "")
+
+
+@pytest.fixture(scope="module")
+def own() -> Own:
+    found = load_own(SHIPPED_MODELS / "tiny")
+    assert found is not None
+    return found
+
+
+class Serving:
+    """An engine and its server, which answers canvases with ``text``."""
+
+    def __init__(self, server: CompletionServer, own: Own) -> None:
+        self.server, self.own, self.text = server, own, "rst + second"
+        self.width: int | None = None
+        server.encode, server.answer_ids = own.vocabulary.encode, self.answer
+        self.engine = RemoteEngine(Vllm(own), Connection(parse_address(server.url), "", 5))
+
+    def answer(self, body: Any) -> list[int]:
+        fields = body.get("vllm_xargs")
+        if fields is None or self.width is not None:  # a server that does not know the fields
+            return [*self.own.vocabulary.encode(f" fi{self.text}"), 1][: self.width]
+        width = fields["diffusion_canvas_length"]
+        assert len(fields["diffusion_seed_canvas"]) == width == body["max_tokens"]
+        pinned = len(fields["diffusion_pinned"])
+        ids = [9] * pinned + self.own.vocabulary.encode(self.text)  # what the model would write at pins
+        return [*ids, 1, *([0] * width)][:width]
+
+    def complete(self, context: FimContext = CONTEXT, **sampling: Any) -> Generation:
+        return self.engine.complete(context, Sampling(**sampling))
+
+    @property
+    def asked(self) -> list[Any]:
+        """The requests with code, without the trial of the fields."""
+        bodies = [asked.body for asked in self.server.asked if asked.path == "/v1/completions"]
+        trial = self.own.vocabulary.encode("def")[0]
+        return [b for b in bodies if set(b.get("vllm_xargs", {}).get("diffusion_seed_canvas", ())) != {trial}]
+
+
+@pytest.fixture
+def serving(own: Own) -> Iterator[Serving]:
+    with serve(models=("tiny",)) as server:
+        found = Serving(server, own)
+        yield found
+        found.engine.close()
+
+
+def test_a_canvas_has_the_cut_word_pinned_and_the_rest_open(serving: Serving, own: Own) -> None:
+    generation = serving.complete()
+    assert generation.text == "rst + second"
+    assert (generation.finish, generation.is_whole) == ("end", True)
+    assert generation.confidence == pytest.approx(0.6065, abs=1e-4)
+    assert serving.engine.info.capabilities.canvas
+    (body,) = serving.asked
+    prompt = build_prompt(CONTEXT, own.vocabulary, own.metadata)
+    assert body["prompt"] == list(prompt.token_ids), "fimserver's own prompt"
+    assert prompt.healed == " fi"
+    fields = body["vllm_xargs"]
+    healed = own.vocabulary.encode(" fi")
+    assert fields["diffusion_seed_canvas"][: len(healed)] == healed
+    assert fields["diffusion_pinned"] == list(range(len(healed)))
+    assert fields["diffusion_canvas_length"] == min(own.canvas_length, len(healed) + 24)
+    assert fields["diffusion_read_only"] is True
+    assert fields["diffusion_max_steps"] == 8
+    assert not {"temperature", "seed", "min_p", "suffix", "stop"} & body.keys(), "vLLM refuses these"
+    noise = fields["diffusion_seed_canvas"][len(healed) :]
+    assert all(own.vocabulary.is_text(i) for i in noise)
+    assert len(set(noise)) > 5
+
+
+def test_a_seed_decides_the_canvas(serving: Serving) -> None:
+    for seed in (3, 3, 4):
+        serving.complete(seed=seed)
+    first, again, other = (body["vllm_xargs"]["diffusion_seed_canvas"] for body in serving.asked)
+    assert first == again != other
+
+
+def test_the_last_answer_is_the_start_of_the_next_canvas(serving: Serving, own: Own) -> None:
+    serving.complete()
+    typed = FimContext(f"{CONTEXT.prefix}rst + ", CONTEXT.suffix, CONTEXT.path, "python", LINE)
+    serving.text = "second"
+    assert serving.complete(typed).text == "second"
+    canvas = serving.asked[-1]["vllm_xargs"]["diffusion_seed_canvas"]
+    pinned = len(serving.asked[-1]["vllm_xargs"]["diffusion_pinned"])
+    expected = [*own.vocabulary.encode("second"), 1]
+    assert canvas[pinned : pinned + len(expected)] == expected
+    elsewhere = FimContext("x = ", "\n", "", "python", LINE)
+    serving.complete(elsewhere)
+    assert expected != serving.asked[-1]["vllm_xargs"]["diffusion_seed_canvas"][1 : 1 + len(expected)]
+
+
+def test_a_canvas_that_is_full_is_not_whole(serving: Serving) -> None:
+    serving.text = "rst + second + " + "first + " * 40
+    generation = serving.complete()
+    assert generation.finish == "length"
+    assert not generation.is_whole
+
+
+@pytest.mark.parametrize("kind", ["ignores", "refuses"])
+def test_a_server_without_canvases_gets_the_ids_alone(serving: Serving, kind: str) -> None:
+    if kind == "ignores":
+        serving.width = 7
+    else:
+        serving.server.fault = "400"
+        serving.server.refused = lambda body: body is not None and "vllm_xargs" in body
+    generation = serving.complete()
+    assert generation.text.startswith("rst")
+    assert not serving.engine.info.capabilities.canvas
+    assert serving.engine.info.capabilities.token_ids
+    assert "vllm_xargs" not in serving.asked[-1]
+
+
+def test_another_tokenizer_gets_no_ids(serving: Serving) -> None:
+    serving.server.encode = lambda text: [len(text)]
+    serving.server.pieces = ("```python\n    return first + second\n```",)
+    assert serving.complete().text == "rst + second"
+    assert all(isinstance(asked.body["messages"], list) for asked in serving.server.completions)
+
+
+def test_ids_that_the_tokenizer_lacks_are_refused(serving: Serving) -> None:
+    serving.complete()
+    serving.server.answer_ids = lambda _body: [10**6]
+    with pytest.raises(RemoteError, match="another form"):
+        serving.complete()
+
+
+def test_what_is_known_of_a_model_comes_from_its_folder() -> None:
+    assert load_own(SHIPPED_MODELS / "known" / "qwen2.5-coder-0.5b") is None
+    found = load_own(SHIPPED_MODELS / "tiny")
+    assert found is not None
+    assert found.canvas_length == 32
+
+
+@pytest.mark.slow("a real vLLM server takes seconds for an answer")
+@pytest.mark.skipif(not URL, reason="FIMSERVER_TEST_VLLM is not the address of a vLLM server with the shipped model")
+def test_a_real_server_fills_a_canvas(own: Own) -> None:
+    engine = RemoteEngine(Vllm(own), Connection(parse_address(URL), "", 120))
+    try:
+        engine.check()
+        assert engine.info.capabilities.canvas
+        assert engine.info.max_prompt_tokens == 736 + 32
+        for prefix, rest in (("self.items.ap", "pend("), ("for i in range(10):\n    pri", "nt(")):
+            context = FimContext(f"import os\n{prefix}", "\n", "a.py", "python", LINE)
+            generation = engine.complete(context, Sampling(seed=1))
+            assert generation.text.startswith(rest), generation
+    finally:
+        engine.close()
