@@ -81,7 +81,7 @@ class Remote:
         doc="Longest wait for a connection, for the first part of an answer, and between two parts. An engine that "
         "takes longer counts as failed (fallback).",
         low=50,
-        high=600000,
+        high=60000,
         engine=True,
     )
 

@@ -90,7 +90,7 @@ def test_every_default_is_allowed(wire_name: str) -> None:
         ("remote", {"uri": "x"}, ["remote.uri", "not a setting", "url, model"]),
         ("remote", {"url": "file:///etc/passwd"}, ["remote.url", "http://"]),
         ("remote", {"url": ["http://a"]}, ["remote.url", "http://"]),
-        ("remote", {"timeoutMs": 1}, ["remote.timeoutMs", "50 to 600000"]),
+        ("remote", {"timeoutMs": 1}, ["remote.timeoutMs", "50 to 60000"]),
         ("remote", {"apiKey": "sk-proj-1"}, ["remote.apiKey", "keyring:NAME"]),
         ("remote", {"apiKey": "abcdef0123"}, ["remote.apiKey", "NAME_OF_A_VARIABLE"]),
     ],

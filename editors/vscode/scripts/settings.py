@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fimserver.settings import BY_WIRE_NAME, ENGINE_SETTINGS, to_wire_value
+from fimserver.settings import BY_WIRE_NAME, ENGINE_SETTINGS, REMOTE_BY_WIRE_NAME, Remote, to_wire_value
 
 if TYPE_CHECKING:
     from dataclasses import Field
@@ -38,7 +38,6 @@ OWN: dict[str, dict[str, Any]] = {
         "The log's level must also be *Trace*.",
     },
 }
-_DEVICES = "auto|cpu|mps|cuda(:\\d+)?"
 
 
 def _type_of(setting: "Field[Any]") -> dict[str, Any]:
@@ -46,8 +45,12 @@ def _type_of(setting: "Field[Any]") -> dict[str, Any]:
     m = setting.metadata
     if m["choices"]:
         return {"type": "string", "enum": list(m["choices"])}
+    if isinstance(setting.default, Remote):
+        parts = {name: {**_type_of(part), **_described(part)} for name, part in REMOTE_BY_WIRE_NAME.items()}
+        return {"type": "object", "properties": parts, "additionalProperties": False}
     if m["pattern"]:
-        return {"type": "string", "pattern": f"^({_DEVICES})$", "patternErrorMessage": "auto, cpu, cuda, cuda:N or mps"}
+        pattern, words = m["pattern"].pattern, m["written"] or "auto, cpu, cuda, cuda:N or mps"
+        return {"type": "string", "pattern": f"^(?:{pattern})$", "patternErrorMessage": words}
     if m["low"] is not None:
         number = "number" if "float" in str(setting.type) else "integer"
         high = min(m["high"], 2**53 - 1)  # the largest integer that JavaScript represents exactly
@@ -56,6 +59,10 @@ def _type_of(setting: "Field[Any]") -> dict[str, Any]:
     if isinstance(setting.default, tuple):
         return {"type": "object", "additionalProperties": {"type": "boolean"}}
     return {"type": "boolean" if setting.type is bool else "string"}
+
+
+def _described(setting: "Field[Any]") -> dict[str, Any]:
+    return {"default": setting.default, "markdownDescription": setting.metadata["doc"].replace("*", "\\*")}
 
 
 def to_properties() -> dict[str, dict[str, Any]]:

@@ -109,10 +109,15 @@ class FallbackEngine:
         else:
             self._on_up()
 
-    def begin(self) -> None:
-        """Start the engine on this machine, and look at the server in the background."""
+    def open(self) -> None:
+        """Start the engine on this machine, and look at the server: takes one time-out if it is dead."""
         self._start_own()
-        self._probe_soon()
+        self._probe_once()
+
+    def begin(self) -> None:
+        """Report a server that is down already."""
+        if self.is_down:
+            self._report_down()
 
     def _probe_soon(self) -> None:
         threading.Thread(target=self._probe_once, daemon=True).start()

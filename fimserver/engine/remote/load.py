@@ -65,7 +65,9 @@ def load_remote(options: dict[str, Any], report: Report, num_threads: Callable[[
     if options["fallback"] == "local":
         chosen = {**own, "fp4_activations": options["fp4_activations"], "digest": options.get("digest", "")}
         fallback = EngineClient(EngineOptions(**chosen))
-    return FallbackEngine(engine, fallback, report, timeout_s)
+    both = FallbackEngine(engine, fallback, report, timeout_s)
+    both.open()
+    return both
 
 
 def _load_vllm(model: str) -> Vllm:
