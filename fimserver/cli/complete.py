@@ -19,6 +19,7 @@ from fimserver import pipeline
 from fimserver.cli.terminal import make_console, plain
 from fimserver.context.languages.names import language_of_path
 from fimserver.context.query import OtherDocument, Query
+from fimserver.context.window import path_of
 from fimserver.datatypes import (
     CanvasToken,
     Completion,
@@ -106,7 +107,7 @@ def complete_target(
     target: Target, settings: Settings, *, trace: bool, others: Sequence[OtherDocument] = ()
 ) -> Outcome:
     """Complete as for an invoked request; start an engine if one is needed, and end it."""
-    engine = EngineClient(options_here(settings))
+    engine = EngineClient(options_here(settings, files_of(target, others)))
 
     def get_engine() -> EngineClient:
         with make_console(stderr=True).status("loading the model") as status:
@@ -120,6 +121,11 @@ def complete_target(
         return pipeline.complete(query, get_engine, trace=trace)
     finally:
         engine.close()
+
+
+def files_of(target: Target, others: Sequence[OtherDocument]) -> list[Path]:
+    """Return the files whose text a completion may show to an engine."""
+    return [Path(path_of(uri)) for uri in (target.snapshot.uri, *(other.uri for other in others))]
 
 
 def print_outcome(outcome: Outcome, target: Target, *, as_json: bool, trace: bool) -> None:

@@ -15,8 +15,6 @@ from fimserver.engine.remote.consent import FILE_NAME, ServerAgreements
 from fimserver.errors import SettingsError
 from fimserver.paths import state_folder
 
-_URL_HELP = "the server of the settings if it is left out"
-
 
 @click.group(short_help="Decide to which servers code may be sent.")
 def engine() -> None:

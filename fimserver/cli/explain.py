@@ -24,9 +24,7 @@ from fimserver.cli.terminal import make_console, plain
 from fimserver.daemon.launch import ask, read_status
 from fimserver.datatypes import FimContext, PartialAnswer, Sampling, from_plain
 from fimserver.engine.client import EngineClient, EngineOptions
-from fimserver.engine.remote.consent import FILE_NAME, ServerAgreements
-from fimserver.errors import DaemonError, EngineError
-from fimserver.paths import state_folder
+from fimserver.errors import DaemonError
 from fimserver.pipeline import Outcome
 from fimserver.text import to_printable
 
@@ -78,7 +76,7 @@ def replay(request: str) -> Outcome:
     if asked is None:
         msg = f"request {request!r} did not reach the model, or is too old; run fimserver explain to list requests"
         raise DaemonError(msg)
-    engine = EngineClient(_options_of(asked["engine"]))
+    engine = EngineClient(EngineOptions.from_arguments(asked["engine"]))
     outcome = Outcome(context=from_plain(FimContext, asked["context"]))
     assert outcome.context is not None
     outcome.hole = outcome.context.hole
@@ -95,16 +93,6 @@ def replay(request: str) -> Outcome:
     outcome.timings_ms = outcome.generation.timings_ms
     print_trace(outcome, make_console(soft_wrap=True))
     return outcome
-
-
-def _options_of(arguments: dict[str, Any]) -> EngineOptions:
-    """Return the options of a request's engine. Raises ``EngineError`` if its server is not agreed to any more."""
-    options = EngineOptions.from_arguments(arguments)
-    agreed = {origin for origin, _, _ in ServerAgreements(state_folder() / FILE_NAME).list_agreed()}
-    if options.agreed and options.agreed not in agreed:
-        msg = f"the agreement to send code to {options.agreed} was withdrawn; run: fimserver engine allow"
-        raise EngineError(msg)
-    return options
 
 
 def to_report(*, with_code: bool) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.text import Text
 
 from fimserver import pipeline
-from fimserver.cli.complete import LOAD_TIMEOUT_S, Target, read_text, to_ghost_line, to_json
+from fimserver.cli.complete import LOAD_TIMEOUT_S, Target, files_of, read_text, to_ghost_line, to_json
 from fimserver.cli.terminal import make_console, plain
 from fimserver.context.query import OtherDocument, Query
 from fimserver.datatypes import Snapshot
@@ -35,7 +35,7 @@ def watch_file(target: Target, settings: Settings, *, as_json: bool, others: Seq
 
     Raises ``PositionError`` for a file that cannot be read, ``EngineError`` for a model that does not load.
     """
-    engine = EngineClient(options_here(settings))
+    engine = EngineClient(options_here(settings, files_of(target, others)))
     console = make_console(stderr=True)
     try:
         with console.status("loading the model"):

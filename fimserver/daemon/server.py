@@ -32,7 +32,7 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -341,7 +341,10 @@ class Daemon:
             replay = connection.server.session.records.replay(request) if str(connection.number) == number else None
             if replay is not None:
                 context, sampling = to_plain(replay.context), to_plain(replay.sampling)
-                return {"context": context, "sampling": sampling, "engine": self.engine.options.arguments}
+                options = self.engine.options
+                if not connection.server.link.may_send(options):
+                    options = replace(options, engine="local")
+                return {"context": context, "sampling": sampling, "engine": options.arguments}
         return None
 
     def status(self) -> dict[str, Any]:

@@ -198,13 +198,14 @@ _NOT_OF_OWN = {"idle_unload_minutes", "engine", "remote", "fallback"}
 class Turn:
     """The client and the document of a request, and whether the user invoked it.
 
-    ``stays_here``: the user did not agree that code of this client's workspace is sent to a server.
+    ``may_send`` is asked when the request is sent, not before: whether code of this client's workspace may go where an
+    engine with these options sends it. Until then another engine may have been chosen, or the agreement withdrawn.
     """
 
     client: Hashable = None
     document: str = ""
     invoked: bool = True
-    stays_here: bool = False
+    may_send: Callable[[EngineOptions], bool] = lambda _options: True
 
 
 @dataclass(eq=False)
@@ -216,6 +217,7 @@ class PendingCompletion:
     client: "EngineClient"
     on_partial: Callable[[PartialAnswer], None] | None
     since: float  # by the client's clock
+    may_send: Callable[[EngineOptions], bool]
     future: "Future[Generation]" = field(default_factory=Future)
     ticket: Ticket | None = None  # of the schedule, once it was sent
     is_cancelled: bool = False
@@ -396,9 +398,8 @@ class EngineClient:
                 "context": to_plain(context),
                 "sampling": to_plain(sampling),
                 "partials": on_partial is not None,
-                "stays_here": turn.stays_here,
             }
-            pending = PendingCompletion(self._next_id, message, self, on_partial, self._clock())
+            pending = PendingCompletion(self._next_id, message, self, on_partial, self._clock(), turn.may_send)
             pending.future.set_running_or_notify_cancel()  # from now on future.cancel() does nothing
             self._next_id += 1
             self._pending[pending.id] = pending
@@ -499,7 +500,8 @@ class EngineClient:
         if (ticket := self._schedule.take()) is not None:
             pending = self._sent = self._pending[ticket.id]
             pending.ticket = ticket
-            self._worker.outgoing.put(self._within_time(pending))
+            stays_here = not pending.may_send(self.options)
+            self._worker.outgoing.put({**self._within_time(pending), "stays_here": stays_here})
             self._expect_sign(HANG_TIMEOUT_S)
 
     def _within_time(self, pending: PendingCompletion) -> dict[str, Any]:

@@ -170,8 +170,7 @@ class Completer:
 
         try:
             self._policy.check_consent()  # another window may have chosen another model meanwhile
-            stays_here = self._policy.stays_here()
-            turn = Turn(id(self._session), request.snapshot.uri, request.invoked, stays_here)
+            turn = Turn(id(self._session), request.snapshot.uri, request.invoked, self._policy.may_send)
             pending = self._engine.complete(context, sampling, on_partial=on_partial, turn=turn)
         except EngineError as error:
             raise RefusedError(NoCompletion("engine", str(error))) from error

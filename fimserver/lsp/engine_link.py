@@ -180,7 +180,12 @@ class EngineLink:
             self.engine.forget(id(client))
 
     def check_consent(self) -> None:
-        """Raise ``RefusedError`` if the engine's model was agreed to in other windows only."""
+        """Raise ``RefusedError`` if the engine's model was agreed to in other windows only.
+
+        If the agreement to send code to the engine's server was withdrawn, this window's settings make another engine.
+        """
+        if self._state.state is LinkState.DECIDING and not self.may_send(self.engine.options):
+            self.apply_settings()
         model, now = self.engine.options.model, time.monotonic()
         if self.owns_engine or not self.engine.options.digest:  # its own, or one that needs no agreement
             return
@@ -194,16 +199,9 @@ class EngineLink:
             self._consent.warn(f"fimserver: {detail}")
             raise RefusedError(NoCompletion("no_consent", detail))
 
-    def stays_here(self) -> bool:
-        """Return whether a request of this window must not be sent to the engine's server.
-
-        The deciding connection then gets another engine: the agreement was withdrawn.
-        """
-        if self._consent.may_send(self.engine.options):
-            return False
-        if self._state.state is LinkState.DECIDING:
-            self.apply_settings()
-        return True
+    def may_send(self, options: EngineOptions) -> bool:
+        """Return whether code of this window may go where an engine with these options sends it. For any thread."""
+        return self._consent.may_send(options)
 
     # Idle times
 

@@ -22,7 +22,7 @@ from fimserver.analysis.quarantine import Treatment
 from fimserver.context.languages.names import find_language
 from fimserver.context.query import Answer
 from fimserver.datatypes import NoCompletion
-from fimserver.engine.client import EngineState
+from fimserver.engine.client import EngineOptions, EngineState
 from fimserver.lsp.engine_link import EngineLink
 from fimserver.lsp.requests import CHANGED, RefusedError, Request, unless_ended
 from fimserver.lsp.session import Session
@@ -116,9 +116,9 @@ class RequestPolicy:
         """Raise ``RefusedError`` if this window did not agree to the engine's model, which may be another one now."""
         self._link.check_consent()
 
-    def stays_here(self) -> bool:
-        """Return whether this window's code must not be sent to the engine's server."""
-        return self._link.stays_here()
+    def may_send(self, options: EngineOptions) -> bool:
+        """Return whether this window's code may go where an engine with these options sends it."""
+        return self._link.may_send(options)
 
     def _pause_s(self) -> float:
         chosen_ms = self._session.settings.debounce_ms

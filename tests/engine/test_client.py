@@ -24,7 +24,7 @@ from fimserver.datatypes import (
     to_plain,
 )
 from fimserver.engine import client as client_module
-from fimserver.engine.client import LEAST_LATENCY_MS, EngineClient, EngineOptions, EngineState, Turn
+from fimserver.engine.client import LEAST_LATENCY_MS, EngineClient, EngineOptions, EngineState, PendingCompletion, Turn
 from fimserver.engine.worker import Inbox, LoadSigns, count_physical_cores
 from fimserver.errors import CompletionCancelledError, EngineError, FrameError
 from fimserver.framing import read_message, write_message
@@ -69,6 +69,28 @@ def worker(tmp_path: Path) -> Iterator[Worker]:
     yield start
     for client in clients:
         client.close()
+
+
+def test_whether_a_request_may_be_sent_is_asked_when_it_is_sent(worker: Worker) -> None:
+    """Another engine may have been chosen since it was made, or the agreement withdrawn."""
+    client = worker("ready()\nwhile r := receive(): time.sleep(0.2); generation(r, str(r['stays_here']))")
+    client.wait_until_ready(10)
+    agreed = {""}
+
+    def may_send(options: EngineOptions) -> bool:
+        return options.agreed in agreed
+
+    def ask(document: str) -> PendingCompletion:
+        return client.complete(CONTEXT, Sampling(), turn=Turn("a", document, may_send=may_send))
+
+    assert ask("1").future.result(10).text == "False"
+    waiting = [ask("1"), ask("2")]
+    client.restart(replace(client.options, engine="openai", agreed="http://engine.example"))
+    assert [each.future.result(20).text for each in waiting] == ["True", "True"]
+    agreed.add("http://engine.example")
+    first, second = ask("1"), ask("2")
+    agreed.discard("http://engine.example")
+    assert [each.future.result(20).text for each in (first, second)] == ["False", "True"]
 
 
 def test_answers(worker: Worker) -> None:

@@ -6,12 +6,14 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from support.completion_server import CompletionServer, serve
 from support.connection import FAKE_WORKER, URI, Connection, connection, is_in, until
 
+from fimserver.daemon.server import Daemon
 from fimserver.engine.client import EngineClient, EngineOptions, EngineState
 from fimserver.engine.remote.address import parse_address
 from fimserver.engine.remote.consent import FILE_NAME, ServerAgreements, options_here
@@ -70,6 +72,10 @@ async def ready(editor: Connection, server_name: str = "") -> None:
     await until(
         lambda: is_in(engine, EngineState.READY) and engine.info is not None and engine.info.server == server_name, 30
     )
+
+
+def to_daemon(number: int, editor: Connection) -> Any:
+    return SimpleNamespace(number=number, server=editor.server)
 
 
 def texts(items: Sequence[Any]) -> list[str]:
@@ -167,6 +173,12 @@ def test_another_window_is_served_without_the_server(server: CompletionServer, c
                 assert not server.completions
                 assert len(questions(second)) == 1
                 assert texts(await first.complete()) == ["3 + 4"]
+                own = (await first.request("fimserver/explain", {}))["last"]
+                daemon = Daemon.__new__(Daemon)  # without its socket
+                daemon.engine, daemon.connections = engine, [to_daemon(1, first), to_daemon(2, second)]
+                replays = [daemon.replay(f"1.{own['request']}"), daemon.replay(f"2.{last['request']}")]
+                engines = [replay["engine"].get("engine", "local") for replay in replays if replay is not None]
+                assert engines == ["openai", "local"], "a replay sends nothing either"
         finally:
             engine.close()
 
@@ -310,7 +322,12 @@ def test_commands_need_an_agreement_too(home: Path, tmp_path: Path, monkeypatch:
     shown = run_engine("list", folder=tmp_path).stdout
     assert "engine: mistral at https://codestral.mistral.ai" in shown
     assert "MISTRAL_API_KEY" in shown
+    outside = [inner / "a.py", tmp_path / "other" / "b.py"]
+    assert options_here(settings, outside[:1]).agreed
+    with pytest.raises(EngineError, match=r"run in .*other"):
+        options_here(settings, outside)
     monkeypatch.chdir(tmp_path)
+    assert options_here(settings, outside[:1]).agreed, "the file's folder counts"
     with pytest.raises(EngineError):
         options_here(settings)
     assert run_engine("forbid", folder=tmp_path).stdout.startswith("nothing is sent to https://codestral")

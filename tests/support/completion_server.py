@@ -40,7 +40,7 @@ class CompletionServer:
     retry_after: str = ""
     has_family: bool = True
     prompt_per_second: Any = 5000.0
-    refused: Callable[[Any], bool] = lambda _body: False  # bodies that are answered by the fault
+    refused: Callable[[Any], bool] | None = None  # bodies that get the fault; without it, all that contain code
     encode: Callable[[str], list[int]] | None = None
     answer_ids: Callable[[Any], list[int]] | None = None  # to prompts of token ids
 
@@ -52,12 +52,14 @@ class CompletionServer:
     def completions(self) -> list[Asked]:
         """The requests that contain code."""
         ends = ("/completion", "/completions", "/infill", "/api/generate")
-        return [asked for asked in self.asked if asked.path.endswith(ends) and asked.body["stream"]]
+        return [asked for asked in self.asked if asked.path.endswith(ends) and asked.body.get("stream")]
 
     # The answers of each kind
 
     def look(self, path: str, body: Any) -> Any:
         """Return the answer to a question about the model; None for any other."""
+        if path == "/api/generate" and "prompt" not in body:
+            return {"response": "", "done": True}
         if path == "/completion" and not body["stream"]:
             return {"content": "x", "timings": {"prompt_per_second": self.prompt_per_second}}
         if isinstance(body, dict) and isinstance(body.get("prompt"), list) and self.answer_ids is not None:
@@ -194,30 +196,33 @@ def _answer(
 
 
 def _respond(server: CompletionServer, peer: socket.socket, path: str, body: Any, is_over: threading.Event) -> None:
-    found = None if server.refused(body) else server.look(path, body)
-    if found is not None and server.fault != "dead":
+    found, fault = server.look(path, body), server.fault
+    if server.refused is not None:
+        found, fault = (None, fault) if server.refused(body) else (found, "")
+    if found is not None and fault != "dead":
         peer.sendall(_status(200, body=json.dumps(found)))
         return
-    if server.fault in FAULTS:
-        peer.sendall(FAULTS[server.fault](server))
+    if fault in FAULTS or fault == "reset":
+        peer.sendall(FAULTS[fault](server) if fault in FAULTS else b"")
         peer.shutdown(socket.SHUT_RDWR)
         raise _HangError
-    if server.fault in {"slow_first_byte", "dead"}:
+    if fault in {"slow_first_byte", "dead"}:
         is_over.wait(30)
         raise _HangError
-    if server.fault == "reset":
-        peer.shutdown(socket.SHUT_RDWR)
-        raise _HangError
-    kind = "application/x-ndjson" if path.endswith("/api/generate") else "text/event-stream"
+    _stream(server, peer, path, fault, is_over)
+
+
+def _stream(server: CompletionServer, peer: socket.socket, path: str, fault: str, is_over: threading.Event) -> None:
+    kind = "application/x-ndjson" if path.endswith("/api/generate") else _SSE
     peer.sendall(f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
-    if server.fault in {"pings_only", "drip"}:
+    if fault in {"pings_only", "drip"}:
         while not is_over.wait(0.05):
-            _send_chunk(peer, b": ping\n\n" if server.fault == "pings_only" else b"d")
+            _send_chunk(peer, b": ping\n\n" if fault == "pings_only" else b"d")
     try:
         for number, event in enumerate(server.events(path)):
             time.sleep(server.pause_s)
             _send_chunk(peer, event)
-            if server.fault == "half" and number == 0:
+            if fault == "half" and number == 0:
                 peer.shutdown(socket.SHUT_RDWR)
                 raise _HangError
         peer.sendall(b"0\r\n\r\n")

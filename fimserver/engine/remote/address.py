@@ -69,7 +69,12 @@ def parse_address(url: str) -> Address:
         raise SettingsError(msg)
     shown = f"[{host}]" if ":" in host else host
     own_port = "" if port in {None, _USUAL_PORTS[parts.scheme]} else f":{port}"
-    return Address(f"{parts.scheme}://{shown}{own_port}", parts.path.rstrip("/"), _is_loopback(host))
+    return Address(f"{parts.scheme}://{shown}{own_port}", _path_of(parts.path), _is_loopback(host))
+
+
+def _path_of(path: str) -> str:
+    """Return a path without the version, which requests name themselves where they have one."""
+    return path.rstrip("/").removesuffix("/v1")
 
 
 def _is_loopback(host: str) -> bool:

@@ -11,7 +11,7 @@ Knows:  texts of the context.  Never: servers, prompts.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fimserver.datatypes import FimContext
@@ -44,9 +44,19 @@ class Answer:
 
 
 class CodeReader:
-    """Reads an answer that is code. ``ends`` are the texts of tokens that end it."""
+    """Reads an answer that is code.
 
-    def __init__(self, context: FimContext, healed: str = "", ends: Sequence[str] = ()) -> None:
+    ``ends`` are the texts of tokens that end it; ``undo`` takes out of an answer what its prompt added to code.
+    """
+
+    def __init__(
+        self,
+        context: FimContext,
+        healed: str = "",
+        ends: Sequence[str] = (),
+        undo: Callable[[str], str] = lambda text: text,
+    ) -> None:
+        self._undo = undo
         self._healed, self._ends = healed, tuple(ends)
         self._max_lines = context.hole.max_lines
         self._anchor = _find_anchor(context) if context.hole.max_lines > 1 else ""
@@ -76,7 +86,7 @@ class CodeReader:
         if not self._raw.startswith(self._healed):
             return None
         text, is_ended = self._cut(self._raw[len(self._healed) :])
-        return Answer(text, is_ended or self.finish == "end")
+        return Answer(self._undo(text), is_ended or self.finish == "end")
 
     def settled(self) -> str:
         """Return the whole lines of the answer up to now, which no later part changes."""
@@ -85,7 +95,8 @@ class CodeReader:
             return ""
         if answer.is_complete:
             return answer.text
-        return answer.text[: answer.text.rfind("\n") + 1] if not self._anchor else ""
+        whole = answer.text.rstrip("\n")  # the last line end may be taken off
+        return whole[: whole.rfind("\n") + 1] if not self._anchor else ""
 
     def confidence(self) -> float:
         """Return the geometric mean of the probabilities of the answer's own tokens; 1 if none is known."""
@@ -107,9 +118,9 @@ class CodeReader:
         if len(newlines) >= self._max_lines:
             stops.append(newlines[self._max_lines - 1])
         if self._anchor:
-            place = text.find(self._anchor)
-            if place >= 0 and text[place + len(self._anchor) :][:1] in {"", "\n"}:
-                stops.append(place)
+            end = r"(?=\n|\Z)" if self.finish is not None else r"(?=\n)"
+            if (found := re.search(re.escape(self._anchor) + end, text)) is not None:
+                stops.append(found.start())
         return (text[: min(stops)], True) if stops else (text, False)
 
 

@@ -18,6 +18,7 @@ Raises:  ``RemoteError``.
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from http import HTTPStatus
@@ -37,6 +38,7 @@ _LONGEST_WAIT_S = 3600.0  # that a server may ask for
 _KEEP_ALIVE_S = 60.0
 _STREAMS = ("text/event-stream", "application/x-ndjson", "application/jsonl")
 _HIDDEN = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN})
+_EXPLAINED = frozenset({400, 413, 500, 501, 503})
 _DONE = "[DONE]"
 
 Event = Mapping[str, Any]
@@ -53,20 +55,27 @@ class Connection:
     def __init__(self, address: Address, api_key: str, timeout_s: float, unix_socket: Path | None = None) -> None:
         self.address, self.timeout_s = address, timeout_s
         self.sent_bytes = 0
-        self._has_key = bool(api_key)
+        self._has_key, self._has_answered = bool(api_key), False
         headers = {"User-Agent": f"fimserver/{__version__}", "Accept-Encoding": "identity"}
         if api_key:
             headers["Authorization"] = f"Bearer {api_key}"
-        self._client = httpx2.AsyncClient(
-            headers=headers,
-            http2=True,
-            verify=httpx2.create_ssl_context(trust_env=True) if address.is_encrypted else True,
-            timeout=httpx2.Timeout(timeout_s),
-            limits=httpx2.Limits(max_connections=4, keepalive_expiry=_KEEP_ALIVE_S),
-            transport=httpx2.AsyncHTTPTransport(uds=str(unix_socket)) if unix_socket is not None else None,
-            trust_env=not address.is_loopback,
-            follow_redirects=False,
-        )
+        try:
+            self._client = httpx2.AsyncClient(
+                headers=headers,
+                http2=True,
+                verify=httpx2.create_ssl_context(trust_env=True) if address.is_encrypted else True,
+                timeout=httpx2.Timeout(timeout_s),
+                limits=httpx2.Limits(max_connections=4, keepalive_expiry=_KEEP_ALIVE_S),
+                transport=httpx2.AsyncHTTPTransport(uds=str(unix_socket)) if unix_socket is not None else None,
+                trust_env=not address.is_loopback,
+                follow_redirects=False,
+            )
+        except (ImportError, OSError, ValueError) as error:  # a proxy of an unknown kind, certificates that are missing
+            msg = (
+                f"{address.origin} cannot be reached with the proxy and the certificates that the environment names "
+                f"({type(error).__name__}); check HTTPS_PROXY, ALL_PROXY, SSL_CERT_FILE and SSL_CERT_DIR"
+            )
+            raise RemoteError(msg, is_lasting=True) from error
 
     @property
     def name(self) -> str:
@@ -77,13 +86,14 @@ class Connection:
         """Return the JSON at a path; the request contains no code."""
         return await self._ask("GET", path, None)
 
-    async def post(self, path: str, body: Mapping[str, Any]) -> Any:
-        """Return the JSON answer to a body."""
-        return await self._ask("POST", path, body)
+    async def post(self, path: str, body: Mapping[str, Any], timeout_s: float | None = None) -> Any:
+        """Return the JSON answer to a body, which may take ``timeout_s``."""
+        return await self._ask("POST", path, body, timeout_s)
 
-    async def _ask(self, method: str, path: str, body: Mapping[str, Any] | None) -> Any:
+    async def _ask(self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float | None = None) -> Any:
+        limit = asyncio.timeout(timeout_s or self.timeout_s)
         try:
-            async with asyncio.timeout(self.timeout_s), self._open(method, path, body) as response:
+            async with limit, self._open(method, path, body, timeout_s) as response:
                 return self._parse(await _read_whole(response, self.name))
         except TimeoutError as error:
             raise self._late() from error
@@ -157,26 +167,30 @@ class Connection:
             raise RemoteError(msg) from error
 
     @asynccontextmanager
-    async def _open(self, method: str, path: str, body: Mapping[str, Any] | None) -> AsyncIterator[httpx2.Response]:
+    async def _open(
+        self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float | None = None
+    ) -> AsyncIterator[httpx2.Response]:
         """Send a request, once more if a kept connection had been closed; gives the answer to it if it is good."""
         url = f"{self.address.origin}{self.address.path}{path}"
         content = None if body is None else json.dumps(body).encode()
         headers = {} if body is None else {"Content-Type": "application/json"}
         response: httpx2.Response | None = None
         for is_last in (False, True):
-            request = self._client.build_request(method, url, content=content, headers=headers)
+            limits = httpx2.Timeout(self.timeout_s, read=timeout_s or self.timeout_s)
+            request = self._client.build_request(method, url, content=content, headers=headers, timeout=limits)
             self.sent_bytes += len(content or b"")
             try:
                 response = await self._client.send(request, stream=True)
                 break
             except (httpx2.RemoteProtocolError, httpx2.ReadError, httpx2.WriteError) as error:
-                if is_last:
+                if is_last or not self._has_answered:
                     raise self._broken(error) from error
             except httpx2.TimeoutException as error:
                 raise self._late() from error
             except (httpx2.HTTPError, OSError) as error:
                 raise self._unreachable(error) from error
         assert response is not None
+        self._has_answered = True
         try:
             await self._check(response, has_code=body is not None)
             yield response
@@ -211,7 +225,9 @@ class Connection:
             HTTPStatus.TOO_MANY_REQUESTS,
             HTTPStatus.REQUEST_TIMEOUT,
         }
-        msg = _known_refusal(said) or self._failed(status, reason, response.request.url.path)
+        msg = (_known_refusal(said) if status in _EXPLAINED else "") or self._failed(
+            status, reason, response.request.url.path
+        )
         raise RemoteError(msg, is_lasting=is_lasting, retry_after_s=wait_s)
 
     def _failed(self, status: int | None, reason: str = "", path: str = "") -> str:
@@ -258,9 +274,7 @@ class Connection:
         if isinstance(error, httpx2.ProxyError):
             return RemoteError(f"the proxy on the way to {self.name} refuses; check HTTPS_PROXY and NO_PROXY")
         if isinstance(error, httpx2.ConnectError):
-            is_name = any(
-                word in text.lower() for word in ("getaddrinfo", "name", "resolve", "nodename", "address associ")
-            )
+            is_name = isinstance(_first_cause(error), socket.gaierror)
             why = "its name is not known" if is_name else "nothing answers there"
         return RemoteError(
             f"the server at {self.name} cannot be reached: {why}; start it, or correct fimserver.remote.url"
@@ -286,6 +300,7 @@ def _known_refusal(data: bytes) -> str:
     return ""
 
 
+_TOO_LONG = "the prompt is longer than the server's context; lengthen that, or set fimserver.contextTokens"
 _KNOWN = {
     "infill is not supported by this model": (
         "the model has no tokens for fill-in-the-middle, so it cannot complete between two texts; choose a code model "
@@ -294,8 +309,8 @@ _KNOWN = {
     "does not support insert": (
         "the model has no template for fill-in-the-middle; choose a code model such as qwen2.5-coder"
     ),
-    "exceed": "the prompt is longer than the server's context; start the server with a longer one, or set "
-    "fimserver.contextTokens",
+    "exceeds the available context": _TOO_LONG,
+    "maximum context length": _TOO_LONG,
     "loading model": "the server still loads its model",
 }
 

@@ -10,7 +10,7 @@ can bring such settings with it, and would choose who gets the key.
 Knows:  addresses, the user's answers, a worker's options.  Never: the network, LSP.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,24 +78,28 @@ def choose_options(
     return replace(options, engine="local"), address
 
 
-def options_here(settings: Settings) -> EngineOptions:
-    """Return a worker's options for a command: an agreement for the current folder or one above counts.
+def options_here(settings: Settings, files: Iterable[Path] = ()) -> EngineOptions:
+    """Return a worker's options for a command that reads these files, or others of the current folder.
 
-    Raises ``EngineError`` without one, and ``SettingsError``.
+    Each file needs an agreement for its folder or one above. Raises ``EngineError`` without, and ``SettingsError``.
     """
     options, agreements = EngineOptions().under(settings), ServerAgreements(state_folder() / FILE_NAME)
-    here = Path.cwd()
-    for folder in (here, *here.parents):
-        chosen, refused = choose_options(options, agreements, [folder.as_uri()], is_own=True)
-        if refused is None:
-            return chosen
-    address = find_address(options.engine, options.remote)
-    assert address is not None
-    msg = (
-        f"fimserver.engine is {options.engine}: the code around the cursor would be sent to {address.origin}, another "
-        "machine; if you agree, run in this folder: fimserver engine allow"
-    )
-    raise EngineError(msg)
+    chosen = options
+    for folder in {file.absolute().parent for file in files} or {Path.cwd()}:
+        tried = (
+            choose_options(options, agreements, [above.as_uri()], is_own=True) for above in (folder, *folder.parents)
+        )
+        found = next((made for made, refused in tried if refused is None), None)
+        if found is None:
+            address = find_address(options.engine, options.remote)
+            assert address is not None
+            msg = (
+                f"fimserver.engine is {options.engine}: the code around the cursor would be sent to {address.origin}, "
+                f"another machine; if you agree, run in {folder}: fimserver engine allow"
+            )
+            raise EngineError(msg)
+        chosen = found
+    return chosen
 
 
 _KEY = "key:"

@@ -54,22 +54,27 @@ class EventLoop:
 
 
 class RemoteEngine:
-    """A server's model. ``wanted`` is its name, or empty; ``context_tokens`` limits prompts.
+    """A server's model. ``name`` is the server's address, and ``wanted`` the model's name, or empty.
+
+    ``connect`` is called before the first request, and again if it raised ``RemoteError``: a key may be missing.
+    ``context_tokens`` limits prompts.
 
     ``embedded`` is the server itself if it runs in this process, so that nothing is sent anywhere; it lives as long as
     the engine.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  what makes one server's engine
         self,
         server: Server,
-        connection: Connection,
+        name: str,
+        connect: Callable[[], Connection],
         wanted: str = "",
         context_tokens: int | None = None,
         *,
         embedded: object | None = None,
     ) -> None:
-        self._server, self._connection, self._wanted = server, connection, wanted
+        self._server, self._name, self._connect, self._wanted = server, name, connect, wanted
+        self._connection: Connection | None = None
         self._context_tokens, self._embedded = context_tokens, embedded
         self._loop = EventLoop()
         self._model: ServerModel | None = None
@@ -87,7 +92,7 @@ class RemoteEngine:
         model = self._model or ServerModel(self._wanted)
         return ModelInfo(
             name=model.name or "a model",
-            device="llama.cpp" if self._is_here else self._connection.name,
+            device="llama.cpp" if self._is_here else self._name,
             dtype="",
             num_parameters=0,
             max_prompt_tokens=min(model.context_tokens, model.usual_tokens),
@@ -97,7 +102,7 @@ class RemoteEngine:
             num_threads=0,
             reads_snippets=True,
             engine=self._server.name,
-            server="" if self._is_here else self._connection.name,
+            server="" if self._is_here else self._name,
             capabilities=self._server.capabilities,
         )
 
@@ -150,29 +155,31 @@ class RemoteEngine:
 
     def close(self) -> None:
         """Close the connections, and end the thread."""
-        self._loop.run(self._connection.close())
+        if self._connection is not None:
+            self._loop.run(self._connection.close())
         self._loop.close()
 
     def device_bytes(self) -> int | None:
         """Return ``None``: what a server uses is not known."""
         return None
 
-    async def _look(self) -> ServerModel:
-        if self._model is not None:
-            return self._model
+    async def _look(self) -> tuple[Connection, ServerModel]:
         begin = time.perf_counter()
-        try:
-            model = await self._server.look(self._connection, self._wanted)
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise _strange(self._connection) from error
-        self._model = replace(model, usual_tokens=self._context_tokens or model.usual_tokens)
-        self._load_ms = (time.perf_counter() - begin) * 1e3
-        return self._model
+        if self._connection is None:
+            self._connection = self._connect()
+        if self._model is None:
+            try:
+                model = await self._server.look(self._connection, self._wanted)
+            except (LookupError, TypeError, ValueError, AttributeError) as error:
+                raise _strange(self._connection) from error
+            self._model = replace(model, usual_tokens=self._context_tokens or model.usual_tokens)
+            self._load_ms = (time.perf_counter() - begin) * 1e3
+        return self._connection, self._model
 
     async def _answer(self, context: FimContext, sampling: Sampling, on_partial: OnPartial) -> Generation:
         begin = time.perf_counter()
         context, moved = normalize_span(context)
-        connection, model = self._connection, await self._look()
+        connection, model = await self._look()
         sent_before = connection.sent_bytes
         request = self._server.write(model, context, sampling)
         written = time.perf_counter()

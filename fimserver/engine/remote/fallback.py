@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import wait
+from contextlib import suppress
 from enum import Enum
 from typing import Protocol
 
@@ -99,7 +100,7 @@ class FallbackEngine:
         return self._state.state is ServerState.DOWN
 
     def check(self) -> None:
-        """Look at the server, and record the result. Raises ``EngineError`` if nothing can answer."""
+        """Look at the server, and record the result. Raises ``RemoteError`` if nothing can answer."""
         try:
             self._remote.check()
         except RemoteError as error:
@@ -182,7 +183,7 @@ class FallbackEngine:
             self._changed.notify_all()
 
     def _start_own(self) -> None:
-        if self._own is not None:
+        if self._own is not None and self._own.state is EngineState.STOPPED:  # one that failed stays as it is
             self._own.touch()
             self._own.start()
 
@@ -241,11 +242,5 @@ class FallbackEngine:
             self._probe_once()
 
     def _probe_once(self) -> None:
-        try:
-            self._remote.check()
-        except RemoteError as error:
-            self._on_failure(error)
-        except EngineError as error:
-            self._on_failure(RemoteError(str(error)))
-        else:
-            self._on_up()
+        with suppress(RemoteError):  # it is recorded
+            self.check()

@@ -101,7 +101,7 @@ FAMILIES = (
         ("<[end\u2581of\u2581sentence]>",),
         only_suffix_first=True,
     ),
-    Family("Codestral", _named(r"codestral"), "[PREFIX]", "[SUFFIX]", "", ("</s>",), only_suffix_first=True),
+    Family("Codestral", _named(r"codestral"), "[PREFIX]", "[SUFFIX]", "", (), only_suffix_first=True),
 )
 
 

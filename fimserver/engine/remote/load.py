@@ -7,6 +7,7 @@ Raises:  ``EngineError``, ``WeightsError``.
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,13 @@ from fimserver.engine.remote.servers.llamacpp import LlamaCpp
 from fimserver.engine.remote.servers.ollama import Ollama
 from fimserver.engine.remote.servers.openai import Inception, Mistral, OpenAi
 from fimserver.engine.remote.servers.server import Server
-from fimserver.engine.remote.servers.vllm import Vllm, load_own
-from fimserver.errors import EngineError, SettingsError, WeightsError
+from fimserver.engine.remote.servers.vllm import Vllm, find_own
+from fimserver.errors import EngineError, SettingsError
 from fimserver.settings import Remote
 
 _EMBEDDED_TIMEOUT_S = 60.0  # a prompt of many tokens takes long on a CPU, and nothing can get lost on the way
 _SERVERS: dict[str, Callable[[], Server]] = {
+    "vllm": lambda: Vllm(find_own),
     "llamacpp-server": LlamaCpp,
     "ollama": Ollama,
     "openai": OpenAi,
@@ -57,10 +59,13 @@ def load_remote(options: dict[str, Any], report: Report, num_threads: Callable[[
     if not address.is_loopback and options.get("agreed") != address.origin:
         msg = f"code may not be sent to {address.origin} before you agree; run: fimserver engine allow {address.origin}"
         raise EngineError(msg)
-    key, timeout_s = read_api_key(remote.api_key), remote.timeout_ms / 1e3
-    server = _load_vllm(options["model"]) if options["engine"] == "vllm" else _SERVERS[options["engine"]]()
-    connection = Connection(address, key, timeout_s)
-    engine = RemoteEngine(server, connection, remote.model, options["context_tokens"])
+    timeout_s = remote.timeout_ms / 1e3
+
+    def connect() -> Connection:
+        return Connection(address, read_api_key(remote.api_key), timeout_s)
+
+    server = _SERVERS[options["engine"]]()
+    engine = RemoteEngine(server, address.origin, connect, remote.model, options["context_tokens"])
     fallback = None
     if options["fallback"] == "local":
         chosen = {**own, "fp4_activations": options["fp4_activations"], "digest": options.get("digest", "")}
@@ -70,20 +75,12 @@ def load_remote(options: dict[str, Any], report: Report, num_threads: Callable[[
     return both
 
 
-def _load_vllm(model: str) -> Vllm:
-    """Return a client that knows the tokenizer of the model of the settings, which the server may serve too."""
-    try:
-        return Vllm(load_own(find_model(model)))
-    except WeightsError:  # reported when the model is loaded in place of the server
-        return Vllm()
-
-
 def _load_embedded(own: dict[str, Any], digest: str, num_threads: Callable[[str], int]) -> CompletionEngine:
     path = Path(own["model"]).expanduser()
     check_content(path if path.is_file() else find_model(own["model"]), digest)
     threads = own["threads"] or num_threads(own["model"])
     server = EmbeddedServer(own["model"], own["device"], threads, own["context_tokens"])
-    connection = server.connect(_EMBEDDED_TIMEOUT_S)
-    engine = RemoteEngine(_Embedded(), connection, "", own["context_tokens"], embedded=server)
+    connect = partial(server.connect, _EMBEDDED_TIMEOUT_S)
+    engine = RemoteEngine(_Embedded(), "", connect, "", own["context_tokens"], embedded=server)
     engine.check()
     return engine

@@ -2,8 +2,9 @@
 
     Parts          prefix and suffix, cut to a number of characters; the word that an engine has to spell again
     split_parts    the parts of a context
-    to_pieces      a family's prompt: tokens and texts by turns, so that no text acts as a token
-    to_raw         the same as one text, in which such texts are changed
+    to_pieces      a family's prompt: tokens and texts by turns
+    split_names    a text in parts, none of which names a token
+    to_raw         a prompt as one text, in which names of tokens are changed; ``undefuse`` undoes that in an answer
     to_turn        the user's turn for a chat model
 
 The prefix comes last where a family allows it: typing extends the prompt at its end, and the server's cache stays
@@ -14,6 +15,7 @@ Knows:  texts of the context, families.  Never: servers, token ids.
 
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import PurePosixPath
 
 from fimserver.checkpoints.metadata import Healing
@@ -87,12 +89,26 @@ def to_raw(parts: Parts, family: Family) -> str:
     return "".join(text if is_token else _defuse(text, family) for is_token, text in to_pieces(parts, family))
 
 
+def split_names(text: str, family: Family) -> list[str]:
+    """Return a text in parts, cut within each name of a token: a server that reads them one by one finds none."""
+    cuts = sorted({match.start() + 2 for match in _names_of(family).finditer(text)})
+    return [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True) if start < end]
+
+
 def _defuse(text: str, family: Family) -> str:
-    for token in family.control_tokens:
-        if token.strip() in text:
-            name = token.strip()
-            text = text.replace(name, name[:2] + _JOINER + name[2:])
-    return text
+    return _names_of(family).sub(lambda match: match[0][:2] + _JOINER + match[0][2:], text)
+
+
+def undefuse(text: str) -> str:
+    """Return an answer without what ``to_raw`` adds to code."""
+    return text.replace(_JOINER, "")
+
+
+@cache
+def _names_of(family: Family) -> re.Pattern[str]:
+    """Return a pattern of texts that a tokenizer may read as one of its special tokens."""
+    named = sorted((token.strip() for token in family.control_tokens), key=len, reverse=True)
+    return re.compile("|".join([*map(re.escape, named), r"<\|[^|<>\s]{1,40}\|>"]))
 
 
 def to_turn(context: FimContext, parts: Parts) -> str:

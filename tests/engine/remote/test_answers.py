@@ -48,8 +48,10 @@ def test_one_line(healed: str, texts: tuple[str, ...], finish: str | None, expec
     ("suffix", "text", "expected"),
     [
         ("\nprint(total)\n", "1\ny = 2\nprint(total)\nz", ("1\ny = 2", True)),
-        ("\n\nprint(total)\n", "1\n\nprint(total)", ("1", True)),
+        ("\n\nprint(total)\n", "1\n\nprint(total)\n", ("1", True)),
         ("\nprint(total)\n", "1\nprint(total) + 2", ("1\nprint(total) + 2", False)),
+        ("\nprint(total)\n", "1\nprint(total)", ("1\nprint(total)", False)),  # more of the line may come
+        ("\nreturn\n", "g()\nreturn 5\nreturn\nmore", ("g()\nreturn 5", True)),
         ("\n}\n", "1\n}\n}", ("1\n}\n}", False)),  # too short to be sure
         (")\nprint(total)\n", "1\nprint(total)\n", ("1\nprint(total)\n", False)),  # the hole is within a line
         ("", "1\n2\n3\n4\n5", ("1\n2\n3\n4", True)),
@@ -59,10 +61,19 @@ def test_several_lines(suffix: str, text: str, expected: tuple[str, bool]) -> No
     assert read(CodeReader(context(suffix=suffix, max_lines=4)), text) == expected
 
 
+def test_the_line_below_at_the_end_of_an_answer_is_cut() -> None:
+    reader = CodeReader(context(suffix="\nprint(total)\n", max_lines=4))
+    assert read(reader, "1\nprint(to", "tal)", finish="end") == ("1", True)
+
+
 def test_only_whole_lines_are_settled() -> None:
     reader = CodeReader(context(suffix="", max_lines=4))
     reader.add(Piece("first\nsec"))
     assert reader.settled() == "first\n"
+    assert reader.settled() == "first\n"
+    trailing = CodeReader(context(suffix="", max_lines=4))
+    trailing.add(Piece("first\n"))
+    assert trailing.settled() == "", "the last line end may be taken off"
     reader.add(Piece("ond\n", finish="end"))
     assert reader.settled() == "first\nsecond\n"
     anchored = CodeReader(context(suffix="\nprint(total)\n", max_lines=4))

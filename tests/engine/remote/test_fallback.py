@@ -55,7 +55,7 @@ class Watched:
     def __init__(self, url: str, *, has_own: bool = True) -> None:
         self.reports: list[tuple[ModelInfo, str, str]] = []
         self.own: Any = Own() if has_own else None
-        self.remote = RemoteEngine(LlamaCpp(), Connection(parse_address(url), "", TIMEOUT_S))
+        self.remote = RemoteEngine(LlamaCpp(), url, lambda: Connection(parse_address(url), "", TIMEOUT_S))
         self.engine = FallbackEngine(self.remote, self.own, self.report, TIMEOUT_S)
 
     def report(self, info: ModelInfo, detail: str, notice: str) -> None:
@@ -211,6 +211,42 @@ def test_without_a_fallback_the_reason_is_the_answer(server: CompletionServer) -
     assert watched.notices
     assert "nothing is offered" in watched.notices[0]
     assert watched.engine.device_bytes() is None
+
+
+def test_an_engine_of_this_machine_that_failed_is_not_started_again_and_again(server: CompletionServer) -> None:
+    class Failed(Own):
+        num_starts = 0
+
+        @property
+        def state(self) -> EngineState:
+            return EngineState.FAILED
+
+        def start(self) -> None:
+            Failed.num_starts += 1
+
+        def complete(self, *_arguments: Any, **_options: Any) -> Any:
+            msg = "it failed"
+            raise EngineError(msg)
+
+    watched = watch(server.url)
+    watched.engine._own = Failed()
+    server.fault = "500"
+    for _ in range(3):
+        with pytest.raises(EngineError, match="it failed"):
+            watched.complete()
+    assert not Failed.num_starts
+
+
+def test_a_key_that_is_missing_is_a_failure_like_others() -> None:
+    from fimserver.engine.remote.api_key import read_api_key
+
+    with serve(pieces=(" server",)) as server:
+        watched = watch(server.url)
+        address = parse_address(server.url)
+        watched.remote._connect = lambda: Connection(address, read_api_key("NO_SUCH_VARIABLE_1"), TIMEOUT_S)
+        assert watched.complete() == "own"
+        assert "NO_SUCH_VARIABLE_1" in watched.notices[0]
+        assert not server.asked
 
 
 def test_what_must_stay_here_is_not_sent(server: CompletionServer) -> None:

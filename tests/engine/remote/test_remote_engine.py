@@ -13,6 +13,7 @@ from support.completion_server import ANSWER, FAULTS, SLOW, CompletionServer, se
 
 from fimserver.datatypes import FimContext, Generation, Hole, HoleKind, PartialAnswer, Sampling, Snippet
 from fimserver.engine.remote.address import parse_address
+from fimserver.engine.remote.api_key import read_api_key
 from fimserver.engine.remote.connection import Connection
 from fimserver.engine.remote.engine import RemoteEngine
 from fimserver.engine.remote.servers.llamacpp import LlamaCpp, to_grammar
@@ -38,7 +39,8 @@ _engines: list[RemoteEngine] = []
 
 
 def make_engine(server: Server, url: str, *, timeout_s: float = 1.0, wanted: str = "", key: str = "") -> RemoteEngine:
-    engine = RemoteEngine(server, Connection(parse_address(url), key, timeout_s), wanted)
+    address = parse_address(url)
+    engine = RemoteEngine(server, address.origin, lambda: Connection(address, key, timeout_s), wanted)
     _engines.append(engine)
     return engine
 
@@ -86,7 +88,7 @@ def test_each_kind_of_server_answers(kind: str) -> None:
 def test_llama_cpp_gets_the_familys_prompt_in_tokens_and_texts(llamacpp: CompletionServer) -> None:
     llamacpp.pieces = (" first",)
     engine = make_engine(LlamaCpp(), llamacpp.url)
-    tokens_in_code = "\n# <|fim_middle|>\n"
+    tokens_in_code = "\n# <|fim_middle|> <|im_start|>\n"
     snippets = (Snippet("/home/me/b.py", "import os\n"),)
     context = FimContext(CONTEXT.prefix + "fi", tokens_in_code, "/home/me/a.py", "python", LINE, snippets=snippets)
     llamacpp.pieces = (" first",)
@@ -95,7 +97,8 @@ def test_llama_cpp_gets_the_familys_prompt_in_tokens_and_texts(llamacpp: Complet
     assert asked.path == "/completion"
     files = [14, "project\n", 15, "b.py\nimport os\n\n", 15, "a.py\n"]
     prefix = "def add(first, second):\n    return"
-    assert asked.body["prompt"] == [*files, 11, 12, tokens_in_code, 13, prefix], "the prefix is last"
+    cut = ["\n# <|", "fim_middle|> <|", "im_start|>\n"]
+    assert asked.body["prompt"] == [*files, 11, 12, *cut, 13, prefix], "the prefix is last"
     assert asked.body["grammar"] == to_grammar(" fi") == 'root ::= " fi" [^\\x00]*'
     assert asked.body["stop"] == ["\n"]
     assert asked.body["temperature"] == 0.0
@@ -130,6 +133,85 @@ def test_a_model_without_a_known_family_gets_infill(llamacpp: CompletionServer) 
     assert asked.path == "/infill"
     assert asked.body["input_prefix"] == "def add(first, second):\n    return"
     assert asked.body["input_suffix"] == CONTEXT.suffix
+
+
+def test_a_model_with_a_part_of_a_familys_tokens_is_of_another(llamacpp: CompletionServer) -> None:
+    known = {"<|fim_prefix|>": 11, "<|fim_suffix|>": 12, "<|fim_middle|>": 13}
+    llamacpp.encode = lambda text: [known[text]] if text in known else [1, 2]
+    context = FimContext("x = fi", "\nS\n", "a.py", "python", LINE, snippets=(Snippet("b.py", "import os\n"),))
+    llamacpp.models, llamacpp.pieces = ("granite-4.0-h-tiny",), (" first",)
+    assert complete(make_engine(LlamaCpp(), llamacpp.url), context).text == "rst"
+    assert llamacpp.completions[0].body["prompt"] == [11, "x =", 12, "\nS\n", 13], "no files of a repository"
+
+
+def test_a_name_of_a_token_comes_back_as_it_was() -> None:
+    with serve(kind="ollama", pieces=("'<|\u2060im_end|>'",)) as server:
+        context = FimContext("x = '<|im_end|>'\ny = ", "\n", "", "python", LINE)
+        assert complete(make_engine(Ollama(), server.url), context).text == "'<|im_end|>'"
+        assert "<|im_end|>" not in server.completions[0].body["prompt"]
+
+
+def test_ollama_loads_the_model_before_the_first_request() -> None:
+    with serve(kind="ollama") as server:
+        make_engine(Ollama(), server.url).check()
+        assert server.asked[-1].body == {"model": "qwen2.5-coder-0.5b", "options": {"num_ctx": 4096}}
+
+
+def test_a_server_that_measures_too_slowly_gets_short_prompts(llamacpp: CompletionServer) -> None:
+    llamacpp.fault = "slow_first_byte"
+    llamacpp.refused = lambda body: isinstance(body, dict) and body.get("stream") is False
+    engine = make_engine(LlamaCpp(), llamacpp.url, timeout_s=0.3)
+    engine.check()
+    assert engine.info.max_prompt_tokens == 256
+    count = len(llamacpp.asked)
+    engine.check()
+    assert "n_probs" not in str(llamacpp.asked[count:])
+    assert not [a for a in llamacpp.asked[count:] if a.path == "/completion"], "measured once for each model"
+
+
+@pytest.mark.parametrize("path", ["", "/v1", "/v1/"])
+def test_vllm_with_and_without_the_version_in_its_address(path: str) -> None:
+    with serve(kind="vllm") as server:
+        assert complete(make_engine(Vllm(), server.url + path)).text == ANSWER
+        assert "/tokenize" in {asked.path for asked in server.asked}
+
+
+def test_vllm_without_a_tokenizer_to_ask_goes_by_the_models_name() -> None:
+    with serve(kind="vllm", fault="404") as server:
+        server.refused = lambda body: isinstance(body, dict) and "messages" not in body and "max_tokens" not in body
+        assert complete(make_engine(Vllm(), server.url)).text == ANSWER
+        assert server.completions[0].path == "/v1/completions"
+
+
+@pytest.mark.parametrize(("reason", "is_whole"), [("stop", True), ("length", False), ("abort", False), ("x", False)])
+def test_only_a_stop_makes_an_answer_whole(reason: str, is_whole: bool) -> None:
+    event = {"choices": [{"text": "a", "finish_reason": reason}]}
+    assert (OpenAi().read(event).finish == "end") == is_whole
+
+
+@pytest.mark.parametrize("name", ["HTTP_PROXY", "ALL_PROXY"])
+def test_a_proxy_of_an_unknown_kind_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "socks5://127.0.0.1:1")
+    with pytest.raises(RemoteError, match="ALL_PROXY"):
+        complete(make_engine(LlamaCpp(), "http://engine.example"))
+
+
+def test_certificates_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", "/no/such/file")
+    with pytest.raises(RemoteError, match="SSL_CERT_FILE"):
+        complete(make_engine(LlamaCpp(), "https://engine.example"))
+
+
+@pytest.mark.parametrize(
+    ("key", "words"), [("", "holds no key"), ("two words", "not a key"), ("k\u00e9y", "not a key")]
+)
+def test_a_key_that_is_missing_or_none(monkeypatch: pytest.MonkeyPatch, key: str, words: str) -> None:
+    monkeypatch.setenv("MY_KEY", key)
+    with pytest.raises(RemoteError, match=words) as error:
+        read_api_key("MY_KEY")
+    assert not key or key not in str(error.value)
+    monkeypatch.setenv("MY_KEY", " good-key\n")
+    assert read_api_key("MY_KEY") == "good-key"
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from fimserver.engine.prompt import build_prompt
 from fimserver.engine.remote.address import parse_address
 from fimserver.engine.remote.connection import Connection
 from fimserver.engine.remote.engine import RemoteEngine
-from fimserver.engine.remote.servers.vllm import Own, Vllm, load_own
+from fimserver.engine.remote.servers.vllm import Own, Vllm, find_own
 from fimserver.errors import RemoteError
 
 LINE = Hole(HoleKind.REST_OF_LINE, max_lines=1, estimated_tokens=8)
@@ -25,7 +25,7 @@ URL = os.environ.get("FIMSERVER_TEST_VLLM", "")
 
 @pytest.fixture(scope="module")
 def own() -> Own:
-    found = load_own(SHIPPED_MODELS / "tiny")
+    found = find_own("tiny")
     assert found is not None
     return found
 
@@ -34,19 +34,20 @@ class Serving:
     """An engine and its server, which answers canvases with ``text``."""
 
     def __init__(self, server: CompletionServer, own: Own) -> None:
-        self.server, self.own, self.text = server, own, "rst + second"
+        self.server, self.own, self.text = server, own, " first + second"  # with the whole word, at the pins too
         self.width: int | None = None
         server.encode, server.answer_ids = own.vocabulary.encode, self.answer
-        self.engine = RemoteEngine(Vllm(own), Connection(parse_address(server.url), "", 5))
+        self.engine = RemoteEngine(
+            Vllm(lambda _name: own), server.url, lambda: Connection(parse_address(server.url), "", 5)
+        )
 
     def answer(self, body: Any) -> list[int]:
         fields = body.get("vllm_xargs")
         if fields is None or self.width is not None:  # a server that does not know the fields
-            return [*self.own.vocabulary.encode(f" fi{self.text}"), 1][: self.width]
+            return [*self.own.vocabulary.encode(self.text), 1][: self.width]
         width = fields["diffusion_canvas_length"]
         assert len(fields["diffusion_seed_canvas"]) == width == body["max_tokens"]
-        pinned = len(fields["diffusion_pinned"])
-        ids = [9] * pinned + self.own.vocabulary.encode(self.text)  # what the model would write at pins
+        ids = self.own.vocabulary.encode(self.text)  # what the model would write at pins
         return [*ids, 1, *([0] * width)][:width]
 
     def complete(self, context: FimContext = CONTEXT, **sampling: Any) -> Generation:
@@ -101,19 +102,26 @@ def test_a_seed_decides_the_canvas(serving: Serving) -> None:
 def test_the_last_answer_is_the_start_of_the_next_canvas(serving: Serving, own: Own) -> None:
     serving.complete()
     typed = FimContext(f"{CONTEXT.prefix}rst + ", CONTEXT.suffix, CONTEXT.path, "python", LINE)
-    serving.text = "second"
+    serving.text = " second"
     assert serving.complete(typed).text == "second"
     canvas = serving.asked[-1]["vllm_xargs"]["diffusion_seed_canvas"]
     pinned = len(serving.asked[-1]["vllm_xargs"]["diffusion_pinned"])
+    assert pinned == 0, "a space alone is left open: a word's token begins with it"
+    begin = len(own.vocabulary.encode(" "))
     expected = [*own.vocabulary.encode("second"), 1]
-    assert canvas[pinned : pinned + len(expected)] == expected
+    assert canvas[begin : begin + len(expected)] == expected
     elsewhere = FimContext("x = ", "\n", "", "python", LINE)
     serving.complete(elsewhere)
-    assert expected != serving.asked[-1]["vllm_xargs"]["diffusion_seed_canvas"][1 : 1 + len(expected)]
+    assert expected != serving.asked[-1]["vllm_xargs"]["diffusion_seed_canvas"][begin : begin + len(expected)]
+
+
+def test_an_answer_without_what_was_typed_is_not_used(serving: Serving) -> None:
+    serving.text = " second + first"
+    assert serving.complete().text == ""
 
 
 def test_a_canvas_that_is_full_is_not_whole(serving: Serving) -> None:
-    serving.text = "rst + second + " + "first + " * 40
+    serving.text = " first + second + " + "first + " * 40
     generation = serving.complete()
     assert generation.finish == "length"
     assert not generation.is_whole
@@ -148,23 +156,24 @@ def test_ids_that_the_tokenizer_lacks_are_refused(serving: Serving) -> None:
 
 
 def test_what_is_known_of_a_model_comes_from_its_folder() -> None:
-    assert load_own(SHIPPED_MODELS / "known" / "qwen2.5-coder-0.5b") is None
-    found = load_own(SHIPPED_MODELS / "tiny")
+    found = find_own("tiny")
     assert found is not None
     assert found.canvas_length == 32
+    for name in ("", "other", "../tiny", "/etc", "owner/name", str(SHIPPED_MODELS / "tiny")):
+        assert find_own(name) is None, "a server's word is no path"
 
 
 @pytest.mark.slow("a real vLLM server takes seconds for an answer")
 @pytest.mark.skipif(not URL, reason="FIMSERVER_TEST_VLLM is not the address of a vLLM server with the shipped model")
 def test_a_real_server_fills_a_canvas(own: Own) -> None:
-    engine = RemoteEngine(Vllm(own), Connection(parse_address(URL), "", 120))
+    engine = RemoteEngine(Vllm(lambda _name: own), URL, lambda: Connection(parse_address(URL), "", 120))
     try:
         engine.check()
         assert engine.info.capabilities.canvas
         assert engine.info.max_prompt_tokens == 736 + 32
-        for prefix, rest in (("self.items.ap", "pend("), ("for i in range(10):\n    pri", "nt(")):
-            context = FimContext(f"import os\n{prefix}", "\n", "a.py", "python", LINE)
-            generation = engine.complete(context, Sampling(seed=1))
-            assert generation.text.startswith(rest), generation
+        code = "class A:\n    def __init__(self):\n        self.items = []\n\n    def add(self, item):\n        "
+        context = FimContext(f"{code}self.items.ap", "\n", "a.py", "python", LINE)
+        generation = engine.complete(context, Sampling(seed=1))
+        assert generation.text.startswith("pend("), generation
     finally:
         engine.close()

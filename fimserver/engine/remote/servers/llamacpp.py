@@ -1,7 +1,8 @@
 """Ask a llama.cpp server, which runs elsewhere or in fimserver's own process.
 
 Where the server's tokenizer has the tokens of a known family, the prompt is fimserver's own, sent to ``/completion`` as
-token ids and texts by turns: a text between ids is never read as a token. Other models get ``/infill``, for which the
+token ids and texts by turns; llama.cpp would read the name of a token in a text as that token, so such names are cut in
+two texts. Other models get ``/infill``, for which the
 server writes the prompt. The word before the cursor is taken off the prompt, and a grammar makes the answer begin with
 it (token healing).
 
@@ -16,7 +17,7 @@ from fimserver.checkpoints.metadata import Healing
 from fimserver.datatypes import Capabilities, FimContext, Sampling
 from fimserver.engine.remote.answers import CodeReader, Piece
 from fimserver.engine.remote.connection import Connection, Event
-from fimserver.engine.remote.prompts import split_parts, to_pieces
+from fimserver.engine.remote.prompts import split_names, split_parts, to_pieces
 from fimserver.engine.remote.servers.server import (
     DEFAULT_CONTEXT_TOKENS,
     LONGEST_USUAL_TOKENS,
@@ -26,10 +27,11 @@ from fimserver.engine.remote.servers.server import (
     to_number,
     verify_family,
 )
+from fimserver.errors import RemoteError
 
 _FINISH = {"eos": "end", "word": "end", "limit": "length"}
 _INFILL_ENDS = ("<|endoftext|>", "<|file_sep|>", "<|repo_name|>", "<|fim_pad|>", "<|im_end|>")
-_PROBE_FUNCTIONS = 20  # about 260 tokens
+_PROBE_FUNCTIONS = 12  # about 150 tokens
 _PROMPT_S, _LEAST_USUAL_TOKENS = 1.0, 256
 
 
@@ -38,6 +40,9 @@ class LlamaCpp:
 
     name = "llamacpp-server"
     capabilities = Capabilities(suffix=True, healing=True, token_ids=True, probabilities=True)
+
+    def __init__(self) -> None:
+        self._usual_tokens: dict[str, int] = {}  # measured, by model
 
     async def look(self, connection: Connection, wanted: str) -> ServerModel:
         """Return the server's model: it serves one."""
@@ -54,7 +59,8 @@ class LlamaCpp:
         begin = tuple(await tokenize("", with_begin=True))
         found = await verify_family(name, tokenize)
         family, ids = found or (None, {})
-        usual = await _measure_prompt(connection)
+        usual = self._usual_tokens.get(name) or await _measure_prompt(connection)
+        self._usual_tokens[name] = usual
         return ServerModel(name, tokens or DEFAULT_CONTEXT_TOKENS, usual, family, ids, begin)
 
     def write(self, model: ServerModel, context: FimContext, sampling: Sampling) -> Request:
@@ -78,8 +84,10 @@ class LlamaCpp:
             body["grammar"] = to_grammar(parts.healed)
         if model.family is not None:
             pieces = to_pieces(parts, model.family)
-            written = [model.token_ids[text] if is_token else text for is_token, text in pieces]
-            body["prompt"] = [*model.begin_ids, *written]
+            written: list[int | str] = [*model.begin_ids]
+            for is_token, text in pieces:
+                written += [model.token_ids[text]] if is_token else split_names(text, model.family)
+            body["prompt"] = written
             return Request("/completion", body, CodeReader(context, parts.healed, model.family.control_tokens))
         body |= {"input_prefix": parts.prefix, "input_suffix": parts.suffix}
         body["input_extra"] = [{"filename": name, "text": text} for name, text in parts.snippets]
@@ -98,7 +106,12 @@ async def _measure_prompt(connection: Connection) -> int:
     """Return the tokens of a prompt that the server encodes in a second, by a text that is no user's."""
     text = "".join(f"def value_{i}():\n    return {i}\n" for i in range(_PROBE_FUNCTIONS))
     body = {"prompt": text, "n_predict": 1, "cache_prompt": False, "stream": False}
-    answer = await connection.post("/completion", body)
+    try:
+        answer = await connection.post("/completion", body)
+    except RemoteError as error:
+        if error.is_lasting:
+            raise
+        return _LEAST_USUAL_TOKENS  # slow, or busy
     timings = answer.get("timings", {}) if isinstance(answer, dict) else {}
     speed = timings.get("prompt_per_second") if isinstance(timings, dict) else None
     if isinstance(speed, bool) or not isinstance(speed, int | float) or not math.isfinite(speed):

@@ -13,11 +13,12 @@ from fimserver.datatypes import Capabilities, FimContext, Sampling
 from fimserver.engine.remote.answers import CodeReader, Piece
 from fimserver.engine.remote.connection import Connection, Event
 from fimserver.engine.remote.families import find_family
-from fimserver.engine.remote.prompts import split_parts, to_raw
+from fimserver.engine.remote.prompts import split_parts, to_raw, undefuse
 from fimserver.engine.remote.servers.server import Request, ServerModel, choose_model, count_tokens, to_number
 from fimserver.errors import RemoteError
 
 _CONTEXT_TOKENS = 4096  # asked for: another number would load the model again
+_LOAD_TIMEOUT_S = 180.0  # Ollama gives up loading a model when the request that wants it is closed
 _RAW, _SUFFIX = "raw", "suffix"
 
 
@@ -40,6 +41,7 @@ class Ollama:
         info = shown.get("model_info", {})
         lengths = [v for k, v in info.items() if k.endswith(".context_length")] if isinstance(info, dict) else []
         tokens = min(to_number(lengths[0] if lengths else None, _CONTEXT_TOKENS), _CONTEXT_TOKENS)
+        await connection.post("/api/generate", {"model": name, "options": {"num_ctx": tokens}}, _LOAD_TIMEOUT_S)
         family = find_family(name)
         if family is None and "insert" not in (shown.get("capabilities") or []):
             msg = (
@@ -67,7 +69,7 @@ class Ollama:
             body |= {"prompt": to_raw(parts, family), "raw": True}
         else:
             body |= {"prompt": parts.prefix, "suffix": parts.suffix}
-        return Request("/api/generate", body, CodeReader(context, ends=ends))
+        return Request("/api/generate", body, CodeReader(context, ends=ends, undo=undefuse))
 
     def read(self, event: Event) -> Piece:
         """Return the part of an answer in an event."""

@@ -15,7 +15,7 @@ from fimserver.datatypes import Capabilities, FimContext, Sampling
 from fimserver.engine.remote.answers import ChatReader, CodeReader, Piece
 from fimserver.engine.remote.connection import Connection, Event
 from fimserver.engine.remote.families import find_family
-from fimserver.engine.remote.prompts import split_parts, to_raw, to_turn
+from fimserver.engine.remote.prompts import split_parts, to_raw, to_turn, undefuse
 from fimserver.engine.remote.servers.server import (
     DEFAULT_CONTEXT_TOKENS,
     Request,
@@ -76,7 +76,7 @@ class OpenAi:
         if stop:
             body["stop"] = stop[:_MOST_STOPS]
         ends = model.family.control_tokens if model.family is not None else ()
-        return Request(to_path(model.base, "completions"), body, CodeReader(context, ends=ends))
+        return Request(to_path(model.base, "completions"), body, CodeReader(context, ends=ends, undo=undefuse))
 
     def read(self, event: Event) -> Piece:
         """Return the part of an answer in an event."""
@@ -88,10 +88,10 @@ class OpenAi:
         text = choice.get("text")
         text = message.get("content") if text is None else text
         finish = choice.get("finish_reason")
-        return Piece(_to_text(text), _probabilities_of(choice), _FINISH.get(finish, "end") if finish else None)
+        return Piece(_to_text(text), _probabilities_of(choice), _FINISH.get(finish, "length") if finish else None)
 
 
-_FINISH = {"length": "length", "model_length": "length", "error": "length"}
+_FINISH = {"stop": "end", "eos": "end", "eos_token": "end"}  # anything else has cut the answer
 
 
 class Mistral(OpenAi):
@@ -128,10 +128,8 @@ class Inception(Mistral):
 
 
 def to_path(base: str, end: str) -> str:
-    """Return the path of a request: with the version, unless the address has it; nothing if that is a whole one."""
-    if base.endswith("/completions"):
-        return ""
-    return f"/{end}" if base.endswith("/v1") else f"/v1/{end}"
+    """Return the path of a request; nothing if the address is a whole one."""
+    return "" if base.endswith("/completions") else f"/v1/{end}"
 
 
 def _to_text(value: Any) -> str:

@@ -100,7 +100,7 @@ async def verify_family(model: str, tokenize: Tokenize) -> tuple[Family, dict[st
             found = await tokenize(token) if token else []
             if len(found) == 1:
                 ids[token] = found[0]
-            elif token in family.tokens:
+            elif token:
                 break
         else:
             if len(set(ids.values())) == len(ids):

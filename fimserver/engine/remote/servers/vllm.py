@@ -2,10 +2,11 @@
 
 A canvas request gives the ids of fimserver's own prompt, and a canvas of as many tokens as the hole may need: what was
 typed of the first word, pinned; then the last answer, if the text still begins with it; then random tokens. vLLM
-denoises it for a few steps and returns every position. It gives what the model would write at a pinned position too,
-so those are put back here. An answer ends at the first token that is not text.
+denoises it for a few steps and returns what the model would write at every position, the pinned ones included. There
+the model writes the whole word that it would take for the pinned part, which is token healing: an answer that does not
+begin with what was typed is not used. It ends at the first token that is not text.
 
-That needs the same tokenizer on both sides, which is asked of the server once with a text of fimserver's own, and
+That needs the same tokenizer on both sides, which is asked of the server once with a word of fimserver's own, and
 vLLM's request fields for canvases, which are tried once. A server without them gets the ids alone; one with another
 tokenizer gets a prompt as text, or a question in words (``openai.py``).
 
@@ -16,10 +17,11 @@ Source:  vllm/utils/diffusion.py and vllm/model_executor/models/diffusion_gemma.
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from fimserver.checkpoints.folder import read_json
+from fimserver.checkpoints.installed import find_added
+from fimserver.checkpoints.known import SHIPPED_MODELS, shipped_names
 from fimserver.checkpoints.metadata import Canvas, ModelMetadata, limit_context, read_metadata
 from fimserver.datatypes import Capabilities, FimContext, Sampling
 from fimserver.engine.prompt import Prompt, build_prompt
@@ -34,10 +36,12 @@ from fimserver.engine.remote.servers.server import (
     verify_family,
 )
 from fimserver.engine.vocabulary import Vocabulary
-from fimserver.errors import RemoteError
+from fimserver.errors import RemoteError, WeightsError
 
 CANVAS, IDS = "canvas", "ids"  # layouts
 _PROBE = "def probe(value):\n    return value + 1  # a line of fimserver's own\n"
+# One long word, since transformers' class for Gemma's tokenizers splits spaces off in its own way.
+_WORD = "defreturnimportclassself_functionconstpublicstruct"
 _STEPS = 8  # of denoising: later ones change little
 _LEAST_CANVAS = 8
 _PROBE_CANVAS = 8
@@ -52,28 +56,33 @@ class Own:
     canvas_length: int
 
 
-def load_own(folder: Path) -> Own | None:
-    """Return what a model's folder says of a model with a canvas of random tokens; ``None`` for another kind.
+def find_own(name: str) -> Own | None:
+    """Return what this machine knows of a model that a server names: a shipped one, or one that was added.
 
-    Raises ``WeightsError``.
+    ``None`` for any other, for one without a canvas of random tokens, and for one that cannot be read.
     """
-    if not (folder / "tokenizer.json").is_file():
+    folder = SHIPPED_MODELS / name if name in shipped_names() else find_added(name)
+    if folder is None or not (folder / "tokenizer.json").is_file():
         return None
-    metadata = read_metadata(folder)
-    length = metadata.canvas_length or read_json(folder / "config.json").get("canvas_length")
-    if metadata.canvas is not Canvas.UNIFORM or not isinstance(length, int):
+    try:
+        metadata = read_metadata(folder)
+        length = metadata.canvas_length or read_json(folder / "config.json").get("canvas_length")
+        if metadata.canvas is not Canvas.UNIFORM or not isinstance(length, int):
+            return None
+        return Own(metadata, Vocabulary.load(folder / "tokenizer.json", metadata.special_ids), length)
+    except WeightsError:
         return None
-    return Own(metadata, Vocabulary.load(folder / "tokenizer.json", metadata.special_ids), length)
 
 
 class Vllm(OpenAi):
-    """A vLLM server. ``own`` is what is known of the model that it may serve."""
+    """A vLLM server. ``find`` returns what is known here of a model by its name on the server."""
 
     name = "vllm"
     capabilities = Capabilities(canvas=True, suffix=True, token_ids=True, probabilities=True)
 
-    def __init__(self, own: Own | None = None) -> None:
-        self._own = own
+    def __init__(self, find: Callable[[str], Own | None] = lambda _name: None) -> None:
+        self._find = find
+        self._own: Own | None = None
         self.capabilities = replace(type(self).capabilities, canvas=False, token_ids=False)
         self._last: tuple[str, str] = ("", "")  # prefix and answer of the last request
         self._random = random.Random()  # noqa: S311  noise for a canvas
@@ -83,6 +92,7 @@ class Vllm(OpenAi):
         model = await super().look(connection, wanted)
         if model.layout == SUFFIX:
             return model
+        self._own = self._find(model.name)
         if self._own is not None and await self._has_own_tokens(connection, model, self._own):
             layout = CANVAS if await self._takes_canvases(connection, model, self._own) else IDS
             self.capabilities = replace(self.capabilities, canvas=layout == CANVAS, token_ids=True)
@@ -91,13 +101,20 @@ class Vllm(OpenAi):
         async def tokenize(text: str) -> list[int]:
             return await _tokenize(connection, model, text)
 
-        found = await verify_family(model.name, tokenize) if model.family is not None else None
+        if model.family is None:
+            return model
+        try:
+            found = await verify_family(model.name, tokenize)
+        except RemoteError as error:
+            if error.is_lasting:  # a server without such requests: the name has to do
+                return model
+            raise
         family, ids = found or (None, {})
         return replace(model, family=family, token_ids=ids, layout=RAW if found else CHAT)
 
     async def _has_own_tokens(self, connection: Connection, model: ServerModel, own: Own) -> bool:
         try:
-            return await _tokenize(connection, model, _PROBE) == own.vocabulary.encode(_PROBE)
+            return await _tokenize(connection, model, _WORD) == own.vocabulary.encode(_WORD)
         except RemoteError as error:
             if error.is_lasting:  # a server without such requests
                 return False
@@ -128,7 +145,7 @@ class Vllm(OpenAi):
         if model.layout == IDS:
             tokens = count_tokens(context, sampling)
             body["max_tokens"] = tokens
-            return Request(path, body, IdsReader(context, prompt, own, [], lambda _text: None))
+            return Request(path, body, IdsReader(context, prompt, own))
         healed = own.vocabulary.encode(prompt.healed)
         length = min(own.canvas_length, max(_LEAST_CANVAS, len(healed) + TOKENS_A_LINE * context.hole.max_lines))
         chance = self._random if sampling.seed is None else random.Random(sampling.seed)  # noqa: S311
@@ -136,12 +153,13 @@ class Vllm(OpenAi):
         noise = (chance.randrange(metadata.num_special_tokens, own.vocabulary.size) for _ in range(length))
         canvas = [*start[:length], *noise][:length]
         steps = min(sampling.max_denoising_steps or _STEPS, metadata.max_denoising_steps)
-        body |= _canvas_fields(canvas, list(range(min(len(healed), length))), steps)
+        pinned = list(range(min(len(healed), length))) if prompt.healed.strip() else []
+        body |= _canvas_fields(canvas, pinned, steps)
 
         def remember(text: str) -> None:
             self._last = context.prefix, text
 
-        return Request(path, body, IdsReader(context, prompt, own, healed, remember))
+        return Request(path, body, IdsReader(context, prompt, own, remember))
 
     def _warm_start(self, context: FimContext, own: Own) -> list[int]:
         """Return the rest of the last answer, if what was typed since is its beginning."""
@@ -162,14 +180,14 @@ class Vllm(OpenAi):
 class IdsReader(CodeReader):
     """Reads an answer in token ids: of a canvas, or of an answer that is written in order.
 
-    ``healed`` are the pinned ids at its beginning, and ``remember`` gets the text of a whole canvas.
+    ``remember`` gets the text of a whole canvas.
     """
 
     def __init__(
-        self, context: FimContext, prompt: Prompt, own: Own, healed: list[int], remember: Callable[[str], None]
+        self, context: FimContext, prompt: Prompt, own: Own, remember: Callable[[str], None] = lambda _text: None
     ) -> None:
         super().__init__(context, prompt.healed)
-        self._prompt, self._own, self._pinned, self._remember = prompt, own, healed, remember
+        self._prompt, self._own, self._remember = prompt, own, remember
         self._ids: list[int] = []
 
     def add(self, piece: Piece) -> None:
@@ -181,8 +199,6 @@ class IdsReader(CodeReader):
         if any(not 0 <= i < vocabulary.size for i in ids):
             msg = "the answer has token ids that the tokenizer does not have"
             raise ValueError(msg)
-        if not self._ids:
-            ids[: len(self._pinned)] = self._pinned[: len(ids)]
         end = next((i for i, token_id in enumerate(ids) if not vocabulary.is_text(token_id)), None)
         whole = self._ids + (ids if end is None else ids[:end])
         before = vocabulary.decode(self._ids)
