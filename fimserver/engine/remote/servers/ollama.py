@@ -18,7 +18,7 @@ from fimserver.engine.remote.servers.server import Request, ServerModel, choose_
 from fimserver.errors import RemoteError
 
 _CONTEXT_TOKENS = 4096  # asked for: another number would load the model again
-_LOAD_TIMEOUT_S = 180.0  # Ollama gives up loading a model when the request that wants it is closed
+_LOAD_TIMEOUT_S = 180.0  # Ollama stops loading a model when the request that wants it is closed
 _RAW, _SUFFIX = "raw", "suffix"
 
 
