@@ -45,7 +45,7 @@ from fimserver.cli.options import (
 from fimserver.cli.terminal import echo
 from fimserver.errors import FimserverError, PathError
 from fimserver.paths import use_private_caches
-from fimserver.settings import Settings
+from fimserver.settings import ENGINES, Settings
 
 _USES_TORCH = {"bench", "eval", "quantize", "train"}  # in this process
 
@@ -182,6 +182,27 @@ def doctor(gpu: str | None, context: int | None, as_json: bool, **options: Any) 
         echo(json.dumps(dataclasses.asdict(plan)))
     else:
         print_plan(plan)
+
+
+@main.command(short_help="Choose a model or a server for this machine, and set it up.")
+@click.option("--engine", type=click.Choice(list(ENGINES)), help="Take the first choice with this engine.")
+@click.option("--model", metavar="NAME", help="Take this model of the table.")
+@click.option("--gpu", metavar="NAME", help="Show what a machine with this GPU could run; needs --dry-run.")
+@click.option("--yes", is_flag=True, help="Download and write without asking.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and change nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the machine and the table as one JSON object.")
+def setup(**options: Any) -> None:
+    """Choose a model or a server for this machine, and set it up.
+
+    Looks at the GPU, the processor, memory, disk, and at servers of Ollama, llama.cpp and vLLM on their usual ports.
+    Shows what can run here, downloads the recommended model after a yes (an interrupted download continues), writes
+    config.toml, and answers one probe.
+    """
+    from fimserver.cli.model import add_published  # noqa: PLC0415
+    from fimserver.cli.setup import run_setup  # noqa: PLC0415
+
+    with exit_on_error():
+        sys.exit(0 if run_setup(add_published, **options) else 1)
 
 
 @main.command()

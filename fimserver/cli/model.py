@@ -24,7 +24,7 @@ _LIST_WIDTH = 120
 
 @click.group()
 def model() -> None:
-    """Add published models by name and GGUF files, list and remove them. Only `model add` downloads models."""
+    """Add published models by name and GGUF files, list and remove them. Only `model add` and `setup` download models."""
 
 
 @model.command(name="add")
@@ -44,6 +44,11 @@ def add(name: str, yes: bool, own_name: str | None) -> None:  # noqa: FBT001
     if own_name is not None:
         msg = "--name is for a GGUF file; a published model keeps its name"
         raise click.UsageError(msg)
+    add_published(name, yes=yes)
+
+
+def add_published(name: str, *, yes: bool = True) -> None:
+    """Download a published model after showing its licence and size. Exits with 1 if that fails."""
     from fimserver.checkpoints.hub import add_model, find_offer, parse_name  # noqa: PLC0415
     from fimserver.checkpoints.installed import to_gigabytes  # noqa: PLC0415
     from fimserver.checkpoints.known import is_permissive  # noqa: PLC0415
