@@ -24,7 +24,7 @@ _LIST_WIDTH = 120
 
 @click.group()
 def model() -> None:
-    """Add published models by name and GGUF files, list and remove them. Only `model add` and `setup` download models."""
+    """Add published models by name and GGUF files, list and remove them. Only this and `setup` download models."""
 
 
 @model.command(name="add")

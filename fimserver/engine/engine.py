@@ -172,8 +172,10 @@ class Engine:
         *,
         cancelled: Callable[[], bool] = lambda: False,
         on_partial: OnPartial = lambda _partial: None,
+        stays_here: bool = False,
     ) -> Generation:
-        """Return the middle of a context; ``on_partial`` gets partial answers as they grow."""
+        """Return the middle of a context; ``on_partial`` gets partial answers as they grow. Nothing is ever sent."""
+        del stays_here
         clock = Clock(sampling.max_latency_ms, cancelled)
         job = self._prepare(context, sampling, clock, on_partial)
         clock.lap("prompt")
@@ -207,17 +209,6 @@ class Engine:
             is_match=best.match is not None,
             is_whole=best.is_whole,
         )
-
-    def complete_here(
-        self,
-        context: FimContext,
-        sampling: Sampling,
-        *,
-        cancelled: Callable[[], bool] = lambda: False,
-        on_partial: OnPartial = lambda _partial: None,
-    ) -> Generation:
-        """Return the middle of a context: nothing is sent anywhere in any case."""
-        return self.complete(context, sampling, cancelled=cancelled, on_partial=on_partial)
 
     def begin(self) -> None:
         """Do nothing: all runs in requests."""

@@ -24,17 +24,20 @@ class CompletionEngine(Protocol):
         """Description of the model, with what the engine can do."""
 
     def complete(
-        self, context: FimContext, sampling: Sampling, *, cancelled: Callable[[], bool], on_partial: OnPartial
+        self,
+        context: FimContext,
+        sampling: Sampling,
+        *,
+        cancelled: Callable[[], bool],
+        on_partial: OnPartial,
+        stays_here: bool = False,
     ) -> Generation:
         """Return the middle of a context; ``on_partial`` gets partial answers as they grow.
 
+        ``stays_here``: the context must not be sent to a server.
+
         Raises ``CompletionCancelledError`` soon after ``cancelled`` is true, and ``EngineError``.
         """
-
-    def complete_here(
-        self, context: FimContext, sampling: Sampling, *, cancelled: Callable[[], bool], on_partial: OnPartial
-    ) -> Generation:
-        """Complete without sending anything to a server. Raises ``EngineError`` if that is not possible."""
 
     def begin(self) -> None:
         """Start what runs in the background; called once, after the engine was announced."""

@@ -258,13 +258,13 @@ def answer(engine: CompletionEngine, request: dict[str, Any], inbox: Inbox, outb
 
     outbox.send("started", id=request_id)
 
-    complete = engine.complete_here if request.get("stays_here") else engine.complete
     try:
-        generation = complete(
+        generation = engine.complete(
             from_plain(FimContext, request["context"]),
             from_plain(Sampling, request["sampling"]),
             cancelled=lambda: inbox.is_cancelled(request_id),
             on_partial=on_partial,
+            stays_here=request["stays_here"],
         )
     except CompletionCancelledError:
         outbox.send("cancelled", id=request_id)

@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 from fimserver.checkpoints.consent import ANYWHERE, Agreements, find_known, is_elsewhere, is_installed
@@ -201,7 +202,6 @@ class ConsentPrompt:
     async def ask_server(self, options: EngineOptions, address: Address, is_still_wanted: Callable[[], bool]) -> bool:
         """Ask whether code may be sent to a server, and store the answer; return whether it may have changed."""
         here, everywhere, never = "Send it from this workspace", "Send it from everywhere", "Do not send it"
-        titles = [here, everywhere, never] if self._workspaces() else [everywhere, never]
         elsewhere = "this machine, with a key" if address.is_loopback else "another machine"
         key = f" The key that {options.remote.api_key} holds is sent along." if options.remote.api_key else ""
         open_text = "" if address.is_encrypted or address.is_loopback else " It is not encrypted on its way."
@@ -209,21 +209,14 @@ class ConsentPrompt:
             f"The settings name the engine {options.engine} at {_shorten(address.origin)}: the code around the cursor "
             f"would be sent there, to {elsewhere}.{key}{open_text} Until you agree, fimserver's own engine answers."
         )
-        answer: str | None = None
-        with suppress(Exception):  # an editor that cannot ask cannot give consent
-            answer = await self._show_choices(text, titles)
-        if answer is None or not is_still_wanted():
-            return False
-        try:
-            if answer == never:
-                self._servers.refuse(address, self._workspaces())
-            elif answer in {here, everywhere}:
-                where = [ANYWHERE] if answer == everywhere else self._workspaces()
-                self._servers.agree(address, options.remote.api_key, where)
-        except OSError as error:
-            self.warn(f"{state_folder() / SERVERS_NAME} cannot be written ({error}); fix its folder")
-            return False
-        return True
+        return await self._ask(
+            text,
+            (here, everywhere, never),
+            is_still_wanted,
+            agree=lambda where: self._servers.agree(address, options.remote.api_key, where),
+            refuse=lambda where: self._servers.refuse(address, where),
+            file=state_folder() / SERVERS_NAME,
+        )
 
     def revoke(self, folder: str) -> None:
         """Forget the agreements to a folder whose contents have changed, and ask about it again."""
@@ -254,25 +247,45 @@ class ConsentPrompt:
     async def ask(self, model: str, is_still_wanted: Callable[[], bool]) -> bool:
         """Ask the user, and store the answer; return whether it may have changed the settings."""
         here, everywhere, never = "Load it in this workspace", "Load it everywhere", "Do not load it"
-        titles = [here, everywhere, never] if self._workspaces() else [everywhere, never]
         text = (
             f"The settings name a model that fimserver does not know: {_shorten(model)}. A repository can bring such a "
             "setting with it, so it is loaded only if you agree. "
             f"(fimserver.model in {config_file()} needs no consent.)"
         )
+        return await self._ask(
+            text,
+            (here, everywhere, never),
+            is_still_wanted,
+            agree=lambda where: self._agreements.agree(model, where),
+            refuse=lambda where: self._agreements.refuse(model, where),
+            file=state_folder() / AGREEMENTS_NAME,
+        )
+
+    async def _ask(  # noqa: PLR0913  the parts of a question
+        self,
+        text: str,
+        titles: tuple[str, str, str],
+        is_still_wanted: Callable[[], bool],
+        *,
+        agree: Callable[[list[str]], None],
+        refuse: Callable[[list[str]], None],
+        file: Path,
+    ) -> bool:
+        """Ask with the titles for this workspace, for all, and for none; store the answer in ``file``."""
+        here, everywhere, never = titles
         answer: str | None = None
         with suppress(Exception):  # an editor that cannot ask cannot give consent
-            answer = await self._show_choices(text, titles)
+            answer = await self._show_choices(text, [*((here,) if self._workspaces() else ()), everywhere, never])
         if answer is None or not is_still_wanted():
             return False
         try:
             if answer == never:
-                self._agreements.refuse(model, self._workspaces())
+                refuse(self._workspaces())
             elif answer in {here, everywhere}:
                 where = [ANYWHERE] if answer == everywhere else self._workspaces()
-                await asyncio.to_thread(self._agreements.agree, model, where)  # it reads the folder
+                await asyncio.to_thread(agree, where)  # it may read a folder
         except (OSError, RuntimeError) as error:
-            self.warn(f"{state_folder() / AGREEMENTS_NAME} cannot be written ({error}); fix its folder")
+            self.warn(f"{file} cannot be written ({error}); fix its folder")
             return False
         return True
 

@@ -75,7 +75,9 @@ class FakeEngine:
         *,
         cancelled: Callable[[], bool],
         on_partial: Callable[[PartialAnswer], None],
+        stays_here: bool = False,
     ) -> Generation:
+        del stays_here
         found = _ORDER.findall(context.prefix)
         order: dict[str, Any] = {"answer": "1", "drafts": [], "step_s": 0.0, "rest_s": 0.0, "confidence": 1.0}
         order |= {"alternatives": [], "name": "", "held": None}

@@ -121,8 +121,12 @@ class RemoteEngine:
         *,
         cancelled: Callable[[], bool] = lambda: False,
         on_partial: OnPartial = lambda _partial: None,
+        stays_here: bool = False,
     ) -> Generation:
-        """Return the middle of a context."""
+        """Return the middle of a context. Raises ``EngineError`` if the server is elsewhere and nothing may be sent."""
+        if stays_here and not self._is_here:
+            msg = "this engine is a server, and code of this workspace must not be sent there"
+            raise EngineError(msg)
         begin = time.perf_counter()
         self._has_event = False
         try:
@@ -135,20 +139,6 @@ class RemoteEngine:
             raise
         self.waited_s = 0.0
         return generation
-
-    def complete_here(
-        self,
-        context: FimContext,
-        sampling: Sampling,
-        *,
-        cancelled: Callable[[], bool] = lambda: False,
-        on_partial: OnPartial = lambda _partial: None,
-    ) -> Generation:
-        """Complete if the server is in this process. Raises ``EngineError`` otherwise."""
-        if self._is_here:
-            return self.complete(context, sampling, cancelled=cancelled, on_partial=on_partial)
-        msg = "this engine is a server, and code of this workspace must not be sent there"
-        raise EngineError(msg)
 
     def forget(self) -> None:
         """Do nothing: what a server keeps is its own."""

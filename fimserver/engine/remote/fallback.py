@@ -124,23 +124,31 @@ class FallbackEngine:
         threading.Thread(target=self._probe_once, daemon=True).start()
 
     def complete(
-        self, context: FimContext, sampling: Sampling, *, cancelled: Callable[[], bool], on_partial: OnPartial
+        self,
+        context: FimContext,
+        sampling: Sampling,
+        *,
+        cancelled: Callable[[], bool],
+        on_partial: OnPartial,
+        stays_here: bool = False,
     ) -> Generation:
         """Return the middle of a context, from the server or in its place."""
+        if stays_here:
+            return self._complete_here(context, sampling, cancelled, on_partial)
         with self._changed:
             self._last_request = self._clock()
             self._changed.notify_all()
         if self.is_down:
             if self._own is None:
                 raise RemoteError(self._why)
-            return self.complete_here(context, sampling, cancelled=cancelled, on_partial=on_partial)
+            return self._complete_here(context, sampling, cancelled, on_partial)
         try:
             generation = self._remote.complete(context, sampling, cancelled=cancelled, on_partial=on_partial)
         except RemoteError as error:
             self._on_failure(error)
             if self._own is None:
                 raise
-            return self.complete_here(context, sampling, cancelled=cancelled, on_partial=on_partial)
+            return self._complete_here(context, sampling, cancelled, on_partial)
         finally:
             if self._remote.waited_s >= self._timeout_s:
                 self._remote.waited_s = 0.0
@@ -149,8 +157,8 @@ class FallbackEngine:
         self._on_up()
         return generation
 
-    def complete_here(
-        self, context: FimContext, sampling: Sampling, *, cancelled: Callable[[], bool], on_partial: OnPartial
+    def _complete_here(
+        self, context: FimContext, sampling: Sampling, cancelled: Callable[[], bool], on_partial: OnPartial
     ) -> Generation:
         """Complete by the engine on this machine. Raises ``EngineError``."""
         if self._own is None:

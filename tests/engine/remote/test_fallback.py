@@ -251,8 +251,8 @@ def test_a_key_that_is_missing_is_a_failure_like_others() -> None:
 
 def test_what_must_stay_here_is_not_sent(server: CompletionServer) -> None:
     def complete_here(watched: Watched) -> str:
-        return watched.engine.complete_here(
-            CONTEXT, Sampling(), cancelled=lambda: False, on_partial=lambda _p: None
+        return watched.engine.complete(
+            CONTEXT, Sampling(), cancelled=lambda: False, on_partial=lambda _p: None, stays_here=True
         ).text
 
     assert complete_here(watch(server.url)) == "own"
