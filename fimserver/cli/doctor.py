@@ -155,6 +155,7 @@ def check_model(settings: Settings) -> Check:
         info = engine.wait_until_ready(LOAD_TIMEOUT_S)
         pending = engine.complete(FimContext(_PROBE, "\n", "probe.py", "python", hole), Sampling(seed=0, min_tokens=1))
         generation = pending.future.result(LOAD_TIMEOUT_S)
+        info, why = engine.info or info, engine.notice or engine.detail
     except (EngineError, TimeoutError) as error:
         return Check(
             "model",
@@ -164,9 +165,9 @@ def check_model(settings: Settings) -> Check:
     finally:
         engine.close()
     if generation.engine != "local":
-        return _describe_other(engine.info or info, generation)
+        return _describe_other(info, generation)
     if settings.engine != "local":
-        return Check("model", f"{settings.engine}; {info.name} answered in its place", engine.detail)
+        return Check("model", f"{settings.engine}; {info.name} answered in its place", why)
     wide = "" if info.row_cost is None else f" (one more row adds {info.row_cost:.0%} to a forward pass)"
     found = (
         f"{info.name}, {info.num_parameters / 1e6:.1f} M parameters, {info.dtype} on {info.device}, "

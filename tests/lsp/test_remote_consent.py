@@ -350,3 +350,20 @@ def test_a_worker_without_an_agreement_sends_nothing(server: CompletionServer) -
         assert not server.asked
     finally:
         client.close()
+
+
+def run_doctor(folder: Path, url: str) -> str:
+    command = [sys.executable, "-m", "fimserver", "doctor", "--engine", "llamacpp-server", "--server", url]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False).stdout
+
+
+def test_doctor_says_what_answers_and_how_much_was_sent(home: Path, tmp_path: Path) -> None:
+    with serve(pieces=(" second",)) as server:
+        shown = run_doctor(tmp_path, server.url)
+        sent = sum(int(asked.headers["content-length"]) for asked in server.completions)
+        assert f"ok   model     qwen2.5-coder-0.5b at {server.url} (llamacpp-server)" in shown
+        assert "suffix, healing, token ids, probabilities" in shown
+        assert f"{sent} bytes were sent there" in shown
+    shown = run_doctor(tmp_path, server.url)
+    assert "FAIL model     llamacpp-server; tiny answered in its place" in shown
+    assert "nothing answers there" in shown

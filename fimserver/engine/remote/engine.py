@@ -160,6 +160,7 @@ class RemoteEngine:
         if self._model is None:
             try:
                 model = await self._server.look(self._connection, self._wanted)
+                model = await self._server.prepare(self._connection, model)
             except (LookupError, TypeError, ValueError, AttributeError) as error:
                 raise _strange(self._connection) from error
             self._model = replace(model, usual_tokens=self._context_tokens or model.usual_tokens)

@@ -36,6 +36,7 @@ from fimserver.errors import EngineError, RemoteError
 from fimserver.states import StateMachine, Transitions
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
+_MOST_DOUBLINGS = 10
 _LASTING_PAUSE_S = 30.0  # after a failure that only a change of settings ends
 _WORKS_S = 60.0  # after a request, in which the user counts as working
 _LOAD_TIMEOUT_S = 120.0
@@ -207,7 +208,7 @@ class FallbackEngine:
     def _on_failure(self, error: RemoteError) -> None:
         self._remote.waited_s = 0.0
         with self._changed:
-            pause_s = min(_FIRST_PAUSE_S * 2**self._failures, _LONGEST_PAUSE_S)
+            pause_s = min(_FIRST_PAUSE_S * 2 ** min(self._failures, _MOST_DOUBLINGS), _LONGEST_PAUSE_S)
             if error.is_lasting:
                 pause_s = max(pause_s, _LASTING_PAUSE_S)
             if error.retry_after_s is not None:

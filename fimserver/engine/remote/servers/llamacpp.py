@@ -2,15 +2,15 @@
 
 Where the server's tokenizer has the tokens of a known family, the prompt is fimserver's own, sent to ``/completion`` as
 token ids and texts by turns; llama.cpp would read the name of a token in a text as that token, so such names are cut in
-two texts. Other models get ``/infill``, for which the
-server writes the prompt. The word before the cursor is taken off the prompt, and a grammar makes the answer begin with
-it (token healing).
+two texts. Other models get ``/infill``, for which the server writes the prompt. What a tokenizer would not have split
+before the cursor is taken off the prompt, and a grammar makes the answer begin with it (token healing).
 
 Knows:   the server's requests and answers.  Never: HTTP.
 Source:  tools/server/README.md of ggml-org/llama.cpp.
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from fimserver.checkpoints.metadata import Healing
@@ -59,9 +59,14 @@ class LlamaCpp:
         begin = tuple(await tokenize("", with_begin=True))
         found = await verify_family(name, tokenize)
         family, ids = found or (None, {})
-        usual = self._usual_tokens.get(name) or await _measure_prompt(connection)
-        self._usual_tokens[name] = usual
-        return ServerModel(name, tokens or DEFAULT_CONTEXT_TOKENS, usual, family, ids, begin)
+        context_tokens = tokens or DEFAULT_CONTEXT_TOKENS
+        return ServerModel(name, context_tokens, family=family, token_ids=ids, begin_ids=begin)
+
+    async def prepare(self, connection: Connection, model: ServerModel) -> ServerModel:
+        """Measure how long a prompt the server encodes in a second, once for each model."""
+        usual = self._usual_tokens.get(model.name) or await _measure_prompt(connection)
+        self._usual_tokens[model.name] = usual
+        return replace(model, usual_tokens=usual)
 
     def write(self, model: ServerModel, context: FimContext, sampling: Sampling) -> Request:
         """Return the request for a context."""

@@ -41,7 +41,6 @@ class Ollama:
         info = shown.get("model_info", {})
         lengths = [v for k, v in info.items() if k.endswith(".context_length")] if isinstance(info, dict) else []
         tokens = min(to_number(lengths[0] if lengths else None, _CONTEXT_TOKENS), _CONTEXT_TOKENS)
-        await connection.post("/api/generate", {"model": name, "options": {"num_ctx": tokens}}, _LOAD_TIMEOUT_S)
         family = find_family(name)
         if family is None and "insert" not in (shown.get("capabilities") or []):
             msg = (
@@ -50,6 +49,12 @@ class Ollama:
             )
             raise RemoteError(msg, is_lasting=True)
         return ServerModel(name, tokens, family=family, layout=_SUFFIX if family is None else _RAW)
+
+    async def prepare(self, connection: Connection, model: ServerModel) -> ServerModel:
+        """Load the model into the server's memory, in the length that requests ask for."""
+        body = {"model": model.name, "options": {"num_ctx": model.context_tokens}}
+        await connection.post("/api/generate", body, _LOAD_TIMEOUT_S)
+        return model
 
     def write(self, model: ServerModel, context: FimContext, sampling: Sampling) -> Request:
         """Return the request for a context."""

@@ -51,6 +51,11 @@ class OpenAi:
         family = find_family(name)
         return ServerModel(name, tokens, family=family, layout=CHAT if family is None else RAW, base=base)
 
+    async def prepare(self, connection: Connection, model: ServerModel) -> ServerModel:
+        """Return the model: there is nothing to prepare."""
+        del connection
+        return model
+
     def write(self, model: ServerModel, context: FimContext, sampling: Sampling) -> Request:
         """Return the request for a context."""
         parts = split_parts(context, model.prompt_characters)

@@ -1,6 +1,6 @@
 """Define what fimserver asks of one kind of server, and what it finds out about a server before the first request.
 
-    Server       the protocol: look at the server, write a request, read a part of its answer
+    Server       the protocol: look at the server, prepare it, write a request, read a part of its answer
     ServerModel  the model that a server serves
     Request      what is sent, and how the answer is read
     verify_family   the family of a model, confirmed by the server's own tokenizer
@@ -68,6 +68,12 @@ class Server(Protocol):
 
     async def look(self, connection: Connection, wanted: str) -> ServerModel:
         """Return the model to use; ``wanted`` is its name or empty. Sends no code. Raises ``RemoteError``."""
+
+    async def prepare(self, connection: Connection, model: ServerModel) -> ServerModel:
+        """Make the server ready for requests, and return what that showed of the model. Sends no code.
+
+        May take longer than an answer. Raises ``RemoteError``.
+        """
 
     def write(self, model: ServerModel, context: FimContext, sampling: Sampling) -> Request:
         """Return the request for a context."""
