@@ -656,6 +656,20 @@ def test_a_reviewed_program_is_not_asked_about_again(start: Start, tmp_path: Pat
 
 
 @editors
+def test_the_status_line_names_the_server_that_gets_the_code(start: Start, file: Path) -> None:
+    terminal = start(file)
+    terminal.wait_until_ready()
+    line = "(function() local s = require('fimserver.status'); s.set('ready', {}); return s.line() end)()"
+    for detail, shown in (
+        ("'qwen at http://10.0.0.1:8000 (vllm)'", "fim @ 10.0.0.1:8000"),
+        ("'codestral-latest at https://codestral.mistral.ai (mistral)'", "fim @ codestral.mistral.ai"),
+        ("'tiny answers on this machine: the server at http://10.0.0.1 is late'", "fim"),
+        ("'qwen.gguf on llama.cpp'", "fim"),
+    ):
+        assert terminal.lua(line.replace("{}", detail)) == shown
+
+
+@editors
 def test_windows_of_commands(start: Start, file: Path) -> None:
     terminal = start(file)
     terminal.wait_until_ready()

@@ -31,6 +31,7 @@ class CompletionServer:
     kind: str = "llamacpp"
     fault: str = ""
     pieces: tuple[str, ...] = ("first", " +", " second")
+    pieces_of: Callable[[Any], tuple[str, ...]] | None = None  # of a request's body
     pause_s: float = 0.0
     asked: list[Asked] = field(default_factory=list)
     num_closed: int = 0  # by the client, in the middle of an answer
@@ -82,8 +83,8 @@ class CompletionServer:
             return self.encode(text)
         return [TOKENS[text]] if self.has_family and text in TOKENS else [1, 2, 3]
 
-    def events(self, path: str) -> Iterator[bytes]:
-        for text in self.pieces:
+    def events(self, path: str, body: Any) -> Iterator[bytes]:
+        for text in self.pieces if self.pieces_of is None else self.pieces_of(body):
             if path.endswith("/api/generate"):
                 yield json.dumps({"response": text, "done": False}).encode() + b"\n"
             elif path.endswith("/chat/completions"):
@@ -190,7 +191,11 @@ def _answer(
             while header := stream.readline().decode().strip():
                 name, _, value = header.partition(":")
                 headers[name.lower()] = value.strip()
-            body = json.loads(stream.read(int(headers.get("content-length", 0))) or "null")
+            length = int(headers.get("content-length", 0))
+            content = stream.read(length)
+            if len(content) < length:
+                raise _HangError  # the client has closed the request
+            body = json.loads(content or "null")
             server.asked.append(Asked(method, path, headers, body))
             _respond(server, peer, path, body, is_over)
 
@@ -209,17 +214,19 @@ def _respond(server: CompletionServer, peer: socket.socket, path: str, body: Any
     if fault in {"slow_first_byte", "dead"}:
         is_over.wait(30)
         raise _HangError
-    _stream(server, peer, path, fault, is_over)
+    _stream(server, peer, path, body, fault, is_over)
 
 
-def _stream(server: CompletionServer, peer: socket.socket, path: str, fault: str, is_over: threading.Event) -> None:
+def _stream(
+    server: CompletionServer, peer: socket.socket, path: str, body: Any, fault: str, is_over: threading.Event
+) -> None:
     kind = "application/x-ndjson" if path.endswith("/api/generate") else _SSE
     peer.sendall(f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
     if fault in {"pings_only", "drip"}:
         while not is_over.wait(0.05):
             _send_chunk(peer, b": ping\n\n" if fault == "pings_only" else b"d")
     try:
-        for number, event in enumerate(server.events(path)):
+        for number, event in enumerate(server.events(path, body)):
             time.sleep(server.pause_s)
             _send_chunk(peer, event)
             if fault == "half" and number == 0:

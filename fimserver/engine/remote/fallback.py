@@ -85,6 +85,7 @@ class FallbackEngine:
         self._why = ""
         self._last_request = clock()
         self._is_probing = self._is_closed = False
+        self._threads: list[threading.Thread] = []
         if own is not None:
             own.listen(self._on_own)
 
@@ -121,8 +122,10 @@ class FallbackEngine:
         if self.is_down:
             self._report_down()
 
-    def _probe_soon(self) -> None:
-        threading.Thread(target=self._probe_once, daemon=True).start()
+    def _start_thread(self, target: Callable[[], None]) -> None:
+        thread = threading.Thread(target=target, daemon=True)
+        self._threads = [other for other in self._threads if other.is_alive()] + [thread]
+        thread.start()
 
     def complete(
         self,
@@ -153,7 +156,7 @@ class FallbackEngine:
         finally:
             if self._remote.waited_s >= self._timeout_s:
                 self._remote.waited_s = 0.0
-                self._probe_soon()
+                self._start_thread(self._probe_once)
         self._failures = 0
         self._on_up()
         return generation
@@ -186,10 +189,12 @@ class FallbackEngine:
         return None if self._own is None else self._own.device_bytes
 
     def close(self) -> None:
-        """End the probes."""
+        """End the probes, and wait for one that runs."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
 
     def _start_own(self) -> None:
         if self._own is not None and self._own.state is EngineState.STOPPED:  # one that failed stays as it is
@@ -221,7 +226,7 @@ class FallbackEngine:
                 self._state.move(ServerState.DOWN)
             if not self._is_probing:
                 self._is_probing = True
-                threading.Thread(target=self._probe, daemon=True).start()
+                self._start_thread(self._probe)
         if was_down:
             return
         self._start_own()
