@@ -152,8 +152,9 @@ function M.trigger()
   return true
 end
 
---- Return a short text for a status line: "fim", "fim …" (thinking), "fim: loading", "fim: snoozed 5 min",
---- "fim: off", "fim: error"; "" before a server was started. The autocommand User FimserverStatus reports changes.
+--- Return a short text for a status line: "fim", "fim @ host" (an engine on that server gets the code), "fim …"
+--- (thinking), "fim: loading", "fim: snoozed 5 min", "fim: off", "fim: error"; "" before a server was started. The
+--- autocommand User FimserverStatus reports changes.
 ---@return string
 function M.statusline()
   return require('fimserver.status').line()
