@@ -27,6 +27,7 @@ from fimserver.settings import Settings
 from fimserver.text import common_prefix_length, common_suffix_length
 
 _POLL_S = 0.1
+_EMPTY_LOOKS = 10  # at a file that has become empty: a save empties it first, and a busy machine can stop in between
 _LINES_ABOVE = 3
 
 
@@ -63,12 +64,14 @@ def _texts(path: Path, text: str) -> Iterator[str]:
     """Return the texts of a file as it changes; wait while it is being replaced or written, until it stays the same."""
     read: tuple[int, int, int] | None = None
     stamp: tuple[int, int, int] | None = None
+    num_same = 0  # looks at the file that found it as the one before
     while True:
         time.sleep(_POLL_S)
         try:
             status = path.stat()
             before, stamp = stamp, (status.st_mtime_ns, status.st_size, status.st_ino)
-            if stamp == read or stamp != before:
+            num_same = num_same + 1 if stamp == before else 0
+            if stamp == read or num_same < (1 if status.st_size else _EMPTY_LOOKS):
                 continue
             new = read_text(str(path))
         except (OSError, PositionError):

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -45,6 +46,26 @@ def test_a_snapshot_for_each_save(tmp_path: Path) -> None:
     third = next(snapshots)
     assert third.text[: third.cursor].endswith("x = 12")
     assert [first.version, second.version, third.version] == [0, 1, 2]
+
+
+def test_a_save_that_stops_after_emptying_the_file_is_waited_for(tmp_path: Path) -> None:
+    file = tmp_path / "a.py"
+    file.write_text("x = 1\n")
+    snapshots = snapshots_of(parse_file(str(file)))
+    assert next(snapshots).text == "x = 1\n"
+
+    def save() -> None:
+        time.sleep(0.15)
+        with file.open("w", encoding="utf-8") as stream:  # which empties it
+            time.sleep(0.5)
+            stream.write("x = 1\ny = 2\n")
+
+    saving = threading.Thread(target=save)
+    saving.start()
+    assert next(snapshots).text == "x = 1\ny = 2\n"
+    saving.join()
+    file.write_text("")
+    assert next(snapshots).text == "", "one that stays empty is shown"
 
 
 @pytest.mark.slow("starts a command that loads a model")
