@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from fimserver.checkpoints.gguf import GGUF_SUFFIX
 from fimserver.checkpoints.known import SHIPPED_MODELS, read_known, shipped_names
 from fimserver.errors import WeightsError
 from fimserver.paths import data_folder, read_plain
@@ -32,7 +33,6 @@ _LONGEST_NAME = 200  # characters
 MAIN_BRANCH = "main"
 LOCAL = "local"  # the revision of a GGUF file on the disk
 WEIGHTS_SUFFIX = ".safetensors"
-GGUF_SUFFIX = ".gguf"
 NEEDED_FILES = ("config.json", "tokenizer.json")
 INDEX_FILE = "model.safetensors.index.json"
 

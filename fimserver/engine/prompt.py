@@ -156,8 +156,8 @@ def _write_repository(context: FimContext, vocabulary: Vocabulary, metadata: Mod
     if not (metadata.max_snippet_tokens and context.snippets):
         return []
     encode, separator = vocabulary.encode, metadata.special_tokens["file_separator"]
-    named = (f"{_name_of(snippet.path)}\n{snippet.text}\n" for snippet in context.snippets)
-    name = encode(f"{_name_of(context.path)}\n")[-metadata.max_snippet_tokens // 2 :]
+    named = (f"{name_of(snippet.path)}\n{snippet.text}\n" for snippet in context.snippets)
+    name = encode(f"{name_of(context.path)}\n")[-metadata.max_snippet_tokens // 2 :]
     room = metadata.max_snippet_tokens - len(name)
     files = _fit(([separator, *encode(text)] for text in named), room)
     return [metadata.special_tokens["repository"], *encode("project\n"), *files, separator, *name]
@@ -195,7 +195,7 @@ def _name_file(context: FimContext, vocabulary: Vocabulary, metadata: ModelMetad
 def _quote_snippets(context: FimContext, vocabulary: Vocabulary, metadata: ModelMetadata) -> list[int]:
     snippets = context.snippets if metadata.max_snippet_tokens else ()
     marks = marks_around(snippet.text for snippet in snippets)
-    named = (f"\n\nFrom {_name_of(snippet.path)}:\n{marks}\n{snippet.text}" for snippet in snippets)
+    named = (f"\n\nFrom {name_of(snippet.path)}:\n{marks}\n{snippet.text}" for snippet in snippets)
     closing = vocabulary.encode(f"\n{marks}")
     return _fit((vocabulary.encode(text) for text in named), metadata.max_snippet_tokens, closing)
 
@@ -211,7 +211,7 @@ def describe_file(context: FimContext, vocabulary: Vocabulary, metadata: ModelMe
 def encode_snippets(context: FimContext, vocabulary: Vocabulary, metadata: ModelMetadata) -> list[int]:
     """Return ``<sep>``, file name and text of each snippet that fits; the first that does not is shortened."""
     room = metadata.max_snippet_tokens
-    named = (f"{_name_of(snippet.path)}\n{snippet.text}" for snippet in (context.snippets if room else ()))
+    named = (f"{name_of(snippet.path)}\n{snippet.text}" for snippet in (context.snippets if room else ()))
     return _fit(([metadata.special_tokens["snippet"], *vocabulary.encode(text)] for text in named), room)
 
 
@@ -230,7 +230,8 @@ def _describe(context: FimContext) -> str:
     return " ".join((context.language_id, "/".join(_parts_of(context.path)[-_PATH_PARTS:]))).rstrip()
 
 
-def _name_of(path: str) -> str:
+def name_of(path: str) -> str:
+    """Return the file's name alone: earlier parts of a path are private."""
     return "".join(_parts_of(path)[-1:])
 
 
@@ -240,12 +241,18 @@ def _parts_of(path: str) -> list[str]:
 
 
 def find_anchor(suffix: str, vocabulary: Vocabulary) -> tuple[int, ...]:
-    """Return the tokens of a suffix's first line of code after its newline; empty if that line is too short."""
+    """Return the tokens of ``anchor_text``, at most as many as are compared."""
+    text = anchor_text(suffix)
+    return tuple(vocabulary.encode(text)[:_MAX_ANCHOR_TOKENS]) if text else ()
+
+
+def anchor_text(suffix: str) -> str:
+    """Return a suffix's first line of code with the line ends before it; empty if that line is too short."""
     lines = suffix.split("\n")
     place = next((i for i, line in enumerate(lines) if i and line.strip()), None)
     if place is None or lines[0].strip() or len(lines[place].strip()) < _LEAST_ANCHOR:
-        return ()
-    return tuple(vocabulary.encode("\n" * place + lines[place])[:_MAX_ANCHOR_TOKENS])
+        return ""
+    return "\n" * place + lines[place]
 
 
 def trim_front(token_ids: list[int], budget: int) -> list[int]:

@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fimserver.datatypes import FimContext
+from fimserver.engine.prompt import anchor_text
 
-_LEAST_ANCHOR = 6  # characters of code
 _FENCE = re.compile(r"^[ \t]*(`{3,})[^`\n]*\n", re.MULTILINE)
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _MOST_CHARACTERS = 65536
@@ -59,7 +59,7 @@ class CodeReader:
         self._undo = undo
         self._healed, self._ends = healed, tuple(ends)
         self._max_lines = context.hole.max_lines
-        self._anchor = _find_anchor(context) if context.hole.max_lines > 1 else ""
+        self._anchor = anchor_text(context.suffix) if context.hole.max_lines > 1 else ""
         self._raw = ""
         self._tokens: list[tuple[str, float]] = []
         self.finish: str | None = None
@@ -154,12 +154,3 @@ class ChatReader(CodeReader):
     def confidence(self) -> float:
         """Return 1: the probabilities of a message's tokens are not those of its code."""
         return 1.0
-
-
-def _find_anchor(context: FimContext) -> str:
-    """Return the line below the hole with the line ends before it; empty if that line is too short."""
-    lines = context.suffix.split("\n")
-    place = next((i for i, line in enumerate(lines) if i and line.strip()), None)
-    if place is None or lines[0].strip() or len(lines[place].strip()) < _LEAST_ANCHOR:
-        return ""
-    return "\n" * place + lines[place]

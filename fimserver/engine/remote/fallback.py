@@ -11,8 +11,8 @@ answers a probe. Probes are sent in the background, only while the user works, w
 kept. A pause starts small again only after a whole answer, not after a probe, so a server that answers probes alone is
 not asked again and again.
 
-A user who types on cancels each request before its time-out. So requests that got nothing count together, and after
-one time-out of them the server is probed.
+While the user keeps typing, each request is cancelled before its time-out. So the waits of requests that got nothing
+are added up, and when they reach one time-out the server is probed.
 
 The other engine is a worker process of its own, started at once, so that it is ready when it is needed.
 

@@ -16,12 +16,11 @@ Knows:  texts of the context, families.  Never: servers, token ids.
 import re
 from dataclasses import dataclass
 from functools import cache
-from pathlib import PurePosixPath
 
 from fimserver.checkpoints.metadata import Healing
 from fimserver.datatypes import FimContext
 from fimserver.engine.chat import NOTHING_FOLLOWS, marks_around, tag_of
-from fimserver.engine.prompt import split_last_word
+from fimserver.engine.prompt import name_of, split_last_word
 from fimserver.engine.remote.families import Family
 
 _SUFFIX_SHARE = 0.25  # of the characters, as for fimserver's own models
@@ -62,7 +61,7 @@ def split_parts(context: FimContext, budget: int, healing: Healing | None = None
     before = context.prefix[: len(context.prefix) - len(healed)]
     prefix = _cut_start(before, budget - used - len(context.head))
     head = context.head if len(prefix) < len(before) else ""
-    return Parts(head + prefix, suffix, healed, _name_of(context.path), snippets)
+    return Parts(head + prefix, suffix, healed, _shown_name(context.path), snippets)
 
 
 def to_pieces(parts: Parts, family: Family) -> list[tuple[bool, str]]:
@@ -144,7 +143,7 @@ def _find_healed(prefix: str, healing: Healing | None) -> str:
 def _fit_snippets(context: FimContext, room: int) -> tuple[tuple[str, str], ...]:
     found = []
     for snippet in context.snippets:
-        name = _name_of(snippet.path)
+        name = _shown_name(snippet.path)
         if len(name) + len(snippet.text) > room:
             break
         room -= len(name) + len(snippet.text)
@@ -152,9 +151,8 @@ def _fit_snippets(context: FimContext, room: int) -> tuple[tuple[str, str], ...]
     return tuple(found)
 
 
-def _name_of(path: str) -> str:
-    """Return the file's name alone: earlier parts of a path are private."""
-    return PurePosixPath(path.replace("\\", "/")).name.replace("\n", " ")
+def _shown_name(path: str) -> str:
+    return name_of(path).replace("\n", " ")
 
 
 def _cut_start(text: str, budget: int) -> str:
