@@ -86,7 +86,7 @@ class Completer:
         if self._session.epoch != epoch:  # or the settings
             return await self._find_answer(request)
         self._policy.check_found(request, found)
-        if cached:
+        if cached := cached or self._session.cache.find(snapshot):  # an in-flight completion may have ended meanwhile
             return cached, "cache"
         if (match := found.sure) is not None:
             request.notes.facts["match_confidence"] = round(found.confidence, 3)

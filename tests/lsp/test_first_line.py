@@ -117,6 +117,19 @@ def test_a_shown_line_does_not_change(fake: FakeServer, answer: str) -> None:
     assert fake.last["source"] == "cache"
 
 
+def test_an_answer_that_ends_while_a_request_is_placed_is_not_computed_again(
+    start_fake: Callable[..., FakeServer],
+) -> None:
+    """Neither in flight any more nor cached when the request arrived: the line on the screen would change."""
+    fake = start_fake(find_s=0.5)
+    fake.wait_until_ready()
+    place = show_held(fake, "ended", answer="other = 1\n    return total")
+    assert ask(fake, place) == [LINE]
+    assert ask_and_release(fake, place) == [LINE]
+    assert fake.last["source"] == "cache"
+    assert len(fake.noted("begun", "ended")) == 1
+
+
 def test_a_line_that_cannot_stand_alone_is_waited_for(fake: FakeServer) -> None:
     drafts = ["for name in first:\n", "for name in first:\n        print(name)\n"]
     answer = "for name in first:\n        print(name)\n    return second"

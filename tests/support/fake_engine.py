@@ -16,10 +16,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, cast
 
-from fimserver.datatypes import Alternative, FimContext, Generation, Mode, PartialAnswer, Sampling
+from fimserver.datatypes import Alternative, FimContext, Generation, Mode, NoCompletion, PartialAnswer, Sampling
 from fimserver.engine.client import EngineOptions
 from fimserver.engine.worker import Inbox, Outbox, answer, read_requests
 from fimserver.errors import CompletionCancelledError
@@ -32,10 +33,10 @@ WORKER = (sys.executable, "-P", __file__)
 _ORDER = re.compile(r"fake: (\{.*\})")
 
 
-def configure(journal: Path, *, load_s: float = 0, mode: str = "autoregressive") -> dict[str, str]:
-    """Return the environment of a worker that writes its events into ``journal``."""
+def configure(journal: Path, *, load_s: float = 0, mode: str = "autoregressive", find_s: float = 0) -> dict[str, str]:
+    """Return the environment of a worker that writes its events into ``journal``; finding a hole takes ``find_s``."""
     return {
-        CONFIGURATION: json.dumps({"journal": str(journal), "load_s": load_s, "mode": mode}),
+        CONFIGURATION: json.dumps({"journal": str(journal), "load_s": load_s, "mode": mode, "find_s": find_s}),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])),
     }
 
@@ -137,11 +138,29 @@ def work() -> None:
         inbox.forget(request["id"])
 
 
+def delay_finds(seconds: float) -> None:
+    """Let the server learn each hole later, as on a busy machine."""
+    from fimserver.analysis.client import AnalysisClient, FoundHole
+
+    find = AnalysisClient.find
+
+    def find_later(self: AnalysisClient, *args: Any, **options: Any) -> Future[FoundHole | NoCompletion]:
+        later: Future[FoundHole | NoCompletion] = Future()
+        find(self, *args, **options).add_done_callback(
+            lambda found: threading.Timer(seconds, lambda: later.set_result(found.result())).start()
+        )
+        return later
+
+    AnalysisClient.find = find_later  # type: ignore[method-assign]
+
+
 def serve() -> None:
     from fimserver.context.gather import find_matches  # the worker starts faster without these
     from fimserver.lsp.features import create_server
 
     find_matches.__kwdefaults__ = {"max_seconds": 1.0}  # of wall time: on a busy machine 2 ms may pass before the first
+    if find_s := json.loads(os.environ[CONFIGURATION])["find_s"]:
+        delay_finds(find_s)
     server = create_server(json.loads(sys.argv[2]) if len(sys.argv) > 2 else None)
     server.engine.options = EngineOptions(command=WORKER)
     server.start_io()
@@ -157,6 +176,7 @@ class FakeServer(LspClient):
         options: dict[str, Any] | None = None,
         load_s: float = 0,
         mode: str = "autoregressive",
+        find_s: float = 0,
         encodings: list[str] | None = None,
         overrides: dict[str, Any] | None = None,
         **capabilities: Any,
@@ -164,7 +184,8 @@ class FakeServer(LspClient):
         self.journal = journal
         self.versions: dict[str, int] = {}
         super().__init__(
-            env=configure(journal, load_s=load_s, mode=mode), command=[*WORKER, "serve", json.dumps(overrides)]
+            env=configure(journal, load_s=load_s, mode=mode, find_s=find_s),
+            command=[*WORKER, "serve", json.dumps(overrides)],
         )
         # what other tests accept and reject must not decide what is offered
         options = {"debounceMs": 0, "minConfidence": 0, **(options or {})}
