@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -36,6 +37,7 @@ class Serving:
     def __init__(self, server: CompletionServer, own: Own) -> None:
         self.server, self.own, self.text = server, own, " first + second"  # with the whole word, at the pins too
         self.width: int | None = None
+        self.served = own.canvas_length  # the longest canvas
         server.encode, server.answer_ids = own.vocabulary.encode, self.answer
         self.engine = RemoteEngine(
             Vllm(lambda _name: own), server.url, lambda: Connection(parse_address(server.url), "", 5)
@@ -45,7 +47,10 @@ class Serving:
         fields = body.get("vllm_xargs")
         if fields is None or self.width is not None:  # a server that does not know the fields
             return [*self.own.vocabulary.encode(self.text), 1][: self.width]
-        width = fields["diffusion_canvas_length"]
+        width = fields.get("diffusion_canvas_length")
+        if width is None:  # one read of a canvas as long as the server has it
+            return [5] * min(self.served, body["max_tokens"])
+        assert width <= self.served, "vLLM refuses a longer canvas"
         assert len(fields["diffusion_seed_canvas"]) == width == body["max_tokens"]
         ids = self.own.vocabulary.encode(self.text)  # what the model would write at pins
         return [*ids, 1, *([0] * width)][:width]
@@ -55,10 +60,9 @@ class Serving:
 
     @property
     def asked(self) -> list[Any]:
-        """The requests with code, without the trial of the fields."""
+        """The requests with code, without the trials of the fields."""
         bodies = [asked.body for asked in self.server.asked if asked.path == "/v1/completions"]
-        trial = self.own.vocabulary.encode("def")[0]
-        return [b for b in bodies if set(b.get("vllm_xargs", {}).get("diffusion_seed_canvas", ())) != {trial}]
+        return [body for body in bodies if body.get("vllm_xargs", {}).get("diffusion_max_steps") != 1]
 
 
 @pytest.fixture
@@ -90,6 +94,13 @@ def test_a_canvas_has_the_cut_word_pinned_and_the_rest_open(serving: Serving, ow
     noise = fields["diffusion_seed_canvas"][len(healed) :]
     assert all(own.vocabulary.is_text(i) for i in noise)
     assert len(set(noise)) > 5
+
+
+def test_a_canvas_is_no_longer_than_the_server_has_it(serving: Serving) -> None:
+    serving.served = 16
+    block = Hole(HoleKind.BLOCK, max_lines=8, estimated_tokens=100)
+    assert serving.complete(replace(CONTEXT, hole=block)).text == "rst + second"
+    assert serving.asked[0]["vllm_xargs"]["diffusion_canvas_length"] == 16
 
 
 def test_a_seed_decides_the_canvas(serving: Serving) -> None:

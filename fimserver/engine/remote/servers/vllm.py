@@ -7,8 +7,9 @@ the model writes the whole word that it would take for the pinned part, which is
 begin with what was typed is not used. It ends at the first token that is not text.
 
 That needs the same tokenizer on both sides, which is asked of the server once with a word of fimserver's own, and
-vLLM's request fields for canvases, which are tried once. A server without them gets the ids alone; one with another
-tokenizer gets a prompt as text, or a question in words (``openai.py``).
+vLLM's request fields for canvases, which are tried once; their answers also say how long a canvas may be. A server
+without them gets the ids alone; one with another tokenizer gets a prompt as text, or a question in words
+(``openai.py``).
 
 Knows:   the server's requests and answers, the tokenizer of ``fimserver.model``.  Never: HTTP.
 Source:  vllm/utils/diffusion.py and vllm/model_executor/models/diffusion_gemma.py of vllm-project/vllm 0.32.
@@ -94,7 +95,9 @@ class Vllm(OpenAi):
             return model
         self._own = self._find(model.name)
         if self._own is not None and await self._has_own_tokens(connection, model, self._own):
-            layout = CANVAS if await self._takes_canvases(connection, model, self._own) else IDS
+            length = await self._find_canvas_length(connection, model, self._own)
+            layout = CANVAS if length else IDS
+            self._own = replace(self._own, canvas_length=length or self._own.canvas_length)
             self.capabilities = replace(self.capabilities, canvas=layout == CANVAS, token_ids=True)
             return replace(model, layout=layout, family=None)
 
@@ -120,18 +123,27 @@ class Vllm(OpenAi):
                 return False
             raise
 
-    async def _takes_canvases(self, connection: Connection, model: ServerModel, own: Own) -> bool:
-        """Return whether the server knows the fields for canvases: an older one ignores or refuses them."""
+    async def _find_canvas_length(self, connection: Connection, model: ServerModel, own: Own) -> int:
+        """Return how long a canvas may be on the server; 0 if it ignores or refuses the fields for canvases.
+
+        A server may be started with a shorter canvas than the model's, and refuses longer ones.
+        """
         ids = own.vocabulary.encode(_PROBE)
-        prompt = [own.metadata.special_tokens["bos"], *ids]
-        body = {**_body(model, prompt), **_canvas_fields([ids[0]] * _PROBE_CANVAS, [], 1)}
+        body = _body(model, [own.metadata.special_tokens["bos"], *ids])
+
+        async def count(fields: dict[str, Any]) -> int:
+            answer = await connection.post(to_path(model.base, "completions"), {**body, **fields})
+            return len(answer["choices"][0].get("token_ids") or [])
+
         try:
-            answer = await connection.post(to_path(model.base, "completions"), body)
+            if await count(_canvas_fields([ids[0]] * _PROBE_CANVAS, [], 1)) != _PROBE_CANVAS:
+                return 0
+            whole = {"diffusion_max_steps": 1, "diffusion_read_only": True}  # as long as the server has it
+            return min(own.canvas_length, await count({"max_tokens": own.canvas_length, "vllm_xargs": whole}))
         except RemoteError as error:
             if error.is_lasting:
-                return False
+                return 0
             raise
-        return len(answer["choices"][0].get("token_ids") or []) == _PROBE_CANVAS
 
     def write(self, model: ServerModel, context: FimContext, sampling: Sampling) -> Request:
         """Return the request for a context."""
