@@ -10,8 +10,17 @@ from typing import Any
 
 import click
 
-from fimserver.cli.options import decoding_options, engine_options, open_option, read_options, run_measurement
+from fimserver.cli.options import (
+    decoding_options,
+    engine_options,
+    exit_on_error,
+    open_option,
+    read_options,
+    run_measurement,
+)
 from fimserver.cli.terminal import echo
+
+_MOST_USERS = 100_000
 
 _lines_option = click.option(
     "--data",
@@ -406,3 +415,105 @@ def profile(limit: int, as_json: bool, **options: Any) -> None:  # noqa: FBT001
 
     settings = read_options(options)
     run_measurement(lambda: profile_requests(settings, limit=limit), as_json=as_json, show=print_profile)
+
+
+def _read_users(_context: click.Context, _option: click.Parameter, text: str) -> list[int]:
+    """Return numbers of users. Raises ``click.BadParameter``."""
+    try:
+        users = [int(part) for part in text.split(",")]
+    except ValueError:
+        users = []
+    if not users or not all(1 <= number <= _MOST_USERS for number in users):
+        msg = f"{text!r} is not a list of whole numbers from 1 to {_MOST_USERS}, such as 10,100,1000"
+        raise click.BadParameter(msg)
+    return users
+
+
+@bench.command()
+@click.option(
+    "--times",
+    "engine",
+    default="diffusiongemma-4090",
+    show_default=True,
+    metavar="NAME",
+    help="Published or measured times of one GPU: diffusiongemma-4090, diffusiongemma-h100, qwen-0.5b-cpu.",
+)
+@click.option(
+    "--new-place", type=click.FloatRange(min=0.1), metavar="MS", help="Your time of an answer at a new place."
+)
+@click.option(
+    "--further-key", type=click.FloatRange(min=0.1), metavar="MS", help="Your time for an answer after a further key."
+)
+@click.option(
+    "--slots", type=click.IntRange(1, 1024), metavar="N", help="Requests that one GPU answers at the same time."
+)
+@click.option(
+    "--growth",
+    type=click.FloatRange(0, 1),
+    metavar="X",
+    help="What a further request at the same time costs: 0 nothing, 1 as much as alone.",
+)
+@click.option(
+    "--users", default="10,100,1000,10000", show_default=True, callback=_read_users, metavar="N,N", help="Team sizes."
+)
+@click.option(
+    "--typing",
+    type=click.FloatRange(0.01, 1),
+    default=0.3,
+    show_default=True,
+    metavar="X",
+    help="Share of the users who type at the same moment, in the busiest hour.",
+)
+@click.option(
+    "--target",
+    type=click.FloatRange(min=1),
+    default=500,
+    show_default=True,
+    metavar="MS",
+    help="The longest wait from a key to an answer, for 95 of 100 answers.",
+)
+@click.option(
+    "--price",
+    type=click.FloatRange(min=0),
+    default=0.7,
+    show_default=True,
+    metavar="USD",
+    help="Price of one GPU for an hour.",
+)
+@click.option(
+    "--routing",
+    type=click.Choice(["typist", "least"]),
+    default="typist",
+    show_default=True,
+    help="Each typist's requests go to one GPU, or to the one with the fewest requests.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of all random draws.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def capacity(  # noqa: PLR0913, PLR0917  the command's options
+    engine: str,
+    new_place: float | None,
+    further_key: float | None,
+    slots: int | None,
+    growth: float | None,
+    users: list[int],
+    typing: float,
+    target: float,
+    price: float,
+    routing: str,
+    seed: int,
+    as_json: bool,  # noqa: FBT001
+) -> None:
+    """Simulate a team that shares GPUs: how many it needs.
+
+    Takes no GPU and no model, only times of one, which `fimserver eval lines --engine vllm` measures for yours. See
+    docs/team.md.
+    """
+    from fimserver.bench.capacity import Team, adapt, find_times, plan_capacity  # noqa: PLC0415
+    from fimserver.cli.tables import print_capacity  # noqa: PLC0415
+
+    with exit_on_error():
+        times = adapt(
+            find_times(engine), new_place_ms=new_place, further_key_ms=further_key, slots=slots, growth=growth
+        )
+    team = Team(typing, target, price, routing, seed)
+    run_measurement(lambda: plan_capacity(engine, times, users, team), as_json=as_json, show=print_capacity)

@@ -12,6 +12,7 @@ from rich.table import Table
 from fimserver.cli.terminal import make_console
 
 if TYPE_CHECKING:
+    from fimserver.bench.capacity import Plan
     from fimserver.bench.decode import Comparison, WayNumbers
     from fimserver.bench.metrics import Interval, MeanInterval
     from fimserver.bench.profiling import Profile
@@ -190,3 +191,27 @@ def _show_interval(interval: "Interval") -> str:
 
 def _show_facts(facts: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in facts.items())
+
+
+def print_capacity(plan: "Plan", console: Console | None = None) -> None:
+    """Print the GPUs for each number of users, and what that is based on."""
+    console = console or make_console(width=120)
+    times = plan.times
+    table = Table(box=SIMPLE)
+    columns = ("users", "typing", "GPUs", "ms p50", "p95", "requests/s", "shown from earlier", "in vain", "busy")
+    for column in (*columns, "USD/user/month"):
+        table.add_column(column, justify="right")
+    for row in plan.rows:
+        numbers = (f"{row.p50_ms:.0f}", f"{row.p95_ms:.0f}", f"{row.asked_per_s:.1f}")
+        shares = (f"{share:.0%}" for share in (row.reused, row.wasted, row.busy))
+        table.add_row(
+            f"{row.users:,}", f"{row.typing:,}", f"{row.gpus:,}", *numbers, *shares, f"{row.usd_per_user_month:.2f}"
+        )
+    console.print(table)
+    console.print(
+        f"One request alone takes {times.new_place_ms:g} ms at a new place and {times.further_key_ms:g} ms after a "
+        f"further key; {times.slots} at the same time, each of which adds {times.growth:.0%}. Wanted: p95 of "
+        f"{plan.target_ms:g} ms, at {plan.usd_per_gpu_hour:g} USD for a GPU and hour.",
+        highlight=False,
+    )
+    console.print(f"Times: {times.source}.", highlight=False)
