@@ -35,6 +35,7 @@ class CompletionServer:
     pause_s: float = 0.0
     asked: list[Asked] = field(default_factory=list)
     num_closed: int = 0  # by the client, in the middle of an answer
+    num_connections: int = 0
     port: int = 0
     models: tuple[str, ...] = ("qwen2.5-coder-0.5b",)
     tls: ssl.SSLContext | None = None
@@ -159,6 +160,7 @@ def serve(**options: Any) -> Iterator[CompletionServer]:
             except OSError:
                 return
             open_sockets.append(peer)
+            server.num_connections += 1
             threading.Thread(target=_answer, args=(server, peer, is_over, open_sockets), daemon=True).start()
 
     threading.Thread(target=accept, daemon=True).start()

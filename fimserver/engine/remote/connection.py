@@ -2,6 +2,7 @@
 
     Connection.get, post   one JSON answer
     Connection.stream      the events of an answer, as they arrive; leaving it closes the request
+    read_to_end            what a finished answer still sends, so that its connection is kept
 
 Rules that hold for every server:
 
@@ -10,6 +11,8 @@ Rules that hold for every server:
 - A redirect is never followed: the key and the code would go to another server than the user agreed to.
 - An answer is bounded in size, and each of its events in time; it is not compressed, so that no small one grows.
 - A request is sent once more only if a kept connection was closed before any answer came.
+- A request that is left before its end ends on the server too. Over HTTP/1.1 that closes its connection; over HTTP/2
+  the library tells the server nothing (httpcore #943), so that all connections are closed here.
 - An error's message has no text of the request, nor of the answer to one that contained code.
 
 Knows:   HTTP, JSON.  Never: prompts, models, settings.
@@ -20,7 +23,7 @@ import asyncio
 import json
 import socket
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -36,12 +39,26 @@ _MOST_LINE_BYTES = 2**20  # of one event
 _LONGEST_REASON = 200
 _LONGEST_WAIT_S = 3600.0  # that a server may ask for
 _KEEP_ALIVE_S = 60.0
+_END_S = 0.1  # for the end of an answer after its last event
 _STREAMS = ("text/event-stream", "application/x-ndjson", "application/jsonl")
 _HIDDEN = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN})
 _EXPLAINED = frozenset({400, 413, 500, 501, 503})
 _DONE = "[DONE]"
 
 Event = Mapping[str, Any]
+
+
+class _Body:
+    """The body of an answer. ``is_whole`` once it was read to its end."""
+
+    def __init__(self, response: httpx2.Response) -> None:
+        self.response = response
+        self.is_whole = False
+
+    async def parts(self) -> AsyncIterator[bytes]:
+        async for part in self.response.aiter_raw():
+            yield part
+        self.is_whole = True
 
 
 class Connection:
@@ -59,23 +76,30 @@ class Connection:
         headers = {"User-Agent": f"fimserver/{__version__}", "Accept-Encoding": "identity"}
         if api_key:
             headers["Authorization"] = f"Bearer {api_key}"
+        self._headers, self._unix_socket = headers, unix_socket
+        self._is_http2 = False  # as far as answers have shown
         try:
-            self._client = httpx2.AsyncClient(
-                headers=headers,
-                http2=True,
-                verify=httpx2.create_ssl_context(trust_env=True) if address.is_encrypted else True,
-                timeout=httpx2.Timeout(timeout_s),
-                limits=httpx2.Limits(max_connections=4, keepalive_expiry=_KEEP_ALIVE_S),
-                transport=httpx2.AsyncHTTPTransport(uds=str(unix_socket)) if unix_socket is not None else None,
-                trust_env=not address.is_loopback,
-                follow_redirects=False,
-            )
+            self._certificates = httpx2.create_ssl_context(trust_env=True) if address.is_encrypted else True
+            self._client = self._make_client()
         except (ImportError, OSError, ValueError) as error:  # a proxy of an unknown kind, certificates that are missing
             msg = (
                 f"{address.origin} cannot be reached with the proxy and the certificates that the environment names "
                 f"({type(error).__name__}); check HTTPS_PROXY, ALL_PROXY, SSL_CERT_FILE and SSL_CERT_DIR"
             )
             raise RemoteError(msg, is_lasting=True) from error
+
+    def _make_client(self) -> httpx2.AsyncClient:
+        transport = httpx2.AsyncHTTPTransport(uds=str(self._unix_socket)) if self._unix_socket is not None else None
+        return httpx2.AsyncClient(
+            headers=self._headers,
+            http2=True,
+            verify=self._certificates,
+            timeout=httpx2.Timeout(self.timeout_s),
+            limits=httpx2.Limits(max_connections=4, keepalive_expiry=_KEEP_ALIVE_S),
+            transport=transport,
+            trust_env=not self.address.is_loopback,
+            follow_redirects=False,
+        )
 
     @property
     def name(self) -> str:
@@ -93,8 +117,8 @@ class Connection:
     async def _ask(self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float | None = None) -> Any:
         limit = asyncio.timeout(timeout_s or self.timeout_s)
         try:
-            async with limit, self._open(method, path, body, timeout_s) as response:
-                return self._parse(await _read_whole(response, self.name))
+            async with limit, self._open(method, path, body, timeout_s) as answer:
+                return self._parse(await _read_whole(answer, self.name))
         except TimeoutError as error:
             raise self._late() from error
 
@@ -104,25 +128,25 @@ class Connection:
         opened = self._open("POST", path, body)
         try:
             async with asyncio.timeout(self.timeout_s):
-                response = await opened.__aenter__()
+                answer = await opened.__aenter__()
         except TimeoutError as error:
             raise self._late() from error
         try:
-            yield self._events(response)
+            yield self._events(answer)
         finally:
             await opened.__aexit__(None, None, None)
 
-    async def _events(self, response: httpx2.Response) -> AsyncIterator[Event]:
-        kind = _kind_of(response)
+    async def _events(self, answer: _Body) -> AsyncIterator[Event]:
+        kind = _kind_of(answer.response)
         if kind not in _STREAMS:  # a server that does not stream answers with one object
             try:
                 async with asyncio.timeout(self.timeout_s):
-                    whole = await _read_whole(response, self.name)
+                    whole = await _read_whole(answer, self.name)
             except TimeoutError as error:
                 raise self._late() from error
             yield self._to_event(whole)
             return
-        lines = _read_lines(response, self.name)
+        lines = _read_lines(answer, self.name)
         while True:
             try:
                 async with asyncio.timeout(self.timeout_s):
@@ -147,7 +171,8 @@ class Connection:
                 raise RemoteError(self._failed(None))
             if name == b"data":
                 data = value.strip()
-                return None if data == _DONE.encode() else data
+                if data != _DONE.encode():
+                    return data
         return None
 
     def _to_event(self, data: bytes) -> Event:
@@ -169,7 +194,7 @@ class Connection:
     @asynccontextmanager
     async def _open(
         self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float | None = None
-    ) -> AsyncIterator[httpx2.Response]:
+    ) -> AsyncIterator[_Body]:
         """Send a request, once more if a kept connection had been closed; gives the answer to it if it is good."""
         url = f"{self.address.origin}{self.address.path}{path}"
         content = None if body is None else json.dumps(body).encode()
@@ -189,17 +214,30 @@ class Connection:
                 raise self._late() from error
             except (httpx2.HTTPError, OSError) as error:
                 raise self._unreachable(error) from error
+            except BaseException:  # cancelled, or the time is up
+                await self._leave()
+                raise
         assert response is not None
-        self._has_answered = True
+        self._has_answered, self._is_http2 = True, response.http_version == "HTTP/2"
+        answer = _Body(response)
         try:
-            await self._check(response, has_code=body is not None)
-            yield response
+            await self._check(answer, has_code=body is not None)
+            yield answer
         except httpx2.HTTPError as error:
             raise self._broken(error) from error
         finally:
             await response.aclose()
+            if not answer.is_whole:
+                await self._leave()
 
-    async def _check(self, response: httpx2.Response, *, has_code: bool) -> None:
+    async def _leave(self) -> None:
+        """Let the server know that an answer is not wanted any more."""
+        if self._is_http2:
+            left, self._client = self._client, self._make_client()
+            await left.aclose()
+
+    async def _check(self, answer: _Body, *, has_code: bool) -> None:
+        response = answer.response
         status = response.status_code
         if response.is_redirect:
             where = _origin_of(response)
@@ -219,7 +257,7 @@ class Connection:
                 raise RemoteError(msg, is_lasting=True)
             return
         wait_s = _retry_after(response)
-        said = await _read_whole(response, self.name)
+        said = await _read_whole(answer, self.name)
         reason = "" if has_code or status in _HIDDEN else _reason_of(said)
         is_lasting = status < HTTPStatus.INTERNAL_SERVER_ERROR and status not in {
             HTTPStatus.TOO_MANY_REQUESTS,
@@ -285,6 +323,14 @@ class Connection:
         await self._client.aclose()
 
 
+async def read_to_end(events: AsyncIterator[Event]) -> None:
+    """Read what a server sends after the last event of an answer; not for long."""
+    with suppress(TimeoutError, RemoteError):
+        async with asyncio.timeout(_END_S):
+            async for _ in events:
+                pass
+
+
 def _first_cause(error: BaseException) -> BaseException:
     while (cause := error.__cause__ or error.__context__) is not None:
         error = cause
@@ -347,9 +393,9 @@ def _reason_of(data: bytes) -> str:
     return f": {words[:_LONGEST_REASON]}" if isinstance(words, str) and words else ""
 
 
-async def _read_whole(response: httpx2.Response, name: str) -> bytes:
+async def _read_whole(answer: _Body, name: str) -> bytes:
     parts, size = [], 0
-    async for part in response.aiter_raw():
+    async for part in answer.parts():
         parts.append(part)
         size += len(part)
         if size > _MOST_BYTES:
@@ -357,9 +403,9 @@ async def _read_whole(response: httpx2.Response, name: str) -> bytes:
     return b"".join(parts)
 
 
-async def _read_lines(response: httpx2.Response, name: str) -> AsyncIterator[bytes]:
+async def _read_lines(answer: _Body, name: str) -> AsyncIterator[bytes]:
     rest, size = b"", 0
-    async for part in response.aiter_raw():
+    async for part in answer.parts():
         size += len(part)
         *lines, rest = (rest + part).split(b"\n")
         for line in lines:

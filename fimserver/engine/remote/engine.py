@@ -21,7 +21,7 @@ from fimserver.datatypes import FimContext, Generation, Mode, ModelInfo, Partial
 from fimserver.engine.interface import OnPartial
 from fimserver.engine.prompt import normalize_span
 from fimserver.engine.remote.answers import CodeReader, Piece
-from fimserver.engine.remote.connection import Connection
+from fimserver.engine.remote.connection import Connection, read_to_end
 from fimserver.engine.remote.servers.server import Request, Server, ServerModel
 from fimserver.errors import CompletionCancelledError, EngineError, RemoteError
 
@@ -183,6 +183,8 @@ class RemoteEngine:
                 piece = self._read(event, connection)
                 if (found := _take(request, piece, connection)) is not None:
                     finish = found
+                    if piece.finish is not None:
+                        await read_to_end(events)
                     break
                 settled = request.reader.settled()
                 on_partial(PartialAnswer(request.reader.num_tokens, settled, num_settled=len(settled)))

@@ -1,7 +1,6 @@
 """Completions by servers of each kind: what is sent, what is read, cancel, limits, and every fault."""
 
 import ssl
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +9,8 @@ from typing import Any
 
 import pytest
 from support.completion_server import ANSWER, FAULTS, SLOW, CompletionServer, serve
+from support.http2_server import serve_http2
+from support.tls import make_certificate
 
 from fimserver.datatypes import FimContext, Generation, Hole, HoleKind, PartialAnswer, Sampling, Snippet
 from fimserver.engine.remote.address import parse_address
@@ -336,6 +337,36 @@ def test_cancelled_requests_are_closed_at_once(llamacpp: CompletionServer) -> No
     assert complete(engine).text == "first", "the next one is answered"
 
 
+@pytest.mark.parametrize("kind", ["llamacpp", "ollama", "openai"])
+def test_a_connection_is_kept_after_an_answer(kind: str) -> None:
+    with serve(kind=kind, pieces=(" first", " + second")) as server:
+        engine = make_engine(KINDS[kind](), server.url)
+        for _ in range(4):
+            assert complete(engine).text.strip() == ANSWER
+        assert server.num_connections == 1
+
+
+@pytest.mark.parametrize("begins", [True, False], ids=["in the middle", "before the answer"])
+def test_over_http2_a_cancelled_request_ends_on_the_server_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, begins: bool
+) -> None:
+    certificate = make_certificate(tmp_path)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    with serve_http2(certificate) as server:
+        engine = make_engine(Vllm(), server.url, timeout_s=20)
+        for _ in range(3):
+            assert complete(engine).text == ANSWER
+        assert server.num_connections == 1
+        assert not server.left.is_set()
+        server.begun.clear()
+        server.ends, server.begins = False, begins
+        with pytest.raises(CompletionCancelledError):
+            engine.complete(CONTEXT, Sampling(), cancelled=server.begun.is_set)
+        assert server.left.wait(2), "the server still works for nobody"
+        server.ends = server.begins = True
+        assert complete(engine).text == ANSWER, "the next one is answered"
+
+
 WORDS = {
     "garbage": "other than JSON",
     "other_form": "another form",
@@ -406,22 +437,6 @@ def test_a_certificate_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert not server.asked
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
         assert complete(make_engine(LlamaCpp(), server.url)).text == "first"
-
-
-def make_certificate(folder: Path) -> Path:
-    """Return a file with a key and a certificate for 127.0.0.1."""
-    key, certificate, both = (folder / name for name in ("key.pem", "certificate.pem", "both.pem"))
-    subprocess.run(
-        [
-            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"),
-            *("-keyout", str(key), "-out", str(certificate)),
-            *("-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"),
-        ],
-        check=True,
-        capture_output=True,
-    )
-    both.write_bytes(key.read_bytes() + certificate.read_bytes())
-    return both
 
 
 def test_retry_after_is_kept() -> None:
