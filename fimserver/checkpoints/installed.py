@@ -140,10 +140,10 @@ def find_recorded(text: str) -> AddedModel | None:
     return added if added is not None and revision in {"", added.revision, added.commit} else None
 
 
-def find_added(text: str) -> Path | None:
+def find_added(text: str, *, needs_weights: bool = True) -> Path | None:
     """Return the folder of ``owner/name[@revision]`` by the record, else by the Hugging Face cache, or ``None``.
 
-    The name of a GGUF file's model is only in the record.
+    The name of a GGUF file's model is only in the record. Without ``needs_weights``, config and tokenizer are enough.
 
     huggingface_hub is imported only for a name that is not in the record.
     """
@@ -153,10 +153,11 @@ def find_added(text: str) -> Path | None:
     added = find_recorded(text)
     if added is not None and (Path(added.folder) / "config.json").is_file():
         return Path(added.folder)
-    return _find_cached(name, revision or MAIN_BRANCH) if is_hub_name(name) else None
+    weights = [f"*{WEIGHTS_SUFFIX}", INDEX_FILE] if needs_weights else []
+    return _find_cached(name, revision or MAIN_BRANCH, [*weights, *NEEDED_FILES]) if is_hub_name(name) else None
 
 
-def _find_cached(name: str, revision: str) -> Path | None:
+def _find_cached(name: str, revision: str, files: list[str]) -> Path | None:
     from huggingface_hub import snapshot_download  # noqa: PLC0415  slow to import
     from huggingface_hub.errors import HFValidationError  # noqa: PLC0415
 
@@ -164,7 +165,7 @@ def _find_cached(name: str, revision: str) -> Path | None:
         found = snapshot_download(
             name,
             revision=revision,
-            allow_patterns=[f"*{WEIGHTS_SUFFIX}", INDEX_FILE, *NEEDED_FILES],
+            allow_patterns=files,
             ignore_patterns=["*/*"],
             local_files_only=True,
         )

@@ -24,6 +24,7 @@ from fimserver.checkpoints.installed import find_added, find_model, find_removal
 from fimserver.checkpoints.known import KNOWN_MODELS, SHIPPED_MODELS
 from fimserver.checkpoints.metadata import read_metadata
 from fimserver.engine.loading.weights import check_weights, read_config
+from fimserver.engine.remote.servers.vllm import find_own
 from fimserver.errors import WeightsError
 
 TINY = SHIPPED_MODELS / "tiny"
@@ -34,6 +35,19 @@ SAMPLE = Path(fimserver.__file__).parent / "samples" / "inventory.py"
 
 def fetched_weights(hub: Hub) -> list[str]:
     return [name for name in hub.fetched() if name.endswith(".safetensors")]
+
+
+def test_canvases_of_a_teams_server_need_no_weights_here(hub: Hub) -> None:
+    """With config and tokenizer alone in the cache, prompts for a server are fimserver's own ids."""
+    from huggingface_hub import snapshot_download
+
+    assert find_own(NAME) is None
+    snapshot_download(NAME, allow_patterns=["config.json", "tokenizer.json", "fimserver.json"])
+    own = find_own(NAME)
+    assert own is not None
+    assert own.canvas_length == 16
+    assert own.vocabulary.encode("def")
+    assert fetched_weights(hub) == []
 
 
 @pytest.mark.slow("starts commands and downloads a model from a local hub")

@@ -58,11 +58,12 @@ class Own:
 
 
 def find_own(name: str) -> Own | None:
-    """Return what this machine knows of a model that a server names: a shipped one, or one that was added.
+    """Return what this machine knows of a model that a server names.
 
+    It may be a shipped one, one that was added, or one whose config and tokenizer are in the Hugging Face cache.
     ``None`` for any other, for one without a canvas of random tokens, and for one that cannot be read.
     """
-    folder = SHIPPED_MODELS / name if name in shipped_names() else find_added(name)
+    folder = SHIPPED_MODELS / name if name in shipped_names() else find_added(name, needs_weights=False)
     if folder is None or not (folder / "tokenizer.json").is_file():
         return None
     try:
