@@ -103,6 +103,17 @@ def test_a_canvas_is_no_longer_than_the_server_has_it(serving: Serving) -> None:
     assert serving.asked[0]["vllm_xargs"]["diffusion_canvas_length"] == 16
 
 
+def test_the_servers_cache_is_not_shared_with_others(serving: Serving, own: Own) -> None:
+    for _ in range(2):
+        serving.complete()
+    other = Serving(serving.server, own)
+    other.complete()
+    other.engine.close()
+    first, second, third = (body["cache_salt"] for body in serving.asked)
+    assert len(first) == 32
+    assert first == second != third
+
+
 def test_a_seed_decides_the_canvas(serving: Serving) -> None:
     for seed in (3, 3, 4):
         serving.complete(seed=seed)

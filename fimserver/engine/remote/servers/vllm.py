@@ -16,6 +16,7 @@ Source:  vllm/utils/diffusion.py and vllm/model_executor/models/diffusion_gemma.
 """
 
 import random
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -77,13 +78,18 @@ def find_own(name: str) -> Own | None:
 
 
 class Vllm(OpenAi):
-    """A vLLM server. ``find`` returns what is known here of a model by its name on the server."""
+    """A vLLM server. ``find`` returns what is known here of a model by its name on the server.
+
+    ``salt`` keeps the server's cache of prompts apart from that of its other users, who could otherwise find out by the
+    time of an answer that somebody's prompt begins like theirs.
+    """
 
     name = "vllm"
     capabilities = Capabilities(canvas=True, suffix=True, token_ids=True, probabilities=True)
 
-    def __init__(self, find: Callable[[str], Own | None] = lambda _name: None) -> None:
+    def __init__(self, find: Callable[[str], Own | None] = lambda _name: None, salt: str = "") -> None:
         self._find = find
+        self._salt = salt or secrets.token_hex(16)
         self._own: Own | None = None
         self.capabilities = replace(type(self).capabilities, canvas=False, token_ids=False)
         self._last: tuple[str, str] = ("", "")  # prefix and answer of the last request
@@ -148,6 +154,10 @@ class Vllm(OpenAi):
 
     def write(self, model: ServerModel, context: FimContext, sampling: Sampling) -> Request:
         """Return the request for a context."""
+        request = self._write(model, context, sampling)
+        return replace(request, body={**request.body, "cache_salt": self._salt})
+
+    def _write(self, model: ServerModel, context: FimContext, sampling: Sampling) -> Request:
         if model.layout not in {CANVAS, IDS} or self._own is None:
             return super().write(model, context, sampling)
         own = self._own
