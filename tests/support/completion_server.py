@@ -45,6 +45,7 @@ class CompletionServer:
     refused: Callable[[Any], bool] | None = None  # bodies that get the fault; without it, all that contain code
     encode: Callable[[str], list[int]] | None = None
     answer_ids: Callable[[Any], list[int]] | None = None  # to prompts of token ids
+    tops: list[dict[str, float] | None] = field(default_factory=list)  # the likeliest ids of such an answer's tokens
 
     @property
     def url(self) -> str:
@@ -66,7 +67,7 @@ class CompletionServer:
             return {"content": "x", "timings": {"prompt_per_second": self.prompt_per_second}}
         if isinstance(body, dict) and isinstance(body.get("prompt"), list) and self.answer_ids is not None:
             ids = self.answer_ids(body)
-            logprobs = {"tokens": ["?"] * len(ids), "token_logprobs": [-0.5] * len(ids)}
+            logprobs = {"tokens": ["?"] * len(ids), "token_logprobs": [-0.5] * len(ids), "top_logprobs": self.tops}
             return {"choices": [{"text": "", "token_ids": ids, "logprobs": logprobs, "finish_reason": "length"}]}
         if path == "/tokenize":
             return {"tokens": self.tokenize(body.get("content", body.get("prompt")))}

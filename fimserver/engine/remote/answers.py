@@ -26,13 +26,15 @@ _MOST_CHARACTERS = 65536
 class Piece:
     """A part of an answer: its text, the texts and log-probabilities of its tokens if the engine reports them.
 
-    ``finish`` is set in the last part: ``end`` or ``length``. ``token_ids`` are set by engines that report them.
+    ``finish`` is set in the last part: ``end`` or ``length``. ``token_ids`` are set by engines that report them, as are
+    the likeliest ids of the part's first token with their log-probabilities, ``first_ids``.
     """
 
     text: str = ""
     log_probabilities: tuple[tuple[str, float], ...] = ()
     finish: str | None = None
     token_ids: tuple[int, ...] | None = None
+    first_ids: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -174,26 +174,11 @@ class RemoteEngine:
         sent_before = connection.sent_bytes
         request = self._server.write(model, context, sampling)
         written = time.perf_counter()
-        first = 0.0
-        finish = "end"
-        async with connection.stream(request.path, request.body) as events:
-            async for event in events:
-                first = first or time.perf_counter()
-                self._has_event = True
-                piece = self._read(event, connection)
-                if (found := _take(request, piece, connection)) is not None:
-                    finish = found
-                    if piece.finish is not None:
-                        await read_to_end(events)
-                    break
-                settled = request.reader.settled()
-                on_partial(PartialAnswer(request.reader.num_tokens, settled, num_settled=len(settled)))
-                if _is_over(sampling, begin) and (now := request.reader.read()) is not None and now.text:
-                    finish = "latency"
-                    break
-            else:
-                msg = f"the server at {connection.name} ended its answer in the middle"
-                raise RemoteError(msg)
+        finish, first = await self._follow(connection, request, sampling, begin, on_partial)
+        is_usable = request.reader.read() is not None or _is_over(sampling, begin)
+        if not is_usable and (again := request.retry()) is not None:
+            request = again
+            finish, _ = await self._follow(connection, request, sampling, begin, on_partial)
         answer = request.reader.read()
         text = answer.text if answer is not None else ""
         if context.suffix.startswith("\n"):
@@ -216,6 +201,27 @@ class RemoteEngine:
             server="" if self._is_here else connection.name,
             sent_bytes=0 if self._is_here else connection.sent_bytes - sent_before,
         )
+
+    async def _follow(
+        self, connection: Connection, request: Request, sampling: Sampling, begin: float, on_partial: OnPartial
+    ) -> tuple[str, float]:
+        """Send a request and give its answer to its reader; return how it ended, and when its first event came."""
+        first = 0.0
+        async with connection.stream(request.path, request.body) as events:
+            async for event in events:
+                first = first or time.perf_counter()
+                self._has_event = True
+                piece = self._read(event, connection)
+                if (found := _take(request, piece, connection)) is not None:
+                    if piece.finish is not None:
+                        await read_to_end(events)
+                    return found, first
+                settled = request.reader.settled()
+                on_partial(PartialAnswer(request.reader.num_tokens, settled, num_settled=len(settled)))
+                if _is_over(sampling, begin) and (now := request.reader.read()) is not None and now.text:
+                    return "latency", first
+        msg = f"the server at {connection.name} ended its answer in the middle"
+        raise RemoteError(msg)
 
     def _read(self, event: Any, connection: Connection) -> Piece:
         try:

@@ -140,6 +140,35 @@ def test_the_last_answer_is_the_start_of_the_next_canvas(serving: Serving, own: 
 def test_an_answer_without_what_was_typed_is_not_used(serving: Serving) -> None:
     serving.text = " second + first"
     assert serving.complete().text == ""
+    assert len(serving.asked) == 1
+
+
+def test_a_second_canvas_has_the_likeliest_whole_word_pinned(serving: Serving, own: Own) -> None:
+    serving.text = " second + first"
+    first, field, second = (own.vocabulary.encode(word)[0] for word in (" first", " field", " second"))
+    serving.server.tops = [{f"token_id:{second}": -0.1, f"token_id:{field}": -4.0, f"token_id:{first}": -3.0}, None]
+    generation = serving.complete()
+    assert generation.text == "rst + first", "the pinned word, and what the second answer has after its first"
+    begin, again = serving.asked
+    assert (begin["logprobs"], begin["return_tokens_as_token_ids"]) == (20, True)
+    fields = again["vllm_xargs"]
+    assert fields["diffusion_seed_canvas"][0] == first
+    assert fields["diffusion_pinned"] == [0]
+    assert again["logprobs"] == 1
+    assert generation.sent_bytes > 2 * len(begin["prompt"])
+
+
+@pytest.mark.parametrize("tops", [[], [None], [{}], [{"token_id:5": -1.0}], [{"fi": -1.0}], [{"token_id:x": -1.0}]])
+def test_without_such_a_word_there_is_no_second_canvas(serving: Serving, tops: list[Any]) -> None:
+    serving.text, serving.server.tops = " second + first", tops
+    assert serving.complete().text == ""
+    assert len(serving.asked) == 1
+
+
+def test_likely_ids_that_the_tokenizer_lacks_are_refused(serving: Serving) -> None:
+    serving.server.tops = [{"token_id:1000000": -1.0}]
+    with pytest.raises(RemoteError, match="another form"):
+        serving.complete()
 
 
 def test_a_canvas_that_is_full_is_not_whole(serving: Serving) -> None:

@@ -53,11 +53,15 @@ class ServerModel:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A request: ``path`` is appended to the server's address."""
+    """A request: ``path`` is appended to the server's address.
+
+    ``retry`` returns a second request if the first one's answer, which is in its reader, cannot be used.
+    """
 
     path: str
     body: Mapping[str, Any]
     reader: CodeReader
+    retry: "Callable[[], Request | None]" = lambda: None
 
 
 class Server(Protocol):

@@ -3,8 +3,9 @@
 A canvas request gives the ids of fimserver's own prompt, and a canvas of as many tokens as the hole may need: what was
 typed of the first word, pinned; then the last answer, if the text still begins with it; then random tokens. vLLM
 denoises it for a few steps and returns what the model would write at every position, the pinned ones included. There
-the model writes the whole word that it would take for the pinned part, which is token healing: an answer that does not
-begin with what was typed is not used. It ends at the first token that is not text.
+the model writes the whole word that it would take for the pinned part, which is token healing. If that does not begin
+with what was typed, a second canvas has the likeliest token pinned that does; if none of the 20 likeliest does, the
+answer is not used. It ends at the first token that is not text.
 
 That needs the same tokenizer on both sides, which is asked of the server once with a word of fimserver's own, and
 vLLM's request fields for canvases, which are tried once; their answers also say how long a canvas may be. A server
@@ -45,6 +46,8 @@ _PROBE = "def probe(value):\n    return value + 1  # a line of fimserver's own\n
 # One long word, since transformers' class for Gemma's tokenizers splits spaces off in its own way.
 _WORD = "defreturnimportclassself_functionconstpublicstruct"
 _STEPS = 8  # of denoising: later ones change little
+_ALTERNATIVES = {"logprobs": 20, "return_tokens_as_token_ids": True}  # as many as a server allows by default
+_ID_PREFIX = "token_id:"
 _LEAST_CANVAS = 8
 _PROBE_CANVAS = 8
 
@@ -172,17 +175,27 @@ class Vllm(OpenAi):
         healed = own.vocabulary.encode(prompt.healed)
         length = min(own.canvas_length, max(_LEAST_CANVAS, len(healed) + TOKENS_A_LINE * context.hole.max_lines))
         chance = self._random if sampling.seed is None else random.Random(sampling.seed)  # noqa: S311
-        start = healed + (self._warm_start(context, own) if sampling.seed is None else [])
-        noise = (chance.randrange(metadata.num_special_tokens, own.vocabulary.size) for _ in range(length))
-        canvas = [*start[:length], *noise][:length]
         steps = min(sampling.max_denoising_steps or _STEPS, metadata.max_denoising_steps)
-        pinned = list(range(min(len(healed), length))) if prompt.healed.strip() else []
-        body |= _canvas_fields(canvas, pinned, steps)
+
+        def lay_out(start: list[int], pinned: int) -> dict[str, Any]:
+            noise = (chance.randrange(metadata.num_special_tokens, own.vocabulary.size) for _ in range(length))
+            canvas = [*start[:length], *noise][:length]
+            return {**body, **_canvas_fields(canvas, list(range(min(pinned, length))), steps)}
 
         def remember(text: str) -> None:
             self._last = context.prefix, text
 
-        return Request(path, body, IdsReader(context, prompt, own, remember))
+        def retry() -> Request | None:
+            token = reader.find_whole_word()
+            if token is None:
+                return None
+            return Request(path, lay_out([token], 1), IdsReader(context, prompt, own, remember, held=(token,)))
+
+        reader = IdsReader(context, prompt, own, remember)
+        start = healed + (self._warm_start(context, own) if sampling.seed is None else [])
+        if not prompt.healed.strip():
+            return Request(path, lay_out(start, 0), reader)
+        return Request(path, lay_out(start, len(healed)) | _ALTERNATIVES, reader, retry)
 
     def _warm_start(self, context: FimContext, own: Own) -> list[int]:
         """Return the rest of the last answer, if what was typed since is its beginning."""
@@ -195,23 +208,35 @@ class Vllm(OpenAi):
     def read(self, event: Event) -> Piece:
         """Return the part of an answer in an event; ids are kept for the reader."""
         piece = super().read(event)
-        choices = event.get("choices") or [{}]
-        ids = choices[0].get("token_ids")
-        return piece if ids is None else replace(piece, token_ids=tuple(int(i) for i in ids))
+        choice = (event.get("choices") or [{}])[0]
+        ids = choice.get("token_ids")
+        if ids is None:
+            return piece
+        tops = (choice.get("logprobs") or {}).get("top_logprobs") or [{}]
+        named = ((name.removeprefix(_ID_PREFIX), value) for name, value in (tops[0] or {}).items())
+        first = tuple((int(number), float(value)) for number, value in named if number.isascii() and number.isdigit())
+        return replace(piece, token_ids=tuple(int(i) for i in ids), first_ids=first)
 
 
 class IdsReader(CodeReader):
     """Reads an answer in token ids: of a canvas, or of an answer that is written in order.
 
-    ``remember`` gets the text of a whole canvas.
+    ``remember`` gets the text of a whole canvas. ``held`` are ids that were pinned at its beginning: they are the
+    answer's, whatever the server writes there.
     """
 
     def __init__(
-        self, context: FimContext, prompt: Prompt, own: Own, remember: Callable[[str], None] = lambda _text: None
+        self,
+        context: FimContext,
+        prompt: Prompt,
+        own: Own,
+        remember: Callable[[str], None] = lambda _text: None,
+        held: tuple[int, ...] = (),
     ) -> None:
         super().__init__(context, prompt.healed)
-        self._prompt, self._own, self._remember = prompt, own, remember
+        self._prompt, self._own, self._remember, self._held = prompt, own, remember, held
         self._ids: list[int] = []
+        self._first_ids: tuple[tuple[int, float], ...] = ()
 
     def add(self, piece: Piece) -> None:
         """Take the next ids. Raises ``ValueError`` for ids that the tokenizer does not have."""
@@ -219,9 +244,12 @@ class IdsReader(CodeReader):
             super().add(replace(piece, text=""))
             return
         vocabulary, ids = self._own.vocabulary, list(piece.token_ids)
-        if any(not 0 <= i < vocabulary.size for i in ids):
+        if any(not 0 <= i < vocabulary.size for i in (*ids, *(number for number, _ in piece.first_ids))):
             msg = "the answer has token ids that the tokenizer does not have"
             raise ValueError(msg)
+        if not self._ids:
+            ids[: len(self._held)] = self._held
+            self._first_ids = piece.first_ids
         end = next((i for i, token_id in enumerate(ids) if not vocabulary.is_text(token_id)), None)
         whole = self._ids + (ids if end is None else ids[:end])
         before = vocabulary.decode(self._ids)
@@ -230,8 +258,15 @@ class IdsReader(CodeReader):
         probabilities = _align(vocabulary, ids[:end], piece.log_probabilities)
         finish = "end" if end is not None else piece.finish
         super().add(Piece(text.removeprefix(before), probabilities, finish))
-        if piece.finish is not None or end is not None:
+        is_over = piece.finish is not None or end is not None
+        if is_over and text.startswith(self._prompt.healed):
             self._remember(text[len(self._prompt.healed) :])
+
+    def find_whole_word(self) -> int | None:
+        """Return the likeliest token at the answer's beginning that begins with what was typed of its first word."""
+        healed = self._prompt.healed.encode()
+        fitting = [(value, i) for i, value in self._first_ids if self._own.vocabulary.token_bytes[i].startswith(healed)]
+        return max(fitting)[1] if fitting else None
 
 
 def _align(
