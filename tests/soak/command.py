@@ -1,11 +1,12 @@
 """``python -m tests.soak``: many editors on one daemon, and processes that are killed."""
 
 import sys
+from functools import partial
 
 import click
 
 from fimserver.cli.options import run_measurement
-from soak.editors import NIGHTLY_EDITS, NIGHTLY_FAULTS, Summary, soak
+from soak.editors import NIGHTLY_EDITS, NIGHTLY_FAULTS, Summary, soak, soak_engine
 from soak.trials import Trials, print_trials, try_each
 from soak.windows import Manner
 
@@ -36,6 +37,11 @@ from soak.windows import Manner
     metavar="X",
     help="With --human: divide the pauses by this.",
 )
+@click.option(
+    "--engine",
+    type=click.Choice(["llamacpp-server", "ollama", "openai", "vllm"]),
+    help="Let a server answer that fails in every way, in place of the model.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(
     *,
@@ -50,6 +56,7 @@ def main(
     hostile: bool,
     human: bool,
     speed: float,
+    engine: str | None,
     as_json: bool,
 ) -> None:
     """Run many editors on one daemon, with few pauses and some kills; report what is lost, late or left over.
@@ -78,7 +85,8 @@ def main(
         defaults = (NIGHTLY_EDITS, NIGHTLY_FAULTS) if nightly else (1000, 10)
         kills = 0 if hostile else defaults[1]
         length = (edits or defaults[0], kills if faults is None else faults)
-        found.append(soak(editors, *length, seed, manner))
+        run = partial(soak_engine, engine) if engine is not None else soak
+        found.append(run(editors, *length, seed, manner))
         return found[0]
 
     run_measurement(measure, as_json=as_json)

@@ -19,6 +19,9 @@ Hostile, each editor also opens documents that are hard to analyse (``hostile.py
     nothing holds the event loop for more than 20 ms of CPU time
     after everything is closed the daemon has at most 20 MB more than at first
 
+With ``--engine``, a server answers in place of the model, and fails in every way that the tests know, for up to two
+seconds each; while it fails, fimserver's own engine answers. The same has to hold.
+
 If a worker has died so often that the daemon starts no other, a user restarts the daemon, and so does this program.
 Fate is drawn from a seed; times are not.
 
@@ -26,6 +29,7 @@ Knows:  editors, processes.  Never: the model.
 """
 
 import contextlib
+import json
 import math
 import os
 import random
@@ -37,11 +41,13 @@ import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rich.progress import Progress
+from support.completion_server import FAULTS, SLOW, serve
 
 from fimserver.bench.metrics import percentile
 from fimserver.daemon.launch import ask, end_daemon, read_status
@@ -65,6 +71,13 @@ _PAUSE_S = 0.05
 _READY_S = 120.0
 _ENDED_S = 5.0
 _TEMPORARY = "tmp"  # in the home
+_FORMS = {
+    "llamacpp-server": "llamacpp",
+    "ollama": "ollama",
+    "openai": "openai",
+    "vllm": "openai",
+}  # of a server's answers
+_SERVER_MS = 500
 _WEIGHTS = {
     "worker killed": 8,
     "daemon killed": 4,
@@ -124,6 +137,8 @@ class Summary:
     analysis_deaths: int = 0
     first_megabytes: float = 0.0
     left_megabytes: float = 0.0
+    server_requests: int = 0
+    server_faults: int = 0
 
     @property
     def is_good(self) -> bool:
@@ -389,3 +404,31 @@ def soak(editors: int, edits: int, faults: int, seed: int, manner: Manner) -> Su
         task = progress.add_task("edits", total=editors * edits)
         run = Soak(editors, edits, faults, seed, manner).run
         return run(lambda done: progress.update(task, completed=done))
+
+
+def _go_on(body: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return an answer that begins with what a grammar wants."""
+    begun = re.match(r'root ::= ("(?:\\.|[^"\\])*")', body.get("grammar", ""))
+    return (json.loads(begun[1]) if begun else "", "_value", "")
+
+
+def soak_engine(kind: str, editors: int, edits: int, faults: int, seed: int, manner: Manner) -> Summary:
+    """Run it with an engine whose server fails in every way, and works between two failures."""
+    with serve(kind=_FORMS[kind], pieces_of=_go_on) as server:
+        remote = {"url": server.url, "timeoutMs": _SERVER_MS}
+        over = threading.Event()
+        changes: list[str] = []
+
+        def fail() -> None:
+            fate = random.Random(seed)
+            while not over.wait(fate.uniform(0.2, 2.0)):
+                server.fault = fate.choice([*FAULTS, *SLOW, "dead"]) if fate.random() < 0.5 else ""
+                server.pause_s = fate.choice([0.0, 0.02])
+                changes.append(server.fault)
+
+        threading.Thread(target=fail, daemon=True).start()
+        settings = {"engine": kind, "remote": remote, "minConfidence": 0, "debounceMs": 0}
+        summary = soak(editors, edits, faults, seed, replace(manner, settings=settings))
+        over.set()
+        failed = sum(map(bool, changes))
+        return replace(summary, server_requests=len(server.completions), server_faults=failed)

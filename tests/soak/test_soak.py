@@ -68,6 +68,19 @@ def test_human_editors_are_answered_between_keys() -> None:
         assert summary[name] == 0, name
 
 
+def test_a_server_that_fails_in_every_way_loses_nothing() -> None:
+    arguments = ["--engine", "llamacpp-server", "--human", "--editors", "2", "--edits", "120", "--faults", "2"]
+    result = run_soak(*arguments, "--seed", "5", "--json")
+    assert result.returncode == 0, result.stdout + result.stderr
+    summary = json.loads(result.stdout)
+    assert summary["requests"] >= 240
+    assert summary["offered"] > 10
+    assert summary["server_requests"] > 10
+    assert summary["server_faults"] >= 3
+    for name in CLEAN:
+        assert summary[name] == 0, name
+
+
 def test_a_fault_is_tried_and_timed() -> None:
     result = run_soak(*["--each", "1", "--only", "relay killed in its middle", "--json"])
     assert result.returncode == 0, result.stdout + result.stderr

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, cast
 from urllib.parse import quote
@@ -51,6 +51,7 @@ class Manner:
     is_torn: bool = False  # at random
     speed: float | None = None  # a multiple of a user's speed; each key asks
     is_hostile: bool = False  # now and then a document that is hard to analyse is opened
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of every editor
 
 
 Edit = tuple[int | None, int | None, str]  # what is replaced, in code points (None: all of it), and by what
@@ -101,7 +102,7 @@ class Window:
     def __init__(self, number: int, seed: int, counts: Counts, manner: Manner = Manner()) -> None:
         self.uri = f"file:///soak/{number}.py"
         self.counts = counts
-        self._speed = manner.speed or math.inf
+        self._speed, self._settings = manner.speed or math.inf, manner.settings
         self.index = LineIndex("".join(_LINES[i % 3].format(i) for i in range(_NUM_LINES)) if manner.is_torn else "")
         self.version = 1
         self._place = (0, 0)  # where the cursor is: line, and column in code points
@@ -127,7 +128,8 @@ class Window:
         stdout = cast("BinaryIO", self.process.stdout)
         threading.Thread(target=self._read, args=(stdout,), daemon=True).start()
         general = {"positionEncodings": ["utf-16"]}
-        self.ask("initialize", {"processId": os.getpid(), "rootUri": None, "capabilities": {"general": general}})
+        params = {"processId": os.getpid(), "rootUri": None, "capabilities": {"general": general}}
+        self.ask("initialize", {**params, "initializationOptions": dict(self._settings)})
         self.tell("initialized", {})
         self.open()
 
