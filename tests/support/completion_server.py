@@ -44,6 +44,7 @@ class CompletionServer:
     refused: Callable[[Any], bool] | None = None  # bodies that get the fault; without it, all that contain code
     encode: Callable[[str], list[int]] | None = None
     answer_ids: Callable[[Any], list[int]] | None = None  # to prompts of token ids
+    replay: Callable[[Asked], tuple[int, str]] | None = None  # status and body of every answer, in place of the above
 
     @property
     def url(self) -> str:
@@ -197,6 +198,10 @@ def _answer(
                 raise _HangError  # the client has closed the request
             body = json.loads(content or "null")
             server.asked.append(Asked(method, path, headers, body))
+            if server.replay is not None:
+                status, answer = server.replay(server.asked[-1])
+                peer.sendall(_status(status, body=answer))
+                continue
             _respond(server, peer, path, body, is_over)
 
 
