@@ -24,11 +24,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, DiffusionGemmaTextConfig
-from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
-    DiffusionGemmaGenerationConfig,
-    EntropyBoundSamplerConfig,
-)
 
 from fimserver.checkpoints.known import SHIPPED_MODELS
 from fimserver.checkpoints.metadata import read_metadata
@@ -41,6 +36,7 @@ if TYPE_CHECKING:
     from support.vscode import VSCode
 
 pytest.register_assert_rewrite("support")
+from support.random_network import make_random_network
 
 TINY = SHIPPED_MODELS / "tiny"
 torch.set_num_threads(1)  # workers side by side share the cores
@@ -60,61 +56,6 @@ def temporary_folder() -> Iterator[None]:
     """Commands that run in the tests' process choose a private folder, where tests as another user cannot go."""
     yield
     tempfile.tempdir = None
-
-
-def make_random_network() -> DiffusionGemmaForBlockDiffusion:
-    torch.manual_seed(0)
-    text = DiffusionGemmaTextConfig(
-        vocab_size=8192,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        global_head_dim=32,
-        num_global_key_value_heads=1,
-        sliding_window=32,
-        layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
-        num_experts=8,
-        top_k_experts=2,
-        moe_intermediate_size=32,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=2,
-        max_position_embeddings=4096,
-        initializer_range=0.3,
-    )
-    vision = {
-        "model_type": "gemma4_vision",
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 1,
-        "num_key_value_heads": 1,
-        "head_dim": 16,
-        "position_embedding_size": 4,
-    }
-    config = DiffusionGemmaConfig(text_config=text, vision_config=vision, canvas_length=16, initializer_range=0.3)
-    network = DiffusionGemmaForBlockDiffusion(config).eval()
-    # The only weights of a layer that encoder and decoder have apart.
-    for i, (causal, canvas) in enumerate(
-        zip(network.model.encoder.language_model.layers, network.model.decoder.layers, strict=True)
-    ):
-        causal.layer_scalar.fill_(1 - 0.05 * i)
-        canvas.layer_scalar.fill_(1 + 0.05 * i)
-    network.generation_config = DiffusionGemmaGenerationConfig(
-        bos_token_id=2,
-        eos_token_id=1,
-        pad_token_id=0,
-        max_denoising_steps=48,
-        t_min=0.4,
-        t_max=0.8,
-        stability_threshold=1,
-        confidence_threshold=0.005,
-        sampler_config=EntropyBoundSamplerConfig(entropy_bound=0.1),
-    )
-    return network
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,120 @@
+"""A random network of many experts, and a variant of it that vLLM can serve.
+
+    PYTHONPATH=tests:. python -m support.random_network FOLDER
+
+writes the variant as a checkpoint, to be served with ``--dtype float32``, ``--max-model-len 768`` and
+``--diffusion-config '{"canvas_length":16}'``.
+"""
+
+import shutil
+import sys
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, DiffusionGemmaTextConfig
+from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
+    DiffusionGemmaGenerationConfig,
+    EntropyBoundSamplerConfig,
+)
+
+from fimserver.checkpoints.known import SHIPPED_MODELS
+
+
+def make_random_network(head_dim: int = 16) -> DiffusionGemmaForBlockDiffusion:
+    """Return the network; heads of full layers are twice as wide."""
+    torch.manual_seed(0)
+    text = DiffusionGemmaTextConfig(
+        vocab_size=8192,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=head_dim,
+        global_head_dim=2 * head_dim,
+        num_global_key_value_heads=1,
+        sliding_window=32,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+        num_experts=8,
+        top_k_experts=2,
+        moe_intermediate_size=32,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+        max_position_embeddings=4096,
+        initializer_range=0.3,
+    )
+    vision = {
+        "model_type": "gemma4_vision",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "position_embedding_size": 4,
+    }
+    config = DiffusionGemmaConfig(text_config=text, vision_config=vision, canvas_length=16, initializer_range=0.3)
+    network = DiffusionGemmaForBlockDiffusion(config).eval()
+    # The only weights of a layer that encoder and decoder have apart.
+    for i, (causal, canvas) in enumerate(
+        zip(network.model.encoder.language_model.layers, network.model.decoder.layers, strict=True)
+    ):
+        causal.layer_scalar.fill_(1 - 0.05 * i)
+        canvas.layer_scalar.fill_(1 + 0.05 * i)
+    network.generation_config = DiffusionGemmaGenerationConfig(
+        bos_token_id=2,
+        eos_token_id=1,
+        pad_token_id=0,
+        max_denoising_steps=48,
+        t_min=0.4,
+        t_max=0.8,
+        stability_threshold=1,
+        confidence_threshold=0.005,
+        sampler_config=EntropyBoundSamplerConfig(entropy_bound=0.1),
+    )
+    return network
+
+
+def make_served_network() -> DiffusionGemmaForBlockDiffusion:
+    """Return the variant: heads of 32, which vLLM's attention on a CPU needs, and the same scalars in both passes.
+
+    vLLM 0.32 has one scalar for a layer, and takes the encoder's. The weights are drawn by NumPy's ``RandomState``,
+    which gives the same numbers in every version and on every machine, so that they fit a recording; torch's generator
+    promises neither. Norms and scales are not all 1.
+    """
+    network = make_random_network(head_dim=32)
+    draw = np.random.RandomState(0)
+    with torch.no_grad():
+        for weight in text_weights(network):
+            noise = torch.from_numpy(draw.uniform(-1, 1, tuple(weight.shape))).float()
+            weight.copy_(0.5 * noise if weight.ndim > 1 else 1 + 0.2 * noise)
+        layers = zip(network.model.encoder.language_model.layers, network.model.decoder.layers, strict=True)
+        for causal, canvas in layers:
+            canvas.layer_scalar.copy_(causal.layer_scalar)
+    return network
+
+
+def text_weights(network: DiffusionGemmaForBlockDiffusion) -> list[torch.Tensor]:
+    """Return all weights but those for images, in the order of their names."""
+    return [weight for name, weight in sorted(network.named_parameters()) if "vision" not in name]
+
+
+def digest(network: DiffusionGemmaForBlockDiffusion) -> str:
+    """Return a checksum of the weights."""
+    found = sha256()
+    for weight in text_weights(network):
+        found.update(weight.detach().numpy().tobytes())
+    return found.hexdigest()
+
+
+def save_served_network(folder: Path) -> None:
+    """Write the variant with the shipped model's tokenizer."""
+    make_served_network().save_pretrained(folder)
+    shutil.copy(SHIPPED_MODELS / "tiny" / "tokenizer.json", folder)
+
+
+if __name__ == "__main__":
+    save_served_network(Path(sys.argv[1]))
