@@ -332,7 +332,7 @@ def test_completions_and_cancels_pass_the_gateway(gateway: Gateway) -> None:
     with pytest.raises(CompletionCancelledError):
         engine.complete(CONTEXT, Sampling(), cancelled=lambda: cancelled, on_partial=on_partial)
     while gateway.server.num_closed == 0:
-        assert time.monotonic() - begin < 5, "a cancelled request goes on behind the gateway"
+        assert time.monotonic() - begin < 5, "a cancelled request continues on the server"
         time.sleep(0.01)
     engine.close()
     stranger = gateway.engine("other")

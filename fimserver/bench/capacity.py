@@ -138,7 +138,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Team:
-    """Who types, and what is wanted: ``routing`` is typist (always the same GPU) or least (the least busy one)."""
+    """The users, and what is wanted: ``routing`` is typist (always the same GPU) or least (the least busy one)."""
 
     typing_share: float = 0.3
     target_ms: float = 500

@@ -1,1 +1,1 @@
-"""One LSP session with any engine: how good, how fast, and what a cancelled request leaves behind."""
+"""One LSP session with any engine: how good it is, how fast, and how soon it is free again."""

@@ -66,6 +66,8 @@ class CompletionServer:
             return {"response": "", "done": True}
         if path == "/completion" and not body["stream"]:
             return {"content": "x", "timings": {"prompt_per_second": self.prompt_per_second}}
+        if path.endswith("/chat/completions") and not body.get("stream"):
+            return {"choices": [{"message": {"content": "x"}, "finish_reason": "length"}]}
         if isinstance(body, dict) and isinstance(body.get("prompt"), list) and self.answer_ids is not None:
             ids = self.answer_ids(body)
             logprobs = {"tokens": ["?"] * len(ids), "token_logprobs": [-0.5] * len(ids), "top_logprobs": self.tops}

@@ -82,8 +82,8 @@ def make_served_network() -> DiffusionGemmaForBlockDiffusion:
     """Return the variant: heads of 32, which vLLM's attention on a CPU needs, and the same scalars in both passes.
 
     vLLM 0.32 has one scalar for a layer, and takes the encoder's. The weights are drawn by NumPy's ``RandomState``,
-    which gives the same numbers in every version and on every machine, so that they fit a recording; torch's generator
-    promises neither. Norms and scales are not all 1.
+    which gives the same numbers in every version and on every machine, so that they fit what was recorded; torch's
+    generator promises neither. Norms and scales are not all 1.
     """
     network = make_random_network(head_dim=32)
     draw = np.random.RandomState(0)

@@ -1,7 +1,7 @@
 """Recorded conversations with a real vLLM server: record them, and replay them to the client.
 
-A recording is a JSON file in ``tests/data/vllm`` with the server's version, the command that records it, and every
-request with the server's answer as it came. Only values that differ between two runs are replaced in an answer: the
+Each is a JSON file in ``tests/data/vllm`` with the server's version, the command that records it, and every request
+with the server's answer as it came. Only values that differ between two runs are replaced in an answer: the
 times, the ids of answers, the path of the model's folder and the hash of the server's settings.
 """
 
@@ -36,7 +36,7 @@ def ask(url: str, method: str, path: str, body: Any = None) -> tuple[int, str]:
 
 
 def write_recording(name: str, url: str, command: str, fields: Mapping[str, Any]) -> None:
-    """Write a recording, a field or an exchange in a line; ``command`` is what records it."""
+    """Write a recorded conversation, a field or an exchange in a line; ``command`` is what records it."""
     version = json.loads(ask(url, "GET", "/version")[1])["version"]
     whole = {"server": f"vLLM {version}", "command": command, **fields}
     lines = ",\n".join(f"{json.dumps(key)}: {_to_lines(value)}" for key, value in whole.items())
@@ -52,7 +52,7 @@ def _to_lines(value: Any) -> str:
 
 
 def read_recording(name: str) -> Any:
-    """Return a recording."""
+    """Return a recorded conversation."""
     return json.loads((DATA / f"{name}.json").read_text(encoding="utf-8"))
 
 
@@ -76,7 +76,7 @@ def record(name: str, url: str, command: str) -> Iterator[str]:
 
 @contextmanager
 def replay(name: str) -> Iterator[str]:
-    """Give the address of a server that replays a recording; at the end, compare all requests with its own."""
+    """Give the address of a server that replays recorded answers; at the end, compare all requests with its own."""
     exchanges = read_recording(name)["exchanges"]
     rest = iter(exchanges)
 

@@ -362,7 +362,7 @@ def test_over_http2_a_cancelled_request_ends_on_the_server_too(
         server.ends, server.begins = False, begins
         with pytest.raises(CompletionCancelledError):
             engine.complete(CONTEXT, Sampling(), cancelled=server.begun.is_set)
-        assert server.left.wait(2), "the server still works for nobody"
+        assert server.left.wait(2), "the server continues"
         server.ends = server.begins = True
         assert complete(engine).text == ANSWER, "the next one is answered"
 

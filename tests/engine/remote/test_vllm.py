@@ -1,5 +1,6 @@
 """Canvases on a vLLM server: what is sent of them, what is read, and servers that do not know them."""
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -150,12 +151,25 @@ def test_a_second_canvas_has_the_likeliest_whole_word_pinned(serving: Serving, o
     generation = serving.complete()
     assert generation.text == "rst + first", "the pinned word, and what the second answer has after its first"
     begin, again = serving.asked
-    assert (begin["logprobs"], begin["return_tokens_as_token_ids"]) == (20, True)
+    assert begin["return_tokens_as_token_ids"] is True
+    asked = {own.vocabulary.token_bytes[i] for i in begin["logprob_token_ids"]}
+    assert {b" first", b" field"} <= asked
+    assert all(text.startswith(b" fi") for text in asked)
     fields = again["vllm_xargs"]
     assert fields["diffusion_seed_canvas"][0] == first
     assert fields["diffusion_pinned"] == [0]
     assert again["logprobs"] == 1
+    assert "logprob_token_ids" not in again
+    whole = -math.log(1 + math.exp(-1.0))  # of the two words that fit: what was typed is certain
+    assert generation.confidence == pytest.approx(math.exp((whole - 0.5 - 0.5) / 3))
     assert generation.sent_bytes > 2 * len(begin["prompt"])
+
+
+def test_where_many_words_begin_so_the_likeliest_tokens_are_asked_for(serving: Serving) -> None:
+    serving.complete(replace(CONTEXT, prefix="def add(first, second):\n    return f"))
+    (body,) = serving.asked
+    assert body["logprobs"] == 20
+    assert "logprob_token_ids" not in body
 
 
 @pytest.mark.parametrize("tops", [[], [None], [{}], [{"token_id:5": -1.0}], [{"fi": -1.0}], [{"token_id:x": -1.0}]])
@@ -197,6 +211,21 @@ def test_another_tokenizer_gets_no_ids(serving: Serving) -> None:
     serving.server.pieces = ("```python\n    return first + second\n```",)
     assert serving.complete().text == "rst + second"
     assert all(isinstance(asked.body["messages"], list) for asked in serving.server.completions)
+
+
+def test_a_diffusion_model_of_an_unknown_name_gets_no_temperature() -> None:
+    """vLLM refuses it for these, and would refuse every request."""
+    with serve(models=("owner/diffusion-it",), pieces=("```python\n    return first + second\n```",)) as server:
+        server.fault = "400"
+        server.refused = lambda body: body is not None and "temperature" in body
+        engine = RemoteEngine(Vllm(), server.url, lambda: Connection(parse_address(server.url), "", 5))
+        found = engine.complete(replace(CONTEXT, prefix="def add(first, second):\n    return "), Sampling(seed=1))
+        assert found.text == "first + second"
+        assert not {"temperature", "seed"} & server.completions[-1].body.keys()
+        server.refused = lambda body: body is not None and "messages" in body
+        with pytest.raises(RemoteError, match="400"):
+            engine.check()
+        engine.close()
 
 
 def test_ids_that_the_tokenizer_lacks_are_refused(serving: Serving) -> None:

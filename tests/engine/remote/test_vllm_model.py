@@ -93,7 +93,9 @@ def served(step: Step, request: pytest.FixtureRequest) -> Model:
 def test_a_first_step_is_that_of_vllm(step: Step, served: Model) -> None:
     recording = read_recording(step.name)
     if recording["weights"] != digest(served.reference):
-        pytest.skip(f"the recording is of other weights of the model {step.model}; record it again (see the docstring)")
+        pytest.skip(
+            f"what was recorded is of other weights of the model {step.model}; record it again (see the docstring)"
+        )
     top = [dict(one) for one in recording["top"]]
     compare(step, served, Read(recording["prompt"], recording["canvas"], recording["best"], top))
 

@@ -37,7 +37,7 @@ NUMBERS = "items = []\nfor number in range(10):\n    items."
 
 @pytest.fixture
 def url(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The address of a server that replays a recording, or with ``--update`` makes it."""
+    """The address of a server that replays a recorded conversation, or with ``--update`` makes it."""
     is_recorded = bool(URL) and request.config.getoption("--update")
     command = "FIMSERVER_TEST_VLLM={url} python -m pytest tests/engine/remote/test_vllm_recorded.py --update"
     with record(request.param, URL, command) if is_recorded else replay(request.param) as found:
@@ -51,7 +51,7 @@ def connection(url: str) -> Connection:
 
 @pytest.fixture
 def engine(connection: Connection) -> Iterator[RemoteEngine]:
-    server = Vllm(find_own)
+    server = Vllm(find_own, salt="recorded")
     server._random = random.Random(3)
     engine = RemoteEngine(server, connection.name, lambda: connection)
     yield engine

@@ -4,18 +4,19 @@ A canvas request gives the ids of fimserver's own prompt, and a canvas of as man
 typed of the first word, pinned; then the last answer, if the text still begins with it; then random tokens. vLLM
 denoises it for a few steps and returns what the model would write at every position, the pinned ones included. There
 the model writes the whole word that it would take for the pinned part, which is token healing. If that does not begin
-with what was typed, a second canvas has the likeliest token pinned that does; if none of the 20 likeliest does, the
-answer is not used. It ends at the first token that is not text.
+with what was typed, a second canvas has the likeliest token pinned that does; without one, the answer is not used. It
+ends at the first token that is not text.
 
 That needs the same tokenizer on both sides, which is asked of the server once with a word of fimserver's own, and
 vLLM's request fields for canvases, which are tried once; their answers also say how long a canvas may be. A server
 without them gets the ids alone; one with another tokenizer gets a prompt as text, or a question in words
-(``openai.py``).
+(``openai.py``), without the temperature that vLLM refuses for diffusion models.
 
 Knows:   the server's requests and answers, the tokenizer of ``fimserver.model``.  Never: HTTP.
 Source:  vllm/utils/diffusion.py and vllm/model_executor/models/diffusion_gemma.py of vllm-project/vllm 0.32.
 """
 
+import math
 import random
 import secrets
 from collections.abc import Callable
@@ -46,10 +47,12 @@ _PROBE = "def probe(value):\n    return value + 1  # a line of fimserver's own\n
 # One long word, since transformers' class for Gemma's tokenizers splits spaces off in its own way.
 _WORD = "defreturnimportclassself_functionconstpublicstruct"
 _STEPS = 8  # of denoising: later ones change little
-_ALTERNATIVES = {"logprobs": 20, "return_tokens_as_token_ids": True}  # as many as a server allows by default
+_MOST_TOPS = 20  # likeliest tokens that a server reports by default
+_MOST_WORDS = 32  # whose probabilities are asked for by name, at every position: a server allows 128
 _ID_PREFIX = "token_id:"
 _LEAST_CANVAS = 8
 _PROBE_CANVAS = 8
+_REFUSED = ("temperature", "seed")  # for diffusion models
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +95,7 @@ class Vllm(OpenAi):
 
     def __init__(self, find: Callable[[str], Own | None] = lambda _name: None, salt: str = "") -> None:
         self._find = find
+        self._is_plain = False  # takes no temperature and no seed
         self._salt = salt or secrets.token_hex(16)
         self._own: Own | None = None
         self.capabilities = replace(type(self).capabilities, canvas=False, token_ids=False)
@@ -124,6 +128,21 @@ class Vllm(OpenAi):
             raise
         family, ids = found or (None, {})
         return replace(model, family=family, token_ids=ids, layout=RAW if found else CHAT)
+
+    async def prepare(self, connection: Connection, model: ServerModel) -> ServerModel:
+        """Find out whether the model takes a temperature: vLLM refuses it for diffusion models."""
+        self._is_plain = False
+        if model.layout == CHAT:
+            body = {"model": model.name, "messages": [{"role": "user", "content": _PROBE}], "max_tokens": 1}
+            path = to_path(model.base, "chat/completions")
+            try:
+                await connection.post(path, {**body, "temperature": 0.0})
+            except RemoteError as error:
+                if not error.is_lasting:
+                    raise
+                await connection.post(path, body)
+                self._is_plain = True
+        return model
 
     async def _has_own_tokens(self, connection: Connection, model: ServerModel, own: Own) -> bool:
         try:
@@ -158,7 +177,9 @@ class Vllm(OpenAi):
     def write(self, model: ServerModel, context: FimContext, sampling: Sampling) -> Request:
         """Return the request for a context."""
         request = self._write(model, context, sampling)
-        return replace(request, body={**request.body, "cache_salt": self._salt})
+        refused = _REFUSED if self._is_plain else ()
+        body = {name: value for name, value in request.body.items() if name not in refused}
+        return replace(request, body={**body, "cache_salt": self._salt})
 
     def _write(self, model: ServerModel, context: FimContext, sampling: Sampling) -> Request:
         if model.layout not in {CANVAS, IDS} or self._own is None:
@@ -186,16 +207,19 @@ class Vllm(OpenAi):
             self._last = context.prefix, text
 
         def retry() -> Request | None:
-            token = reader.find_whole_word()
-            if token is None:
+            found = reader.find_whole_word()
+            if found is None:
                 return None
-            return Request(path, lay_out([token], 1), IdsReader(context, prompt, own, remember, held=(token,)))
+            return Request(path, lay_out([found[0]], 1), IdsReader(context, prompt, own, remember, held=found))
 
         reader = IdsReader(context, prompt, own, remember)
         start = healed + (self._warm_start(context, own) if sampling.seed is None else [])
         if not prompt.healed.strip():
             return Request(path, lay_out(start, 0), reader)
-        return Request(path, lay_out(start, len(healed)) | _ALTERNATIVES, reader, retry)
+        words = own.vocabulary.starting_with(prompt.healed.encode())
+        named = {"logprob_token_ids": words} if 0 < len(words) <= _MOST_WORDS else {"logprobs": _MOST_TOPS}
+        asked = {**named, "return_tokens_as_token_ids": True}
+        return Request(path, lay_out(start, len(healed)) | asked, reader, retry)
 
     def _warm_start(self, context: FimContext, own: Own) -> list[int]:
         """Return the rest of the last answer, if what was typed since is its beginning."""
@@ -221,8 +245,8 @@ class Vllm(OpenAi):
 class IdsReader(CodeReader):
     """Reads an answer in token ids: of a canvas, or of an answer that is written in order.
 
-    ``remember`` gets the text of a whole canvas. ``held`` are ids that were pinned at its beginning: they are the
-    answer's, whatever the server writes there.
+    ``remember`` gets the text of a whole canvas. ``held`` is the id that was pinned at its beginning, with its
+    log-probability: it is the answer's, whatever the server writes there.
     """
 
     def __init__(
@@ -231,7 +255,7 @@ class IdsReader(CodeReader):
         prompt: Prompt,
         own: Own,
         remember: Callable[[str], None] = lambda _text: None,
-        held: tuple[int, ...] = (),
+        held: tuple[int, float] | None = None,
     ) -> None:
         super().__init__(context, prompt.healed)
         self._prompt, self._own, self._remember, self._held = prompt, own, remember, held
@@ -247,26 +271,34 @@ class IdsReader(CodeReader):
         if any(not 0 <= i < vocabulary.size for i in (*ids, *(number for number, _ in piece.first_ids))):
             msg = "the answer has token ids that the tokenizer does not have"
             raise ValueError(msg)
+        given = piece.log_probabilities
         if not self._ids:
-            ids[: len(self._held)] = self._held
             self._first_ids = piece.first_ids
+            if self._held is not None:
+                ids[:1], given = self._held[:1], (("", self._held[1]), *given[1:])
         end = next((i for i, token_id in enumerate(ids) if not vocabulary.is_text(token_id)), None)
         whole = self._ids + (ids if end is None else ids[:end])
         before = vocabulary.decode(self._ids)
         self._ids = whole
         text = vocabulary.decode(whole)
-        probabilities = _align(vocabulary, ids[:end], piece.log_probabilities)
+        probabilities = _align(vocabulary, ids[:end], given)
         finish = "end" if end is not None else piece.finish
         super().add(Piece(text.removeprefix(before), probabilities, finish))
         is_over = piece.finish is not None or end is not None
         if is_over and text.startswith(self._prompt.healed):
             self._remember(text[len(self._prompt.healed) :])
 
-    def find_whole_word(self) -> int | None:
-        """Return the likeliest token at the answer's beginning that begins with what was typed of its first word."""
+    def find_whole_word(self) -> tuple[int, float] | None:
+        """Return the likeliest token that begins with what was typed of the first word, among those that are known.
+
+        Its log-probability is that among all of these: what was typed is certain.
+        """
         healed = self._prompt.healed.encode()
         fitting = [(value, i) for i, value in self._first_ids if self._own.vocabulary.token_bytes[i].startswith(healed)]
-        return max(fitting)[1] if fitting else None
+        if not fitting:
+            return None
+        best, token = max(fitting)
+        return token, -math.log(sum(math.exp(value - best) for value, _ in fitting))
 
 
 def _align(
