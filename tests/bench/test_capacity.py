@@ -1,6 +1,7 @@
 """The simulation of a team that shares GPUs: against arithmetic, recorded sessions, and its own monotony."""
 
 import json
+import sys
 from collections.abc import Generator
 from dataclasses import replace
 from functools import cache
@@ -117,6 +118,12 @@ def test_times_of_ones_own_replace_the_published_ones() -> None:
     assert adapt(PUBLISHED, slots=None) is PUBLISHED
     with pytest.raises(FimserverError, match="take one of diffusiongemma-4090"):
         find_times("other")
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "simpy", None)
+    with pytest.raises(FimserverError, match=r"pip install 'fimserver\[capacity\]'"):
+        plan_capacity("diffusiongemma-4090", PUBLISHED, [10], TEAM)
 
 
 def test_the_command_prints_a_table_and_json() -> None:
