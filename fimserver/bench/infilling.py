@@ -158,7 +158,7 @@ def evaluate_files(  # noqa: PLR0913  the command's options
 def _fill(
     items: Sequence[Item], settings: Settings, max_tokens: int | None, server: LlamaCpp | None
 ) -> tuple[ModelInfo, list[Filled]]:
-    engine = EngineClient(options_here(settings))
+    engine = EngineClient(options_here(settings, is_alone=True))
     try:
         engine.start()
         info = engine.wait_until_ready(LOAD_TIMEOUT_S)

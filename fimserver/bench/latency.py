@@ -74,7 +74,7 @@ class _Measured:
 
 def measure_typing(settings: Settings, *, limit: int) -> Summary:
     """Type ``limit`` characters. Raises ``FimserverError`` if the model does not load."""
-    engine = TimedEngine(options_here(settings))
+    engine = TimedEngine(options_here(settings, is_alone=True))
     try:
         engine.start()
         info = engine.wait_until_ready(LOAD_TIMEOUT_S)
@@ -222,7 +222,7 @@ def replay_typing(settings: Settings, *, limit: int, speed: float) -> TypingSumm
 
     Raises ``FimserverError`` if the model does not load.
     """
-    engine = TimedEngine(options_here(settings))
+    engine = TimedEngine(options_here(settings, is_alone=True))
     try:
         engine.start()
         info = engine.wait_until_ready(LOAD_TIMEOUT_S)

@@ -133,7 +133,7 @@ def evaluate_lines(  # noqa: PLR0913  the command's options
     """
     lines = cut_lines_of(read_code(data), limit) if data else list(cut_lines(limit))
     server = LlamaCpp(against) if against else None
-    engine = EngineClient(options_here(settings))
+    engine = EngineClient(options_here(settings, is_alone=True))
     outcomes = []
     try:
         engine.start()

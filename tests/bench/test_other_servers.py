@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from support.command import run
+from support.completion_server import serve
 
 from fimserver.bench.datasets import cut_lines_of, read_code
 from fimserver.bench.servers.llama_cpp import LlamaCpp
@@ -126,6 +127,15 @@ def test_eval_lines_compares_a_folder_with_another_server(stand: Stand, tmp_path
     cold, key = stand.asked[:2]
     assert len(key["input_prefix"]) == len(cold["input_prefix"]) + 1
     assert key["input_suffix"] == cold["input_suffix"]
+
+
+def test_a_measurement_of_a_server_is_never_of_our_own_engine() -> None:
+    """In an editor fimserver's own engine answers while a server fails."""
+    with serve(kind="openai", fault="500") as server:
+        arguments = ("--limit", "3", "--no-matches", "--engine", "openai", "--server", server.url, "--json")
+        result = run("eval", "lines", *arguments)
+    assert result.returncode == 1
+    assert "no line was completed by the model: {'engine': 3}" in result.stderr
 
 
 @pytest.mark.slow("starts commands that load a model")

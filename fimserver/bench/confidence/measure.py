@@ -79,7 +79,7 @@ def measure_automatic(
 ) -> Summary:
     """Complete ``limit`` places. Raises ``FimserverError`` if the model does not load or a folder has no code."""
     texts = read_code(data) if data else {f"{name}.py": read_module(name) for name in HELD_OUT}
-    engine = EngineClient(options_here(settings))
+    engine = EngineClient(options_here(settings, is_alone=True))
     try:
         engine.start()
         info = engine.wait_until_ready(LOAD_TIMEOUT_S)

@@ -78,11 +78,13 @@ def choose_options(
     return replace(options, engine="local"), address
 
 
-def options_here(settings: Settings, files: Iterable[Path] = ()) -> EngineOptions:
+def options_here(settings: Settings, files: Iterable[Path] = (), *, is_alone: bool = False) -> EngineOptions:
     """Return a worker's options for a command that reads these files, or others of the current folder.
 
-    Each file needs an agreement for its folder or one above. Raises ``EngineError`` without, and ``SettingsError``.
+    Each file needs an agreement for its folder or one above. With ``is_alone`` no other engine takes the place of one
+    that fails: a measurement is of one engine. Raises ``EngineError`` without an agreement, and ``SettingsError``.
     """
+    settings = replace(settings, fallback="none") if is_alone else settings
     options, agreements = EngineOptions().under(settings), ServerAgreements(state_folder() / FILE_NAME)
     chosen = options
     for folder in {file.absolute().parent for file in files} or {Path.cwd()}:
