@@ -216,10 +216,12 @@ class Vllm(OpenAi):
         start = healed + (self._warm_start(context, own) if sampling.seed is None else [])
         if not prompt.healed.strip():
             return Request(path, lay_out(start, 0), reader)
+        whole = lay_out(start, len(healed))
         words = own.vocabulary.starting_with(prompt.healed.encode())
-        named = {"logprob_token_ids": words} if 0 < len(words) <= _MOST_WORDS else {"logprobs": _MOST_TOPS}
-        asked = {**named, "return_tokens_as_token_ids": True}
-        return Request(path, lay_out(start, len(healed)) | asked, reader, retry)
+        if not words:
+            return Request(path, whole, reader)
+        named = {"logprob_token_ids": words} if len(words) <= _MOST_WORDS else {"logprobs": _MOST_TOPS}
+        return Request(path, {**whole, **named, "return_tokens_as_token_ids": True}, reader, retry)
 
     def _warm_start(self, context: FimContext, own: Own) -> list[int]:
         """Return the rest of the last answer, if what was typed since is its beginning."""
