@@ -68,7 +68,12 @@ def write(prefix: str, suffix: str, hole: Hole = LINE) -> FimContext:
         ("cut_word", write(f"{BASKET}self.items.ap", "\n"), "pend(", 0.5725821),
         ("other_word", write("import os\n\nfor name in os.lis", "\n    print(name)\n"), "t(", 0.4390097),
         ("no_word", write("import os\n\nname = os.zqv", "\n"), "", 1.0),
-        ("new_line", write(f"{POINT}        ", "\n\nprint(Point(1, 2))\n", STATEMENT), "self.x = y y y y y y y", 0.3340143),
+        (
+            "new_line",
+            write(f"{POINT}        ", "\n\nprint(Point(1, 2))\n", STATEMENT),
+            "self.x = y y y y y y y",
+            0.3340143,
+        ),
         ("block", write(EMPTY, "\n\n\nprint(Full())\n", BLOCK), "\n    pass", 0.8546551),
     ],
     indirect=["url"],
