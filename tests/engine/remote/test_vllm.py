@@ -172,7 +172,18 @@ def test_where_many_words_begin_so_the_likeliest_tokens_are_asked_for(serving: S
     assert "logprob_token_ids" not in body
 
 
-@pytest.mark.parametrize("tops", [[], [None], [{}], [{"token_id:5": -1.0}], [{"fi": -1.0}], [{"token_id:x": -1.0}]])
+@pytest.mark.parametrize(
+    "tops",
+    [
+        [],
+        [None],
+        [{}],
+        [{"token_id:5": -1.0}],
+        [{"fi": -1.0}],
+        [{"token_id:x": -1.0}],
+        [{"token_id:1716": float("nan")}],
+    ],
+)
 def test_without_such_a_word_there_is_no_second_canvas(serving: Serving, tops: list[Any]) -> None:
     serving.text, serving.server.tops = " second + first", tops
     assert serving.complete().text == ""

@@ -193,13 +193,20 @@ class Vllm(OpenAi):
             tokens = count_tokens(context, sampling)
             body["max_tokens"] = tokens
             return Request(path, body, IdsReader(context, prompt, own))
-        healed = own.vocabulary.encode(prompt.healed)
+        return self._write_canvas(path, body, context, sampling, prompt, own)
+
+    def _write_canvas(  # noqa: PLR0913, PLR0917  what a canvas is made of
+        self, path: str, body: dict[str, Any], context: FimContext, sampling: Sampling, prompt: Prompt, own: Own
+    ) -> Request:
+        """Return the request for a canvas, with a second one for an answer that does not begin with what was typed."""
+        vocabulary, metadata = own.vocabulary, own.metadata
+        healed = vocabulary.encode(prompt.healed)
         length = min(own.canvas_length, max(_LEAST_CANVAS, len(healed) + TOKENS_A_LINE * context.hole.max_lines))
         chance = self._random if sampling.seed is None else random.Random(sampling.seed)  # noqa: S311
         steps = min(sampling.max_denoising_steps or _STEPS, metadata.max_denoising_steps)
 
         def lay_out(start: list[int], pinned: int) -> dict[str, Any]:
-            noise = (chance.randrange(metadata.num_special_tokens, own.vocabulary.size) for _ in range(length))
+            noise = (chance.randrange(metadata.num_special_tokens, vocabulary.size) for _ in range(length))
             canvas = [*start[:length], *noise][:length]
             return {**body, **_canvas_fields(canvas, list(range(min(pinned, length))), steps)}
 
@@ -217,7 +224,7 @@ class Vllm(OpenAi):
         if not prompt.healed.strip():
             return Request(path, lay_out(start, 0), reader)
         whole = lay_out(start, len(healed))
-        words = own.vocabulary.starting_with(prompt.healed.encode())
+        words = vocabulary.starting_with(prompt.healed.encode())
         if not words:
             return Request(path, whole, reader)
         named = {"logprob_token_ids": words} if len(words) <= _MOST_WORDS else {"logprobs": _MOST_TOPS}
@@ -239,8 +246,12 @@ class Vllm(OpenAi):
         if ids is None:
             return piece
         tops = (choice.get("logprobs") or {}).get("top_logprobs") or [{}]
-        named = ((name.removeprefix(_ID_PREFIX), value) for name, value in (tops[0] or {}).items())
-        first = tuple((int(number), float(value)) for number, value in named if number.isascii() and number.isdigit())
+        named = ((name.removeprefix(_ID_PREFIX), float(value)) for name, value in (tops[0] or {}).items())
+        first = tuple(
+            (int(number), value)
+            for number, value in named
+            if number.isascii() and number.isdigit() and math.isfinite(value)
+        )
         return replace(piece, token_ids=tuple(int(i) for i in ids), first_ids=first)
 
 
