@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -146,8 +145,8 @@ def is_as_before(text: str, cursor: int, rest: str, item: dict[str, Any]) -> boo
     return [line.rstrip() for line in found.split("\n")] == [line.rstrip() for line in whole.split("\n")]
 
 
-def measure(config: Path | None, lines: Sequence[Line]) -> Summary:
-    """Run the session with the settings of a ``config.toml``."""
+def measure(config: Path | None, lines: Sequence[Line], others: Sequence[Line]) -> Summary:
+    """Run the session with the settings of a ``config.toml``; ``others`` are for requests that are cancelled."""
     with own_home():
         if config is not None:
             target = config_file()
@@ -157,7 +156,7 @@ def measure(config: Path | None, lines: Sequence[Line]) -> Summary:
         try:
             engine = session.wait_until_ready()["engine"]
             seen = [session.try_line(line) for line in _track(lines)]
-            pairs = list(pairwise(lines))[:_CANCELS]
+            pairs = zip(others[::2], others[1::2], strict=True)
             cancels = [session.try_cancel(line, following) for line, following in pairs]
         finally:
             session.close()
@@ -178,8 +177,8 @@ def measure(config: Path | None, lines: Sequence[Line]) -> Summary:
         new_place_ms=statistics.median(one.new_place_ms for one in seen),
         new_place_ms_p95=percentile([one.new_place_ms for one in seen], 0.95),
         further_key_ms=statistics.median(one.further_key_ms for one in seen),
-        cancelled_ms=statistics.median(first for first, _ in cancels) if cancels else 0.0,
-        after_cancel_ms=statistics.median(second for _, second in cancels) if cancels else 0.0,
+        cancelled_ms=statistics.median(first for first, _ in cancels),
+        after_cancel_ms=statistics.median(second for _, second in cancels),
     )
 
 
@@ -214,5 +213,6 @@ def _track(lines: Sequence[Line]) -> Iterator[Line]:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(*, config: Path | None, limit: int, data: Path | None, as_json: bool) -> None:
     """Complete lines of the standard library, and of a folder, in one LSP session."""
-    lines = [*cut_lines(limit), *(cut_lines_of(read_code(data), limit) if data is not None else [])]
-    run_measurement(lambda: measure(config, lines), as_json=as_json)
+    known = list(cut_lines(limit + 2 * _CANCELS))
+    lines = [*known[:limit], *(cut_lines_of(read_code(data), limit) if data is not None else [])]
+    run_measurement(lambda: measure(config, lines, known[limit:]), as_json=as_json)

@@ -24,7 +24,6 @@ def test_a_short_session(tmp_path: Path) -> None:
     assert (summary["engine"], summary["model"]) == ("local", "tiny")
     assert summary["lines"] == 8
     assert summary["exact_by_language"].keys() == {"go", "python"}
-    assert summary["exact_by_language"]["go"] == 0, "the shipped model knows Python only"
     assert sum(summary["sources"].values()) == 8
     assert 0 < summary["further_key_ms"] < summary["new_place_ms_p95"]
     assert summary["cancelled_ms"] < 1000
