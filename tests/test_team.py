@@ -178,15 +178,15 @@ evaluation_interval: 1m
 tests:
   - interval: 1m
     input_series:
-      - {series: 'up{job="vllm",instance="a"}', values: '1x60'}
+      - {series: 'vllm:num_requests_running{instance="a"}', values: '1x60'}
       - {series: 'vllm:num_requests_waiting{instance="a"}', values: '0x20 3x40'}
       - {series: 'vllm:e2e_request_latency_seconds_bucket{le="0.5"}', values: '0+90x60'}
       - {series: 'vllm:e2e_request_latency_seconds_bucket{le="1.0"}', values: '0+100x60'}
       - {series: 'vllm:e2e_request_latency_seconds_bucket{le="+Inf"}', values: '0+100x60'}
       - {series: 'vllm:prefix_cache_queries_total', values: '0+60000x60'}
       - {series: 'vllm:prefix_cache_hits_total', values: '0+50000x60'}
-      - {series: 'http_requests_total{job="vllm",status="2xx"}', values: '0+100x60'}
-      - {series: 'http_requests_total{job="vllm",status="5xx"}', values: '0+5x60'}
+      - {series: 'http_requests_total{handler="/v1/completions",status="2xx"}', values: '0+100x60'}
+      - {series: 'http_requests_total{handler="/v1/completions",status="5xx"}', values: '0+5x60'}
     alert_rule_test:
       - {eval_time: 15m, alertname: RequestsWait, exp_alerts: []}
       - eval_time: 30m
@@ -208,10 +208,10 @@ tests:
             exp_annotations: {summary: More than 1 of 100 requests fails.}
   - interval: 1m
     input_series:
-      - {series: 'up{job="vllm",instance="a"}', values: '1x5 0x10'}
+      - {series: 'vllm:num_requests_running{instance="a"}', values: '1x5 _x20'}
     alert_rule_test:
       - {eval_time: 5m, alertname: NoServer, exp_alerts: []}
-      - eval_time: 10m
+      - eval_time: 14m
         alertname: NoServer
         exp_alerts:
           - exp_labels: {severity: page}
@@ -234,10 +234,15 @@ def test_the_alerts_fire_when_they_should(tmp_path: Path) -> None:
 
 
 class Gateway:
-    """Caddy with the file of docs/team before a server of completions."""
+    """Caddy with the files of docs/team in front of servers of completions."""
 
-    def __init__(self, server: CompletionServer, folder: Path) -> None:
-        self.server = server
+    def __init__(self, servers: list[CompletionServer], folder: Path) -> None:
+        self.server = servers[0]
+        upstreams = folder / "upstreams"
+        addresses = " ".join(f"127.0.0.1:{server.port}" for server in servers)
+        listed = (TEAM / "upstreams.list").read_text(encoding="utf-8")
+        upstreams.write_text(listed.replace("gpu-0:8000", addresses))
+        assert addresses in upstreams.read_text()
         self.certificate = make_certificate(folder)
         self.keys = folder / "keys"
         self.keys.write_text('"Bearer alice-key" alice\n"Bearer bob-key" bob\n')
@@ -250,8 +255,7 @@ class Gateway:
             "HOME": str(folder),
             "SITE": self.url,
             "TLS": f"{self.certificate} {self.certificate}",
-            "UPSTREAM": "localhost",
-            "UPSTREAM_PORT": str(server.port),
+            "UPSTREAMS": str(upstreams),
             "KEYS": str(self.keys),
         }
         assert CADDY is not None
@@ -267,8 +271,9 @@ class Gateway:
                 socket.create_connection(("127.0.0.1", port), timeout=1).close()
                 break
             except OSError:
-                assert self.process.poll() is None, self.process.stderr and self.process.stderr.read()
-                assert time.monotonic() < deadline
+                if self.process.poll() is not None or time.monotonic() > deadline:
+                    self.process.kill()
+                    pytest.fail(self.process.communicate()[1])
                 time.sleep(0.05)
 
     def ask(self, path: str, key: str = "alice-key", method: str = "GET", **options: Any) -> httpx2.Response:
@@ -290,12 +295,48 @@ def gateway(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gateway
     if CADDY is None:
         pytest.skip("caddy is not installed")
     with serve(models=("qwen2.5-coder-7b",)) as server:
-        found = Gateway(server, tmp_path)
+        found = Gateway([server], tmp_path)
         monkeypatch.setenv("SSL_CERT_FILE", str(found.certificate))
-        yield found
-        log = found.close()
+        try:
+            yield found
+        finally:
+            log = found.close()
         assert "first" not in log, "no code in the gateway's log"
         assert "alice-key" not in log
+
+
+@pytest.mark.skipif(CADDY is None, reason="caddy is not installed")
+@pytest.mark.parametrize("name", ["upstreams.list", "upstreams.name"])
+def test_the_gateway_reads_both_lists_of_servers(name: str) -> None:
+    assert CADDY is not None
+    values = {"SITE": "https://:8443", "TLS": "internal", "KEYS": str(TEAM / "keys.example")}
+    environment = {"PATH": os.environ["PATH"], "UPSTREAMS": str(TEAM / name), **values}
+    command = [CADDY, "adapt", "--config", str(TEAM / "Caddyfile"), "--adapter", "caddyfile"]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert ("gpu-0:8000" in found.stdout) == (name == "upstreams.list")
+
+
+@pytest.mark.skipif(CADDY is None, reason="caddy is not installed")
+def test_a_user_stays_on_one_server_as_long_as_it_answers(tmp_path: Path) -> None:
+    with serve(models=("a",)) as first, serve(models=("b",)) as second:
+        gateway = Gateway([first, second], tmp_path)
+        try:
+
+            def answering() -> str:
+                response = gateway.ask("/v1/models")
+                assert response.status_code == 200
+                return str(response.json()["data"][0]["id"])
+
+            chosen = answering()
+            assert {answering() for _ in range(8)} == {chosen}
+            (first if chosen == "a" else second).fault = "unhealthy"
+            deadline = time.monotonic() + 20
+            while answering() == chosen:
+                assert time.monotonic() < deadline, "a server that is not healthy still gets requests"
+                time.sleep(0.1)
+        finally:
+            gateway.close()
 
 
 def test_the_gateway_lets_in_those_with_a_key(gateway: Gateway) -> None:

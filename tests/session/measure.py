@@ -25,6 +25,7 @@ from support.lsp_client import RELAY, LspClient
 from fimserver.bench.datasets import Line, cut_lines, cut_lines_of, read_code
 from fimserver.bench.metrics import percentile
 from fimserver.cli.options import run_measurement
+from fimserver.errors import FimserverError
 from fimserver.paths import config_file
 from fimserver.text import Encoding, LineIndex
 
@@ -147,6 +148,9 @@ def is_as_before(text: str, cursor: int, rest: str, item: dict[str, Any]) -> boo
 
 def measure(config: Path | None, lines: Sequence[Line], others: Sequence[Line]) -> Summary:
     """Run the session with the settings of a ``config.toml``; ``others`` are for requests that are cancelled."""
+    if len(others) < 2 * _CANCELS:
+        msg = f"there are not enough lines for {len(lines)} and {_CANCELS} requests that are cancelled; use fewer"
+        raise FimserverError(msg)
     with own_home():
         if config is not None:
             target = config_file()

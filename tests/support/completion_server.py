@@ -132,6 +132,7 @@ FAULTS: dict[str, Callable[[CompletionServer], bytes]] = {
     "html": lambda _s: _status(200, body="<html>x = SECRET</html>", kind="text/html"),
     "compressed": lambda _s: _status(200, "Content-Encoding: gzip\r\n", body="x"),
     "error_event": lambda _s: _status(200, body='data: {"error": {"message": "SECRET"}}\n\n', kind=_SSE),
+    "half_json": lambda _s: b"HTTP/1.1 200 X\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{",
     "no_end": lambda _s: _status(200, body=_sse({"content": " first", "stop": False}).decode(), kind=_SSE),
     "400": lambda _s: _status(400, body='{"error": {"message": "bad SECRET"}}'),
     "401": lambda _s: _status(401),
@@ -201,6 +202,9 @@ def _answer(
             content = stream.read(length)
             if len(content) < length:
                 raise _HangError  # the client has closed the request
+            if path == "/health":
+                peer.sendall(_status(503 if server.fault == "unhealthy" else 200))
+                continue
             body = json.loads(content or "null")
             server.asked.append(Asked(method, path, headers, body))
             if server.replay is not None:

@@ -12,7 +12,7 @@ Rules that hold for every server:
 - An answer is bounded in size, and each of its events in time; it is not compressed, so that no small one grows.
 - A request is sent once more only if a kept connection was closed before any answer came.
 - A request that is left before its end ends on the server too. Over HTTP/1.1 that closes its connection; over HTTP/2
-  the library tells the server nothing (httpcore #943), so that all connections are closed here.
+  the library tells the server nothing (httpcore #943), so that the connection is closed, once no other request uses it.
 - An error's message has no text of the request, nor of the answer to one that contained code.
 
 Knows:   HTTP, JSON.  Never: prompts, models, settings.
@@ -22,6 +22,7 @@ Raises:  ``RemoteError``.
 import asyncio
 import json
 import socket
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from http import HTTPStatus
@@ -78,6 +79,7 @@ class Connection:
             headers["Authorization"] = f"Bearer {api_key}"
         self._headers, self._unix_socket = headers, unix_socket
         self._is_http2 = False  # as far as answers have shown
+        self._users: Counter[httpx2.AsyncClient] = Counter()  # requests of each client
         try:
             self._certificates = httpx2.create_ssl_context(trust_env=True) if address.is_encrypted else True
             self._client = self._make_client()
@@ -144,6 +146,8 @@ class Connection:
                     whole = await _read_whole(answer, self.name)
             except TimeoutError as error:
                 raise self._late() from error
+            except httpx2.HTTPError as error:
+                raise self._broken(error) from error
             yield self._to_event(whole)
             return
         lines = _read_lines(answer, self.name)
@@ -199,42 +203,46 @@ class Connection:
         url = f"{self.address.origin}{self.address.path}{path}"
         content = None if body is None else json.dumps(body).encode()
         headers = {} if body is None else {"Content-Type": "application/json"}
+        limits = httpx2.Timeout(self.timeout_s, read=timeout_s or self.timeout_s)
+        client, is_whole = self._client, False
+        self._users[client] += 1
         response: httpx2.Response | None = None
-        for is_last in (False, True):
-            limits = httpx2.Timeout(self.timeout_s, read=timeout_s or self.timeout_s)
-            request = self._client.build_request(method, url, content=content, headers=headers, timeout=limits)
-            self.sent_bytes += len(content or b"")
-            try:
-                response = await self._client.send(request, stream=True)
-                break
-            except (httpx2.RemoteProtocolError, httpx2.ReadError, httpx2.WriteError) as error:
-                if is_last or not self._has_answered:
-                    raise self._broken(error) from error
-            except httpx2.TimeoutException as error:
-                raise self._late() from error
-            except (httpx2.HTTPError, OSError) as error:
-                raise self._unreachable(error) from error
-            except BaseException:  # cancelled, or the time is up
-                await self._leave()
-                raise
-        assert response is not None
-        self._has_answered, self._is_http2 = True, response.http_version == "HTTP/2"
-        answer = _Body(response)
         try:
-            await self._check(answer, has_code=body is not None)
-            yield answer
-        except httpx2.HTTPError as error:
-            raise self._broken(error) from error
+            for is_last in (False, True):
+                request = client.build_request(method, url, content=content, headers=headers, timeout=limits)
+                self.sent_bytes += len(content or b"")
+                try:
+                    response = await client.send(request, stream=True)
+                    break
+                except (httpx2.RemoteProtocolError, httpx2.ReadError, httpx2.WriteError) as error:
+                    if is_last or not self._has_answered:
+                        raise self._broken(error) from error
+                except httpx2.TimeoutException as error:
+                    raise self._late() from error
+                except (httpx2.HTTPError, OSError) as error:
+                    raise self._unreachable(error) from error
+            assert response is not None
+            self._has_answered, self._is_http2 = True, response.http_version == "HTTP/2"
+            answer = _Body(response)
+            try:
+                await self._check(answer, has_code=body is not None)
+                yield answer
+            except httpx2.HTTPError as error:
+                raise self._broken(error) from error
+            finally:
+                is_whole = answer.is_whole
+                await response.aclose()
         finally:
-            await response.aclose()
-            if not answer.is_whole:
-                await self._leave()
+            await self._leave(client, is_whole=is_whole)
 
-    async def _leave(self) -> None:
-        """Let the server know that an answer is not wanted any more."""
-        if self._is_http2:
-            left, self._client = self._client, self._make_client()
-            await left.aclose()
+    async def _leave(self, client: httpx2.AsyncClient, *, is_whole: bool) -> None:
+        """End a request. Over HTTP/2 one that is not whole has to close its connection, and so its client."""
+        self._users[client] -= 1
+        if self._is_http2 and not is_whole and client is self._client:
+            self._client = self._make_client()
+        if client is not self._client and not self._users[client]:
+            del self._users[client]
+            await client.aclose()
 
     async def _check(self, answer: _Body, *, has_code: bool) -> None:
         response = answer.response

@@ -27,6 +27,7 @@ from fimserver.errors import CompletionCancelledError, EngineError, RemoteError
 
 _T = TypeVar("_T")
 _POLL_S = 0.005  # between two looks at whether a request was cancelled
+_ENDED_S = 1.0  # for a cancelled request to end
 
 
 class EventLoop:
@@ -39,10 +40,19 @@ class EventLoop:
 
     def run(self, coroutine: Coroutine[Any, Any, _T], cancelled: Callable[[], bool] = lambda: False) -> _T:
         """Wait for a coroutine. Raises ``CompletionCancelledError`` if it is cancelled; then it has ended too."""
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        ended = threading.Event()
+
+        async def run() -> _T:
+            try:
+                return await coroutine
+            finally:
+                ended.set()
+
+        future = asyncio.run_coroutine_threadsafe(run(), self._loop)
         while not wait([future], _POLL_S).done:
             if cancelled():
                 future.cancel()
+                ended.wait(_ENDED_S)  # its connection is closed by then
                 raise CompletionCancelledError
         return future.result()
 
@@ -175,10 +185,12 @@ class RemoteEngine:
         request = self._server.write(model, context, sampling)
         written = time.perf_counter()
         finish, first = await self._follow(connection, request, sampling, begin, on_partial)
-        is_usable = request.reader.read() is not None or _is_over(sampling, begin)
+        num_tokens = request.reader.num_tokens
+        is_usable = request.reader.read() is not None or _is_over(sampling, begin, 0.5)  # a second one takes as long
         if not is_usable and (again := request.retry()) is not None:
             request = again
             finish, _ = await self._follow(connection, request, sampling, begin, on_partial)
+            num_tokens += request.reader.num_tokens
         answer = request.reader.read()
         text = answer.text if answer is not None else ""
         if context.suffix.startswith("\n"):
@@ -189,9 +201,9 @@ class RemoteEngine:
             text=f"{text}{moved}" if text else "",
             mode=Mode.AUTOREGRESSIVE,
             finish=finish,
-            num_tokens=request.reader.num_tokens,
+            num_tokens=num_tokens,
             denoising_steps=0,
-            forward_passes=request.reader.num_tokens,
+            forward_passes=num_tokens,
             cached_tokens=0,
             prompt_tokens=0,
             timings_ms={name: round(seconds * 1e3, 2) for name, seconds in laps.items()},
@@ -243,9 +255,10 @@ def _take(request: Request, piece: Piece, connection: Connection) -> str | None:
     return reader.finish
 
 
-def _is_over(sampling: Sampling, begin: float) -> bool:
+def _is_over(sampling: Sampling, begin: float, share: float = 1.0) -> bool:
+    """Return whether a share of the time for an answer has passed."""
     limit_ms = sampling.max_latency_ms
-    return limit_ms is not None and (time.perf_counter() - begin) * 1e3 > limit_ms
+    return limit_ms is not None and (time.perf_counter() - begin) * 1e3 > limit_ms * share
 
 
 def _strange(connection: Connection) -> RemoteError:

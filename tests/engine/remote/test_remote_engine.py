@@ -375,6 +375,7 @@ WORDS = {
     "html": "'text/html'",
     "compressed": "gzip",
     "error_event": "failed",
+    "half_json": "in the middle",
     "no_end": "in the middle",
     "400": "400",
     "401": "apiKey",

@@ -52,7 +52,7 @@ _MOST_WORDS = 32  # whose probabilities are asked for by name, at every position
 _ID_PREFIX = "token_id:"
 _LEAST_CANVAS = 8
 _PROBE_CANVAS = 8
-_REFUSED = ("temperature", "seed")  # for diffusion models
+_REFUSED = ("temperature", "seed")  # by vLLM, in requests to diffusion models
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +187,7 @@ class Vllm(OpenAi):
         own = self._own
         metadata = limit_context(own.metadata, min(model.usual_tokens, model.context_tokens - own.canvas_length))
         prompt = build_prompt(context, own.vocabulary, metadata)
-        body = _body(model, list(prompt.token_ids))
+        body = {**_body(model, list(prompt.token_ids)), "cache_salt": self._salt}
         path = to_path(model.base, "completions")
         if model.layout == IDS:
             tokens = count_tokens(context, sampling)
@@ -214,7 +214,7 @@ class Vllm(OpenAi):
             self._last = context.prefix, text
 
         def retry() -> Request | None:
-            found = reader.find_whole_word()
+            found = reader.find_whole_word(knows_all="logprob_token_ids" in named)
             if found is None:
                 return None
             return Request(path, lay_out([found[0]], 1), IdsReader(context, prompt, own, remember, held=found))
@@ -224,9 +224,10 @@ class Vllm(OpenAi):
         if not prompt.healed.strip():
             return Request(path, lay_out(start, 0), reader)
         whole = lay_out(start, len(healed))
-        words = vocabulary.starting_with(prompt.healed.encode())
-        if not words:
+        typed = prompt.healed.encode()
+        if not (words := vocabulary.starting_with(typed)):
             return Request(path, whole, reader)
+        words += vocabulary.beginning_of(typed)
         named = {"logprob_token_ids": words} if len(words) <= _MOST_WORDS else {"logprobs": _MOST_TOPS}
         return Request(path, {**whole, **named, "return_tokens_as_token_ids": True}, reader, retry)
 
@@ -281,12 +282,12 @@ class IdsReader(CodeReader):
             super().add(replace(piece, text=""))
             return
         vocabulary, ids = self._own.vocabulary, list(piece.token_ids)
-        if any(not 0 <= i < vocabulary.size for i in (*ids, *(number for number, _ in piece.first_ids))):
+        if any(not 0 <= i < vocabulary.size for i in ids):
             msg = "the answer has token ids that the tokenizer does not have"
             raise ValueError(msg)
         given = piece.log_probabilities
         if not self._ids:
-            self._first_ids = piece.first_ids
+            self._first_ids = tuple(pair for pair in piece.first_ids if 0 <= pair[0] < vocabulary.size)
             if self._held is not None:
                 ids[:1], given = self._held[:1], (("", self._held[1]), *given[1:])
         end = next((i for i, token_id in enumerate(ids) if not vocabulary.is_text(token_id)), None)
@@ -301,17 +302,20 @@ class IdsReader(CodeReader):
         if is_over and text.startswith(self._prompt.healed):
             self._remember(text[len(self._prompt.healed) :])
 
-    def find_whole_word(self) -> tuple[int, float] | None:
+    def find_whole_word(self, *, knows_all: bool) -> tuple[int, float] | None:
         """Return the likeliest token that begins with what was typed of the first word, among those that are known.
 
-        Its log-probability is that among all of these: what was typed is certain.
+        If all tokens are known that what was typed may begin with, its log-probability is that among them, because
+        what was typed is certain.
         """
-        healed = self._prompt.healed.encode()
-        fitting = [(value, i) for i, value in self._first_ids if self._own.vocabulary.token_bytes[i].startswith(healed)]
-        if not fitting:
+        typed, texts = self._prompt.healed.encode(), self._own.vocabulary.token_bytes
+        whole = [(value, i) for i, value in self._first_ids if texts[i].startswith(typed)]
+        if not whole:
             return None
-        best, token = max(fitting)
-        return token, -math.log(sum(math.exp(value - best) for value, _ in fitting))
+        best, token = max(whole)
+        parts = [(value, i) for i, value in self._first_ids if texts[i] and typed.startswith(texts[i])]
+        others = sum(math.exp(value - best) for value, i in {*whole, *parts} if i != token)
+        return token, -math.log1p(others) if knows_all else best
 
 
 def _align(
