@@ -6,9 +6,10 @@ what they type may be its beginning, and shows the rest of what was offered with
 typed text contradicts is thrown away and asked for again.
 
 A GPU answers up to ``slots`` requests at the same time, the others wait. A request alone takes the time of a new place
-or of a further key (the prompt's other tokens are cached, if the same GPU had the typist's last request); n at the
-same time take ``1 + growth * (n - 1)`` times as long. The right number of GPUs is the smallest whose 95th percentile,
-from key to answer, is within the target.
+or of a further key (the prompt's other tokens are cached, if the same GPU had a request of the typist at this place); n
+at the same time take ``1 + growth * (n - 1)`` times as long. The right number of GPUs is the smallest whose 95th
+percentile, from the key that was the last when a request was sent to its answer, is within the target. Answers that
+are thrown away do not count; a user sees none of them.
 
 What is assumed, not measured: the typist's pauses, the share of users who type at the same moment, how often an answer
 is right and for how many keys. The last two were chosen so that one typist asks as often as in the recorded sessions of
@@ -64,7 +65,7 @@ ENGINES = {
     "diffusiongemma-4090": EngineTimes(
         339,
         103,
-        slots=4,
+        slots=16,
         growth=1.0,
         right=0.7,
         source="DiffusionGemma 26B-A4B, 4 bits, RTX 4090, short answers: 168 ms with 577 prompt tokens, 339 ms with "
@@ -108,8 +109,8 @@ def adapt(times: EngineTimes, **changes: float | None) -> EngineTimes:
 class Row:
     """One number of users: the GPUs that they need, and what they see then.
 
-    Times are milliseconds from a key to the engine's answer, the pause before the request included. ``reused`` is the
-    share of keys that show the rest of an earlier answer, ``wasted`` that of answers that came to nothing.
+    Times are milliseconds to an answer that is shown, from the last key before its request. ``reused`` is the share of
+    keys that show the rest of an earlier answer, ``wasted`` that of answers that came to nothing.
     """
 
     users: int
@@ -138,7 +139,10 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Team:
-    """The users, and what is wanted: ``routing`` is typist (always the same GPU) or least (the least busy one)."""
+    """The users, and what is wanted.
+
+    ``routing`` is typist (always the same GPU, drawn at random) or least (the least busy one).
+    """
 
     typing_share: float = 0.3
     target_ms: float = 500
@@ -231,8 +235,8 @@ def simulate(  # noqa: PLR0913
     rng = random.Random(team.seed)
     replicas = [Replica(world, times) for _ in range(gpus)]
     counts = Counts()
-    for number in range(typing):
-        typist = _Typist(world, times, replicas, team.routing, counts, random.Random(rng.random()), number)
+    for _ in range(typing):
+        typist = _Typist(world, times, replicas, team.routing, counts, random.Random(rng.random()))
         world.process(typist.type(keys))
     world.run(until=_WARM_UP_S)
     counts.clear()
@@ -346,12 +350,12 @@ class _Typist:
         routing: str,
         counts: Counts,
         rng: random.Random,
-        number: int,
     ) -> None:
         self._world, self._times, self._replicas, self._counts, self._rng = world, times, replicas, counts, rng
-        self._own = replicas[number % len(replicas)] if routing == "typist" else None
-        self._last: Replica | None = None  # that has this typist's prompt in its cache
-        self._is_new = True
+        self._own = rng.choice(replicas) if routing == "typist" else None
+        self._cached: set[Replica] = set()  # that have this typist's prompt
+        self._place = 0  # number of places so far
+        self._key_at = 0.0
         self._position = 0
         self._offered = 0  # keys for which what is on the screen stays right
         self._is_asking = False
@@ -370,8 +374,10 @@ class _Typist:
     def _press(self, key: Key) -> None:
         self._counts.keys += 1
         self._position += 1
+        self._key_at = self._world.now
         if key.opens is not None:
-            self._is_new, self._offered = True, 0
+            self._place, self._offered = self._place + 1, 0
+            self._cached.clear()
         if self._offered:
             self._offered -= 1
             self._counts.reused += 1
@@ -381,26 +387,27 @@ class _Typist:
 
     def _ask(self) -> Generator["simpy.Event", Any, None]:
         """Wait for a pause, then ask until an answer fits what has been typed by then."""
-        position = -1
-        while position != self._position:  # a further key starts the pause again
-            position = self._position
-            yield self._world.timeout(_DEBOUNCE_S)
+        while (pause_s := self._key_at + _DEBOUNCE_S - self._world.now) > 0:  # a further key starts the pause again
+            yield self._world.timeout(pause_s)
         while True:
-            asked_at = self._position
-            replica = self._own or min(self._replicas, key=lambda replica: replica.load)
-            is_cached = replica is self._last and not self._is_new
-            self._last, self._is_new = replica, False
-            work_ms = self._times.further_key_ms if is_cached else self._times.new_place_ms
+            asked_at, place, key_at = self._position, self._place, self._key_at
+            replica = self._own or self._find_least_busy()
+            work_ms = self._times.further_key_ms if replica in self._cached else self._times.new_place_ms
+            self._cached.add(replica)
             self._counts.asked += 1
-            begin = self._world.now
             yield replica.ask(work_ms / 1e3).done
             self._counts.answered += 1
-            self._counts.waits_ms.append((_DEBOUNCE_S + self._world.now - begin) * 1e3)
             is_right = self._rng.random() < self._times.right
             right_for = self._rng.expovariate(1 / _KEYS_RIGHT) if is_right else 0.0
             typed = self._position - asked_at
-            if typed <= right_for and not self._is_new:
+            if typed <= right_for and place == self._place:
+                self._counts.waits_ms.append((self._world.now - key_at) * 1e3)
                 self._offered = int(right_for) - typed
                 break
             self._counts.wasted += 1
         self._is_asking = False
+
+    def _find_least_busy(self) -> Replica:
+        """Return the GPU with the fewest requests, the first of those after one drawn at random."""
+        begin = self._rng.randrange(len(self._replicas))
+        return min((*self._replicas[begin:], *self._replicas[:begin]), key=lambda replica: replica.load)

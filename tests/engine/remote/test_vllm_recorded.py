@@ -93,7 +93,7 @@ def test_a_canvas_begins_with_the_rest_of_the_last_answer(engine: RemoteEngine) 
     typed = first.text[:3]
     second = engine.complete(write(f"{NUMBERS}{typed}", suffix), Sampling())
     assert (first.text, first.is_whole) == ("_base", True)
-    assert first.confidence == pytest.approx(0.9967769, abs=1e-6)
+    assert first.confidence == pytest.approx(0.9967779, abs=1e-6)
     assert (second.text, second.is_whole) == ("se", True)
     assert second.confidence == pytest.approx(0.0269436, abs=1e-6)
 
