@@ -111,8 +111,13 @@ def test_the_plan_is_the_smallest_that_is_enough() -> None:
     assert large.usd_per_user_month == pytest.approx(large.gpus * 0.7 * 730 / 100)
 
 
+def test_gpus_that_answer_too_late_are_not_enough() -> None:
+    outcome = simulate(PUBLISHED, 60, 1, TEAM, keys(), seconds=20)
+    assert outcome.p95_ms > 10_000
+
+
 def test_what_no_number_of_gpus_can_do_is_said() -> None:
-    with pytest.raises(FimserverError, match=r"a GPU for each typist, 95 of 100 answers take up to \d+ ms, and 90"):
+    with pytest.raises(FimserverError, match=r"4 GPUs for each typist 95 of 100 answers take up to \d+ ms, and 90"):
         plan_capacity("diffusiongemma-4090", PUBLISHED, [10], replace(TEAM, target_ms=90))
 
 
