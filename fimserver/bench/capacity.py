@@ -42,6 +42,7 @@ _KEYS_A_RUN = 60_000
 _SHORTEST_S, _LONGEST_S = 15.0, 300.0
 _KEYS_PER_S = 4.6  # of the typist
 _DEBOUNCE_S = 0.04
+_ROUNDING_S = 1e-9
 _KEYS_RIGHT = 5.0  # mean, of an answer that begins right
 _HOURS_A_MONTH = 730
 _MOST_FOR_EACH = 4  # GPUs for each typist
@@ -329,7 +330,7 @@ class Replica:
         if turn != self._turn:
             return
         self._advance()
-        for job in [job for job in self._running if job.remaining_s <= 1e-9]:  # noqa: PLR2004  rounding
+        for job in [job for job in self._running if job.remaining_s <= _ROUNDING_S]:
             self._running.remove(job)
             job.done.succeed()
         self._fill()
@@ -355,7 +356,6 @@ class _Typist:
         self._position = 0
         self._offered = 0  # keys for which what is on the screen stays right
         self._is_asking = False
-        self._asked_at = 0  # position
 
     def type(self, keys: list[Key]) -> Generator["simpy.Event", Any, None]:
         """Type for ever, beginning somewhere in the keys."""
@@ -383,7 +383,7 @@ class _Typist:
 
     def _ask(self) -> Generator["simpy.Event", Any, None]:
         """Wait for a pause, then ask until an answer fits what has been typed by then."""
-        while (pause_s := self._key_at + _DEBOUNCE_S - self._world.now) > 0:  # a further key starts the pause again
+        while (pause_s := self._key_at + _DEBOUNCE_S - self._world.now) > _ROUNDING_S:  # a further key starts it again
             yield self._world.timeout(pause_s)
         while True:
             asked_at, place, key_at = self._position, self._place, self._key_at
