@@ -199,30 +199,12 @@ class Connection:
     async def _open(
         self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float | None = None
     ) -> AsyncIterator[_Body]:
-        """Send a request, once more if a kept connection had been closed; gives the answer to it if it is good."""
-        url = f"{self.address.origin}{self.address.path}{path}"
+        """Send a request; gives the answer to it if it is good."""
         content = None if body is None else json.dumps(body).encode()
-        headers = {} if body is None else {"Content-Type": "application/json"}
-        limits = httpx2.Timeout(self.timeout_s, read=timeout_s or self.timeout_s)
         client, is_whole = self._client, False
         self._users[client] += 1
-        response: httpx2.Response | None = None
         try:
-            for is_last in (False, True):
-                request = client.build_request(method, url, content=content, headers=headers, timeout=limits)
-                self.sent_bytes += len(content or b"")
-                try:
-                    response = await client.send(request, stream=True)
-                    break
-                except (httpx2.RemoteProtocolError, httpx2.ReadError, httpx2.WriteError) as error:
-                    if is_last or not self._has_answered:
-                        raise self._broken(error) from error
-                except httpx2.TimeoutException as error:
-                    raise self._late() from error
-                except (httpx2.HTTPError, OSError) as error:
-                    raise self._unreachable(error) from error
-            assert response is not None
-            self._has_answered, self._is_http2 = True, response.http_version == "HTTP/2"
+            response = await self._send(client, method, path, content, timeout_s or self.timeout_s)
             answer = _Body(response)
             try:
                 await self._check(answer, has_code=body is not None)
@@ -234,6 +216,31 @@ class Connection:
                 await response.aclose()
         finally:
             await self._leave(client, is_whole=is_whole)
+
+    async def _send(
+        self, client: httpx2.AsyncClient, method: str, path: str, content: bytes | None, timeout_s: float
+    ) -> httpx2.Response:
+        """Return the beginning of an answer; send once more if a kept connection had been closed."""
+        url = f"{self.address.origin}{self.address.path}{path}"
+        headers = {} if content is None else {"Content-Type": "application/json"}
+        limits = httpx2.Timeout(self.timeout_s, read=timeout_s)
+        is_repeat = False
+        while True:
+            request = client.build_request(method, url, content=content, headers=headers, timeout=limits)
+            self.sent_bytes += len(content or b"")
+            try:
+                response = await client.send(request, stream=True)
+            except (httpx2.RemoteProtocolError, httpx2.ReadError, httpx2.WriteError) as error:
+                if is_repeat or not self._has_answered:
+                    raise self._broken(error) from error
+                is_repeat = True
+            except httpx2.TimeoutException as error:
+                raise self._late() from error
+            except (httpx2.HTTPError, OSError) as error:
+                raise self._unreachable(error) from error
+            else:
+                self._has_answered, self._is_http2 = True, response.http_version == "HTTP/2"
+                return response
 
     async def _leave(self, client: httpx2.AsyncClient, *, is_whole: bool) -> None:
         """End a request. Over HTTP/2 one that is not whole has to close its connection, and so its client."""

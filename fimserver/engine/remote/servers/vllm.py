@@ -176,22 +176,20 @@ class Vllm(OpenAi):
 
     def write(self, model: ServerModel, context: FimContext, sampling: Sampling) -> Request:
         """Return the request for a context."""
-        request = self._write(model, context, sampling)
+        if model.layout in {CANVAS, IDS} and self._own is not None:
+            return self._write_ids(model, context, sampling, self._own)
+        request = super().write(model, context, sampling)
         refused = _REFUSED if self._is_plain else ()
         body = {name: value for name, value in request.body.items() if name not in refused}
         return replace(request, body={**body, "cache_salt": self._salt})
 
-    def _write(self, model: ServerModel, context: FimContext, sampling: Sampling) -> Request:
-        if model.layout not in {CANVAS, IDS} or self._own is None:
-            return super().write(model, context, sampling)
-        own = self._own
+    def _write_ids(self, model: ServerModel, context: FimContext, sampling: Sampling, own: Own) -> Request:
         metadata = limit_context(own.metadata, min(model.usual_tokens, model.context_tokens - own.canvas_length))
         prompt = build_prompt(context, own.vocabulary, metadata)
         body = {**_body(model, list(prompt.token_ids)), "cache_salt": self._salt}
         path = to_path(model.base, "completions")
         if model.layout == IDS:
-            tokens = count_tokens(context, sampling)
-            body["max_tokens"] = tokens
+            body["max_tokens"] = count_tokens(context, sampling)
             return Request(path, body, IdsReader(context, prompt, own))
         return self._write_canvas(path, body, context, sampling, prompt, own)
 
