@@ -110,21 +110,12 @@ def adapt(times: EngineTimes, **changes: float | None) -> EngineTimes:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One number of users: the GPUs that they need, and what they see then.
-
-    Times are milliseconds to an answer that is shown, from the last key before its request. ``reused`` is the share of
-    keys that show the rest of an earlier answer, ``wasted`` that of answers that came to nothing.
-    """
+    """One number of users: the GPUs that they need, and what the simulation saw with so many."""
 
     users: int
     typing: int
     gpus: int
-    p50_ms: float
-    p95_ms: float
-    asked_per_s: float
-    reused: float
-    wasted: float
-    busy: float
+    outcome: "Outcome"
     usd_per_user_month: float
 
 
@@ -134,9 +125,7 @@ class Plan:
 
     engine: str
     times: EngineTimes
-    target_ms: float
-    typing_share: float
-    usd_per_gpu_hour: float
+    team: "Team"
     rows: list[Row]
 
 
@@ -147,11 +136,11 @@ class Team:
     ``routing`` is typist (always the same GPU, drawn at random) or least (the least busy one).
     """
 
-    typing_share: float = 0.3
-    target_ms: float = 500
-    usd_per_gpu_hour: float = 0.7
-    routing: str = "typist"
-    seed: int = 0
+    typing_share: float
+    target_ms: float
+    usd_per_gpu_hour: float
+    routing: str
+    seed: int
 
 
 def plan_capacity(engine: str, times: EngineTimes, users: list[int], team: Team) -> Plan:
@@ -159,7 +148,7 @@ def plan_capacity(engine: str, times: EngineTimes, users: list[int], team: Team)
     keys = list(to_keystrokes(_NUM_KEYS))
     shown = track(users, "users", console=Console(stderr=True), disable=not sys.stderr.isatty())
     rows = [_find_row(times, number, team, keys) for number in shown]
-    return Plan(engine, times, team.target_ms, team.typing_share, team.usd_per_gpu_hour, rows)
+    return Plan(engine, times, team, rows)
 
 
 def _find_row(times: EngineTimes, users: int, team: Team, keys: list[Key]) -> Row:
@@ -186,23 +175,16 @@ def _find_row(times: EngineTimes, users: int, team: Team, keys: list[Key]) -> Ro
         else:
             too_few = middle
     cost = enough * team.usd_per_gpu_hour * _HOURS_A_MONTH / users
-    return Row(
-        users,
-        typing,
-        enough,
-        found.p50_ms,
-        found.p95_ms,
-        found.asked_per_s,
-        found.reused,
-        found.wasted,
-        found.busy,
-        cost,
-    )
+    return Row(users, typing, enough, found, cost)
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one simulation saw."""
+    """What one simulation saw.
+
+    Times are milliseconds to an answer that is shown, from the last key before its request. ``reused`` is the share of
+    keys that show the rest of an earlier answer, ``wasted`` that of answers that came to nothing.
+    """
 
     p50_ms: float
     p95_ms: float

@@ -202,8 +202,9 @@ def print_capacity(plan: "Plan", console: Console | None = None) -> None:
     for column in (*columns, "USD/user/month"):
         table.add_column(column, justify="right")
     for row in plan.rows:
-        numbers = (f"{row.p50_ms:.0f}", f"{row.p95_ms:.0f}", f"{row.asked_per_s:.1f}")
-        shares = (f"{share:.0%}" for share in (row.reused, row.wasted, row.busy))
+        seen = row.outcome
+        numbers = (f"{seen.p50_ms:.0f}", f"{seen.p95_ms:.0f}", f"{seen.asked_per_s:.1f}")
+        shares = (f"{share:.0%}" for share in (seen.reused, seen.wasted, seen.busy))
         table.add_row(
             f"{row.users:,}", f"{row.typing:,}", f"{row.gpus:,}", *numbers, *shares, f"{row.usd_per_user_month:.2f}"
         )
@@ -211,7 +212,7 @@ def print_capacity(plan: "Plan", console: Console | None = None) -> None:
     console.print(
         f"One request alone takes {times.new_place_ms:g} ms at a new place and {times.further_key_ms:g} ms after a "
         f"further key; {times.slots} at the same time, each of which adds {times.growth:.0%}. Wanted: p95 of "
-        f"{plan.target_ms:g} ms, at {plan.usd_per_gpu_hour:g} USD for a GPU and hour.",
+        f"{plan.team.target_ms:g} ms, at {plan.team.usd_per_gpu_hour:g} USD for a GPU and hour.",
         highlight=False,
     )
     console.print(f"Times: {times.source}.", highlight=False)

@@ -16,7 +16,7 @@ from fimserver.cli.main import main
 from fimserver.errors import FimserverError
 
 PUBLISHED = ENGINES["diffusiongemma-4090"]
-TEAM = Team()
+TEAM = Team(typing_share=0.3, target_ms=500, usd_per_gpu_hour=0.7, routing="typist", seed=0)
 
 
 @cache
@@ -102,7 +102,7 @@ def test_a_typist_on_one_gpu_costs_less_work() -> None:
 def test_the_plan_is_the_smallest_that_is_enough() -> None:
     plan = plan_capacity("diffusiongemma-4090", PUBLISHED, [10, 100], TEAM)
     for row in plan.rows:
-        assert row.p95_ms <= TEAM.target_ms
+        assert row.outcome.p95_ms <= TEAM.target_ms
         if row.gpus > 1:
             assert simulate(PUBLISHED, row.typing, row.gpus - 1, TEAM, keys()).p95_ms > TEAM.target_ms
     small, large = plan.rows
@@ -144,6 +144,8 @@ def test_the_command_prints_a_table_and_json() -> None:
     result = CliRunner().invoke(main, [*options, "--json"])
     found = json.loads(result.stdout)
     assert [row["users"] for row in found["rows"]] == [10, 20]
+    help_text = CliRunner().invoke(main, ["bench", "capacity", "--help"]).output
+    assert all(name in help_text for name in ENGINES)
     wrong = CliRunner().invoke(main, ["bench", "capacity", "--users", "ten"])
     assert wrong.exit_code == 2
     assert "not a list of whole numbers" in wrong.output
