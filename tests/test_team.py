@@ -162,7 +162,7 @@ def names_in(expression: str) -> set[str]:
 
 def test_metrics_are_those_that_the_server_has() -> None:
     """The list is what vLLM 0.32's /metrics gave while it served a diffusion model."""
-    known = set((ROOT / "tests" / "data" / "vllm_metrics.txt").read_text(encoding="utf-8").split())
+    known = set((ROOT / "tests" / "data" / "vllm" / "metrics.txt").read_text(encoding="utf-8").split())
     used = {
         name for group in read("alerts.yml")["groups"] for rule in group["rules"] for name in names_in(rule["expr"])
     }

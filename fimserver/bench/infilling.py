@@ -140,7 +140,7 @@ def evaluate_files(  # noqa: PLR0913  the command's options
         raise FimserverError(msg)
     info, filled = _fill(items, settings, max_tokens, LlamaCpp(against) if against else None)
     if execute:
-        filled = [_run_tests(f) for f in _track(filled, "running tests")]
+        filled = [_run_tests(f) for f in track_progress(filled, "running tests")]
     overall = _score(filled)
     kinds = {kind: [f for f in filled if f.item.kind == kind] for kind in (*KINDS.values(), OTHER)}
     return Summary(
@@ -164,7 +164,7 @@ def _fill(
         info = engine.wait_until_ready(LOAD_TIMEOUT_S)
         sampling = replace(to_sampling(settings, min_tokens=0), max_latency_ms=None, max_tokens=max_tokens)
         filled = []
-        for item in _track(items, "filling"):
+        for item in track_progress(items, "filling"):
             one = Filled(item, engine.complete(_to_context(item), sampling).future.result())
             filled.append(one if server is None else _ask_both(one, engine, server, sampling))
     finally:
@@ -238,7 +238,8 @@ def _score(filled: Sequence[Filled]) -> Scores:
     )
 
 
-def _track(sequence: Sequence[_T], description: str) -> Iterator[_T]:
+def track_progress(sequence: Sequence[_T], description: str) -> Iterator[_T]:
+    """Yield the items, with a progress bar on a terminal."""
     console = Console(stderr=True)
     return iter(track(sequence, description, console=console, disable=not sys.stderr.isatty()))
 

@@ -11,18 +11,14 @@ Knows:  files, the pipeline, other servers.  Never: LSP, tokens.
 """
 
 import statistics
-import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import track
-
 from fimserver import pipeline
 from fimserver.bench.datasets import Line, cut_lines, cut_lines_of, read_code
-from fimserver.bench.infilling import LOAD_TIMEOUT_S
+from fimserver.bench.infilling import LOAD_TIMEOUT_S, track_progress
 from fimserver.bench.metrics import MeanInterval, paired_difference, percentile, share_interval
 from fimserver.bench.servers.llama_cpp import LlamaCpp
 from fimserver.context.query import OtherDocument, Query
@@ -138,7 +134,7 @@ def evaluate_lines(  # noqa: PLR0913  the command's options
     try:
         engine.start()
         info = engine.wait_until_ready(LOAD_TIMEOUT_S)
-        for line in _track(lines):
+        for line in track_progress(lines, "completing"):
             query = Query(line.snapshot, settings, others=others, uses_matches=matches)
             outcome = _complete(query, line, engine)
             if server is not None:
@@ -148,11 +144,6 @@ def evaluate_lines(  # noqa: PLR0913  the command's options
         engine.close()
     theirs = _compare(against, outcomes) if against else None
     return _score(outcomes, str(data) if data else "standard library", info, theirs)
-
-
-def _track(lines: Sequence[Line]) -> Iterator[Line]:
-    console = Console(stderr=True)
-    return iter(track(lines, "completing", console=console, disable=not sys.stderr.isatty()))
 
 
 def _complete(query: Query, line: Line, engine: EngineClient) -> Outcome:

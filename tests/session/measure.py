@@ -8,21 +8,19 @@ Knows:  LSP as an editor does, settings.  Never: engines.
 """
 
 import statistics
-import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.progress import track
 from soak.editors import own_home
 from support.lsp_client import RELAY, LspClient
 
 from fimserver.bench.datasets import Line, cut_lines, cut_lines_of, read_code
+from fimserver.bench.infilling import track_progress
 from fimserver.bench.metrics import percentile
 from fimserver.cli.options import run_measurement
 from fimserver.errors import FimserverError
@@ -159,7 +157,7 @@ def measure(config: Path | None, lines: Sequence[Line], others: Sequence[Line]) 
         session = Session()
         try:
             engine = session.wait_until_ready()["engine"]
-            seen = [session.try_line(line) for line in _track(lines)]
+            seen = [session.try_line(line) for line in track_progress(lines, "completing")]
             pairs = zip(others[::2], others[1::2], strict=True)
             cancels = [session.try_cancel(line, following) for line, following in pairs]
         finally:
@@ -193,11 +191,6 @@ def _is_in_word(line: Line) -> bool:
 
 def _share(values: Sequence[bool]) -> float:
     return round(statistics.fmean(values), 3) if values else 0.0
-
-
-def _track(lines: Sequence[Line]) -> Iterator[Line]:
-    console = Console(stderr=True)
-    return iter(track(lines, "completing", console=console, disable=not sys.stderr.isatty()))
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

@@ -47,7 +47,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.progress import Progress
-from support.completion_server import FAULTS, SLOW, serve
+from support.completion_server import serve
 
 from fimserver.bench.metrics import percentile
 from fimserver.daemon.launch import ask, end_daemon, read_status
@@ -422,7 +422,7 @@ def soak_engine(kind: str, editors: int, edits: int, faults: int, seed: int, man
         def fail() -> None:
             fate = random.Random(seed)
             while not over.wait(fate.uniform(0.2, 2.0)):
-                server.fault = fate.choice([*FAULTS, *SLOW, "dead"]) if fate.random() < 0.5 else ""
+                server.draw_fault(fate)
                 server.pause_s = fate.choice([0.0, 0.02])
                 changes.append(server.fault)
 

@@ -1,6 +1,7 @@
 """A server of completions on this machine: llama.cpp, Ollama or OpenAI in form, and with faults on request."""
 
 import json
+import random
 import socket
 import ssl
 import threading
@@ -47,6 +48,10 @@ class CompletionServer:
     answer_ids: Callable[[Any], list[int]] | None = None  # to prompts of token ids
     tops: list[dict[str, float] | None] = field(default_factory=list)  # the likeliest ids of such an answer's tokens
     replay: Callable[[Asked], tuple[int, str]] | None = None  # status and body of every answer, in place of the above
+
+    def draw_fault(self, chance: random.Random) -> None:
+        """Fail in one of all ways, or in half of the cases not."""
+        self.fault = chance.choice([*FAULTS, *SLOW, "dead"]) if chance.random() < 0.5 else ""
 
     @property
     def url(self) -> str:

@@ -8,18 +8,14 @@ Knows:  the pipeline, the engine's client.  Never: LSP.
 """
 
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import track
-
 from fimserver import pipeline
 from fimserver.bench.confidence.places import Asked, draw_places
 from fimserver.bench.datasets import HELD_OUT, read_code, read_module
-from fimserver.bench.infilling import LOAD_TIMEOUT_S
+from fimserver.bench.infilling import LOAD_TIMEOUT_S, track_progress
 from fimserver.bench.metrics import Answer, expected_calibration_error, share_interval
 from fimserver.context.query import Query, sampling_for
 from fimserver.datatypes import NoCompletion
@@ -84,9 +80,7 @@ def measure_automatic(
         engine.start()
         info = engine.wait_until_ready(LOAD_TIMEOUT_S)
         places = list(draw_places(texts, limit))
-        console = Console(stderr=True)
-        shown = track(places, "completing", console=console, disable=not sys.stderr.isatty())
-        offers = [_complete(place, settings, engine) for place in shown]
+        offers = [_complete(place, settings, engine) for place in track_progress(places, "completing")]
     finally:
         engine.close()
     if plots is not None:

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import pytest
-from support.completion_server import FAULTS, SLOW, serve
+from support.completion_server import serve
 
 from fimserver.datatypes import FimContext, Generation, Hole, HoleKind, Mode, ModelInfo, Sampling
 from fimserver.engine.client import EngineClient, EngineState
@@ -71,7 +71,7 @@ def test_nothing_is_lost_and_nothing_is_stale(monkeypatch: pytest.MonkeyPatch) -
         engine = FallbackEngine(remote, Own(), report, TIMEOUT_S)
         for number in range(REQUESTS):
             if number % 10 == 0:
-                server.fault = chance.choice([*FAULTS, *SLOW, "dead"]) if chance.random() < 0.5 else ""
+                server.draw_fault(chance)
                 server.pause_s = chance.choice([0.0, 0.0, 0.01])
                 until_up(engine, server.fault)
             cancelled = threading.Event()
