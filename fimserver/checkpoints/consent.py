@@ -80,6 +80,16 @@ def is_elsewhere(model: str) -> bool:
     return model.replace("\\", "/").startswith("//")
 
 
+def may_exist(model: str) -> bool:
+    """Return whether a name can be that of a model, without accessing its folder: a full path, or a downloaded name."""
+    if os.path.isabs(os.path.expanduser(model)):  # noqa: PTH111, PTH117
+        return True
+    try:
+        return is_hub_name(model.partition("@")[0]) and find_added(model) is not None
+    except WeightsError:
+        return False
+
+
 def content_digest(folder: Path) -> str:
     """Return a text that changes when the model of a folder, or of one file, does; ``MISSING`` without either.
 

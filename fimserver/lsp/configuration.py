@@ -19,7 +19,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from fimserver.checkpoints.consent import ANYWHERE, Agreements, find_known, is_elsewhere, is_installed
+from fimserver.checkpoints.consent import ANYWHERE, Agreements, find_known, is_elsewhere, is_installed, may_exist
 from fimserver.checkpoints.consent import FILE_NAME as AGREEMENTS_NAME
 from fimserver.engine.client import EngineOptions
 from fimserver.engine.remote.address import Address, parse_address
@@ -67,6 +67,7 @@ class Configuration:
         self.refused_model: str | None = None  # the name that would be used if the user had agreed to it
         self.own_models: set[str] = set()  # named where a repository cannot: config.toml, the command line
         self.is_own_engine = True  # so is the engine, and where it is
+        self._own_names: frozenset[str] = frozenset()  # of WORKSPACE, which the editor says are the user's own
         self._layers: dict[Source, dict[str, Any]] = {}
         self._find_model = find_model
         self.on_change = on_change
@@ -100,6 +101,10 @@ class Configuration:
         self._layers[source] = values
         return self.reread()
 
+    def set_own(self, names: frozenset[str]) -> None:
+        """Take the editor's word on which of its next settings are the user's own, not those of a repository."""
+        self._own_names = names
+
     def set_trust(self, *, trusted: bool) -> list[str]:
         """Take the editor's word on workspace trust, which decides which settings count."""
         self.is_trusted = trusted
@@ -109,17 +114,19 @@ class Configuration:
         """Put the settings together again: trust or consent may have changed."""
         settings, problems = Settings(), []
         self.refused_model = None
-        named = (self._layers.get(source, {}).get("model") for source in Source if source not in _EDITORS)
+        named = (self._layers.get(source, {}).get("model") for source in Source if self._is_own(source, "model"))
         self.own_models = {Settings().model, *(model for model in named if isinstance(model, str))}
-        self.is_own_engine = not any(
-            name in self._layers.get(source, {}) for source in _EDITORS for name in ("engine", "remote")
+        self.is_own_engine = all(
+            self._is_own(source, name) or name not in self._layers.get(source, {})
+            for source in _EDITORS
+            for name in ("engine", "remote")
         )
         for source in Source:
             values = self._layers.get(source, {})
             if "model" in values:
                 self.refused_model = None  # a later source decides
             if source in _EDITORS:
-                values = self._allowed(values)
+                values = self._allowed(values, source)
             settings, more = read_settings(values, settings)
             problems += more
         if settings != self.settings:
@@ -127,13 +134,17 @@ class Configuration:
             self.on_change()
         return problems
 
-    def _allowed(self, values: dict[str, Any]) -> dict[str, Any]:
+    def _is_own(self, source: Source, name: str) -> bool:
+        """Return whether a setting of a source is the user's own: a repository cannot have made it."""
+        return source not in _EDITORS or (source is Source.WORKSPACE and name in self._own_names)
+
+    def _allowed(self, values: dict[str, Any], source: Source) -> dict[str, Any]:
         """Return an editor's settings without those that a repository must not decide."""
         if not self.is_trusted:
             return {name: value for name, value in values.items() if name not in ENGINE_SETTINGS}
         model = values.get("model")
-        if not isinstance(model, str) or not model:
-            return values  # reported as a wrong value when it is read
+        if not isinstance(model, str) or not model or self._is_own(source, "model"):
+            return values  # a wrong value is reported when it is read
         if (folder := self._find_model(model)) is not None:
             return {**values, "model": folder}
         self.refused_model = model
@@ -235,6 +246,11 @@ class ConsentPrompt:
         needs_none = f"fimserver.model in {config_file()} needs no consent"
         if is_elsewhere(model):
             self.warn(f"fimserver.model is a folder of another machine, which editors may not name; {needs_none}")
+        elif not may_exist(model):
+            self.warn(
+                f"there is no model {_shorten(model)}: fimserver.model has to be a full path or the name of an added "
+                f"model; add it with: fimserver model add {_shorten(model)}"
+            )
         elif self._agreements.is_refused(model, self._workspaces()):
             self.warn(
                 f"fimserver.model is {_shorten(model)}, which you declined here; remove the setting, or run the "

@@ -239,7 +239,9 @@ class EngineLink:
         info = self.engine.info
         named = {"model": info.name if info else None, "device": info.device if info else None}
         where = {"engine": info.engine if info else self.engine.options.engine, "server": info.server if info else ""}
-        return {"state": self.engine.state, "detail": self.engine.detail, "pid": self.engine.pid, **named, **where}
+        state = {"state": self.engine.state, "detail": self.engine.detail, "pid": self.engine.pid}
+        learned = list(info.languages) if info else []  # empty: any
+        return {**state, **named, **where, "languages": learned}
 
     def send_status(self, state: EngineState, detail: str) -> None:
         """Tell the editor what to show in its status bar."""

@@ -19,6 +19,7 @@ from fimserver.lsp.server import FimLanguageServer
 
 EXPLAIN_COMMAND = "fimserver.explain"
 TRUST_NOTIFICATION = "fimserver/didChangeWorkspaceTrust"
+OWN_NOTIFICATION = "fimserver/ownSettings"
 SNOOZE_COMMAND = "fimserver.snooze"
 _TRIGGERS = [".", "(", "[", "{", "=", ",", " ", ":", "<", '"', "'", "/", "@"]
 
@@ -112,8 +113,16 @@ def _register_own(server: FimLanguageServer) -> None:
         return {"minutes": server.session.snoozed_minutes()}
 
     @server.feature("fimserver/status")
-    def status(_params: Any) -> dict[str, Any]:
-        return server.status()
+    def status(params: Any) -> dict[str, Any]:
+        language_id = getattr(params, "languageId", None)
+        return server.status(language_id if isinstance(language_id, str) else None)
+
+    @server.feature(OWN_NOTIFICATION)
+    def did_name_own_settings(params: Any) -> None:
+        server.session.counters["ownSettings"] += 1
+        names = getattr(params, "names", None)
+        named = names if isinstance(names, list | tuple) else ()
+        server.configuration.set_own(frozenset(name for name in named if isinstance(name, str)))
 
     @server.feature(TRUST_NOTIFICATION)
     def did_change_trust(params: Any) -> None:

@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 from fimserver.analysis.client import FoundHole
 from fimserver.analysis.quarantine import Treatment
@@ -85,6 +86,20 @@ class RequestPolicy:
         if not self._session.is_current(request.document_snapshot):
             raise RefusedError(CHANGED)
 
+    def describe_language(self, language_id: str) -> dict[str, Any]:
+        """Return whether automatic completions are on in a language, and whether the model was trained on it."""
+        try:
+            self._check_language_wanted(language_id)
+            enabled = True
+        except RefusedError:
+            enabled = False
+        return {"id": language_id, "enabled": enabled, "learned": self._is_learned(language_id)}
+
+    def _is_learned(self, language_id: str) -> bool:
+        """Return whether the model was trained on a language; so are all languages of one that is not known yet."""
+        info = self._engine.info
+        return info is None or not info.languages or find_language(language_id).id in info.languages
+
     def _check_language_wanted(self, *language_ids: str) -> None:
         """Raise ``RefusedError`` if the settings turn completions off in a language, by any of its names."""
         names = [name for each in language_ids for name in (each, find_language(each).id, *each.split("."))]
@@ -135,7 +150,7 @@ class RequestPolicy:
         info = self._engine.info
         language = find_language(found.language_id).id
         unsure = self.refuse_unsure_match(request, found) if found.sure is not None else None
-        if info is not None and info.languages and language not in info.languages:
+        if info is not None and not self._is_learned(found.language_id):
             detail = (
                 f"the model {info.name!r} was trained on {', '.join(info.languages)} only, so in {language} only "
                 "matches with your files are offered; invoke a completion manually, or choose another fimserver.model"

@@ -338,8 +338,8 @@ class FimLanguageServer(LanguageServer):
             "counters": dict(self.session.counters),
         }
 
-    def status(self) -> dict[str, Any]:
-        """Return what a status bar shows."""
+    def status(self, language_id: str | None = None) -> dict[str, Any]:
+        """Return what a status bar shows; ``language_id`` is the language of the document that has the focus."""
         return {
             "engine": self.link.describe(),
             "enabled": self.session.settings.enabled,
@@ -348,4 +348,5 @@ class FimLanguageServer(LanguageServer):
             "trusted": self.configuration.is_trusted,
             "refusedModel": self.configuration.refused_model,
             "refusedServer": self.link.refused_server.origin if self.link.refused_server is not None else None,
+            "language": self.policy.describe_language(language_id) if language_id is not None else None,
         }

@@ -206,6 +206,59 @@ def test_an_accepted_folder_loads_without_another_question(start_fake: Start, ho
     assert model_of(elsewhere) == str(folder)
 
 
+def pull(server: FakeServer, **settings: Any) -> None:
+    """Have the server pull settings, as an editor does when they have changed."""
+    server.configuration = settings
+    pulled = len([r for r in server.requests if r["method"] == "workspace/configuration"])
+    server.notify("workspace/didChangeConfiguration", {"settings": None})
+    until(lambda: len([r for r in server.requests if r["method"] == "workspace/configuration"]) > pulled)
+    server.request("fimserver/status", {})
+
+
+def test_the_users_own_model_needs_no_question(start_fake: Start, folder: Path) -> None:
+    server = start_fake(folders=[HERE], workspace={"configuration": True})
+    server.wait_until_ready()
+    server.notify("fimserver/ownSettings", {"names": ["model"]})
+    pull(server, model=str(folder))
+    until(lambda: loaded(server) == ["tiny", str(folder)])
+    assert asked(server) == []
+    assert model_of(server) == "None"
+    server.notify("fimserver/ownSettings", {"names": []})
+    pull(server, model=str(folder), maxLines=3)
+    until(lambda: asked(server))
+    assert model_of(server) == str(folder), "the same value, now from the open folder"
+
+
+@pytest.mark.parametrize("values", [{"ownSettings": ["model"]}, {"fimserver/ownSettings": {"names": ["model"]}}])
+def test_settings_cannot_vouch_for_themselves(start_fake: Start, folder: Path, values: dict[str, Any]) -> None:
+    server = start_fake(folders=[HERE], workspace={"configuration": True}, options=values)
+    server.wait_until_ready()
+    pull(server, model=str(folder), **values)
+    until(lambda: asked(server))
+    assert model_of(server) == str(folder)
+    assert loaded(server) == ["tiny"]
+
+
+@pytest.mark.parametrize("names", [None, "model", {"model": 1}, [1, None], [["model"]]])
+def test_odd_names_of_own_settings_vouch_for_nothing(start_fake: Start, folder: Path, names: Any) -> None:
+    server = start_fake(folders=[HERE], workspace={"configuration": True})
+    server.wait_until_ready()
+    server.notify("fimserver/ownSettings", {"names": names})
+    pull(server, model=str(folder))
+    until(lambda: asked(server))
+
+
+@pytest.mark.parametrize("model", ["qwen", "models/mine", "owner/name"])
+def test_a_name_of_no_model_is_reported_without_a_question(start_fake: Start, home: Path, model: str) -> None:
+    server = start_fake(folders=[HERE])
+    server.wait_until_ready()
+    server.set(model=model)
+    shown = server.wait_for_notification("window/showMessage", lambda p: model in p["message"])
+    assert f"fimserver model add {model}" in shown["message"]
+    assert model_of(server) == model, "the editor shows that the setting is not in use"
+    assert asked(server) == []
+
+
 def test_config_toml_needs_no_agreement(start_fake: Start, home: Path, folder: Path) -> None:
     (home / "config").mkdir(parents=True)
     (home / "config" / "config.toml").write_text(f"model = {json.dumps(str(folder))}\n")
