@@ -217,8 +217,9 @@ class ConsentPrompt:
         key = f" The key that {options.remote.api_key} holds is sent along." if options.remote.api_key else ""
         open_text = "" if address.is_encrypted or address.is_loopback else " It is not encrypted on its way."
         text = (
-            f"The settings name the engine {options.engine} at {_shorten(address.origin)}: the code around the cursor "
-            f"would be sent there, to {elsewhere}.{key}{open_text} Until you agree, fimserver's own engine answers."
+            f"Send code to {_shorten(address.origin)}? The settings name the engine {options.engine} there: the code "
+            f"around the cursor would be sent to {elsewhere}.{key}{open_text} Until you agree, fimserver's own engine "
+            "answers."
         )
         return await self._ask(
             text,
@@ -236,36 +237,43 @@ class ConsentPrompt:
         self._asked_about.clear()
 
     def may_ask(self, model: str) -> bool:
-        """Return whether to ask about a model that was refused; warn where it must not be loaded at all.
+        """Return whether to ask about a model that is not in use; warn where it cannot be loaded at all.
 
-        Each model is asked about once, until ``forget_answer``.
+        Each model is asked about once, until ``revoke``.
         """
         if model in self._asked_about:
             return False
         self._asked_about.add(model)
-        needs_none = f"fimserver.model in {config_file()} needs no consent"
-        if is_elsewhere(model):
-            self.warn(f"fimserver.model is a folder of another machine, which editors may not name; {needs_none}")
-        elif not may_exist(model):
-            self.warn(
-                f"there is no model {_shorten(model)}: fimserver.model has to be a full path or the name of an added "
-                f"model; add it with: fimserver model add {_shorten(model)}"
-            )
-        elif self._agreements.is_refused(model, self._workspaces()):
+        if not self.can_be_asked(model):
+            return False
+        if self._agreements.is_refused(model, self._workspaces()):
             self.warn(
                 f"fimserver.model is {_shorten(model)}, which you declined here; remove the setting, or run the "
                 f"command {RESTART_COMMAND} to be asked again"
             )
-        else:
-            return True
-        return False
+            return False
+        return True
+
+    def can_be_asked(self, model: str) -> bool:
+        """Return whether a name can be that of a model on this machine; warn if not."""
+        if is_elsewhere(model):
+            needs_none = f"fimserver.model in {config_file()} needs no consent"
+            self.warn(f"fimserver.model is a folder of another machine, which editors may not name; {needs_none}")
+            return False
+        if not may_exist(model):
+            self.warn(
+                f"there is no model {_shorten(model)}: fimserver.model has to be a full path or the name of an added "
+                f"model; add it with: fimserver model add {_shorten(model)}"
+            )
+            return False
+        return True
 
     async def ask(self, model: str, is_still_wanted: Callable[[], bool]) -> bool:
         """Ask the user, and store the answer; return whether it may have changed the settings."""
         here, everywhere, never = "Load it in this workspace", "Load it everywhere", "Do not load it"
         text = (
-            f"The settings name a model that fimserver does not know: {_shorten(model)}. A repository can bring such a "
-            "setting with it, so it is loaded only if you agree. "
+            f"Load the model {_shorten(model)}? The settings name it, and fimserver does not know it. A repository can "
+            "bring such a setting with it, so it is loaded only if you agree. "
             f"(fimserver.model in {config_file()} needs no consent.)"
         )
         return await self._ask(

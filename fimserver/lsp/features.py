@@ -10,7 +10,6 @@ from typing import Any
 from lsprotocol import types as lsp
 
 from fimserver.analysis.client import AnalysisClient
-from fimserver.checkpoints.consent import is_elsewhere
 from fimserver.engine.client import EngineClient
 from fimserver.lsp.completer import FIRST_LINE
 from fimserver.lsp.configuration import RESTART_COMMAND, Source
@@ -189,7 +188,5 @@ def _register_commands(server: FimLanguageServer) -> None:
 
     @server.command(RESTART_COMMAND)
     def restart(*_arguments: Any) -> None:
-        model = server.configuration.refused_model
-        if model is not None and not is_elsewhere(model):
-            server.keep(server.ask_for_consent(model))  # also if the user refused before
+        server.ask_about_refused()
         server.link.restart()

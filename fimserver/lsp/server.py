@@ -188,6 +188,14 @@ class FimLanguageServer(LanguageServer):
         if (server := self.link.refused_server) is not None and self.consent.may_ask_server(server):
             self.keep(self.ask_about_server(server))
 
+    def ask_about_refused(self) -> None:
+        """Ask again about the model and the server that are not in use, also if the user refused them before."""
+        model, server = self.configuration.refused_model, self.link.refused_server
+        if model is not None and self.consent.can_be_asked(model):
+            self.keep(self.ask_for_consent(model))
+        if server is not None:
+            self.keep(self.ask_about_server(server))
+
     async def ask_about_server(self, server: Address) -> None:
         """Ask whether code may be sent to the engine's server."""
         if await self.consent.ask_server(self.link.refused_options, server, lambda: self.link.refused_server == server):

@@ -1,6 +1,6 @@
 // Bundles src/extension.ts into dist/extension.js: node scripts/build.mjs [--watch]
 
-import { existsSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
+import { copyFileSync, existsSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { context } from "esbuild";
 
 const watch = process.argv.includes("--watch");
@@ -25,6 +25,7 @@ if (watch) {
   writeFileSync("dist/LICENSES.txt", licences(metafile));
   // vsce accepts only images from a web server; the walkthrough shows this one.
   writeFileSync("dist/README.md", readFileSync("README.md", "utf8").replace(/^!\[.*\n\n/m, ""));
+  copyFileSync("../../fimserver/samples/inventory.py", "dist/sample.txt");
   await build.dispose();
 }
 

@@ -4,7 +4,7 @@
     python scripts/settings.py            write them
     python scripts/settings.py --check    exit with code 1 if they differ
 
-Needs a Python with fimserver installed. This file defines only the extension's own settings and the order of groups.
+Needs a Python with fimserver installed. This file defines only the extension's own settings and which come first.
 """
 
 import argparse
@@ -29,6 +29,13 @@ OWN: dict[str, dict[str, Any]] = {
         "in the workspace's `.venv` and `venv`, on PATH, and in the extension's own folder. Ignored in a "
         "workspace that you do not trust.",
     },
+    "torchIndex": {
+        "type": "string",
+        "default": "",
+        "scope": "machine",
+        "markdownDescription": "Package index from which *Install the Server* takes torch, such as a mirror in your "
+        "company. If empty, PyTorch's own index is used. Other packages come from the index that pip or uv is set to.",
+    },
     "trace.server": {
         "type": "string",
         "default": "off",
@@ -38,6 +45,8 @@ OWN: dict[str, dict[str, Any]] = {
         "The log's level must also be *Trace*.",
     },
 }
+
+FIRST = ("enabled", "languages", "model", "engine", "maxLines", "comments")  # settings that many users change
 
 
 def _type_of(setting: "Field[Any]") -> dict[str, Any]:
@@ -66,19 +75,25 @@ def _described(setting: "Field[Any]") -> dict[str, Any]:
 
 
 def to_properties() -> dict[str, dict[str, Any]]:
-    """Return ``contributes.configuration.properties``."""
-    properties = {
-        f"fimserver.{name}": {
+    """Return ``contributes.configuration.properties``: those that many users change, then the others as advanced."""
+    schemas = OWN | {
+        name: {
             **_type_of(setting),
             "default": to_wire_value(setting.default) if setting.default != () else {},
             "scope": "machine-overridable" if name in ENGINE_SETTINGS else "window",
             "markdownDescription": setting.metadata["doc"].replace("*", "\\*"),
+        }
+        for name, setting in BY_WIRE_NAME.items()
+    }
+    names = [*FIRST, *(name for name in schemas if name not in FIRST)]
+    return {
+        f"fimserver.{name}": {
+            **schemas[name],
+            **({} if name in FIRST else {"tags": ["advanced"]}),
             "order": order,
         }
-        for order, (name, setting) in enumerate(BY_WIRE_NAME.items(), start=len(OWN))
+        for order, name in enumerate(names)
     }
-    own = {f"fimserver.{name}": {**schema, "order": order} for order, (name, schema) in enumerate(OWN.items())}
-    return own | properties
 
 
 def to_manifest(manifest: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ export interface Configuration {
 }
 
 /** Settings of the extension, which the server does not know. */
-export const OWN: readonly string[] = ["serverPath", "trace.server"];
+export const OWN: readonly string[] = ["serverPath", "torchIndex", "trace.server"];
 
 /** Return a value for each of the server's settings; `null` (not set) for those that the user did not set. */
 export function chosenSettings(configuration: Configuration, names: readonly string[]): Record<string, unknown> {
@@ -23,6 +23,15 @@ export function chosenSettings(configuration: Configuration, names: readonly str
     values[name] = chosen?.some((value) => value !== undefined) ? (configuration.get(name) ?? null) : null;
   }
   return values;
+}
+
+/** Return the names of the settings that the user's own value decides, and no file of the workspace. */
+export function ownSettings(configuration: Configuration, names: readonly string[]): string[] {
+  return names.filter((name) => {
+    const found = configuration.inspect(name);
+    const isOthers = found?.workspaceValue !== undefined || found?.workspaceFolderValue !== undefined;
+    return found?.globalValue !== undefined && !isOthers;
+  });
 }
 
 /** Return the names of the server's settings, from the properties in package.json. */

@@ -5,21 +5,30 @@ import * as vscode from "vscode";
 import { isLanguageOn, serverSettings } from "./chosen";
 import { runDoctor } from "./doctor";
 import { type Remedy, toSentence } from "./explain";
+import { toParts, toText } from "./headline";
 import { Installer } from "./installer";
 import { Messages } from "./messages";
 import { isInside } from "./outside";
+import { openSample } from "./sample";
 import { DOCUMENTS, Server } from "./server";
+import { runSetup } from "./setup";
 import { showStatistics } from "./statistics";
 import { StatusItem } from "./statusItem";
-import { type Action, type Language, toMenu, toStatus } from "./view";
+import { type Scope, toOn, withLanguage, withoutLanguage } from "./switches";
+import { type Action, isUnlearned, type Language, type MenuItem, namesOf, toMenu, toSnoozes, toStatus } from "./view";
 import { untrustedFolders } from "./workspace";
 
-const NOT_NOW = "fimserver.doNotOffer";
+const NOT_NOW = "fimserver.doNotOffer"; // keys of the extension's own storage
+const ON_HERE = "fimserver.isOnHere";
+const UNLEARNED_SHOWN = "fimserver.isUnlearnedShown";
+const REFRESH_WITHIN_MS = 200; // that the menu waits for the server
 const REMEDIES: Readonly<Record<Remedy, { title: string; action: Action }>> = {
   endSnooze: { title: "End the Snooze", action: { kind: "snooze", minutes: 0 } },
-  turnOn: { title: "Turn On", action: { kind: "enabled", on: true } },
+  turnOn: { title: "Turn On", action: { kind: "turnOn" } },
+  turnOnLanguage: { title: "Turn On", action: { kind: "turnOn" } },
   restart: { title: "Restart", action: { kind: "restart" } },
   settings: { title: "Settings", action: { kind: "settings" } },
+  setup: { title: "Get a Model", action: { kind: "setup" } },
 };
 
 class Extension {
@@ -28,37 +37,43 @@ class Extension {
   private readonly status = new StatusItem();
   private readonly server: Server;
   private readonly installer: Installer;
+  private readonly parts: string;
+  private readonly id: string;
 
   constructor(private readonly context: vscode.ExtensionContext) {
     const own = join(context.globalStorageUri.fsPath, "server");
-    const { version, contributes } = context.extension.packageJSON;
-    const names = serverSettings(contributes.configuration.properties);
-    this.server = new Server(own, names, this.log, this.messages);
-    this.installer = new Installer(own, `fimserver==${version}`, this.log, this.messages);
+    this.parts = join(context.extensionPath, "dist");
+    this.id = context.extension.id;
+    const names = serverSettings(context.extension.packageJSON.contributes.configuration.properties);
+    this.server = new Server(own, names, this.log, this.messages, {
+      language: () => this.document()?.languageId,
+      isOnHere: () => context.workspaceState.get<boolean>(ON_HERE),
+    });
+    this.installer = new Installer(own, this.parts, this.log, this.messages);
     this.server.onDidChange(() => this.show());
     context.subscriptions.push(
       this.log,
       this.status,
       this.server,
-      vscode.window.onDidChangeActiveTextEditor(() => this.show()),
-      vscode.workspace.onDidOpenTextDocument(() => this.show()), // also fired when a document's language changes
+      vscode.window.onDidChangeActiveTextEditor(() => this.onDocument()),
+      vscode.workspace.onDidOpenTextDocument(() => this.onDocument()), // also fired when a document's language changes
     );
     this.register("menu", () => this.showMenu());
-    this.register("snoozeFor", () => this.showSnoozes());
+    this.register("snoozeFor", () => this.carryOut({ kind: "snoozes" }));
     this.register("why", () => this.explain());
-    this.register("toggle", () => this.carryOut({ kind: "enabled", on: !this.server.view.enabled }));
-    this.register("toggleLanguage", () => this.toggleLanguage());
-    for (const kind of ["stats", "log", "doctor", "settings", "install", "locate"] as const) {
+    this.register("toggle", () => this.carryOut({ kind: this.isOff() ? "turnOn" : "turnOff" }));
+    for (const kind of ["stats", "log", "doctor", "settings", "install", "locate", "setup", "sample"] as const) {
       this.register(kind, () => this.carryOut({ kind }));
     }
     this.register("restartServer", () => this.carryOut({ kind: "restart" }));
   }
 
+  /** Start the server, and offer to install it where there is none. Activation does not wait for this. */
   async start(): Promise<void> {
     this.show();
     await this.server.start();
     if (this.server.view.phase === "missing" && !this.context.globalState.get(NOT_NOW, false)) {
-      await this.offer();
+      await this.install();
     }
   }
 
@@ -74,64 +89,81 @@ class Extension {
     const { view } = this.server;
     this.status.show(view, this.language());
     void vscode.commands.executeCommand("setContext", "fimserver.serving", view.phase === "ready");
+    if (isUnlearned(view, this.language()) && !this.context.globalState.get(UNLEARNED_SHOWN, false)) {
+      void this.context.globalState.update(UNLEARNED_SHOWN, true);
+      this.messages.inform(
+        `The model has learned ${namesOf(view.learned)} only. In other languages, only text that your files repeat is ` +
+          "completed. A larger model, which is downloaded once, knows them.",
+        ["setup", "close"],
+      );
+    }
   }
 
-  /** Return the active document's language; `undefined` if completions are not possible there. */
-  private language(): Language | undefined {
+  /** Handle another active document, or another language of it. */
+  private onDocument(): void {
+    this.show();
+    if (this.server.view.phase === "ready" && this.document()?.languageId !== this.server.view.language?.id) {
+      void this.server.refresh();
+    }
+  }
+
+  /** Return the active document; `undefined` if completions are not possible there. */
+  private document(): vscode.TextDocument | undefined {
     const document = vscode.window.activeTextEditor?.document;
-    if (document === undefined || vscode.languages.match(DOCUMENTS, document) === 0) {
+    return document === undefined || vscode.languages.match(DOCUMENTS, document) === 0 ? undefined : document;
+  }
+
+  /** Return the active document's language, as the server describes it once it does. */
+  private language(): Language | undefined {
+    const id = this.document()?.languageId;
+    if (id === undefined) {
       return undefined;
     }
-    const languages = this.settings().get("languages");
-    return { id: document.languageId, enabled: isLanguageOn(languages, document.languageId) };
+    const { language } = this.server.view;
+    const enabled = isLanguageOn(this.settings().get("languages"), id);
+    return language?.id === id ? language : { id, enabled, learned: true };
   }
 
   private settings(): vscode.WorkspaceConfiguration {
     return vscode.workspace.getConfiguration("fimserver");
   }
 
-  private async offer(): Promise<void> {
-    const [install, locate, notNow] = ["Install...", "Locate...", "Not Now"];
-    const text = "fimserver: the completion server is not installed on this machine yet.";
-    const answer = await vscode.window.showInformationMessage(text, install, locate, notNow);
-    if (answer === install) {
-      await this.carryOut({ kind: "install" });
-    } else if (answer === locate) {
-      await this.carryOut({ kind: "locate" });
-    } else {
+  private isOff(): boolean {
+    return !this.server.view.enabled || this.language()?.enabled === false;
+  }
+
+  private async install(): Promise<void> {
+    const answer = await this.installer.install();
+    if (answer === "locate") {
+      await this.locate();
+    } else if (answer === "later") {
       await this.context.globalState.update(NOT_NOW, true); // the status item still offers it
+    } else if (answer === "installed") {
+      await this.server.restart();
+      if (this.server.program?.path !== this.installer.program) {
+        // Another program was found first, such as a broken one on PATH; the user has chosen this one.
+        await this.settings().update("serverPath", this.installer.program, vscode.ConfigurationTarget.Global);
+      }
+      this.messages.inform("Ready: type, and press Tab for the grey text. A sample shows it.", ["sample", "close"]);
     }
   }
 
   private async showMenu(): Promise<void> {
-    await this.server.refresh();
+    await Promise.race([this.server.refresh(), new Promise((done) => setTimeout(done, REFRESH_WITHIN_MS))]);
     const { view } = this.server;
-    const hasWorkspace = vscode.workspace.workspaceFolders !== undefined;
-    const items = toMenu(view, this.language(), hasWorkspace).map((item) => ({
+    const { headline, lines } = toStatus(view, this.language());
+    const title = ["fimserver: ", [headline, ...lines].join(". ")].join("");
+    await this.choose(toMenu(view, this.language()), title, "What would you like to do?");
+  }
+
+  private async choose(items: readonly MenuItem[], title: string, placeHolder: string): Promise<void> {
+    const rows = items.map((item) => ({
       ...item,
       kind: item.action === undefined ? vscode.QuickPickItemKind.Separator : vscode.QuickPickItemKind.Default,
     }));
-    const { headline, lines } = toStatus(view, this.language());
-    const title = ["fimserver: ", [headline, ...lines].join(". ")].join("");
-    const picked = await vscode.window.showQuickPick(items, { title, placeHolder: "What would you like to do?" });
+    const picked = await vscode.window.showQuickPick(rows, { title, placeHolder });
     if (picked?.action !== undefined) {
       await this.carryOut(picked.action);
-    }
-  }
-
-  private async showSnoozes(): Promise<void> {
-    const { view } = this.server;
-    const items = toMenu(view, undefined, false).filter((item) => item.action?.kind === "snooze");
-    const picked = await vscode.window.showQuickPick(items, { title: "fimserver: no automatic completions for" });
-    if (picked?.action !== undefined) {
-      await this.carryOut(picked.action);
-    }
-  }
-
-  private async toggleLanguage(): Promise<void> {
-    const language = this.language();
-    if (language !== undefined) {
-      await this.carryOut({ kind: "language", id: language.id, on: !language.enabled });
     }
   }
 
@@ -139,13 +171,13 @@ class Extension {
     const answer = await this.server.explain(vscode.window.activeTextEditor?.document);
     if (answer === undefined) {
       const { headline, lines } = toStatus(this.server.view, this.language());
-      void vscode.window.showInformationMessage(`fimserver: ${[headline, ...lines].join(". ")}`);
+      this.messages.inform([headline, ...lines].join(". "), ["log", "close"]);
       return;
     }
     const { text, remedy } = toSentence(answer);
     const fix = remedy === undefined ? undefined : REMEDIES[remedy];
-    const titles = fix === undefined ? [] : [fix.title];
-    const chosen = await vscode.window.showInformationMessage(`fimserver: ${text}`, ...titles);
+    const titles = fix === undefined ? ["OK"] : [fix.title, "OK"];
+    const chosen = await vscode.window.showInformationMessage(toText(toParts(text)), ...titles);
     if (fix !== undefined && chosen === fix.title) {
       await this.carryOut(fix.action);
     }
@@ -155,20 +187,14 @@ class Extension {
     switch (action.kind) {
       case "snooze":
         return this.server.snooze(action.minutes);
-      case "language": {
-        const languages = this.settings().inspect<Record<string, boolean>>("languages")?.globalValue ?? {};
-        await this.update("languages", { ...languages, [action.id]: action.on });
-        return;
-      }
-      case "enabled": {
-        const inWorkspace = vscode.workspace.workspaceFolders !== undefined;
-        const target = inWorkspace ? vscode.ConfigurationTarget.Workspace : vscode.ConfigurationTarget.Global;
-        await this.settings().update("enabled", action.on, target);
-        return;
-      }
-      case "mode":
-        await this.update("mode", action.mode);
-        return;
+      case "snoozes":
+        return this.choose(toSnoozes(this.server.view), "fimserver: Snooze", "No automatic completions for...");
+      case "allow":
+        return this.server.askAgain();
+      case "turnOff":
+        return this.turnOff();
+      case "turnOn":
+        return this.turnOn();
       case "explain":
         return this.explain();
       case "restart":
@@ -177,26 +203,78 @@ class Extension {
         this.log.show(true);
         return;
       case "settings":
-        await vscode.commands.executeCommand("workbench.action.openSettings", "fimserver");
+        await vscode.commands.executeCommand("workbench.action.openSettings", `@ext:${this.id}`);
         return;
       case "install":
-        if (await this.installer.install()) {
-          await this.server.restart();
-        }
-        return;
+        return this.install();
       case "locate":
         return this.locate();
+      case "sample":
+        return openSample(this.parts);
+      case "setup":
       case "stats":
       case "doctor":
         return this.runProgram(action.kind);
     }
   }
 
-  /** Change a setting in the workspace if it is set there, else globally. */
-  private async update(name: string, value: unknown): Promise<void> {
-    const inWorkspace = this.settings().inspect(name)?.workspaceValue !== undefined;
-    const target = inWorkspace ? vscode.ConfigurationTarget.Workspace : vscode.ConfigurationTarget.Global;
-    await this.settings().update(name, value, target);
+  /** Ask where to turn completions off. Only the user's own settings and storage change. */
+  private async turnOff(): Promise<void> {
+    const language = this.language();
+    const items: (vscode.QuickPickItem & { scope: Scope })[] = [];
+    if (language !== undefined) {
+      items.push({ label: `For ${language.id}`, description: "in all workspaces", scope: "language" });
+    }
+    if (vscode.workspace.workspaceFolders !== undefined) {
+      items.push({ label: "In this workspace", description: "for you; no file of it changes", scope: "workspace" });
+    }
+    items.push({ label: "Everywhere", description: "in your settings", scope: "everywhere" });
+    const picked = await vscode.window.showQuickPick(items, { title: "fimserver: Turn Off" });
+    if (picked?.scope === "language" && language !== undefined) {
+      await this.writeLanguages(withoutLanguage(this.ownLanguages(), language.id));
+    } else if (picked?.scope === "workspace") {
+      await this.chooseHere(false);
+    } else if (picked?.scope === "everywhere") {
+      await this.settings().update("enabled", false, vscode.ConfigurationTarget.Global);
+    }
+  }
+
+  /** Turn completions on where they are off; what turned them off is removed. */
+  private async turnOn(): Promise<void> {
+    if (!this.server.view.enabled) {
+      const { here, removesSetting } = toOn(this.settings().inspect("enabled"));
+      if (removesSetting) {
+        await this.settings().update("enabled", undefined, vscode.ConfigurationTarget.Global);
+      }
+      await this.chooseHere(here);
+      return;
+    }
+    const id = this.language()?.id;
+    if (id !== undefined && this.language()?.enabled === false) {
+      const own = this.ownLanguages();
+      await this.writeLanguages(withLanguage(own, id, own?.[id] !== false));
+      await this.server.refresh();
+      if (this.language()?.enabled === false) {
+        await this.writeLanguages(withLanguage(this.ownLanguages(), id, true));
+      }
+      if (isLanguageOn(this.settings().get("languages"), id) === false) {
+        this.messages.inform(`Still off for ${id}. The settings of this workspace turn it off.`, ["settings"]);
+      }
+    }
+  }
+
+  private ownLanguages(): Record<string, boolean> | undefined {
+    return this.settings().inspect<Record<string, boolean>>("languages")?.globalValue;
+  }
+
+  private async writeLanguages(table: Readonly<Record<string, boolean>> | undefined): Promise<void> {
+    await this.settings().update("languages", table, vscode.ConfigurationTarget.Global);
+  }
+
+  /** Keep the user's choice for this workspace outside of its files. */
+  private async chooseHere(isOn: boolean | undefined): Promise<void> {
+    await this.context.workspaceState.update(ON_HERE, isOn);
+    await this.server.reconfigure();
   }
 
   private async locate(): Promise<void> {
@@ -206,21 +284,25 @@ class Extension {
     }
   }
 
-  private async runProgram(what: "stats" | "doctor"): Promise<void> {
+  private async runProgram(what: "stats" | "doctor" | "setup"): Promise<void> {
     const program = this.server.program?.path;
     if (program === undefined) {
       this.messages.warn("The server is not installed yet.", ["install", "locate"]);
     } else if (isInside(program, untrustedFolders(), process.platform)) {
       // Its folder was added to the workspace after the start.
-      this.messages.warn(`${program} is in this workspace, which you do not trust.`, ["restart"]);
+      this.messages.warn(`The program is in a workspace that you do not trust. It is ${program}.`, ["restart"]);
     } else if (what === "doctor") {
       runDoctor(program);
+    } else if (what === "setup") {
+      if (await runSetup(program)) {
+        await this.server.restart(); // with the settings that it wrote
+      }
     } else {
       try {
         await showStatistics(program);
       } catch (error) {
         const why = error instanceof Error ? error.message : String(error);
-        this.messages.error(`The statistics could not be read: ${why}`, ["doctor", "log"]);
+        this.messages.error(`The statistics could not be read. ${why}`, ["doctor", "log"]);
       }
     }
   }
@@ -228,9 +310,10 @@ class Extension {
 
 let extension: Extension | undefined;
 
-export async function activate(context: vscode.ExtensionContext): Promise<void> {
+/** Register the commands and start. Waits neither for the user nor for the server: all commands work at once. */
+export function activate(context: vscode.ExtensionContext): void {
   extension = new Extension(context);
-  await extension.start();
+  void extension.start();
 }
 
 export function deactivate(): Promise<void> | undefined {

@@ -1,20 +1,25 @@
 // Installs the server into the extension's own folder, only on the user's request.
 
 import { type ChildProcess, spawn } from "node:child_process";
-import { readFile } from "node:fs/promises";
-import { dirname, join, win32 } from "node:path";
+import { dirname, win32 } from "node:path";
 import type { Surroundings } from "./outside";
 import { onPath, programIn } from "./program";
 
-export type Tool = "uv" | "pipx" | "python";
+export type Tool = "uv" | "python";
 export type Build = "cpu" | "cuda";
 
-export interface Choice {
+/** A program that can install the server. */
+export interface Installing {
   readonly tool: Tool;
   readonly program: string;
+}
+
+export interface Choice extends Installing {
   readonly build: Build;
-  /** A requirement, or the path of a wheel or checkout. */
-  readonly source: string;
+  /** The server's wheel, which travels in the extension's package. */
+  readonly wheel: string;
+  /** Package index for torch; empty for PyTorch's own. */
+  readonly index: string;
 }
 
 export interface Step {
@@ -24,34 +29,15 @@ export interface Step {
   readonly env?: Readonly<Record<string, string>>;
 }
 
-/**
- * Whether the project owns the name `fimserver` on PyPI. Until then nothing is downloaded by that name, because anyone
- * could register it and run their code on users' machines. Turned on with the first release.
- */
-export const IS_PUBLISHED: boolean = false;
-
-const TORCH = "torch";
+/** The release of torch that this version of the extension was tested with; README.md names the same. */
+export const TORCH = "torch==2.13.0";
 const CPU_INDEX = "https://download.pytorch.org/whl/cpu";
 const CUDA_INDEX = "https://download.pytorch.org/whl/cu128"; // for Windows, where PyPI has no CUDA build
 const OLDEST = "3.11";
 
 /** Describe the download size, most of which is torch. */
 export function downloadSize(build: Build): string {
-  return build === "cpu" ? "about 0.3 GB" : "about 3 GB";
-}
-
-/** Return the builds that a platform has. */
-export function buildsFor(platform: NodeJS.Platform): Build[] {
-  return platform === "darwin" ? ["cpu"] : ["cpu", "cuda"];
-}
-
-/** Return whether the server can be installed from a folder. */
-export async function isCheckout(folder: string): Promise<boolean> {
-  try {
-    return /^name = "fimserver"$/m.test(await readFile(join(folder, "pyproject.toml"), "utf8"));
-  } catch {
-    return false;
-  }
+  return build === "cpu" ? "0.3 GB" : "3 GB";
 }
 
 function torchIndex(build: Build, platform: NodeJS.Platform): string | undefined {
@@ -66,23 +52,8 @@ function torchIndex(build: Build, platform: NodeJS.Platform): string | undefined
 
 /** Return the commands that install the server into `folder`, in order. */
 export function toSteps(choice: Choice, folder: string, platform: NodeJS.Platform): Step[] {
-  const index = torchIndex(choice.build, platform);
+  const index = choice.index || torchIndex(choice.build, platform);
   const python = programIn(folder, platform, "python");
-  const fetchTorch = "downloading the runtime (torch)";
-  const fetchServer = "installing the server";
-  const make = "creating a virtual environment";
-  if (choice.tool === "pipx") {
-    const pip = index === undefined ? [] : [`--pip-args=--extra-index-url ${index}`];
-    const programs = join(programIn(folder, platform), "..");
-    return [
-      {
-        title: fetchServer,
-        command: choice.program,
-        args: ["install", ...pip, choice.source],
-        env: { PIPX_HOME: join(folder, "pipx"), PIPX_BIN_DIR: programs },
-      },
-    ];
-  }
   const from = index === undefined ? [] : ["--index-url", index];
   const isUv = choice.tool === "uv";
   const pip = isUv
@@ -90,36 +61,33 @@ export function toSteps(choice: Choice, folder: string, platform: NodeJS.Platfor
     : { command: python, args: ["-I", "-m", "pip", "install", "--disable-pip-version-check", "--no-input"] };
   return [
     {
-      title: make,
+      title: "Preparing Python",
       command: choice.program,
       args: isUv ? ["venv", "--python", `>=${OLDEST}`, folder] : ["-I", "-m", "venv", folder],
     },
-    { title: fetchTorch, command: pip.command, args: [...pip.args, ...from, TORCH] },
-    { title: fetchServer, command: pip.command, args: [...pip.args, choice.source] },
+    { title: "Downloading torch", command: pip.command, args: [...pip.args, ...from, TORCH] },
+    { title: "Installing the server", command: pip.command, args: [...pip.args, choice.wheel] },
   ];
 }
 
-/** Return this machine's tools that can install the server, best first; none from the `refused` folders. */
-export async function findTools(
+/** Return the program that installs the server, uv before Python; none from the `refused` folders. */
+export async function findTool(
   path: string,
   platform: NodeJS.Platform,
   refused: readonly string[],
   around: Surroundings,
-): Promise<{ tool: Tool; program: string }[]> {
-  const found: { tool: Tool; program: string }[] = [];
-  for (const tool of ["uv", "pipx"] as const) {
-    const program = onPath(tool, path, platform, refused);
-    if (program !== undefined) {
-      found.push({ tool, program });
-    }
+): Promise<Installing | undefined> {
+  const uv = onPath("uv", path, platform, refused);
+  if (uv !== undefined) {
+    return { tool: "uv", program: uv };
   }
   for (const name of ["python3", "python"]) {
     const program = onPath(name, path, platform, refused);
     if (program !== undefined && (await isNewEnough(program, around))) {
-      return [...found, { tool: "python", program }];
+      return { tool: "python", program };
     }
   }
-  return found;
+  return undefined;
 }
 
 async function isNewEnough(python: string, around: Surroundings): Promise<boolean> {
@@ -134,7 +102,51 @@ async function isNewEnough(python: string, around: Surroundings): Promise<boolea
   }
 }
 
+/** Return what is being downloaded, as pip and uv print it: "torch, 184.3 MB". */
+export function toDownload(line: string): string | undefined {
+  const found = /^\s*Downloading (\S+) \(([\d.]+) ?([kKMG])i?B\)/.exec(line);
+  if (found === null) {
+    return undefined;
+  }
+  const [, file = "", number = "", unit = ""] = found;
+  const name = /([^/]+?)(?:-\d[^/]*)?$/.exec(file)?.[1] ?? file;
+  return `${name}, ${number} ${unit}B`;
+}
+
+const NETWORK: readonly [RegExp, string][] = [
+  [/No space left on device|os error 28|not enough space/i, "The disk is full."],
+  [/407 Proxy|Proxy Authentication Required|Cannot connect to proxy/i, "The proxy refused the connection."],
+  [
+    /CERTIFICATE_VERIFY_FAILED|invalid peer certificate|UnknownIssuer|self.signed/i,
+    "The server's certificate is not trusted.",
+  ],
+  [
+    /Name or service not known|name resolution|getaddrinfo|dns error|Could not resolve|nodename nor servname/i,
+    "The network does not find the server.",
+  ],
+  [
+    /Connection refused|Network is unreachable|No route to host|ConnectTimeout|timed out|operation timed out|Max retries/i,
+    "The server cannot be reached.",
+  ],
+  [/\b(?:403|401) (?:Forbidden|Unauthorized|Client Error)/i, "The server refuses the download."],
+];
+
+/** Return in words why an installation failed, and the line that says so. */
+export function explainFailure(lines: readonly string[]): string {
+  for (const [pattern, words] of NETWORK) {
+    const line = lines.findLast((one) => pattern.test(one));
+    if (line !== undefined) {
+      const host = /(?:host=['"]|https?:\/\/)([\w.-]+)/.exec(lines.filter((one) => pattern.test(one)).join(" "))?.[1];
+      return `${host === undefined ? words : words.replace("The server", host).replace("the server", host)} ${line.trim()}`;
+    }
+  }
+  const error = lines.findLast((line) => /^\s*(?:error|ERROR)\b/.test(line)) ?? lines.at(-1);
+  return error?.trim().replace(/^(?:error|ERROR): ?/, "") ?? "";
+}
+
 export class CancelledError extends Error {}
+
+const KEPT_LINES = 200;
 
 /** Run one step and pass each printed line to `onLine`. Throws if it fails, `CancelledError` when aborted. */
 export function run(
@@ -156,12 +168,13 @@ export function run(
       detached: !isWindows, // a process group, so that its child processes end with it
       windowsHide: true,
     });
-    let last = "";
+    const lines: string[] = [];
     const read = (chunk: Buffer): void => {
       for (const line of chunk.toString().split(/[\r\n]+/)) {
         if (line.trim()) {
-          last = line.trim();
-          onLine(last);
+          lines.push(line.trim());
+          lines.splice(0, lines.length - KEPT_LINES);
+          onLine(line.trim());
         }
       }
     };
@@ -180,7 +193,7 @@ export function run(
       } else if (code === 0) {
         resolve();
       } else {
-        reject(new Error(last || `${step.command} ended with code ${code}`));
+        reject(new Error(explainFailure(lines) || `${step.command} ended with code ${code}`));
       }
     });
   });

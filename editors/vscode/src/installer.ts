@@ -1,158 +1,144 @@
-// Asks how to install the server, shows the progress, and lets the user cancel.
+// Installs the server from the wheel in this extension: one question, then progress that the user can cancel.
 
-import { access, rm } from "node:fs/promises";
+import { access, readdir, rm } from "node:fs/promises";
+import { join } from "node:path";
 import * as vscode from "vscode";
 import {
   type Build,
-  buildsFor,
   CancelledError,
-  type Choice,
   downloadSize,
-  findTools,
-  IS_PUBLISHED,
-  isCheckout,
+  findTool,
+  type Installing,
   run,
+  toDownload,
   toSteps,
 } from "./install";
 import type { Messages } from "./messages";
-import { isInside } from "./outside";
-import { programIn } from "./program";
+import { onPath, programIn } from "./program";
 import { childSurroundings, untrustedFolders } from "./workspace";
 
-const BUILDS: Readonly<Record<Build, { label: string; detail: string }>> = {
-  cpu: { label: "For the CPU", detail: "Works on any machine. The shipped model is made for it." },
-  cuda: { label: "For an NVIDIA GPU (CUDA)", detail: "For large models. Needs an installed NVIDIA driver." },
-};
+export type Answer = "installed" | "locate" | "later" | "closed" | "failed";
+
+const INSTALL = "Install";
+const INSTALL_CUDA = "Install for NVIDIA GPU";
+const LOCATE = "Locate...";
+const LATER = "Not Now";
 
 export class Installer {
   private busy = false;
 
+  /** `folder` is where the server goes, `parts` the extension's folder with the wheel. */
   constructor(
     private readonly folder: string,
-    private readonly requirement: string,
+    private readonly parts: string,
     private readonly log: vscode.LogOutputChannel,
     private readonly messages: Messages,
   ) {}
 
-  /** Ask how to install the server, and install it. Returns whether it is installed now. */
-  async install(): Promise<boolean> {
+  /** The program that `install` makes. */
+  get program(): string {
+    return programIn(this.folder, process.platform);
+  }
+
+  /** Ask once whether to install the server, and install it. */
+  async install(): Promise<Answer> {
+    const wheel = await this.findWheel();
+    const tool = await this.findTool();
+    if (wheel === undefined || tool === undefined) {
+      return "failed";
+    }
+    const build = await this.ask(tool);
+    if (build === "locate" || build === "later" || build === "closed") {
+      return build;
+    }
     if (this.busy) {
-      return false;
+      this.messages.inform("The installation is running already.");
+      return "closed";
     }
     this.busy = true;
     try {
-      const choice = await this.ask();
-      return choice !== undefined && (await this.carryOut(choice));
+      return await this.carryOut(tool, build, wheel);
     } finally {
       this.busy = false;
     }
   }
 
-  private async ask(): Promise<Choice | undefined> {
-    const tools = await findTools(process.env["PATH"] ?? "", process.platform, untrustedFolders(), childSurroundings());
-    if (tools.length === 0) {
-      this.messages.error(
-        "The server needs uv, pipx, or Python 3.11 or newer with venv. None of them is on PATH; install one first.",
-        ["log"],
-      );
-      return undefined;
+  private async findWheel(): Promise<string | undefined> {
+    const files = await readdir(this.parts).catch(() => []);
+    const wheel = files.find((file) => file.endsWith(".whl"));
+    if (wheel === undefined) {
+      this.messages.error(`The server's wheel is missing. Build it in ${this.parts}: npm run wheel`, ["locate", "log"]);
     }
-    const builds = buildsFor(process.platform).map((build) => ({
-      ...BUILDS[build],
-      description: `downloads ${downloadSize(build)}`,
-      build,
-    }));
-    const build = await vscode.window.showQuickPick(builds, {
-      title: "Install fimserver's server (1 of 3)",
-      placeHolder: "Which hardware runs the model? Nothing is downloaded before the last step.",
-    });
-    if (build === undefined) {
-      return undefined;
-    }
-    const programs = tools.map((found) => ({ label: found.tool, description: found.program, found }));
-    const tool = await vscode.window.showQuickPick(programs, {
-      title: "Install fimserver's server (2 of 3)",
-      placeHolder: "Which tool installs it?",
-    });
+    return wheel === undefined ? undefined : join(this.parts, wheel);
+  }
+
+  private async findTool(): Promise<Installing | undefined> {
+    const path = process.env["PATH"] ?? "";
+    const tool = await findTool(path, process.platform, untrustedFolders(), childSurroundings());
     if (tool === undefined) {
-      return undefined;
-    }
-    const source = await this.askSource(downloadSize(build.build));
-    if (source === undefined) {
-      return undefined;
-    }
-    return { tool: tool.found.tool, program: tool.found.program, build: build.build, source };
-  }
-
-  private async askSource(size: string): Promise<string | undefined> {
-    const detail = `Into ${this.folder}`;
-    const published = { label: "$(cloud-download) Download and install", description: `${this.requirement}, ${size}` };
-    const checkout = { label: "$(folder-opened) Install from a checkout...", description: `downloads ${size}` };
-    const wheel = { label: "$(package) Install from a wheel file...", description: `downloads ${size}` };
-    const items = [...(IS_PUBLISHED ? [published] : []), checkout, wheel].map((item) => ({ ...item, detail }));
-    const picked = await vscode.window.showQuickPick(items, {
-      title: "Install fimserver's server (3 of 3)",
-      placeHolder: "Select the source. This starts the download.",
-    });
-    if (picked === undefined) {
-      return undefined;
-    }
-    if (picked.label === published.label) {
-      return this.requirement;
-    }
-    const isFolder = picked.label === checkout.label;
-    const found = await vscode.window.showOpenDialog({
-      canSelectFiles: !isFolder,
-      canSelectFolders: isFolder,
-      ...(isFolder ? {} : { filters: { Wheels: ["whl"] } }),
-      title: isFolder ? "The folder of fimserver's checkout" : "fimserver's wheel",
-      openLabel: "Install",
-    });
-    const path = found?.[0]?.fsPath;
-    if (path !== undefined && isInside(path, untrustedFolders(), process.platform)) {
-      this.messages.error(
-        `${path} is in this workspace, which you do not trust. Trust it before you install from it.`,
-        ["install"],
-      );
-      return undefined;
-    }
-    if (path !== undefined && isFolder && !(await isCheckout(path))) {
-      this.messages.error(`${path} is not a checkout of fimserver: it has no pyproject.toml with that name.`, [
+      this.messages.error("Python 3.11 or uv is needed. Neither is on PATH (Python with its module venv).", [
         "install",
+        "locate",
       ]);
-      return undefined;
     }
-    return path;
+    return tool;
   }
 
-  private async carryOut(choice: Choice): Promise<boolean> {
+  /** The one question. Nothing is downloaded before its answer. */
+  private async ask({ tool, program }: Installing): Promise<Build | "locate" | "later" | "closed"> {
+    const size = downloadSize("cpu");
+    const text =
+      `Install the completion server? It downloads ${size}. ` +
+      `Torch and other packages come from PyTorch and PyPI with ${tool === "uv" ? "uv" : program}, into ${this.folder}.`;
+    const choices = [INSTALL, ...(hasNvidiaGpu() ? [INSTALL_CUDA] : []), LOCATE, LATER];
+    const answer = await vscode.window.showInformationMessage(text, ...choices);
+    if (answer === INSTALL || answer === INSTALL_CUDA) {
+      return answer === INSTALL ? "cpu" : "cuda";
+    }
+    if (answer === LOCATE) {
+      return "locate";
+    }
+    return answer === LATER ? "later" : "closed"; // also closed by the same question, asked again
+  }
+
+  private async carryOut(tool: Installing, build: Build, wheel: string): Promise<Answer> {
     const options = { location: vscode.ProgressLocation.Notification, title: "fimserver", cancellable: true };
+    const index = vscode.workspace.getConfiguration("fimserver").get("torchIndex", "").trim();
+    const steps = toSteps({ ...tool, build, wheel, index }, this.folder, process.platform);
     try {
       await vscode.window.withProgress(options, async (progress, token) => {
         const abort = new AbortController();
         token.onCancellationRequested(() => abort.abort());
         await rm(this.folder, { recursive: true, force: true });
-        const steps = toSteps(choice, this.folder, process.platform);
         for (const [number, step] of steps.entries()) {
           const title = `${step.title} (${number + 1} of ${steps.length})`;
           progress.report({ message: title });
           this.log.info(`${step.command} ${step.args.join(" ")}`);
           const onLine = (line: string): void => {
             this.log.info(line);
-            progress.report({ message: `${title}: ${line.slice(0, 80)}` });
+            const download = toDownload(line);
+            if (download !== undefined) {
+              progress.report({ message: `${title}: ${download}` });
+            }
           };
           await run(step, childSurroundings(), onLine, abort.signal);
+          progress.report({ increment: 100 / steps.length });
         }
-        await access(programIn(this.folder, process.platform));
+        await access(this.program);
       });
-      return true;
+      return "installed";
     } catch (error) {
       await rm(this.folder, { recursive: true, force: true });
-      if (!(error instanceof CancelledError)) {
-        const why = error instanceof Error ? error.message : String(error);
-        this.messages.error(`The server could not be installed: ${why}`, ["install", "log"]);
+      if (error instanceof CancelledError) {
+        return "closed";
       }
-      return false;
+      const why = error instanceof Error ? error.message : String(error);
+      this.messages.error(`The server could not be installed. ${why}`, ["install", "log"]);
+      return "failed";
     }
   }
+}
+
+function hasNvidiaGpu(): boolean {
+  return onPath("nvidia-smi", process.env["PATH"] ?? "", process.platform, untrustedFolders()) !== undefined;
 }

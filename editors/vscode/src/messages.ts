@@ -1,25 +1,24 @@
-// Messages with buttons for actions that fix the problem; each message is shown once until an action is chosen.
+// Messages with buttons that fix the problem; each message is shown once until a button is clicked.
 
 import * as vscode from "vscode";
+import { toParts, toText } from "./headline";
 
-export type Remedy = "restart" | "log" | "install" | "locate" | "doctor" | "settings";
+export type Remedy = "restart" | "log" | "install" | "locate" | "doctor" | "settings" | "setup" | "sample" | "close";
 
-const TITLES: Readonly<Record<Remedy, string>> = {
-  restart: "Restart",
-  log: "Open Log",
-  install: "Install...",
-  locate: "Locate...",
-  doctor: "Doctor",
-  settings: "Settings",
+/** Title and command of each button. A notification with a button is unfolded: without one, its text is cut. */
+const BUTTONS: Readonly<Record<Remedy, { title: string; command?: string }>> = {
+  restart: { title: "Restart", command: "fimserver.restartServer" },
+  log: { title: "Open Log", command: "fimserver.log" },
+  install: { title: "Install", command: "fimserver.install" },
+  locate: { title: "Locate...", command: "fimserver.locate" },
+  doctor: { title: "Doctor", command: "fimserver.doctor" },
+  settings: { title: "Settings", command: "fimserver.settings" },
+  setup: { title: "Get a Model", command: "fimserver.setup" },
+  sample: { title: "Open a Sample", command: "fimserver.sample" },
+  close: { title: "OK" },
 };
-const COMMANDS: Readonly<Record<Remedy, string>> = {
-  restart: "fimserver.restartServer",
-  log: "fimserver.log",
-  install: "fimserver.install",
-  locate: "fimserver.locate",
-  doctor: "fimserver.doctor",
-  settings: "fimserver.settings",
-};
+
+type Show = (text: string, ...items: string[]) => Thenable<string | undefined>;
 
 export class Messages {
   private readonly shown = new Set<string>();
@@ -36,8 +35,8 @@ export class Messages {
     this.show(text, remedies, vscode.window.showWarningMessage);
   }
 
-  inform(text: string): void {
-    this.show(text, [], vscode.window.showInformationMessage);
+  inform(text: string, remedies: readonly Remedy[] = ["close"]): void {
+    this.show(text, remedies, vscode.window.showInformationMessage);
   }
 
   /** Allow earlier messages to be shown again, because the user has acted. */
@@ -45,21 +44,18 @@ export class Messages {
     this.shown.clear();
   }
 
-  private show(
-    text: string,
-    remedies: readonly Remedy[],
-    how: (text: string, ...items: string[]) => Thenable<string | undefined>,
-  ): void {
+  private show(text: string, remedies: readonly Remedy[], how: Show): void {
     if (this.shown.has(text)) {
       return;
     }
     this.shown.add(text);
-    const shown = text.startsWith("fimserver") ? text : `fimserver: ${text}`;
-    void how(shown, ...remedies.map((remedy) => TITLES[remedy])).then((title) => {
-      const remedy = remedies.find((one) => TITLES[one] === title);
-      if (remedy !== undefined) {
+    void how(toText(toParts(text)), ...remedies.map((remedy) => BUTTONS[remedy].title)).then((title) => {
+      const button = remedies.map((remedy) => BUTTONS[remedy]).find((one) => one.title === title);
+      if (button !== undefined) {
         this.shown.delete(text);
-        void vscode.commands.executeCommand(COMMANDS[remedy]);
+      }
+      if (button?.command !== undefined) {
+        void vscode.commands.executeCommand(button.command);
       }
     });
   }

@@ -10,15 +10,18 @@ import {
   MessageType,
   RevealOutputChannelOn,
   ShowMessageNotification,
+  ShowMessageRequest,
   State,
 } from "vscode-languageclient/node";
 import { Backoff } from "./backoff";
-import { chosenSettings } from "./chosen";
+import { chosenSettings, ownSettings } from "./chosen";
 import type { Explained } from "./explain";
+import { toParts, toText } from "./headline";
 import type { Messages } from "./messages";
 import { Missed } from "./missed";
+import { ServerProcess } from "./process";
 import { findProgram, MissingProgramError, type Program } from "./program";
-import { INITIAL, type Phase, type View } from "./view";
+import { INITIAL, type Language, type Phase, type View } from "./view";
 import { childSurroundings, workspaceFolders } from "./workspace";
 
 /** Documents that are completed: files, new documents, and cells of notebooks. */
@@ -36,12 +39,33 @@ const PHASES: Readonly<Record<string, Phase>> = {
 };
 
 interface EngineStatus {
-  readonly engine: { readonly state: string; readonly detail: string; readonly server?: string };
+  readonly engine: {
+    readonly state: string;
+    readonly detail: string;
+    readonly server?: string;
+    readonly languages?: readonly string[];
+  };
   readonly enabled: boolean;
   readonly snoozedMinutes: number;
   readonly trusted: boolean;
   readonly refusedModel: string | null;
   readonly refusedServer?: string | null;
+  readonly language?: Language | null;
+}
+
+/** What the server needs to know about the window. */
+export interface Window {
+  /** Return the language of the active document, if completions are possible there. */
+  language(): string | undefined;
+  /** Return the user's own choice to have completions in this workspace; `undefined` leaves it to the settings. */
+  isOnHere(): boolean | undefined;
+}
+
+/** A client without notifications of its own: `Server` reports each failure once, with its cause. */
+class QuietClient extends LanguageClient {
+  override error(message: string, data?: unknown): void {
+    super.error(message, data, false);
+  }
 }
 
 /** Notification of the server when its state changes, with the name that Copilot's server uses. */
@@ -55,6 +79,8 @@ export class Server implements vscode.Disposable {
   view: View = INITIAL;
   program: Program | undefined;
   private client: LanguageClient | undefined;
+  private process: ServerProcess | undefined;
+  private hasRun = false; // since the user last requested a start
   private readonly backoff = new Backoff();
   private readonly missed = new Missed();
   private readonly changed = new vscode.EventEmitter<View>();
@@ -74,6 +100,7 @@ export class Server implements vscode.Disposable {
     private readonly settings: readonly string[],
     private readonly log: vscode.LogOutputChannel,
     private readonly messages: Messages,
+    private readonly window: Window,
   ) {
     this.subscriptions.push(
       vscode.workspace.onDidChangeConfiguration((event) => this.onConfiguration(event)),
@@ -84,6 +111,7 @@ export class Server implements vscode.Disposable {
   /** Find the server and start it. The user requested this, so earlier failures do not count. */
   async restart(): Promise<void> {
     this.backoff.reset();
+    this.hasRun = false;
     this.messages.forget();
     const stopped = this.stop();
     const wish = this.wishes;
@@ -109,15 +137,16 @@ export class Server implements vscode.Disposable {
       return;
     }
     this.log.info(`starting ${this.program.path} (found by: ${this.program.origin})`);
-    this.change({ ...INITIAL, phase: "starting", mode: this.mode() });
+    this.change({ ...INITIAL, phase: "starting" });
     const client = this.connect(this.program);
     this.client = client;
     try {
       await client.start();
     } catch (error) {
-      this.onEnded(client, error instanceof Error ? error.message : String(error));
+      await this.onEnded(client, error instanceof Error ? error.message : String(error));
       return;
     }
+    this.hasRun = true;
     this.backoff.onStarted();
     const left = this.snoozedUntil - Date.now();
     if (left > 0) {
@@ -130,15 +159,15 @@ export class Server implements vscode.Disposable {
   stop(): Promise<void> {
     this.wishes += 1;
     clearTimeout(this.restartTimer);
-    const client = this.client;
+    const { client, process } = this;
     this.client = undefined;
     if (client?.needsStop()) {
-      this.stopping = Promise.all([this.stopping, this.end(client)]).then(() => undefined);
+      this.stopping = Promise.all([this.stopping, this.end(client, process)]).then(() => undefined);
     }
     return this.stopping;
   }
 
-  private async end(client: LanguageClient): Promise<void> {
+  private async end(client: LanguageClient, process: ServerProcess | undefined): Promise<void> {
     try {
       if (client.state === State.Starting) {
         // A client cannot be stopped before it has started.
@@ -148,6 +177,7 @@ export class Server implements vscode.Disposable {
     } catch (error) {
       this.log.warn(`the server did not end in time: ${error instanceof Error ? error.message : error}`);
     }
+    await process?.end();
   }
 
   /** Stop automatic completions for a number of minutes; 0 ends the snooze. */
@@ -155,6 +185,11 @@ export class Server implements vscode.Disposable {
     await this.ask("fimserver/snooze", { minutes });
     this.snoozedUntil = Date.now() + minutes * 60_000;
     await this.refresh();
+  }
+
+  /** Have the server ask again about the model or the server that the user has not allowed. */
+  async askAgain(): Promise<void> {
+    await this.ask("workspace/executeCommand", { command: "fimserver.restart", arguments: [] });
   }
 
   /** Ask why the last request of a document got its answer; `undefined` if the server does not respond. */
@@ -168,15 +203,24 @@ export class Server implements vscode.Disposable {
   /** Ask the server for its state. Returns whether it answered. */
   async refresh(): Promise<boolean> {
     const { client } = this;
-    const status = await this.ask<EngineStatus>("fimserver/status", {});
+    const languageId = this.window.language();
+    const status = await this.ask<EngineStatus>("fimserver/status", languageId === undefined ? {} : { languageId });
     if (!status?.engine || this.client !== client) {
       return false;
     }
-    const { engine, enabled, snoozedMinutes, trusted, refusedModel, refusedServer = null } = status;
+    const { engine, enabled, snoozedMinutes, trusted, refusedModel, refusedServer = null, language = null } = status;
     const phase = PHASES[engine.state] ?? "ready";
-    const where = { refusedServer, server: engine.server ?? "" };
-    const seen = { enabled, snoozedMinutes, trusted, refusedModel, ...where, mode: this.mode(), detail: engine.detail };
-    this.change({ ...seen, phase, ...(engine.state === "ready" ? { engine: engine.detail } : {}) });
+    const where = { refusedServer, server: engine.server ?? "", learned: engine.languages ?? [], language };
+    this.change({
+      enabled,
+      snoozedMinutes,
+      trusted,
+      refusedModel,
+      ...where,
+      detail: engine.detail,
+      phase,
+      ...(engine.state === "ready" ? { engine: engine.detail } : {}),
+    });
     clearTimeout(this.snoozeTimer);
     if (snoozedMinutes > 0) {
       this.snoozeTimer = setTimeout(() => void this.refresh(), SNOOZE_LOOK_MS);
@@ -210,12 +254,15 @@ export class Server implements vscode.Disposable {
   }
 
   private connect(program: Program): LanguageClient {
-    // Not in the open folder, so that the server cannot pick up files of that folder by accident.
-    const executable = { command: program.path, args: ["lsp"], options: childSurroundings() };
-    const client: LanguageClient = new LanguageClient(
+    const run = async (): Promise<ServerProcess["child"]> => {
+      // Not in the open folder, so that the server cannot pick up files of that folder by accident.
+      this.process = await ServerProcess.start(program.path, childSurroundings());
+      return this.process.child;
+    };
+    const client: LanguageClient = new QuietClient(
       "fimserver",
       "fimserver",
-      executable,
+      run,
       this.options(() => client),
     );
     client.onNotification("didChangeStatus", (status: DidChangeStatus) => this.onStatus(status));
@@ -227,6 +274,11 @@ export class Server implements vscode.Disposable {
       } else {
         this.messages.inform(message);
       }
+    });
+    client.onRequest(ShowMessageRequest.type, async ({ message, actions = [] }) => {
+      const titles = actions.map((action) => action.title);
+      const chosen = await vscode.window.showWarningMessage(toText(toParts(message)), ...titles);
+      return actions.find((action) => action.title === chosen) ?? null;
     });
     return client;
   }
@@ -241,7 +293,7 @@ export class Server implements vscode.Disposable {
       errorHandler: {
         error: () => ({ action: ErrorAction.Continue, handled: true }),
         closed: () => {
-          this.onEnded(client(), "the server ended");
+          void this.onEnded(client(), "the server ended");
           return { action: CloseAction.DoNotRestart, handled: true, message: "The server's connection was closed." };
         },
       },
@@ -273,7 +325,11 @@ export class Server implements vscode.Disposable {
             }
             this.refreshSoon(); // after the server has applied them
             const configuration = vscode.workspace.getConfiguration("fimserver");
-            return params.items.map(() => chosenSettings(configuration, this.settings));
+            const names = ownSettings(configuration, this.settings);
+            void client().sendNotification("fimserver/ownSettings", { names }); // precedes the answer
+            const chosen = chosenSettings(configuration, this.settings);
+            const enabled = this.window.isOnHere() ?? chosen["enabled"];
+            return params.items.map(() => ({ ...chosen, enabled }));
           },
         },
       },
@@ -330,21 +386,30 @@ export class Server implements vscode.Disposable {
     }
   }
 
-  private onEnded(client: LanguageClient, why: string): void {
+  private async onEnded(client: LanguageClient, why: string): Promise<void> {
     if (this.client !== client) {
       return; // stopped on purpose, or handled already
     }
     this.client = undefined;
-    const pause = this.backoff.onEnded();
-    if (pause === undefined) {
-      this.fail(`The server ended several times (${why}). Restart it, or open the log for details.`, [
-        "restart",
+    const { wishes } = this;
+    const cause = await this.process?.cause();
+    if (this.wishes !== wishes || this.client !== undefined) {
+      return; // another start or stop was requested meanwhile
+    }
+    if (cause !== undefined && !this.hasRun) {
+      this.fail(`The server does not start: ${cause}. Its program is ${this.program?.path}.`, [
         "doctor",
+        "install",
         "log",
       ]);
       return;
     }
-    this.log.warn(`${why}; restarting it in ${pause / 1_000} s`);
+    const pause = this.backoff.onEnded();
+    if (pause === undefined) {
+      this.fail(`The server ended several times: ${cause ?? why}.`, ["restart", "doctor", "log"]);
+      return;
+    }
+    this.log.warn(`${cause ?? why}; restarting it in ${pause / 1_000} s`);
     this.change({ phase: "starting", thinking: false });
     this.restartTimer = setTimeout(() => void this.start(), pause);
   }
@@ -358,9 +423,8 @@ export class Server implements vscode.Disposable {
     // This event also comes when trust is granted, which alone does not require a restart.
     if (event.affectsConfiguration("fimserver.serverPath") && (!this.client || this.isAnotherFound())) {
       void this.restart();
-    } else if (event.affectsConfiguration("fimserver") && this.client?.isRunning()) {
-      // null makes the server request its settings.
-      void this.client.sendNotification(DidChangeConfigurationNotification.type, { settings: null });
+    } else if (event.affectsConfiguration("fimserver")) {
+      void this.reconfigure();
     }
   }
 
@@ -386,8 +450,12 @@ export class Server implements vscode.Disposable {
     }
   }
 
-  private mode(): string {
-    return vscode.workspace.getConfiguration("fimserver").get("mode", "auto");
+  /** Have the server read the settings again, the user's choice for this workspace included. */
+  async reconfigure(): Promise<void> {
+    if (this.client?.isRunning()) {
+      // null makes the server request its settings.
+      await this.client.sendNotification(DidChangeConfigurationNotification.type, { settings: null });
+    }
   }
 
   private async ask<T>(method: string, params: object): Promise<T | undefined> {

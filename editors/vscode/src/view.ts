@@ -18,7 +18,10 @@ export interface View {
   readonly refusedServer: string | null;
   /** The server that gets the code; empty while it stays on this machine. */
   readonly server: string;
-  readonly mode: string;
+  /** Languages that the model was trained on; empty for any. */
+  readonly learned: readonly string[];
+  /** What the server reports about the active document's language; `null` before it does. */
+  readonly language: Language | null;
 }
 
 export const INITIAL: View = {
@@ -32,13 +35,16 @@ export const INITIAL: View = {
   refusedModel: null,
   refusedServer: null,
   server: "",
-  mode: "auto",
+  learned: [],
+  language: null,
 };
 
 /** Language of the active editor. */
 export interface Language {
   readonly id: string;
   readonly enabled: boolean;
+  /** Whether the model was trained on it. */
+  readonly learned: boolean;
 }
 
 export interface Status {
@@ -65,15 +71,26 @@ function engineLine(view: View): string[] {
   return [`Model: ${model}, on ${device}`];
 }
 
+function title(id: string): string {
+  return id.charAt(0).toUpperCase() + id.slice(1);
+}
+
+/** Name the languages that the model was trained on. */
+export function namesOf(learned: readonly string[]): string {
+  const few = learned.slice(0, 2).map(title).join(", ");
+  return learned.length > 2 ? `${few}, ...` : few;
+}
+
+/** Return whether the model was not trained on a language that is completed. */
+export function isUnlearned(view: View, language: Language | undefined): boolean {
+  return view.phase === "ready" && view.enabled && language?.enabled === true && !language.learned;
+}
+
 /** Return the content of the status item. */
 export function toStatus(view: View, language: Language | undefined): Status {
   const lines = engineLine(view);
   const restricted = view.trusted ? [] : ["The workspace is not trusted: its model and device settings are ignored."];
-  const refused =
-    view.refusedModel === null ? [] : [`The model ${view.refusedModel} is not loaded: you have not allowed it.`];
-  const notSent =
-    view.refusedServer === null ? [] : [`Nothing is sent to ${view.refusedServer}: you have not allowed it.`];
-  const base = { lines: [...lines, ...restricted, ...refused, ...notSent], severity: "none" as const };
+  const base = { lines: [...lines, ...restricted], severity: "none" as const };
   switch (view.phase) {
     case "missing":
       return {
@@ -92,6 +109,12 @@ export function toStatus(view: View, language: Language | undefined): Status {
       return { ...base, text: `$(loading~spin) ${NAME}`, headline: "The model is loading" };
     default:
   }
+  if (view.refusedModel !== null) {
+    return waiting("Model not allowed", [`The model ${view.refusedModel} is not loaded.`, ...base.lines]);
+  }
+  if (view.refusedServer !== null) {
+    return waiting("Server not allowed", [`Nothing is sent to ${view.refusedServer}.`, ...base.lines]);
+  }
   if (!view.enabled) {
     return { ...base, text: `$(circle-slash) ${NAME}`, headline: "Off" };
   }
@@ -105,14 +128,27 @@ export function toStatus(view: View, language: Language | undefined): Status {
   if (view.thinking) {
     return { ...base, text: `$(sync~spin) ${NAME}`, headline: "Thinking" };
   }
-  return { ...base, text: `$(${view.server === "" ? "sparkle" : "cloud"}) ${NAME}`, headline: "Ready" };
+  const icon = view.server === "" ? "sparkle" : "cloud";
+  if (language !== undefined && isUnlearned(view, language)) {
+    const only = `${namesOf(view.learned)} only`;
+    const line = `The model has not learned ${language.id}: only text that your files repeat is completed.`;
+    return { ...base, text: `$(${icon}) ${NAME}: ${only}`, headline: only, lines: [line, ...base.lines] };
+  }
+  return { ...base, text: `$(${icon}) ${NAME}`, headline: "Ready" };
+}
+
+function waiting(headline: string, lines: readonly string[]): Status {
+  return {
+    text: `$(warning) ${NAME}`,
+    headline,
+    lines: [...lines, "Click to allow or refuse it."],
+    severity: "warning",
+  };
 }
 
 export type Action =
   | { readonly kind: "snooze"; readonly minutes: number }
-  | { readonly kind: "language"; readonly id: string; readonly on: boolean }
-  | { readonly kind: "enabled"; readonly on: boolean }
-  | { readonly kind: "mode"; readonly mode: "auto" | "speculative" }
+  | { readonly kind: "turnOff" | "turnOn" | "snoozes" | "setup" | "sample" | "allow" }
   | { readonly kind: "explain" | "stats" | "restart" | "log" | "doctor" | "settings" | "install" | "locate" };
 
 export interface MenuItem {
@@ -123,55 +159,50 @@ export interface MenuItem {
 
 const SNOOZES = [5, 15, 30, 60];
 
-function ofServing(view: View, language: Language | undefined, hasWorkspace: boolean): MenuItem[] {
-  const items: MenuItem[] = [];
-  if (view.enabled && view.snoozedMinutes > 0) {
-    items.push({
-      label: "$(bell) End the snooze",
-      description: `${minutes(view.snoozedMinutes)} left`,
-      action: { kind: "snooze", minutes: 0 },
-    });
-  } else if (view.enabled) {
-    for (const number of SNOOZES) {
-      items.push({ label: `$(bell-slash) Snooze ${number} minutes`, action: { kind: "snooze", minutes: number } });
-    }
-  }
-  const where = hasWorkspace ? "in this workspace" : "everywhere";
-  items.push(
-    view.enabled
-      ? { label: `$(circle-slash) Turn off ${where}`, action: { kind: "enabled", on: false } }
-      : { label: `$(check) Turn on ${where}`, action: { kind: "enabled", on: true } },
+/** Return the choices of the snooze list. */
+export function toSnoozes(view: View): MenuItem[] {
+  const end: MenuItem = { label: "$(bell) End the snooze", action: { kind: "snooze", minutes: 0 } };
+  const items = SNOOZES.map(
+    (number): MenuItem => ({ label: minutes(number), action: { kind: "snooze", minutes: number } }),
   );
-  if (language !== undefined) {
+  return view.snoozedMinutes > 0 ? [end, ...items] : items;
+}
+
+function ofServing(view: View, language: Language | undefined): MenuItem[] {
+  const items: MenuItem[] = [];
+  const refused = view.refusedModel ?? view.refusedServer;
+  if (refused !== null) {
+    items.push({ label: "$(warning) Allow or refuse", description: refused, action: { kind: "allow" } });
+  }
+  if (language !== undefined && isUnlearned(view, language)) {
+    const description = `the model has learned ${namesOf(view.learned)} only`;
+    items.push({ label: `$(mortar-board) Get a model for ${language.id}`, description, action: { kind: "setup" } });
+  }
+  const isOff = !view.enabled || language?.enabled === false;
+  if (view.enabled) {
     items.push(
-      language.enabled
+      view.snoozedMinutes > 0
         ? {
-            label: `$(circle-slash) Turn off for ${language.id}`,
-            action: { kind: "language", id: language.id, on: false },
+            label: "$(bell) End the snooze",
+            description: `${minutes(view.snoozedMinutes)} left`,
+            action: { kind: "snooze", minutes: 0 },
           }
-        : { label: `$(check) Turn on for ${language.id}`, action: { kind: "language", id: language.id, on: true } },
+        : { label: "$(bell-slash) Snooze...", action: { kind: "snoozes" } },
     );
   }
-  const isSpeculative = view.mode === "speculative" || view.mode === "verified";
-  items.push({ label: "mode" });
-  items.push({
-    label: "$(rocket) Automatic mode",
-    description: isSpeculative ? "the best mode for the model" : "the best mode for the model; in use",
-    action: { kind: "mode", mode: "auto" },
-  });
-  items.push({
-    label: "$(target) Speculative mode",
-    description: isSpeculative ? "every token verified; in use" : "every token verified",
-    action: { kind: "mode", mode: "speculative" },
-  });
-  items.push({ label: "insight" });
+  const on = view.enabled && language !== undefined ? `Turn on for ${language.id}` : "Turn on";
+  items.push(
+    isOff
+      ? { label: `$(check) ${on}`, action: { kind: "turnOn" } }
+      : { label: "$(circle-slash) Turn off...", action: { kind: "turnOff" } },
+  );
   items.push({ label: "$(question) Why was there no completion?", action: { kind: "explain" } });
   items.push({ label: "$(graph) Statistics", description: "counted on this machine only", action: { kind: "stats" } });
   return items;
 }
 
 /** Return the menu of the status item. */
-export function toMenu(view: View, language: Language | undefined, hasWorkspace: boolean): MenuItem[] {
+export function toMenu(view: View, language: Language | undefined): MenuItem[] {
   if (view.phase === "missing") {
     return [
       {
@@ -190,7 +221,7 @@ export function toMenu(view: View, language: Language | undefined, hasWorkspace:
   }
   const serves = view.phase === "ready" || view.phase === "loading";
   return [
-    ...(serves ? ofServing(view, language, hasWorkspace) : []),
+    ...(serves ? ofServing(view, language) : []),
     { label: "troubleshooting" },
     { label: "$(refresh) Restart the server", action: { kind: "restart" } },
     { label: "$(output) Open the log", action: { kind: "log" } },

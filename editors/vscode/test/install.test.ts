@@ -2,18 +2,18 @@ import { chmodSync, existsSync, mkdirSync, mkdtempSync, readFileSync, realpathSy
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { expect, test } from "vitest";
-import { buildsFor, CancelledError, findTools, isCheckout, run, toSteps } from "../src/install";
+import { CancelledError, explainFailure, findTool, run, TORCH, toDownload, toSteps } from "../src/install";
 import { surroundings } from "../src/outside";
 
-const choice = { tool: "python", program: "/usr/bin/python3", build: "cpu", source: "fimserver==1" } as const;
+const choice = { tool: "python", program: "/usr/bin/python3", build: "cpu", wheel: "/x/fim.whl", index: "" } as const;
 const lines = (steps: ReturnType<typeof toSteps>): string[] =>
   steps.map((step) => [step.command, ...step.args].join(" "));
 
 test("installing with Python", () => {
   expect(lines(toSteps(choice, "/own", "linux"))).toEqual([
     "/usr/bin/python3 -I -m venv /own",
-    "/own/bin/python -I -m pip install --disable-pip-version-check --no-input --index-url https://download.pytorch.org/whl/cpu torch",
-    "/own/bin/python -I -m pip install --disable-pip-version-check --no-input fimserver==1",
+    `/own/bin/python -I -m pip install --disable-pip-version-check --no-input --index-url https://download.pytorch.org/whl/cpu ${TORCH}`,
+    "/own/bin/python -I -m pip install --disable-pip-version-check --no-input /x/fim.whl",
   ]);
 });
 
@@ -21,20 +21,59 @@ test("installing with uv, for a GPU", () => {
   const uv = { ...choice, tool: "uv", program: "/bin/uv", build: "cuda" } as const;
   expect(lines(toSteps(uv, "/own", "linux"))).toEqual([
     "/bin/uv venv --python >=3.11 /own",
-    "/bin/uv pip install --python /own/bin/python torch",
-    "/bin/uv pip install --python /own/bin/python fimserver==1",
+    `/bin/uv pip install --python /own/bin/python ${TORCH}`,
+    "/bin/uv pip install --python /own/bin/python /x/fim.whl",
   ]);
 });
 
-test("installing with pipx into the extension's folder", () => {
-  const [step] = toSteps({ ...choice, tool: "pipx", program: "/bin/pipx" }, "/own", "linux");
-  expect(step?.env).toEqual({ PIPX_HOME: "/own/pipx", PIPX_BIN_DIR: "/own/bin" });
-  expect(step?.args.at(-1)).toBe("fimserver==1");
+test("a company's package index takes the place of PyTorch's", () => {
+  const [, torch] = lines(toSteps({ ...choice, index: "https://mirror.example/simple" }, "/own", "linux"));
+  expect(torch).toContain("--index-url https://mirror.example/simple torch");
 });
 
 test("macOS has one build", () => {
-  expect(buildsFor("darwin")).toEqual(["cpu"]);
   expect(lines(toSteps(choice, "/own", "darwin")).join()).not.toContain("index-url");
+});
+
+test("torch is the release that README.md names", () => {
+  expect(readFileSync("../../README.md", "utf8")).toContain(` ${TORCH} `);
+});
+
+test.each([
+  ["Downloading torch-2.13.0%2Bcpu-cp311-cp311-manylinux_2_28_x86_64.whl (184.3 MB)", "torch, 184.3 MB"],
+  ["  Downloading https://download.pytorch.org/whl/cpu/torch-2.13.0-cp311.whl (184.3 MB)", "torch, 184.3 MB"],
+  ["Downloading tree_sitter_c_sharp-0.23.1-cp39-abi3.whl (0.4 MB)", "tree_sitter_c_sharp, 0.4 MB"],
+  ["Downloading torch (175.2MiB)", "torch, 175.2 MB"],
+  ["Collecting torch", undefined],
+])("sizes are read from %s", (line, expected) => {
+  expect(toDownload(line)).toBe(expected);
+});
+
+test.each([
+  [
+    [
+      "WARNING: Retrying (Retry(total=0)) after connection broken by 'NewConnectionError(\"HTTPSConnection(host='download.pytorch.org', port=443): Failed to establish a new connection: [Errno -3] Temporary failure in name resolution\")': /whl/cpu/torch/",
+      "ERROR: Could not find a version that satisfies the requirement torch (from versions: none)",
+      "ERROR: No matching distribution found for torch",
+    ],
+    /^The network does not find download\.pytorch\.org\./,
+  ],
+  [
+    [
+      "error: Failed to fetch: `https://download.pytorch.org/whl/cpu/torch/`",
+      "  Caused by: dns error",
+      "  Caused by: failed to lookup address information: Name or service not known",
+    ],
+    /^The network does not find/,
+  ],
+  [["OSError: [Errno 28] No space left on device"], /^The disk is full\./],
+  [["error: invalid peer certificate: UnknownIssuer"], /certificate is not trusted/],
+  [["ERROR: Connection refused"], /^The server cannot be reached\./],
+  [["some text", "ERROR: Package 'fimserver' requires a different Python"], /^Package 'fimserver' requires/],
+  [["the last line"], /^the last line$/],
+  [[], /^$/],
+])("a failure is explained: %s", (printed, expected) => {
+  expect(explainFailure(printed)).toMatch(expected);
 });
 
 const around = surroundings([], true);
@@ -77,11 +116,6 @@ function isAlive(pid: number): boolean {
   }
 }
 
-test("a checkout is recognized by its pyproject.toml", async () => {
-  expect(await isCheckout("../..")).toBe(true);
-  expect(await isCheckout(".")).toBe(false);
-});
-
 test.skipIf(process.platform === "win32")(
   "a hostile repository's files do not run while tools are sought",
   async () => {
@@ -109,13 +143,10 @@ test.skipIf(process.platform === "win32")(
     const before = process.cwd();
     process.chdir(repository);
     try {
-      const tools = await findTools(path, process.platform, [repository], inside);
-      expect(tools.filter(({ program }) => !program.startsWith("/usr/bin/") && !program.startsWith("/bin/"))).toEqual(
-        [],
-      );
-      for (const { program } of tools.filter(({ tool }) => tool === "python")) {
-        const choice = { tool: "python", program, build: "cpu", source: "x" } as const;
-        const [make] = toSteps(choice, join(root, "own"), process.platform);
+      const tool = await findTool(path, process.platform, [repository], inside);
+      expect(tool?.program ?? "/bin/none").toMatch(/^(?:\/usr)?\/bin\//);
+      if (tool?.tool === "python") {
+        const [make] = toSteps({ ...choice, program: tool.program }, join(root, "own"), process.platform);
         if (make !== undefined) {
           const step = { ...make, args: [...make.args, "--without-pip"] };
           await run(step, { cwd: repository, env: environment }, () => {}, new AbortController().signal);
