@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from fimserver.analysis.client import FoundHole
@@ -28,7 +29,7 @@ from fimserver.lsp.engine_link import EngineLink
 from fimserver.lsp.requests import CHANGED, RefusedError, Request, unless_ended
 from fimserver.lsp.session import Session
 from fimserver.lsp.usage.acceptance import Kind
-from fimserver.settings import refuse_unsure
+from fimserver.settings import ANY_LANGUAGE, refuse_unsure
 
 MAX_PAUSE_S = 0.25
 DEFAULT_PAUSE_S = 0.04  # while too few pauses are known
@@ -88,12 +89,13 @@ class RequestPolicy:
 
     def describe_language(self, language_id: str) -> dict[str, Any]:
         """Return whether automatic completions are on in a language, and whether the model was trained on it."""
-        try:
-            self._check_language_wanted(language_id)
-            enabled = True
-        except RefusedError:
-            enabled = False
-        return {"id": language_id, "enabled": enabled, "learned": self._is_learned(language_id)}
+        others = tuple(entry for entry in self._session.settings.languages if entry[0] == ANY_LANGUAGE)
+        return {
+            "id": language_id,
+            "enabled": self._session.settings.allows(*_names_of(language_id)),
+            "onByDefault": replace(self._session.settings, languages=others).allows(language_id),
+            "learned": self._is_learned(language_id),
+        }
 
     def _is_learned(self, language_id: str) -> bool:
         """Return whether the model was trained on a language; so are all languages of one that is not known yet."""
@@ -102,8 +104,7 @@ class RequestPolicy:
 
     def _check_language_wanted(self, *language_ids: str) -> None:
         """Raise ``RefusedError`` if the settings turn completions off in a language, by any of its names."""
-        names = [name for each in language_ids for name in (each, find_language(each).id, *each.split("."))]
-        if not self._session.settings.allows(*names):
+        if not self._session.settings.allows(*_names_of(*language_ids)):
             detail = f"completions are off in {language_ids[0]!r}; turn them on in fimserver.languages"
             raise RefusedError(NoCompletion("language_off", detail))
 
@@ -175,3 +176,8 @@ class RequestPolicy:
     def _refuse_unsure(self, request: Request, confidence: float, kind: Kind) -> NoCompletion | None:
         adjusted = None if request.invoked else self._adjust(confidence, kind)
         return refuse_unsure(confidence, self._session.settings, adjusted, invoked=request.invoked)
+
+
+def _names_of(*language_ids: str) -> list[str]:
+    """Return all names of languages under which settings may have them."""
+    return [name for each in language_ids for name in (each, find_language(each).id, *each.split("."))]

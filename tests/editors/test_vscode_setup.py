@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from support import vscode as editor
-from support.real_editors import BEGUN, FIMSERVER, LINE, ROOT, SAMPLE, Stub, wait_until, write_script
+from support.real_editors import BEGUN, FIMSERVER, LINE, SAMPLE, Stub, wait_until, write_script
 from support.vscode import VSCode, Window, Workbench, stub_program
 
 editors = pytest.mark.editors
@@ -64,11 +64,11 @@ def test_nothing_of_a_hostile_repository_runs(
         assert not Path(cwd).is_relative_to(folder)
         assert str(folder) not in path
         assert path.endswith(end)
-        window.command("fimserver: Install the Server...")
-        window.accept("0.3 GB")
-        wait_until(lambda: not any("0.3 GB" in row for row in window.rows()) and window.rows(), "the tools")
-        assert not [row for row in window.rows() if str(folder) in row]
+        window.command("fimserver: Install the Server")
+        (question,) = wait_until(window.notifications, "the question")
+        assert str(folder) not in question
         assert not ran.exists(), ran.read_text(encoding="utf-8")
+        window.dismiss()
         workbench.assert_calm(window)
 
 
@@ -247,7 +247,7 @@ def test_pictures_of_first_steps_and_errors(
         window.dismiss()
         window.command("Welcome: Open Walkthrough")
         window.choose("Code completion on your own machine")
-        for number, step in enumerate(("Set up the server", "Type, and press Tab", "The menu in the status bar"), 1):
+        for number, step in enumerate(("Install the server", "Type, and press Tab", "The menu in the status bar"), 1):
             window.click(f".getting-started-step >> text={step}")
             time.sleep(2)  # for the text next to it, in a frame
             workbench.in_themes(window, partial(picture_step, window, pictures, number))
@@ -265,49 +265,41 @@ case "$1" in
   venv) mkdir -p "$4/bin" ;;
   pip)
     case "$*" in
-      *torch) echo "Downloading torch"; exec sleep {pause} ;;
+      *torch==*) echo "Downloading torch (175.2MiB)"; {torch} ;;
       *) cp {server} "$(dirname "$4")/fimserver" ;;
     esac ;;
 esac
 """
+OFFLINE = 'echo "  Caused by: dns error: failed to lookup https://download.pytorch.org/whl/cpu" >&2; exit 2'
 
 
 @editors
-def test_the_server_is_installed_when_asked(
+def test_from_the_package_alone_to_ghost_text(
     vscode: VSCode, vsix: Path, editors_home: dict[str, str], tmp_path: Path, pictures: Path
 ) -> None:
+    """As a new user: the question is left alone at first, and everything else works meanwhile."""
     folder, tools, journal = tmp_path / "project", tmp_path / "tools", tmp_path / "journal"
     folder.mkdir()
     (folder / "inventory.py").write_text(SAMPLE, encoding="utf-8")
     server = write_script(tmp_path / "server", f'exec {FIMSERVER} "$@"')
 
-    def write_uv(pause: int) -> None:
-        write_script(tools / "uv", FAKE_UV.format(journal=journal, pause=pause, server=server))
+    def write_uv(torch: str) -> None:
+        write_script(tools / "uv", FAKE_UV.format(journal=journal, torch=torch, server=server))
 
-    write_uv(600)
+    write_uv("exec sleep 600")
     env = {**editors_home, "PATH": f"{tools}:/usr/bin:/bin"}
-    settings = {"fimserver.serverPath": ""}
-    with closing(Workbench(vscode, vsix, folder, env=env, settings=settings)) as workbench:
+    with closing(Workbench(vscode, vsix, folder, env=env, settings={"fimserver.serverPath": ""})) as workbench:
         window = workbench.window()
         window.wait_for_status("not installed", timeout=120)
-        shown = wait_until(window.notifications, "the offer")
-        assert len(shown) == 1
-        window.screenshot(pictures / "missing.png")
-        assert not journal.exists()
+        (question,) = wait_until(window.notifications, "the question")
+        assert question.startswith("Install the completion server? It downloads 0.3 GB.")
+        workbench.in_themes(window, lambda theme: window.screenshot(pictures / f"install_{theme}.png"))
+        click_everything(window)
+        assert len(window.notifications()) == 1, "the question is still there"
+        assert not journal.exists(), "nothing is downloaded before the answer"
 
-        def install() -> None:
-            wait_until(lambda: any("0.3 GB" in text for text in window.rows()), "the builds")
-            window.screenshot(pictures / "install.png")
-            window.accept("0.3 GB")
-            window.accept("uv")
-            wait_until(lambda: any("from a checkout" in text for text in window.rows()), "the last step")
-            assert not any("fimserver==" in text for text in window.rows()), "by a name that is not ours"
-            window.accept("from a checkout")
-            window.choose_path(ROOT, "Install")
-
-        window.click(".notification-toast .monaco-button >> text=Install...")
-        install()
-        wait_until(lambda: any("torch" in text for text in window.notifications()), "how far it is")
+        window.click(".notification-toast .monaco-button >> text=Install")
+        wait_until(lambda: any("torch, 175.2 MB" in text for text in window.notifications()), "how far it is")
         window.screenshot(pictures / "installing.png")
         window.click(".notification-toast .monaco-button >> text=Cancel")
         wait_until(lambda: not window.notifications(), "it was stopped")
@@ -315,11 +307,101 @@ def test_the_server_is_installed_when_asked(
         place = "globalStorage/fimserver.fimserver/server"
         wait_until(lambda: not list(workbench.data.rglob(place)), "what was begun is gone")
 
-        write_uv(0)
+        write_uv(OFFLINE)
         window.menu()
         window.choose("Install the server")
-        install()
+        click_install(window)
+        wait_until(lambda: any("does not find" in text for text in window.notifications()), "what is wrong")
+        assert any("download.pytorch.org" in text for text in window.notifications())
+        window.screenshot(pictures / "offline.png")
+
+        write_uv("true")
+        window.click(".notification-toast .monaco-button >> text=Install")
+        click_install(window)
         window.wait_for_status("Ready", timeout=60)
-        window.begin(folder / "inventory.py")
-        assert journal.read_text(encoding="utf-8").splitlines()[-1].endswith(f" {ROOT}")
+        wait_until(lambda: any(text.startswith("Ready:") for text in window.notifications()), "what to do next")
+        window.click(".notification-toast .monaco-button >> text=Open a Sample")
+        assert window.wait_for_ghost().startswith("pend(")
+        window.screenshot(pictures / "sample.png")
+        assert journal.read_text(encoding="utf-8").splitlines()[-1].endswith("fimserver-0.1.0-py3-none-any.whl")
         assert workbench.host_errors() == []
+
+
+def click_install(window: Window) -> None:
+    """Answer the question."""
+    wait_until(lambda: any(text.startswith("Install the") for text in window.notifications()), "the question")
+    window.click(".notification-toast .monaco-button >> text=Install")
+
+
+def click_everything(window: Window) -> None:
+    """Use the status item, the palette and the walkthrough while a question is on the screen."""
+    assert any("Install the server" in row for row in window.menu())
+    window.press("Escape")
+    window.command("fimserver: Open the Log")
+    wait_until(lambda: window.has(".panel .view-line"), "the log is there")
+    window.command("View: Hide Panel")
+    window.command("fimserver: Settings")
+    wait_until(lambda: window.has(".settings-editor .setting-item-contents"), "the settings are there")
+    window.press("Escape")
+    wait_until(lambda: not window.has(".settings-editor"), "they are closed")
+    window.command("Welcome: Open Walkthrough")
+    window.choose("Code completion on your own machine")
+    window.click(".getting-started-step >> text=Install the server")
+    window.click(".getting-started-step .monaco-button >> text=Install the server")  # asks the same question again
+    wait_until(lambda: len(window.notifications()) == 1, "one question")
+
+
+@editors
+def test_a_server_that_cannot_start(
+    vscode: VSCode, vsix: Path, editors_home: dict[str, str], tmp_path: Path, pictures: Path
+) -> None:
+    lines = ("Traceback ...", "ModuleNotFoundError: No module named 'torch'")
+    broken = write_script(tmp_path / "broken", *(f'echo "{line}" >&2' for line in lines), "exit 1")
+    settings = {"fimserver.serverPath": str(broken)}
+    with closing(Workbench(vscode, vsix, tmp_path, env=editors_home, settings=settings)) as workbench:
+        window = workbench.window()
+        window.wait_for_status("No completions", timeout=120)
+        (shown,) = wait_until(window.notifications, "what is wrong")
+        assert shown.startswith("The server does not start: No module named 'torch'.")
+        assert window.texts(".notification-toast .monaco-button") == ["Doctor", "Install", "Open Log"]
+        workbench.in_themes(window, lambda theme: window.screenshot(pictures / f"broken_{theme}.png"))
+        time.sleep(1)  # nothing shows that no other message comes
+        assert len(window.notifications()) == 1
+        window.command("fimserver: Why Was There No Completion?")
+        wait_until(lambda: len(window.notifications()) == 2, "why")
+        workbench.set_for_status(window, "Ready", serverPath=str(FIMSERVER))
+
+
+@editors
+def test_whose_setting_a_model_is(
+    vscode: VSCode, vsix: Path, editors_home: dict[str, str], tmp_path: Path, pictures: Path
+) -> None:
+    folder = tmp_path / "project"
+    folder.mkdir()
+    settings = folder / ".vscode" / "settings.json"
+    with closing(Workbench(vscode, vsix, folder, env=editors_home, settings={"fimserver.model": "/mine"})) as workbench:
+        window = workbench.window()
+        window.wait_for_status("No completions", timeout=120)
+        (shown,) = wait_until(window.notifications, "there is no such model")
+        assert "/mine" in shown, "the user's own setting is tried without a question"
+        assert "Load the model" not in shown
+        window.dismiss()
+        workbench.set_for_status(window, "Ready", model=None)
+
+        def theirs(model: str | None) -> None:
+            settings.parent.mkdir(exist_ok=True)
+            editor.write_over(settings, json.dumps({} if model is None else {"fimserver.model": model}).encode())
+
+        status = partial(window.status)
+        workbench.repeat_until(partial(theirs, "/theirs"), lambda: "not allowed" in status(), "the warning")
+        (question,) = wait_until(window.notifications, "the question")
+        assert question.startswith("Load the model /theirs?")
+        workbench.in_themes(window, lambda theme: window.screenshot(pictures / f"question_{theme}.png"))
+        window.press("Escape")
+        window.dismiss()
+        assert "not allowed" in window.status(), "the warning stays"
+        window.menu()
+        window.choose("Allow or refuse")
+        wait_until(lambda: any("Load the model /theirs?" in text for text in window.notifications()), "asked again")
+        window.dismiss()
+        workbench.repeat_until(partial(theirs, None), lambda: "Ready" in status(), "without the setting")

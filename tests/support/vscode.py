@@ -181,6 +181,12 @@ def names_in(vsix: Path) -> list[str]:
         return archive.namelist()
 
 
+def size_in(vsix: Path, name: str) -> int:
+    """Compressed size of a file in a packaged extension, in bytes."""
+    with zipfile.ZipFile(vsix) as archive:
+        return archive.getinfo(name).compress_size
+
+
 class Browser:
     """A headless Chromium that runs ``driver.mjs``."""
 

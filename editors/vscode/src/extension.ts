@@ -121,7 +121,7 @@ class Extension {
     }
     const { language } = this.server.view;
     const enabled = isLanguageOn(this.settings().get("languages"), id);
-    return language?.id === id ? language : { id, enabled, learned: true };
+    return language?.id === id ? language : { id, enabled, learned: true, onByDefault: true };
   }
 
   private settings(): vscode.WorkspaceConfiguration {
@@ -249,16 +249,11 @@ class Extension {
       await this.chooseHere(here);
       return;
     }
-    const id = this.language()?.id;
-    if (id !== undefined && this.language()?.enabled === false) {
-      const own = this.ownLanguages();
-      await this.writeLanguages(withLanguage(own, id, own?.[id] !== false));
-      await this.server.refresh();
-      if (this.language()?.enabled === false) {
-        await this.writeLanguages(withLanguage(this.ownLanguages(), id, true));
-      }
-      if (isLanguageOn(this.settings().get("languages"), id) === false) {
-        this.messages.inform(`Still off for ${id}. The settings of this workspace turn it off.`, ["settings"]);
+    const language = this.language();
+    if (language?.enabled === false) {
+      await this.writeLanguages(withLanguage(this.ownLanguages(), language.id, !language.onByDefault));
+      if (!isLanguageOn(this.settings().get("languages"), language.id)) {
+        this.messages.inform(`Still off for ${language.id}. The settings of this workspace turn it off.`, ["settings"]);
       }
     }
   }

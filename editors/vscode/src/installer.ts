@@ -89,7 +89,8 @@ export class Installer {
     const size = downloadSize("cpu");
     const text =
       `Install the completion server? It downloads ${size}. ` +
-      `Torch and other packages come from PyTorch and PyPI with ${tool === "uv" ? "uv" : program}, into ${this.folder}.`;
+      `Torch comes from PyTorch and other packages from PyPI, with ${tool === "uv" ? "uv" : program}. They go into the ` +
+      "extension's own folder; your code stays on this machine.";
     const choices = [INSTALL, ...(hasNvidiaGpu() ? [INSTALL_CUDA] : []), LOCATE, LATER];
     const answer = await vscode.window.showInformationMessage(text, ...choices);
     if (answer === INSTALL || answer === INSTALL_CUDA) {

@@ -45,6 +45,8 @@ export interface Language {
   readonly enabled: boolean;
   /** Whether the model was trained on it. */
   readonly learned: boolean;
+  /** Whether completions are on without an entry in the settings. */
+  readonly onByDefault: boolean;
 }
 
 export interface Status {

@@ -8,8 +8,8 @@ const READY: View = {
   detail: "tiny on cpu",
   learned: ["python"],
 };
-const PYTHON = { id: "python", enabled: true, learned: true };
-const GO = { id: "go", enabled: true, learned: false };
+const PYTHON = { id: "python", enabled: true, learned: true, onByDefault: true };
+const GO = { ...PYTHON, id: "go", learned: false };
 
 const headline = (more: Partial<View>, language = PYTHON): string => toStatus({ ...READY, ...more }, language).headline;
 const labels = (view: View, language = PYTHON): string[] => toMenu(view, language).map((item) => item.label);
