@@ -1,5 +1,7 @@
 """Define every error that users can see: one sentence on what is wrong, one on how to fix it."""
 
+import re
+import sys
 from typing import Any
 
 
@@ -56,3 +58,27 @@ class AnalysisError(FimserverError):
     def __init__(self, outcome: Any) -> None:
         super().__init__(outcome.detail)
         self.outcome = outcome
+
+
+def install_command(*names: str, extra: str = "") -> str:
+    """Return the command that installs packages by name, or those of an extra, for the Python that runs.
+
+    The versions are those that fimserver needs. It names the packages themselves: fimserver is not on PyPI yet.
+    """
+    from importlib import metadata  # noqa: PLC0415  the relay keeps its memory small
+
+    wanted = {_to_key(name) for name in names}
+    found = [f'"{name}"' for name in names]
+    for line in metadata.requires("fimserver") or []:
+        requirement, _, marker = (part.strip() for part in line.partition(";"))
+        key = _to_key(re.split(r"[^\w.-]", requirement, maxsplit=1)[0])
+        is_of_extra = bool(extra) and marker.replace("'", '"') == f'extra == "{extra}"'
+        if is_of_extra:
+            found.append(f'"{requirement}"')
+        elif key in wanted and "extra" not in marker:
+            found[names.index(next(name for name in names if _to_key(name) == key))] = f'"{requirement}"'
+    return f"{sys.executable} -m pip install {' '.join(found)}"
+
+
+def _to_key(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from fimserver import INSTALLED_FROM
 from fimserver.context.languages.table import LANGUAGES
+from fimserver.errors import install_command
 from fimserver.lsp.configuration import RESTART_COMMAND
 from fimserver.lsp.convert import ACCEPT_COMMAND
 from fimserver.lsp.features import EXPLAIN_COMMAND, SNOOZE_COMMAND
@@ -80,6 +82,28 @@ def test_commands_in_the_readme_exist() -> None:
     for line in set(re.findall(r"fimserver (lsp|complete|eval \w+|doctor)\b", text)):
         command = [sys.executable, "-P", "-m", "fimserver.cli.main", *line.split(), "--help"]
         assert subprocess.run(command, capture_output=True, check=False).returncode == 0, line
+
+
+def test_nothing_installs_a_name_that_is_not_ours() -> None:
+    """Anyone could register the name on a package index and run code on the machines of those who install it."""
+    endings = {".md", ".py", ".ts", ".lua", ".json", ".toml", ".yaml", ".txt", ".mjs"}
+    folders = [ROOT / "fimserver", ROOT / "editors", ROOT / ".ci"]
+    files = [*ROOT.glob("*.*"), *(file for folder in folders for file in folder.rglob("*"))]
+    for file in files:
+        if file.suffix in endings and "node_modules" not in file.parts and file.is_file():
+            text = file.read_text(encoding="utf-8")
+            assert not re.search(r"(?:pipx?|uv|uvx)(?: \w+)* (?:install|run|add) +['\"]?fimserver\b", text), file
+    page = " ".join(path.read_text(encoding="utf-8") for path in PAGES)
+    installed = re.findall(r"pip install (?:-e )?['\"]?(\.|[\w/.-]+)\[[\w,]+\]", page)
+    assert {INSTALLED_FROM} == set(installed)
+
+
+def test_a_missing_package_has_a_command_with_the_version_that_is_needed() -> None:
+    assert "pip install" in install_command("torch", "tree_sitter_c")
+    assert '"torch>=' in install_command("torch")
+    assert '"tree-sitter-c<' in install_command("tree_sitter_c")
+    assert '"xllamacpp>=' in install_command(extra="llamacpp")
+    assert install_command("unknown").endswith(' "unknown"')
 
 
 def test_the_gate_runs_the_readmes_test_command() -> None:

@@ -31,7 +31,7 @@ from rich.progress import track
 
 from fimserver.bench.metrics import percentile
 from fimserver.bench.simulated_editor import Key, draw_pause, to_keystrokes
-from fimserver.errors import FimserverError
+from fimserver.errors import FimserverError, install_command
 
 if TYPE_CHECKING:
     import simpy
@@ -206,7 +206,7 @@ def simulate(  # noqa: PLR0913
     try:
         import simpy  # noqa: PLC0415  only this command needs it
     except ImportError as error:
-        msg = "this simulation needs the package simpy: pip install 'fimserver[capacity]'"
+        msg = f"this simulation needs the package simpy; run: {install_command(extra='capacity')}"
         raise FimserverError(msg) from error
     if seconds is None:
         seconds = min(_LONGEST_S, max(_SHORTEST_S, _KEYS_A_RUN / (typing * _KEYS_PER_S)))

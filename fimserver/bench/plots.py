@@ -3,7 +3,7 @@
     write_plots           quality over passes, and the number of passes of holes
     write_quality_plots   quality by kind of hole, calibration of confidence, quality over passes
 
-matplotlib is optional: ``pip install fimserver[plots]``.
+matplotlib is optional: the extra ``plots``.
 
 Knows:  outcomes.  Never: how they were made.
 """
@@ -15,7 +15,7 @@ from statistics import fmean
 from typing import Any
 
 from fimserver.bench.metrics import Answer, MeanInterval, pareto_front, to_bins
-from fimserver.errors import FimserverError
+from fimserver.errors import FimserverError, install_command
 
 QUALITY_FILE = "quality_over_passes.png"
 PASSES_FILE = "passes.png"
@@ -162,6 +162,6 @@ def figure_class() -> Any:
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415  optional
     except ImportError as error:
-        msg = f"--plots needs matplotlib ({error}); install it with: pip install 'fimserver[plots]'"
+        msg = f"--plots needs matplotlib ({error}); install it with: {install_command(extra='plots')}"
         raise FimserverError(msg) from error
     return Figure

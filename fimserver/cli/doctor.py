@@ -26,7 +26,7 @@ from fimserver.daemon.launch import read_status
 from fimserver.datatypes import FimContext, Generation, Hole, HoleKind, ModelInfo, Sampling
 from fimserver.engine.client import EngineClient
 from fimserver.engine.remote.consent import options_here
-from fimserver.errors import EngineError, FimserverError
+from fimserver.errors import EngineError, FimserverError, install_command
 from fimserver.paths import config_file
 from fimserver.settings import Settings, read_config_file
 
@@ -84,7 +84,7 @@ def check_packages(_settings: Settings) -> Check:
             found.append(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:
             missing.append(name)
-    remedy = f"missing: {', '.join(missing)}; run: {sys.executable} -m pip install fimserver" if missing else ""
+    remedy = f"missing: {', '.join(missing)}; run: {install_command(*missing)}" if missing else ""
     return Check("packages", ", ".join(found), remedy)
 
 

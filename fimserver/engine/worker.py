@@ -40,7 +40,7 @@ from fimserver.datatypes import (
     to_plain,
 )
 from fimserver.engine.interface import CompletionEngine
-from fimserver.errors import CompletionCancelledError, EngineError, FimserverError
+from fimserver.errors import CompletionCancelledError, EngineError, FimserverError, install_command
 from fimserver.framing import read_message, take_private_streams, write_message
 from fimserver.paths import use_private_caches
 
@@ -208,7 +208,7 @@ def load_engine(  # noqa: PLR0913  the options of an engine
         logging.getLogger("torch").setLevel(logging.ERROR)  # transformers imports optional packages, which log warnings
         from fimserver.engine.engine import Engine  # noqa: PLC0415
     except ImportError as error:
-        msg = f"a package is missing ({error}); install again with: pip install fimserver"
+        msg = f"a package is missing ({error}); install it with: {install_command(error.name or 'torch')}"
         raise FimserverError(msg) from error
     torch.set_num_threads(threads or choose_threads(model))
     engine = Engine.load(model, device, context_tokens, report, fp4_activations=fp4_activations)

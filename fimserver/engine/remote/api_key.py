@@ -6,7 +6,7 @@ Raises:  ``RemoteError`` that names the place, never the key.
 
 import os
 
-from fimserver.errors import RemoteError
+from fimserver.errors import RemoteError, install_command
 
 SERVICE = "fimserver"  # in the keyring
 _KEYRING = "keyring:"
@@ -36,7 +36,8 @@ def _read_keyring(name: str) -> str:
     try:
         import keyring  # noqa: PLC0415  optional
     except ImportError as error:
-        msg = "the package keyring is missing; run: pip install keyring, or name an environment variable"
+        command = install_command(extra="keyring")
+        msg = f"the package keyring is missing; name an environment variable instead, or run: {command}"
         raise RemoteError(msg, is_lasting=True) from error
     try:
         return (keyring.get_password(SERVICE, name) or "").strip()

@@ -18,7 +18,7 @@ from typing import Any
 from fimserver.checkpoints.installed import find_gguf
 from fimserver.engine.remote.address import Address
 from fimserver.engine.remote.connection import Connection
-from fimserver.errors import EngineError, WeightsError
+from fimserver.errors import EngineError, WeightsError, install_command
 
 _SOCKET_PREFIX = "llama-"
 DEFAULT_CONTEXT_TOKENS = 4096
@@ -33,7 +33,7 @@ class EmbeddedServer:
         try:
             import xllamacpp  # noqa: PLC0415  optional, and large
         except ImportError as error:
-            msg = "fimserver.engine is llamacpp, which needs a package; run: pip install 'fimserver[llamacpp]'"
+            msg = f"fimserver.engine is llamacpp, which needs a package; run: {install_command(extra='llamacpp')}"
             raise EngineError(msg) from error
         params = xllamacpp.CommonParams()
         params.model.path = str(path)
