@@ -24,6 +24,7 @@ SOURCES = {
     "cache": "rest of a completion shown before",
     "match": "match with text elsewhere",
 }
+_COLUMNS = ("offered", "accepted", "typed out", "rejected", "used", "characters", "tokens")
 _SHOWN_DAYS = 30
 _SHOWN_REASONS = 10
 _SHOWN_LANGUAGES = 10
@@ -79,10 +80,11 @@ def print_statistics(statistics: Statistics, console: Console) -> None:
     whole = statistics.total()
     total = overall(whole)
     console.print(
-        f"{_span(statistics)}: {total.offered} offered, {_percent(total.acceptance)} of those decided accepted, "
+        f"{_span(statistics)}: {total.offered} offered, {_percent(total.acceptance)} of those decided accepted or "
+        f"typed out ({total.accepted - total.typed_out} accepted, {total.typed_out} typed out), "
         f"{total.characters} characters (about {total.tokens:.0f} tokens) you did not type"
     )
-    tallies = Table("", "offered", "accepted", "rejected", "share", "characters", "tokens", box=SIMPLE, pad_edge=False)
+    tallies = Table("", *_COLUMNS, box=SIMPLE, pad_edge=False)
     for groups in (by_language(whole), by_hole(whole)):
         for name, tally in groups.items():
             tallies.add_row(name, *_cells(tally))
@@ -111,7 +113,8 @@ def to_json_object(statistics: Statistics) -> dict[str, object]:
         share = tally.acceptance
         return {
             "offered": tally.offered,
-            "accepted": tally.accepted,
+            "accepted": tally.accepted - tally.typed_out,
+            "typed_out": tally.typed_out,
             "rejected": tally.rejected,
             "acceptance": None if share is None else round(share, 3),
             "characters": tally.characters,
@@ -141,14 +144,15 @@ def to_page(statistics: Statistics, today: date) -> str:
     all_times: Counter[int] = sum(whole.times.values(), Counter())
     tiles = [
         (f"{total.offered:,}", "completions offered"),
-        (_percent(total.acceptance), "accepted, of those decided"),
+        (_percent(total.acceptance), "accepted or typed out, of those decided"),
+        (f"{total.accepted - total.typed_out:,} and {total.typed_out:,}", "accepted, and typed out"),
         (f"{total.characters:,}", "characters you did not type"),
         (f"{total.tokens:,.0f}", "tokens, about"),
         (_ms(percentile(all_times, 0.5)), "median time to an answer"),
         (_ms(percentile(all_times, 0.95)), "95th percentile of the time to an answer"),
     ]
     sections = [
-        _section("Accepted and rejected per day", _draw_days(statistics, today), _key("accepted", "rejected")),
+        _section("Used and rejected per day", _draw_days(statistics, today), _key("accepted or typed out", "rejected")),
         _section("By language", _draw_shares(by_language(whole)), _table("language", by_language(whole))),
         _section("By kind of hole", _draw_shares(by_hole(whole)), _table("place", by_hole(whole))),
         _section(
@@ -202,7 +206,7 @@ def _text(x: float, y: float, text: str, anchor: str = "start", kind: str = "") 
 
 
 def _draw_days(statistics: Statistics, today: date) -> str:
-    """Draw a stacked bar of accepted and rejected completions for each of the last thirty days."""
+    """Draw a stacked bar of used and rejected completions for each of the last thirty days."""
     days = [today - timedelta(back) for back in reversed(range(_SHOWN_DAYS))]
     tallies = [overall(statistics.days.get(day.isoformat(), Day())) for day in days]
     most = max((tally.accepted + tally.rejected for tally in tallies), default=0) or 1
@@ -210,7 +214,7 @@ def _draw_days(statistics: Statistics, today: date) -> str:
     parts = [f'<line x1="40" x2="800" y1="{base}" y2="{base}"/>', _text(34, 26, str(most), "end", "soft")]
     for i, (day, tally) in enumerate(zip(days, tallies, strict=True)):
         x = 40 + i * step + 2
-        given = f"{day.isoformat()}: {tally.accepted} accepted, {tally.rejected} rejected"
+        given = f"{day.isoformat()}: {tally.accepted} accepted or typed out, {tally.rejected} rejected"
         first, second = (room * count / most for count in (tally.accepted, tally.rejected))
         parts += [_bar("one", x, base - first, (step - 4, first), given)]
         parts += [_bar("two", x, base - first - second, (step - 4, second), given)]
@@ -218,7 +222,7 @@ def _draw_days(statistics: Statistics, today: date) -> str:
             last = i == len(days) - 1  # a centered date would not fit below the last bar
             at, anchor = (x + step - 4, "end") if last else (x + step / 2, "middle")
             parts.append(_text(at, base + 16, f"{day.day} {day:%b}", anchor, "soft"))
-    return _svg(170, "accepted and rejected completions of the last thirty days", parts)
+    return _svg(170, "used and rejected completions of the last thirty days", parts)
 
 
 def _draw_shares(groups: dict[str, Tally]) -> str:
@@ -268,9 +272,7 @@ def _draw_times(times: dict[str, Counter[int]]) -> str:
 
 
 def _table(what: str, groups: dict[str, Tally]) -> str:
-    head = "".join(
-        f"<th>{name}</th>" for name in (what, "offered", "accepted", "rejected", "share", "characters", "tokens")
-    )
+    head = "".join(f"<th>{name}</th>" for name in (what, *_COLUMNS))
     rows = [
         f"<tr><td>{html.escape(name)}</td>{''.join(f'<td>{cell}</td>' for cell in _cells(tally))}</tr>"
         for name, tally in groups.items()
@@ -279,7 +281,7 @@ def _table(what: str, groups: dict[str, Tally]) -> str:
 
 
 def _cells(tally: Tally) -> list[str]:
-    counts = (tally.offered, tally.accepted, tally.rejected)
+    counts = (tally.offered, tally.accepted - tally.typed_out, tally.typed_out, tally.rejected)
     return [
         *(f"{count:,}" for count in counts),
         _percent(tally.acceptance),

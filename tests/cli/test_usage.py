@@ -1,5 +1,6 @@
 """Statistics of completions, their file, and the output of ``fimserver stats``."""
 
+import io
 import json
 import os
 import random
@@ -15,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from support.command import run
 from support.fake_engine import FakeServer
 
-from fimserver.cli.stats_page import by_hole, by_language, to_json_object, to_page
+from fimserver.cli.stats_page import by_hole, by_language, print_statistics, to_json_object, to_page
 from fimserver.lsp.usage.ledger import (
     FOLDER_NAME,
     MOST_MONTHS,
@@ -63,6 +65,34 @@ def test_an_offer_counts_once_and_its_words_add_up(ledger: Ledger, tmp_path: Pat
     assert day.tallies["go", "argument"].acceptance is None
     assert by_language(day)["python"].acceptance == 0.5
     assert by_hole(day)["argument"] == Tally(2, 0, 1, 0, 0.0)
+
+
+def test_accepted_and_typed_out_are_both_counted(ledger: Ledger, tmp_path: Path) -> None:
+    for name, characters in (("a", 8), ("b", 0), ("c", 0)):
+        ledger.note_offer([name], "python", "statement", 4.0)
+        ledger.note_decision(name, accepted=True, characters=characters)
+    tally = counted(ledger, tmp_path).tallies["python", "statement"]
+    assert (tally.accepted, tally.typed_out) == (3, 2)
+    statistics = read_statistics(tmp_path / FOLDER_NAME)
+    assert to_json_object(statistics)["total"] == {
+        "offered": 3,
+        "accepted": 1,
+        "typed_out": 2,
+        "rejected": 0,
+        "acceptance": 1.0,
+        "characters": 8,
+        "tokens": 2,
+    }
+    printed = io.StringIO()
+    print_statistics(statistics, Console(file=printed, width=200))
+    assert "accepted or typed out (1 accepted, 2 typed out)" in printed.getvalue()
+    assert "1 and 2" in to_page(statistics, date.today())
+
+
+def test_counts_of_earlier_versions_are_read() -> None:
+    day = {"tallies": {"python": {"statement": [3, 2, 1, 9, 3.0]}}, "times": {}, "empty": {}}
+    read = from_json(json.dumps({"version": 1, "days": {"2026-11-01": day}}))
+    assert read.total().tallies["python", "statement"] == Tally(3, 2, 1, 9, 3.0, typed_out=0)
 
 
 def test_percentiles_are_within_their_bin() -> None:

@@ -39,8 +39,9 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Tally:
-    """Completions that were offered, accepted and rejected; the rest is undecided.
+    """Completions that were offered, used and rejected; the rest is undecided.
 
+    ``accepted`` counts all that were used: accepted with a key, or typed out (``typed_out`` of them).
     ``characters`` and ``tokens`` are those that were accepted instead of typed.
     """
 
@@ -49,6 +50,7 @@ class Tally:
     rejected: int = 0
     characters: int = 0
     tokens: float = 0.0
+    typed_out: int = 0
 
     def add(self, other: "Tally") -> None:
         """Add another tally."""
@@ -57,10 +59,11 @@ class Tally:
         self.rejected += other.rejected
         self.characters += other.characters
         self.tokens += other.tokens
+        self.typed_out += other.typed_out
 
     @property
     def acceptance(self) -> float | None:
-        """Return the accepted share of the decided completions; ``None`` if none was decided."""
+        """Return the share of the decided completions that were accepted or typed out; ``None`` without any."""
         decided = self.accepted + self.rejected
         return self.accepted / decided if decided else None
 
@@ -165,13 +168,20 @@ def from_json(text: str) -> Statistics:
     for name, given in values["days"].items():
         day = statistics.day(date.fromisoformat(name).isoformat())
         for language, holes in given["tallies"].items():
-            for hole, (offered, accepted, rejected, characters, tokens) in holes.items():
-                tally = Tally(_count(offered), _count(accepted), _count(rejected), _count(characters), _amount(tokens))
-                day.tallies[language, hole] = tally
+            for hole, counts in holes.items():
+                day.tallies[language, hole] = _to_tally(*counts)
         for source, bins in given["times"].items():
             day.times[source] = Counter({_bin(number): _count(count) for number, count in bins.items()})
         day.empty = Counter({reason: _count(count) for reason, count in given["empty"].items()})
     return statistics
+
+
+def _to_tally(  # noqa: PLR0913, PLR0917  in the order of the file
+    offered: Any, accepted: Any, rejected: Any, characters: Any, tokens: Any, typed_out: Any = 0
+) -> Tally:
+    """Return a tally of a file; earlier versions did not count what was typed out."""
+    first, second, third, fourth = map(_count, (offered, accepted, rejected, characters))
+    return Tally(first, second, third, fourth, _amount(tokens), _count(typed_out))
 
 
 def _count(value: Any) -> int:
@@ -301,6 +311,7 @@ class Ledger:
                 tally.tokens += round(characters / offer.characters_per_token, 2)
             if not offer.is_decided:
                 tally.accepted += accepted
+                tally.typed_out += accepted and not characters
                 tally.rejected += not accepted
         offer.is_decided = True
 
