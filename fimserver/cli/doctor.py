@@ -4,11 +4,19 @@ Knows:  packages, the machine, the engine's client, plans.  Never: LSP, torch (t
 """
 
 import dataclasses
+import json
 import os
 import platform
+import shutil
+import subprocess
 import sys
+import tempfile
+import threading
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -27,8 +35,18 @@ from fimserver.datatypes import FimContext, Generation, Hole, HoleKind, ModelInf
 from fimserver.engine.client import EngineClient
 from fimserver.engine.remote.consent import options_here
 from fimserver.errors import EngineError, FimserverError, install_command
-from fimserver.paths import config_file
-from fimserver.settings import Settings, read_config_file
+from fimserver.framing import VERSION, read_body, to_frame
+from fimserver.paths import (
+    HOME_VARIABLE,
+    OUTSIDE,
+    cache_folder,
+    config_file,
+    data_folder,
+    runtime_folder,
+    state_folder,
+)
+from fimserver.settings import Settings, read_config_file, to_wire_name, to_wire_value
+from fimserver.text import to_printable
 
 LOAD_TIMEOUT_S = 300.0
 _PACKAGES = (
@@ -41,6 +59,9 @@ _PACKAGES = (
     "tree-sitter",
     "tree-sitter-python",
 )
+_VARIABLES = ("FIMSERVER_", "HF_", "CUDA_", "OMP_", "MKL_", "XDG_", "XPC_", "TORCH")  # beginnings of names
+_PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")  # their values may hold a password
+_ANSWER_S = 30.0  # for the first answer of a server, a daemon's start included
 _FEW_STEPS = 20  # steps per second; slower speeds are shown with one more digit
 _LEAST_FREE_BYTES = 1_500_000_000  # torch, transformers and the shipped model in one process
 _PROBE = "def add(first, second):\n    return first + "
@@ -59,12 +80,15 @@ def run_checks(settings: Settings) -> bool:
     """Print every check; return whether all are good."""
     console = make_console(soft_wrap=True)
     good = True
-    for check in (check_python, check_packages, check_memory, check_grammar, check_config, check_daemon, check_model):
+    for check in (
+        *(check_python, check_program, check_environment, check_packages, check_memory, check_grammar),
+        *(check_config, check_settings, check_folders, check_server, check_daemon, check_model),
+    ):
         result = check(settings)
         mark = ("FAIL", "bold red") if result.remedy else ("ok  ", "green")
-        console.print(Text.assemble(mark, plain(f" {result.name:9} {result.found}")))
+        console.print(Text.assemble(mark, plain(f" {result.name:11} {result.found}")))
         if result.remedy:
-            console.print(Text(plain(f"     {'':9} {result.remedy}")))
+            console.print(Text(plain(f"     {'':11} {result.remedy}")))
             good = False
     return good
 
@@ -74,6 +98,28 @@ def check_python(_settings: Settings) -> Check:
     return Check(
         "python", f"{platform.python_version()} ({sys.executable}), fimserver {__version__}, {platform.platform()}"
     )
+
+
+def check_program(_settings: Settings) -> Check:
+    """Return which program an editor starts that searches PATH."""
+    own = Path(sys.executable).parent / Path(sys.argv[0]).name
+    own = own if own.stem == "fimserver" else own.with_name("fimserver")
+    found = shutil.which("fimserver")
+    if found is None:
+        how = f"editors have to be given {own}: fimserver.serverPath in VS Code, cmd in Neovim"
+        return Check("program", f"not on PATH; {how}")
+    if Path(found).resolve() == own.resolve():
+        return Check("program", f"{found}, which editors find on PATH")
+    return Check("program", f"{own}; editors that search PATH start another one, {found}")
+
+
+def check_environment(_settings: Settings) -> Check:
+    """Return the variables that change what the server does; an editor passes on its own."""
+    ours = str(cache_folder())  # set by this command, for libraries
+    values = {name: value for name, value in sorted(os.environ.items()) if not value.startswith(ours)}
+    chosen = [f"{name}={value}" for name, value in values.items() if name.startswith(_VARIABLES)]
+    proxies = [f"{name} (set)" for name in values if name.upper() in _PROXIES]
+    return Check("environment", ", ".join([*chosen, *proxies]) or "no variable that changes anything")
 
 
 def check_packages(_settings: Settings) -> Check:
@@ -124,6 +170,63 @@ def check_config(_settings: Settings) -> Check:
     if problems:
         return Check("config", str(path), "; ".join(problems))
     return Check("config", f"{path} ({', '.join(values) or 'nothing set'})" if path.exists() else f"{path} (absent)")
+
+
+def check_settings(settings: Settings) -> Check:
+    """Return the settings in force that are not the defaults: those of config.toml and of the command line."""
+    usual = Settings(seed=settings.seed, candidates=settings.candidates)
+    changed = [
+        f"{to_wire_name(field.name)} = {json.dumps(to_wire_value(value))}"
+        for field in dataclasses.fields(settings)
+        if (value := getattr(settings, field.name)) != getattr(usual, field.name)
+    ]
+    return Check("settings", ", ".join(changed) or "all are defaults (an editor may send others)")
+
+
+def check_folders(_settings: Settings) -> Check:
+    """Write to each folder that the server writes to."""
+    folders = {"runtime": runtime_folder(), "state": state_folder(), "data": data_folder(), "cache": cache_folder()}
+    for name, folder in folders.items():
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(b"fimserver")
+        except OSError as error:
+            remedy = f"make this folder of {name} files writable, or set {HOME_VARIABLE} to a folder of yours"
+            return Check("folders", f"{folder} cannot be written: {error.strerror}", remedy)
+    return Check("folders", f"{', '.join(map(str, folders.values()))}: all can be written")
+
+
+def check_server(_settings: Settings) -> Check:
+    """Start the server as an editor does, and let it answer ``initialize``."""
+    hello = {"jsonrpc": VERSION, "id": 1, "method": "initialize", "params": {"processId": None, "capabilities": {}}}
+    command = [sys.executable, "-P", "-m", "fimserver", "lsp"]
+    begin = time.monotonic()
+    with (
+        tempfile.TemporaryFile() as complaints,
+        subprocess.Popen(  # noqa: S603  this program itself
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints, cwd=OUTSIDE
+        ) as server,
+    ):
+        limit = threading.Timer(_ANSWER_S, server.kill)
+        limit.start()
+        answer = None
+        with suppress(BrokenPipeError):
+            server.stdin.write(to_frame(json.dumps(hello).encode()))  # type: ignore[union-attr]
+            server.stdin.flush()  # type: ignore[union-attr]
+            answer = read_body(server.stdout)  # type: ignore[arg-type]
+        ms = (time.monotonic() - begin) * 1e3
+        limit.cancel()
+        server.kill()
+        server.wait()
+        complaints.seek(0)
+        printed = complaints.read().decode(errors="replace").strip().splitlines()
+    if answer is None or b"inlineCompletionProvider" not in answer:
+        why = to_printable(printed[-1]) if printed else f"it printed nothing in {ms / 1e3:.0f} s"
+        return Check(
+            "server", f"does not answer: {why}", "run: fimserver daemon restart; fimserver daemon logs says more"
+        )
+    return Check("server", f"started and answered initialize in {ms:.0f} ms")
 
 
 def check_daemon(_settings: Settings) -> Check:

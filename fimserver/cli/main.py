@@ -39,6 +39,7 @@ from fimserver.cli.options import (
     open_option,
     read_options,
     run_measurement,
+    set_option,
     to_overrides,
     with_progress,
 )
@@ -92,13 +93,7 @@ def lsp(no_daemon: bool, stdio: bool, **options: Any) -> None:  # noqa: ARG001, 
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--trace", is_flag=True, help="Show the hole, the context, the prompt, every canvas and timings.")
 @click.option("--watch", is_flag=True, help="Complete again each time the file is saved, until Ctrl-C.")
-@click.option(
-    "--set",
-    "pairs",
-    multiple=True,
-    metavar="NAME=VALUE",
-    help="Change a setting; see docs/settings.md. May be repeated.",
-)
+@set_option
 @open_option
 @decoding_options
 @engine_options
@@ -160,7 +155,14 @@ def _watch(place: Any, settings: Settings, others: Any, *, as_json: bool) -> Non
     help="Prompt length of the plan. [default: 8192, or the model's limit]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as one JSON object.")
-def doctor(gpu: str | None, context: int | None, as_json: bool, **options: Any) -> None:  # noqa: FBT001
+@set_option
+def doctor(
+    gpu: str | None,
+    context: int | None,
+    as_json: bool,  # noqa: FBT001
+    pairs: tuple[str, ...],
+    **options: Any,
+) -> None:
     """Check the installation. Each failed check says how to fix it.
 
     With --gpu nothing is checked: fimserver plans the memory of --model, which may be a published model that is not
@@ -168,7 +170,7 @@ def doctor(gpu: str | None, context: int | None, as_json: bool, **options: Any) 
     """
     from fimserver.cli.doctor import plan_model, print_plan, run_checks  # noqa: PLC0415
 
-    settings = read_options(options, reports=False)
+    settings = read_options(options, pairs, reports=False)
     if gpu is None:
         if context is not None or as_json:
             msg = '--context and --json apply to plans only; add --gpu, for instance --gpu "RTX 5090"'

@@ -104,6 +104,14 @@ def read_options(
     return _parse(values, parse_settings(configured, Settings(seed=seed, candidates=1)))
 
 
+set_option = click.option(
+    "--set",
+    "pairs",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Change a setting; see docs/settings.md. May be repeated.",
+)
+
 open_option = click.option(
     "--open",
     "others",

@@ -145,8 +145,36 @@ def test_doctor_finds_no_problem_here() -> None:
     result = run("doctor", "--device", "cpu")
     assert result.returncode == 0, result.stdout
     assert "FAIL" not in result.stdout
-    for word in ("python", "packages", "memory", "grammars", "probe answered"):
+    for word in ("python", "packages", "memory", "grammars", "answered initialize in", "probe answered"):
         assert word in result.stdout
+
+
+@pytest.mark.slow("starts commands that load a model")
+def test_doctor_names_what_an_editor_would_use(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    env = {"FIMSERVER_HOME": str(home), "HTTPS_PROXY": "http://me:secret@proxy", "PATH": "/usr/bin:/bin"}
+    result = run("doctor", "--set", "maxLines=4", env=env)
+    assert result.returncode == 0, result.stdout
+    lines = {line.split()[1]: line for line in result.stdout.splitlines() if line.startswith("ok")}
+    assert "not on PATH; editors have to be given /" in lines["program"]
+    assert f"FIMSERVER_HOME={home}" in lines["environment"]
+    assert "HTTPS_PROXY (set)" in lines["environment"]
+    assert "secret" not in result.stdout
+    assert "maxLines = 4" in lines["settings"]
+    assert str(home / "runtime") in lines["folders"]
+    run("daemon", "stop", env=env)
+
+
+@pytest.mark.slow("starts commands that load a model")
+def test_doctor_finds_folders_that_cannot_be_written(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "state").write_text("a file in its place")
+    result = run("doctor", env={"FIMSERVER_HOME": str(home)})
+    assert result.returncode == 1
+    assert f"FAIL folders     {home / 'state'} cannot be written" in result.stdout
+    assert "set FIMSERVER_HOME" in result.stdout
+    run("daemon", "stop", env={"FIMSERVER_HOME": str(home)})
 
 
 @pytest.mark.slow("starts commands that load a model")

@@ -366,13 +366,14 @@ class Window:
     def command(self, title: str) -> None:
         """Run a command of the palette."""
         for _ in range(3):
-            self.press("F1")
-            wait_until(lambda: self.has(_TYPED), "the palette is there")
-            self.type(title)
             with suppress(AssertionError):  # in a window that has just come up a key may be lost
+                self.press("F1")
+                wait_until(lambda: self.has(_TYPED), "the palette is there", 10)
+                self.type(title)
                 wait_until(lambda: any(title.lower() in text.lower() for text in self.texts(_CHOSEN)), title, 10)
                 self.press("Enter")
                 return
+            self.evaluate("document.activeElement?.blur()")  # a page in a frame may have taken the key
             self.press("Escape")
         message = f"the command {title} is not found"
         raise AssertionError(message)
