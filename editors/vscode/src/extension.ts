@@ -287,7 +287,7 @@ class Extension {
       // Its folder was added to the workspace after the start.
       this.messages.warn(`The program is in a workspace that you do not trust. It is ${program}.`, ["restart"]);
     } else if (what === "doctor") {
-      runDoctor(program);
+      runDoctor(program, this.server.chosen());
     } else if (what === "setup") {
       if (await runSetup(program)) {
         await this.server.restart(); // with the settings that it wrote

@@ -327,9 +327,7 @@ export class Server implements vscode.Disposable {
             const configuration = vscode.workspace.getConfiguration("fimserver");
             const names = ownSettings(configuration, this.settings);
             void client().sendNotification("fimserver/ownSettings", { names }); // precedes the answer
-            const chosen = chosenSettings(configuration, this.settings);
-            const enabled = this.window.isOnHere() ?? chosen["enabled"];
-            return params.items.map(() => ({ ...chosen, enabled }));
+            return params.items.map(() => this.chosen());
           },
         },
       },
@@ -448,6 +446,12 @@ export class Server implements vscode.Disposable {
       }
       throw error;
     }
+  }
+
+  /** Return the settings that this window sends; `null` for those that the user did not set. */
+  chosen(): Record<string, unknown> {
+    const chosen = chosenSettings(vscode.workspace.getConfiguration("fimserver"), this.settings);
+    return { ...chosen, enabled: this.window.isOnHere() ?? chosen["enabled"] };
   }
 
   /** Have the server read the settings again, the user's choice for this workspace included. */
