@@ -19,7 +19,7 @@ from contextlib import suppress
 
 from fimserver.analysis.client import FoundHole
 from fimserver.analysis.quarantine import Treatment
-from fimserver.context.languages.names import find_language
+from fimserver.context.languages.names import find_language, is_prose
 from fimserver.context.query import Answer
 from fimserver.datatypes import NoCompletion
 from fimserver.engine.client import EngineOptions, EngineState
@@ -87,14 +87,28 @@ class RequestPolicy:
 
     def _check_language_wanted(self, *language_ids: str) -> None:
         """Raise ``RefusedError`` if the settings turn completions off in a language, by any of its names."""
-        names = [name for each in language_ids for name in (each, find_language(each).id, *each.split("."))]
-        if not self._session.settings.allows(*names):
+        if not self._allows(*language_ids):
             detail = f"completions are off in {language_ids[0]!r}; turn them on in fimserver.languages"
             raise RefusedError(NoCompletion("language_off", detail))
 
+    def _allows(self, *language_ids: str, default: bool = True) -> bool:
+        names = [name for each in language_ids for name in (each, find_language(each).id, *each.split("."))]
+        return self._session.settings.allows(*names, default=default)
+
     def check_found(self, request: Request, found: FoundHole) -> None:
-        """Raise ``RefusedError`` if nothing may be offered in the language at the cursor, which may be embedded."""
-        self._check_language_wanted(found.language_id, request.snapshot.language_id)
+        """Raise ``RefusedError`` if nothing may be offered in the language at the cursor, which may be embedded.
+
+        In prose automatic requests are off by default. A document that is only treated as plain text is not prose.
+        """
+        languages = found.language_id, request.snapshot.language_id
+        self._check_language_wanted(*languages)
+        in_prose = found.treatment is Treatment.NORMAL and is_prose(found.language_id)
+        if in_prose and not request.invoked and not self._allows(*languages, default=False):
+            detail = (
+                f"in prose ({found.language_id}) only requests by the user are answered; invoke a completion, or set "
+                "the language to true in fimserver.languages"
+            )
+            raise RefusedError(NoCompletion("language_off", detail))
 
     async def wait_until_due(self, request: Request, found: FoundHole) -> None:
         """Wait for the engine (invoked) or for a pause in typing (automatic)."""
