@@ -30,12 +30,11 @@ from fimserver.context.surroundings import width
 from fimserver.datatypes import Completion, HoleKind, NoCompletion
 from fimserver.text import line_around, to_newlines
 
-_LEAST_REPEATED = 4  # letters and digits of a line that is more than marks, such as ")," or "{}"
 _LEAST_BEGUN = 2  # characters of a word: a single letter begins a name in nearly every file
 _LEAST_COMMENT = 8  # letters of a comment that is more than a mark, such as "# TODO"
 _PYTHON_WORDS = frozenset(keyword.kwlist) | frozenset(dir(builtins))
 _TEXT_KINDS = (HoleKind.COMMENT, HoleKind.DOCSTRING)
-_WORD_CHARACTER = re.compile(r"[^\W_]")
+_NAME = re.compile(r"(?<!\w)[^\W\d]\w*")
 _LETTER = re.compile(r"[^\W\d_]")
 _BEGUN = re.compile(r"(?<!\w)[^\W\d]\w*\Z")
 _BEGIN = re.compile(r"\A\w*")
@@ -111,13 +110,12 @@ def _code_lines(lines: list[str], language: Language) -> Iterator[tuple[int, str
 def _repeats_line(line: _Line, _completion: Completion, place: Place) -> bool:
     """Return whether the line is the nearest code line above, at the same depth.
 
-    Lines of marks may be repeated, and elements of markup: cells of a table are alike.
+    Lines without a name may be repeated (closers, rows of numbers), and elements of markup, such as cells of a table.
     """
     if place.hole.kind in _TEXT_KINDS or not line.language.has_brackets:
         return False
     _, nearest = next(_code_lines(line.above, line.language), (0, ""))
-    is_telling = len(_WORD_CHARACTER.findall(line.text)) >= _LEAST_REPEATED
-    return is_telling and line.text.rstrip() == nearest.rstrip()
+    return line.text.rstrip() == nearest.rstrip() and not KEYWORDS.issuperset(_NAME.findall(line.text))
 
 
 def _is_unreachable(line: _Line, _completion: Completion, place: Place) -> bool:
