@@ -108,14 +108,14 @@ def _code_lines(lines: list[str], language: Language) -> Iterator[tuple[int, str
 
 
 def _repeats_line(line: _Line, _completion: Completion, place: Place) -> bool:
-    """Return whether the line is the nearest code line above, at the same depth.
+    """Return whether the line is the nearest code line above, at any depth.
 
     Lines without a name may be repeated (closers, rows of numbers), and elements of markup, such as cells of a table.
     """
     if place.hole.kind in _TEXT_KINDS or not line.language.has_brackets:
         return False
     _, nearest = next(_code_lines(line.above, line.language), (0, ""))
-    return line.text.rstrip() == nearest.rstrip() and not KEYWORDS.issuperset(_NAME.findall(line.text))
+    return line.text.strip() == nearest.strip() and not KEYWORDS.issuperset(_NAME.findall(line.text))
 
 
 def _is_unreachable(line: _Line, _completion: Completion, place: Place) -> bool:

@@ -36,6 +36,7 @@ REPEATED = [
     ("python", "def f(a):\n    x = a + 1\n    x▮\n", " = a + 1"),
     ("python", "call(first, second)\ncall(▮)\n", "first, second"),
     ("python", "for a in b:▮\n", "\n    c.add(a)\n    c.add(a)" ),
+    ("python", "if a:\n    return result\n▮\n", "return result"),
     ("javascript", "const a = 1;\n// b\n/* c */\n▮\n", "const a = 1;"),
     ("go", "func f() {\n\tg(a)\n\t▮\n}\n", "g(a)"),
     ("rust", "fn f() {\n    g(a);\n    g▮\n}\n", "(a);"),
@@ -58,7 +59,7 @@ def test_the_line_above_is_not_offered_again(language: str, marked: str, middle:
 
 
 NOT_REPEATED = [
-    ("python", "if a:\n    if b:\n        return 1\n    ▮\n", "return 1"),  # at another depth
+    ("python", "if a:\n    if b:\n        return False\n    ▮\n", "return False"),  # no name
     ("python", "f([\n    [\n    ],\n    ▮\n])\n", "],"),
     ("python", "x = [\n    0, 1,\n    ▮\n]\n", "0, 1,"),
     ("python", "items.append(first)\nx = 1\n▮\n", "items.append(first)"),  # not the nearest
