@@ -172,7 +172,9 @@ def read_answer(
     ``shown`` is a first line that is on the screen already: the answer has to continue it.
     """
     answer = to_answer(generation, found.place, shown=shown, min_confidence=query.threshold)
-    return answer if isinstance(answer, NoCompletion) else _keep_wanted(query, found.place, answer)
+    if isinstance(answer, NoCompletion) or shown is not None:  # text that was shown never changes
+        return answer
+    return _keep_wanted(query, found.place, answer)
 
 
 def read_line(query: Query, found: Found, text: str) -> Completion | None:
