@@ -25,6 +25,7 @@ from fimserver.context.languages.names import find_language
 from fimserver.context.place import Place, TreeMemory, find_place, offer_match, to_answer, to_line
 from fimserver.context.privacy.file_checks import FileChecks
 from fimserver.context.query import Answer, OtherDocument, Query, sampling_for
+from fimserver.context.unwanted import find_faults
 from fimserver.context.window import budget_for, build_context, path_of
 from fimserver.datatypes import (
     Completion,
@@ -129,7 +130,7 @@ def find_matches_for(query: Query, memory: Memory, place: Place) -> Found:
         matches = without_secrets(query.snapshot, find_matches(query.snapshot, place.hole, others))
         matches = [match for match in matches if not brings_back(match.text, query.snapshot, deleted)]
     sure = offer_match(matches, place) if query.offers_matches else None
-    if sure is None:
+    if sure is None or _refuse_unwanted(query, place, sure) is not None:
         return Found(place, matches, None)
     confidence = match_confidence(matches[0], place.hole)
     if 0 < matches[0].source <= len(cut):
@@ -171,18 +172,34 @@ def read_answer(
     ``shown`` is a first line that is on the screen already: the answer has to continue it.
     """
     answer = to_answer(generation, found.place, shown=shown, min_confidence=query.threshold)
-    if query.invoked or isinstance(answer, NoCompletion):
+    if isinstance(answer, NoCompletion) or shown is not None:  # text that was shown never changes
         return answer
-    if brings_back(answer.completions[0].middle, query.snapshot, query.deleted):
-        return NoCompletion("deleted", "the model's answer is what was just deleted here; type its beginning to get it")
-    return answer
+    return _keep_wanted(query, found.place, answer)
 
 
 def read_line(query: Query, found: Found, text: str) -> Completion | None:
     """Return the first line of an answer that is not whole yet; ``None`` if it cannot stand alone."""
     line = to_line(text, found.place)
-    is_wanted = line is not None and (query.invoked or not brings_back(line.middle, query.snapshot, query.deleted))
-    return line if is_wanted else None
+    return line if line is not None and _refuse_unwanted(query, found.place, line) is None else None
+
+
+def _keep_wanted(query: Query, place: Place, answer: Answer) -> Answer | NoCompletion:
+    """Return an answer without what no user could want. If nothing else is left, an invoked request gets that too."""
+    pairs = list(zip(answer.completions, answer.confidences, strict=True))
+    refusals = [_refuse_unwanted(query, place, completion) for completion, _ in pairs]
+    wanted = [pair for pair, refusal in zip(pairs, refusals, strict=True) if refusal is None]
+    if wanted:
+        completions, confidences = zip(*wanted, strict=True)
+        return Answer(completions, confidences)
+    return answer if query.invoked or refusals[0] is None else refusals[0]
+
+
+def _refuse_unwanted(query: Query, place: Place, completion: Completion) -> NoCompletion | None:
+    """Return why no user could want a completion: it breaks a rule, or brings back what was just deleted."""
+    if not query.invoked and brings_back(completion.middle, query.snapshot, query.deleted):
+        return NoCompletion("deleted", "the model's answer is what was just deleted here; type its beginning to get it")
+    faults = find_faults(completion, place) if query.drops_unwanted else {}
+    return next(iter(faults.values()), None)
 
 
 def conclude(query: Query, found: Found, generation: Generation) -> Answer | NoCompletion:

@@ -96,7 +96,8 @@ class Settings:
     enabled: bool = _setting(default=True, doc="Offer completions at all.")
     languages: tuple[tuple[str, bool], ...] = _setting(
         default=(),
-        doc='Languages to complete in or not, by the editor\'s language id; "*" is every other. All are on.',
+        doc='Languages to complete in or not, by the editor\'s language id; "*" is every other. All are on, except '
+        "that in prose (plaintext, markdown and others, but not fenced code) only your own requests are answered.",
     )
     comments: bool = _setting(default=False, doc="Complete inside comments.")
     docstrings: bool = _setting(default=False, doc="Complete inside docstrings.")
@@ -252,13 +253,13 @@ class Settings:
             return self.min_confidence
         return 0.0 if invoked else AUTOMATIC_CONFIDENCE
 
-    def allows(self, *names: str) -> bool:
+    def allows(self, *names: str, default: bool = True) -> bool:
         """Return whether completions are wanted in a language, by the first of its names that has an entry.
 
-        Without any, the entry of ``*`` decides; without that, they are.
+        Without any, the entry of ``*`` decides; without that, the ``default``.
         """
         languages = dict(self.languages)
-        return next((languages[name] for name in (*names, ANY_LANGUAGE) if name in languages), True)
+        return next((languages[name] for name in (*names, ANY_LANGUAGE) if name in languages), default)
 
 
 def to_wire_name(name: str) -> str:

@@ -147,6 +147,9 @@ def lines(  # noqa: PLR0913, PLR0917  the command's options
     "--limit", type=click.IntRange(min=1), default=300, show_default=True, metavar="N", help="Number of places."
 )
 @_lines_option
+@click.option(
+    "--at-the-end", is_flag=True, help="Leave out what is below each place, as in a file that is being written."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option(
     "--plots",
@@ -155,15 +158,28 @@ def lines(  # noqa: PLR0913, PLR0917  the command's options
     help="Write the curve of precision over coverage to this folder.",
 )
 @engine_options
-def automatic(limit: int, data: Path | None, as_json: bool, plots: Path | None, **options: Any) -> None:  # noqa: FBT001
+def automatic(
+    limit: int,
+    data: Path | None,
+    at_the_end: bool,  # noqa: FBT001
+    as_json: bool,  # noqa: FBT001
+    plots: Path | None,
+    **options: Any,
+) -> None:
     """Complete places at which an editor asks automatically: after a character, at the end of a word, on a new line.
 
-    Reports how many get an offer, how many offers are exactly right, and both for any minConfidence.
+    Reports how many get an offer, how many offers are exactly right, how many the user sees for one right one, and what
+    each rule of the filter for unwanted offers drops.
     """
     from fimserver.bench.confidence.measure import measure_automatic  # noqa: PLC0415
+    from fimserver.cli.tables import print_automatic  # noqa: PLC0415
 
     settings = read_options(options, seed=None)  # no seed, as in an editor
-    run_measurement(lambda: measure_automatic(settings, limit=limit, data=data, plots=plots), as_json=as_json)
+    run_measurement(
+        lambda: measure_automatic(settings, limit=limit, data=data, at_the_end=at_the_end, plots=plots),
+        as_json=as_json,
+        show=print_automatic,
+    )
 
 
 @evaluate.command()

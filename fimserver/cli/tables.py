@@ -13,6 +13,7 @@ from fimserver.cli.terminal import make_console
 
 if TYPE_CHECKING:
     from fimserver.bench.capacity import Plan
+    from fimserver.bench.confidence.measure import Summary as Automatic
     from fimserver.bench.decode import Comparison, WayNumbers
     from fimserver.bench.metrics import Interval, MeanInterval
     from fimserver.bench.profiling import Profile
@@ -216,3 +217,27 @@ def print_capacity(plan: "Plan", console: Console | None = None) -> None:
         highlight=False,
     )
     console.print(f"Times: {times.source}.", highlight=False)
+
+
+def print_automatic(summary: "Automatic", console: Console | None = None) -> None:
+    """Print a table row for each kind of place, what each rule of the filter drops, and the precision by coverage."""
+    console = console or make_console(width=120)
+    table = Table(title=f"{summary.data}, {summary.model}: offered from {summary.threshold:g}", box=SIMPLE)
+    table.add_column("places")
+    for column in ("number", "offered", "right", "offers/right", "at any", "right", "ECE"):
+        table.add_column(column, justify="right")
+    for name, part in {"all": summary.all, "all, without the filter": summary.unfiltered, **summary.parts}.items():
+        shares = (part.offered, part.right, part.offers_per_right, part.offered_at_any, part.right_at_any)
+        cells = (_show_some(share) for share in (*shares, part.expected_calibration_error))
+        table.add_row(name, str(part.places), *cells)
+    console.print(table)
+    table = Table(title="Dropped by each rule, and of these right in the first line", box=SIMPLE)
+    table.add_column("rule")
+    for column in ("dropped", "right", "at any", "right", "original lines"):
+        table.add_column(column, justify="right")
+    for name, rule in summary.rules.items():
+        counts = (rule.dropped, rule.right, rule.dropped_at_any, rule.right_at_any, rule.originals)
+        table.add_row(name, *map(str, counts))
+    console.print(table)
+    console.print(f"{'precision by share offered':34} {_show_facts(summary.precision)}", highlight=False)
+    console.print(f"{'minConfidence by share offered':34} {_show_facts(summary.thresholds)}", highlight=False)

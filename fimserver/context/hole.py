@@ -57,7 +57,7 @@ _INTERPOLATION_TYPES = words(
     "interpolation template_substitution command_substitution process_substitution arithmetic_expansion expansion "
     "string_interpolation"
 )
-_DOC_COMMENTS = ("/**", "///", "//!", "---")
+DOC_COMMENTS = ("/**", "///", "//!", "---")
 _STRING_ENDS = re.compile(r'[\w@$&#]*?("""|\'\'\'|"|\'|`|\[=*\[)')
 _BODY_PARENTS = ("module", "block")
 _TRIPLE = ('"""', "'''")
@@ -172,7 +172,7 @@ def _comment_kind(node: Node, byte: int, tree: SyntaxTree, language: Language) -
     is_past = byte == node.end_byte if is_block else b"\n" in tree.source[node.start_byte : byte]
     if is_past:
         return None
-    return HoleKind.DOCSTRING if text.decode("utf-8", "replace").startswith(_DOC_COMMENTS) else HoleKind.COMMENT
+    return HoleKind.DOCSTRING if text.decode("utf-8", "replace").startswith(DOC_COMMENTS) else HoleKind.COMMENT
 
 
 def _string_kind(node: Node, byte: int, tree: SyntaxTree) -> HoleKind | NoCompletion:
@@ -197,7 +197,7 @@ def _scan_in_text(snapshot: Snapshot, language: Language) -> HoleKind | None:
     """Like ``_find_in_text``, but scan from the start: for text that does not parse."""
     state = scan(snapshot.text[: snapshot.cursor], language)
     if state.in_comment:
-        return HoleKind.DOCSTRING if state.comment in _DOC_COMMENTS else HoleKind.COMMENT
+        return HoleKind.DOCSTRING if state.comment in DOC_COMMENTS else HoleKind.COMMENT
     if not state.quote:
         return None
     return HoleKind.DOCSTRING if _opens_docstring(snapshot.text, state) else HoleKind.STRING

@@ -34,6 +34,9 @@ NEIGHBOUR = 64_000
 # Characters on either side of the cursor, or before the end of another document, that are searched for matches.
 SEARCH = 200_000
 
+# Characters before the cursor whose lines an offer is compared with: about a hundred lines, which is more than a block.
+NEARBY = 4_000
+
 # Characters of a match, which ends with its line: more than three lines of ghost text on a screen are a wall of text.
 MATCH = 400
 

@@ -42,7 +42,8 @@ class Query:
     ``others`` are the other open documents, the last edited first; ``deleted`` are texts that were just cut or
     deleted, the last one first; ``above`` are the cells above, for a cell of a notebook. None of them need be readable:
     the pipeline asks the ignore rules. ``uses_matches`` is off only for measurements of the model alone;
-    ``offers_matches`` is off for a trace, which shows what the model does.
+    ``offers_matches`` is off for a trace, which shows what the model does; ``drops_unwanted`` only for measurements of
+    the filter (``unwanted.py``).
     """
 
     snapshot: Snapshot
@@ -53,6 +54,7 @@ class Query:
     above: Sequence[OtherDocument] = ()
     uses_matches: bool = True
     offers_matches: bool = True
+    drops_unwanted: bool = True
 
     @property
     def threshold(self) -> float:

@@ -16,12 +16,11 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
 from fimserver.analysis.client import FoundHole
 from fimserver.analysis.quarantine import Treatment
-from fimserver.context.languages.names import find_language
+from fimserver.context.languages.names import find_language, is_prose
 from fimserver.context.query import Answer
 from fimserver.datatypes import NoCompletion
 from fimserver.engine.client import EngineOptions, EngineState
@@ -29,7 +28,7 @@ from fimserver.lsp.engine_link import EngineLink
 from fimserver.lsp.requests import CHANGED, RefusedError, Request, unless_ended
 from fimserver.lsp.session import Session
 from fimserver.lsp.usage.acceptance import Kind
-from fimserver.settings import ANY_LANGUAGE, refuse_unsure
+from fimserver.settings import refuse_unsure
 
 MAX_PAUSE_S = 0.25
 DEFAULT_PAUSE_S = 0.04  # while too few pauses are known
@@ -89,11 +88,11 @@ class RequestPolicy:
 
     def describe_language(self, language_id: str) -> dict[str, Any]:
         """Return whether automatic completions are on in a language, and whether the model was trained on it."""
-        others = tuple(entry for entry in self._session.settings.languages if entry[0] == ANY_LANGUAGE)
+        names, settings, default = _names_of(language_id), self._session.settings, not is_prose(language_id)
         return {
             "id": language_id,
-            "enabled": self._session.settings.allows(*_names_of(language_id)),
-            "onByDefault": replace(self._session.settings, languages=others).allows(language_id),
+            "enabled": settings.allows(*names, default=default),
+            "onByDefault": settings.allows(default=default),
             "learned": self._is_learned(language_id),
         }
 
@@ -104,13 +103,27 @@ class RequestPolicy:
 
     def _check_language_wanted(self, *language_ids: str) -> None:
         """Raise ``RefusedError`` if the settings turn completions off in a language, by any of its names."""
-        if not self._session.settings.allows(*_names_of(*language_ids)):
+        if not self._allows(*language_ids):
             detail = f"completions are off in {language_ids[0]!r}; turn them on in fimserver.languages"
             raise RefusedError(NoCompletion("language_off", detail))
 
+    def _allows(self, *language_ids: str, default: bool = True) -> bool:
+        return self._session.settings.allows(*_names_of(*language_ids), default=default)
+
     def check_found(self, request: Request, found: FoundHole) -> None:
-        """Raise ``RefusedError`` if nothing may be offered in the language at the cursor, which may be embedded."""
-        self._check_language_wanted(found.language_id, request.snapshot.language_id)
+        """Raise ``RefusedError`` if nothing may be offered in the language at the cursor, which may be embedded.
+
+        In prose automatic requests are off by default. A document that is only treated as plain text is not prose.
+        """
+        languages = found.language_id, request.snapshot.language_id
+        self._check_language_wanted(*languages)
+        in_prose = found.treatment is Treatment.NORMAL and is_prose(found.language_id)
+        if in_prose and not request.invoked and not self._allows(*languages, default=False):
+            detail = (
+                f"in prose ({found.language_id}) only requests by the user are answered; invoke a completion, or set "
+                "the language to true in fimserver.languages"
+            )
+            raise RefusedError(NoCompletion("language_off", detail))
 
     async def wait_until_due(self, request: Request, found: FoundHole) -> None:
         """Wait for the engine (invoked) or for a pause in typing (automatic)."""

@@ -37,7 +37,7 @@ def offered(marked: str, language: str, deleted: Sequence[Deletion] = ()) -> str
 def test_a_match_is_not_a_wall_of_text(language: str, length: int) -> None:
     insert = "insert_into_measurements_by_hour(station, "
     row = "1, " * (length // 3) + ")"
-    marked = f"{insert}{row}\n{insert}{MARK}\n"
+    marked = f"{insert}{row}\nother(1)\n{insert}{MARK}\n"
     assert (offered(marked, language) is not None) is (len(row) <= MATCH)
 
 
@@ -86,7 +86,7 @@ def test_markup_is_not_put_into_code(language: str, marked: str) -> None:
 
 @pytest.mark.parametrize("language", ["vue", "svelte", "html"])
 def test_code_of_the_same_script_is_offered(language: str) -> None:
-    marked = f"<p></p>\n<script>\n{CALL}order, total);\n{CALL}{MARK}\n</script>\n"
+    marked = f"<p></p>\n<script>\n{CALL}order, total);\nlog();\n{CALL}{MARK}\n</script>\n"
     assert offered(marked, language) == "order, total);"
 
 
@@ -158,9 +158,9 @@ class TestDeleted:
 
     @pytest.mark.parametrize("language", ["python", "kotlin", "go", "javascript", "sql", "ruby"])
     def test_it_is_not_offered_where_it_was_deleted(self, language: str) -> None:
-        marked = f"{self.LINE}\n{self.BEFORE}{MARK}\n"
+        marked = f"{self.LINE}\nother(1)\n{self.BEFORE}{MARK}\n"
         assert offered(marked, language) == self.DELETED, "as the other line has it"
-        deletion = Deletion(URI, f"{self.LINE}\n{self.BEFORE}", self.DELETED, "\n")
+        deletion = Deletion(URI, f"{self.LINE}\nother(1)\n{self.BEFORE}", self.DELETED, "\n")
         assert offered(marked, language, [deletion]) is None
 
     def test_it_is_offered_elsewhere(self) -> None:

@@ -4,6 +4,9 @@ Places are those at which an editor asks (``places.py``). Each is completed as a
 has an answer is counted with its confidence: the default of ``minConfidence`` is chosen from the curve of precision
 over coverage. Right is the exact rest of the line.
 
+Each place is also completed without the filter of ``context/unwanted.py``, and each rule is asked about each of these
+offers: that gives what a rule drops, and how much of it was right. A rule is also asked about the line that was there.
+
 Knows:  the pipeline, the engine's client.  Never: LSP.
 """
 
@@ -17,8 +20,10 @@ from fimserver.bench.confidence.places import Asked, draw_places
 from fimserver.bench.datasets import HELD_OUT, read_code, read_module
 from fimserver.bench.infilling import LOAD_TIMEOUT_S, track_progress
 from fimserver.bench.metrics import Answer, expected_calibration_error, share_interval
+from fimserver.context.place import Place
 from fimserver.context.query import Query, sampling_for
-from fimserver.datatypes import NoCompletion
+from fimserver.context.unwanted import RULES, find_faults
+from fimserver.datatypes import Completion, NoCompletion
 from fimserver.engine.client import EngineClient
 from fimserver.engine.remote.consent import options_here
 from fimserver.settings import Settings
@@ -30,7 +35,10 @@ _DPI = 110
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """One place, and what would be offered there at any confidence; ``kind`` is the hole's, empty if none is filled."""
+    """One place, and what would be offered there at any confidence; ``kind`` is the hole's, empty if none is filled.
+
+    ``is_right`` counts the whole text, ``begins_right`` its first line.
+    """
 
     language: str
     trigger: str
@@ -38,21 +46,51 @@ class Offer:
     source: str = ""
     confidence: float = 0.0
     is_right: bool = False
+    begins_right: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """One place with the filter and without it; ``rules`` are those that the offer without it breaks.
+
+    ``original`` are those that the line breaks that was there.
+    """
+
+    offer: Offer
+    unfiltered: Offer
+    rules: tuple[str, ...] = ()
+    original: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
     """The places of one kind: the shares that are offered something, and of these that are right.
 
-    Both with the threshold, and at any confidence.
+    Both with the threshold, and at any confidence. ``offers_per_right`` is how many offers, with the threshold, the
+    user sees for one whose first line is right.
     """
 
     places: int
     offered: float
     right: float | None
+    offers_per_right: float | None
     offered_at_any: float
     right_at_any: float | None
     expected_calibration_error: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class RuleCount:
+    """The offers that a rule of the filter drops, and how many of them had a right first line.
+
+    ``originals`` are lines that were there and that the rule would have dropped, of all places with a hole.
+    """
+
+    dropped: int
+    right: int
+    dropped_at_any: int
+    right_at_any: int
+    originals: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,60 +101,85 @@ class Summary:
     model: str
     threshold: float
     all: Part
+    unfiltered: Part
     right_low: float | None
     right_high: float | None
     parts: dict[str, Part]
+    rules: dict[str, RuleCount]
     precision: dict[str, float]
     thresholds: dict[str, float]
 
 
 def measure_automatic(
-    settings: Settings, *, limit: int, data: Path | None = None, plots: Path | None = None
+    settings: Settings, *, limit: int, data: Path | None = None, at_the_end: bool = False, plots: Path | None = None
 ) -> Summary:
-    """Complete ``limit`` places. Raises ``FimserverError`` if the model does not load or a folder has no code."""
+    """Complete ``limit`` places. Raises ``FimserverError`` if the model does not load or a folder has no code.
+
+    ``at_the_end`` leaves out what is below each place's line, as in a file that is being written.
+    """
     texts = read_code(data) if data else {f"{name}.py": read_module(name) for name in HELD_OUT}
     engine = EngineClient(options_here(settings, is_alone=True))
     try:
         engine.start()
         info = engine.wait_until_ready(LOAD_TIMEOUT_S)
-        places = list(draw_places(texts, limit))
-        offers = [_complete(place, settings, engine) for place in track_progress(places, "completing")]
+        places = [place.at_the_end() if at_the_end else place for place in draw_places(texts, limit)]
+        judged = [_judge(place, settings, engine) for place in track_progress(places, "completing")]
     finally:
         engine.close()
     if plots is not None:
         plots.mkdir(parents=True, exist_ok=True)
-        write_curve(plots / CURVE_FILE, offers, settings.threshold(invoked=False))
-    return summarize(offers, settings.threshold(invoked=False), str(data) if data else "standard library", info.name)
+        write_curve(plots / CURVE_FILE, [each.offer for each in judged], settings.threshold(invoked=False))
+    name = str(data) if data else "standard library"
+    return summarize(
+        judged, settings.threshold(invoked=False), f"{name}, ends of files" if at_the_end else name, info.name
+    )
 
 
-def _complete(place: Asked, settings: Settings, engine: EngineClient) -> Offer:
+def _judge(asked: Asked, settings: Settings, engine: EngineClient) -> Judged:
+    """Complete a place without the filter, and with it where that makes a difference."""
+    query = Query(asked.snapshot, settings, invoked=False, drops_unwanted=False)
+    place = pipeline.find_hole_at(query, memory := pipeline.Memory())
+    if isinstance(place, NoCompletion):
+        nothing = Offer(asked.snapshot.language_id, asked.trigger.value)
+        return Judged(nothing, nothing)
+    cursor = asked.snapshot.cursor
+    original = tuple(find_faults(Completion("", asked.rest, cursor, cursor), place))
+    unfiltered, completion = _complete(asked, query, place, memory, engine)
+    rules = tuple(find_faults(completion, place)) if completion is not None else ()
+    offer = unfiltered
+    if rules:
+        offer, _ = _complete(asked, replace(query, drops_unwanted=True), place, memory, engine)
+    return Judged(offer, unfiltered, rules, original)
+
+
+def _complete(
+    asked: Asked, query: Query, place: Place, memory: pipeline.Memory, engine: EngineClient
+) -> tuple[Offer, Completion | None]:
     """Return what is offered at a place: a match if it is sure enough for the settings, else the likeliest of all."""
-    query = Query(place.snapshot, settings, invoked=False)
-    language, trigger = place.snapshot.language_id, place.trigger.value
-    found = pipeline.find(query, memory := pipeline.Memory())
-    if isinstance(found, NoCompletion):
-        return Offer(language, trigger)
-    kind, threshold = found.place.hole.kind.value, settings.threshold(invoked=False)
-    match = None
-    if found.sure is not None:
-        match = Offer(language, trigger, kind, "match", found.confidence, place.is_right(found.sure.middle))
+    found = pipeline.find_matches_for(query, memory, place)
+    nothing = Offer(asked.snapshot.language_id, asked.trigger.value, place.hole.kind.value)
+
+    def to_offer(source: str, completion: Completion, confidence: float) -> tuple[Offer, Completion]:
+        right, begins = asked.is_right(completion.middle), asked.begins_right(completion.middle)
+        offer = replace(nothing, source=source, confidence=confidence, is_right=right, begins_right=begins)
+        return offer, completion
+
+    match = to_offer("match", found.sure, found.confidence) if found.sure is not None else None
     info = engine.info
-    is_known = info is None or not info.languages or found.place.language_id in info.languages
-    if match is not None and (match.confidence >= threshold or not is_known):
-        return match
-    if not is_known:
-        return Offer(language, trigger, kind)
+    is_known = info is None or not info.languages or place.language_id in info.languages
+    if not is_known or (match is not None and match[0].confidence >= query.threshold):
+        return match or (nothing, None)
     context = pipeline.to_context(query, memory, found, info)
     generation = engine.complete(context, replace(sampling_for(query), seed=0)).future.result()
     answer = pipeline.read_answer(query, found, generation)
     if isinstance(answer, NoCompletion):
-        return match or Offer(language, trigger, kind)
-    middle, confidence = answer.completions[0].middle, answer.confidences[0]
-    return Offer(language, trigger, kind, "model", confidence, place.is_right(middle))
+        return match or (nothing, None)
+    return to_offer("model", answer.completions[0], answer.confidences[0])
 
 
-def summarize(offers: Sequence[Offer], threshold: float, data: str, model: str) -> Summary:
+def summarize(judged: Sequence[Judged], threshold: float, data: str, model: str) -> Summary:
     """Return the numbers of all offers and of each part of them."""
+    offers = [each.offer for each in judged]
     by: dict[str, Callable[[Offer], str]] = {
         "trigger": lambda o: o.trigger,
         "kind": lambda o: o.kind or "none",
@@ -137,17 +200,37 @@ def summarize(offers: Sequence[Offer], threshold: float, data: str, model: str) 
             thresholds[f"{share:g}"] = round(chosen[-1].confidence, 3)
     interval = share_interval([o.is_right for o in surest if o.confidence >= threshold])
     low, high = (round(interval.low, 3), round(interval.high, 3)) if interval else (None, None)
-    return Summary(data, model, threshold, _to_part(offers, threshold), low, high, parts, precision, thresholds)
+    whole, unfiltered = _to_part(offers, threshold), _to_part([each.unfiltered for each in judged], threshold)
+    rules = count_rules(judged, threshold)
+    return Summary(data, model, threshold, whole, unfiltered, low, high, parts, rules, precision, thresholds)
+
+
+def count_rules(judged: Sequence[Judged], threshold: float) -> dict[str, RuleCount]:
+    """Return what each rule of the filter drops, of the offers without the filter."""
+    counts = {}
+    for rule in RULES:
+        at_any = [each.unfiltered for each in judged if rule in each.rules]
+        dropped = [offer for offer in at_any if offer.confidence >= threshold]
+        counts[rule] = RuleCount(
+            dropped=len(dropped),
+            right=sum(offer.begins_right for offer in dropped),
+            dropped_at_any=len(at_any),
+            right_at_any=sum(offer.begins_right for offer in at_any),
+            originals=sum(rule in each.original for each in judged),
+        )
+    return counts
 
 
 def _to_part(offers: Sequence[Offer], threshold: float) -> Part:
     at_any = [o for o in offers if o.source]
     offered = [o for o in at_any if o.confidence >= threshold]
     error = expected_calibration_error([Answer(o.confidence, o.is_right) for o in at_any])
+    begins_right = sum(o.begins_right for o in offered)
     return Part(
         places=len(offers),
         offered=round(len(offered) / len(offers), 3),
         right=round(statistics.fmean(o.is_right for o in offered), 3) if offered else None,
+        offers_per_right=round(len(offered) / begins_right, 2) if begins_right else None,
         offered_at_any=round(len(at_any) / len(offers), 3),
         right_at_any=round(statistics.fmean(o.is_right for o in at_any), 3) if at_any else None,
         expected_calibration_error=round(error, 3) if error is not None else None,

@@ -1,6 +1,7 @@
 """Draw places at which an editor asks automatically: after a typed character, at the end of a word, on a new line.
 
     draw_places(texts, limit)   -> the same places of a folder's files each time
+    Asked.at_the_end            -> the place in a file that is being written: nothing is below its line
 
 A place is a file without the rest of one line; that rest is what the user would have typed.
 
@@ -10,7 +11,7 @@ Knows:  texts.  Never: models, LSP.
 import random
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from fimserver.context.languages.names import find_language, language_of_path
@@ -43,6 +44,15 @@ class Asked:
     def is_right(self, text: str) -> bool:
         """Return whether a text is the rest of the line, except for spaces at its ends."""
         return text.strip() == self.rest.strip()
+
+    def begins_right(self, text: str) -> bool:
+        """Return whether the first line of a text that is not empty is the rest of the line."""
+        return self.is_right(text.strip().partition("\n")[0])
+
+    def at_the_end(self) -> "Asked":
+        """Return the place without the lines below."""
+        text = self.snapshot.text[: self.snapshot.cursor] + "\n"
+        return replace(self, snapshot=replace(self.snapshot, text=text))
 
 
 def draw_places(texts: Mapping[str, str], limit: int, seed: int = _DRAW_SEED) -> Iterator[Asked]:

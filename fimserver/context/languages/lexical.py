@@ -143,6 +143,18 @@ _ESCAPED = {
     "perl": (r"\\[^\n]|\$#", "\\$"),
     "erlang": (r"\$\\?[^\n\w]", "$"),
 }
+# ``Language.jumps`` of the languages in which these words are statements.
+_JUMPS = {
+    "return throw break continue": "apex ballerina coffeescript cuda-cpp d dart groovy haxe julia kotlin objective-c "
+    "objective-cpp powershell scala swift vala",
+    "return break continue": "glsl hlsl wgsl hare matlab odin solidity v zig",
+    "return raise break continue": "cython gdscript mojo nim starlark vyper",
+    "return exit break continue": "awk fish",
+    "return raise break next": "crystal",
+    "return stop break next": "r",
+    "return die exit last next redo": "perl raku",
+}
+_JUMPS_OF = {name: jumps for jumps, names in _JUMPS.items() for name in names.split()}
 PROSE = frozenset({"diff", "latex", "restructuredtext", "gherkin", "typst", "bibtex"})  # text has brackets
 
 
@@ -178,6 +190,7 @@ def _to_language(name: str, values: dict[str, Any]) -> Language:
         literals="|".join(literals),
         literal_starts="".join(known.values()),
         opener=PLAIN.opener,
+        jumps=_JUMPS_OF.get(name, ""),
         is_lexical=True,
     )
 

@@ -2,6 +2,7 @@
 
     find_language(language_id)   -> Language; as little is known of an unknown id as of plain text
     language_of_path(path)       -> the language id of a file name
+    is_prose(language_id)        return whether a language is text for readers, not code
 
 Knows:  names.  Never: trees, documents.
 """
@@ -11,7 +12,7 @@ from functools import cache
 from pathlib import PurePosixPath
 
 from fimserver.context.languages.lexical import LEXICAL, NAMES
-from fimserver.context.languages.table import LANGUAGES, PLAIN, Language
+from fimserver.context.languages.table import LANGUAGES, PLAIN, Language, words
 
 # Editors' names: VS Code's ids, Vim's file types, info strings of Markdown fences.
 _ALIASES = {
@@ -77,7 +78,10 @@ _ALIASES = {
     "cxx": "cpp",
     "php3": "php",
 }
-_PROSE = {"", "plaintext", "text", "txt"}
+_PLAIN_NAMES = {"", "plaintext", "text", "txt"}
+_PROSE = words(  # ids of VS Code and Vim; LaTeX and its like, which are mostly commands, are not prose
+    "plaintext markdown restructuredtext asciidoc asciidoctor org textile mediawiki git-commit gitcommit scminput mail"
+)
 _LEXICAL = {name: language for language in LEXICAL for name in (language.id, *NAMES[language.id].split())}
 _BY_ID = _LEXICAL | {language.id: language for language in LANGUAGES}
 _BY_SUFFIX = {suffix: language.id for language in LANGUAGES for suffix in language.suffixes}
@@ -112,7 +116,12 @@ def _find(name: str) -> Language:
         known = _BY_ID.get(_ALIASES.get(part, part))
         if known is not None:
             return known
-    return PLAIN if name in _PROSE else replace(PLAIN, id=name)
+    return PLAIN if name in _PLAIN_NAMES else replace(PLAIN, id=name)
+
+
+def is_prose(language_id: str) -> bool:
+    """Return whether a language is text for readers, by any of its names."""
+    return find_language(language_id).id in _PROSE
 
 
 def language_of_path(path: str) -> str:

@@ -64,6 +64,7 @@ class Language:
     imports: str = r"(?!)"  # an import line
     whole_file: int = 6_000  # characters up to which a file is analysed whole; parsing so many takes 1 ms
     reserved: str = ""  # keywords that the grammar reads as names
+    jumps: str = ""  # words that begin a statement after which the rest of its block does not run
     end_words: tuple[tuple[str, str], ...] = ()  # (header, end word) of the keyword style
     is_lexical: bool = False  # only comments, strings and brackets are known (``lexical.py``)
 
@@ -92,8 +93,18 @@ def words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
+_JUMPS = "return throw break continue"
 _C_WORDS = "if else for while do switch case return break continue"
 _JS_WORDS = f"{_C_WORDS} function class const var throw try catch finally import export extends in instanceof"
+# Keywords, types and values that many languages have; none is the beginning of a longer name.
+KEYWORDS = words(
+    f"{_JS_WORDS} raise yield await async def fn func fun let mut val local module namespace package use using include "
+    "require from as is not and or then do done end fi elif elsif elseif except rescue ensure begin unless until loop "
+    "match when with where self this super nil null none None true false True False void int long short char bool "
+    "boolean float double byte string String str object any number var auto new delete typeof sizeof static final "
+    "public private protected internal abstract virtual override readonly struct enum union interface trait impl type "
+    "typedef template pub crate mod ref out go defer select chan map range echo print println printf len"
+)
 _RUBY_HEADERS = "def|class|module|if|elsif|else|unless|while|until|case|when|begin|rescue|ensure|for"
 _C_COMMENTS: dict[str, Any] = {"line_comments": ("//",), "block_comments": (("/*", "*/"),)}
 _PLAIN_QUOTES = _quotes("\" '")
@@ -128,6 +139,7 @@ LANGUAGES = (
         header=r"(?:async|class|def|elif|else|except|finally|for|if|match|case|try|while|with)\b",
         opener=r":\s*$",
         imports=r"(?:import|from)\s",
+        jumps="return raise break continue",
     ),
     Language(
         "javascript",
@@ -139,6 +151,7 @@ LANGUAGES = (
         **_JS_BLOCKS,
         reserved=_JS_WORDS,
         imports=r"import\b|export .* from\b|(?:const|let|var) .*\brequire\(",
+        jumps=_JUMPS,
     ),
     Language(
         "typescript",
@@ -150,6 +163,7 @@ LANGUAGES = (
         **_JS_BLOCKS,
         reserved=_JS_WORDS,
         imports=r"import\b|export .* from\b",
+        jumps=_JUMPS,
     ),
     Language(
         "typescriptreact",
@@ -161,6 +175,7 @@ LANGUAGES = (
         **_JS_BLOCKS,
         reserved=_JS_WORDS,
         imports=r"import\b|export .* from\b",
+        jumps=_JUMPS,
     ),
     Language(
         "go",
@@ -173,6 +188,7 @@ LANGUAGES = (
         opener=rf"{_CASE_OPENER}|^\s*(?:import|const|var|type)\s*\(\s*$",
         reserved="if else for switch case return break continue func var const type package import range go defer",
         imports=r"import\b|package\b",
+        jumps="return break continue goto",
     ),
     Language(
         "rust",
@@ -188,6 +204,7 @@ LANGUAGES = (
         **_BRACE,
         reserved="if else for while loop match return break continue fn let mut impl struct enum trait use mod pub in",
         imports=r"(?:pub )?use\b|extern crate\b",
+        jumps="return break continue",
     ),
     Language(
         "java",
@@ -200,6 +217,7 @@ LANGUAGES = (
         opener=_C_OPENER,
         reserved=f"{_C_WORDS} class interface enum new throw throws try catch finally import package extends",
         imports=r"import\b|package\b",
+        jumps=_JUMPS,
     ),
     Language(
         "c",
@@ -213,6 +231,7 @@ LANGUAGES = (
         opener=_C_OPENER,
         reserved=f"{_C_WORDS} struct union enum typedef goto sizeof",
         imports=r"#\s*include\b",
+        jumps="return break continue goto",
     ),
     Language(
         "cpp",
@@ -227,6 +246,7 @@ LANGUAGES = (
         opener=_C_OPENER,
         reserved=f"{_C_WORDS} struct class namespace template throw try catch using goto",
         imports=r"#\s*include\b|using\b|import\b",
+        jumps=f"{_JUMPS} goto",
     ),
     Language(
         "csharp",
@@ -246,6 +266,7 @@ LANGUAGES = (
         opener=_C_OPENER,
         reserved=f"{_C_WORDS} class struct namespace interface new throw try catch finally foreach using",
         imports=r"using\b|namespace\b",
+        jumps=f"{_JUMPS} goto",
     ),
     Language(
         "ruby",
@@ -269,6 +290,7 @@ LANGUAGES = (
                 "end",
             ),
         ),
+        jumps="return raise break next redo retry",
     ),
     Language(
         "php",
@@ -284,6 +306,7 @@ LANGUAGES = (
         header=_BRACE_HEADER,
         opener=_C_OPENER,
         imports=r"use\b|namespace\b|require(?:_once)?\b|include(?:_once)?\b|<\?php",
+        jumps=_JUMPS,
     ),
     Language(
         "shellscript",
@@ -309,6 +332,7 @@ LANGUAGES = (
             (r"^\s*(?:for|while|until|select)\b|\bdo\s*$", "done"),
             (r"^\s*case\b", "esac"),
         ),
+        jumps="return exit break continue",
     ),
     Language(
         "lua",
@@ -326,6 +350,7 @@ LANGUAGES = (
         reserved="and break do else elseif end for function if in local or repeat return then until while",
         imports=r"(?:local\s+\w+\s*=\s*)?require\b",
         end_words=((r"\b(?:function|if|elseif|else|for|while|do)\b", "end"),),
+        jumps="return break goto",
     ),
     Language(
         "html",
