@@ -21,6 +21,7 @@ from fimserver.paths import read_bytes
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 _API_KEY = re.compile(r"(?:[A-Z_][A-Z0-9_]{0,99}|keyring:[\w.-]{1,100})?")
 ENGINES = ("local", "vllm", "llamacpp", "llamacpp-server", "ollama", "openai", "mistral", "inception")
+WORD_STARTS = ("ghostText", "menu")
 IN_PROCESS = ("local", "llamacpp")  # engines without a server
 MODES = {
     "auto": Mode.AUTO,
@@ -98,6 +99,13 @@ class Settings:
         default=(),
         doc='Languages to complete in or not, by the editor\'s language id; "*" is every other. All are on, except '
         "that in prose (plaintext, markdown and others, but not fenced code) only your own requests are answered.",
+    )
+    word_start: str = _setting(
+        default="ghostText",
+        doc="What comes first at the beginning of a word: ghost text (ghostText), or the editor's own list of names "
+        "(menu). An editor may hide its list while there is ghost text; with menu, nothing is offered automatically "
+        "until a word has three characters.",
+        choices=WORD_STARTS,
     )
     comments: bool = _setting(default=False, doc="Complete inside comments.")
     docstrings: bool = _setting(default=False, doc="Complete inside docstrings.")

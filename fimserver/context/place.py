@@ -10,6 +10,7 @@ Text that was shown never changes: an answer whose first line was offered contin
 Knows:  the other modules of this package, what the engine answers.  Never: LSP.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -23,6 +24,8 @@ from fimserver.datatypes import Alternative, Completion, Generation, Hole, Match
 from fimserver.settings import Settings
 from fimserver.text import line_ending, to_newlines
 
+_WORD_START = re.compile(r"(?:(?<!\w)[^\W\d]\w?|(?:\.|->|::)\w{0,2})\Z")
+_MEMBER = 5  # characters: an operator, two of a word, and one before them
 _CUT_ENDS = ")]}>\"'`;:, "  # characters at the end of a line that may already follow the cursor
 
 
@@ -71,8 +74,18 @@ def find_place(
     tree = parse(focus.snapshot.text, focus.snapshot.language_id, memory.tree if memory else None)
     if memory is not None:
         memory.tree = tree
+    if settings.word_start == "menu" and not invoked and begins_word(snapshot):
+        return NoCompletion(
+            "word_start", "a word begins here, and fimserver.wordStart puts the menu first"
+        )
     hole = find_hole(focus.snapshot, tree, settings)
     return hole if isinstance(hole, NoCompletion) else Place(snapshot, focus, tree, hole)
+
+
+def begins_word(snapshot: Snapshot) -> bool:
+    """Return whether the cursor is after the first characters of a word, or where the name of a member begins."""
+    before, after = snapshot.text[max(0, snapshot.cursor - _MEMBER) : snapshot.cursor], snapshot.text[snapshot.cursor :]
+    return _WORD_START.search(before) is not None and not re.match(r"\w", after[:1])
 
 
 def complete_place(text: str, place: Place, origin: Origin = WHOLE) -> Completion | NoCompletion:

@@ -170,6 +170,37 @@ def test_with_a_popup_that_opens_automatically(window: Window, workbench: Workbe
 
 
 @editors
+def test_which_comes_first_at_the_beginning_of_a_word(window: Window, workbench: Workbench) -> None:
+    """With VS Code's own default, which opens its list of names only where there is no ghost text."""
+    text = SAMPLE.replace("        self.items.ap\n", "        self.append_all(item)\n        self.items.\n")
+    file = workbench.write("begins.py", text)
+    names = ".suggest-widget.visible .monaco-list-row"
+    workbench.set_any("editor.quickSuggestions", {"other": "offWhenInlineCompletions"})
+    try:
+        window.open(file)
+        window.go(LINE + 1)
+        window.type("a")
+        window.type_until_ghost("p")
+        assert not window.has(names), "ghost text comes first by default"
+        window.press("Escape", "Backspace", "Backspace")
+        workbench.set(wordStart="menu")
+        for _ in range(3):  # until the server has the setting
+            window.type("a")
+            with suppress(AssertionError):
+                wait_until(lambda: any("append_all" in text for text in window.texts(names)), "the list of names", 8)
+                break
+            window.press("Escape", "Backspace")
+        else:
+            pytest.fail("no list of names")
+        assert not window.ghost() or f"a{window.ghost()}".startswith("append_all"), "only what continues the choice"
+        window.press("Escape", "Escape")
+        window.save(file)
+    finally:
+        workbench.set(wordStart=None)
+        workbench.set_any("editor.quickSuggestions", False)
+
+
+@editors
 def test_a_closed_bracket_is_not_doubled(window: Window, workbench: Workbench) -> None:
     file = workbench.write("bracket.py")
     window.open(file)

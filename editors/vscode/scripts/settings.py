@@ -46,7 +46,7 @@ OWN: dict[str, dict[str, Any]] = {
     },
 }
 
-FIRST = ("enabled", "languages", "model", "engine", "maxLines", "comments")  # settings that many users change
+FIRST = ("enabled", "languages", "model", "engine", "wordStart", "maxLines")  # settings that many users change
 
 
 def _type_of(setting: "Field[Any]") -> dict[str, Any]:

@@ -70,6 +70,11 @@ export const HEADLINES: Readonly<Record<string, string>> = {
   superseded: "A newer request replaced it",
   syntax: "The answer would have broken the code",
   too_many_files: "Too many files are open",
+  contradicts_name: "The answer contradicts a name in this file",
+  repeats_comment: "The answer repeats a comment",
+  repeats_line: "The answer repeats the line above",
+  unreachable: "The answer would never be reached",
+  word_start: "A word begins here",
   unfinished: "The answer was not finished",
 };
 
@@ -83,6 +88,7 @@ const REMEDIES: Readonly<Record<string, Remedy>> = {
   language_not_learned: "setup",
   language_off: "turnOnLanguage",
   low_confidence: "settings",
+  word_start: "settings",
 };
 
 /** Turn the server's answer to `fimserver/explain` into a text for the user, the decisive words first. */
