@@ -102,8 +102,12 @@ async function isNewEnough(python: string, around: Surroundings): Promise<boolea
   }
 }
 
-/** Return what is being downloaded, as pip and uv print it: "torch, 184.3 MB". */
-export function toDownload(line: string): string | undefined {
+/** Return what is being done, from a line of pip or uv: "torch, 184.3 MB" is downloaded, "unpacking 60 packages". */
+export function toDoing(line: string): string | undefined {
+  const packages = /^Installing collected packages: (.*)/.exec(line)?.[1];
+  if (packages !== undefined) {
+    return `unpacking ${packages.split(",").length} packages`;
+  }
   const found = /^\s*Downloading (\S+) \(([\d.]+) ?([kKMG])i?B\)/.exec(line);
   if (found === null) {
     return undefined;
@@ -114,7 +118,6 @@ export function toDownload(line: string): string | undefined {
 }
 
 const NETWORK: readonly [RegExp, string][] = [
-  [/No space left on device|os error 28|not enough space/i, "The disk is full."],
   [/407 Proxy|Proxy Authentication Required|Cannot connect to proxy/i, "The proxy refused the connection."],
   [
     /CERTIFICATE_VERIFY_FAILED|invalid peer certificate|UnknownIssuer|self.signed/i,
@@ -131,14 +134,22 @@ const NETWORK: readonly [RegExp, string][] = [
   [/\b(?:403|401) (?:Forbidden|Unauthorized|Client Error)/i, "The server refuses the download."],
 ];
 
-/** Return in words why an installation failed, and the line that says so. */
-export function explainFailure(lines: readonly string[]): string {
+/**
+ * Return in words why an installation failed: what is wrong with the network, or the last error that was printed.
+ * `args` are the command's, which may name the package index.
+ */
+export function explainFailure(lines: readonly string[], args: readonly string[] = []): string {
   for (const [pattern, words] of NETWORK) {
-    const line = lines.findLast((one) => pattern.test(one));
-    if (line !== undefined) {
-      const host = /(?:host=['"]|https?:\/\/)([\w.-]+)/.exec(lines.filter((one) => pattern.test(one)).join(" "))?.[1];
-      return `${host === undefined ? words : words.replace("The server", host).replace("the server", host)} ${line.trim()}`;
+    const printed = lines.filter((one) => pattern.test(one));
+    if (printed.length > 0) {
+      const url = args[args.indexOf("--index-url") + 1] ?? "";
+      const host = /host=['"]([\w.-]+)/.exec(printed.join(" "))?.[1] ?? /https?:\/\/([\w.-]+)/.exec(url)?.[1];
+      const named = host === undefined ? words : words.replace(/the server(?!')/i, host);
+      return `${named} Check the connection and the proxy; the log has all that was printed.`;
     }
+  }
+  if (lines.some((line) => /No space left on device|os error 28|not enough space/i.test(line))) {
+    return "The disk is full.";
   }
   const error = lines.findLast((line) => /^\s*(?:error|ERROR)\b/.test(line)) ?? lines.at(-1);
   return error?.trim().replace(/^(?:error|ERROR): ?/, "") ?? "";
@@ -193,7 +204,7 @@ export function run(
       } else if (code === 0) {
         resolve();
       } else {
-        reject(new Error(explainFailure(lines) || `${step.command} ended with code ${code}`));
+        reject(new Error(explainFailure(lines, step.args) || `${step.command} ended with code ${code}`));
       }
     });
   });

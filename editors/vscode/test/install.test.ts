@@ -49,6 +49,12 @@ test.each([
   expect(toDownload(line)).toBe(expected);
 });
 
+test("a failure names the package index, also where pip does not", () => {
+  const printed = ["WARNING: Retrying after 'Failed to establish a new connection: Name or service not known'"];
+  const args = ["--index-url", "https://download.pytorch.org/whl/cpu", "torch"];
+  expect(explainFailure(printed, args)).toContain("does not find download.pytorch.org. Check");
+});
+
 test.each([
   [
     [
