@@ -3,16 +3,7 @@
 import { access, readdir, rm } from "node:fs/promises";
 import { join } from "node:path";
 import * as vscode from "vscode";
-import {
-  type Build,
-  CancelledError,
-  downloadSize,
-  findTool,
-  type Installing,
-  run,
-  toDownload,
-  toSteps,
-} from "./install";
+import { type Build, CancelledError, downloadSize, findTool, type Installing, run, toDoing, toSteps } from "./install";
 import type { Messages } from "./messages";
 import { onPath, programIn } from "./program";
 import { childSurroundings, untrustedFolders } from "./workspace";
@@ -90,7 +81,7 @@ export class Installer {
     const text =
       `Install the completion server? It downloads ${size}. ` +
       `Torch comes from PyTorch and other packages from PyPI, with ${tool === "uv" ? "uv" : program}. They go into the ` +
-      "extension's own folder; your code stays on this machine.";
+      "extension's own folder (1.2 GB on the disk for the CPU); your code stays on this machine.";
     const choices = [INSTALL, ...(hasNvidiaGpu() ? [INSTALL_CUDA] : []), LOCATE, LATER];
     const answer = await vscode.window.showInformationMessage(text, ...choices);
     if (answer === INSTALL || answer === INSTALL_CUDA) {
@@ -117,9 +108,9 @@ export class Installer {
           this.log.info(`${step.command} ${step.args.join(" ")}`);
           const onLine = (line: string): void => {
             this.log.info(line);
-            const download = toDownload(line);
-            if (download !== undefined) {
-              progress.report({ message: `${title}: ${download}` });
+            const doing = toDoing(line);
+            if (doing !== undefined) {
+              progress.report({ message: `${title}: ${doing}` });
             }
           };
           await run(step, childSurroundings(), onLine, abort.signal);

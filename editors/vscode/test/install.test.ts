@@ -2,7 +2,7 @@ import { chmodSync, existsSync, mkdirSync, mkdtempSync, readFileSync, realpathSy
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { expect, test } from "vitest";
-import { CancelledError, explainFailure, findTool, run, TORCH, toDownload, toSteps } from "../src/install";
+import { CancelledError, explainFailure, findTool, run, TORCH, toDoing, toSteps } from "../src/install";
 import { surroundings } from "../src/outside";
 
 const choice = { tool: "python", program: "/usr/bin/python3", build: "cpu", wheel: "/x/fim.whl", index: "" } as const;
@@ -44,9 +44,10 @@ test.each([
   ["  Downloading https://download.pytorch.org/whl/cpu/torch-2.13.0-cp311.whl (184.3 MB)", "torch, 184.3 MB"],
   ["Downloading tree_sitter_c_sharp-0.23.1-cp39-abi3.whl (0.4 MB)", "tree_sitter_c_sharp, 0.4 MB"],
   ["Downloading torch (175.2MiB)", "torch, 175.2 MB"],
+  ["Installing collected packages: urllib3, tqdm, torch", "unpacking 3 packages"],
   ["Collecting torch", undefined],
-])("sizes are read from %s", (line, expected) => {
-  expect(toDownload(line)).toBe(expected);
+])("progress is read from %s", (line, expected) => {
+  expect(toDoing(line)).toBe(expected);
 });
 
 test("a failure names the package index, also where pip does not", () => {
