@@ -1,4 +1,4 @@
-// The server's process: starts it, remembers why it ended, and ends it if it does not end by itself.
+// The server's process: starts it, remembers why it ended, and kills it if it does not end when it should.
 
 import { type ChildProcess, spawn } from "node:child_process";
 import { once } from "node:events";
