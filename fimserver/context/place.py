@@ -75,9 +75,7 @@ def find_place(
     if memory is not None:
         memory.tree = tree
     if settings.word_start == "menu" and not invoked and begins_word(snapshot):
-        return NoCompletion(
-            "word_start", "a word begins here, and fimserver.wordStart puts the menu first"
-        )
+        return NoCompletion("word_start", "a word begins here, and fimserver.wordStart puts the menu first")
     hole = find_hole(focus.snapshot, tree, settings)
     return hole if isinstance(hole, NoCompletion) else Place(snapshot, focus, tree, hole)
 

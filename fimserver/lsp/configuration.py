@@ -262,7 +262,7 @@ class ConsentPrompt:
             return False
         if not may_exist(model):
             self.warn(
-                f"there is no model {_shorten(model)}: fimserver.model has to be a full path or the name of an added "
+                f"the model {_shorten(model)} does not exist: fimserver.model has to be a full path or the name of an added "
                 f"model; add it with: fimserver model add {_shorten(model)}"
             )
             return False
