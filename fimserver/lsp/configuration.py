@@ -262,8 +262,8 @@ class ConsentPrompt:
             return False
         if not may_exist(model):
             self.warn(
-                f"the model {_shorten(model)} does not exist: fimserver.model has to be a full path or the name of an added "
-                f"model; add it with: fimserver model add {_shorten(model)}"
+                f"the model {_shorten(model)} does not exist: fimserver.model has to be a full path or the name of an "
+                f"added model; add it with: fimserver model add {_shorten(model)}"
             )
             return False
         return True
