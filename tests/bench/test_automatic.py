@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from fimserver.bench.confidence.measure import Judged, Offer, RuleCount, summarize, write_curve
-from fimserver.bench.confidence.places import Trigger, draw_places
+from fimserver.bench.confidence.places import Trigger, draw_jumps, draw_places
 from fimserver.cli.main import main
 from fimserver.cli.tables import print_automatic
 from fimserver.datatypes import Snapshot
@@ -106,6 +106,22 @@ def test_the_tables() -> None:
     assert re.search(r"trigger: character +2 +1\.000 +1\.000 +1\.000", shown), shown
     assert re.search(r"unreachable +1 +1 +1 +1 +0", shown), shown
     assert "all, without the filter" in shown
+
+
+def test_a_line_after_a_jump_is_counted_apart() -> None:
+    jumps = [Judged(OFFERS[4], OFFERS[0], ("unreachable",)), Judged(OFFERS[4], OFFERS[4])]
+    summary = summarize(JUDGED, 0.5, "data", "model", jumps)
+    assert summary.all.places == 5
+    assert summary.rules["unreachable"] == RuleCount(1, 1, 1, 1, 0)
+    assert summary.parts["after a jump"].offered_at_any == 0.0
+    assert summary.parts["after a jump, without the filter"].offered_at_any == 0.5
+
+
+def test_places_after_a_jump() -> None:
+    (place, *others) = draw_jumps(TEXTS, 9)
+    assert len(others) == 2, "the file has three returns"
+    assert place.snapshot.text[: place.snapshot.cursor].endswith("        return f\n        ")
+    assert draw_jumps({"a.py": "return (\nreturn_value = 1\n"}, 9) == []
 
 
 def test_a_place_at_the_end_has_nothing_below() -> None:

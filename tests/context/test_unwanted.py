@@ -204,7 +204,7 @@ NOT_CONTRADICTED = [
     ("python", "f(a)\nab▮\n", "c"),
     ("javascript", "typeOf = 1;\nty▮\n", "peof a;"),
     ("javascript", "inventory = 1;\nconst inven▮\n", "t = 2;"),
-    ("c", "int define;\n#def▮\n", "ine A"),
+    ("c", "int define;\n#de▮\n", "fine A"),
     ("go", "package inventory\n\nfunc inven▮\n", "t() {}"),
 ]
 

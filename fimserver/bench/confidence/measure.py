@@ -6,6 +6,8 @@ over coverage. Right is the exact rest of the line.
 
 Each place is also completed without the filter of ``context/unwanted.py``, and each rule is asked about each of these
 offers: that gives what a rule drops, and how much of it was right. A rule is also asked about the line that was there.
+Code that is there is never unreachable, so new lines after a ``return`` and its like are completed too, where nothing
+is right; they count for the rules and as a part of their own.
 
 Knows:  the pipeline, the engine's client.  Never: LSP.
 """
@@ -16,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fimserver import pipeline
-from fimserver.bench.confidence.places import Asked, draw_places
+from fimserver.bench.confidence.places import Asked, draw_jumps, draw_places
 from fimserver.bench.datasets import HELD_OUT, read_code, read_module
 from fimserver.bench.infilling import LOAD_TIMEOUT_S, track_progress
 from fimserver.bench.metrics import Answer, expected_calibration_error, share_interval
@@ -30,6 +32,7 @@ from fimserver.settings import Settings
 
 CURVE_FILE = "precision_over_coverage.png"
 _SHARES = (0.1, 0.2, 0.3, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9)
+_PLACES_PER_JUMP = 10
 _DPI = 110
 
 
@@ -124,15 +127,14 @@ def measure_automatic(
         info = engine.wait_until_ready(LOAD_TIMEOUT_S)
         places = [place.at_the_end() if at_the_end else place for place in draw_places(texts, limit)]
         judged = [_judge(place, settings, engine) for place in track_progress(places, "completing")]
+        jumps = [_judge(place, settings, engine) for place in draw_jumps(texts, limit // _PLACES_PER_JUMP)]
     finally:
         engine.close()
     if plots is not None:
         plots.mkdir(parents=True, exist_ok=True)
         write_curve(plots / CURVE_FILE, [each.offer for each in judged], settings.threshold(invoked=False))
-    name = str(data) if data else "standard library"
-    return summarize(
-        judged, settings.threshold(invoked=False), f"{name}, ends of files" if at_the_end else name, info.name
-    )
+    name = f"{data or 'standard library'}{', nothing below' if at_the_end else ''}"
+    return summarize(judged, settings.threshold(invoked=False), name, info.name, jumps)
 
 
 def _judge(asked: Asked, settings: Settings, engine: EngineClient) -> Judged:
@@ -143,7 +145,7 @@ def _judge(asked: Asked, settings: Settings, engine: EngineClient) -> Judged:
         nothing = Offer(asked.snapshot.language_id, asked.trigger.value)
         return Judged(nothing, nothing)
     cursor = asked.snapshot.cursor
-    original = tuple(find_faults(Completion("", asked.rest, cursor, cursor), place))
+    original = tuple(find_faults(Completion("", asked.rest, cursor, cursor), place)) if asked.rest else ()
     unfiltered, completion = _complete(asked, query, place, memory, engine)
     rules = tuple(find_faults(completion, place)) if completion is not None else ()
     offer = unfiltered
@@ -177,8 +179,10 @@ def _complete(
     return to_offer("model", answer.completions[0], answer.confidences[0])
 
 
-def summarize(judged: Sequence[Judged], threshold: float, data: str, model: str) -> Summary:
-    """Return the numbers of all offers and of each part of them."""
+def summarize(
+    judged: Sequence[Judged], threshold: float, data: str, model: str, jumps: Sequence[Judged] = ()
+) -> Summary:
+    """Return the numbers of all offers and of each part of them; ``jumps`` are places after a jump."""
     offers = [each.offer for each in judged]
     by: dict[str, Callable[[Offer], str]] = {
         "trigger": lambda o: o.trigger,
@@ -191,6 +195,9 @@ def summarize(judged: Sequence[Judged], threshold: float, data: str, model: str)
         for name, of in by.items()
         for value in sorted({of(o) for o in offers})
     }
+    if jumps:
+        parts["after a jump"] = _to_part([each.offer for each in jumps], threshold)
+        parts["after a jump, without the filter"] = _to_part([each.unfiltered for each in jumps], threshold)
     surest = sorted((o for o in offers if o.source), key=lambda o: -o.confidence)
     precision, thresholds = {}, {}
     for share in _SHARES:
@@ -201,7 +208,7 @@ def summarize(judged: Sequence[Judged], threshold: float, data: str, model: str)
     interval = share_interval([o.is_right for o in surest if o.confidence >= threshold])
     low, high = (round(interval.low, 3), round(interval.high, 3)) if interval else (None, None)
     whole, unfiltered = _to_part(offers, threshold), _to_part([each.unfiltered for each in judged], threshold)
-    rules = count_rules(judged, threshold)
+    rules = count_rules([*judged, *jumps], threshold)
     return Summary(data, model, threshold, whole, unfiltered, low, high, parts, rules, precision, thresholds)
 
 

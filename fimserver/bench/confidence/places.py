@@ -1,6 +1,7 @@
 """Draw places at which an editor asks automatically: after a typed character, at the end of a word, on a new line.
 
     draw_places(texts, limit)   -> the same places of a folder's files each time
+    draw_jumps(texts, limit)    -> new lines after return, raise and their like, where nothing is right
     Asked.at_the_end            -> the place in a file that is being written: nothing is below its line
 
 A place is a file without the rest of one line; that rest is what the user would have typed.
@@ -17,6 +18,7 @@ from enum import StrEnum
 from fimserver.context.languages.names import find_language, language_of_path
 from fimserver.context.scan import scan
 from fimserver.datatypes import Snapshot
+from fimserver.text import leading_whitespace
 
 _SHORTEST_LINE = 8
 _DRAW_SEED = 23
@@ -66,6 +68,23 @@ def draw_places(texts: Mapping[str, str], limit: int, seed: int = _DRAW_SEED) ->
         if (place := _draw(name, texts[name], triggers[number % len(triggers)], rng)) is not None:
             number += 1
             yield place
+
+
+def draw_jumps(texts: Mapping[str, str], limit: int, seed: int = _DRAW_SEED) -> list[Asked]:
+    """Return at most ``limit`` new lines below a jump of one line, at its depth."""
+    found = []
+    for name, text in texts.items():
+        language_id = language_of_path(name)
+        language = find_language(language_id)
+        words = "|".join(language.jumps.split()) or "(?!)"
+        for match in re.finditer(rf"^[ \t]*(?:{words})\b[^:=\n]*$", text, re.MULTILINE):
+            state = scan(match[0], language)
+            if state.brackets or state.quote or state.unmatched is not None:
+                continue
+            above = f"{text[: match.end()]}\n{leading_whitespace(match[0])}"
+            snapshot = Snapshot(f"file:///{name}", 0, language_id, above + text[match.end() :], len(above))
+            found.append(Asked(name, snapshot, "", Trigger.LINE))
+    return random.Random(seed).sample(found, min(limit, len(found)))
 
 
 def _draw(name: str, text: str, trigger: Trigger, rng: random.Random) -> Asked | None:
