@@ -49,4 +49,4 @@ def test_wheel_and_source_archive(tmp_path: Path) -> None:
 
 def test_the_script_uploads_nothing() -> None:
     commands = (ROOT / ".ci" / "release").read_text(encoding="utf-8").split("<<NEXT")[0]
-    assert not re.search(r"^[^#\n]*(?:upload|publish --)", commands, re.MULTILINE)
+    assert not re.search(r"^[^#\n]*(?:twine upload|vsce publish)", commands, re.MULTILINE)
