@@ -1,6 +1,6 @@
 """Define every setting: its name, type, default, range and meaning.
 
-``Settings`` is the table; docs/settings.md is written from it (``python -m fimserver.settings``) and a test compares
+``Settings`` is the table; docs/reference/settings.md is written from it (``python -m fimserver.settings``) and a test compares
 the two. A setting has the same name everywhere: ``fimserver.maxLines`` in an editor, ``maxLines`` on the wire,
 ``max_lines`` in Python.
 """
@@ -31,7 +31,7 @@ MODES = {
     "autoregressive": Mode.AUTOREGRESSIVE,
 }
 ANY_LANGUAGE = "*"
-AUTOMATIC_CONFIDENCE = 0.23  # where most offers are right and nearly half of the places get one: docs/quality.md
+AUTOMATIC_CONFIDENCE = 0.23  # where most offers are right and nearly half of the places get one: docs/explanation/quality.md
 
 
 def _setting(  # noqa: PLR0913  the columns of the table
@@ -448,7 +448,7 @@ def refuse_unsure(
 
 
 def to_markdown() -> str:
-    """Return the table of docs/settings.md."""
+    """Return the table of docs/reference/settings.md."""
     rows = ["| setting | default | may be | belongs to | meaning |", "|---|---|---|---|---|"]
     parts = ((f"remote.{name}", setting) for name, setting in REMOTE_BY_WIRE_NAME.items())
     for wire_name, setting in (*BY_WIRE_NAME.items(), *parts):
@@ -460,7 +460,7 @@ def to_markdown() -> str:
 
 
 if __name__ == "__main__":
-    page = Path(__file__).parent / "docs" / "settings.md"
+    page = Path(__file__).parent / "docs" / "reference" / "settings.md"
     text = page.read_text(encoding="utf-8")
     table = re.compile(r"^\| setting \|.*?\n(?!\|)", re.MULTILINE | re.DOTALL)
     page.write_text(table.sub(lambda _old: to_markdown(), text, count=1), encoding="utf-8")

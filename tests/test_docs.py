@@ -52,7 +52,7 @@ def test_the_number_of_languages_is_right(name: str) -> None:
 
 
 def test_every_test_of_a_security_promise_exists() -> None:
-    text = (ROOT / "fimserver" / "docs" / "security.md").read_text(encoding="utf-8")
+    text = (ROOT / "fimserver" / "docs" / "reference" / "security.md").read_text(encoding="utf-8")
     files = set(re.findall(r"`((?:tests|editors)/[\w/.]+)`", text))
     assert len(files) >= 15
     for file in files:

@@ -40,11 +40,11 @@ def test_the_settings_of_vscode_are_up_to_date() -> None:
 
 def test_the_documented_table_is_up_to_date() -> None:
     """Write it again with: python -m fimserver.settings."""
-    assert to_markdown() in (DOCS / "settings.md").read_text(encoding="utf-8")
+    assert to_markdown() in (DOCS / "reference" / "settings.md").read_text(encoding="utf-8")
 
 
 def test_the_documented_config_file_is_valid(tmp_path: Path) -> None:
-    text = (DOCS / "settings.md").read_text(encoding="utf-8")
+    text = (DOCS / "reference" / "settings.md").read_text(encoding="utf-8")
     example = text.split("```toml\n", 1)[1].split("```", 1)[0]
     (tmp_path / "config.toml").write_text(example)
     assert read_config_file(tmp_path / "config.toml") == (tomllib.loads(example), [])

@@ -13,7 +13,7 @@ are thrown away do not count; a user sees none of them.
 
 What is assumed, not measured: the typist's pauses, the share of users who type at the same moment, how often an answer
 is right and for how many keys. The last two were chosen so that one typist asks as often as in the recorded sessions of
-docs/results.md (2026-11-23).
+docs/reference/results.md (2026-11-23).
 
 Knows:   times of requests.  Never: models, HTTP.
 Source:  times of published engines: see ``ENGINES``.
@@ -89,7 +89,7 @@ ENGINES = {
         slots=1,
         growth=1.0,
         right=0.7,
-        source="Qwen2.5-Coder-0.5B, llama.cpp's server on two CPU cores, measured (docs/engines.md)",
+        source="Qwen2.5-Coder-0.5B, llama.cpp's server on two CPU cores, measured (docs/explanation/engines.md)",
     ),
 }
 

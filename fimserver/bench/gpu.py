@@ -447,7 +447,7 @@ def device_name(device: torch.device) -> str:
 
 
 def to_markdown(report: Report) -> list[str]:
-    """Format an entry for docs/results.md."""
+    """Format an entry for docs/reference/results.md."""
     lines = [f"## {report.machine['device']}: {report.model}{', SIMULATED' if report.is_simulated else ''}", ""]
     lines.append(", ".join(f"{key} {value}" for key, value in report.machine.items()))
     lines += ["", f"Kernels: {report.backend}. Tests on the GPU: {report.tests}", ""]

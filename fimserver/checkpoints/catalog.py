@@ -1,7 +1,7 @@
 """Describe the known models: licence, use, and the memory that they need.
 
     list_needs    a Need for each published checkpoint: memory on a GPU and on a CPU, with a context of 8192 tokens
-    to_markdown   the table of docs/models.md; ``python -m fimserver.checkpoints.catalog`` writes it there
+    to_markdown   the table of docs/reference/models.md; ``python -m fimserver.checkpoints.catalog`` writes it there
 
 Knows:  facts of known models, plans.  Never: torch, tensors, the network.
 """
@@ -55,7 +55,7 @@ def list_needs() -> Iterator[Need]:
 
 
 def to_markdown() -> str:
-    """Return the table of docs/models.md."""
+    """Return the table of docs/reference/models.md."""
     rows = [
         "| model | files | licence | on a GPU in bf16 | on a GPU in NVFP4 | on a CPU | what it is for |",
         "|---|---|---|---|---|---|---|",
@@ -80,7 +80,7 @@ def _context(checkpoint: Checkpoint) -> int:
 
 
 if __name__ == "__main__":
-    page = Path(__file__).parent.parent / "docs" / "models.md"
+    page = Path(__file__).parent.parent / "docs" / "reference" / "models.md"
     text = page.read_text(encoding="utf-8")
     table = re.compile(r"^\| model \| files \|.*?\n(?!\|)", re.MULTILINE | re.DOTALL)
     page.write_text(table.sub(lambda _old: to_markdown(), text, count=1), encoding="utf-8")

@@ -522,7 +522,7 @@ def capacity(  # noqa: PLR0913, PLR0917  the command's options
     """Simulate a team that shares GPUs: how many it needs.
 
     Takes no GPU and no model, only times of one, which `fimserver eval lines --engine vllm` measures for yours. See
-    docs/team.md.
+    docs/explanation/capacity.md.
     """
     from fimserver.bench.capacity import Team, adapt, find_times, plan_capacity  # noqa: PLC0415
     from fimserver.cli.tables import print_capacity  # noqa: PLC0415

@@ -18,7 +18,7 @@ from fimserver.paths import state_folder
 
 @click.group(short_help="Decide to which servers code may be sent.")
 def engine() -> None:
-    """Decide to which servers code may be sent; see docs/engines.md.
+    """Decide to which servers code may be sent; see docs/how-to/engines.md.
 
     An engine on another machine gets the code around the cursor only after you agreed, once for each workspace.
     """

@@ -35,7 +35,7 @@ def engine_options(command: Any) -> Any:
         ),
         click.option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps."),
         click.option("--threads", type=int, metavar="N", help="CPU threads; 0 means as many as suit the model."),
-        click.option("--engine", type=click.Choice(list(ENGINES)), help="What answers; see docs/engines.md."),
+        click.option("--engine", type=click.Choice(list(ENGINES)), help="What answers; see docs/reference/engines.md."),
         click.option("--server", metavar="URL", help="The engine's server (remote.url)."),
     ):
         command = option(command)
@@ -109,7 +109,7 @@ set_option = click.option(
     "pairs",
     multiple=True,
     metavar="NAME=VALUE",
-    help="Change a setting; see docs/settings.md. May be repeated.",
+    help="Change a setting; see docs/reference/settings.md. May be repeated.",
 )
 
 open_option = click.option(

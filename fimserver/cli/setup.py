@@ -46,7 +46,7 @@ _MEASURED: Mapping[str, tuple[float, float]] = {_SHIPPED: (0.27, 175.0), "Qwen/Q
 _EDITORS = """\
 VS Code: install the extension from editors/vscode; it finds this server on PATH
 Neovim:  add editors/neovim as a plugin, then require('fimserver').setup()
-others:  start `fimserver lsp` over stdio; see docs/editors.md"""
+others:  start `fimserver lsp` over stdio; see docs/how-to/editors.md"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -100,7 +100,7 @@ def _find_completion(params: Any) -> str | None:
 
 
 def _register_own(server: FimLanguageServer) -> None:
-    """Register fimserver's own requests, for editors that prefer them to commands: docs/protocol.md."""
+    """Register fimserver's own requests, for editors that prefer them to commands: docs/reference/protocol.md."""
 
     @server.feature("fimserver/explain")
     def explain(params: Any) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def test_a_wait_begins_at_the_key() -> None:
     ],
 )
 def test_a_typist_asks_as_often_as_in_recorded_sessions(engine: EngineTimes, asked: float, reused: float) -> None:
-    """The two sessions of 300 keys in docs/results.md, 2026-11-23."""
+    """The two sessions of 300 keys in docs/reference/results.md, 2026-11-23."""
     outcome = simulate(engine, 1, 1, TEAM, keys(), seconds=2000)
     assert outcome.asked / outcome.keys == pytest.approx(asked, abs=0.05)
     assert outcome.reused == pytest.approx(reused, abs=0.05)

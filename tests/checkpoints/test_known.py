@@ -1,4 +1,4 @@
-"""Known models: recognized by their configs, licences, and the table of docs/models.md."""
+"""Known models: recognized by their configs, licences, and the table of docs/reference/models.md."""
 
 import json
 import shutil
@@ -97,7 +97,7 @@ def test_facts_are_found_by_name() -> None:
 
 def test_the_documented_table_is_up_to_date() -> None:
     """Write it again with: python -m fimserver.checkpoints.catalog."""
-    assert to_markdown() in (DOCS / "models.md").read_text(encoding="utf-8")
+    assert to_markdown() in (DOCS / "reference" / "models.md").read_text(encoding="utf-8")
 
 
 def test_the_list_shows_licence_memory_and_use() -> None:

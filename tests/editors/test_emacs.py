@@ -1,4 +1,4 @@
-"""Emacs with both of its language clients, set up with the lines of docs/editors.md: the menu's item is put in."""
+"""Emacs with both of its language clients, set up with the lines of docs/how-to/editors.md: the menu's item is put in."""
 
 import re
 import shutil
@@ -12,7 +12,7 @@ from support import debian
 
 import fimserver
 
-PAGE = Path(fimserver.__file__).parent / "docs" / "editors.md"
+PAGE = Path(fimserver.__file__).parent / "docs" / "how-to" / "editors.md"
 PROGRAM = Path(sys.executable).parent / "fimserver"
 BLOCKS = re.findall(r"```elisp\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
 PACKAGES = ("emacs-nox", "elpa-lsp-mode", "elpa-eglot")

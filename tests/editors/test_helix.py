@@ -1,4 +1,4 @@
-"""Helix in a terminal, set up with the lines of docs/editors.md: the menu's item is put in."""
+"""Helix in a terminal, set up with the lines of docs/how-to/editors.md: the menu's item is put in."""
 
 import re
 import sys
@@ -22,7 +22,7 @@ from support.tmux import Tmux, find_tmux
 
 import fimserver
 
-PAGE = Path(fimserver.__file__).parent / "docs" / "editors.md"
+PAGE = Path(fimserver.__file__).parent / "docs" / "how-to" / "editors.md"
 LANGUAGES = re.findall(r"## Helix.*?```toml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[0]
 
 pytestmark = pytest.mark.editors

@@ -1,4 +1,4 @@
-"""docs/protocol.md, block by block, sent to a server."""
+"""docs/reference/protocol.md, block by block, sent to a server."""
 
 import asyncio
 import json
@@ -17,7 +17,7 @@ from fimserver.lsp.configuration import RESTART_COMMAND
 from fimserver.lsp.convert import ACCEPT_COMMAND
 from fimserver.lsp.features import EXPLAIN_COMMAND, SNOOZE_COMMAND, TRUST_NOTIFICATION, create_server
 
-PAGE = Path(fimserver.__file__).parent / "docs" / "protocol.md"
+PAGE = Path(fimserver.__file__).parent / "docs" / "reference" / "protocol.md"
 TEXT = PAGE.read_text(encoding="utf-8")
 EXAMPLES = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", TEXT, re.DOTALL)]
 
@@ -52,7 +52,7 @@ def test_example(client: LspClient, example: dict[str, Any]) -> None:
 def test_there_are_examples_of_everything() -> None:
     shown = {example["params"].get("command", example["method"]) for example in EXAMPLES}
     assert "didChangeStatus" in shown
-    source = (PAGE.parent.parent / "lsp" / "features.py").read_text(encoding="utf-8")
+    source = (Path(fimserver.__file__).parent / "lsp" / "features.py").read_text(encoding="utf-8")
     names = {*re.findall(r'"((?:textDocument|fimserver)/\w+)"', source), TRUST_NOTIFICATION}
     assert len(names) >= 7
     assert names | {ACCEPT_COMMAND, EXPLAIN_COMMAND, SNOOZE_COMMAND, RESTART_COMMAND} <= shown

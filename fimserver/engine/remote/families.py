@@ -6,7 +6,7 @@
 Knows:   names of tokens.  Never: token ids, servers, documents.
 Source:  the templates that Zed publishes for each family (crates/edit_prediction/src/fim.rs); the files of a repository
          from the model card of Qwen2.5-Coder. Of Qwen2.5-Coder, which is trained on both orders, the one with the
-         suffix first is used: docs/engines.md has the measurement.
+         suffix first is used: docs/explanation/engines.md has the measurement.
 """
 
 import re

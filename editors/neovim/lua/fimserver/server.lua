@@ -4,7 +4,7 @@
 ---   client      return the running client
 ---   configure   change settings while the server runs
 ---
---- Knows:  vim.lsp, the names of docs/protocol.md.  Never: ghost text, keys.
+--- Knows:  vim.lsp, the names of docs/reference/protocol.md.  Never: ghost text, keys.
 local config = require('fimserver.config')
 local message = require('fimserver.message')
 local outside = require('fimserver.outside')
