@@ -1,7 +1,7 @@
 """Define every setting: its name, type, default, range and meaning.
 
-``Settings`` is the table; docs/reference/settings.md is written from it (``python -m fimserver.settings``) and a test compares
-the two. A setting has the same name everywhere: ``fimserver.maxLines`` in an editor, ``maxLines`` on the wire,
+``Settings`` is the table; docs/reference/settings.md is written from it (``python -m fimserver.settings``) and a test
+compares the two. A setting has the same name everywhere: ``fimserver.maxLines`` in an editor, ``maxLines`` on the wire,
 ``max_lines`` in Python.
 """
 
@@ -31,7 +31,7 @@ MODES = {
     "autoregressive": Mode.AUTOREGRESSIVE,
 }
 ANY_LANGUAGE = "*"
-AUTOMATIC_CONFIDENCE = 0.23  # where most offers are right and nearly half of the places get one: docs/explanation/quality.md
+AUTOMATIC_CONFIDENCE = 0.23  # most offers are right and nearly half of the places get one: docs/explanation/quality.md
 
 
 def _setting(  # noqa: PLR0913  the columns of the table

@@ -16,14 +16,56 @@ from fimserver.lsp.features import EXPLAIN_COMMAND, SNOOZE_COMMAND
 from fimserver.settings import BY_WIRE_NAME
 
 ROOT = Path(__file__).parent.parent
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "fimserver").rglob("*.md"))]
+DOCS = ROOT / "fimserver" / "docs"
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted((ROOT / "fimserver").rglob("*.md")),
+    *sorted(ROOT.glob("editors/*/*.md")),
+]
+# The kinds of documents, and how the first paragraph of each page begins.
+KINDS = {"tutorial": "Learn ", "how-to": "How to ", "reference": "", "explanation": ""}
+KIND_PAGES = [page for kind in KINDS for page in sorted((DOCS / kind).glob("*.md"))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_have_targets(page: Path) -> None:
-    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         if not link.startswith("http"):
-            assert (page.parent / link).exists(), link
+            name, _, anchor = link.partition("#")
+            target = page.parent / name if name else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors_of(target), link
+
+
+def anchors_of(page: Path) -> set[str]:
+    """Return the names of a page's headings in links."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+def test_every_page_is_in_the_index_under_its_kind() -> None:
+    index = (DOCS / "README.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^- \[(.*)\]\((\S+)\): .{20,}\.$", index, re.MULTILINE)
+    assert {name for _, name in listed} == {page.relative_to(DOCS).as_posix() for page in KIND_PAGES}
+    for title, name in listed:
+        assert (DOCS / name).read_text(encoding="utf-8").startswith(f"# {title}\n"), title
+    sections = {section.split(":")[0].lower(): section for section in index.split("\n## ")[1:]}
+    assert list(sections) == list(KINDS)
+    for kind, section in sections.items():
+        assert {name.split("/")[0] for name in re.findall(r"^- \[.*\]\((\S+)\)", section, re.MULTILINE)} == {kind}
+
+
+def test_no_page_is_outside_of_the_kinds() -> None:
+    assert {page for page in DOCS.rglob("*.md") if page != DOCS / "README.md"} == set(KIND_PAGES)
+
+
+@pytest.mark.parametrize("page", KIND_PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_first_paragraph_says_what_the_page_is_for(page: Path) -> None:
+    title, paragraph = page.read_text(encoding="utf-8").split("\n\n")[:2]
+    assert re.fullmatch(r"# .+", title)
+    assert paragraph.startswith(KINDS[page.parent.name])
+    assert re.match(r"[A-Z]", paragraph)
+    assert 40 <= len(paragraph) <= 500, "as short as the next line of a list of pages"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -31,8 +73,10 @@ def test_settings_in_documents_exist(page: Path) -> None:
     commands = {
         c.removeprefix("fimserver.") for c in (ACCEPT_COMMAND, EXPLAIN_COMMAND, RESTART_COMMAND, SNOOZE_COMMAND)
     }
-    for name in re.findall(r"`fimserver\.([a-z][A-Za-z]+)`", page.read_text(encoding="utf-8")):
-        assert name in BY_WIRE_NAME or name in commands or name == "json", name
+    manifest = (ROOT / "editors" / "vscode" / "package.json").read_text(encoding="utf-8")
+    of_vscode = re.findall(r'"fimserver\.(\w+)": \{', manifest) if "vscode" in page.parts else []
+    known = {*BY_WIRE_NAME, *commands, "json", *of_vscode}
+    assert set(re.findall(r"`fimserver\.([a-z][A-Za-z]+)`", page.read_text(encoding="utf-8"))) <= known
 
 
 def test_files_in_the_architecture_exist() -> None:

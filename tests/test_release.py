@@ -15,7 +15,11 @@ import fimserver
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-NEEDED = ("fimserver/models/tiny/model.safetensors", "fimserver/docs/reference/settings.md", "fimserver/samples/inventory.py")
+NEEDED = (
+    "fimserver/models/tiny/model.safetensors",
+    "fimserver/docs/reference/settings.md",
+    "fimserver/samples/inventory.py",
+)
 
 
 def test_versions_agree() -> None:

@@ -1,7 +1,7 @@
 """Define a training run in one table: shape, rows, noise, loss weights, optimizers.
 
-A field's comment says what was found about it; ``docs/explanation/experiments.md`` has the numbers. ``fimserver train --set
-NAME=VALUE`` changes one.
+A field's comment says what was found about it; ``docs/explanation/experiments.md`` has the numbers. ``fimserver train
+--set NAME=VALUE`` changes one.
 
 Knows:  names and numbers.  Never: tensors.
 """

@@ -177,7 +177,8 @@ def test_16_gb_need_host_memory(large: Checkpoint, gpu: str) -> None:
 
 
 def test_the_page_states_the_cost_of_host_plans(large: Checkpoint) -> None:
-    page = " ".join((Path(fimserver.__file__).parent / "docs" / "how-to" / "gpu.md").read_text(encoding="utf-8").split())
+    path = Path(fimserver.__file__).parent / "docs" / "how-to" / "gpu.md"
+    page = " ".join(path.read_text(encoding="utf-8").split())
     plans = [plan_on_gpu(large, find_gpu(gpu), 8192).host_plans for gpu in ("RTX 5080", "RTX 4060 Ti 16 GB")]
     costs = [
         [step.bus_bytes / host.bus_gb_per_s / 1e6 for host in kind for step in host.steps]

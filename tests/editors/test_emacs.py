@@ -1,4 +1,4 @@
-"""Emacs with both of its language clients, set up with the lines of docs/how-to/editors.md: the menu's item is put in."""
+"""Emacs with both of its language clients, set up as in docs/how-to/editors.md: the menu's item is put in."""
 
 import re
 import shutil
