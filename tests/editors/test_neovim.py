@@ -537,7 +537,25 @@ def test_macros_and_repeating_still_work(start: Start, stub: Stub, tmp_path: Pat
     terminal.send("Tab", "Escape")
     wait_until(lambda: line_of(terminal, 3) == "cxGHOST", "accepted")
     terminal.type("j.")
-    wait_until(lambda: line_of(terminal, 4) == "dx", "what was typed is repeated")
+    wait_until(lambda: line_of(terminal, 4) == "dxGHOST", "typed and accepted text is repeated")
+
+
+@editors
+def test_several_lines_are_repeated_and_undone_in_one_step(start: Start, stub: Stub, tmp_path: Path) -> None:
+    stub.say({"after": "go ", "texts": ["\n        b()\n        c()"]})
+    terminal = open_stub(start, stub, tmp_path / "a.py", "    \n    \n")
+    terminal.go(1)
+    terminal.type("go ")
+    terminal.wait_for_ghost()
+    terminal.send("Tab")
+    wait_until(lambda: line_of(terminal, 3) == "        c()", "accepted")
+    terminal.type("  # end")
+    terminal.send("Escape")
+    terminal.type("4G.")
+    block = "    go |        b()|        c()  # end"
+    wait_until(partial(has_text, terminal, f"{block}|{block}"), "repeated with its indentation")
+    terminal.command("undo")
+    wait_until(partial(has_text, terminal, f"{block}|    "), "undone at once")
 
 
 TAB_STAND_IN = """
