@@ -34,7 +34,7 @@ function M.listen(is_builtin)
   on('InsertEnter', function(buffer)
     if not place.refuse_buffer(buffer) then
       server.attach(buffer)
-      keys.map(buffer)
+      keys.map_chosen(buffer)
     end
   end)
   on('ColorScheme', ghost.set_highlights)
