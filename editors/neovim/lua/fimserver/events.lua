@@ -34,7 +34,11 @@ function M.listen(is_builtin)
   on('InsertEnter', function(buffer)
     if not place.refuse_buffer(buffer) then
       server.attach(buffer)
-      keys.map_chosen(buffer)
+      vim.schedule(function() -- after completion plugins have mapped theirs
+        if vim.api.nvim_buf_is_valid(buffer) then
+          keys.map_chosen(buffer)
+        end
+      end)
     end
   end)
   on('ColorScheme', ghost.set_highlights)

@@ -88,7 +88,7 @@ local function check_keys()
     elseif entry.other and not config.chosen_keys[name] then
       local whose = owner.name(entry.other)
       if owner.leads_here(entry.other) then
-        health.ok(('%s: %s, by the mapping of %s'):format(name, entry.key, whose))
+        health.ok(('%s: %s, where %s has nothing to do'):format(name, entry.key, whose))
       elseif name == 'accept' then
         health.warn(
           ('accept: %s belongs to %s, so it does not accept the ghost text'):format(entry.key, whose),

@@ -94,6 +94,10 @@ end
 ---@type table<string, vim.api.keyset.get_keymap>
 local replaced = {}
 
+--- Buffer-local mappings of others that are covered by keys that the user set, by buffer and key.
+---@type table<string, vim.api.keyset.get_keymap>
+local covered = {}
+
 ---@param action fimserver.Action
 ---@param key string
 ---@param buffer? integer Maps it for this buffer only.
@@ -152,15 +156,19 @@ function M.map_defaults()
   end
 end
 
---- Map the keys that the user set, in a buffer. A mapping that leads to ours is not covered: each would call the other.
+--- Map the keys that the user set, in a buffer. A completion plugin may map them again each time insert mode begins,
+--- and call this plugin's mapping then; calling its newest mapping would be a circle, so its first one is called.
 ---@param buffer integer
 function M.map_chosen(buffer)
   for _, action in ipairs(M.actions) do
     local key = config.chosen_keys[action.name] and config.options.keys[action.name]
     local own = key and find(vim.api.nvim_buf_get_keymap(buffer, 'i'), key)
-    if key and not is_ours(own) and not (own and owner.leads_here(own)) then
+    if key and not is_ours(own) then
+      local id = buffer .. key
+      local beneath = own and owner.leads_here(own) and covered[id] or own
+      covered[id] = beneath
       map_key(action, key, buffer, function()
-        return own or find(vim.api.nvim_get_keymap('i'), key)
+        return beneath or find(vim.api.nvim_get_keymap('i'), key)
       end)
     end
   end
@@ -187,7 +195,7 @@ function M.unmap()
       vim.keymap.set('i', key, mapping.callback, { expr = true, silent = true, desc = mapping.desc })
     end
   end
-  replaced = {}
+  replaced, covered = {}, {}
 end
 
 --- Return the key of each action in a buffer and its other mapping, for health checks.
