@@ -14,9 +14,11 @@ function M.listen(is_builtin)
 
   ---@param events string|string[]
   ---@param run fun(buffer: integer)
-  local function on(events, run)
+  ---@param pattern? string
+  local function on(events, run, pattern)
     vim.api.nvim_create_autocmd(events, {
       group = group,
+      pattern = pattern,
       callback = function(event)
         run(event.buf)
       end,
@@ -42,6 +44,7 @@ function M.listen(is_builtin)
     end
   end)
   on('ColorScheme', ghost.set_highlights)
+  on('OptionSet', ghost.set_highlights, 'background') -- Neovim sets it when the terminal has answered
   if is_builtin then
     return
   end

@@ -21,7 +21,7 @@ local function check_neovim()
     health.error('The plugin is not set up', { "Add require('fimserver').setup() to init.lua." })
   end
   if not vim.o.termguicolors then
-    health.info("'termguicolors' is off; ghost text is grey (color 8) unless you set the group FimserverGhost")
+    health.info("'termguicolors' is off; ghost text is grey and italic unless you set the group FimserverGhost")
   end
 end
 
