@@ -23,8 +23,8 @@ local M = {}
 ---@field settings table<string, any>
 local defaults = {
   -- The command that starts the server, for instance { '/opt/fimserver/bin/fimserver', 'lsp' }; a string is the
-  -- program alone. `false` searches for the program on PATH, then in `venv`. Nothing is ever downloaded. The command
-  -- runs in your home folder. What a name or a relative path finds in the project needs your trust (|:trust|), and
+  -- program alone. `false` searches for the program on PATH, in the `.venv` of the checkout that has this plugin, then
+  -- in `venv`. Nothing is ever downloaded. The command runs in your home folder. What a name or a relative path finds in the project needs your trust (|:trust|), and
   -- relative entries of PATH do not count.
   cmd = false,
 

@@ -30,7 +30,15 @@ function M.listen(is_builtin)
       server.attach(buffer)
     end)
   end)
+  on({ 'BufFilePre', 'BufDelete' }, function(buffer) -- :write with a name "deletes" a buffer without one
+    if vim.api.nvim_buf_get_name(buffer) == '' then
+      server.detach(buffer) -- while it still has the URI that it was opened with
+    end
+  end)
   on('BufEnter', function(buffer)
+    if vim.api.nvim_buf_get_name(buffer) == '' then
+      server.attach(buffer) -- before its first change, which Neovim does not send after attaching it a second time
+    end
     server.notify(buffer, 'textDocument/didFocus', { textDocument = { uri = vim.uri_from_bufnr(buffer) } })
   end)
   on('InsertEnter', function(buffer)

@@ -10,6 +10,13 @@ M.remedy = 'install it on PATH or in the .venv of your project, '
 --- Path of the program in a virtual environment, on this system.
 local IN_VENV = vim.fn.has('win32') == 1 and 'Scripts/fimserver.exe' or 'bin/fimserver'
 
+--- Path of the program in the checkout that has this plugin; a user who runs the plugin trusts the checkout.
+local OWN = vim.fs.joinpath(
+  vim.fs.dirname(vim.uv.fs_realpath(debug.getinfo(1, 'S').source:sub(2)) or ''),
+  '../../../../.venv',
+  IN_VENV
+)
+
 ---@param path string
 local function is_program(path)
   return vim.fn.executable(path) == 1
@@ -176,6 +183,9 @@ function M.find(buffer)
   end
   if inside then
     return with_trust(inside, 'PATH')
+  end
+  if is_program(OWN) then
+    return { OWN, 'lsp' }, "the plugin's own checkout"
   end
   local in_venv = find_in_venv(folder)
   if in_venv then

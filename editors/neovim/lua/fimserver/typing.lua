@@ -221,7 +221,6 @@ function M.ask(buffer, ask)
   cancel(buffer, state)
   local client = server.client_of(buffer)
   if not client then
-    notices.on_nothing()
     return
   end
   local row, column = unpack(vim.api.nvim_win_get_cursor(0))
