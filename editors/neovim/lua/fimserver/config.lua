@@ -23,9 +23,9 @@ local M = {}
 ---@field settings table<string, any>
 local defaults = {
   -- The command that starts the server, for instance { '/opt/fimserver/bin/fimserver', 'lsp' }; a string is the
-  -- program alone. `false` searches for the program on PATH, in the `.venv` of the checkout that has this plugin, then
-  -- in `venv`. Nothing is ever downloaded. The command runs in your home folder. What a name or a relative path finds in the project needs your trust (|:trust|), and
-  -- relative entries of PATH do not count.
+  -- program alone. `false` searches for the program on PATH, in `venv`, then in the `.venv` of the checkout that has
+  -- this plugin. Nothing is ever downloaded. The command runs in your home folder. What a name or a relative path finds
+  -- in the project needs your trust (|:trust|), and relative entries of PATH do not count.
   cmd = false,
 
   -- Name of a virtual environment's folder. It is searched for in the file's folder and those above. Because the

@@ -10,12 +10,8 @@ M.remedy = 'install it on PATH or in the .venv of your project, '
 --- Path of the program in a virtual environment, on this system.
 local IN_VENV = vim.fn.has('win32') == 1 and 'Scripts/fimserver.exe' or 'bin/fimserver'
 
---- Path of the program in the checkout that has this plugin; a user who runs the plugin trusts the checkout.
-local OWN = vim.fs.joinpath(
-  vim.fs.dirname(vim.uv.fs_realpath(debug.getinfo(1, 'S').source:sub(2)) or ''),
-  '../../../../.venv',
-  IN_VENV
-)
+--- Path of the program in the checkout that has this plugin. A user who runs the plugin trusts the checkout.
+M.own = vim.fs.normalize(vim.uv.fs_realpath(debug.getinfo(1, 'S').source:sub(2)) .. '/../../../../../.venv/' .. IN_VENV)
 
 ---@param path string
 local function is_program(path)
@@ -184,12 +180,12 @@ function M.find(buffer)
   if inside then
     return with_trust(inside, 'PATH')
   end
-  if is_program(OWN) then
-    return { OWN, 'lsp' }, "the plugin's own checkout"
-  end
   local in_venv = find_in_venv(folder)
   if in_venv then
     return with_trust(in_venv, 'the virtual environment of the project')
+  end
+  if is_program(M.own) then
+    return { M.own, 'lsp' }, 'the checkout that has this plugin'
   end
   return nil, 'the program `fimserver` was not found; ' .. M.remedy
 end

@@ -97,7 +97,7 @@ end
 ---@param what string
 ---@param cause string
 local function to_message(what, cause)
-  local text = ('fimserver %s: %%s; run :checkhealth fimserver'):format(what)
+  local text = ('fimserver %s: %%s; :checkhealth fimserver'):format(what)
   local room = math.max(20, vim.v.echospace - #text + #'%s')
   if vim.fn.strdisplaywidth(cause) > room then
     cause = vim.fn.strcharpart(cause, 0, room - 1) .. '…'
@@ -199,7 +199,7 @@ function M.attach(buffer)
     has_given_up = true
     local text = '%s cannot be started: %s; :Fimserver restart tries again'
     status.set('error', text:format(command[1], ended.cause))
-    message.say_once(to_message('cannot be started', ended.cause), vim.log.levels.ERROR)
+    message.say_once(to_message('cannot start', ended.cause), vim.log.levels.ERROR)
   end
   return current ~= nil
 end
