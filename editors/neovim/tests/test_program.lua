@@ -45,6 +45,10 @@ test('find() tries PATH, then the nearest trusted virtual environment, and else 
   put_program('checkout/.venv/bin/fimserver')
   same(program.find(buffer), { program.own, 'lsp' })
   config.set({})
+  program.own = in_venv -- the project is the plugin's checkout
+  program.forget()
+  trusted = {}
+  same({ program.find(buffer), trusted }, { { in_venv, 'lsp' }, {} })
   local on_path = put_program('bin/fimserver')
   same(program.find(buffer), { on_path, 'lsp' })
   config.set({ cmd = in_venv })

@@ -21,7 +21,7 @@ function M.setup(options)
     message.say_once('the plugin needs Neovim 0.11 or newer; this is ' .. tostring(vim.version()))
     return
   end
-  vim.cmd.runtime('plugin/fimserver.lua') -- if the runtime path was changed while plugins were loaded
+  require('fimserver.entry').define() -- where the runtime path was changed too late for plugin/fimserver.lua
   local config = require('fimserver.config')
   local keys = require('fimserver.keys')
   if is_set_up then
