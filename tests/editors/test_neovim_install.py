@@ -15,7 +15,7 @@ import pytest
 from support.neovim import PLUGIN, VERSIONS, Neovim, Terminal, find_neovim, home_folders
 from support.real_editors import FIMSERVER, LINE, ROOT, SAMPLE, skipped_where_unavailable, wait_until
 
-Open = Callable[[Neovim], Terminal]
+Open = Callable[..., Terminal]
 
 pytestmark = pytest.mark.editors
 README = (PLUGIN / "README.md").read_text(encoding="utf-8")
@@ -44,8 +44,8 @@ def open_editor(home: Path, tmp_path: Path, editors_home: dict[str, str]) -> Ite
     file.write_text(SAMPLE, encoding="utf-8")
     env = {**editors_home, "PATH": f"{FIMSERVER.parent}:{os.environ['PATH']}"}
 
-    def open_one(neovim: Neovim) -> Terminal:
-        terminals.append(Terminal(neovim, file, home=home, env=env))
+    def open_one(neovim: Neovim, cwd: Path = home) -> Terminal:
+        terminals.append(Terminal(neovim, file, home=home, env=env, cwd=cwd))
         return terminals[-1]
 
     yield open_one
@@ -82,12 +82,15 @@ def folder_of(variable: str, name: str) -> Path:
 
 
 def accept_first_ghost_text(terminal: Terminal) -> None:
-    """Type as a new user does, and accept with Tab; the command and the help page are there."""
+    """Type as a new user does, and accept with Tab; the command and the help page's tag are there."""
+    wait_until(lambda: terminal.lua("vim.fn.exists(':Fimserver')") == 2, f"it is installed\n{terminal.screen()}")
     terminal.type(f"{LINE}GAp")
-    ghost = wait_until(terminal.ghost, f"ghost text\n{terminal.screen()}", 60)
+    try:
+        ghost = wait_until(terminal.ghost, "ghost text", 60)
+    except AssertionError:
+        pytest.fail(f"no ghost text:\n{terminal.screen()}\n{terminal.messages()}")
     terminal.send("Tab")
     wait_until(lambda: terminal.lua(f"vim.fn.getline({LINE})") == f"        self.items.app{ghost}", "accepted")
-    assert terminal.lua("vim.fn.exists(':Fimserver')") == 2
     assert "fimserver" in terminal.lua("vim.fn.getcompletion('fimserver', 'help')")
     assert "Error" not in terminal.messages()
 
@@ -96,7 +99,7 @@ def test_one_paste_in_a_new_profile(neovim: Neovim, home: Path, open_editor: Ope
     begin = time.perf_counter()
     paste = block_after("## Install")
     subprocess.run(["sh", "-c", paste], cwd=ROOT, env={**os.environ, "HOME": str(home)}, check=True, timeout=60)
-    terminal = open_editor(neovim)
+    terminal = open_editor(neovim, ROOT)  # where the paste was
     accept_first_ghost_text(terminal)
     print(f"one paste; {time.perf_counter() - begin:.1f} s to the first accepted ghost text")
 

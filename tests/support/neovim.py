@@ -120,6 +120,7 @@ class Terminal(Tmux):
         env: dict[str, str] | None = None,
         size: tuple[int, int] = (100, 24),
         home: Path | None = None,
+        cwd: Path | None = None,
     ) -> None:
         """``options`` is the table given to setup(), ``before`` and ``after`` are Lua around it.
 
@@ -144,7 +145,8 @@ class Terminal(Tmux):
         if home is not None:
             folders, own = {"HOME": str(home), **home_folders(home)}, []
         command = [neovim.program, *own, "--listen", self._socket, file]
-        super().__init__(self.folder / "tmux", *command, env={**neovim.env, **folders, **(env or {})}, size=size)
+        env = {**neovim.env, **folders, **(env or {})}
+        super().__init__(self.folder / "tmux", *command, env=env, size=size, cwd=cwd)
         try:
             wait_until(self._socket.exists, "Neovim has started")
             wait_until(lambda: self.lua("vim.v.vim_did_enter") == 1, "Neovim has read its init.lua")
