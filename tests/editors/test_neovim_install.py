@@ -120,9 +120,11 @@ def test_vim_pack(home: Path, open_editor: Open, tmp_path: Path) -> None:
 
 
 def test_packer(neovim: Neovim, home: Path, open_editor: Open, tmp_path: Path) -> None:
-    packer = folder_of("FIMSERVER_TEST_PACKER", "packer.nvim")
+    packs = tmp_path / "packs"
+    shutil.copytree(folder_of("FIMSERVER_TEST_PACKER", "packer.nvim"), packs / "pack" / "any" / "opt" / "packer.nvim")
     line = block_after("[packer.nvim]").replace(PLACEHOLDER, str(make_repository(tmp_path / "fimserver")))
-    write_init(home, f"vim.opt.rtp:prepend('{packer}')\nrequire('packer').startup(function(use)\n{line}end)")
+    begin = f"vim.opt.packpath:prepend('{packs}')\nvim.cmd.packadd('packer.nvim')"
+    write_init(home, f"{begin}\nrequire('packer').startup(function(use)\n{line}end)")
     env = {**os.environ, **neovim.env, "HOME": str(home), **home_folders(home)}
     command = [str(neovim.program), "--headless", "-c", "autocmd User PackerComplete quitall!", "-c", "PackerSync"]
     subprocess.run(command, env=env, check=True, timeout=120, capture_output=True)

@@ -178,7 +178,9 @@ local function write()
   add_wrapped(status, '')
   add(">vim\n    set statusline+=%{%v:lua.require'fimserver'.statusline()%}\n<")
   add_tagged('FimserverGhost', '*hl-FimserverGhost*')
-  add('    Ghost text: italic, in the color of ComplHint or NonText, raised to a contrast\n    of 4.5:1 with the background.')
+  add(
+    '    Ghost text: italic, in the color of ComplHint or NonText, raised to a contrast\n    of 4.5:1 with the background.'
+  )
   add_tagged('FimserverHint', '*hl-FimserverHint*')
   add('    Text after it, dimmer: (1/2), or the number of lines below the window.')
   add()

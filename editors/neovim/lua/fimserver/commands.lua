@@ -116,7 +116,10 @@ local function show_status()
   local taken, key = keys.find_owner_of_accept(buffer)
   if taken then
     local whose = owner.name(taken)
-    table.insert(lines, ('accept    %s belongs to %s; one of these lines in init.lua makes a key accept:'):format(key, whose))
+    table.insert(
+      lines,
+      ('accept    %s belongs to %s; one of these lines in init.lua makes a key accept:'):format(key, whose)
+    )
     for _, remedy in ipairs(keys.remedies(key, whose)) do
       table.insert(lines, '          ' .. remedy)
     end

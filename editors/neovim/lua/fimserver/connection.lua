@@ -25,7 +25,8 @@ local function with_uri(params)
   end
   local uri = ('untitled:Untitled-%d'):format(M.unnamed)
   if params.textDocument and params.textDocument.uri == NO_NAME then
-    params = vim.tbl_extend('force', params, { textDocument = vim.tbl_extend('force', params.textDocument, { uri = uri }) })
+    params =
+      vim.tbl_extend('force', params, { textDocument = vim.tbl_extend('force', params.textDocument, { uri = uri }) })
   elseif params.arguments and params.arguments[1] == NO_NAME then
     params = vim.tbl_extend('force', params, { arguments = { uri } })
   end

@@ -77,7 +77,7 @@ local function fall_back(key, mapping)
     if mapping.callback then
       result = mapping.callback()
     elseif mapping.expr == 1 then
-      result = vim.api.nvim_eval(mapping.rhs)
+      result = vim.api.nvim_eval(to_codes(mapping.rhs)) -- as Neovim keeps it: with bytes instead of <names>
     else
       keys = to_codes(mapping.rhs or '')
     end
