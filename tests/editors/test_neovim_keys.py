@@ -66,8 +66,8 @@ STAND_INS = {
 @pytest.mark.parametrize("code", STAND_INS.values(), ids=STAND_INS.keys())
 def test_the_owner_of_tab_is_named_with_two_lines_that_work(open_editor: Open, code: dict[str, str]) -> None:
     terminal = open_editor(**code)
-    wait_until(lambda: "so it does not accept" in terminal.messages(), "reported at the first ghost text")
-    assert "fimserver: <Tab> belongs to your init.lua, so it does not accept" in terminal.messages()
+    wanted = "fimserver: <Tab> does not accept: it belongs to your init.lua; :Fimserver shows the fix"
+    wait_until(lambda: wanted in terminal.messages(), "reported at the first ghost text")
     assert not terminal.lua("vim.api.nvim_get_mode().blocking")
     terminal.send("Tab")
     wait_for_line(terminal, "x = <other>")

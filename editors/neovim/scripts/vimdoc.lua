@@ -87,8 +87,8 @@ end
 
 local function add_keys()
   add_section('KEYS', 'fimserver-mappings')
-  local dot = '`.` repeats accepted text with what was typed around it; it does not remove text after the cursor that the '
-    .. 'ghost text replaced. For your own mappings in insert mode, which do nothing without ghost text:'
+  local dot = '`.` repeats accepted text with what was typed around it; it does not remove text after the cursor that '
+    .. 'the ghost text replaced. For your own mappings in insert mode, which do nothing without ghost text:'
   add_wrapped(dot, '')
   add()
   local defaults = require('fimserver.config').defaults().keys
@@ -178,9 +178,7 @@ local function write()
   add_wrapped(status, '')
   add(">vim\n    set statusline+=%{%v:lua.require'fimserver'.statusline()%}\n<")
   add_tagged('FimserverGhost', '*hl-FimserverGhost*')
-  add(
-    '    Ghost text: italic, in the color of ComplHint or NonText, raised to a contrast\n    of 4.5:1 with the background.'
-  )
+  add_wrapped('Ghost text: italic, in the color of ComplHint or NonText, raised to a contrast of 4.5:1.', '    ')
   add_tagged('FimserverHint', '*hl-FimserverHint*')
   add('    Text after it, dimmer: (1/2), or the number of lines below the window.')
   add()

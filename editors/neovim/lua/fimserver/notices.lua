@@ -17,7 +17,7 @@ function M.on_shown(buffer)
   has_shown = true
   local taken, key = keys.find_owner_of_accept(buffer)
   if taken then
-    local text = '%s belongs to %s, so it does not accept the ghost text; :Fimserver shows two lines that fix it'
+    local text = '%s does not accept: it belongs to %s; :Fimserver shows the fix'
     message.say_once(text:format(key, owner.name(taken)))
   end
 end

@@ -19,7 +19,7 @@ function M.refuse_buffer(buffer)
   end
   local name = vim.api.nvim_buf_get_name(buffer)
   if name == '' and options.filetype == '' then
-    return 'it has neither a name nor a file type; save it, or :set filetype=python'
+    return 'it has no name and no file type; :set filetype=python'
   end
   if name:match('^%a[%w+.-]+://') then
     return 'it is not a file on this machine'
