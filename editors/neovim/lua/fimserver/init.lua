@@ -2,7 +2,7 @@
 ---
 ---   events.lua    handlers of Neovim's events    typing.lua   from a key to ghost text
 ---   server.lua    the language client            accept.lua   from ghost text to text
----   keys.lua      mappings, and owner.lua        notices.lua  what a user is told once
+---   keys.lua      mappings, and owner.lua        notices.lua  messages that are shown once
 ---   offer.lua     the rest of an offer           ghost.lua    extmarks, laid out by layout.lua
 local M = {}
 
