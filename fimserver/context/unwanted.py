@@ -180,7 +180,8 @@ def _contradicts_name(line: _Line, completion: Completion, place: Place) -> bool
     if len(word) < _LEAST_BEGUN or _BRINGS_NAME.search(earlier) or line.language.import_pattern.match(earlier.lstrip()):
         return False
     chosen = word + _BEGIN.findall(completion.middle)[0]
-    if chosen in KEYWORDS or (line.language.id == "python" and chosen in _PYTHON_WORDS):
+    is_member = earlier.endswith(".")  # where no keyword stands, and a builtin's name is as good as any other
+    if not is_member and (chosen in KEYWORDS or (line.language.id == "python" and chosen in _PYTHON_WORDS)):
         return False
     names = _names_with(word, place)
     longer = names - {word}

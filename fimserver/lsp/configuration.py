@@ -4,9 +4,9 @@
     Configuration   the layers, the settings they make, the editor's word on workspace trust
     ConsentPrompt   asks the user about a model that only an editor's settings name, and about a server that gets code
 
-An editor merges the user's settings with those of a repository, and the server cannot tell them apart. So an editor's
-settings may name only models that the user installed or agreed to (``checkpoints/consent.py``), and a workspace that
-the editor does not trust decides nothing about the engine.
+An editor merges the user's settings with those of a repository, and the server cannot tell them apart unless the editor
+names the user's own (``set_own``). So the others may name only models that the user installed or agreed to
+(``checkpoints/consent.py``), and a workspace that the editor does not trust decides nothing about the engine.
 
 Knows:  settings, consent, options of the engine.  Never: documents, LSP types except messages to the user.
 """

@@ -179,6 +179,7 @@ CONTRADICTED = [
     ("go", "func f(inventory int) {\n\tg(inven▮)\n}\n", "t"),
     ("rust", "fn f(inventory: A) {\n    g(inven▮);\n}\n", "ted"),
     ("kotlin", "val inventory = 1\nprint(inven▮)\n", ""),
+    ("python", "total += item.price\ntotal += item.pri▮\n", "nt(item)"),  # a member, not the builtin
 ]
 
 

@@ -123,9 +123,9 @@ def test_ghost_text_is_typed_accepted_and_saved(editor: Terminal, file: Path) ->
 
 
 @editors
-def test_ghost_text_is_grey(editor: Terminal) -> None:
+def test_ghost_text_is_grey_and_italic(editor: Terminal) -> None:
     ghost = begin(editor)
-    assert f"\x1b[90m{ghost}" in editor.screen(colors=True)
+    assert f"\x1b[3m\x1b[38;5;246m{ghost}" in editor.screen(colors=True)
 
 
 @editors
@@ -166,7 +166,7 @@ def test_typing_along_does_not_flicker_and_deleting_shows_it_again(editor: Termi
 @editors
 def test_escape_and_dismiss_clear_it(editor: Terminal) -> None:
     ghost = begin(editor)
-    editor.send("M-e")
+    editor.send("C-]")
     editor.wait_without(BEGUN + ghost)
     editor.type(ghost[0])
     editor.wait_for(BEGUN + ghost)
@@ -475,6 +475,7 @@ def test_a_server_that_was_killed_is_started_by_the_next_key(start: Start, stub:
     terminal.wait_for("x = one")
     os.kill(int(stub.pid.read_text(encoding="utf-8")), signal.SIGKILL)
     wait_until(lambda: terminal.lua("require('fimserver').status().state") == "stopped", "it is gone")
+    wait_until(lambda: "fimserver ended: signal 9; :checkhealth fimserver" in terminal.messages(), "it is reported")
     terminal.type("o")
     wait_until(lambda: terminal.lua("require('fimserver').status().state") == "ready", "it is back")
     terminal.type("n")
@@ -497,9 +498,9 @@ def test_candidates(start: Start, stub: Stub, tmp_path: Path) -> None:
     terminal.go(1)
     terminal.type(" ")
     terminal.wait_for("x = one")
-    for key, shown in (("M-n", "two (2/3)"), ("M-n", "three (3/3)"), ("M-n", "one (1/3)"), ("M-p", "three (3/3)")):
+    for key, shown in (("M-]", "two (2/3)"), ("M-]", "three (3/3)"), ("M-]", "one (1/3)"), ("M-[", "three (3/3)")):
         terminal.send(key)
-        terminal.wait_for(f"x = {shown}")
+        terminal.wait_for(f"x = {shown}")  # M-[ begins an arrow key if another key follows within 50 ms
     terminal.type("t")
     terminal.wait_for("x = three (3/3)")
     terminal.send("Tab")
@@ -537,7 +538,25 @@ def test_macros_and_repeating_still_work(start: Start, stub: Stub, tmp_path: Pat
     terminal.send("Tab", "Escape")
     wait_until(lambda: line_of(terminal, 3) == "cxGHOST", "accepted")
     terminal.type("j.")
-    wait_until(lambda: line_of(terminal, 4) == "dx", "what was typed is repeated")
+    wait_until(lambda: line_of(terminal, 4) == "dxGHOST", "typed and accepted text is repeated")
+
+
+@editors
+def test_several_lines_are_repeated_and_undone_in_one_step(start: Start, stub: Stub, tmp_path: Path) -> None:
+    stub.say({"after": "go ", "texts": ["\n        b()\n        c()"]})
+    terminal = open_stub(start, stub, tmp_path / "a.py", "    \n    \n")
+    terminal.go(1)
+    terminal.type("go ")
+    terminal.wait_for_ghost()
+    terminal.send("Tab")
+    wait_until(lambda: line_of(terminal, 3) == "        c()", "accepted")
+    terminal.type("  # end")
+    terminal.send("Escape")
+    terminal.type("4G.")
+    block = "    go |        b()|        c()  # end"
+    wait_until(partial(has_text, terminal, f"{block}|{block}"), "repeated with its indentation")
+    terminal.command("undo")
+    wait_until(partial(has_text, terminal, f"{block}|    "), "undone at once")
 
 
 TAB_STAND_IN = """
@@ -563,7 +582,7 @@ def test_a_tab_chain_stand_in_keeps_its_tab(start: Start, stub: Stub, tmp_path: 
     wait_until(lambda: line_of(terminal, 1) == "x = one<chain>", "the chain continues")
     assert not terminal.lua("vim.fn.maparg('<Tab>', 'i', false, true).buffer == 1")
     terminal.command("checkhealth fimserver")
-    terminal.wait_for("accept: <Tab> is mapped by something else")
+    terminal.wait_for("accept: <Tab>, where your init.lua has nothing to do")
 
 
 @editors
@@ -684,8 +703,9 @@ def test_windows_of_commands(start: Start, file: Path) -> None:
     wait_until(lambda: terminal.lua("#vim.api.nvim_list_wins()") == 1, "the window is closed")
     terminal.command("enew")
     terminal.command("Fimserver explain")
-    wanted = "nothing is completed in this buffer: it has no name yet; save it first"
-    wait_until(lambda: wanted in terminal.messages(), wanted)
+    wanted = "nothing is completed in this buffer: it has no name and no file type; :set filetype=python"
+    recent = "table.concat(require('fimserver.message').recent, ' ')"
+    wait_until(lambda: wanted in terminal.lua(recent), wanted)
 
 
 @editors
@@ -709,6 +729,114 @@ def test_wrong_options_and_a_missing_server_are_reported_once(start: Start, file
     ):
         assert messages.count(wanted) == 1, messages
     assert "error" in terminal.lua("require('fimserver').statusline()")
+
+
+@editors
+def test_colors_follow_the_background(start: Start, stub: Stub, tmp_path: Path) -> None:
+    stub.say({"after": "x = ", "texts": ["one", "two"]})
+    terminal = open_stub(start, stub, tmp_path / "a.py", "x =\n", after="vim.o.termguicolors = true")
+    measure = (
+        "(function(name) local function of(group) return vim.api.nvim_get_hl(0, { name = group, link = false }) end "
+        "return require('fimserver.contrast').ratio(of(name).fg, of('Normal').bg) end)"
+    )
+    for background in ("light", "dark"):
+        terminal.command(f"set background={background}")
+        wait_until(lambda wanted=background: terminal.lua("vim.o.background") == wanted, background)  # type: ignore[misc]
+        ghost, hint = (terminal.lua(f"{measure}('{name}')") for name in ("FimserverGhost", "FimserverHint"))
+        assert ghost >= 4.5
+        assert 2.5 < hint < 3.5
+    terminal.go(1)
+    terminal.type(" ")
+    terminal.wait_for("x = one")
+    terminal.send("M-]")
+    terminal.wait_for("x = two (2/2)")
+    color = terminal.lua("string.format('%06x', vim.api.nvim_get_hl(0, { name = 'FimserverGhost' }).fg)")
+    red, green, blue = (int(color[i : i + 2], 16) for i in (0, 2, 4))
+    assert f"\x1b[3m\x1b[38;2;{red};{green};{blue}mtwo" in terminal.screen(colors=True)
+    terminal.command("highlight FimserverGhost guifg=#123456")
+    terminal.command("set background=light")
+    assert terminal.lua("vim.api.nvim_get_hl(0, { name = 'FimserverGhost' }).fg") == 0x123456
+
+
+@editors
+def test_a_key_without_ghost_text_still_expands_abbreviations(start: Start, stub: Stub, tmp_path: Path) -> None:
+    terminal = open_stub(start, stub, tmp_path / "a.py", "\n", after="vim.cmd.iabbrev('teh', 'the')")
+    terminal.go(1)
+    terminal.type("teh")
+    terminal.send("C-]")
+    wait_until(lambda: line_of(terminal, 1) == "the", "<C-]> does what it did")
+
+
+@editors
+def test_buffers_without_a_name_are_completed_and_saved(start: Start, stub: Stub, tmp_path: Path) -> None:
+    stub.say({"after": "= ", "texts": ["one"]})
+    terminal = open_stub(start, stub, tmp_path / "a.py", "\n")
+    for number in (1, 2):
+        terminal.command("vnew | set filetype=python")
+        terminal.go(1)
+        terminal.type(f"x{number} = ")
+        terminal.wait_for(f"x{number} = one")
+        terminal.send("Tab")
+    terminal.send("Escape")
+    terminal.command("wincmd w")  # the first one again
+    terminal.command("normal! o")
+    terminal.go(2)
+    terminal.type("y = ")
+    terminal.wait_for("y = one")
+    terminal.send("Escape")
+    terminal.command(f"write {tmp_path}/new.py")
+    terminal.go(2)
+    terminal.type("o")
+    terminal.wait_for("y = one")
+    opened = [each["textDocument"]["uri"] for each in stub.received("textDocument/didOpen")]
+    closed = [each["textDocument"]["uri"] for each in stub.received("textDocument/didClose")]
+    first, second = dict.fromkeys(uri for uri in opened if uri.startswith("untitled:Untitled-"))
+    assert opened[1:] == [first, second, first, (tmp_path / "new.py").as_uri()]
+    assert closed == [first, second, first]
+
+
+@editors
+def test_loading_is_reported_once_without_a_status_line(start: Start, stub: Stub, tmp_path: Path) -> None:
+    for name, bar in (("quiet", True), ("shown", False)):
+        loaded = tmp_path / name
+        stub.say({"after": "x", "texts": ["GHOST"], "loading_until": str(loaded)})
+        (tmp_path / "a.py").write_text("\n", encoding="utf-8")
+        line = "vim.o.statusline = [[%{%v:lua.require'fimserver'.statusline()%}]]" if bar else ""
+        terminal = start(tmp_path / "a.py", options=stub_options(stub), after=line, size=(80, 12))
+        wait_until(lambda each=terminal: each.lua("require('fimserver').status().detail") == "the stub", "it loads")  # type: ignore[misc]
+        terminal.type("ix")
+        wait_until(lambda each=terminal: line_of(each, 1) == "x", "typed")  # type: ignore[misc]
+        time.sleep(0.5)
+        terminal.type("xx")
+        time.sleep(0.5)
+        assert terminal.messages().count("fimserver: the model is loading (some seconds)") == (not bar)
+        assert not terminal.lua("vim.api.nvim_get_mode().blocking")
+        loaded.touch()
+        terminal.wait_for("xxxGHOST")
+
+
+@editors
+def test_a_server_that_ends_is_reported_in_one_line_with_the_cause(
+    neovim: Neovim, editors_home: dict[str, str], tmp_path: Path
+) -> None:
+    script = "echo \"ModuleNotFoundError: No module named 'torch'\" >&2"
+    program = write_script(tmp_path / "bin" / "fimserver", "echo Traceback >&2", script, "exit 1")
+    (tmp_path / "a.py").write_text("\n", encoding="utf-8")
+    options = f"{{ cmd = {{ '{program}', 'lsp' }} }}"
+    terminal = Terminal(neovim, tmp_path / "a.py", options=options, env=editors_home, size=(80, 12))
+    try:
+        wanted = "fimserver ended: No module named 'torch'; :checkhealth fimserver"
+        terminal.wait_for(wanted)
+        terminal.type("i")
+        for _ in range(3):  # each key starts it again, three times in a minute
+            terminal.type("x")
+            time.sleep(0.5)
+        wait_until(lambda: terminal.lua("require('fimserver').status().state") == "error", "it stays off")
+        assert terminal.messages().strip() == wanted, "once, and nothing from Neovim"
+        assert not terminal.lua("vim.api.nvim_get_mode().blocking")
+        assert "No module named 'torch'" in terminal.lua("require('fimserver').status().detail")
+    finally:
+        terminal.close()
 
 
 @editors

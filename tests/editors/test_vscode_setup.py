@@ -405,3 +405,34 @@ def test_whose_setting_a_model_is(
         wait_until(lambda: any("Load the model /theirs?" in text for text in window.notifications()), "asked again")
         window.dismiss()
         workbench.repeat_until(partial(theirs, None), lambda: "Ready" in status(), "without the setting")
+
+
+@editors
+def test_a_model_is_chosen_in_the_terminal(
+    vscode: VSCode, vsix: Path, editors_home: dict[str, str], tmp_path: Path, pictures: Path
+) -> None:
+    started = tmp_path / "started"
+    lines = [f'if [ "$1" = lsp ]; then echo started >> {started}; fi', f'exec {FIMSERVER} "$@"']
+    asks = 'if [ "$1" = setup ]; then echo "Which model?"; read answer; echo "chosen: $answer"; exit 0; fi'
+    program = write_script(tmp_path / "tools" / "fimserver", asks, *lines)
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "main.go").write_text("package main\n", encoding="utf-8")
+    settings = {"fimserver.serverPath": str(program)}
+    with closing(Workbench(vscode, vsix, folder, env=editors_home, settings=settings)) as workbench:
+        window = workbench.window()
+        window.wait_for_status("Ready", timeout=120)
+        window.open(folder / "main.go")
+        window.wait_for_status("Python only")
+        window.click(".notification-toast .monaco-button >> text=Get a Model")
+        terminal = ".xterm-rows"
+        wait_until(lambda: any("Which model?" in text for text in window.texts(terminal)), "the command asks")
+        window.screenshot(pictures / "setup.png")
+        window.type("the first")
+        window.press("Enter")
+        wait_until(lambda: any("chosen: the first" in text for text in window.texts(terminal)), "it got the answer")
+        wait_until(
+            lambda: started.read_text(encoding="utf-8").count("started") == 2, "the server starts with the choice"
+        )
+        window.wait_for_status("Python only")
+        assert workbench.host_errors() == []

@@ -361,7 +361,7 @@ def test_doctor_says_what_answers_and_how_much_was_sent(home: Path, tmp_path: Pa
     with serve(pieces=(" second",)) as server:
         shown = run_doctor(tmp_path, server.url)
         sent = sum(int(asked.headers["content-length"]) for asked in server.completions)
-        assert f"ok   model     qwen2.5-coder-0.5b at {server.url} (llamacpp-server)" in shown
+        assert f"ok   model       qwen2.5-coder-0.5b at {server.url} (llamacpp-server)" in shown
         assert "suffix, healing, token ids, probabilities" in shown
         assert f"{sent} bytes were sent there" in shown
     shown = run_doctor(tmp_path, server.url)

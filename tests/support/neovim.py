@@ -100,6 +100,12 @@ def find_stylua() -> Path:
     return folder
 
 
+def home_folders(home: Path) -> dict[str, str]:
+    """Return the variables that name a user's folders, with the values that they have if they are not set."""
+    names = {"CONFIG": ".config", "DATA": ".local/share", "STATE": ".local/state", "CACHE": ".cache"}
+    return {f"XDG_{name}_HOME": str(home / folder) for name, folder in names.items()}
+
+
 class Terminal(Tmux):
     """A Neovim in a terminal; ``close`` ends both."""
 
@@ -113,8 +119,13 @@ class Terminal(Tmux):
         after: str = "",
         env: dict[str, str] | None = None,
         size: tuple[int, int] = (100, 24),
+        home: Path | None = None,
+        cwd: Path | None = None,
     ) -> None:
-        """``options`` is the table given to setup(), ``before`` and ``after`` are Lua around it."""
+        """``options`` is the table given to setup(), ``before`` and ``after`` are Lua around it.
+
+        With ``home``, Neovim starts as that user's, and nothing is set up for it.
+        """
         self.neovim = neovim
         self.folder = Path(tempfile.mkdtemp(prefix="nvim-"))
         self._socket = self.folder / "socket"
@@ -129,9 +140,13 @@ class Terminal(Tmux):
             after,
         ]
         init.write_text("\n".join(lines), encoding="utf-8")
-        home = {f"XDG_{name}_HOME": str(self.folder / name.lower()) for name in ("STATE", "DATA", "CONFIG", "CACHE")}
-        command = [neovim.program, "-u", init, "-i", "NONE", "--listen", self._socket, file]
-        super().__init__(self.folder / "tmux", *command, env={**neovim.env, **home, **(env or {})}, size=size)
+        folders = {f"XDG_{name}_HOME": str(self.folder / name.lower()) for name in ("STATE", "DATA", "CONFIG", "CACHE")}
+        own = ["-u", init, "-i", "NONE"]
+        if home is not None:
+            folders, own = {"HOME": str(home), **home_folders(home)}, []
+        command = [neovim.program, *own, "--listen", self._socket, file]
+        env = {**neovim.env, **folders, **(env or {})}
+        super().__init__(self.folder / "tmux", *command, env=env, size=size, cwd=cwd)
         try:
             wait_until(self._socket.exists, "Neovim has started")
             wait_until(lambda: self.lua("vim.v.vim_did_enter") == 1, "Neovim has read its init.lua")

@@ -19,14 +19,20 @@ class Tmux:
     """One program; ``close`` ends it."""
 
     def __init__(
-        self, socket: Path, *command: object, env: Mapping[str, str], size: tuple[int, int] = (100, 24)
+        self,
+        socket: Path,
+        *command: object,
+        env: Mapping[str, str],
+        size: tuple[int, int] = (100, 24),
+        cwd: Path | None = None,
     ) -> None:
-        """``env`` over what there is; ``size`` in columns and lines."""
+        """``env`` over what there is; ``size`` in columns and lines; ``cwd`` if not the test's."""
         self._tmux = ["tmux", "-S", str(socket), "-f", "/dev/null"]
         variables = {"TERM": "xterm-256color", "LC_ALL": "C.UTF-8", **env}
         assigned = [f"{name}={value}" for name, value in variables.items()]
         width, height = size
-        self.call("new-session", "-d", "-x", width, "-y", height, "env", *assigned, *command)
+        where = [] if cwd is None else ["-c", cwd]
+        self.call("new-session", "-d", *where, "-x", width, "-y", height, "env", *assigned, *command)
         self.call("set-option", "-g", "escape-time", 0)
 
     def call(self, *arguments: object) -> str:

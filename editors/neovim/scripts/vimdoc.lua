@@ -87,7 +87,9 @@ end
 
 local function add_keys()
   add_section('KEYS', 'fimserver-mappings')
-  add('For your own mappings in insert mode. Without ghost text they do nothing.')
+  local dot = '`.` repeats accepted text with what was typed around it; it does not remove text after the cursor that '
+    .. 'the ghost text replaced. For your own mappings in insert mode, which do nothing without ghost text:'
+  add_wrapped(dot, '')
   add()
   local defaults = require('fimserver.config').defaults().keys
   for _, action in ipairs(require('fimserver.keys').actions) do
@@ -157,7 +159,7 @@ local function add_chapter(title, tag)
 end
 
 local function write()
-  add('*fimserver.txt*	Code completion that runs on your machine')
+  add_tagged('*fimserver.txt*	Code completion that runs on your machine', '*fimserver*')
   add()
   local what = 'Ghost text from the language server fimserver, which completes code with a model on your machine. For '
     .. 'Neovim 0.11 and newer. scripts/vimdoc.lua writes this page from the source; README.md describes how to '
@@ -176,9 +178,9 @@ local function write()
   add_wrapped(status, '')
   add(">vim\n    set statusline+=%{%v:lua.require'fimserver'.statusline()%}\n<")
   add_tagged('FimserverGhost', '*hl-FimserverGhost*')
-  add('    Ghost text; like ComplHint or NonText, in grey if these have no color.')
+  add_wrapped('Ghost text: italic, in the color of ComplHint or NonText, raised to a contrast of 4.5:1.', '    ')
   add_tagged('FimserverHint', '*hl-FimserverHint*')
-  add('    Text after it: (1/2), or the number of lines below the window.')
+  add('    Text after it, dimmer: (1/2), or the number of lines below the window.')
   add()
   add('Set b:fimserver to false to turn completions off in a buffer.')
   add()

@@ -1,6 +1,7 @@
 local config = require('fimserver.config')
 local outside = require('fimserver.outside')
 local program = require('fimserver.program')
+program.own = '/no/such'
 local test, same = _G.test, _G.same
 
 local root = vim.uv.fs_realpath(vim.uv.fs_mkdtemp(vim.fs.joinpath(vim.uv.os_tmpdir(), 'fimserver-XXXXXX')))

@@ -21,6 +21,7 @@ end
 
 test('find() tries PATH, then the nearest trusted virtual environment, and else returns a fix', function()
   vim.env.PATH = vim.fs.joinpath(root, 'bin')
+  program.own = vim.fs.joinpath(root, 'checkout/.venv/bin/fimserver')
   local buffer = buffer_of('project/deep/er/a.py')
   local command, why = program.find(buffer)
   same(command, nil)
@@ -41,7 +42,13 @@ test('find() tries PATH, then the nearest trusted virtual environment, and else 
   same(program.find(buffer), { in_venv, 'lsp' })
   config.set({ venv = false })
   same((program.find(buffer)), nil)
+  put_program('checkout/.venv/bin/fimserver')
+  same(program.find(buffer), { program.own, 'lsp' })
   config.set({})
+  program.own = in_venv -- the project is the plugin's checkout
+  program.forget()
+  trusted = {}
+  same({ program.find(buffer), trusted }, { { in_venv, 'lsp' }, {} })
   local on_path = put_program('bin/fimserver')
   same(program.find(buffer), { on_path, 'lsp' })
   config.set({ cmd = in_venv })

@@ -71,9 +71,14 @@ class Extension {
   /** Start the server, and offer to install it where there is none. Activation does not wait for this. */
   async start(): Promise<void> {
     this.show();
-    await this.server.start();
-    if (this.server.view.phase === "missing" && !this.context.globalState.get(NOT_NOW, false)) {
-      await this.install();
+    try {
+      await this.server.start();
+      if (this.server.view.phase === "missing" && !this.context.globalState.get(NOT_NOW, false)) {
+        await this.install();
+      }
+    } catch (error) {
+      const why = error instanceof Error ? error.message : String(error);
+      this.messages.error(`The server could not be started. ${why}`, ["restart", "log"]);
     }
   }
 

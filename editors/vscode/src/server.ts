@@ -255,6 +255,7 @@ export class Server implements vscode.Disposable {
 
   private connect(program: Program): LanguageClient {
     const run = async (): Promise<ServerProcess["child"]> => {
+      this.process = undefined; // an earlier one's end does not explain why this one cannot start
       // Not in the open folder, so that the server cannot pick up files of that folder by accident.
       this.process = await ServerProcess.start(program.path, childSurroundings());
       return this.process.child;

@@ -1,4 +1,4 @@
---- Inserts the ghost text: all of it, a word, or a line. Each is one undo step.
+--- Inserts the ghost text: all of it, a word, or a line. Each is one undo step, and `.` repeats it with what was typed.
 ---
 --- `begin` returns immediately whether there is anything to accept, so any key's function can call it. The text is
 --- changed by keys fed before the next typed one, because only keys can begin and end an undo step in insert mode.
@@ -54,11 +54,11 @@ function M.apply(part)
   if is_all then
     text, stop = rest, column + replaced
   end
-  local lines = vim.split(text, '\n', { plain = true })
-  vim.api.nvim_buf_set_text(buffer, row - 1, column, row - 1, stop, lines)
-  local last = lines[#lines]
-  vim.api.nvim_win_set_cursor(0, { row + #lines - 1, #lines == 1 and column + #last or #last })
-  if #lines > 1 then
+  if stop > column then
+    vim.api.nvim_buf_set_text(buffer, row - 1, column, row - 1, stop, {})
+  end
+  vim.api.nvim_paste(text, false, -1) -- unlike nvim_buf_set_text(), it lets `.` repeat the text
+  if text:find('\n', 1, true) then
     vim.cmd('silent! .foldopen!') -- the accepted lines may be in a new fold
   end
 

@@ -3,6 +3,7 @@
 ---
 --- It is not the default. It waits 200 ms before each request, which is longer than most answers take; it shows an
 --- expired item until the next answer; and accepting a word of an item hides the rest until then.
+local notices = require('fimserver.notices')
 local offers = require('fimserver.offer')
 
 local M = {}
@@ -86,6 +87,11 @@ function M.take(client, wanted)
       local items = result and (result.items or result) or {}
       answered[buffer] = { items = items, show = show, tick = tick }
       show(items)
+      if #items > 0 then
+        notices.on_shown(buffer)
+      else
+        notices.on_nothing()
+      end
     end, buffer)
   end
   vim.api.nvim_create_autocmd({ 'TextChangedI', 'TextChangedP', 'CursorMovedI' }, {

@@ -2,6 +2,7 @@
 local config = require('fimserver.config')
 local keys = require('fimserver.keys')
 local message = require('fimserver.message')
+local owner = require('fimserver.owner')
 local place = require('fimserver.place')
 local program = require('fimserver.program')
 local server = require('fimserver.server')
@@ -107,11 +108,22 @@ local function show_status()
   end
   local mapped = {}
   for _, entry in ipairs(keys.report(buffer)) do
-    if entry.key and (not entry.other or config.chosen_keys[entry.action.name]) then
+    if entry.key and (not entry.other or config.chosen_keys[entry.action.name] or owner.leads_here(entry.other)) then
       table.insert(mapped, ('%s %s'):format(entry.action.name, entry.key))
     end
   end
   table.insert(lines, 'keys      ' .. table.concat(mapped, ', '))
+  local taken, key = keys.find_owner_of_accept(buffer)
+  if taken then
+    local whose = owner.name(taken)
+    table.insert(
+      lines,
+      ('accept    %s belongs to %s; one of these lines in init.lua makes a key accept:'):format(key, whose)
+    )
+    for _, remedy in ipairs(keys.remedies(key, whose)) do
+      table.insert(lines, '          ' .. remedy)
+    end
+  end
   if #message.recent > 0 then
     vim.list_extend(lines, { '', 'messages, newest last:' })
     vim.list_extend(lines, message.recent)

@@ -23,9 +23,9 @@ local M = {}
 ---@field settings table<string, any>
 local defaults = {
   -- The command that starts the server, for instance { '/opt/fimserver/bin/fimserver', 'lsp' }; a string is the
-  -- program alone. `false` searches for the program on PATH, then in `venv`. Nothing is ever downloaded. The command
-  -- runs in your home folder. What a name or a relative path finds in the project needs your trust (|:trust|), and
-  -- relative entries of PATH do not count.
+  -- program alone. `false` searches for the program on PATH, in `venv`, then in the `.venv` of the checkout that has
+  -- this plugin. Nothing is ever downloaded. The command runs in your home folder. What a name or a relative path finds
+  -- in the project needs your trust (|:trust|), and relative entries of PATH do not count.
   cmd = false,
 
   -- Name of a virtual environment's folder. It is searched for in the file's folder and those above. Because the
@@ -47,22 +47,22 @@ local defaults = {
   -- Show ghost text while the completion menu is open.
   with_menu = true,
 
-  -- Keys in insert mode; `false` turns one off. A default key is mapped only in buffers that fimserver completes in,
-  -- and only if nothing else has mapped it. A key that you set is always mapped. Without ghost text, a key does what
-  -- it did before.
+  -- Keys in insert mode; `false` turns one off. A default key is mapped only if nothing else has mapped it. A key that
+  -- you set is always mapped in buffers that fimserver completes in. Without ghost text, a key does what it did before.
+  -- A terminal that sends `<M-[>` as <Esc>[ needs a pause of 'ttimeoutlen' after it.
   keys = {
-    -- Accept all of the ghost text.
+    -- Accept all of the ghost text. `false` also if a mapping of yours calls `accept()`.
     accept = '<Tab>',
     -- Accept the next word.
     accept_word = '<M-Right>',
     -- Accept the next line.
     accept_line = '<M-End>',
     -- Show the next candidate; requests more if there is only one.
-    next = '<M-n>',
+    next = '<M-]>',
     -- Show the previous candidate.
-    previous = '<M-p>',
+    previous = '<M-[>',
     -- Hide the ghost text until you continue typing.
-    dismiss = '<M-e>',
+    dismiss = '<C-]>',
     -- Request a completion now, also where there are no automatic ones.
     trigger = '<M-\\>',
   },

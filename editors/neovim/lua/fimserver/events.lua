@@ -14,9 +14,11 @@ function M.listen(is_builtin)
 
   ---@param events string|string[]
   ---@param run fun(buffer: integer)
-  local function on(events, run)
+  ---@param pattern? string
+  local function on(events, run, pattern)
     vim.api.nvim_create_autocmd(events, {
       group = group,
+      pattern = pattern,
       callback = function(event)
         run(event.buf)
       end,
@@ -28,16 +30,29 @@ function M.listen(is_builtin)
       server.attach(buffer)
     end)
   end)
+  on({ 'BufFilePre', 'BufDelete' }, function(buffer) -- :write with a name "deletes" a buffer without one
+    if vim.api.nvim_buf_get_name(buffer) == '' then
+      server.detach(buffer) -- while it still has the URI that it was opened with
+    end
+  end)
   on('BufEnter', function(buffer)
+    if vim.api.nvim_buf_get_name(buffer) == '' then
+      server.attach(buffer) -- before its first change, which Neovim does not send after attaching it a second time
+    end
     server.notify(buffer, 'textDocument/didFocus', { textDocument = { uri = vim.uri_from_bufnr(buffer) } })
   end)
   on('InsertEnter', function(buffer)
     if not place.refuse_buffer(buffer) then
       server.attach(buffer)
-      keys.map(buffer)
+      vim.schedule(function() -- after completion plugins have mapped theirs
+        if vim.api.nvim_buf_is_valid(buffer) then
+          keys.map_chosen(buffer)
+        end
+      end)
     end
   end)
   on('ColorScheme', ghost.set_highlights)
+  on('OptionSet', ghost.set_highlights, 'background') -- Neovim sets it when the terminal has answered
   if is_builtin then
     return
   end

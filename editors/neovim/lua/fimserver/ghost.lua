@@ -3,9 +3,17 @@
 --- A mark is changed in place and only if it differs, so that typing along the ghost text does not flicker.
 ---
 --- Knows:  buffers, windows, extmarks.  Never: the server, the source of the ghost text.
+local contrast = require('fimserver.contrast')
 local layout = require('fimserver.layout')
 
 local M = {}
+
+local LEAST_CONTRAST = 4.5 -- of ghost text with the background, as WCAG asks of text
+local HINT_CONTRAST = 3
+
+--- Colors of the highlight groups that the plugin has defined; other colors are the user's or the color scheme's.
+---@type table<string, { fg: integer, ctermfg: integer }>
+local defined = {}
 
 M.namespace = vim.api.nvim_create_namespace('fimserver.ghost')
 
@@ -16,18 +24,34 @@ M.namespace = vim.api.nvim_create_namespace('fimserver.ghost')
 ---@type table<integer, fimserver.Drawn>
 local drawn = {}
 
---- Define the highlight groups, unless the colour scheme has. Without its colours, ghost text is grey, unlike code.
+--- Define the highlight groups, unless the color scheme has. Ghost text keeps the scheme's own color for it if that can
+--- be read; the text after it is dimmer.
 function M.set_highlights()
-  local function grey(name, like)
-    local from = vim.api.nvim_get_hl(0, { name = like, link = false })
-    if next(from) == nil then
-      from = vim.api.nvim_get_hl(0, { name = 'NonText', link = false })
-    end
-    local style = { default = true, fg = from.fg, italic = from.italic, ctermfg = from.ctermfg or 8 }
-    vim.api.nvim_set_hl(0, name, style)
+  local function colors_of(name)
+    return vim.api.nvim_get_hl(0, { name = name, link = false })
   end
-  grey('FimserverGhost', 'ComplHint')
-  grey('FimserverHint', 'ComplHintMore')
+  local is_dark = vim.o.background == 'dark'
+  local normal, scheme = colors_of('Normal'), colors_of('ComplHint')
+  if next(scheme) == nil then
+    scheme = colors_of('NonText')
+  end
+  local back = normal.bg or (is_dark and 0x000000 or 0xffffff)
+  local text = normal.fg or (is_dark and 0xffffff or 0x000000)
+  local ghost = contrast.toward(scheme.fg or text, text, function(color)
+    return contrast.ratio(color, back) >= LEAST_CONTRAST
+  end)
+  local hint = contrast.toward(ghost, back, function(color)
+    return contrast.ratio(color, back) <= HINT_CONTRAST
+  end)
+  local cterm = is_dark and { ghost = 246, hint = 242 } or { ghost = 242, hint = 246 }
+  local function set(name, fg, ctermfg)
+    local now, own = vim.api.nvim_get_hl(0, { name = name }), defined[name]
+    local is_own = own ~= nil and now.fg == own.fg and now.ctermfg == own.ctermfg
+    defined[name] = (is_own or next(now) == nil) and { fg = fg, ctermfg = ctermfg } or nil
+    vim.api.nvim_set_hl(0, name, { default = not is_own, fg = fg, ctermfg = ctermfg, italic = true })
+  end
+  set('FimserverGhost', ghost, cterm.ghost)
+  set('FimserverHint', hint, cterm.hint)
 end
 
 ---@param buffer integer

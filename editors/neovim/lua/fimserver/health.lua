@@ -1,6 +1,7 @@
 --- Implements `:checkhealth fimserver`.
 local config = require('fimserver.config')
 local keys = require('fimserver.keys')
+local owner = require('fimserver.owner')
 local program = require('fimserver.program')
 local server = require('fimserver.server')
 local status = require('fimserver.status')
@@ -20,7 +21,7 @@ local function check_neovim()
     health.error('The plugin is not set up', { "Add require('fimserver').setup() to init.lua." })
   end
   if not vim.o.termguicolors then
-    health.info("'termguicolors' is off; ghost text is grey (color 8) unless you set the group FimserverGhost")
+    health.info("'termguicolors' is off; ghost text is grey and italic unless you set the group FimserverGhost")
   end
 end
 
@@ -85,9 +86,17 @@ local function check_keys()
     if not entry.key then
       health.info(('%s: no key'):format(name))
     elseif entry.other and not config.chosen_keys[name] then
-      local what = entry.other.desc or entry.other.rhs or 'a function'
-      local text = '%s: %s is mapped by something else (%s); call require("fimserver").%s() in that mapping'
-      health.info(text:format(name, entry.key, what, name))
+      local whose = owner.name(entry.other)
+      if owner.leads_here(entry.other) then
+        health.ok(('%s: %s, where %s has nothing to do'):format(name, entry.key, whose))
+      elseif name == 'accept' then
+        health.warn(
+          ('accept: %s belongs to %s, so it does not accept the ghost text'):format(entry.key, whose),
+          keys.remedies(entry.key, whose)
+        )
+      else
+        health.info(('%s: %s belongs to %s'):format(name, entry.key, whose))
+      end
     else
       health.ok(('%s: %s'):format(name, entry.key))
     end

@@ -2,6 +2,7 @@
 ---
 ---   events.lua    handlers of Neovim's events    typing.lua   from a key to ghost text
 ---   server.lua    the language client            accept.lua   from ghost text to text
+---   keys.lua      mappings, and owner.lua        notices.lua  messages that are shown once
 ---   offer.lua     the rest of an offer           ghost.lua    extmarks, laid out by layout.lua
 local M = {}
 
@@ -21,6 +22,7 @@ function M.setup(options)
     message.say_once('the plugin needs Neovim 0.11 or newer; this is ' .. tostring(vim.version()))
     return
   end
+  require('fimserver.entry').define() -- where the runtime path was changed too late for plugin/fimserver.lua
   local config = require('fimserver.config')
   local keys = require('fimserver.keys')
   if is_set_up then
@@ -37,6 +39,7 @@ function M.setup(options)
   status.enable(config.options.settings.enabled ~= false)
   require('fimserver.ghost').set_highlights()
   keys.map_plugs()
+  keys.map_defaults()
   require('fimserver.events').listen(is_builtin())
   server.on_started = function(client)
     builtin.take(client, is_builtin())

@@ -1,8 +1,9 @@
 --- Maps the keys of insert mode: <Plug> mappings, and default keys that yield to other mappings.
 ---
---- A default key is mapped for one buffer when insert mode begins there, and only if nothing else has mapped it. If
---- something maps it later, ours is removed at the next InsertEnter. Without ghost text, a key does what it did before.
+--- A default key is mapped once for all buffers, and only if nothing else has mapped it. A key that the user set covers
+--- other mappings in buffers that are completed. Without ghost text, a key does what it did before.
 local config = require('fimserver.config')
+local owner = require('fimserver.owner')
 
 local M = {}
 
@@ -76,7 +77,7 @@ local function fall_back(key, mapping)
     if mapping.callback then
       result = mapping.callback()
     elseif mapping.expr == 1 then
-      result = vim.api.nvim_eval(mapping.rhs)
+      result = vim.api.nvim_eval(to_codes(mapping.rhs)) -- as Neovim keeps it: with bytes instead of <names>
     else
       keys = to_codes(mapping.rhs or '')
     end
@@ -89,18 +90,22 @@ local function fall_back(key, mapping)
   vim.api.nvim_feedkeys(keys, flags .. 'i', false)
 end
 
---- Buffer-local mappings of others that are covered by keys that the user set.
----@type table<integer, table<string, vim.api.keyset.get_keymap>>
+--- Neovim's own mappings that default keys have replaced.
+---@type table<string, vim.api.keyset.get_keymap>
+local replaced = {}
+
+--- Buffer-local mappings of others that are covered by keys that the user set, by buffer and key.
+---@type table<string, vim.api.keyset.get_keymap>
 local covered = {}
 
----@param buffer integer
 ---@param action fimserver.Action
 ---@param key string
-local function map_key(buffer, action, key)
+---@param buffer? integer Maps it for this buffer only.
+---@param beneath fun(): vim.api.keyset.get_keymap? The mapping that the key has without ghost text.
+local function map_key(action, key, buffer, beneath)
   vim.keymap.set('i', key, function()
     if not action.run() then
-      local beneath = covered[buffer] and covered[buffer][key] or find(vim.api.nvim_get_keymap('i'), key)
-      fall_back(key, beneath)
+      fall_back(key, beneath())
     end
   end, { buffer = buffer, desc = PREFIX .. action.says })
 end
@@ -115,43 +120,82 @@ function M.find_other(buffer, key)
     return own
   end
   local everywhere = find(vim.api.nvim_get_keymap('i'), key)
-  return everywhere and not is_default(everywhere) and everywhere or nil
+  return everywhere and not is_default(everywhere) and not is_ours(everywhere) and everywhere or nil
 end
 
---- Map those keys in a buffer that are free.
+--- Return the mapping of another plugin that takes the default key of `accept` and does not lead to fimserver.
 ---@param buffer integer
-function M.map(buffer)
+---@return vim.api.keyset.get_keymap? mapping
+---@return string key
+function M.find_owner_of_accept(buffer)
+  local key = config.options.keys.accept
+  local other = key and not config.chosen_keys.accept and M.find_other(buffer, key) or nil
+  return other and not owner.leads_here(other) and other or nil, key or ''
+end
+
+--- Return the two lines of Lua that make a key accept, the first where the other mapping is kept.
+---@param key string
+---@param name string Of the plugin that the key belongs to.
+---@return string[]
+function M.remedies(key, name)
+  local line = "require('fimserver').setup({ keys = { accept = '%s' } }) -- %s"
+  return { line:format(key, 'ghost text first, then ' .. name), line:format('<C-l>', 'another key') }
+end
+
+--- Map the default keys that are free, for all buffers: other plugins call a global mapping if they have nothing to do.
+function M.map_defaults()
   for _, action in ipairs(M.actions) do
     local key = config.options.keys[action.name]
-    if key then
-      local own = find(vim.api.nvim_buf_get_keymap(buffer, 'i'), key)
-      local mine = is_ours(own)
-      local other = M.find_other(buffer, key)
-      if config.chosen_keys[action.name] then
-        if not mine then
-          covered[buffer] = covered[buffer] or {}
-          covered[buffer][key] = own
-          map_key(buffer, action, key)
-        end
-      elseif mine and other then
-        vim.keymap.del('i', key, { buffer = buffer })
-      elseif not mine and not other then
-        map_key(buffer, action, key)
-      end
+    local there = key and find(vim.api.nvim_get_keymap('i'), key)
+    if key and not config.chosen_keys[action.name] and (not there or is_default(there)) then
+      replaced[key] = there
+      map_key(action, key, nil, function()
+        return there
+      end)
     end
   end
 end
 
---- Remove the plugin's keys from all buffers, because setup() was called again.
-function M.unmap()
-  for _, buffer in ipairs(vim.api.nvim_list_bufs()) do
-    for _, mapping in ipairs(vim.api.nvim_buf_get_keymap(buffer, 'i')) do
-      if is_ours(mapping) then
-        vim.keymap.del('i', mapping.lhs, { buffer = buffer })
-      end
+--- Map the keys that the user set, in a buffer. A completion plugin may map them again each time insert mode begins,
+--- and call this plugin's mapping then; calling its newest mapping would be a circle, so its first one is called.
+---@param buffer integer
+function M.map_chosen(buffer)
+  for _, action in ipairs(M.actions) do
+    local key = config.chosen_keys[action.name] and config.options.keys[action.name]
+    local own = key and find(vim.api.nvim_buf_get_keymap(buffer, 'i'), key)
+    if key and not is_ours(own) then
+      local id = buffer .. key
+      local beneath = own and owner.leads_here(own) and covered[id] or own
+      covered[id] = beneath
+      map_key(action, key, buffer, function()
+        return beneath or find(vim.api.nvim_get_keymap('i'), key)
+      end)
     end
   end
-  covered = {}
+end
+
+---@param mappings vim.api.keyset.get_keymap[]
+---@param buffer? integer
+local function remove_ours(mappings, buffer)
+  for _, mapping in ipairs(mappings) do
+    if is_ours(mapping) and not vim.startswith(mapping.lhs, '<Plug>') then
+      vim.keymap.del('i', mapping.lhs, { buffer = buffer })
+    end
+  end
+end
+
+--- Remove the plugin's keys, because setup() was called again.
+function M.unmap()
+  for _, buffer in ipairs(vim.api.nvim_list_bufs()) do
+    remove_ours(vim.api.nvim_buf_get_keymap(buffer, 'i'), buffer)
+  end
+  remove_ours(vim.api.nvim_get_keymap('i'))
+  for key, mapping in pairs(replaced) do
+    if not find(vim.api.nvim_get_keymap('i'), key) then
+      vim.keymap.set('i', key, mapping.callback, { expr = true, silent = true, desc = mapping.desc })
+    end
+  end
+  replaced, covered = {}, {}
 end
 
 --- Return the key of each action in a buffer and its other mapping, for health checks.

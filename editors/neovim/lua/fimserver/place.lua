@@ -18,8 +18,8 @@ function M.refuse_buffer(buffer)
     return 'it cannot be changed (readonly, or not modifiable)'
   end
   local name = vim.api.nvim_buf_get_name(buffer)
-  if name == '' then
-    return 'it has no name yet; save it first'
+  if name == '' and options.filetype == '' then
+    return 'it has no name and no file type; :set filetype=python'
   end
   if name:match('^%a[%w+.-]+://') then
     return 'it is not a file on this machine'

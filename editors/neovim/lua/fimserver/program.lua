@@ -10,6 +10,9 @@ M.remedy = 'install it on PATH or in the .venv of your project, '
 --- Path of the program in a virtual environment, on this system.
 local IN_VENV = vim.fn.has('win32') == 1 and 'Scripts/fimserver.exe' or 'bin/fimserver'
 
+--- Path of the program in the checkout that has this plugin. A user who runs the plugin trusts the checkout.
+M.own = vim.fs.normalize(vim.uv.fs_realpath(debug.getinfo(1, 'S').source:sub(2)) .. '/../../../../../.venv/' .. IN_VENV)
+
 ---@param path string
 local function is_program(path)
   return vim.fn.executable(path) == 1
@@ -64,6 +67,10 @@ M.on_trusted = function() end
 ---@return boolean trusted
 ---@return boolean asked The user was asked just now.
 local function is_trusted(path)
+  local own = vim.uv.fs_realpath(M.own)
+  if own and vim.uv.fs_realpath(path) == own then
+    return true, false -- like the plugin, which is from the same checkout
+  end
   if answers[path] ~= nil then
     return answers[path], false
   end
@@ -180,6 +187,9 @@ function M.find(buffer)
   local in_venv = find_in_venv(folder)
   if in_venv then
     return with_trust(in_venv, 'the virtual environment of the project')
+  end
+  if is_program(M.own) then
+    return { M.own, 'lsp' }, 'the checkout that has this plugin'
   end
   return nil, 'the program `fimserver` was not found; ' .. M.remedy
 end

@@ -6,6 +6,7 @@
 ---
 --- Knows:  vim.lsp, the names of docs/reference/protocol.md.  Never: ghost text, keys.
 local config = require('fimserver.config')
+local connection = require('fimserver.connection')
 local message = require('fimserver.message')
 local outside = require('fimserver.outside')
 local place = require('fimserver.place')
@@ -92,10 +93,21 @@ local function capabilities()
   return all
 end
 
----@param code integer
----@param signal integer
+--- Return a message that fits in one line.
+---@param what string
+---@param cause string
+local function to_message(what, cause)
+  local text = ('fimserver %s: %%s; :checkhealth fimserver'):format(what)
+  local room = math.max(20, vim.v.echospace - #text + #'%s')
+  if vim.fn.strdisplaywidth(cause) > room then
+    cause = vim.fn.strcharpart(cause, 0, room - 1) .. '…'
+  end
+  return text:format(cause)
+end
+
+---@param ended fimserver.End
 ---@param id integer
-local function on_exit(code, signal, id)
+local function on_exit(ended, id)
   vim.schedule(function()
     local was_asked = stopping[id]
     stopping[id] = nil
@@ -106,16 +118,19 @@ local function on_exit(code, signal, id)
       status.set('stopped', 'the server was stopped')
       return
     end
-    local how = signal ~= 0 and ('signal %d'):format(signal) or ('code %d'):format(code)
+    local how = ended.signal ~= 0 and ('signal %d'):format(ended.signal) or ('exit code %d'):format(ended.code)
+    local cause = ended.signal == 0 and ended.cause ~= '' and ended.cause or how
     if #starts >= MOST_STARTS and starts[#starts] - starts[#starts - MOST_STARTS + 1] < 60000 then
       has_given_up = true
       local text = 'the server ended %d times in a minute, last with %s; run `%s doctor` to find the problem; '
       text = text:format(MOST_STARTS, how, M.command and M.command[1] or 'fimserver')
         .. ':Fimserver restart tries again'
-      status.set('error', text)
-      message.say_once(text, vim.log.levels.ERROR)
+      status.set('error', ('%s (%s)'):format(text, cause))
     else
-      status.set('stopped', ('the server ended (%s); the next key starts it'):format(how))
+      status.set('stopped', ('the server ended (%s); the next key starts it'):format(cause))
+    end
+    if ended.code ~= 0 or ended.signal ~= 0 then
+      message.say_once(to_message('ended', cause), vim.log.levels.ERROR)
     end
   end)
 end
@@ -128,8 +143,17 @@ function M.attach(buffer)
     return false
   end
   local running = M.client()
+  if running and running.attached_buffers[buffer] then
+    return true
+  end
+  if vim.api.nvim_buf_get_name(buffer) == '' then
+    if connection.unnamed then
+      M.detach(connection.unnamed)
+    end
+    connection.unnamed = buffer
+  end
   if running then
-    return running.attached_buffers[buffer] or vim.lsp.buf_attach_client(buffer, running.id)
+    return vim.lsp.buf_attach_client(buffer, running.id)
   end
   if has_given_up or vim.uv.now() - searched_at < SEARCH_EVERY_MS then
     return false
@@ -147,21 +171,23 @@ function M.attach(buffer)
   table.insert(starts, vim.uv.now())
   status.set('loading', 'the server is starting')
   local settings = wire_settings()
-  local root = vim.fs.root(buffer, { '.git', 'pyproject.toml' }) or vim.fs.dirname(vim.api.nvim_buf_get_name(buffer))
-  local cwd, env = outside.surroundings(buffer)
+  local name = vim.api.nvim_buf_get_name(buffer)
+  local folder = name ~= '' and vim.fs.dirname(name) or vim.fn.getcwd()
+  local cmd, ended = connection.new(command, outside.surroundings(buffer))
   local id = vim.lsp.start({
     name = NAME,
-    cmd = command,
-    cmd_cwd = cwd,
-    cmd_env = env,
-    root_dir = root,
+    cmd = cmd,
+    root_dir = vim.fs.root(folder, { '.git', 'pyproject.toml' }) or folder,
     capabilities = capabilities(),
     init_options = settings.fimserver,
     settings = settings,
     handlers = handlers,
-    on_exit = on_exit,
+    on_exit = function(_, _, client_id)
+      on_exit(ended, client_id)
+    end,
   }, {
     bufnr = buffer,
+    silent = true,
     reuse_client = function()
       return false
     end,
@@ -169,11 +195,22 @@ function M.attach(buffer)
   current = id and vim.lsp.get_client_by_id(id) or nil
   if current then
     M.on_started(current)
-  else -- Neovim has shown the reason
+  else
     has_given_up = true
-    status.set('error', ('%s cannot be started; :Fimserver restart tries again'):format(command[1]))
+    local text = '%s cannot be started: %s; :Fimserver restart tries again'
+    status.set('error', text:format(command[1], ended.cause))
+    message.say_once(to_message('cannot start', ended.cause), vim.log.levels.ERROR)
   end
   return current ~= nil
+end
+
+--- Close a buffer at the server.
+---@param buffer integer
+function M.detach(buffer)
+  local client = M.client()
+  if client and client.attached_buffers[buffer] then
+    vim.lsp.buf_detach_client(buffer, client.id)
+  end
 end
 
 local function attach_all()

@@ -19,6 +19,8 @@ local LONG_MS = 150
 local snoozed_until = 0 -- in vim.uv.now() milliseconds
 local reported = '' -- state reported last
 local is_telling = false
+local displayed_at = -math.huge -- last call of line(), in vim.uv.now() milliseconds
+local DISPLAYED_MS = 10000
 
 ---@return number
 local function snooze_left_ms()
@@ -50,6 +52,7 @@ end
 --- Return a short text for a status line; "" before a server was started.
 ---@return string
 function M.line()
+  displayed_at = vim.uv.now()
   local state = M.get().state
   if state == 'stopped' then
     return ''
@@ -63,6 +66,12 @@ function M.line()
     return 'fim @ ' .. host
   end
   return words[state] or ('fim: ' .. state)
+end
+
+--- Return whether a status line shows the state: it has asked for it lately.
+---@return boolean
+function M.is_displayed()
+  return vim.uv.now() - displayed_at < DISPLAYED_MS
 end
 
 --- Report a change, once for all changes in this turn of the event loop.

@@ -12,6 +12,7 @@
 local config = require('fimserver.config')
 local ghost = require('fimserver.ghost')
 local message = require('fimserver.message')
+local notices = require('fimserver.notices')
 local offers = require('fimserver.offer')
 local place = require('fimserver.place')
 local server = require('fimserver.server')
@@ -109,6 +110,7 @@ local function show_what_fits(buffer, state)
         state.shown = { answer = answer, offer = offer, rest = rest, replaced = replaced }
         local hint = #answer.offers > 1 and ('(%d/%d)'):format(index, #answer.offers) or nil
         ghost.show(buffer, rest, replaced, hint)
+        notices.on_shown(buffer)
         if not state.reported[offer.id] then
           state.reported[offer.id] = true
           server.notify(buffer, 'textDocument/didShowCompletion', { item = offer.item })
@@ -186,6 +188,7 @@ local function receive(buffer, state, ask, items, took_ms)
   local client, shown = server.client_of(buffer), state.shown
   local answer = client and to_answer(buffer, client, items)
   if not answer then
+    notices.on_nothing()
     if ask.invoked and not shown then
       message.say('no completion here; :Fimserver explain shows why')
     end
