@@ -159,15 +159,15 @@ export class Server implements vscode.Disposable {
   stop(): Promise<void> {
     this.wishes += 1;
     clearTimeout(this.restartTimer);
-    const { client, process } = this;
+    const client = this.client;
     this.client = undefined;
     if (client?.needsStop()) {
-      this.stopping = Promise.all([this.stopping, this.end(client, process)]).then(() => undefined);
+      this.stopping = Promise.all([this.stopping, this.end(client)]).then(() => undefined);
     }
     return this.stopping;
   }
 
-  private async end(client: LanguageClient, process: ServerProcess | undefined): Promise<void> {
+  private async end(client: LanguageClient): Promise<void> {
     try {
       if (client.state === State.Starting) {
         // A client cannot be stopped before it has started.
@@ -177,7 +177,7 @@ export class Server implements vscode.Disposable {
     } catch (error) {
       this.log.warn(`the server did not end in time: ${error instanceof Error ? error.message : error}`);
     }
-    await process?.end();
+    await this.process?.end(); // the next one is started only after this
   }
 
   /** Stop automatic completions for a number of minutes; 0 ends the snooze. */
