@@ -68,18 +68,25 @@ def _texts(path: Path, text: str) -> Iterator[str]:
     while True:
         time.sleep(_POLL_S)
         try:
-            status = path.stat()
-            before, stamp = stamp, (status.st_mtime_ns, status.st_size, status.st_ino)
+            before, stamp = stamp, _stamp_of(path)
             num_same = num_same + 1 if stamp == before else 0
-            if stamp == read or num_same < (1 if status.st_size else _EMPTY_LOOKS):
+            if stamp == read or num_same < (1 if stamp[1] else _EMPTY_LOOKS):
                 continue
             new = read_text(str(path))
+            if _stamp_of(path) != stamp:
+                continue  # a save has begun meanwhile, and may have emptied the file
         except (OSError, PositionError):
             continue  # between an editor's unlink and rename, or half written
         read = stamp
         if new != text:
             text = new
             yield text
+
+
+def _stamp_of(path: Path) -> tuple[int, int, int]:
+    """Return what a save changes: the time, the size in bytes, the file itself."""
+    status = path.stat()
+    return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 def changed_at(old: str, new: str) -> int:

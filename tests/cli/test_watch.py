@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fimserver.cli.complete import parse_file
+from fimserver.cli.complete import parse_file, read_text
 from fimserver.cli.watch import changed_at, snapshots_of
 
 
@@ -95,6 +95,28 @@ def test_the_command_shows_each_save_and_ends_with_an_interrupt(tmp_path: Path) 
             process.stdout.close()
     assert second["hole"] is not None
     assert second["hole"]["kind"] == "rest_of_line"
+
+
+def test_a_save_that_begins_while_the_file_is_read_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "a.py"
+    file.write_text("x = 1\n")
+    snapshots = snapshots_of(parse_file(str(file)))
+    next(snapshots)
+    savings: list[threading.Timer] = []
+
+    def read(path: str) -> str:
+        if not savings:  # another save empties the file now, and writes it soon
+            file.write_text("")
+            savings.append(threading.Timer(0.3, file.write_text, ["x = 3\n"]))
+            savings[0].start()
+        return read_text(path)
+
+    monkeypatch.setattr("fimserver.cli.watch.read_text", read)
+    file.write_text("x = 2\n")
+    assert next(snapshots).text == "x = 3\n"
+    savings[0].join()
 
 
 def test_watching_needs_a_file() -> None:
