@@ -4,6 +4,8 @@ import re
 import sys
 from typing import Any
 
+from fimserver import INSTALLED_FROM
+
 
 class FimserverError(Exception):
     """An error with a message for the user."""
@@ -61,22 +63,27 @@ class AnalysisError(FimserverError):
 
 
 def install_command(*names: str, extra: str = "") -> str:
-    """Return the command that installs packages by name, or those of an extra, for the Python that runs.
+    """Return the command that installs packages that fimserver needs, or those of an extra, for the Python that runs.
 
-    The versions are those that fimserver needs. It names the packages themselves: fimserver is not on PyPI yet.
+    The versions are those that fimserver needs. It names the packages themselves: fimserver is on no index yet. A name
+    that is not that of such a package, as a module's can be, is not installed: it could be a stranger's.
     """
     from importlib import metadata  # noqa: PLC0415  the relay keeps its memory small
 
     wanted = {_to_key(name) for name in names}
-    found = [f'"{name}"' for name in names]
-    for line in metadata.requires("fimserver") or []:
+    found = []
+    try:
+        lines = metadata.requires("fimserver") or []
+    except metadata.PackageNotFoundError:
+        lines = []
+    for line in lines:
         requirement, _, marker = (part.strip() for part in line.partition(";"))
         key = _to_key(re.split(r"[^\w.-]", requirement, maxsplit=1)[0])
         is_of_extra = bool(extra) and marker.replace("'", '"') == f'extra == "{extra}"'
-        if is_of_extra:
+        if is_of_extra or (key in wanted and "extra" not in marker):
             found.append(f'"{requirement}"')
-        elif key in wanted and "extra" not in marker:
-            found[names.index(next(name for name in names if _to_key(name) == key))] = f'"{requirement}"'
+    if not found:
+        return f"{sys.executable} -m pip install {INSTALLED_FROM} (in the folder of fimserver's checkout)"
     return f"{sys.executable} -m pip install {' '.join(found)}"
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -60,7 +61,8 @@ _PACKAGES = (
     "tree-sitter-python",
 )
 _VARIABLES = ("FIMSERVER_", "HF_", "CUDA_", "OMP_", "MKL_", "XDG_", "XPC_", "TORCH")  # beginnings of names
-_PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")  # their values may hold a password
+_PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
+_SECRET = re.compile("TOKEN|KEY|SECRET|PASS|AUTH|PROXY|ENDPOINT")  # in a name: its value is not shown
 _ANSWER_S = 30.0  # for the first answer of a server, a daemon's start included
 _FEW_STEPS = 20  # steps per second; slower speeds are shown with one more digit
 _LEAST_FREE_BYTES = 1_500_000_000  # torch, transformers and the shipped model in one process
@@ -82,7 +84,7 @@ def run_checks(settings: Settings) -> bool:
     good = True
     for check in (
         *(check_python, check_program, check_environment, check_packages, check_memory, check_grammar),
-        *(check_config, check_settings, check_folders, check_server, check_daemon, check_model),
+        *(check_config, check_settings, check_folders, check_daemon, check_server, check_model),
     ):
         result = check(settings)
         mark = ("FAIL", "bold red") if result.remedy else ("ok  ", "green")
@@ -117,9 +119,9 @@ def check_environment(_settings: Settings) -> Check:
     """Return the variables that change what the server does; an editor passes on its own."""
     ours = str(cache_folder())  # set by this command, for libraries
     values = {name: value for name, value in sorted(os.environ.items()) if not value.startswith(ours)}
-    chosen = [f"{name}={value}" for name, value in values.items() if name.startswith(_VARIABLES)]
-    proxies = [f"{name} (set)" for name in values if name.upper() in _PROXIES]
-    return Check("environment", ", ".join([*chosen, *proxies]) or "no variable that changes anything")
+    chosen = [name for name in values if name.startswith(_VARIABLES) or name.upper() in _PROXIES]
+    shown = [f"{name} (set)" if _SECRET.search(name.upper()) else f"{name}={values[name]}" for name in chosen]
+    return Check("environment", ", ".join(shown) or "no variable that changes anything")
 
 
 def check_packages(_settings: Settings) -> Check:

@@ -67,7 +67,7 @@ class Configuration:
         self.refused_model: str | None = None  # the name that would be used if the user had agreed to it
         self.own_models: set[str] = set()  # named where a repository cannot: config.toml, the command line
         self.is_own_engine = True  # so is the engine, and where it is
-        self._own_names: frozenset[str] = frozenset()  # of WORKSPACE, which the editor says are the user's own
+        self._own: dict[str, Any] = {}  # values of WORKSPACE that are the user's own, as the editor says
         self._layers: dict[Source, dict[str, Any]] = {}
         self._find_model = find_model
         self.on_change = on_change
@@ -101,9 +101,14 @@ class Configuration:
         self._layers[source] = values
         return self.reread()
 
-    def set_own(self, names: frozenset[str]) -> None:
-        """Take the editor's word on which of its next settings are the user's own, not those of a repository."""
-        self._own_names = names
+    def set_own(self, values: dict[str, Any]) -> list[str]:
+        """Take the editor's word on which values of its settings are the user's own, not those of a repository.
+
+        A setting counts as the user's only while it has that value, so the order of the editor's messages is of no
+        importance.
+        """
+        self._own = values
+        return self.reread()
 
     def set_trust(self, *, trusted: bool) -> list[str]:
         """Take the editor's word on workspace trust, which decides which settings count."""
@@ -136,7 +141,11 @@ class Configuration:
 
     def _is_own(self, source: Source, name: str) -> bool:
         """Return whether a setting of a source is the user's own: a repository cannot have made it."""
-        return source not in _EDITORS or (source is Source.WORKSPACE and name in self._own_names)
+        if source not in _EDITORS:
+            return True
+        values = self._layers.get(source, {})
+        is_vouched = source is Source.WORKSPACE and name in self._own and name in values
+        return is_vouched and values[name] == self._own[name]
 
     def _allowed(self, values: dict[str, Any], source: Source) -> dict[str, Any]:
         """Return an editor's settings without those that a repository must not decide."""
@@ -253,6 +262,13 @@ class ConsentPrompt:
             )
             return False
         return True
+
+    @staticmethod
+    def why_refused(model: str | None) -> str | None:
+        """Return why a model is not in use: ``not_allowed``, or ``not_found`` for a name that no model has."""
+        if model is None:
+            return None
+        return "not_allowed" if may_exist(model) and not is_elsewhere(model) else "not_found"
 
     def can_be_asked(self, model: str) -> bool:
         """Return whether a name can be that of a model on this machine; warn if not."""

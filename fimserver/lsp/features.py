@@ -5,6 +5,7 @@
 Knows:  pygls' registration, names of methods and commands.  Never: how a request is answered.
 """
 
+import json
 from typing import Any
 
 from lsprotocol import types as lsp
@@ -86,6 +87,15 @@ def _register_features(server: FimLanguageServer) -> None:
     _register_own(server)
 
 
+def _read_object(text: Any) -> dict[str, Any]:
+    """Return the JSON object in a text; an empty one for anything else."""
+    try:
+        values = json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
 def _find_uri(params: Any) -> str | None:
     """Return the document that untyped parameters name."""
     uri = getattr(getattr(params, "textDocument", None), "uri", None)
@@ -117,11 +127,9 @@ def _register_own(server: FimLanguageServer) -> None:
         return server.status(language_id if isinstance(language_id, str) else None)
 
     @server.feature(OWN_NOTIFICATION)
-    def did_name_own_settings(params: Any) -> None:
+    def did_vouch_for_settings(params: Any) -> None:
         server.session.counters["ownSettings"] += 1
-        names = getattr(params, "names", None)
-        named = names if isinstance(names, list | tuple) else ()
-        server.configuration.set_own(frozenset(name for name in named if isinstance(name, str)))
+        server.apply_settings(server.configuration.set_own(_read_object(getattr(params, "settings", None))))
 
     @server.feature(TRUST_NOTIFICATION)
     def did_change_trust(params: Any) -> None:

@@ -356,5 +356,6 @@ class FimLanguageServer(LanguageServer):
             "trusted": self.configuration.is_trusted,
             "refusedModel": self.configuration.refused_model,
             "refusedServer": self.link.refused_server.origin if self.link.refused_server is not None else None,
+            "refusedReason": self.consent.why_refused(self.configuration.refused_model),
             "language": self.policy.describe_language(language_id) if language_id is not None else None,
         }

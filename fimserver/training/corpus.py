@@ -39,7 +39,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from fimserver.errors import FimserverError, install_command
+from fimserver.errors import FimserverError
 from fimserver.paths import OUTSIDE, cache_folder
 
 if TYPE_CHECKING:
@@ -386,7 +386,7 @@ def _open_library(folder: Path) -> _Source:
 def _open_installed(pin: Pin) -> _Source:
     spec = importlib.util.find_spec(pin.name)  # does not import it
     if spec is None or not spec.submodule_search_locations:
-        msg = f"{pin.name} is not installed; run: {install_command(pin.name)}"
+        msg = f"{pin.name} is not installed; run: {sys.executable} -m pip install {pin.name}"
         raise FimserverError(msg)
     folder = Path(spec.submodule_search_locations[0])
     distribution = importlib.metadata.distribution(pin.name)

@@ -153,12 +153,14 @@ def test_doctor_finds_no_problem_here() -> None:
 def test_doctor_names_what_an_editor_would_use(tmp_path: Path) -> None:
     home = tmp_path / "home"
     env = {"FIMSERVER_HOME": str(home), "HTTPS_PROXY": "http://me:secret@proxy", "PATH": "/usr/bin:/bin"}
+    env |= {"HF_TOKEN": "hf_secret", "FIMSERVER_SOME_KEY": "secret"}
     result = run("doctor", "--set", "maxLines=4", env=env)
     assert result.returncode == 0, result.stdout
     lines = {line.split()[1]: line for line in result.stdout.splitlines() if line.startswith("ok")}
     assert "not on PATH; editors have to be given /" in lines["program"]
     assert f"FIMSERVER_HOME={home}" in lines["environment"]
-    assert "HTTPS_PROXY (set)" in lines["environment"]
+    for name in ("HTTPS_PROXY", "HF_TOKEN", "FIMSERVER_SOME_KEY"):
+        assert f"{name} (set)" in lines["environment"]
     assert "secret" not in result.stdout
     assert "maxLines = 4" in lines["settings"]
     assert str(home / "runtime") in lines["folders"]

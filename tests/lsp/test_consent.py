@@ -215,22 +215,50 @@ def pull(server: FakeServer, **settings: Any) -> None:
     server.request("fimserver/status", {})
 
 
-def test_the_users_own_model_needs_no_question(start_fake: Start, folder: Path) -> None:
+def vouch(server: FakeServer, **settings: Any) -> None:
+    server.notify("fimserver/ownSettings", {"settings": json.dumps(settings)})
+
+
+@pytest.mark.parametrize("vouches_first", [True, False])
+def test_the_users_own_model_needs_no_question(start_fake: Start, folder: Path, vouches_first: bool) -> None:
     server = start_fake(folders=[HERE], workspace={"configuration": True})
     server.wait_until_ready()
-    server.notify("fimserver/ownSettings", {"names": ["model"]})
+    if vouches_first:
+        vouch(server, model=str(folder))
     pull(server, model=str(folder))
+    vouch(server, model=str(folder))
     until(lambda: loaded(server) == ["tiny", str(folder)])
-    assert asked(server) == []
+    assert len(asked(server)) == (0 if vouches_first else 1)
     assert model_of(server) == "None"
-    server.notify("fimserver/ownSettings", {"names": []})
-    pull(server, model=str(folder), maxLines=3)
+
+
+@pytest.mark.parametrize("vouches_first", [True, False])
+def test_what_was_the_users_own_does_not_vouch_for_the_workspaces(
+    start_fake: Start, folder: Path, tmp_path: Path, vouches_first: bool
+) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    server = start_fake(folders=[HERE], workspace={"configuration": True})
+    server.wait_until_ready()
+    vouch(server, model=str(folder))
+    pull(server, model=str(folder))
+    until(lambda: loaded(server)[-1] == str(folder))
+    if vouches_first:
+        vouch(server)
+    pull(server, model=str(theirs))
     until(lambda: asked(server))
-    assert model_of(server) == str(folder), "the same value, now from the open folder"
+    vouch(server)
+    assert model_of(server) == str(theirs)
+    assert server.request("fimserver/status", {})["refusedReason"] == "not_allowed"
+    assert str(theirs) not in loaded(server)
 
 
-@pytest.mark.parametrize("values", [{"ownSettings": ["model"]}, {"fimserver/ownSettings": {"names": ["model"]}}])
+OWN = {"model": "x"}
+
+
+@pytest.mark.parametrize("values", [{"ownSettings": OWN}, {"fimserver/ownSettings": {"settings": json.dumps(OWN)}}])
 def test_settings_cannot_vouch_for_themselves(start_fake: Start, folder: Path, values: dict[str, Any]) -> None:
+    values = json.loads(json.dumps(values).replace("x", str(folder)))
     server = start_fake(folders=[HERE], workspace={"configuration": True}, options=values)
     server.wait_until_ready()
     pull(server, model=str(folder), **values)
@@ -239,11 +267,11 @@ def test_settings_cannot_vouch_for_themselves(start_fake: Start, folder: Path, v
     assert loaded(server) == ["tiny"]
 
 
-@pytest.mark.parametrize("names", [None, "model", {"model": 1}, [1, None], [["model"]]])
-def test_odd_names_of_own_settings_vouch_for_nothing(start_fake: Start, folder: Path, names: Any) -> None:
+@pytest.mark.parametrize("own", [None, "model", "{", '["model"]', '{"model": null}', {"model": "x"}, "[" * 100_000])
+def test_odd_words_on_own_settings_vouch_for_nothing(start_fake: Start, folder: Path, own: Any) -> None:
     server = start_fake(folders=[HERE], workspace={"configuration": True})
     server.wait_until_ready()
-    server.notify("fimserver/ownSettings", {"names": names})
+    server.notify("fimserver/ownSettings", {"settings": own})
     pull(server, model=str(folder))
     until(lambda: asked(server))
 
@@ -256,6 +284,7 @@ def test_a_name_of_no_model_is_reported_without_a_question(start_fake: Start, ho
     shown = server.wait_for_notification("window/showMessage", lambda p: model in p["message"])
     assert f"fimserver model add {model}" in shown["message"]
     assert model_of(server) == model, "the editor shows that the setting is not in use"
+    assert server.request("fimserver/status", {})["refusedReason"] == "not_found"
     assert asked(server) == []
 
 

@@ -25,13 +25,26 @@ export function chosenSettings(configuration: Configuration, names: readonly str
   return values;
 }
 
-/** Return the names of the settings that the user's own value decides, and no file of the workspace. */
-export function ownSettings(configuration: Configuration, names: readonly string[]): string[] {
-  return names.filter((name) => {
+const MADE_BY_REPOSITORY = ["dev-container", "codespaces"]; // there, a file of the repository sets machine settings
+
+/**
+ * Return the settings whose value is the user's own, and not one of a file of the workspace. `remote` is the kind of
+ * machine that the window is connected to, if it is another.
+ */
+export function ownSettings(
+  configuration: Configuration,
+  names: readonly string[],
+  remote: string | undefined,
+): Record<string, unknown> {
+  if (remote !== undefined && MADE_BY_REPOSITORY.includes(remote)) {
+    return {};
+  }
+  const own = names.filter((name) => {
     const found = configuration.inspect(name);
     const isOthers = found?.workspaceValue !== undefined || found?.workspaceFolderValue !== undefined;
     return found?.globalValue !== undefined && !isOthers;
   });
+  return Object.fromEntries(own.map((name) => [name, configuration.get(name) ?? null]));
 }
 
 /** Return the names of the server's settings, from the properties in package.json. */

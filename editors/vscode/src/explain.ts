@@ -88,6 +88,7 @@ const REMEDIES: Readonly<Record<string, Remedy>> = {
   language_not_learned: "setup",
   language_off: "turnOnLanguage",
   low_confidence: "settings",
+  no_consent: "settings",
   word_start: "settings",
 };
 

@@ -14,13 +14,15 @@ import { DOCUMENTS, Server } from "./server";
 import { runSetup } from "./setup";
 import { showStatistics } from "./statistics";
 import { StatusItem } from "./statusItem";
-import { type Scope, toOn, withLanguage, withoutLanguage } from "./switches";
+import { type Scope, withLanguage, withoutLanguage } from "./switches";
 import { type Action, isUnlearned, type Language, type MenuItem, namesOf, toMenu, toSnoozes, toStatus } from "./view";
 import { untrustedFolders } from "./workspace";
 
 const NOT_NOW = "fimserver.doNotOffer"; // keys of the extension's own storage
 const ON_HERE = "fimserver.isOnHere";
 const UNLEARNED_SHOWN = "fimserver.isUnlearnedShown";
+const SETTLES_WITHIN_MS = 2_000;
+const SETTLE_LOOK_MS = 100;
 const REFRESH_WITHIN_MS = 200; // that the menu waits for the server
 const REMEDIES: Readonly<Record<Remedy, { title: string; action: Action }>> = {
   endSnooze: { title: "End the Snooze", action: { kind: "snooze", minutes: 0 } },
@@ -145,9 +147,11 @@ class Extension {
       await this.context.globalState.update(NOT_NOW, true); // the status item still offers it
     } else if (answer === "installed") {
       await this.server.restart();
-      if (this.server.program?.path !== this.installer.program) {
-        // Another program was found first, such as a broken one on PATH; the user has chosen this one.
+      if (this.server.view.phase === "failed" && this.server.program?.path !== this.installer.program) {
+        // Another program is found first, and does not run. The new setting starts the server again.
         await this.settings().update("serverPath", this.installer.program, vscode.ConfigurationTarget.Global);
+      } else if (this.server.view.phase === "failed") {
+        return; // reported already
       }
       this.messages.inform("Ready: type, and press Tab for the grey text. A sample shows it.", ["sample", "close"]);
     }
@@ -215,12 +219,35 @@ class Extension {
       case "locate":
         return this.locate();
       case "sample":
-        return openSample(this.parts);
+        return this.server.view.phase === "missing" ? this.install() : openSample(this.parts);
       case "setup":
       case "stats":
       case "doctor":
         return this.runProgram(action.kind);
     }
+  }
+
+  /** Return the window's settings without those of the engine that need an agreement: a command asks for none. */
+  private trusted(): Record<string, unknown> {
+    const { restrictedConfigurations } = this.context.extension.packageJSON.capabilities.untrustedWorkspaces;
+    const own = this.server.vouched();
+    const chosen = Object.entries(this.server.chosen());
+    return Object.fromEntries(
+      chosen.filter(([name]) => name in own || !restrictedConfigurations.includes(`fimserver.${name}`)),
+    );
+  }
+
+  /** Wait until the server has applied a change. Returns whether it is as expected, which it may never be. */
+  private async settles(isSo: () => boolean): Promise<boolean> {
+    const end = Date.now() + SETTLES_WITHIN_MS;
+    while (Date.now() < end) {
+      await this.server.refresh();
+      if (isSo()) {
+        return true;
+      }
+      await new Promise((done) => setTimeout(done, SETTLE_LOOK_MS));
+    }
+    return false;
   }
 
   /** Ask where to turn completions off. Only the user's own settings and storage change. */
@@ -237,29 +264,44 @@ class Extension {
     const picked = await vscode.window.showQuickPick(items, { title: "fimserver: Turn Off" });
     if (picked?.scope === "language" && language !== undefined) {
       await this.writeLanguages(withoutLanguage(this.ownLanguages(), language.id));
+      if (!(await this.settles(() => this.language()?.enabled !== true))) {
+        this.messages.inform(`Still on for ${language.id}. The settings of this workspace turn it on.`, ["settings"]);
+      }
     } else if (picked?.scope === "workspace") {
       await this.chooseHere(false);
     } else if (picked?.scope === "everywhere") {
       await this.settings().update("enabled", false, vscode.ConfigurationTarget.Global);
+      await this.chooseHere(undefined);
+      if (!(await this.settles(() => !this.server.view.enabled))) {
+        await this.chooseHere(false); // the workspace's settings turn them on
+      }
     }
   }
 
-  /** Turn completions on where they are off; what turned them off is removed. */
+  /** Turn completions on where they are off; what turned them off is removed, or overruled where it is not the user's. */
   private async turnOn(): Promise<void> {
     if (!this.server.view.enabled) {
-      const { here, removesSetting } = toOn(this.settings().inspect("enabled"));
-      if (removesSetting) {
+      if (this.settings().inspect("enabled")?.globalValue === false) {
         await this.settings().update("enabled", undefined, vscode.ConfigurationTarget.Global);
       }
-      await this.chooseHere(here);
+      await this.chooseHere(undefined);
+      if (!(await this.settles(() => this.server.view.enabled))) {
+        await this.chooseHere(true); // the workspace's settings turn them off, or config.toml
+      }
       return;
     }
     const language = this.language();
-    if (language?.enabled === false) {
-      await this.writeLanguages(withLanguage(this.ownLanguages(), language.id, !language.onByDefault));
-      if (!isLanguageOn(this.settings().get("languages"), language.id)) {
-        this.messages.inform(`Still off for ${language.id}. The settings of this workspace turn it off.`, ["settings"]);
-      }
+    if (language?.enabled !== false) {
+      return;
+    }
+    const isOn = (): boolean => this.language()?.enabled === true;
+    await this.writeLanguages(withLanguage(this.ownLanguages(), language.id, !language.onByDefault));
+    if (await this.settles(isOn)) {
+      return;
+    }
+    await this.writeLanguages(withLanguage(this.ownLanguages(), language.id, true)); // over config.toml, or another name
+    if (!(await this.settles(isOn))) {
+      this.messages.inform(`Still off for ${language.id}. The settings of this workspace turn it off.`, ["settings"]);
     }
   }
 
@@ -292,10 +334,16 @@ class Extension {
       // Its folder was added to the workspace after the start.
       this.messages.warn(`The program is in a workspace that you do not trust. It is ${program}.`, ["restart"]);
     } else if (what === "doctor") {
-      runDoctor(program, this.server.chosen());
+      runDoctor(program, this.trusted());
     } else if (what === "setup") {
       if (await runSetup(program)) {
         await this.server.restart(); // with the settings that it wrote
+        const chosen = this.server.chosen();
+        if (chosen["model"] !== null || chosen["engine"] !== null) {
+          this.messages.warn("VS Code's settings overrule the choice. Remove fimserver.model and fimserver.engine.", [
+            "settings",
+          ]);
+        }
       }
     } else {
       try {

@@ -1,6 +1,6 @@
 // Installs the server from the wheel in this extension: one question, then progress that the user can cancel.
 
-import { access, readdir, rm } from "node:fs/promises";
+import { access, readdir, rename, rm } from "node:fs/promises";
 import { join } from "node:path";
 import * as vscode from "vscode";
 import { type Build, CancelledError, downloadSize, findTool, type Installing, run, toDoing, toSteps } from "./install";
@@ -33,14 +33,14 @@ export class Installer {
 
   /** Ask once whether to install the server, and install it. */
   async install(): Promise<Answer> {
+    const build = await this.ask();
+    if (build === "locate" || build === "later" || build === "closed") {
+      return build;
+    }
     const wheel = await this.findWheel();
     const tool = await this.findTool();
     if (wheel === undefined || tool === undefined) {
       return "failed";
-    }
-    const build = await this.ask(tool);
-    if (build === "locate" || build === "later" || build === "closed") {
-      return build;
     }
     if (this.busy) {
       this.messages.inform("The installation is running already.");
@@ -67,22 +67,25 @@ export class Installer {
     const path = process.env["PATH"] ?? "";
     const tool = await findTool(path, process.platform, untrustedFolders(), childSurroundings());
     if (tool === undefined) {
-      this.messages.error("Python 3.11 or uv is needed. Neither is on PATH (Python with its module venv).", [
-        "install",
-        "locate",
-      ]);
+      this.messages.error(
+        "Python 3.11 or uv is needed. Install one of them (Python with its module venv), then start VS Code again: it " +
+          "searches the PATH that it was started with.",
+        ["locate", "close"],
+      );
     }
     return tool;
   }
 
-  /** The one question. Nothing is downloaded before its answer. */
-  private async ask({ tool, program }: Installing): Promise<Build | "locate" | "later" | "closed"> {
-    const size = downloadSize("cpu");
+  /** The one question. Nothing is downloaded before its answer, and no program is searched for. */
+  private async ask(): Promise<Build | "locate" | "later" | "closed"> {
+    const hasGpu = hasNvidiaGpu();
+    const ofGpu = hasGpu ? ` (${downloadSize("cuda")} for an NVIDIA GPU)` : "";
+    const index = this.index() || "PyTorch";
     const text =
-      `Install the completion server? It downloads ${size}. ` +
-      `Torch comes from PyTorch and other packages from PyPI, with ${tool === "uv" ? "uv" : program}. They go into the ` +
-      "extension's own folder (1.2 GB on the disk for the CPU); your code stays on this machine.";
-    const choices = [INSTALL, ...(hasNvidiaGpu() ? [INSTALL_CUDA] : []), LOCATE, LATER];
+      `Install the completion server? It downloads ${downloadSize("cpu")}${ofGpu}. ` +
+      `Torch comes from ${index} and other packages from PyPI, with uv or Python. They go into the extension's own ` +
+      "folder (1.2 GB on the disk for the CPU); your code stays on this machine.";
+    const choices = [INSTALL, ...(hasGpu ? [INSTALL_CUDA] : []), LOCATE, LATER];
     const answer = await vscode.window.showInformationMessage(text, ...choices);
     if (answer === INSTALL || answer === INSTALL_CUDA) {
       return answer === INSTALL ? "cpu" : "cuda";
@@ -95,13 +98,14 @@ export class Installer {
 
   private async carryOut(tool: Installing, build: Build, wheel: string): Promise<Answer> {
     const options = { location: vscode.ProgressLocation.Notification, title: "fimserver", cancellable: true };
-    const index = vscode.workspace.getConfiguration("fimserver").get("torchIndex", "").trim();
-    const steps = toSteps({ ...tool, build, wheel, index }, this.folder, process.platform);
+    const steps = toSteps({ ...tool, build, wheel, index: this.index() }, this.folder, process.platform);
+    const earlier = `${this.folder}.earlier`; // kept until the new one is complete
     try {
       await vscode.window.withProgress(options, async (progress, token) => {
         const abort = new AbortController();
         token.onCancellationRequested(() => abort.abort());
-        await rm(this.folder, { recursive: true, force: true });
+        await rm(earlier, { recursive: true, force: true });
+        await rename(this.folder, earlier).catch(ignoreMissing);
         for (const [number, step] of steps.entries()) {
           const title = `${step.title} (${number + 1} of ${steps.length})`;
           progress.report({ message: title });
@@ -118,9 +122,10 @@ export class Installer {
         }
         await access(this.program);
       });
+      await rm(earlier, { recursive: true, force: true }).catch(() => undefined);
       return "installed";
     } catch (error) {
-      await rm(this.folder, { recursive: true, force: true });
+      await this.restore(earlier);
       if (error instanceof CancelledError) {
         return "closed";
       }
@@ -128,6 +133,26 @@ export class Installer {
       this.messages.error(`The server could not be installed. ${why}`, ["install", "log"]);
       return "failed";
     }
+  }
+
+  private index(): string {
+    return vscode.workspace.getConfiguration("fimserver").get("torchIndex", "").trim();
+  }
+
+  /** Put the earlier server back, if there was one. */
+  private async restore(earlier: string): Promise<void> {
+    try {
+      await rm(this.folder, { recursive: true, force: true });
+      await rename(earlier, this.folder).catch(ignoreMissing);
+    } catch (error) {
+      this.log.warn(`the earlier server stays in ${earlier}: ${error instanceof Error ? error.message : error}`);
+    }
+  }
+}
+
+function ignoreMissing(error: NodeJS.ErrnoException): void {
+  if (error.code !== "ENOENT") {
+    throw error;
   }
 }
 

@@ -30,7 +30,10 @@ export class ServerProcess {
   /** Return the last line that a failed process wrote to its standard error; `undefined` if it did not fail. */
   async cause(): Promise<string | undefined> {
     await Promise.race([this.ended, new Promise((done) => setTimeout(done, TOLD_WITHIN_MS))]);
-    const { exitCode } = this.child;
+    const { exitCode, signalCode } = this.child;
+    if (signalCode !== null) {
+      return `ended by ${signalCode}`;
+    }
     return exitCode === null || exitCode === 0 ? undefined : lastLine(this.text) || `exit code ${exitCode}`;
   }
 

@@ -50,6 +50,7 @@ interface EngineStatus {
   readonly trusted: boolean;
   readonly refusedModel: string | null;
   readonly refusedServer?: string | null;
+  readonly refusedReason?: string | null;
   readonly language?: Language | null;
 }
 
@@ -208,9 +209,16 @@ export class Server implements vscode.Disposable {
     if (!status?.engine || this.client !== client) {
       return false;
     }
-    const { engine, enabled, snoozedMinutes, trusted, refusedModel, refusedServer = null, language = null } = status;
+    const { engine, enabled, snoozedMinutes, trusted, refusedModel } = status;
+    const { refusedServer = null, refusedReason = null, language = null } = status;
     const phase = PHASES[engine.state] ?? "ready";
-    const where = { refusedServer, server: engine.server ?? "", learned: engine.languages ?? [], language };
+    const where = {
+      refusedServer,
+      refusedReason,
+      server: engine.server ?? "",
+      learned: engine.languages ?? [],
+      language,
+    };
     this.change({
       enabled,
       snoozedMinutes,
@@ -320,14 +328,17 @@ export class Server implements vscode.Disposable {
           }
         },
         workspace: {
-          configuration: (params, token, next) => {
+          configuration: async (params, token, next) => {
             if (!params.items.every((item) => item.section === "fimserver")) {
               return next(params, token);
             }
             this.refreshSoon(); // after the server has applied them
-            const configuration = vscode.workspace.getConfiguration("fimserver");
-            const names = ownSettings(configuration, this.settings);
-            void client().sendNotification("fimserver/ownSettings", { names }); // precedes the answer
+            try {
+              // Waited for, so that it precedes the answer and nothing is asked about the user's own settings.
+              await client().sendNotification("fimserver/ownSettings", { settings: JSON.stringify(this.vouched()) });
+            } catch (error) {
+              this.log.debug(`fimserver/ownSettings: ${error instanceof Error ? error.message : error}`);
+            }
             return params.items.map(() => this.chosen());
           },
         },
@@ -391,7 +402,7 @@ export class Server implements vscode.Disposable {
     }
     this.client = undefined;
     const { wishes } = this;
-    const cause = await this.process?.cause();
+    const cause = this.process === undefined ? why : await this.process.cause(); // or it could not be run at all
     if (this.wishes !== wishes || this.client !== undefined) {
       return; // another start or stop was requested meanwhile
     }
@@ -453,6 +464,11 @@ export class Server implements vscode.Disposable {
   chosen(): Record<string, unknown> {
     const chosen = chosenSettings(vscode.workspace.getConfiguration("fimserver"), this.settings);
     return { ...chosen, enabled: this.window.isOnHere() ?? chosen["enabled"] };
+  }
+
+  /** Return the settings that are the user's own: no file of the workspace has them. */
+  vouched(): Record<string, unknown> {
+    return ownSettings(vscode.workspace.getConfiguration("fimserver"), this.settings, vscode.env.remoteName);
   }
 
   /** Have the server read the settings again, the user's choice for this workspace included. */

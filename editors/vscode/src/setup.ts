@@ -10,13 +10,14 @@ export async function runSetup(program: string): Promise<boolean> {
   const execution = new vscode.ProcessExecution(program, ["setup"], { cwd, env: variables });
   const task = new vscode.Task({ type: "process" }, vscode.TaskScope.Workspace, "setup", "fimserver", execution);
   task.presentationOptions = { focus: true, clear: true };
-  const running = await vscode.tasks.executeTask(task);
-  return new Promise((resolve) => {
+  const ended = new Promise<boolean>((resolve) => {
     const subscription = vscode.tasks.onDidEndTaskProcess((event) => {
-      if (event.execution === running) {
+      if (event.execution.task.name === task.name && event.execution.task.source === task.source) {
         subscription.dispose();
         resolve(event.exitCode === 0);
       }
     });
   });
+  await vscode.tasks.executeTask(task);
+  return ended;
 }

@@ -14,6 +14,8 @@ export interface View {
   readonly thinking: boolean;
   readonly trusted: boolean;
   readonly refusedModel: string | null;
+  /** Why the model is not in use: `not_allowed`, or `not_found`. */
+  readonly refusedReason: string | null;
   /** The engine's server to which nothing is sent, because the user has not allowed it. */
   readonly refusedServer: string | null;
   /** The server that gets the code; empty while it stays on this machine. */
@@ -33,6 +35,7 @@ export const INITIAL: View = {
   thinking: false,
   trusted: true,
   refusedModel: null,
+  refusedReason: null,
   refusedServer: null,
   server: "",
   learned: [],
@@ -112,7 +115,10 @@ export function toStatus(view: View, language: Language | undefined): Status {
     default:
   }
   if (view.refusedModel !== null) {
-    return waiting("Model not allowed", [`The model ${view.refusedModel} is not loaded.`, ...base.lines]);
+    const lines = [`The model ${view.refusedModel} is not loaded.`, ...base.lines];
+    return view.refusedReason === "not_found"
+      ? { text: `$(warning) ${NAME}`, headline: "Model not found", lines, severity: "warning" }
+      : waiting("Model not allowed", lines);
   }
   if (view.refusedServer !== null) {
     return waiting("Server not allowed", [`Nothing is sent to ${view.refusedServer}.`, ...base.lines]);
@@ -125,7 +131,8 @@ export function toStatus(view: View, language: Language | undefined): Status {
     return { ...base, text: `$(bell-slash) ${NAME} ${view.snoozedMinutes} min`, headline: `Snoozed for ${left}` };
   }
   if (language !== undefined && !language.enabled) {
-    return { ...base, text: `$(circle-slash) ${NAME}`, headline: `Off for ${language.id}` };
+    const off = language.onByDefault ? `Off for ${language.id}` : `On request for ${language.id}`;
+    return { ...base, text: `$(circle-slash) ${NAME}`, headline: off };
   }
   if (view.thinking) {
     return { ...base, text: `$(sync~spin) ${NAME}`, headline: "Thinking" };
@@ -173,7 +180,9 @@ export function toSnoozes(view: View): MenuItem[] {
 function ofServing(view: View, language: Language | undefined): MenuItem[] {
   const items: MenuItem[] = [];
   const refused = view.refusedModel ?? view.refusedServer;
-  if (refused !== null) {
+  if (view.refusedReason === "not_found") {
+    items.push({ label: "$(warning) Change the model", description: refused ?? "", action: { kind: "settings" } });
+  } else if (refused !== null) {
     items.push({ label: "$(warning) Allow or refuse", description: refused, action: { kind: "allow" } });
   }
   if (language !== undefined && isUnlearned(view, language)) {

@@ -17,6 +17,7 @@ test.skipIf(process.platform === "win32")("the cause of a failure is its last li
   const path = program("echo Traceback >&2", `echo "ModuleNotFoundError: No module named 'torch'" >&2`, "exit 1");
   expect(await (await ServerProcess.start(path, around)).cause()).toBe("No module named 'torch'");
   expect(await (await ServerProcess.start(program("exit 3"), around)).cause()).toBe("exit code 3");
+  expect(await (await ServerProcess.start(program("kill -9 $$"), around)).cause()).toBe("ended by SIGKILL");
   expect(await (await ServerProcess.start(program("echo noise >&2"), around)).cause()).toBeUndefined();
 });
 

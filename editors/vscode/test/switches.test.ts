@@ -1,6 +1,6 @@
 import { expect, test } from "vitest";
 import { ownSettings } from "../src/chosen";
-import { toOn, withLanguage, withoutLanguage } from "../src/switches";
+import { withLanguage, withoutLanguage } from "../src/switches";
 
 test("turning a language off and on again leaves nothing in the settings", () => {
   const off = withoutLanguage(undefined, "go");
@@ -14,12 +14,6 @@ test("a language that is off without an entry gets one", () => {
   expect(withLanguage(undefined, "markdown", true)).toEqual({ markdown: true });
 });
 
-test("turning on removes the user's own setting, and overrules the workspace's", () => {
-  expect(toOn({ globalValue: false })).toEqual({ removesSetting: true, here: undefined });
-  expect(toOn({ workspaceValue: false })).toEqual({ removesSetting: false, here: true });
-  expect(toOn({})).toEqual({ removesSetting: false, here: undefined });
-});
-
 test("a setting is the user's own only where no file of the workspace has it", () => {
   const values: Record<string, object> = {
     mine: { globalValue: 1 },
@@ -28,6 +22,9 @@ test("a setting is the user's own only where no file of the workspace has it", (
     inFolder: { globalValue: 1, workspaceFolderValue: 2 },
     unset: {},
   };
-  const configuration = { get: () => undefined, inspect: (name: string) => values[name] };
-  expect(ownSettings(configuration, Object.keys(values))).toEqual(["mine"]);
+  const configuration = { get: () => 1, inspect: (name: string) => values[name] };
+  const names = Object.keys(values);
+  expect(ownSettings(configuration, names, undefined)).toEqual({ mine: 1 });
+  expect(ownSettings(configuration, names, "ssh-remote")).toEqual({ mine: 1 });
+  expect(ownSettings(configuration, names, "dev-container")).toEqual({});
 });

@@ -61,6 +61,18 @@ test.each([{ refusedModel: "/m" }, { refusedServer: "http://10.0.0.1" }])(
   },
 );
 
+test("a name of no model is not a question", () => {
+  const view = { ...READY, refusedModel: "qwen", refusedReason: "not_found" };
+  expect(toStatus(view, PYTHON).headline).toBe("Model not found");
+  expect(toMenu(view, PYTHON)[0]?.action?.kind).toBe("settings");
+});
+
+test("prose is completed on request", () => {
+  expect(headline({}, { ...PYTHON, id: "markdown", enabled: false, onByDefault: false })).toBe(
+    "On request for markdown",
+  );
+});
+
 test("a language that the model has not learned is a state", () => {
   const status = toStatus(READY, GO);
   expect(status.text).toBe("$(sparkle) fimserver: Python only");
@@ -82,7 +94,7 @@ test("the menu has the actions that are possible now, and each of them once", ()
   expect(labels({ ...READY, phase: "missing" })[0]).toContain("Install");
   for (const view of [READY, { ...READY, refusedModel: "/m" }, { ...READY, snoozedMinutes: 3 }]) {
     const kinds = toMenu(view, GO).flatMap(({ action }) => (action === undefined ? [] : [action.kind]));
-    expect(new Set(kinds).size).toBe(kinds.length);
+    expect(new Set(kinds).size).toBe(kinds.length); // each once
     expect(kinds.length).toBeLessThanOrEqual(10);
   }
 });

@@ -175,7 +175,7 @@ def test_a_step_is_read_back_once(tiny_model: Model, vocabulary: Vocabulary, hea
 
 
 def test_a_step_through_experts_in_4_bits_is_read_back_once(packed_model: Model, vocabulary: Vocabulary) -> None:
-    pytest.importorskip("triton", reason="Triton is not installed; pip install 'fimserver[interop]'")
+    pytest.importorskip("triton", reason="Triton is not installed; pip install '.[interop]'")
     assert packed_model.network.is_fixed
     cache = PromptCache(packed_model)
     cache.encode([2, *range(100, 120)])

@@ -58,7 +58,7 @@ def check(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-6) 
 def experts_output(name: str) -> MatmulBackend:
     if name == "plain":
         return PLAIN
-    pytest.importorskip("triton", reason="Triton is not installed; pip install 'fimserver[interop]'")
+    pytest.importorskip("triton", reason="Triton is not installed; pip install '.[interop]'")
     from fimserver.engine.kernels import triton_kernels as nvfp4_kernels
 
     kernels: ModuleType = nvfp4_kernels

@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def kernels() -> ModuleType:
     """The kernels as Triton's interpreter runs them, on this CPU."""
-    pytest.importorskip("triton", reason="Triton is not installed; pip install 'fimserver[interop]'")
+    pytest.importorskip("triton", reason="Triton is not installed; pip install '.[interop]'")
     from fimserver.engine.kernels import triton_kernels as nvfp4_kernels
 
     return nvfp4_kernels
@@ -202,7 +202,7 @@ for name, shape in shapes.items():
 
 def compile_for(capability: int, num_stages: int = 3) -> dict[str, dict[str, Any]]:
     """Compile the kernels with Triton and NVIDIA's assembler, in a process of its own: no GPU is needed."""
-    pytest.importorskip("triton", reason="Triton is not installed; pip install 'fimserver[interop]'")
+    pytest.importorskip("triton", reason="Triton is not installed; pip install '.[interop]'")
     command = [sys.executable, "-c", COMPILE, str(capability), str(num_stages)]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     printed = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
