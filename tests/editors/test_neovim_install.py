@@ -42,9 +42,11 @@ def open_editor(home: Path, tmp_path: Path, editors_home: dict[str, str]) -> Ite
     terminals: list[Terminal] = []
     file = tmp_path / "inventory.py"
     file.write_text(SAMPLE, encoding="utf-8")
-    env = {**editors_home, "PATH": f"{FIMSERVER.parent}:{os.environ['PATH']}"}
+    path = [part for part in os.environ["PATH"].split(":") if not (Path(part) / "fimserver").exists()]
 
-    def open_one(neovim: Neovim, cwd: Path = home) -> Terminal:
+    def open_one(neovim: Neovim, cwd: Path = home, *, on_path: bool = False) -> Terminal:
+        """``on_path``: the user has put fimserver there; else the plugin's own checkout has it."""
+        env = {**editors_home, "PATH": ":".join([*([str(FIMSERVER.parent)] if on_path else []), *path])}
         terminals.append(Terminal(neovim, file, home=home, env=env, cwd=cwd))
         return terminals[-1]
 
@@ -116,7 +118,7 @@ def test_vim_pack(home: Path, open_editor: Open, tmp_path: Path) -> None:
         neovim = find_neovim("0.12")
     line = block_after("`vim.pack` of Neovim 0.12").replace(PLACEHOLDER, str(make_repository(tmp_path / "fimserver")))
     write_init(home, line.replace("{ load =", "{ confirm = false, load ="))  # a question that blocks the start
-    accept_first_ghost_text(open_editor(neovim))
+    accept_first_ghost_text(open_editor(neovim, on_path=True))  # the copy has no .venv
 
 
 def test_packer(neovim: Neovim, home: Path, open_editor: Open, tmp_path: Path) -> None:
@@ -128,4 +130,4 @@ def test_packer(neovim: Neovim, home: Path, open_editor: Open, tmp_path: Path) -
     env = {**os.environ, **neovim.env, "HOME": str(home), **home_folders(home)}
     command = [str(neovim.program), "--headless", "-c", "autocmd User PackerComplete quitall!", "-c", "PackerSync"]
     subprocess.run(command, env=env, check=True, timeout=120, capture_output=True)
-    accept_first_ghost_text(open_editor(neovim))
+    accept_first_ghost_text(open_editor(neovim, on_path=True))  # the copy has no .venv
