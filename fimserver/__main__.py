@@ -1,7 +1,7 @@
 """Start the ``fimserver`` command without imports that only other commands need: an editor waits for it.
 
 lsp            the relay, with the standard library alone
-all others     ``cli/main.py``
+all others     ``cli/main.py``; a daemon that an editor waits for starts the engine's worker first
 """
 
 import sys
@@ -18,6 +18,10 @@ def main() -> None:
             from fimserver.daemon.stdio import serve  # noqa: PLC0415
 
             sys.exit(serve(overrides))
+    if arguments == ["daemon", "run", "--early-worker"]:
+        from fimserver.engine.early import start_early_worker  # noqa: PLC0415
+
+        start_early_worker()
     from fimserver.cli.main import main as run  # noqa: PLC0415  click takes a while to import
 
     run()
