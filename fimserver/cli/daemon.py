@@ -54,10 +54,8 @@ def daemon() -> None:
     metavar="S",
     help="Seconds to stay after the last editor has disconnected; 0 stays forever. [default: 300]",
 )
-@click.option("--early-worker", is_flag=True, hidden=True)  # handled in __main__.py, before anything is imported
-def run_command(linger: float | None, early_worker: bool) -> None:  # noqa: FBT001
+def run_command(linger: float | None) -> None:
     """Run the daemon in the foreground."""
-    del early_worker
     from fimserver.daemon.server import LINGER_S, run_daemon  # noqa: PLC0415  only this command needs pygls
 
     sys.exit(run_daemon(LINGER_S if linger is None else linger))

@@ -157,6 +157,31 @@ def test_the_worker_ends_with_a_server_that_was_killed() -> None:
     until(lambda: is_gone(worker))
 
 
+def test_a_daemon_for_an_editor_fails_as_the_command_does(tmp_path: Path) -> None:
+    (tmp_path / "home").touch()
+    environment = {**os.environ, "FIMSERVER_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-P", "-m", "fimserver", "daemon", "run"]
+    ended = [
+        subprocess.run([*command, *options], capture_output=True, text=True, env=environment, check=False)
+        for options in ([], ["--early-worker"])
+    ]
+    assert [e.returncode for e in ended] == [1, 1]
+    assert ended[0].stderr == ended[1].stderr
+    assert ended[0].stderr.startswith("fimserver: ")
+
+
+def test_a_daemon_for_an_editor_does_not_import_the_command_line() -> None:
+    code = (
+        "import sys; sys.argv[1:] = ['daemon', 'run', '--early-worker']\n"
+        "import fimserver.engine.early as early, fimserver.daemon.server as server, fimserver.__main__ as main\n"
+        "early.start_early_worker = lambda: print('early')\n"
+        "server.run_daemon = lambda: print('click' in sys.modules)\n"
+        "main.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "early\nFalse\n"
+
+
 def test_only_a_daemon_that_an_editor_waits_for_starts_a_worker_early(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
