@@ -13,13 +13,16 @@ Knows:  names and shapes.  Never: files, formats, the forward pass.
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import DiffusionGemmaConfig, PreTrainedConfig, Qwen2Config
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from fimserver.engine.loading.network_config import PlainConfig
 
 _STATIC_ROTATIONS = {"default", "linear", "yarn", "llama3", "proportional"}  # the same angles for texts of any length
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -28,13 +31,12 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def has_skeleton(config: PreTrainedConfig) -> bool:
+def has_skeleton(config: "PreTrainedConfig | PlainConfig") -> bool:
     """Return whether ``create_skeleton`` makes the same network as transformers' class for this configuration."""
-    if isinstance(config, Qwen2Config):
-        return config.hidden_act in _ACTIVATIONS and _is_static(config.rope_parameters)
-    if not isinstance(config, DiffusionGemmaConfig):
-        return False
-    text: Any = config.text_config
+    given: Any = config
+    if given.model_type == "qwen2":
+        return given.hidden_act in _ACTIVATIONS and _is_static(given.rope_parameters)
+    text = given.text_config
     return (
         text.hidden_activation in _ACTIVATIONS
         and not text.attention_bias
@@ -42,10 +44,10 @@ def has_skeleton(config: PreTrainedConfig) -> bool:
     )
 
 
-def create_skeleton(config: PreTrainedConfig) -> "Skeleton":
+def create_skeleton(config: "PreTrainedConfig | PlainConfig") -> "Skeleton":
     """Return the modules of a configuration on the meta device."""
     with torch.device("meta"):
-        return _Qwen2(config) if isinstance(config, Qwen2Config) else _DiffusionGemma(config)
+        return _Qwen2(config) if config.model_type == "qwen2" else _DiffusionGemma(config)
 
 
 def _is_static(parameters: Mapping[str, Any] | None) -> bool:
@@ -291,15 +293,28 @@ class _GemmaRotary(nn.Module):
 def _compute_frequencies(config: Any, kind: str | None = None) -> tuple[torch.Tensor, float]:
     """Return inverse frequencies (D / 2,) on the CPU and the scale of rotated vectors, as transformers' classes do."""
     parameters = config.rope_parameters if kind is None else config.rope_parameters[kind]
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     with torch.device("cpu"):
+        if parameters["rope_type"] == "proportional":
+            return _compute_proportional(parameters, size), 1.0
         if parameters["rope_type"] != "default":
+            from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: PLC0415  takes most of a second
+
             found: tuple[torch.Tensor, float]
             found = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, torch.device("cpu"), layer_type=kind)
             return found
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         if kind is not None:  # Qwen2's class ignores the factor
             size = int(size * parameters.get("partial_rotary_factor", 1.0))
         return 1.0 / (parameters["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float) / size)), 1.0
+
+
+def _compute_proportional(parameters: Mapping[str, Any], size: int) -> torch.Tensor:
+    """Return frequencies (D / 2,) of which only the first part turns, as transformers' function of this name does."""
+    num_turned = int(parameters.get("partial_rotary_factor", 1.0) * size // 2)
+    turned = 1.0 / (parameters["rope_theta"] ** (torch.arange(0, 2 * num_turned, 2, dtype=torch.int64).float() / size))
+    frequencies: torch.Tensor = torch.cat((turned, torch.zeros(size // 2 - num_turned)))
+    frequencies /= parameters.get("factor", 1.0)
+    return frequencies
 
 
 def _to_angles(

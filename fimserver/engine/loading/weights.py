@@ -15,10 +15,9 @@ import logging
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import DiffusionGemmaConfig, PreTrainedConfig, Qwen2Config
 
 from fimserver.checkpoints.config_limits import check_layers, check_numbers
 from fimserver.checkpoints.folder import DAMAGED, read_json, weight_files
@@ -33,16 +32,20 @@ from fimserver.engine.kernels.packed import (
     tie_weight,
 )
 from fimserver.engine.loading.checkpoint import DECODER, ENCODER, Checkpoint, Format
+from fimserver.engine.loading.network_config import read_plain_config
 from fimserver.engine.loading.quantization_config import Quantization, read_quantization
 from fimserver.engine.loading.skeleton import create_skeleton, has_skeleton
 from fimserver.engine.loading.tensor_files import read_headers
 from fimserver.errors import WeightsError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 CPU = torch.device("cpu")
-_CONFIGS: dict[str, type[PreTrainedConfig]] = {  # by model_type
-    "diffusion_gemma": DiffusionGemmaConfig,
-    "qwen2": Qwen2Config,
-    "Dream": Qwen2Config,  # the same layers, trained for masked diffusion
+_CONFIGS = {  # transformers' classes by model_type
+    "diffusion_gemma": "DiffusionGemmaConfig",
+    "qwen2": "Qwen2Config",
+    "Dream": "Qwen2Config",  # the same layers, trained for masked diffusion
 }
 _ROTATIONS = ("default", "linear", "yarn", "llama3")  # those whose angles do not depend on the length of a text
 _IGNORED_KEYS = ("quantization_config", "model_type", "auto_map", "architectures")  # the rest describes the network
@@ -70,7 +73,7 @@ def load_weights(  # noqa: PLR0913  the options of a load
     With ``experts_on_device`` the experts are in main memory and that many of each layer, at least 1, on the device
     (``expert_cache.py``); this requires experts that stay in 4 bits.
     """
-    config = read_config(folder, keeps_vision=not for_inference)
+    config = read_config(folder, for_inference=for_inference)
     if for_inference and not has_skeleton(config):
         for_inference, config = False, read_config(folder)
     model, checkpoint = _open(folder, config, for_inference=for_inference)
@@ -78,7 +81,7 @@ def load_weights(  # noqa: PLR0913  the options of a load
         _drop_vision(model)
         checkpoint.leave_out_vision()
     _compare_formats(read_quantization(folder), checkpoint)
-    is_dense = isinstance(config, Qwen2Config)
+    is_dense = config.model_type == "qwen2"
     _check_room(checkpoint, dtype, device, keeps_nvfp4=keeps_nvfp4, is_dense=is_dense)
     if experts_on_device is None:
         weights = checkpoint.read(device=device, dtype=dtype, keeps_nvfp4=keeps_nvfp4, report=report)
@@ -101,7 +104,7 @@ def load_weights(  # noqa: PLR0913  the options of a load
     return model
 
 
-def _open(folder: Path, config: PreTrainedConfig, *, for_inference: bool = False) -> tuple[Any, Checkpoint]:
+def _open(folder: Path, config: "PreTrainedConfig", *, for_inference: bool = False) -> tuple[Any, Checkpoint]:
     """Return an empty model and the folder's headers; the number of layers is compared before modules are made."""
     stored = read_headers(weight_files(folder))
     check_layers(read_json(folder / "config.json"), stored, folder)
@@ -110,7 +113,7 @@ def _open(folder: Path, config: PreTrainedConfig, *, for_inference: bool = False
 
 
 def create_model(
-    config: PreTrainedConfig, weights: Iterable[tuple[str, torch.Tensor | NVFP4Tensor]], device: torch.device
+    config: "PreTrainedConfig", weights: Iterable[tuple[str, torch.Tensor | NVFP4Tensor]], device: torch.device
 ) -> Any:
     """Create a model without vision from given weights, by the names of ``expected_shapes``."""
     model = _create_class(config)
@@ -118,12 +121,12 @@ def create_model(
     return _fill(model, weights, device, "the weights given")
 
 
-def _create_class(config: PreTrainedConfig) -> Any:
+def _create_class(config: "PreTrainedConfig") -> Any:
     """Return transformers' model of a configuration, without memory for its weights."""
-    from transformers import DiffusionGemmaForBlockDiffusion, Qwen2ForCausalLM  # noqa: PLC0415  takes a second
+    from transformers import DiffusionGemmaForBlockDiffusion, Qwen2ForCausalLM  # noqa: PLC0415  takes two seconds
 
     with torch.device("meta"):
-        return Qwen2ForCausalLM(config) if isinstance(config, Qwen2Config) else DiffusionGemmaForBlockDiffusion(config)
+        return Qwen2ForCausalLM(config) if config.model_type == "qwen2" else DiffusionGemmaForBlockDiffusion(config)
 
 
 def _drop_vision(model: Any) -> None:
@@ -151,7 +154,7 @@ def _fill(
     return model.eval()
 
 
-def _create_empty(folder: Path, config: PreTrainedConfig, *, for_inference: bool) -> Any:
+def _create_empty(folder: Path, config: "PreTrainedConfig", *, for_inference: bool) -> Any:
     try:
         if for_inference:
             return create_skeleton(config)
@@ -260,10 +263,11 @@ def available_bytes() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
-def read_config(folder: Path, *, keeps_vision: bool = True) -> Any:
+def read_config(folder: Path, *, for_inference: bool = False) -> Any:
     """Parse ``config.json``. Raises ``WeightsError`` for another class of model.
 
-    Without ``keeps_vision`` the description of the vision tower is skipped, whose class imports torch's compiler.
+    With ``for_inference`` transformers is not imported if ``network_config.py`` can read the values. Otherwise the part
+    about vision is skipped, whose class imports torch's compiler.
     """
     path = folder / "config.json"
     values = read_json(path)
@@ -273,20 +277,24 @@ def read_config(folder: Path, *, keeps_vision: bool = True) -> Any:
         msg = f"{path}: model_type is {values.get('model_type')!r}; it may be: {', '.join(_CONFIGS)}"
         raise WeightsError(msg)
     read_quantization(folder)  # raises for an unsupported quantization
+    if for_inference and (plain := read_plain_config(values)) is not None:
+        return plain
+    import transformers  # noqa: PLC0415  takes most of a second
+
     values = {k: v for k, v in values.items() if k not in _IGNORED_KEYS}
-    if not keeps_vision and found is DiffusionGemmaConfig:
-        values["vision_config"] = PreTrainedConfig()
+    if for_inference and found == "DiffusionGemmaConfig":
+        values["vision_config"] = transformers.PreTrainedConfig()
     try:
-        config = found(**values)  # from_dict would write it as text for its log
+        config = getattr(transformers, found)(**values)  # from_dict would write it as text for its log
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
         msg = f"{path} does not describe a model ({error}); copy the model folder again"
         raise WeightsError(msg) from error
-    if isinstance(config, Qwen2Config):
+    if config.model_type == "qwen2":
         _check_dense(path, config)
     return config
 
 
-def _check_dense(path: Path, config: Qwen2Config) -> None:
+def _check_dense(path: Path, config: Any) -> None:
     """Reject a variant of Qwen2 that ``modeling/qwen2.py`` would compute differently from transformers."""
     if config.hidden_act != "silu":
         msg = f"{path}: hidden_act is {config.hidden_act!r}; only 'silu' is supported"
@@ -302,10 +310,10 @@ def _check_dense(path: Path, config: Qwen2Config) -> None:
 
 def is_dense_config(folder: Path) -> bool:
     """Return whether a folder's model has the layers of Qwen2. Raises ``WeightsError``."""
-    return isinstance(read_config(folder, keeps_vision=False), Qwen2Config)
+    return bool(read_config(folder, for_inference=True).model_type == "qwen2")
 
 
-def expected_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+def expected_shapes(config: "PreTrainedConfig") -> dict[str, tuple[int, ...]]:
     """Return name and shape of every tensor a checkpoint must hold; tied weights are listed once."""
     return _shapes_of(_create_class(config))
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Qwen2Config
 
 from fimserver.checkpoints.engine_limits import CAPTURED_LENGTH_MULTIPLE
 from fimserver.checkpoints.gpus import NO_GPU
@@ -61,7 +60,7 @@ class Model:
         self._expert_caches = [m.cache for m in find_packed_experts(reference) if m.cache is not None]
         self.cpu_kernels = cpu_kernels or CpuKernels()
         self.network: Backbone
-        if isinstance(reference.config, Qwen2Config):
+        if reference.config.model_type == "qwen2":
             self.network = Qwen2(reference, self.choice.matmul, consumes=consumes, cpu_kernels=self.cpu_kernels)
         else:
             self.network = DiffusionGemma(reference, self.choice.matmul, consumes=consumes)
