@@ -1,10 +1,13 @@
 """Start the ``fimserver`` command without imports that only other commands need: an editor waits for it.
 
-lsp            the relay, with the standard library alone
-all others     ``cli/main.py``
+lsp                          the relay, with the standard library alone
+daemon run --early-worker    the daemon for an editor that waits for it; its engine's worker starts first
+all others                   ``cli/main.py``
 """
 
+import gc
 import sys
+from contextlib import suppress
 
 _SETTINGS = {"--model": "model", "--device": "device", "--threads": "threads"}
 
@@ -18,9 +21,32 @@ def main() -> None:
             from fimserver.daemon.stdio import serve  # noqa: PLC0415
 
             sys.exit(serve(overrides))
+    if arguments == ["daemon", "run", "--early-worker"]:
+        sys.exit(_run_daemon())
     from fimserver.cli.main import main as run  # noqa: PLC0415  click takes a while to import
 
     run()
+
+
+def _run_daemon() -> int:
+    """Run the daemon as ``fimserver daemon run`` does, and start a worker before anything else."""
+    from fimserver.engine.early import start_early_worker  # noqa: PLC0415
+
+    start_early_worker()
+    gc.disable()  # collecting takes a tenth of the time of these imports
+    from fimserver.daemon.server import run_daemon  # noqa: PLC0415  pygls
+    from fimserver.errors import FimserverError, PathError  # noqa: PLC0415
+    from fimserver.paths import use_private_caches  # noqa: PLC0415
+    from fimserver.text import to_printable  # noqa: PLC0415
+
+    gc.enable()
+    with suppress(PathError):  # this process compiles nothing
+        use_private_caches()
+    try:
+        return run_daemon()
+    except FimserverError as error:
+        sys.stderr.write(f"fimserver: {to_printable(str(error))}\n")
+        return 1
 
 
 def _parse(arguments: list[str]) -> dict[str, object] | None:

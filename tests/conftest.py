@@ -28,6 +28,7 @@ import torch
 from fimserver.checkpoints.known import SHIPPED_MODELS
 from fimserver.checkpoints.metadata import read_metadata
 from fimserver.engine.engine import Engine
+from fimserver.engine.loading.weights import load_weights
 from fimserver.engine.modeling.model import Model
 from fimserver.engine.vocabulary import Vocabulary
 
@@ -65,7 +66,8 @@ def vocabulary() -> Vocabulary:
 
 @pytest.fixture(scope="session")
 def tiny_model() -> Model:
-    return Model.load(TINY, torch.device("cpu"))
+    """The shipped model over transformers' own class, with which many tests compare."""
+    return Model(load_weights(TINY, dtype=torch.float32), read_metadata(TINY))
 
 
 @pytest.fixture(scope="session")

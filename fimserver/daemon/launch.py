@@ -16,7 +16,7 @@ import signal
 import stat
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,7 @@ FORCE_TIMEOUT_S = 5.0
 _POLL_S = 0.02
 _PROBE_S = 0.3  # longer than any probe holds the lock
 _MOST_HAND_OVERS = 3  # older relays may have started an older daemon again
+EARLY_WORKER = ("--early-worker",)  # an option of ``fimserver daemon run``
 MAX_LOG_BYTES = 2_000_000
 _started: "subprocess.Popen[bytes] | None" = None
 
@@ -54,7 +55,7 @@ def open_editor(overrides: Mapping[str, Any]) -> Stream:
             stream = connect()
             answer = say_hello(stream, "editor", build, {"overrides": dict(overrides)})
         except (FileNotFoundError, ConnectionError):
-            start()  # also removes a stale socket, and waits for a daemon that is ending
+            start(has_editor=True)  # also removes a stale socket, and waits for a daemon that is ending
             continue
         if answer[KEY] == "welcome":
             return stream
@@ -147,8 +148,11 @@ def _kill() -> None:
             os.kill(holder, getattr(signal, "SIGKILL", signal.SIGTERM))
 
 
-def start() -> None:
-    """Start a daemon unless one is listening, and wait until it listens. Raises ``DaemonError``."""
+def start(*, has_editor: bool = False) -> None:
+    """Start a daemon unless one is listening, and wait until it listens. Raises ``DaemonError``.
+
+    With ``has_editor`` the daemon starts a worker at once, because an editor will need it.
+    """
     starting = Lock("start.lock")
     if not starting.acquire(START_TIMEOUT_S):
         msg = f"another process has been starting the daemon for {START_TIMEOUT_S:.0f} s; see {log_file()}"
@@ -161,7 +165,7 @@ def start() -> None:
             msg = f"an unresponsive daemon holds {running.path}; end it with: fimserver daemon stop --force"
             raise DaemonError(msg)
         running.release()
-        process = _spawn()
+        process = _spawn(EARLY_WORKER if has_editor else ())
         deadline = time.monotonic() + START_TIMEOUT_S
         while not _is_listening():
             if process.poll() is not None or time.monotonic() > deadline:
@@ -173,7 +177,7 @@ def start() -> None:
         starting.release()
 
 
-def _spawn() -> "subprocess.Popen[bytes]":
+def _spawn(options: Sequence[str]) -> "subprocess.Popen[bytes]":
     global _started  # noqa: PLW0603  kept so that it can be reaped
     import subprocess  # noqa: PLC0415  most relays find a daemon and never need it
 
@@ -193,8 +197,8 @@ def _spawn() -> "subprocess.Popen[bytes]":
         else {"start_new_session": True}
     )
     try:
-        _started = subprocess.Popen(
-            [sys.executable, "-P", "-m", "fimserver", "daemon", "run"],
+        _started = subprocess.Popen(  # noqa: S603  our own interpreter
+            [sys.executable, "-P", "-m", "fimserver", "daemon", "run", *options],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

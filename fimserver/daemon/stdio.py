@@ -28,6 +28,9 @@ def serve(overrides: dict[str, object], *, has_daemon: bool = True) -> int:
 
 def run_stdio(overrides: dict[str, Any] | None = None) -> int:
     """Serve one editor over stdio until it leaves; return 0 after an orderly ``shutdown``, else 1."""
+    from fimserver.engine.early import start_early_worker  # noqa: PLC0415  subprocess
+
+    start_early_worker()
     from fimserver.daemon.logs import configure_logs, silence_dependencies  # noqa: PLC0415  structlog
     from fimserver.lsp.features import create_server  # noqa: PLC0415  pygls
 

@@ -1,6 +1,6 @@
 """Run the engine worker from the server's side: start it, exchange messages, restart it when it dies.
 
-    start()            start the worker process
+    start()            start the worker process, or take the one that waits (``early.py``)
     complete()         request a completion; returns a future of a Generation, partial answers go to a callback
     restart()          start another worker with other options; open requests wait for it
     unload_if_idle()   end a worker that was idle for some time; touch() or complete() starts it again
@@ -32,8 +32,6 @@ Threads: any thread may call, and no call waits for the worker. Each worker has 
 import json
 import queue
 import statistics
-import subprocess
-import sys
 import threading
 import time
 from collections import deque
@@ -42,15 +40,18 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
-from typing import Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from fimserver.datatypes import FimContext, Generation, ModelInfo, PartialAnswer, Sampling, from_plain, to_plain
+from fimserver.engine import early
 from fimserver.engine.schedule import Schedule, Ticket
 from fimserver.errors import CompletionCancelledError, EngineError
 from fimserver.framing import read_message, write_message
-from fimserver.paths import OUTSIDE
 from fimserver.settings import IN_PROCESS, NO_REMOTE, Remote, Settings
 from fimserver.states import StateMachine, Transitions
+
+if TYPE_CHECKING:
+    import subprocess
 
 MAX_DEATHS = 3
 DEATH_WINDOW_S = 60.0
@@ -161,7 +162,7 @@ class EngineOptions:
     digest: str = ""  # of the model folder's contents, if loading it needs the user's agreement
     agreed: str = ""  # the server to which the user agreed to send code
     idle_unload_minutes: float = 0.0
-    command: tuple[str, ...] = (sys.executable, "-P", "-m", "fimserver.engine.worker")
+    command: tuple[str, ...] = early.COMMAND
 
     def under(self, settings: Settings) -> "EngineOptions":
         """Return these options with the engine's part of the user's settings."""
@@ -365,6 +366,7 @@ class EngineClient:
             elif self._phase.state is not WorkerPhase.FAILED:
                 self._move(WorkerPhase.STOPPED, reason)
             self._finish_all(reason)
+        early.discard_early_worker()
         if worker is not None:
             _end(worker)
             worker.process.wait()
@@ -463,13 +465,15 @@ class EngineClient:
         self._expect_sign(LOAD_TIMEOUT_S)
 
     def _start_worker(self) -> _Worker:
-        process = subprocess.Popen(  # noqa: S603  our own interpreter
-            [*self.options.command, json.dumps(self.options.arguments)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            cwd=OUTSIDE,
-        )
-        worker = _Worker(process)
+        arguments, command = self.options.arguments, self.options.command
+        process = None
+        if self.options.engine == "local" and command == early.COMMAND:
+            process = early.take_early_worker()
+        else:
+            early.discard_early_worker()  # it has imported torch, which this engine does not need
+        worker = _Worker(process or early.spawn_worker((*command, json.dumps(arguments))))
+        if process is not None:
+            worker.outgoing.put({"type": "load", "options": arguments})
         threading.Thread(target=self._read, args=(worker,), daemon=True).start()
         threading.Thread(target=_write, args=(worker,), daemon=True).start()
         return worker

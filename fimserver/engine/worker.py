@@ -2,21 +2,24 @@
 
 The server sends one request at a time, because it decides which is next (``schedule.py``).
 
-    from the server   complete {id, context, sampling}   cancel {id}
+    from the server   load {options}     complete {id, context, sampling}     cancel {id}
     to the server     ready {info, device_bytes} | failed {message}    changed {info, detail, notice}
                       started {id}        partial {id, partial}   alive {id}
                       generation {id, generation, device_bytes}
                       cancelled {id}      error {id, message}
 
 Frames use private copies of the standard streams; file descriptor 1 then points at stderr, so a stray print
-cannot corrupt them. End of input ends the process: no worker outlives its server.
+cannot corrupt them. A worker without options on its command line was started early (``early.py``): it imports torch and
+the engine, and waits for ``load``. End of input ends the process: no worker outlives its server.
 
 Knows:  the engine, frames.  Never: LSP, documents.
 """
 
+import gc
 import json
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -58,6 +61,7 @@ _logger = logging.getLogger(__name__)
 class Inbox:
     """Waiting requests, shared by the reading and the computing thread."""
 
+    options: dict[str, Any] | None = None  # of a worker that was started early
     waiting: list[dict[str, Any]] = field(default_factory=list)
     cancelled: set[int] = field(default_factory=set)
     current: int | None = None
@@ -68,6 +72,19 @@ class Inbox:
         with self.changed:
             self.waiting.append(request)
             self.changed.notify()
+
+    def put_options(self, options: dict[str, Any]) -> None:
+        """Set the options of a worker that was started early."""
+        with self.changed:
+            self.options = options
+            self.changed.notify()
+
+    def wait_for_options(self) -> dict[str, Any]:
+        """Wait for the options of a worker that was started early."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.options is not None)
+            assert self.options is not None
+            return self.options
 
     def take(self) -> dict[str, Any]:
         """Wait for a request and take the oldest."""
@@ -115,16 +132,21 @@ class Outbox:
 
 
 def main() -> int:
-    """Run the worker; ``argv[1]`` is a JSON object with ``EngineOptions.arguments``."""
+    """Run the worker; ``argv[1]`` is a JSON object with ``EngineOptions.arguments``, or comes later in a message."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the command, which ends its worker
     stream_in, stream_out = take_private_streams()
     logging.basicConfig(stream=sys.stderr, level=logging.ERROR, format="fimserver engine: %(message)s")
     logging.getLogger("fimserver").setLevel(logging.WARNING)
-    options = json.loads(sys.argv[1])
     inbox, outbox = Inbox(), Outbox(stream_out)
     threading.Thread(target=read_requests, args=(stream_in, inbox, outbox), daemon=True).start()
     lower_priority()
     try:
         use_private_caches()
+        if len(sys.argv) > 1:
+            options = json.loads(sys.argv[1])
+        else:
+            import_engine()
+            options = inbox.wait_for_options()
         engine = load(options, outbox)
     except FimserverError as error:
         outbox.send("failed", message=str(error))
@@ -164,6 +186,8 @@ def read_requests(stream: BinaryIO, inbox: Inbox, outbox: Outbox) -> None:
         while (message := read_message(stream)) is not None:
             if message["type"] == "complete":
                 inbox.put(message)
+            elif message["type"] == "load":
+                inbox.put_options(message["options"])
             elif message["type"] == "cancel" and inbox.cancel(message["id"]):
                 outbox.send("cancelled", id=message["id"])
     finally:
@@ -200,16 +224,11 @@ def load_engine(  # noqa: PLR0913  the options of an engine
     agreed to, if an agreement was needed. Raises ``FimserverError``, also for a failed import.
     """
     check_content(find_model(model), digest)
-    os.environ["HF_HUB_OFFLINE"] = "1"  # no library may download anything
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    try:
-        import torch  # noqa: PLC0415  importing takes seconds
+    import_engine()
+    import torch  # noqa: PLC0415
 
-        logging.getLogger("torch").setLevel(logging.ERROR)  # transformers imports optional packages, which log warnings
-        from fimserver.engine.engine import Engine  # noqa: PLC0415
-    except ImportError as error:
-        msg = f"a package is missing ({error}); install it with: {install_command(error.name or 'torch')}"
-        raise FimserverError(msg) from error
+    from fimserver.engine.engine import Engine  # noqa: PLC0415
+
     torch.set_num_threads(threads or choose_threads(model))
     engine = Engine.load(model, device, context_tokens, report, fp4_activations=fp4_activations)
     hole = Hole(HoleKind.REST_OF_LINE, max_lines=1, estimated_tokens=1)
@@ -217,6 +236,23 @@ def load_engine(  # noqa: PLR0913  the options of an engine
     engine.forget()
     engine.probe()
     return engine
+
+
+def import_engine() -> None:
+    """Import torch and the engine. Raises ``FimserverError`` that names a missing package."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # no library may download anything
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    gc.disable()  # collecting takes an eighth of the time of these imports, and finds little
+    try:
+        import torch  # noqa: F401, PLC0415  importing takes seconds
+
+        logging.getLogger("torch").setLevel(logging.ERROR)  # transformers imports optional packages, which log warnings
+        from fimserver.engine.engine import Engine  # noqa: F401, PLC0415
+    except ImportError as error:
+        msg = f"a package is missing ({error}); install it with: {install_command(error.name or 'torch')}"
+        raise FimserverError(msg) from error
+    finally:
+        gc.enable()
 
 
 def choose_threads(model: str) -> int:

@@ -47,6 +47,7 @@ WITH_FAKE_WORKER = """
 import fimserver.engine.client as client
 defaults = client.EngineOptions.__init__.__defaults__
 client.EngineOptions.__init__.__defaults__ = (*defaults[:-1], ({python!r}, "-P", {worker!r}))
+client.early.start_early_worker = lambda: None
 """
 
 
@@ -60,7 +61,7 @@ def until(condition: Callable[[], Any], timeout_s: float = 30.0) -> Any:
 
 NEVER_ENDS = """
 import sys, time
-if sys.argv[-2:] == ["daemon", "run"]:
+if "daemon" in sys.argv and "run" in sys.argv:
     import fimserver.daemon.server as server
     server.Daemon.end = lambda self, reason: time.sleep(1000)
 """

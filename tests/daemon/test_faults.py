@@ -86,6 +86,7 @@ import os, sys, time
 import fimserver.engine.client as client
 defaults = client.EngineOptions.__init__.__defaults__
 client.EngineOptions.__init__.__defaults__ = (*defaults[:-1], ({python!r}, "-P", {worker!r}))
+client.early.start_early_worker = lambda: None
 """
 QUICK_WATCHDOG = "\nclient.HANG_TIMEOUT_S = 1.0\n"
 JUMPING_CLOCK = """

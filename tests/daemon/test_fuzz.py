@@ -43,6 +43,7 @@ SITE = """
 import fimserver.engine.client as client
 defaults = client.EngineOptions.__init__.__defaults__
 client.EngineOptions.__init__.__defaults__ = (*defaults[:-1], ({python!r}, "-P", {worker!r}))
+client.early.start_early_worker = lambda: None
 """
 LEAKS = ("Traceback", "site-packages", str(Path(fimserver.__file__).parent), sys.prefix)
 

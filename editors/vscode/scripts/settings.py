@@ -33,9 +33,9 @@ OWN: dict[str, dict[str, Any]] = {
         "type": "string",
         "default": "",
         "scope": "machine",
-        "markdownDescription": "Package index from which *Install the Server* takes torch and what torch needs, such as "
-        "a mirror in your company. If empty, PyTorch's own index is used. All other packages come from the index that "
-        "pip or uv is set to.",
+        "markdownDescription": "Package index from which *Install the Server* takes torch and what torch needs, such "
+        "as a mirror in your company. If empty, PyTorch's own index is used. All other packages come from the index "
+        "that pip or uv is set to.",
     },
     "trace.server": {
         "type": "string",

@@ -3,7 +3,8 @@
 A folder holds ``config.json``, ``generation_config.json``, ``model.safetensors`` (or shards with an index),
 ``tokenizer.json`` and ``fimserver.json`` (``checkpoints/metadata.py``).
 
-    load_weights  -> transformers' own class, DiffusionGemmaForBlockDiffusion or Qwen2ForCausalLM, in eval mode
+    load_weights  -> transformers' own class, DiffusionGemmaForBlockDiffusion or Qwen2ForCausalLM, in eval mode;
+                     for inference, the modules of ``skeleton.py`` with the same weights
 
 The class follows from ``model_type`` in config.json. Code of a model's repository is never run.
 
@@ -14,17 +15,9 @@ import logging
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import (
-    DiffusionGemmaConfig,
-    DiffusionGemmaForBlockDiffusion,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
 
 from fimserver.checkpoints.config_limits import check_layers, check_numbers
 from fimserver.checkpoints.folder import DAMAGED, read_json, weight_files
@@ -39,15 +32,20 @@ from fimserver.engine.kernels.packed import (
     tie_weight,
 )
 from fimserver.engine.loading.checkpoint import DECODER, ENCODER, Checkpoint, Format
+from fimserver.engine.loading.network_config import read_plain_config
 from fimserver.engine.loading.quantization_config import Quantization, read_quantization
+from fimserver.engine.loading.skeleton import create_skeleton, has_skeleton
 from fimserver.engine.loading.tensor_files import read_headers
 from fimserver.errors import WeightsError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 CPU = torch.device("cpu")
-_CLASSES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {  # by model_type
-    "diffusion_gemma": (DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "Dream": (Qwen2Config, Qwen2ForCausalLM),  # the same layers, trained for masked diffusion
+_CONFIGS = {  # transformers' classes by model_type
+    "diffusion_gemma": "DiffusionGemmaConfig",
+    "qwen2": "Qwen2Config",
+    "Dream": "Qwen2Config",  # the same layers, trained for masked diffusion
 }
 _ROTATIONS = ("default", "linear", "yarn", "llama3")  # those whose angles do not depend on the length of a text
 _IGNORED_KEYS = ("quantization_config", "model_type", "auto_map", "architectures")  # the rest describes the network
@@ -61,6 +59,7 @@ def load_weights(  # noqa: PLR0913  the options of a load
     device: torch.device = CPU,
     keeps_nvfp4: bool = False,
     keeps_vision: bool = False,
+    for_inference: bool = False,
     experts_on_device: int | None = None,
     report: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Any:
@@ -68,18 +67,21 @@ def load_weights(  # noqa: PLR0913  the options of a load
 
     Weights are read and checked one at a time, straight to the device. With ``keeps_nvfp4`` 4-bit weights stay so
     (``packed.py``), otherwise they are expanded to ``dtype`` once. The vision tower is skipped unless ``keeps_vision``
-    is set. ``report`` gets bytes read and total bytes.
+    is set. With ``for_inference`` transformers' classes are not imported, except for the few configurations without a
+    skeleton, and vision is skipped. ``report`` gets bytes read and total bytes.
 
     With ``experts_on_device`` the experts are in main memory and that many of each layer, at least 1, on the device
     (``expert_cache.py``); this requires experts that stay in 4 bits.
     """
-    config = read_config(folder)
-    model, checkpoint = _open(folder, config)
-    if not (keeps_vision and checkpoint.has_vision):
+    config = read_config(folder, for_inference=for_inference)
+    if for_inference and not has_skeleton(config):
+        for_inference, config = False, read_config(folder)
+    model, checkpoint = _open(folder, config, for_inference=for_inference)
+    if for_inference or not (keeps_vision and checkpoint.has_vision):
         _drop_vision(model)
         checkpoint.leave_out_vision()
     _compare_formats(read_quantization(folder), checkpoint)
-    is_dense = isinstance(config, Qwen2Config)
+    is_dense = config.model_type == "qwen2"
     _check_room(checkpoint, dtype, device, keeps_nvfp4=keeps_nvfp4, is_dense=is_dense)
     if experts_on_device is None:
         weights = checkpoint.read(device=device, dtype=dtype, keeps_nvfp4=keeps_nvfp4, report=report)
@@ -92,6 +94,8 @@ def load_weights(  # noqa: PLR0913  the options of a load
             experts.stay_on_host(experts_on_device, device)
     if (path := folder / "generation_config.json").exists():
         read_json(path)  # the class would wait for a pipe
+        if for_inference:
+            return model
         try:
             model.generation_config = type(model).generation_config_class.from_pretrained(str(folder))
         except (OSError, TypeError, ValueError, KeyError, AttributeError) as error:
@@ -100,16 +104,16 @@ def load_weights(  # noqa: PLR0913  the options of a load
     return model
 
 
-def _open(folder: Path, config: PreTrainedConfig) -> tuple[Any, Checkpoint]:
+def _open(folder: Path, config: "PreTrainedConfig", *, for_inference: bool = False) -> tuple[Any, Checkpoint]:
     """Return an empty model and the folder's headers; the number of layers is compared before modules are made."""
     stored = read_headers(weight_files(folder))
     check_layers(read_json(folder / "config.json"), stored, folder)
-    model = _create_empty(folder, config)
+    model = _create_empty(folder, config, for_inference=for_inference)
     return model, Checkpoint.open(folder, _shapes_of(model), stored)
 
 
 def create_model(
-    config: PreTrainedConfig, weights: Iterable[tuple[str, torch.Tensor | NVFP4Tensor]], device: torch.device
+    config: "PreTrainedConfig", weights: Iterable[tuple[str, torch.Tensor | NVFP4Tensor]], device: torch.device
 ) -> Any:
     """Create a model without vision from given weights, by the names of ``expected_shapes``."""
     model = _create_class(config)
@@ -117,10 +121,12 @@ def create_model(
     return _fill(model, weights, device, "the weights given")
 
 
-def _create_class(config: PreTrainedConfig) -> Any:
-    """Return the model of a configuration, without memory for its weights."""
+def _create_class(config: "PreTrainedConfig") -> Any:
+    """Return transformers' model of a configuration, without memory for its weights."""
+    from transformers import DiffusionGemmaForBlockDiffusion, Qwen2ForCausalLM  # noqa: PLC0415  takes two seconds
+
     with torch.device("meta"):
-        return next(model(config) for kind, model in _CLASSES.values() if isinstance(config, kind))
+        return Qwen2ForCausalLM(config) if config.model_type == "qwen2" else DiffusionGemmaForBlockDiffusion(config)
 
 
 def _drop_vision(model: Any) -> None:
@@ -148,15 +154,17 @@ def _fill(
     return model.eval()
 
 
-def _create_empty(folder: Path, config: PreTrainedConfig) -> Any:
+def _create_empty(folder: Path, config: "PreTrainedConfig", *, for_inference: bool) -> Any:
     try:
+        if for_inference:
+            return create_skeleton(config)
         return _create_class(config)
     except (TypeError, ValueError, KeyError, AttributeError, AssertionError, ArithmeticError, RuntimeError) as error:
         msg = f"{folder / 'config.json'} lacks a number of the model ({error}); copy the model folder again"
         raise WeightsError(msg) from error
 
 
-def _shapes_of(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+def _shapes_of(model: Any) -> dict[str, tuple[int, ...]]:
     tied = model.all_tied_weights_keys
     return {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in tied}
 
@@ -166,7 +174,8 @@ def _make_constants(module: Any, device: torch.device, owner: Any = None) -> Non
     owner = module if hasattr(module, "_init_weights") else owner
     if names := module._non_persistent_buffers_set:  # noqa: SLF001  torch has no public equivalent
         for name in names:
-            module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")  # noqa: SLF001
+            buffer = module.get_buffer(name)  # empty_like would import sympy for one on the meta device
+            module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)  # noqa: SLF001
         owner._init_weights(module)  # noqa: SLF001  its weights are on the meta device, and stay unwritten
         for name in names:
             module._buffers[name] = module._buffers[name].to(device)  # noqa: SLF001
@@ -254,27 +263,38 @@ def available_bytes() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
-def read_config(folder: Path) -> Any:
-    """Parse ``config.json``. Raises ``WeightsError`` for another class of model."""
+def read_config(folder: Path, *, for_inference: bool = False) -> Any:
+    """Parse ``config.json``. Raises ``WeightsError`` for another class of model.
+
+    With ``for_inference`` transformers is not imported if ``network_config.py`` can read the values. Otherwise the part
+    about vision is skipped, whose class imports torch's compiler.
+    """
     path = folder / "config.json"
     values = read_json(path)
     check_numbers(values, str(path))
-    found = _CLASSES.get(str(values.get("model_type")))
+    found = _CONFIGS.get(str(values.get("model_type")))
     if found is None:
-        msg = f"{path}: model_type is {values.get('model_type')!r}; it may be: {', '.join(_CLASSES)}"
+        msg = f"{path}: model_type is {values.get('model_type')!r}; it may be: {', '.join(_CONFIGS)}"
         raise WeightsError(msg)
     read_quantization(folder)  # raises for an unsupported quantization
+    if for_inference and (plain := read_plain_config(values)) is not None:
+        return plain
+    import transformers  # noqa: PLC0415  takes most of a second
+
+    values = {k: v for k, v in values.items() if k not in _IGNORED_KEYS}
+    if for_inference and found == "DiffusionGemmaConfig":
+        values["vision_config"] = transformers.PreTrainedConfig()
     try:
-        config = found[0].from_dict({k: v for k, v in values.items() if k not in _IGNORED_KEYS})
+        config = getattr(transformers, found)(**values)  # from_dict would write it as text for its log
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
         msg = f"{path} does not describe a model ({error}); copy the model folder again"
         raise WeightsError(msg) from error
-    if isinstance(config, Qwen2Config):
+    if config.model_type == "qwen2":
         _check_dense(path, config)
     return config
 
 
-def _check_dense(path: Path, config: Qwen2Config) -> None:
+def _check_dense(path: Path, config: Any) -> None:
     """Reject a variant of Qwen2 that ``modeling/qwen2.py`` would compute differently from transformers."""
     if config.hidden_act != "silu":
         msg = f"{path}: hidden_act is {config.hidden_act!r}; only 'silu' is supported"
@@ -290,10 +310,10 @@ def _check_dense(path: Path, config: Qwen2Config) -> None:
 
 def is_dense_config(folder: Path) -> bool:
     """Return whether a folder's model has the layers of Qwen2. Raises ``WeightsError``."""
-    return isinstance(read_config(folder), Qwen2Config)
+    return bool(read_config(folder, for_inference=True).model_type == "qwen2")
 
 
-def expected_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+def expected_shapes(config: "PreTrainedConfig") -> dict[str, tuple[int, ...]]:
     """Return name and shape of every tensor a checkpoint must hold; tied weights are listed once."""
     return _shapes_of(_create_class(config))
 

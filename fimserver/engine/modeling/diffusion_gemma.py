@@ -8,9 +8,10 @@ Shapes:  N rows, C canvas positions, V vocabulary, H hidden size.
 Equal:   to transformers' own modules, within float rounding (tests/engine/modeling/test_diffusion_gemma.py).
 """
 
+from typing import Any
+
 import torch
 from torch.nn import functional
-from transformers import DiffusionGemmaForBlockDiffusion
 
 from fimserver.engine.kernels.matmul import PLAIN, MatmulBackend
 from fimserver.engine.kernels.packed import find_packed_experts
@@ -22,11 +23,9 @@ _ACTIVATION = "gelu_pytorch_tanh"  # the activation in triton_kernels.py and the
 
 
 class DiffusionGemma(Backbone):
-    """The forward pass over the weights of transformers' DiffusionGemmaForBlockDiffusion."""
+    """The forward pass over the weights of transformers' DiffusionGemmaForBlockDiffusion, or of its skeleton."""
 
-    def __init__(
-        self, reference: DiffusionGemmaForBlockDiffusion, matmul: MatmulBackend = PLAIN, *, consumes: bool = False
-    ) -> None:
+    def __init__(self, reference: Any, matmul: MatmulBackend = PLAIN, *, consumes: bool = False) -> None:
         """Build from ``reference``; ``matmul`` multiplies by 4-bit weights, ``consumes`` frees layers as they are read.
 
         Raises ``WeightsError`` if experts in 4 bits have another activation than the class's.

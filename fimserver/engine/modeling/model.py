@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Qwen2ForCausalLM
 
 from fimserver.checkpoints.engine_limits import CAPTURED_LENGTH_MULTIPLE
 from fimserver.checkpoints.gpus import NO_GPU
@@ -61,7 +60,7 @@ class Model:
         self._expert_caches = [m.cache for m in find_packed_experts(reference) if m.cache is not None]
         self.cpu_kernels = cpu_kernels or CpuKernels()
         self.network: Backbone
-        if isinstance(reference, Qwen2ForCausalLM):
+        if reference.config.model_type == "qwen2":
             self.network = Qwen2(reference, self.choice.matmul, consumes=consumes, cpu_kernels=self.cpu_kernels)
         else:
             self.network = DiffusionGemma(reference, self.choice.matmul, consumes=consumes)
@@ -101,6 +100,7 @@ class Model:
             dtype=torch.bfloat16,
             device=device,
             keeps_nvfp4=True,
+            for_inference=True,
             experts_on_device=on_device,
             report=report,
         )
@@ -121,7 +121,7 @@ class Model:
     ) -> "Model":
         is_dense = is_dense_config(folder)
         dtype = choose_float_dtype() if is_dense and device.type == "cpu" else torch.float32
-        network = load_weights(folder, dtype=dtype, report=report)
+        network = load_weights(folder, dtype=dtype, for_inference=True, report=report)
         if not (is_dense and device.type == "cpu"):
             return cls(network.to(device), metadata)
         layer = network.model.layers[0].mlp

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-from transformers import Qwen2ForCausalLM
 
 from fimserver.engine.kernels.cpu_linear import CpuKernels, CpuLinear
 from fimserver.engine.kernels.matmul import PLAIN, MatmulBackend
@@ -26,11 +25,11 @@ _Projection = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Qwen2(Backbone):
-    """The forward pass over the weights of transformers' Qwen2ForCausalLM."""
+    """The forward pass over the weights of transformers' Qwen2ForCausalLM, or of its skeleton."""
 
     def __init__(
         self,
-        reference: Qwen2ForCausalLM,
+        reference: Any,
         matmul: MatmulBackend = PLAIN,
         *,
         consumes: bool = False,
