@@ -68,6 +68,7 @@ class Configuration:
         self.own_models: set[str] = set()  # named where a repository cannot: config.toml, the command line
         self.is_own_engine = True  # so is the engine, and where it is
         self._own: dict[str, Any] = {}  # values of WORKSPACE that are the user's own, as the editor says
+        self._next_own: dict[str, Any] = {}  # those of the next answer
         self._layers: dict[Source, dict[str, Any]] = {}
         self._find_model = find_model
         self.on_change = on_change
@@ -99,16 +100,17 @@ class Configuration:
     def set_layer(self, source: Source, values: dict[str, Any]) -> list[str]:
         """Replace the values of one source."""
         self._layers[source] = values
+        if source is Source.WORKSPACE:
+            self._own = self._next_own
         return self.reread()
 
-    def set_own(self, values: dict[str, Any]) -> list[str]:
-        """Take the editor's word on which values of its settings are the user's own, not those of a repository.
+    def set_own(self, values: dict[str, Any]) -> None:
+        """Take the editor's word on which values of its next settings are the user's own, not those of a repository.
 
-        A setting counts as the user's only while it has that value, so the order of the editor's messages is of no
-        importance.
+        A setting counts as the user's only while it has that value: an answer that comes before its vouching is asked
+        about, and never taken for the user's.
         """
-        self._own = values
-        return self.reread()
+        self._next_own = values
 
     def set_trust(self, *, trusted: bool) -> list[str]:
         """Take the editor's word on workspace trust, which decides which settings count."""

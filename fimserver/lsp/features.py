@@ -129,7 +129,7 @@ def _register_own(server: FimLanguageServer) -> None:
     @server.feature(OWN_NOTIFICATION)
     def did_vouch_for_settings(params: Any) -> None:
         server.session.counters["ownSettings"] += 1
-        server.apply_settings(server.configuration.set_own(_read_object(getattr(params, "settings", None))))
+        server.configuration.set_own(_read_object(getattr(params, "settings", None)))
 
     @server.feature(TRUST_NOTIFICATION)
     def did_change_trust(params: Any) -> None:

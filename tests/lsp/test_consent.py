@@ -219,17 +219,30 @@ def vouch(server: FakeServer, **settings: Any) -> None:
     server.notify("fimserver/ownSettings", {"settings": json.dumps(settings)})
 
 
-@pytest.mark.parametrize("vouches_first", [True, False])
-def test_the_users_own_model_needs_no_question(start_fake: Start, folder: Path, vouches_first: bool) -> None:
+def test_the_users_own_model_needs_no_question(start_fake: Start, folder: Path, tmp_path: Path) -> None:
     server = start_fake(folders=[HERE], workspace={"configuration": True})
     server.wait_until_ready()
-    if vouches_first:
-        vouch(server, model=str(folder))
+    vouch(server, model=str(folder))
+    pull(server, model=str(folder))
+    until(lambda: loaded(server) == ["tiny", str(folder)])
+    vouch(server, model=str(tmp_path))
+    pull(server, model=str(tmp_path))
+    until(lambda: loaded(server)[-1] == str(tmp_path))
+    vouch(server)
+    pull(server)
+    until(lambda: loaded(server)[-1] == "tiny")
+    assert asked(server) == []
+    assert model_of(server) == "None"
+
+
+def test_vouching_that_comes_late_is_asked_about(start_fake: Start, folder: Path) -> None:
+    server = start_fake(folders=[HERE], workspace={"configuration": True})
+    server.wait_until_ready()
     pull(server, model=str(folder))
     vouch(server, model=str(folder))
-    until(lambda: loaded(server) == ["tiny", str(folder)])
-    assert len(asked(server)) == (0 if vouches_first else 1)
-    assert model_of(server) == "None"
+    until(lambda: asked(server))
+    pull(server, model=str(folder))
+    until(lambda: loaded(server)[-1] == str(folder))
 
 
 @pytest.mark.parametrize("vouches_first", [True, False])
