@@ -365,5 +365,5 @@ def test_doctor_says_what_answers_and_how_much_was_sent(home: Path, tmp_path: Pa
         assert "suffix, healing, token ids, probabilities" in shown
         assert f"{sent} bytes were sent there" in shown
     shown = run_doctor(tmp_path, server.url)
-    assert "FAIL model     llamacpp-server; tiny answered in its place" in shown
+    assert "FAIL model       llamacpp-server; tiny answered in its place" in shown
     assert "nothing answers there" in shown
