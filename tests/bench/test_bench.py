@@ -272,7 +272,7 @@ def test_plots(tmp_path: Path) -> None:
 
 def test_plots_without_matplotlib_name_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(FimserverError, match=r"fimserver\[plots\]"):
+    with pytest.raises(FimserverError, match=r"matplotlib>="):
         check_plots(tmp_path)
 
 
