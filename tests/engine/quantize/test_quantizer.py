@@ -373,6 +373,7 @@ import sys, torch
 from pathlib import Path
 from fimserver.engine.quantize.quantizer import quantize_folder
 from fimserver.engine.quantize.plan import QuantizerOptions
+from transformers import DiffusionGemmaForBlockDiffusion  # which quantizing imports, and which is no part of the model
 torch.set_num_threads(1)
 def resident(key): return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(key)) * 1024
 before = resident("VmRSS")
