@@ -147,6 +147,9 @@ export class Server implements vscode.Disposable {
       await this.onEnded(client, error instanceof Error ? error.message : String(error));
       return;
     }
+    if (this.client !== client) {
+      return; // it has ended already, or was stopped: a start can succeed although the process is gone
+    }
     this.hasRun = true;
     this.backoff.onStarted();
     const left = this.snoozedUntil - Date.now();
