@@ -70,20 +70,21 @@ def find_place(
         return refusal
     if not snapshot.cursor and without_mark(snapshot).shift:
         return NoCompletion("before_mark", "the cursor is before the byte order mark, which has to stay first")
+    if settings.word_start == "menu" and not invoked and begins_word(snapshot):
+        return NoCompletion("word_start", "a word begins here, and fimserver.wordStart puts the menu first")
     focus = find_focus(snapshot)
     tree = parse(focus.snapshot.text, focus.snapshot.language_id, memory.tree if memory else None)
     if memory is not None:
         memory.tree = tree
-    if settings.word_start == "menu" and not invoked and begins_word(snapshot):
-        return NoCompletion("word_start", "a word begins here, and fimserver.wordStart puts the menu first")
     hole = find_hole(focus.snapshot, tree, settings)
     return hole if isinstance(hole, NoCompletion) else Place(snapshot, focus, tree, hole)
 
 
 def begins_word(snapshot: Snapshot) -> bool:
     """Return whether the cursor is after the first characters of a word, or where the name of a member begins."""
-    before, after = snapshot.text[max(0, snapshot.cursor - _MEMBER) : snapshot.cursor], snapshot.text[snapshot.cursor :]
-    return _WORD_START.search(before) is not None and not re.match(r"\w", after[:1])
+    text, cursor = snapshot.text, snapshot.cursor
+    begins = _WORD_START.search(text[max(0, cursor - _MEMBER) : cursor]) is not None
+    return begins and not re.match(r"\w", text[cursor : cursor + 1])
 
 
 def complete_place(text: str, place: Place, origin: Origin = WHOLE) -> Completion | NoCompletion:

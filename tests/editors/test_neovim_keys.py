@@ -129,15 +129,20 @@ BLINK_KEYMAPS = {
 }
 
 
-def check_tab(terminal: Terminal) -> None:
-    """Accept with Tab, twice, because these plugins map their keys each time insert mode begins; then indent."""
-    for _ in range(2):
+def accept_by_tab(terminal: Terminal, times: int) -> None:
+    """Accept with Tab, and leave and enter insert mode before each next time."""
+    for _ in range(times):
         terminal.send("Tab")
         wait_for_line(terminal, "x = one")
         terminal.command("call setline(1, 'x =')")
         terminal.go(1)
         terminal.type(" ")
         terminal.wait_for("x = one")
+
+
+def check_tab(terminal: Terminal) -> None:
+    """Accept with Tab, twice, because these plugins map their keys each time insert mode begins; then indent."""
+    accept_by_tab(terminal, 2)
     terminal.send("Tab")
     wait_for_line(terminal, "x = one")
     terminal.send("Tab")
@@ -163,10 +168,4 @@ def test_a_chosen_tab_comes_before_a_chain_without_an_end(open_editor: Open) -> 
     keymap = "{ preset = 'none', ['<Tab>'] = { 'select_next' } }"
     code = folder_of("FIMSERVER_TEST_BLINK", "blink.cmp") + BLINK.replace("KEYMAP", keymap)
     terminal = open_editor("keys = { accept = '<Tab>' }", before=code)
-    for _ in range(3):
-        terminal.send("Tab")
-        wait_for_line(terminal, "x = one")
-        terminal.command("call setline(1, 'x =')")
-        terminal.go(1)
-        terminal.type(" ")
-        terminal.wait_for("x = one")
+    accept_by_tab(terminal, 3)

@@ -1,6 +1,6 @@
 // Explains why there was or was no completion, and which action would change that.
 
-import { toParts } from "./headline";
+import { capitalized, toParts } from "./headline";
 
 export interface Explained {
   readonly last: {
@@ -20,7 +20,7 @@ const SOURCES: Readonly<Record<string, string>> = {
   cache: "It continues an earlier completion.",
 };
 
-export type Remedy = "endSnooze" | "turnOn" | "turnOnLanguage" | "restart" | "settings" | "setup";
+export type Remedy = "endSnooze" | "turnOn" | "restart" | "settings" | "setup";
 
 export interface Sentence {
   readonly text: string;
@@ -86,7 +86,7 @@ const REMEDIES: Readonly<Record<string, Remedy>> = {
   in_docstring: "settings",
   in_string: "settings",
   language_not_learned: "setup",
-  language_off: "turnOnLanguage",
+  language_off: "turnOn",
   low_confidence: "settings",
   no_consent: "settings",
   word_start: "settings",
@@ -104,7 +104,7 @@ export function toSentence({ last, engine }: Explained): Sentence {
   }
   const detail = last.detail ?? "The server gave no reason";
   const headline = HEADLINES[last.reason ?? ""] ?? toParts(detail).headline;
-  const rest = `${detail.charAt(0).toUpperCase()}${detail.slice(1)}.`;
+  const text = `${headline}. ${capitalized(detail)}.`;
   const remedy = REMEDIES[last.reason ?? ""];
-  return remedy === undefined ? { text: `${headline}. ${rest}` } : { text: `${headline}. ${rest}`, remedy };
+  return remedy === undefined ? { text } : { text, remedy };
 }

@@ -27,7 +27,6 @@ const REFRESH_WITHIN_MS = 200; // that the menu waits for the server
 const REMEDIES: Readonly<Record<Remedy, { title: string; action: Action }>> = {
   endSnooze: { title: "End the Snooze", action: { kind: "snooze", minutes: 0 } },
   turnOn: { title: "Turn On", action: { kind: "turnOn" } },
-  turnOnLanguage: { title: "Turn On", action: { kind: "turnOn" } },
   restart: { title: "Restart", action: { kind: "restart" } },
   settings: { title: "Settings", action: { kind: "settings" } },
   setup: { title: "Get a Model", action: { kind: "setup" } },

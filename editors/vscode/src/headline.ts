@@ -12,10 +12,15 @@ export interface Parts {
 const NAME = /^fimserver(?::| gives no completions:)\s+/;
 const ENDS = [/[.?!](?=\s)/, /[;:](?=\s)/, /,(?=\s)| \(/]; // of a sentence, of a clause, of a part
 
+/** Return a text with its first letter in upper case. */
+export function capitalized(text: string): string {
+  return text.charAt(0).toUpperCase() + text.slice(1);
+}
+
 /** Return a text's headline and its details. A headline that would be too long is cut, and the details repeat it. */
 export function toParts(message: string): Parts {
   const plain = message.trim().replace(NAME, "").replace(/\s+/g, " ");
-  const text = plain.charAt(0).toUpperCase() + plain.slice(1);
+  const text = capitalized(plain);
   if (text.length <= MOST) {
     return { headline: text.replace(/\.$/, ""), detail: "" };
   }
@@ -24,7 +29,7 @@ export function toParts(message: string): Parts {
     if (found !== null && found.index > 0 && found.index < MOST) {
       const length = found.index + (/[?!]/.test(found[0]) ? 1 : 0);
       const rest = text.slice(length).replace(/^[.;:,]?\s*/, "");
-      return { headline: text.slice(0, length), detail: rest.charAt(0).toUpperCase() + rest.slice(1) };
+      return { headline: text.slice(0, length), detail: capitalized(rest) };
     }
   }
   const cut = text.slice(0, MOST - 3).replace(/\s+\S*$/, "");

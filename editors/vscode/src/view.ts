@@ -1,5 +1,7 @@
 // The server's state as the user sees it: the status item's text and its menu.
 
+import { capitalized } from "./headline";
+
 export type Phase = "missing" | "starting" | "loading" | "ready" | "failed" | "stopped";
 
 /** State of the server. */
@@ -76,13 +78,9 @@ function engineLine(view: View): string[] {
   return [`Model: ${model}, on ${device}`];
 }
 
-function title(id: string): string {
-  return id.charAt(0).toUpperCase() + id.slice(1);
-}
-
 /** Name the languages that the model was trained on. */
 export function namesOf(learned: readonly string[]): string {
-  const few = learned.slice(0, 2).map(title).join(", ");
+  const few = learned.slice(0, 2).map(capitalized).join(", ");
   return learned.length > 2 ? `${few}, ...` : few;
 }
 
