@@ -168,7 +168,8 @@ def doctor(
     With --gpu nothing is checked: fimserver plans the memory of --model, which may be a published model that is not
     downloaded, the shipped model or a folder.
     """
-    from fimserver.cli.doctor import plan_model, print_plan, run_checks  # noqa: PLC0415
+    from fimserver.cli.doctor.checks import run_checks  # noqa: PLC0415
+    from fimserver.cli.doctor.plans import plan_model, print_plan  # noqa: PLC0415
 
     settings = read_options(options, pairs, reports=False)
     if gpu is None:

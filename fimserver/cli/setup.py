@@ -28,7 +28,7 @@ from fimserver.checkpoints.known import is_permissive, read_known
 from fimserver.checkpoints.memory import Checkpoint, find_checkpoint
 from fimserver.checkpoints.metadata import Canvas, read_metadata
 from fimserver.checkpoints.planner import plan_on_cpu, plan_on_gpu
-from fimserver.cli.doctor import check_model
+from fimserver.cli.doctor.checks import check_model
 from fimserver.cli.machine import FoundServer, Machine, look_at_machine, simulate_gpu
 from fimserver.cli.terminal import echo, make_console, plain
 from fimserver.errors import FimserverError, SettingsError

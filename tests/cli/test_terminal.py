@@ -11,7 +11,7 @@ from rich.table import Table
 import fimserver.cli
 from fimserver.checkpoints.installed import record_file
 from fimserver.cli import explain, model
-from fimserver.cli.doctor import run_checks
+from fimserver.cli.doctor.checks import run_checks
 from fimserver.cli.options import with_progress
 from fimserver.cli.terminal import echo, make_console, plain
 from fimserver.settings import Settings

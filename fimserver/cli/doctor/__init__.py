@@ -1,0 +1,1 @@
+"""Check the installation and the model, or plan the memory of a model (``fimserver doctor``)."""
