@@ -3,6 +3,7 @@
     reserve   make room after the prompt for the rows of a pass
     keep      make rows of the last pass the prompt's continuation
     trim      forget all but the first tokens
+    save      copy the prompt's keys and values; ``load`` puts them back
 
 A sliding layer sees ``window`` tokens back, so older ones can be dropped. Half of the margin is for tokens that may be
 deleted before the prompt has to be encoded again, the other half for tokens written next. This bounds the memory of
@@ -30,6 +31,25 @@ class CacheShape:
     window: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class SavedPrompt:
+    """Copies of one prompt's keys and values, without spare room."""
+
+    length: int
+    base: int
+    keys: tuple[torch.Tensor, ...]
+    values: tuple[torch.Tensor, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the copies."""
+        return sum(t.nbytes for t in (*self.keys, *self.values))
+
+    def can_trim(self, length: int, window: int | None) -> bool:
+        """See ``KVCache.can_trim``."""
+        return window is None or self.base == 0 or length - window >= self.base
+
+
 class KVCache:
     """Keys and values of every layer; the first ``length`` tokens are the prompt's, passes write after them.
 
@@ -50,9 +70,23 @@ class KVCache:
         self.values = [torch.empty_like(keys) for keys in self.keys]
 
     @property
+    def window(self) -> int | None:
+        """Window of the sliding layers in tokens; ``None`` without sliding layers."""
+        return self._window
+
+    @property
     def num_bytes(self) -> int:
         """Memory of the buffers."""
         return sum(t.nbytes for t in (*self.keys, *self.values))
+
+    @property
+    def num_prompt_bytes(self) -> int:
+        """Memory of the prompt's keys and values alone."""
+        held = (self.length - self.start_of(layer) for layer in range(len(self._shapes)))
+        return sum(
+            count * (keys[:, :1].nbytes + values[:, :1].nbytes)
+            for count, keys, values in zip(held, self.keys, self.values, strict=True)
+        )
 
     def start_of(self, layer: int) -> int:
         """Return the first token that a layer's buffers hold."""
@@ -71,9 +105,22 @@ class KVCache:
             wanted = max(held + num_rows, capacity + min(max(MIN_GROWTH_TOKENS, capacity // 2), MAX_GROWTH_TOKENS))
             if shape.window is not None and self._window is not None:
                 wanted = max(held + num_rows, min(wanted, self._window + self._margin))
-            self.generation += 1
-            for buffers in (self.keys, self.values):
-                buffers[layer] = functional.pad(buffers[layer], (0, 0, 0, wanted - capacity))
+            self._grow(layer, wanted)
+
+    @torch.inference_mode()
+    def reserve_all(self, num_tokens: int) -> None:
+        """Make room for all prompts of up to ``num_tokens`` and the rows after them, so that no buffer moves later."""
+        for layer, shape in enumerate(self._shapes):
+            wanted = num_tokens
+            if shape.window is not None and self._window is not None:
+                wanted = min(wanted, self._window + self._margin)
+            if wanted > self.keys[layer].shape[1]:
+                self._grow(layer, wanted)
+
+    def _grow(self, layer: int, capacity: int) -> None:
+        self.generation += 1
+        for buffers in (self.keys, self.values):
+            buffers[layer] = functional.pad(buffers[layer], (0, 0, 0, capacity - buffers[layer].shape[1]))
 
     def _slide(self, base: int) -> None:
         """Move the tokens from ``base`` on to the front of the sliding layers' buffers."""
@@ -94,6 +141,25 @@ class KVCache:
                 for buffer in (self.keys[layer], self.values[layer]):
                     buffer[:, begin : begin + len(rows)] = buffer[:, chosen + begin]
         self.length += len(rows)
+
+    @torch.inference_mode()
+    def save(self) -> SavedPrompt:
+        """Return copies of the prompt's keys and values."""
+        held = [self.length - self.start_of(layer) for layer in range(len(self._shapes))]
+        keys, values = (
+            tuple(buffer[:, :count].clone() for buffer, count in zip(buffers, held, strict=True))
+            for buffers in (self.keys, self.values)
+        )
+        return SavedPrompt(self.length, self.base, keys, values)
+
+    @torch.inference_mode()
+    def load(self, saved: SavedPrompt) -> None:
+        """Put a saved prompt in place of the current one, in the same buffers if they have room."""
+        self.length, self.base = saved.length, saved.base
+        self.reserve(0)
+        for buffers, copies in ((self.keys, saved.keys), (self.values, saved.values)):
+            for buffer, copy in zip(buffers, copies, strict=True):
+                buffer[:, : copy.shape[1]] = copy
 
     @torch.inference_mode()
     def pretend(self, length: int, generator: torch.Generator) -> None:

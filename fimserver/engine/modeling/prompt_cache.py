@@ -1,9 +1,11 @@
-"""Keep the KV caches of the last prompts, so that only new tokens are encoded while the user types.
+"""Keep the keys and values of the last prompts, so that only new tokens are encoded while the user types.
 
     encode(model, ids)   takes the prompt with the longest common prefix, trims it to that, encodes the rest
 
 The encoder is causal, so keys and values of a common prefix are exact whatever follows. Several prompts are kept, one
-per place that is being edited; the least recently used one is dropped first when memory is short.
+per place that is being edited; the least recently used one is dropped first when memory is short. Only the current
+prompt is in the KV cache that passes run over; the others are copies, since CUDA graphs read buffers at fixed
+addresses (``graphs.py``).
 
 Knows:   token ids, keys, values.  Never: text, canvases.
 Equal:   to a fresh encode within float rounding (tests/engine/modeling/test_prompt_cache.py states the tolerance).
@@ -15,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fimserver.checkpoints.engine_limits import CHUNK_TOKENS, MAX_PROMPT_CACHE_BYTES
-from fimserver.engine.modeling.kv_cache import KVCache
+from fimserver.engine.modeling.kv_cache import KVCache, SavedPrompt
 from fimserver.engine.modeling.model import Model
 
 MAX_PROMPTS = 8
@@ -33,35 +35,34 @@ class Encoded:
 
 @dataclass(eq=False)
 class _Held:
-    """One prompt's cache and the ids in it."""
+    """One prompt: its ids, and copies of its keys and values unless it is the current one."""
 
-    cache: KVCache
     token_ids: list[int] = field(default_factory=list)
-
-    def count_shared(self, wanted: Sequence[int]) -> int:
-        """Return the number of leading tokens to reuse: 0 if sliding layers have dropped keys they would need."""
-        common = common_prefix_length(self.token_ids, wanted)
-        return common if common == len(self.token_ids) or self.cache.can_trim(common) else 0
+    saved: SavedPrompt | None = None
 
 
 class PromptCache:
-    """KV caches of several prompts; ``cache`` and ``token_ids`` are those of the last one encoded."""
+    """Several prompts; ``cache`` and ``token_ids`` are those of the last one encoded.
+
+    ``max_bytes`` bounds the copies of the others.
+    """
 
     def __init__(
         self, model: Model, *, max_prompts: int = MAX_PROMPTS, max_bytes: int = MAX_PROMPT_CACHE_BYTES
     ) -> None:
         self._model = model
         self._max_prompts, self._max_bytes = max_prompts, max_bytes
-        self.clear()
+        self.cache: KVCache = model.new_cache()  # the same for good
+        self._held = [_Held()]  # in order of use, the current one last
 
     def clear(self) -> None:
         """Drop all prompts."""
-        self._held = [_Held(self._model.new_cache())]  # in order of use, the most recent last
+        self._held = [_Held()]
+        self.cache.trim(0)
 
-    @property
-    def cache(self) -> KVCache:
-        """Keys and values of the last encoded prompt."""
-        return self._held[-1].cache
+    def drop_others(self) -> None:
+        """Drop all prompts but the current one."""
+        del self._held[:-1]
 
     @property
     def token_ids(self) -> list[int]:
@@ -74,9 +75,9 @@ class PromptCache:
         return len(self._held)
 
     @property
-    def num_bytes(self) -> int:
-        """Memory of all prompts."""
-        return sum(held.cache.num_bytes for held in self._held)
+    def num_saved_bytes(self) -> int:
+        """Memory of the prompts that are not the current one."""
+        return _sum_saved(self._held)
 
     def encode(self, token_ids: Sequence[int], *, between: Callable[[], None] = lambda: None) -> Encoded:
         """Bring a cache to ``token_ids``; ``between`` is called between passes and may raise.
@@ -105,36 +106,64 @@ class PromptCache:
     def reuse(self, token_ids: Sequence[int]) -> int:
         """Trim the best prompt to its common prefix, at most all but the last token; return how many tokens remain."""
         wanted = token_ids[:-1]
-        common = [held.count_shared(wanted) for held in self._held]
+        common = [self._count_shared(held, wanted) for held in self._held]
         best = max(range(len(common)), key=lambda i: (common[i], i))
         is_little = common[best] < min(_WORTH_TOKENS, len(wanted) // 2)
         if is_little and self._max_prompts > 1:
-            self._held.append(_Held(self._model.new_cache()))
+            self._switch_to(_Held())
             self._evict()
             return 0
-        held = self._held.pop(best)
-        self._held.append(held)
+        held = self._held[best]
+        if held is not self._held[-1]:
+            self._switch_to(held)
         del held.token_ids[common[best] :]
-        held.cache.trim(common[best])
+        self.cache.trim(common[best])
         return common[best]
+
+    def _count_shared(self, held: _Held, wanted: Sequence[int]) -> int:
+        """Return the number of leading tokens to reuse: 0 if sliding layers have dropped keys they would need."""
+        common = common_prefix_length(held.token_ids, wanted)
+        if common == len(held.token_ids):
+            return common
+        can_trim = self.cache.can_trim(common) if held.saved is None else held.saved.can_trim(common, self.cache.window)
+        return common if can_trim else 0
+
+    def _switch_to(self, held: _Held) -> None:
+        """Make another prompt the current one; copy the one that was, if there is room."""
+        *others, current = self._held
+        others = [other for other in others if other is not held]
+        saved, held.saved = held.saved, None
+        room = self._max_bytes - (saved.num_bytes if saved is not None else 0)
+        if current.token_ids and self.cache.num_prompt_bytes <= room:
+            while others and _sum_saved(others) + self.cache.num_prompt_bytes > room:
+                del others[0]
+            current.saved = self.cache.save()
+            others.append(current)
+        self._held = [*others, held]
+        if saved is None:
+            self.cache.trim(0)
+        else:
+            self.cache.load(saved)
 
     def append(self, token_ids: Sequence[int], *, last_only: bool = False) -> torch.Tensor:
         """Encode more tokens after the prompt; return the logits after each (T, V), or after the last (1, V)."""
-        held = self._held[-1]
         encode = self._model.encode if last_only else self._model.encode_all
-        logits = encode(list(token_ids), held.cache)
-        held.token_ids += token_ids
+        logits = encode(list(token_ids), self.cache)
+        self.token_ids.extend(token_ids)
         return logits
 
     def keep(self, rows: Sequence[int], token_ids: Sequence[int]) -> None:
         """Make rows of the last pass, which read ``token_ids``, the prompt's continuation."""
-        held = self._held[-1]
-        held.cache.keep(rows)
-        held.token_ids += token_ids
+        self.cache.keep(rows)
+        self.token_ids.extend(token_ids)
 
     def _evict(self) -> None:
-        while len(self._held) > 1 and (len(self._held) > self._max_prompts or self.num_bytes > self._max_bytes):
+        while len(self._held) > 1 and (len(self._held) > self._max_prompts or self.num_saved_bytes > self._max_bytes):
             del self._held[0]
+
+
+def _sum_saved(prompts: Sequence[_Held]) -> int:
+    return sum(held.saved.num_bytes for held in prompts if held.saved is not None)
 
 
 def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:

@@ -113,11 +113,13 @@ def test_prompts_of_several_places_are_cached(random_model: Model) -> None:
 def test_memory_of_prompts_is_bounded(random_model: Model) -> None:
     one = PromptCache(random_model)
     one.encode(ids(60))
-    cache = PromptCache(random_model, max_bytes=int(2.5 * one.num_bytes))
+    size = one.cache.num_prompt_bytes
+    assert size == one.cache.save().num_bytes
+    cache = PromptCache(random_model, max_bytes=int(2.5 * size))
     for seed in range(5):
         cache.encode(ids(60, seed=seed))
-        assert cache.num_bytes <= 2.5 * one.num_bytes
-    assert cache.num_prompts == 2
+        assert cache.num_saved_bytes <= 2.5 * size
+    assert cache.num_prompts == 3, "the current one, and copies of two"
 
 
 def test_one_prompt_larger_than_the_bound_is_still_served(random_model: Model) -> None:
@@ -126,6 +128,21 @@ def test_one_prompt_larger_than_the_bound_is_still_served(random_model: Model) -
         encoded = cache.encode(ids(60, seed=seed))
         assert_equal_to_fresh(random_model, cache, encoded.logits, ids(60, seed=seed))
         assert cache.num_prompts == 1
+
+
+def test_going_back_and_forth_stays_in_the_same_buffers(model: Model) -> None:
+    """Places of different lengths, beyond the window of the random model, edited in turns."""
+    rng, cache = random.Random(2), PromptCache(model)
+    cache.cache.reserve_all(400)
+    addresses = [t.data_ptr() for t in (*cache.cache.keys, *cache.cache.values)]
+    places = [ids(length, seed=length) for length in (20, 90, 150, 40)]
+    for step in range(20):
+        at = rng.randrange(len(places))
+        places[at] = [*places[at][: len(places[at]) - rng.randrange(3)], *ids(rng.randrange(1, 6), seed=step)]
+        encoded = cache.encode(places[at])
+        assert_equal_to_fresh(model, cache, encoded.logits, places[at])
+        assert encoded.cached_tokens or step < 12
+    assert [t.data_ptr() for t in (*cache.cache.keys, *cache.cache.values)] == addresses
 
 
 @pytest.mark.parametrize(
