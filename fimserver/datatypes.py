@@ -272,6 +272,7 @@ class ModelInfo:
     reads_snippets: bool = False
     languages: tuple[str, ...] = ()  # of the training data; empty means any
     kernels: str = ""  # the matmul backend for 4-bit weights, and the result for every other one
+    graphs: str = ""  # on a GPU: which passes are CUDA graphs, or why none is
     row_cost: float | None = None  # of one more row in a pass, in passes over one row; None if not measured
     engine: str = "local"
     server: str = ""

@@ -240,6 +240,13 @@ class Settings:
         "finds it faster.",
         engine=True,
     )
+    cuda_graphs: str = _setting(
+        default="auto",
+        doc="Whether denoising steps are recorded as CUDA graphs, which saves the time of launching each kernel: auto "
+        "does without them where recording fails or a replay differs, on makes that an error, off never records.",
+        choices=("auto", "on", "off"),
+        engine=True,
+    )
     idle_unload_minutes: float = _setting(
         default=30.0,
         doc="The model's memory is released after this time without a request or an edit; the next one loads it "

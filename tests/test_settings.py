@@ -114,13 +114,14 @@ def test_one_bad_value_leaves_the_others() -> None:
 
 
 def test_engine_settings_match_the_engines_arguments() -> None:
-    own = ("model", "device", "threads", "contextTokens", "fp4Activations", "idleUnloadMinutes")
+    own = ("model", "device", "threads", "contextTokens", "fp4Activations", "cudaGraphs", "idleUnloadMinutes")
     assert list(ENGINE_SETTINGS) == ["engine", "remote", "fallback", *own]
     values = {"model": "m", "device": "cpu", "threads": 3, "contextTokens": 64, "fp4Activations": True}
     settings = parse_settings({**values, "idleUnloadMinutes": 0.5})
     options = EngineOptions().under(settings)
     assert options == EngineOptions("m", "cpu", 3, 64, fp4_activations=True, idle_unload_minutes=0.5)
     shown = {"model": "m", "device": "cpu", "threads": 3, "context_tokens": 64, "fp4_activations": True}
+    shown["cuda_graphs"] = "auto"
     assert options.arguments == shown
     server = {"engine": "vllm", "remote": {"url": "http://a:1", "timeoutMs": 100}, "fallback": "none"}
     options = EngineOptions().under(parse_settings({**values, **server}))

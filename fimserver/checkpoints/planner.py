@@ -8,8 +8,9 @@ C canvas tokens that take k of E experts each reach E * (1 - (1 - k/E)^C) of the
 
 A dense model reads all weights in every pass, except for an embedding table that is not its head.
 
-A long prompt is encoded in chunks, each with a mask over all of it, and its keys move when their buffer grows. A CUDA
-graph has a mask of its own; the plan counts as many as a cache keeps, of the longest canvases.
+A long prompt is encoded in chunks, each with a mask over all of it, and its keys move when their buffer grows. Each
+CUDA graph has masks of its own; all share the memory of the longest canvas's pass (engine/modeling/graphs.py). Canvases
+side by side have no more rows than one canvas unless memory is free (``Model.max_canvas_rows``).
 
 Knows:  what checkpoints/memory.py reads, arithmetic.  Never: torch, tensors, the network.
 Units:  GB are 1e9 bytes, GiB 2^30; a context and a canvas are counted in tokens.
@@ -20,14 +21,16 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from fimserver.checkpoints.engine_limits import (
-    CAPTURED_LENGTH_MULTIPLE,
     CHUNK_TOKENS,
+    LOGITS_COPIES,
     MARGIN_TOKENS,
-    MAX_CAPTURED_PASSES,
     MAX_GROWTH_TOKENS,
     MAX_PROMPT_CACHE_BYTES,
     MAX_TABLED_POSITIONS,
     MIN_GROWTH_TOKENS,
+    captured_places,
+    captured_rows,
+    fixed_places,
 )
 from fimserver.checkpoints.gpus import Gpu
 from fimserver.checkpoints.memory import BLOCK, Checkpoint, Format, Part, Role, Shape
@@ -38,9 +41,9 @@ STEP_CANVASES = (16, 32, 64, 256)
 PCIE_SHARE = 0.8  # of the bus's nominal rate, reached by copies of pinned memory
 _CONTEXT_BYTES = 800_000_000  # of a driver, its kernels and a workspace
 _PROCESS_BYTES = 600_000_000  # of Python, torch and transformers without a model
-_LOGITS_COPIES = (
-    3  # float32, alive at once: the head's, capped or sampled from, and one temporary (engine/decoding/denoise.py)
-)
+_GRAPH_BYTES = 20_000_000  # of a CUDA graph in the driver: an assumption, not measured
+_RESIDUALS = 6  # float32 rows of the hidden size, alive at once in a pass
+_LARGEST_MASK = 2**25  # elements of a mask that is repeated for the heads of a group (engine/modeling/layers.py)
 _LOGITS_ROWS = 64  # of an autoregressive model at once: drafted tokens, in float32
 _ROW_BYTES = 2  # a scale of the 8-bit copy on a CPU
 _ALL_IN_4_BITS = "experts, attention, dense part in NVFP4"
@@ -275,11 +278,15 @@ def step_bytes(checkpoint: Checkpoint, canvas_tokens: int, context_tokens: int) 
 
 def _gpu_lines(checkpoint: Checkpoint, context_tokens: int) -> tuple[Line, ...]:
     shape = checkpoint.shape
-    masks = 2 * _captured_rows(shape) * _seen_tokens(shape, context_tokens)
+    graphs = _graph_bytes(shape, context_tokens)
     return (
         *weight_lines_on_gpu(checkpoint),
         *_running_lines(shape, context_tokens, width=2),
-        *([Line("masks of CUDA graphs", masks, "at most")] if masks else []),
+        *(
+            [Line("CUDA graphs", graphs, "masks, the memory of a pass, and an estimate of the driver's part")]
+            if graphs
+            else []
+        ),
         Line("driver and workspace", _CONTEXT_BYTES),
     )
 
@@ -309,8 +316,8 @@ def _running_lines(shape: Shape, context_tokens: int, *, width: int) -> Iterator
     yield Line("rotations", 8 * tabled * sum(sizes.values()), f"cosines and sines of {tabled} positions")
     yield Line("prompt in chunks", _prompt_bytes(shape, context_tokens, width=width), "masks, or a buffer that grows")
     if shape.canvas_tokens:
-        logits = shape.canvas_tokens * shape.vocab_size * (4 * _LOGITS_COPIES + width)
-        yield Line("canvas and logits", logits, f"{_LOGITS_COPIES} float32 copies and the last step's")
+        logits = shape.canvas_tokens * shape.vocab_size * (4 * LOGITS_COPIES + width)
+        yield Line("canvas and logits", logits, f"{LOGITS_COPIES} float32 copies and the last step's")
     else:
         yield Line("logits", 4 * _LOGITS_ROWS * shape.vocab_size, f"float32, up to {_LOGITS_ROWS} rows at once")
 
@@ -325,24 +332,18 @@ def _prompt_bytes(shape: Shape, context_tokens: int, *, width: int) -> int:
     return ahead + max(once_more, chunk * (width * (context_tokens + near) + 2 * near))
 
 
-def _captured_rows(shape: Shape) -> int:
-    """Return an upper bound on the mask rows in a cache's CUDA graphs: the longest canvas unconditioned, others with.
-
-    Includes one copy, which kernels make of a mask whose rows are not aligned.
-    """
-    lengths = range(shape.canvas_tokens, 0, -CAPTURED_LENGTH_MULTIPLE)
-    return 2 * shape.canvas_tokens + sum(lengths[: MAX_CAPTURED_PASSES - 1])
-
-
-def _seen_tokens(shape: Shape, context_tokens: int) -> int:
-    """Return the places in the buffers of a full layer and of a sliding one, the total width of their masks."""
-    near = 0 if shape.is_dense else min(context_tokens, shape.window_tokens + MARGIN_TOKENS) + shape.canvas_tokens
-    return (
-        near
-        + context_tokens
-        + shape.canvas_tokens
-        + min(MAX_GROWTH_TOKENS, max(MIN_GROWTH_TOKENS, context_tokens // 2))
-    )
+def _graph_bytes(shape: Shape, context_tokens: int) -> int:
+    """Return the memory of captured passes: masks of each, one pass's results, and what the driver keeps of each."""
+    if not shape.canvas_tokens or shape.is_dense:
+        return 0
+    places, rows = fixed_places(context_tokens, shape.canvas_tokens), captured_rows(shape.canvas_tokens)
+    near = min(places, shape.window_tokens + MARGIN_TOKENS)
+    masks = sum(2 * count * (seen + near) for count in rows for seen in captured_places(places))
+    chosen = shape.top_experts * (4 * shape.hidden_size + 4 * shape.expert_size)
+    heads = shape.num_heads // min(layer.num_kv_heads for layer in shape.layers)
+    one_pass = shape.canvas_tokens * (_RESIDUALS * 4 * shape.hidden_size + chosen)
+    one_pass += 2 * min(_LARGEST_MASK, heads * shape.canvas_tokens * places)
+    return masks + one_pass + _GRAPH_BYTES * len(rows) * len(captured_places(places))
 
 
 def _steps(checkpoint: Checkpoint, gpu: Gpu, context_tokens: int, missing_share: float = 0.0) -> tuple[Step, ...]:
@@ -420,9 +421,7 @@ def _has_whole_blocks(shape: Shape) -> bool:
 
 
 def _gpu_notes(shape: Shape, gpu: Gpu) -> tuple[str, ...]:
-    uncounted = (
-        "Not counted: several candidates side by side, CUDA graphs except for their masks, other packages' kernels."
-    )
+    uncounted = "Not counted: other packages' kernels. Canvases side by side take memory only where it is free."
     if shape.is_dense:
         notes = [
             "Passes are ceilings: weights, keys and values over the GPU's bandwidth, no logits, no activations.",

@@ -156,6 +156,7 @@ class EngineOptions:
     threads: int = 0
     context_tokens: int | None = None
     fp4_activations: bool = False
+    cuda_graphs: str = "auto"
     engine: str = "local"
     remote: Remote = NO_REMOTE
     fallback: str = "local"

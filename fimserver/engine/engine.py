@@ -20,6 +20,7 @@ from dataclasses import replace
 
 import torch
 
+from fimserver.checkpoints.engine_limits import CUT_MULTIPLE
 from fimserver.checkpoints.installed import find_model
 from fimserver.checkpoints.metadata import Canvas, limit_context
 from fimserver.datatypes import (
@@ -43,14 +44,15 @@ from fimserver.engine.decoding.ranking import Candidate, Scored, rank
 from fimserver.engine.decoding.speculative import Drafter, DraftOptions, fill_speculative
 from fimserver.engine.decoding.stopping import AnswerEnd, AnswerStart
 from fimserver.engine.interface import OnPartial
-from fimserver.engine.job import LEAST_TEMPERATURE, Clock, Job
-from fimserver.engine.kernels.devices import memory_held
+from fimserver.engine.job import LEAST_TEMPERATURE, Clock, Job, Room
+from fimserver.engine.kernels.devices import free_bytes, memory_held
 from fimserver.engine.modeling.model import Model, find_device
 from fimserver.engine.modeling.prompt_cache import Encoded, PromptCache
 from fimserver.engine.prompt import build_prompt, find_anchor, normalize_span
 from fimserver.engine.vocabulary import Vocabulary
-from fimserver.errors import WeightsError
+from fimserver.errors import EngineError, WeightsError
 
+_SMALL_CANVAS = 64  # tokens, where memory is short
 _TOKENS_A_LINE = 24  # token limit of an answer per line of its hole
 _MAX_TOKENS = 1024
 _SIDE_CANVASES, _SIDE_CANVAS_TOKENS = 2, 8  # canvases per pass when denoising from the left, and their length
@@ -58,12 +60,13 @@ _CONDITIONING_TOP = 64  # most likely tokens that condition the next step
 _MAX_MASKED_TOKENS = 64  # in a canvas of masks; models are trained on no longer ones
 _EARLIER_TOKENS = 512  # of earlier answers, as a source of drafts
 _MATCHED_TOKENS = 4  # kept before each earlier answer
+_ROOMS = (Room(), Room(canvases=1), Room(canvases=1, canvas_tokens=_SMALL_CANVAS))  # of the attempts at a request
 
 
 class Engine:
     """A loaded model with the caches of its last prompts. Not thread-safe."""
 
-    def __init__(self, model: Model, vocabulary: Vocabulary, load_ms: float = 0.0) -> None:
+    def __init__(self, model: Model, vocabulary: Vocabulary) -> None:
         if vocabulary.size > model.vocab_size:
             msg = (
                 f"tokenizer.json has {vocabulary.size} tokens, the model {model.vocab_size}: "
@@ -75,13 +78,14 @@ class Engine:
         self.prompt_cache = PromptCache(model)
         self.draft_options = DraftOptions()
         self._row_cost: float | None = None
-        self._load_ms = load_ms
+        self._load_ms = 0.0
+        self.graphs = ""  # which passes are CUDA graphs, or why none is
         self._is_text = [vocabulary.is_text(i) for i in range(model.vocab_size)]
         self._earlier: list[int] = []  # earlier answers, each after its last prompt tokens
         self._last_prefix = self._last_text = ""
 
     @classmethod
-    def load(
+    def load(  # noqa: PLR0913  the options of an engine
         cls,
         name: str,
         device: str,
@@ -89,10 +93,12 @@ class Engine:
         report: Callable[[int, int], None] = lambda _done, _total: None,
         *,
         fp4_activations: bool = False,
+        cuda_graphs: str = "auto",
     ) -> "Engine":
         """Load a shipped model's name, an added model's or a folder. Raises ``WeightsError``, ``EngineError``.
 
-        ``report`` gets bytes of weights read and total bytes; ``fp4_activations`` as for ``Model.load``.
+        ``report`` gets bytes of weights read and total bytes; ``fp4_activations`` as for ``Model.load``,
+        ``cuda_graphs`` as ``mode`` of ``Model.capture_passes``.
         """
         begin = time.perf_counter()
         folder = find_model(name)
@@ -100,7 +106,12 @@ class Engine:
         if context_tokens is None and model.cpu_kernels.most_rows:
             model.metadata = limit_context(model.metadata, choose_prompt_length(model))
         vocabulary = Vocabulary.load(folder / "tokenizer.json", model.metadata.special_ids)
-        return cls(model, vocabulary, load_ms=(time.perf_counter() - begin) * 1e3)
+        engine = cls(model, vocabulary)
+        engine.graphs = model.capture_passes(
+            engine.prompt_cache.cache, cuda_graphs, sign=lambda: report(999, 1000)
+        ).describe()
+        engine._load_ms = (time.perf_counter() - begin) * 1e3
+        return engine
 
     def probe(self) -> None:
         """Choose the number of drafts by the measured cost of a wide pass; takes 0.1 s on a CPU."""
@@ -140,6 +151,7 @@ class Engine:
             languages=metadata.languages,
             row_cost=self._row_cost,
             kernels=self.model.kernels,
+            graphs=self.graphs if self.model.device.type == "cuda" else "",
             capabilities=Capabilities(
                 canvas=metadata.canvas is not Canvas.NONE, healing=True, token_ids=True, probabilities=True
             ),
@@ -164,7 +176,6 @@ class Engine:
             cut_multiple=self.model.cut_multiple,
         )
 
-    @torch.inference_mode()
     def complete(
         self,
         context: FimContext,
@@ -174,10 +185,38 @@ class Engine:
         on_partial: OnPartial = lambda _partial: None,
         stays_here: bool = False,
     ) -> Generation:
-        """Return the middle of a context; ``on_partial`` gets partial answers as they grow. Nothing is ever sent."""
+        """Return the middle of a context; ``on_partial`` gets partial answers as they grow. Nothing is ever sent.
+
+        Without enough GPU memory, a request is tried again without what earlier ones left: with a single canvas, then
+        with a small one. Raises ``EngineError`` if that is not enough either.
+        """
         del stays_here
         clock = Clock(sampling.max_latency_ms, cancelled)
-        job = self._prepare(context, sampling, clock, on_partial)
+        for room in _ROOMS:
+            try:
+                limited = replace(sampling, num_candidates=min(room.canvases, sampling.num_candidates))
+                return self._complete(context, limited, clock, on_partial, room)
+            except torch.OutOfMemoryError:
+                pass  # handled below, where the failed pass's tensors are no longer referred to
+            self.forget()
+            self._release_memory()
+        free = free_bytes(self.model.device) or 0
+        msg = (
+            f"the GPU has no memory left for a request to {self.model.metadata.name} ({free / 1e9:.1f} GB free); close "
+            "other programs that use the GPU, or set contextTokens lower; fimserver doctor --gpu auto plans the memory"
+        )
+        raise EngineError(msg)
+
+    def _release_memory(self) -> None:
+        """Return the memory of freed tensors to the driver."""
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @torch.inference_mode()
+    def _complete(
+        self, context: FimContext, sampling: Sampling, clock: Clock, on_partial: OnPartial, room: Room
+    ) -> Generation:
+        job = self._prepare(context, sampling, clock, on_partial, room)
         clock.lap("prompt")
         clock.check_cancelled()
         metadata = self.model.metadata
@@ -251,7 +290,14 @@ class Engine:
             candidates.insert(0, candidates.pop(sound))
         return candidates
 
-    def _prepare(self, context: FimContext, sampling: Sampling, clock: Clock, on_partial: OnPartial) -> Job:
+    def _prepare(
+        self,
+        context: FimContext,
+        sampling: Sampling,
+        clock: Clock,
+        on_partial: OnPartial,
+        room: Room = _ROOMS[0],
+    ) -> Job:
         metadata = self.model.metadata
         context, moved = normalize_span(context)
         prompt = build_prompt(context, self.vocabulary, metadata)
@@ -270,9 +316,9 @@ class Engine:
             return f"{text}{moved}" if text else ""
 
         healed_tokens = len(self.vocabulary.encode(prompt.healed))
-        room = metadata.max_prompt_tokens + self.model.canvas_length - len(prompt.token_ids)
+        left = metadata.max_prompt_tokens + self.model.canvas_length - len(prompt.token_ids)
         wanted = max(self.model.canvas_length, _TOKENS_A_LINE * context.hole.max_lines)
-        most = min(wanted, max(room, self.model.canvas_length), sampling.max_tokens or _MAX_TOKENS, _MAX_TOKENS)
+        most = min(wanted, max(left, self.model.canvas_length), sampling.max_tokens or _MAX_TOKENS, _MAX_TOKENS)
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         return Job(
             context=context,
@@ -281,10 +327,12 @@ class Engine:
             answer_end=answer_end,
             answer_start=answer_start,
             max_tokens=most + healed_tokens,
+            hole_tokens=_TOKENS_A_LINE * context.hole.max_lines + healed_tokens,
             generator=torch.Generator(self.model.device).manual_seed(seed),
             to_text=to_text,
             clock=clock,
             on_partial=on_partial,
+            room=room,
         )
 
     def _denoise(self, job: Job) -> tuple[Encoded, Filled]:
@@ -307,16 +355,19 @@ class Engine:
             stop=job.clock.is_over,
             on_step=on_step,
             constraint=TreeRules(job.context, job.prompt.healed) if job.has("grammar") else None,
+            boundaries=job.rules,
         )
-        if job.sampling.num_candidates > 1:
-            cache = self.prompt_cache.cache
-            best, *others = denoiser.fill_several(cache, job.answer_start, job.sampling.num_candidates)
+        cache = self.prompt_cache.cache
+        if (count := job.sampling.num_candidates) > 1:
+            count, options = self._fit_canvases(job, [()] * count, options)
+            best, *others = replace(denoiser, options=options).fill_several(cache, job.answer_start, count)
             job.others.extend(others)
             return encoded, best
         initial = self._initial_canvases(job)
-        filled = denoiser.fill(self.prompt_cache.cache, job.answer_start, initial=initial)
+        count, fitted = self._fit_canvases(job, initial, options)
+        filled = replace(denoiser, options=fitted).fill(cache, job.answer_start, initial=initial[:count])
         answer, passes, total = list(filled.token_ids), filled.passes, filled.log_probability
-        while filled.is_open and filled.finish != "latency" and len(answer) < job.max_tokens:
+        while filled.is_open and not filled.is_cut and filled.finish != "latency" and len(answer) < job.max_tokens:
             self.prompt_cache.append(filled.token_ids, last_only=True)  # the next canvas comes after it
             start = AnswerStart(job.answer_end, "", min_tokens=0, vocab_size=self.model.vocab_size)
             filled = denoiser.fill(self.prompt_cache.cache, start, before=tuple(answer))
@@ -381,6 +432,23 @@ class Engine:
             CanvasToken(self.vocabulary.show(token_id), token_id != canvas.mask, -math.log(max(probability, 1e-30)))
             for token_id, probability in zip(canvas.token_ids, canvas.probabilities, strict=True)
         )
+
+    def _fit_canvases(
+        self, job: Job, initial: Sequence[Sequence[int]], options: DenoisingOptions
+    ) -> tuple[int, DenoisingOptions]:
+        """Return how many canvases are denoised side by side, and their length: several are no longer than their hole.
+
+        The first ones are kept if memory is not free for all.
+        """
+        length = min(self.model.canvas_length, job.room.canvas_tokens)
+        count = min(len(initial), job.room.canvases)
+        if count > 1:
+            needed = max(job.hole_tokens, max(map(len, initial))) + 1
+            length = min(length, -(-needed // CUT_MULTIPLE) * CUT_MULTIPLE)
+            count = max(1, min(count, self.model.max_canvas_rows(self.prompt_cache.cache) // length))
+        if count == 1:
+            length = min(self.model.canvas_length, job.room.canvas_tokens)
+        return count, replace(options, canvas_length=length)
 
     def _initial_canvases(self, job: Job) -> list[list[int]]:
         """Return initial canvases of these texts, or one of pure noise."""

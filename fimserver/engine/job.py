@@ -3,6 +3,7 @@
 Knows:  texts of the context, token ids, time.  Never: tensors, weights.
 """
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -54,6 +55,14 @@ class Clock:
 
 
 @dataclass(frozen=True, slots=True)
+class Room:
+    """What a request may use of the GPU: canvases side by side, and tokens of a canvas."""
+
+    canvases: int = sys.maxsize
+    canvas_tokens: int = sys.maxsize
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """One completion in progress: the request, the prompt, and the rules for its answer."""
 
@@ -63,10 +72,12 @@ class Job:
     answer_end: AnswerEnd
     answer_start: AnswerStart
     max_tokens: int
+    hole_tokens: int  # about as many as the hole's lines may have
     generator: torch.Generator
     to_text: Callable[[Sequence[int]], str]
     clock: Clock
     on_partial: OnPartial
+    room: Room = Room()
     others: list[Filled] = field(default_factory=list)  # further answers
 
     def has(self, part: str) -> bool:

@@ -216,12 +216,13 @@ def load_engine(  # noqa: PLR0913  the options of an engine
     report: Callable[[int, int], None] = lambda _done, _total: None,
     *,
     fp4_activations: bool = False,
+    cuda_graphs: str = "auto",
     digest: str = "",
 ) -> "Engine":
     """Import torch, load the model and run it once, so that the first request is as fast as the next.
 
-    ``report`` gets bytes read and total bytes; ``fp4_activations`` as for ``Model.load``; ``digest`` is what the user
-    agreed to, if an agreement was needed. Raises ``FimserverError``, also for a failed import.
+    ``report`` gets bytes read and total bytes; ``fp4_activations`` and ``cuda_graphs`` as for ``Engine.load``;
+    ``digest`` is what the user agreed to, if an agreement was needed. Raises ``FimserverError``, also for a failed import.
     """
     check_content(find_model(model), digest)
     import_engine()
@@ -230,7 +231,9 @@ def load_engine(  # noqa: PLR0913  the options of an engine
     from fimserver.engine.engine import Engine  # noqa: PLC0415
 
     torch.set_num_threads(threads or choose_threads(model))
-    engine = Engine.load(model, device, context_tokens, report, fp4_activations=fp4_activations)
+    engine = Engine.load(
+        model, device, context_tokens, report, fp4_activations=fp4_activations, cuda_graphs=cuda_graphs
+    )
     hole = Hole(HoleKind.REST_OF_LINE, max_lines=1, estimated_tokens=1)
     engine.complete(FimContext("def probe(value):\n    return ", "\n", "probe.py", "python", hole), Sampling(seed=0))
     engine.forget()

@@ -16,7 +16,8 @@ that does not end in its canvas continues in another one (block autoregressive).
 Knows:    token ids, logits, the cache.  Never: text, files, LSP.
 Shapes:   K canvases of C positions side by side, V vocabulary.
 Stops:    the answer up to its end is stable and confident, or steps_left is 0, or ``stop()`` is true;
-          ``stop`` is checked before every step, so it takes effect within one step.
+          ``stop`` is checked before every step, so it takes effect within one step. An answer that is not settled
+          by then ends before its first open token, and is empty if many tokens are open.
 Draws:    in the order of transformers' ``generate``, so that the same seed gives the same canvas there.
 Source:   entropy bound, arXiv 2505.24857; the loop, transformers' DiffusionGemmaGenerationMixin; initial canvases
           in place of noise, renoised where the model does not confirm them, arXiv 2512.19004.
@@ -28,13 +29,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fimserver.engine.decoding.constraint import CanvasConstraint
+from fimserver.engine.decoding.constraint import BoundaryRules, CanvasConstraint
 from fimserver.engine.decoding.stopping import AnswerEnd, AnswerStart, confidence_of
 from fimserver.engine.modeling.kv_cache import KVCache
 from fimserver.engine.modeling.layers import measured
 from fimserver.engine.modeling.model import Model
 
 _MOST_RENOISINGS = 2  # per canvas
+_LEAST_SETTLED = 0.5  # of an answer's tokens, when time or steps run out; below it the rest is likely to change too
 _SPARE_TOKENS = 4  # kept after the apparent end of the answer when a canvas is shortened
 
 
@@ -118,7 +120,8 @@ class Filled:
 
     ``confidence`` is the geometric mean of its own tokens' probabilities. ``log_probability`` is that of the whole
     answer, its end included, after what was typed; ``match_log_probabilities`` are those of the matches, ``None`` for
-    one that was not scored. ``is_open``: the answer fills its canvas without an end.
+    one that was not scored. ``is_open``: the answer fills its canvas without an end. ``is_cut``: it was not settled
+    when time or steps ran out, and ends before its first open token.
     """
 
     token_ids: tuple[int, ...]
@@ -129,11 +132,12 @@ class Filled:
     match_log_probabilities: tuple[float | None, ...] = ()
     runners_up: tuple[RunnerUp, ...] = ()
     is_open: bool = False
+    is_cut: bool = False
 
     @property
     def is_whole(self) -> bool:
         """Return whether the answer has an end, and was not ended by a limit of length or time."""
-        return self.finish == "end" or (self.finish == "steps" and not self.is_open)
+        return self.finish == "end" or (self.finish == "steps" and not (self.is_open or self.is_cut))
 
 
 def initialize_canvases(
@@ -319,6 +323,7 @@ class Denoiser:
     stop: Callable[[], bool]
     on_step: Callable[[CanvasState, Sequence[int]], None]
     constraint: CanvasConstraint | None = None
+    boundaries: Callable[[], BoundaryRules | None] = lambda: None  # where an answer that is cut may end
 
     def fill(
         self,
@@ -328,7 +333,7 @@ class Denoiser:
         before: Sequence[int] = (),
         initial: Sequence[Sequence[int]] = ((),),
     ) -> Filled:
-        """Denoise one canvas until its answer is settled; the best answer so far when time or steps run out.
+        """Denoise one canvas until its answer is settled; its settled beginning when time or steps run out.
 
         ``before`` are the answer's tokens in earlier canvases. Of several ``initial`` canvases, only the one that the
         model finds most likely continues. If the constraint finds errors in a settled answer, those positions are drawn
@@ -400,11 +405,40 @@ class Denoiser:
             return Filled((), finish, passes, confidence=0.0)
         best = state.best[0].tolist()
         answer = best[: self._length(before, best)]
+        is_open = len(answer) == len(best)
+        is_cut = False
+        if finish in {"steps", "latency"}:
+            num_settled = self._count_settled(state, before, answer)
+            is_cut = num_settled < len(answer) + (not is_open)
+            answer = answer[:num_settled]
         own = answer_start.own_positions(answer)
         confidence = confidence_in(state, self.options, own)
         log_probability = math.log(max(confidence, 1e-30)) * len(own)
-        is_open = len(answer) == len(best)
-        return Filled(tuple(answer), finish, passes, confidence, log_probability, is_open=is_open)
+        return Filled(tuple(answer), finish, passes, confidence, log_probability, is_open=is_open, is_cut=is_cut)
+
+    def _count_settled(self, state: CanvasState, before: Sequence[int], answer: Sequence[int]) -> int:
+        """Return how many tokens of an unfinished canvas may be offered, and its end if that is settled too.
+
+        A token is settled if its entropy is within the bound and the step before had it too. Where the language says so, the
+        answer ends at a token after which it may end. None are offered if too few of the answer are settled.
+        """
+        if not state.history:
+            return 0
+        part = slice(0, len(answer) + 1)
+        is_sure = state.entropy[0, part] <= self.options.entropy_bound
+        is_settled = (is_sure & (state.history[-1][0, part] == state.best[0, part])).tolist()
+        if sum(is_settled[: len(answer)]) < _LEAST_SETTLED * len(answer):
+            return 0
+        length = is_settled.index(False) if False in is_settled else len(is_settled)
+        if length > len(answer) or (rules := self.boundaries()) is None:
+            return length
+        for token_id in before:
+            rules.accept(token_id)
+        ends = 0
+        for i, token_id in enumerate(answer[:length]):
+            rules.accept(token_id)
+            ends = i + 1 if rules.may_end() else ends
+        return ends
 
     def _wrong(self, state: CanvasState, before: Sequence[int], answer: Sequence[int]) -> list[int]:
         """Return the unpinned positions at which the constraint finds errors."""

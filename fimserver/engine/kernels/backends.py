@@ -18,14 +18,13 @@ Knows:  names of backends, times.  Never: the model's outputs.
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 
-from fimserver.engine.kernels.devices import capture, wait_for
+from fimserver.engine.kernels.devices import GraphRecorder, wait_for
 from fimserver.engine.kernels.matmul import PLAIN, MatmulBackend, PlainMatmul, RoundedMatmul
 from fimserver.engine.kernels.nvfp4 import NVFP4Tensor, concatenate, draw_codes
 from fimserver.engine.kernels.packed import find_packed_experts, find_packed_projections
@@ -155,10 +154,9 @@ def choose_matmul(  # noqa: PLR0913  only two without a default
             tried[backend.name] = "nothing to do in this model"
             continue
         try:
-            with _kept_stream(device):
-                matmul = backend.make(dtype, _fastest(any_shape, plain))
-                fault = next(filter(None, (trial.find_fault(matmul, backend) for trial in trials)), "")
-                seconds = 0.0 if fault else trials[-1].measure(matmul)
+            matmul = backend.make(dtype, _fastest(any_shape, plain))
+            fault = next(filter(None, (trial.find_fault(matmul, backend) for trial in trials)), "")
+            seconds = 0.0 if fault else trials[-1].measure(matmul)
         except Exception as error:  # packages, drivers and compilers of others may raise anything
             if backend.package and "CUDA error" in str(error):
                 msg = f"{backend.name}'s kernels broke the CUDA context ({error}); pip uninstall {backend.package}"
@@ -180,14 +178,6 @@ def choose_matmul(  # noqa: PLR0913  only two without a default
     return Choice(_fastest(times, plain), tried)
 
 
-def _kept_stream(device: torch.device) -> AbstractContextManager[Any]:
-    """Restore the current stream on exit; a failed capture leaves its own stream as the current one."""
-    if device.type != "cuda":
-        return nullcontext()
-    stream: AbstractContextManager[Any] = torch.cuda.stream(torch.cuda.current_stream(device))
-    return stream
-
-
 def _fastest(times: Sequence[tuple[float, MatmulBackend]], otherwise: MatmulBackend) -> MatmulBackend:
     return min(times, key=lambda pair: pair[0])[1] if times else otherwise
 
@@ -205,7 +195,7 @@ def find_matmul_work(model: Any) -> Work:
 
 
 def _run_once(run: _Run) -> _Run:
-    """Replace ``capture`` on a CPU; runs once, as a capture does."""
+    """Replace a ``GraphRecorder`` on a CPU; runs once, as a capture does."""
     run()
     return run
 
@@ -223,7 +213,7 @@ class Trial:
         self.device, self._dtype, self._sign = device, dtype, sign
         self.is_empty = not work.projections and work.experts is None
         self._generator = torch.Generator(device).manual_seed(0)
-        self._record: _Record = partial(capture, shares=False) if device.type == "cuda" else _run_once
+        self._record: _Record = GraphRecorder(shares=False) if device.type == "cuda" else _run_once
         self._projections = [self._to_weights(*shape) for shape in work.projections]
         self._stacks: tuple[NVFP4Tensor, NVFP4Tensor] | None = None
         if work.experts is not None:

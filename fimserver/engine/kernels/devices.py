@@ -1,7 +1,6 @@
 """Query and synchronize a device, and capture CUDA graphs on it."""
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,6 +18,14 @@ def memory_held(device: torch.device) -> int | None:
     return None
 
 
+def free_bytes(device: torch.device) -> int | None:
+    """Return the GPU memory that a tensor could take, including what torch holds unused; ``None`` for other devices."""
+    if device.type != "cuda":
+        return None
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
 def wait_for(device: torch.device) -> None:
     """Wait until a device has finished its queued work; a CPU always has."""
     if device.type == "cuda":
@@ -27,33 +34,39 @@ def wait_for(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-@lru_cache(maxsize=1)
-def _anchor() -> Any:
-    """Keep one CUDA graph alive, so that its memory pool stays usable for capture."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        torch.zeros(1, device="cuda")
-    return graph
+class GraphRecorder:
+    """Captures passes as CUDA graphs, on one stream; what it returns replays a pass on the same tensors in one call.
 
-
-def capture(run: _Run, *, shares: bool = True) -> _Run:
-    """Capture a pass as a CUDA graph; the returned function replays it on the same tensors in one call.
-
-    All captures that ``shares`` use one memory pool: only one may run at a time, and its result must be used before
-    the next one runs.
+    With ``shares`` all captures use one memory pool: only one may run at a time, and its result must be used before the
+    next one runs.
     """
-    stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(_WARM_UPS):  # first runs compile and allocate, which a capture must not
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=_anchor().pool() if shares else None):
-        found = run()
 
-    def replay() -> torch.Tensor:
-        graph.replay()
-        return found
+    def __init__(self, *, shares: bool = True) -> None:
+        self._shares = shares
+        self._stream: Any = None
+        self._pool: Any = None
 
-    return replay
+    def __call__(self, run: _Run) -> _Run:
+        """Capture a pass. Raises whatever torch or CUDA raises; the current stream stays the same."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        current = torch.cuda.current_stream()
+        try:
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
+                for _ in range(_WARM_UPS):  # first runs compile and allocate, which a capture must not
+                    run()
+            current.wait_stream(self._stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                found = run()
+        finally:
+            torch.cuda.set_stream(current)  # a failed capture leaves its own stream as the current one
+        if self._shares and self._pool is None:
+            self._pool = graph.pool()  # lives as long as a graph of it does
+
+        def replay() -> torch.Tensor:
+            graph.replay()
+            return found
+
+        return replay

@@ -183,6 +183,11 @@ class Backbone(ABC):
         """H."""
         return self._embedding.shape[1]
 
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self._embedding.shape[0]
+
     def first_layers(self) -> dict[int, str]:
         """Return the first layer of each kind; all layers of a kind have buffers of equal length."""
         kinds = [layer.kind for layer in self._layers]
@@ -193,7 +198,7 @@ class Backbone(ABC):
         n, cached = len(rows.token_ids), cache.length
         base = cache.base if kind == "sliding_attention" else 0
         held = cached - base + n
-        mask = self._new_mask(n, num_places)
+        mask = self.new_mask(n, num_places)
         mask[:, held:] = -torch.inf
         if rows.sees is not None:
             mask[:, held - n : held].masked_fill_(~rows.sees, -torch.inf)
@@ -233,7 +238,7 @@ class Backbone(ABC):
         first = max(0, cached - self._window + 1)  # every row is at or after the end of the cache
         near = self._near(rows, torch.arange(first, cached, device=self.device))
         mask = self._mask_rows(rows, first, cached)
-        mask = (self._new_mask(*near.shape) if mask is None else mask).masked_fill_(~near, -torch.inf)
+        mask = (self.new_mask(*near.shape) if mask is None else mask).masked_fill_(~near, -torch.inf)
         base = cache.base
         return {
             "full_attention": whole,
@@ -257,11 +262,11 @@ class Backbone(ABC):
         if rows.sees is None:
             return None
         n = len(rows.token_ids)
-        mask = self._new_mask(n, cached - first + n)
+        mask = self.new_mask(n, cached - first + n)
         mask[:, cached - first :].masked_fill_(~rows.sees, -torch.inf)
         return mask
 
-    def _new_mask(self, num_rows: int, num_keys: int) -> torch.Tensor:
+    def new_mask(self, num_rows: int, num_keys: int) -> torch.Tensor:
         """Return a mask that hides nothing; its rows are aligned, or kernels would copy it whole."""
         width = -(-num_keys // MASK_ALIGNMENT) * MASK_ALIGNMENT
         return torch.zeros(num_rows, width, dtype=self.dtype, device=self.device)[:, :num_keys]

@@ -1,69 +1,97 @@
 """Run denoising passes of fixed shape, so that the GPU replays each of them in a single call.
 
-    FixedPasses   one pass per shape met; returns the hidden states of canvases over a cache
+    FixedPasses   passes over one KV cache, captured when the model is loaded; hidden states of canvases
     FixedPass     tensors at fixed addresses, and the computation over them
 
 A pass over a canvas is about a thousand small kernels; launching them takes the CPU longer than the GPU needs to run
 them. Inputs that change between passes are copied into fixed tensors: token ids, the condition, and, when the prompt
-has changed, slots, masks and rotations. Masks hide the places of a buffer that hold no keys, so buffers are read whole.
+or the canvases have changed, slots, masks and rotations. Masks hide the places of a buffer that hold no keys.
+
+Few shapes are captured, all of them at load, and nothing in a request's way: passes of 16, 32, 64 ... rows, into which
+any canvases fit (the rest is padding that no canvas sees), over all places of the cache's buffers or a quarter of them.
+A step without a condition has a condition of zeros, which is the same. Canvases that fit no captured pass run
+uncaptured. A pass that cannot be captured, or whose replay differs from the uncaptured pass, is a reason to run all
+passes uncaptured.
 
 Knows:   tensors, the network.  Never: sampling, prompts, stopping.
-Shapes:  N canvas rows, H hidden size, P places in a layer's buffers.
+Shapes:  N canvas rows, R rows of a captured pass, H hidden size, P places in a layer's buffers.
 Equal:   to ``Backbone.forward`` (tests/engine/modeling/test_graphs.py).
 """
 
-import weakref
-from collections import OrderedDict
+import gc
+import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
-from fimserver.checkpoints.engine_limits import MAX_CAPTURED_PASSES
-from fimserver.engine.kernels.devices import capture
-from fimserver.engine.modeling.backbone import Backbone, canvas_rows
+from fimserver.checkpoints.engine_limits import MAX_GRAPH_BYTES, captured_places, captured_rows
+from fimserver.engine.kernels.devices import free_bytes
+from fimserver.engine.modeling.backbone import Backbone, Rows, canvas_rows, causal_rows
 from fimserver.engine.modeling.kv_cache import KVCache
 from fimserver.engine.modeling.layers import AttentionPlan
+from fimserver.errors import EngineError
 
 _Run = Callable[[], torch.Tensor]
+_Record = Callable[[_Run], _Run]
+_TOLERANCE = 0.1  # of the norm of a pass's result: bf16 sums differ by 0.01, a stale input by 1
+_PROMPT_ROWS = 24  # of the comparison
+_logger = logging.getLogger(__name__)
+
+
+def padded_rows(canvases: torch.Tensor, cached: int, num_rows: int) -> Rows:
+    """Return canvases (K, C) after the cache, and rows of padding up to ``num_rows`` that see the cache and each other.
+
+    No canvas sees the padding.
+    """
+    num_canvases, length = canvases.shape
+    count = num_canvases * length
+    if count == num_rows:
+        return canvas_rows(canvases, cached)
+    own = canvas_rows(canvases, cached)
+    device = canvases.device
+    padding = torch.zeros(num_rows - count, dtype=torch.int64, device=device)
+    owner = torch.cat((torch.arange(num_canvases, device=device).repeat_interleave(length), padding + num_canvases))
+    return Rows(
+        torch.cat((own.token_ids, padding)),
+        torch.cat((own.positions, padding + cached)),
+        owner[:, None] == owner[None],
+        own.num_positions,
+        num_rows,
+        torch.full((num_rows,), cached, device=device),
+    )
 
 
 class FixedPass:
-    """A pass over canvases (K, C) of one shape and one cache's buffers."""
+    """A pass of ``num_rows`` rows over the first ``num_places`` places of one cache's buffers."""
 
-    def __init__(
-        self,
-        network: Backbone,
-        cache: KVCache,
-        canvases: torch.Tensor,
-        capture: Callable[[_Run], _Run],
-        *,
-        self_conditioning: bool,
-    ) -> None:
-        self._network, self._cache = network, weakref.ref(cache)  # weak, so that the cache can be freed
-        self.generation = cache.generation
-        self._shape = canvases.shape
-        self._rows = canvas_rows(canvases.clone(), cache.length)
-        num_rows, device = canvases.numel(), canvases.device
-        self._self_conditioning = (
-            torch.zeros(num_rows, network.hidden_size, device=device) if self_conditioning else None
-        )
-        self._rotary = {kind: (c.clone(), s.clone()) for kind, (c, s) in network.rotate(self._rows).items()}
+    def __init__(self, network: Backbone, cache: KVCache, num_rows: int, num_places: int) -> None:
+        self._network, self._cache = network, cache
+        self._place: tuple[int, ...] = ()
+        self.num_rows, device = num_rows, network.device
+        rows = canvas_rows(torch.zeros(1, num_rows, dtype=torch.int64, device=device), cache.length)
+        self._rows = Rows(rows.token_ids, rows.positions, None, rows.num_positions, num_rows)
+        self._condition = torch.zeros(num_rows, network.hidden_size, device=device)
+        self._rotary = {kind: (c.clone(), s.clone()) for kind, (c, s) in network.rotate(rows).items()}
         self._plans = {}
         for layer, kind in network.first_layers().items():
-            places = cache.keys[layer].shape[1]
-            mask = torch.zeros(num_rows, places, dtype=network.dtype, device=device)
+            places = min(num_places, cache.keys[layer].shape[1])
+            mask = network.new_mask(num_rows, places)
             slots = torch.zeros(num_rows, dtype=torch.int64, device=device)
             self._plans[kind] = AttentionPlan(0, 0, places, mask, slots)
-        self._place = (-1, -1)
-        self.move(cache)
-        self._run = capture(self._compute)
+        self._run: _Run = self.compute
 
-    def move(self, cache: KVCache) -> None:
-        """Update positions, masks and slots to the cache's current prompt and buffers."""
-        if (place := (cache.length, cache.base)) == self._place:
+    def record(self, record: _Record) -> None:
+        """Capture the pass. Raises what ``record`` raises."""
+        self._run = record(self.compute)
+
+    def move(self, canvases: torch.Tensor) -> None:
+        """Update positions, masks and slots to the cache's current prompt, and to the shape of the canvases."""
+        cache = self._cache
+        if (place := (cache.length, cache.base, *canvases.shape)) == self._place:
             return
-        self._place, length = place, cache.length
-        rows = canvas_rows(self._rows.token_ids.view(self._shape), length)
+        self._place = place
+        rows = padded_rows(canvases, cache.length, self.num_rows)
         self._rows.positions.copy_(rows.positions)
         for kind, pair in self._network.rotate(rows).items():
             for kept, new in zip(self._rotary[kind], pair, strict=True):
@@ -72,52 +100,151 @@ class FixedPass:
             plan = self._plans[kind]
             assert plan.slots is not None
             assert plan.mask is not None
-            begin = length - cache.start_of(layer)
-            plan.slots.copy_(torch.arange(begin, begin + len(rows.token_ids), device=plan.slots.device))
+            begin = cache.length - cache.start_of(layer)
+            torch.arange(begin, begin + self.num_rows, out=plan.slots)
             plan.mask.copy_(self._network.mask_places(rows, kind, cache, plan.end))
 
     def __call__(self, canvases: torch.Tensor, self_conditioning: torch.Tensor | None) -> torch.Tensor:
-        """Return hidden states (N, H) float32, which the next call overwrites."""
-        self._rows.token_ids.copy_(canvases.flatten())
-        if self._self_conditioning is not None and self_conditioning is not None:
-            self._self_conditioning.copy_(self_conditioning)
-        return self._run()
+        """Return hidden states (N, H) float32 of canvases with N in all, which the next call overwrites."""
+        self.move(canvases)
+        count = canvases.numel()
+        self._rows.token_ids[:count] = canvases.flatten()
+        if self_conditioning is None:
+            self._condition.zero_()
+        else:
+            self._condition[:count] = self_conditioning
+        return self._run()[:count]
 
-    def _compute(self) -> torch.Tensor:
-        cache = self._cache()
-        assert cache is not None  # FixedPasses keeps passes only as long as their cache
-        return self._network.run(self._rows, cache, self._self_conditioning, self._rotary, self._plans)
+    def compute(self) -> torch.Tensor:
+        """Run the pass uncaptured, on the tensors as they are."""
+        return self._network.run(self._rows, self._cache, self._condition, self._rotary, self._plans)
+
+
+@dataclass(frozen=True, slots=True)
+class GraphReport:
+    """What was captured: the rows of the passes, the GPU memory it took, and why no pass is captured, or empty."""
+
+    rows: tuple[int, ...] = ()
+    num_bytes: int = 0
+    fault: str = ""
+
+    def describe(self) -> str:
+        """Return it in words."""
+        if self.fault:
+            return f"no CUDA graphs: {self.fault}"
+        return f"CUDA graphs of {', '.join(map(str, self.rows))} rows, {self.num_bytes / 1e6:.0f} MB"
 
 
 class FixedPasses:
-    """One fixed pass per cache and shape of canvases, captured at first use and dropped with the cache's buffers."""
+    """Captured passes over one cache, whose buffers must not move any more."""
 
-    def __init__(self, network: Backbone, capture: Callable[[_Run], _Run] = capture) -> None:
-        self._network, self._capture = network, capture
-        self._passes: weakref.WeakKeyDictionary[KVCache, OrderedDict[tuple[object, ...], FixedPass]]
-        self._passes = weakref.WeakKeyDictionary()
+    def __init__(self, network: Backbone, cache: KVCache) -> None:
+        self._network, self._cache = network, cache
+        self._passes: list[FixedPass] = []  # by rows, then by places
+        self._limits: list[tuple[int, int]] = []  # of each: rows, places
+        self._generation = cache.generation
         self.num_captured = 0
+        self.num_uncaptured = 0  # passes over the cache for which there was no captured one
+        self.report = GraphReport()
+
+    @torch.inference_mode()
+    def capture(
+        self,
+        record: _Record,
+        canvas_length: int,
+        num_places: int,
+        *,
+        is_needed: bool = False,
+        sign: Callable[[], None] = lambda: None,
+    ) -> GraphReport:
+        """Capture all passes of canvases up to ``canvas_length`` over ``num_places`` places, and compare each.
+
+        ``sign`` is called before each pass. The cache must be empty, and is so afterwards. If a pass cannot be captured
+        or its replay differs, none is used; with ``is_needed`` that raises ``EngineError``.
+        """
+        device, before = self._network.device, free_bytes(self._network.device)
+        took, rows, fault = 0, captured_rows(canvas_length), ""
+        self._cache.reserve_all(num_places)
+        self._generation = self._cache.generation
+        try:
+            self._network.forward(causal_rows(list(range(_PROMPT_ROWS)), 0, device), self._cache)
+            self._cache.keep(range(_PROMPT_ROWS))
+            for places in captured_places(num_places):
+                for num_rows in reversed(rows):  # the largest first: smaller ones fit into its memory
+                    sign()
+                    fixed = FixedPass(self._network, self._cache, num_rows, places)
+                    fault = self._try(fixed, record)
+                    took = before - (free_bytes(device) or 0) if before is not None else 0
+                    if not fault and took > MAX_GRAPH_BYTES:
+                        fault = f"they take {took / 1e6:.0f} MB of GPU memory, more than {MAX_GRAPH_BYTES / 1e6:.0f} MB"
+                    if fault:
+                        break
+                    self._passes.append(fixed)
+                    self._limits.append((num_rows, places))
+                    self.num_captured += 1
+                if fault:
+                    break
+        except Exception as error:  # noqa: BLE001  drivers and kernels may raise anything
+            fault = f"{type(error).__name__}: {error}".splitlines()[0]
+        finally:
+            self._cache.trim(0)
+        if fault:
+            self._drop(device)
+            if is_needed:
+                msg = f'CUDA graphs cannot be used ({fault}); set cudaGraphs to "auto" or "off"'
+                raise EngineError(msg)
+            _logger.warning("passes run without CUDA graphs, which is slower: %s", fault)
+        order = sorted(range(len(self._passes)), key=lambda i: self._limits[i])
+        self._passes, self._limits = ([part[i] for i in order] for part in (self._passes, self._limits))  # type: ignore[assignment]
+        self.report = GraphReport(() if fault else rows, took, fault)
+        return self.report
+
+    def _try(self, fixed: FixedPass, record: _Record) -> str:
+        """Capture a pass and compare its replays, with other inputs, to the uncaptured pass; return what differs."""
+        length = fixed.num_rows
+        canvases = [self._arange((1, length), 7), self._arange((1, max(1, length - 3)), 90)]
+        condition = None
+        fixed.move(canvases[0])
+        fixed.record(record)
+        for canvas in canvases:
+            expected = self._network.forward(canvas_rows(canvas, self._cache.length), self._cache, condition)
+            found = fixed(canvas, condition)
+            difference = float((found - expected).norm() / expected.norm())
+            if not difference <= _TOLERANCE:  # also true for NaN
+                return f"a replay of {length} rows differed by {difference:.1%} from the uncaptured pass on this GPU"
+            condition = expected[: canvases[1].numel()]
+        return ""
+
+    def _arange(self, shape: tuple[int, int], first: int) -> torch.Tensor:
+        return torch.arange(first, first + shape[1], device=self._network.device).view(shape) % self._network.vocab_size
+
+    def _drop(self, device: torch.device) -> None:
+        self._passes, self._limits, self.num_captured = [], [], 0
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
     @property
-    def num_held(self) -> int:
-        """Number of passes kept."""
-        return sum(map(len, self._passes.values()))
+    def num_places(self) -> int | None:
+        """Tokens that prompt and rows may have together; ``None`` if nothing is captured."""
+        return self._limits[-1][1] if self._limits else None
 
-    def run(self, canvases: torch.Tensor, cache: KVCache, self_conditioning: torch.Tensor | None) -> torch.Tensor:
-        """Return the result of ``Backbone.forward`` for canvases (K, C) over a cache: (K C, H) float32."""
-        cache.reserve(canvases.numel())
-        held = self._passes.setdefault(cache, OrderedDict())
-        for key in [key for key, fixed in held.items() if fixed.generation != cache.generation]:
-            del held[key]  # its buffers were replaced
-        key = (tuple(canvases.shape), self_conditioning is not None)
-        fixed = held.get(key)
-        if fixed is None:
-            fixed = held[key] = FixedPass(
-                self._network, cache, canvases, self._capture, self_conditioning=self_conditioning is not None
-            )
-            self.num_captured += 1
-            while len(held) > MAX_CAPTURED_PASSES:
-                held.popitem(last=False)
-        held.move_to_end(key)
-        fixed.move(cache)
-        return fixed(canvases, self_conditioning)
+    def run(
+        self, canvases: torch.Tensor, cache: KVCache, self_conditioning: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """Return the result of ``Backbone.forward`` for canvases (K, C): (K C, H) float32; ``None`` if uncaptured."""
+        if cache is not self._cache or not self._passes:
+            return None
+        count = canvases.numel()
+        fitting = (
+            i for i, (rows, places) in enumerate(self._limits) if rows >= count and cache.length + rows <= places
+        )
+        if (best := next(fitting, None)) is None:
+            self.num_uncaptured += 1
+            return None
+        cache.reserve(self._limits[best][0])
+        if cache.generation != self._generation:  # its buffers were replaced
+            _logger.error("the KV cache has moved; passes run without CUDA graphs from now on")
+            self._drop(cache.keys[0].device)
+            return None
+        return self._passes[best](canvases, self_conditioning)

@@ -16,26 +16,28 @@ from typing import Any
 
 import torch
 
-from fimserver.checkpoints.engine_limits import CAPTURED_LENGTH_MULTIPLE
+from fimserver.checkpoints.engine_limits import CUT_MULTIPLE, LOGITS_COPIES, fixed_places
 from fimserver.checkpoints.gpus import NO_GPU
 from fimserver.checkpoints.memory import Format, Role, read_folder
-from fimserver.checkpoints.metadata import ModelMetadata, limit_context, read_metadata
+from fimserver.checkpoints.metadata import Canvas, ModelMetadata, limit_context, read_metadata
 from fimserver.checkpoints.planner import count_experts_on_gpu, plan_on_gpu
 from fimserver.engine.kernels.backends import Choice, choose_matmul, find_matmul_work
 from fimserver.engine.kernels.cpu_linear import CpuKernels, choose_float_dtype, choose_kernels
-from fimserver.engine.kernels.devices import capture
+from fimserver.engine.kernels.devices import GraphRecorder, free_bytes
 from fimserver.engine.kernels.expert_cache import Traffic, add_up
 from fimserver.engine.kernels.matmul import PLAIN
 from fimserver.engine.kernels.packed import count_parameters, find_packed_experts, is_packed
 from fimserver.engine.loading.weights import is_dense_config, load_weights
 from fimserver.engine.modeling.backbone import Backbone, Rows, canvas_rows, causal_rows
 from fimserver.engine.modeling.diffusion_gemma import DiffusionGemma
-from fimserver.engine.modeling.graphs import FixedPasses
+from fimserver.engine.modeling.graphs import FixedPasses, GraphReport
 from fimserver.engine.modeling.kv_cache import KVCache
 from fimserver.engine.modeling.layers import measured
 from fimserver.engine.modeling.qwen2 import Qwen2
 from fimserver.errors import EngineError, WeightsError
 
+_CANVAS_BYTES_WITHOUT_GPU = 3_000_000_000  # of canvases side by side, on a CPU
+_SPARE_BYTES = 500_000_000  # of free GPU memory, left for what a request needs besides its canvases
 _ANSWER_TOKENS = 32  # of a model without a canvas: the least room for an answer
 _logger = logging.getLogger(__name__)
 
@@ -43,7 +45,7 @@ _logger = logging.getLogger(__name__)
 class Model:
     """The network and its folder's metadata."""
 
-    def __init__(  # noqa: PLR0913  the options of a model
+    def __init__(
         self,
         reference: Any,
         metadata: ModelMetadata,
@@ -51,9 +53,8 @@ class Model:
         *,
         consumes: bool = False,
         cpu_kernels: CpuKernels | None = None,
-        capture: Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]] | None = None,
     ) -> None:
-        """Build from ``reference``; ``consumes`` frees its layers' weights, ``capture`` runs passes as CUDA graphs."""
+        """Build from ``reference``; ``consumes`` frees its layers' weights."""
         self.reference = reference
         self.num_parameters = count_parameters(reference)
         self.choice = choice or Choice(PLAIN)
@@ -64,7 +65,7 @@ class Model:
             self.network = Qwen2(reference, self.choice.matmul, consumes=consumes, cpu_kernels=self.cpu_kernels)
         else:
             self.network = DiffusionGemma(reference, self.choice.matmul, consumes=consumes)
-        self._fixed = FixedPasses(self.network, capture) if capture and self.network.is_fixed else None
+        self.fixed: FixedPasses | None = None  # captured passes, if any
         self.metadata = metadata
         self.text_config = reference.config.get_text_config()
         self.canvas_length: int = metadata.canvas_length or getattr(reference.config, "canvas_length", _ANSWER_TOKENS)
@@ -113,7 +114,7 @@ class Model:
                 fp4_activations=fp4_activations,
                 sign=lambda: report(999, 1000),
             )
-        return cls(network, metadata, choice, consumes=True, capture=capture)
+        return cls(network, metadata, choice, consumes=True)
 
     @classmethod
     def _load_without_cuda(
@@ -151,15 +152,57 @@ class Model:
         tried = ", ".join(f"{name}: {found}" for name, found in self.choice.tried.items())
         return f"{self.choice.matmul.name} ({tried})" if tried else ""
 
+    def capture_passes(
+        self,
+        cache: KVCache,
+        mode: str = "auto",
+        *,
+        record: Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]] | None = None,
+        sign: Callable[[], None] = lambda: None,
+    ) -> GraphReport:
+        """Capture the denoising passes over ``cache`` as CUDA graphs, which must be the cache of all requests.
+
+        ``mode`` is ``auto``, ``on`` (what prevents it is an ``EngineError``) or ``off``; ``record`` is a
+        ``GraphRecorder`` by default, on a GPU alone. ``sign`` is called now and then.
+        """
+        if record is None and self.device.type == "cuda":
+            record = GraphRecorder()
+        if record is None or self.metadata.canvas is not Canvas.UNIFORM or self.metadata.denoises_from_left:
+            return GraphReport(fault="only denoising steps on an NVIDIA GPU are captured")
+        if mode == "off":
+            return GraphReport(fault="turned off by cudaGraphs")
+        if not self.network.is_fixed:
+            fault = "the host reads which experts the tokens chose (experts in main memory, or kernels in plain torch)"
+            if mode == "on":
+                msg = f'CUDA graphs cannot be used ({fault}); set cudaGraphs to "auto" or "off"'
+                raise EngineError(msg)
+            return GraphReport(fault=fault)
+        self.fixed = FixedPasses(self.network, cache)
+        places = fixed_places(self.metadata.max_prompt_tokens, self.canvas_length)
+        report = self.fixed.capture(record, self.canvas_length, places, is_needed=mode == "on", sign=sign)
+        if report.fault:
+            self.fixed = None
+        return report
+
     @property
     def cut_multiple(self) -> int:
-        """Multiple that canvas lengths are rounded up to, since each length needs its own CUDA graph."""
-        return CAPTURED_LENGTH_MULTIPLE if self._fixed is not None else 1
+        """Multiple that lengths of canvases are rounded up to: few sizes of tensors on a GPU, the least on a CPU."""
+        return CUT_MULTIPLE if self.fixed is not None or self.device.type == "cuda" else 1
+
+    def max_canvas_rows(self, cache: KVCache) -> int:
+        """Return how many rows canvases may have together: those of one canvas, and more where memory is free."""
+        room = free_bytes(self.device)
+        if room is None:
+            room = _CANVAS_BYTES_WITHOUT_GPU
+        rows = (room - _SPARE_BYTES) // (self.vocab_size * (4 * LOGITS_COPIES + self.network.dtype.itemsize))
+        if self.fixed is not None and self.fixed.num_places is not None:
+            rows = min(rows, self.fixed.num_places - cache.length)  # a cache that grows moves, and graphs are lost
+        return max(self.canvas_length, rows)
 
     def without_graphs(self) -> "Model":
         """Return the same model without CUDA graphs."""
         other = copy.copy(self)
-        other._fixed = None  # noqa: SLF001  a copy of this class
+        other.fixed = None
         return other
 
     @property
@@ -191,9 +234,8 @@ class Model:
         settled and get no logits.
         """
         with measured("decode"):
-            if self._fixed is not None:
-                hidden = self._fixed.run(canvases, cache, self_conditioning)
-            else:
+            hidden = None if self.fixed is None else self.fixed.run(canvases, cache, self_conditioning)
+            if hidden is None:
                 hidden = self.network.forward(canvas_rows(canvases, cache.length), cache, self_conditioning)
         count, length = canvases.shape
         opened = hidden.view(count, length, -1)[:, first:]

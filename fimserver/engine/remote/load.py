@@ -68,7 +68,8 @@ def load_remote(options: dict[str, Any], report: Report, num_threads: Callable[[
     engine = RemoteEngine(server, address.origin, connect, remote.model, options["context_tokens"])
     fallback = None
     if options["fallback"] == "local":
-        chosen = {**own, "fp4_activations": options["fp4_activations"], "digest": options.get("digest", "")}
+        more = {name: options[name] for name in ("fp4_activations", "cuda_graphs")}
+        chosen = {**own, **more, "digest": options.get("digest", "")}
         fallback = EngineClient(EngineOptions(**chosen))
     both = FallbackEngine(engine, fallback, report, timeout_s)
     both.open()

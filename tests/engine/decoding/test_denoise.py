@@ -289,12 +289,25 @@ def test_same_seed_same_answer(model: Model, vocabulary: Vocabulary) -> None:
     assert fill(model, vocabulary, seed=5)[:3] == fill(model, vocabulary, seed=5)[:3]
 
 
-def test_stop_ends_at_the_best_canvas(model: Model, vocabulary: Vocabulary) -> None:
-    calls = iter([False, False, False, True])
-    text, finish, steps, states = fill(model, vocabulary, stop=lambda: next(calls))
-    assert (finish, steps) == ("latency", 3)
-    best = states[-1].best[0].tolist()
-    assert text == vocabulary.decode(best[: AnswerEnd(vocabulary, 1).find(best)])
+def test_what_is_offered_when_time_is_over_was_settled(model: Model, vocabulary: Vocabulary) -> None:
+    """Whatever the step: no offered token was open or new, and none follows one that was."""
+    offered = 0
+    for steps in range(1, 16):
+        calls = iter([False] * steps + [True])
+        text, finish, passes, states = fill(model, vocabulary, stop=lambda calls=calls: next(calls), max_lines=3)  # type: ignore[misc]
+        if finish == "end":
+            break
+        assert (finish, passes) == ("latency", steps)
+        last = states[-1]
+        settled = ((last.entropy <= PUBLISHED.entropy_bound) & (last.history[-1] == last.best))[0].tolist()
+        best = last.best[0].tolist()
+        length = AnswerEnd(vocabulary, 3).find(best)
+        expected = settled.index(False) if False in settled[:length] else length
+        if 2 * sum(settled[:length]) < length:
+            expected = 0
+        assert text == vocabulary.decode(best[:expected])
+        offered += bool(text)
+    assert steps == 15 or offered or finish == "end"
 
 
 def test_cancel_takes_effect_within_one_step(model: Model, vocabulary: Vocabulary) -> None:
@@ -317,7 +330,9 @@ def test_cancel_takes_effect_within_one_step(model: Model, vocabulary: Vocabular
 def test_healed_answers_begin_with_the_word(model: Model, vocabulary: Vocabulary) -> None:
     for healed in (" fir", " s", " zq", " \u00e9t\u00e9"):
         for seed in range(2):
-            text = fill(model, vocabulary, healed=healed, seed=seed)[0]
+            _, _, _, states = fill(model, vocabulary, healed=healed, seed=seed)
+            best = states[-1].best[0].tolist()  # an answer that is not settled is offered in part
+            text = vocabulary.decode(best[: AnswerEnd(vocabulary, 1).find(best)])
             assert text.startswith(healed)
             assert len(text) > len(healed), "min_tokens asks for more than the typed word"
 
@@ -345,6 +360,7 @@ class Scripted:
     def __init__(self, *targets: Sequence[int]) -> None:
         self.targets, self.steps, self.canvas_length, self.vocab_size = targets, 0, 16, 8192
         self.device, self.dtype, self.network = torch.device("cpu"), torch.float32, self
+        self.unsure: list[int] = []  # positions at which it is unsure of its token
 
     def to_self_conditioning(self, logits: torch.Tensor, _top: int | None) -> torch.Tensor:
         return logits
@@ -355,6 +371,7 @@ class Scripted:
         target = [*self.targets[min(self.steps, len(self.targets) - 1)], *[1] * 16][: canvases.shape[1]]
         self.steps += 1
         sure = torch.nn.functional.one_hot(torch.tensor(target), self.vocab_size) * 40.0
+        sure[self.unsure] /= 40  # still the likeliest, among thousands
         return sure.expand(len(canvases), *sure.shape)[:, first:]
 
 
@@ -383,6 +400,60 @@ def test_a_right_initial_canvas_takes_one_step_and_a_wrong_one_is_fixed(vocabula
     answer, states = fill_scripted(Scripted(script), vocabulary, wrong, [*script, 1], [7])
     assert (answer, len(states)) == (script, 1), "the confirmed initial canvas is continued"
     assert states[0].best.shape[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("unsure", "expected"),
+    [
+        ([], [100, 101, 102, 103]),
+        ([4], [100, 101, 102, 103]),  # its end
+        ([3], [100, 101, 102]),
+        ([1], [100]),
+        ([0], []),
+        ([1, 2, 3], []),  # one of four settled
+        ([2, 3], [100, 101]),
+    ],
+)
+@pytest.mark.parametrize("several", [False, True])
+def test_an_answer_that_never_settles_is_cut_where_its_first_token_is_open(
+    vocabulary: Vocabulary, unsure: list[int], expected: list[int], *, several: bool
+) -> None:
+    model: Any = Scripted([100, 101, 102, 103])
+    model.unsure = [*unsure, 9]  # a position after the end
+    end = AnswerEnd(vocabulary, 1)
+    options = replace(QUICK, max_denoising_steps=5, confidence_threshold=-1.0)  # never reached
+    denoiser = Denoiser(
+        model, options, torch.Generator().manual_seed(0), end, lambda: False, lambda _state, _answer: None
+    )
+    start = AnswerStart(end, "", min_tokens=0, vocab_size=8192)
+    cache: Any = None
+    filled = denoiser.fill_several(cache, start, 2)[0] if several else denoiser.fill(cache, start)
+    assert list(filled.token_ids) == expected
+    assert (filled.finish, filled.is_cut, filled.is_whole) == ("steps", bool(unsure), not unsure)
+
+
+def test_a_cut_answer_ends_where_the_language_lets_it_end(vocabulary: Vocabulary) -> None:
+    class Even:
+        """Lets an answer end after an even number of tokens."""
+
+        def __init__(self) -> None:
+            self.count = 0
+
+        def accept(self, _token_id: int) -> None:
+            self.count += 1
+
+        def may_end(self) -> bool:
+            return self.count % 2 == 0
+
+    model: Any = Scripted([100, 101, 102, 103, 104])
+    model.unsure = [3]
+    end = AnswerEnd(vocabulary, 1)
+    options = replace(QUICK, max_denoising_steps=5, confidence_threshold=-1.0)
+    generator = torch.Generator().manual_seed(0)
+    denoiser = Denoiser(model, options, generator, end, lambda: False, lambda _state, _answer: None, boundaries=Even)
+    start = AnswerStart(end, "", min_tokens=0, vocab_size=8192)
+    cache: Any = None
+    assert denoiser.fill(cache, start).token_ids == (100, 101)
 
 
 def test_a_canvas_is_cut_after_its_end(tiny_model: Model, vocabulary: Vocabulary) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support.checkpoints import EXPERTS_ONLY, repack
+from support.matmul import DenseMatmul
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,8 +24,7 @@ from fimserver.engine.decoding.denoise import (
 )
 from fimserver.engine.decoding.stopping import AnswerEnd, AnswerStart
 from fimserver.engine.kernels.backends import Choice
-from fimserver.engine.kernels.matmul import PlainMatmul, gate_by_gelu
-from fimserver.engine.kernels.nvfp4 import NVFP4Tensor
+from fimserver.engine.kernels.matmul import PlainMatmul
 from fimserver.engine.modeling.model import Model
 from fimserver.engine.modeling.prompt_cache import PromptCache
 from fimserver.engine.vocabulary import Vocabulary
@@ -104,25 +104,6 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class DenseMatmul(PlainMatmul):
-    """Sends every token through every expert: reads no routing choice and needs no kernel."""
-
-    name, reads_choices = "dense", False
-
-    def experts(
-        self,
-        gate_up: NVFP4Tensor,
-        down: NVFP4Tensor,
-        x: torch.Tensor,
-        chosen: torch.Tensor,
-        weights: torch.Tensor,
-    ) -> torch.Tensor:
-        inner = gate_by_gelu(*torch.einsum("th,enh->ten", x, gate_up.dequantize()).chunk(2, dim=-1))
-        found = torch.einsum("ten,ehn->teh", inner, down.dequantize())
-        shares = torch.zeros(found.shape[:2]).scatter(1, chosen, weights.float())
-        return (found * shares[..., None]).sum(1)
-
-
 def options_of(model: Model, **changes: Any) -> DenoisingOptions:
     values = {
         "max_denoising_steps": 12, "entropy_bound": 0.1, "confidence_threshold": 0.0, "stability_threshold": 1,
@@ -139,7 +120,7 @@ def packed_model(random_model: Model) -> Model:
 
     network = repack(random_model.reference, EXPERTS_ONLY)
     choice = Choice(TritonMatmul(dtype=torch.float32, exact=True))
-    return Model(network, random_model.metadata, choice, capture=lambda run: run)
+    return Model(network, random_model.metadata, choice)
 
 
 def count_reads(
@@ -189,12 +170,12 @@ def test_a_step_through_experts_in_4_bits_is_read_back_once(packed_model: Model,
 def test_nothing_of_a_step_waits(random_model: Model, vocabulary: Vocabulary, healed: str) -> None:
     """Steps through several experts in 4 bits, counted at the operations that torch runs in the end."""
     network = repack(random_model.reference, EXPERTS_ONLY)
-    model = Model(network, random_model.metadata, Choice(DenseMatmul()), capture=lambda run: run)
+    model = Model(network, random_model.metadata, Choice(DenseMatmul()))
     assert model.network.is_fixed
     few, many = (count_waits(model, vocabulary, healed, steps) for steps in (4, 9))
     assert few == many, "waits are outside of a step"
     assert len(few) <= 1
-    plain = Model(network, random_model.metadata, Choice(PlainMatmul()), capture=lambda run: run)
+    plain = Model(network, random_model.metadata, Choice(PlainMatmul()))
     assert len(count_waits(plain, vocabulary, healed, 4)) > 4, "the count can fail: these read the routing choices"
 
 
