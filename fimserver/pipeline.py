@@ -46,6 +46,11 @@ _MOVED_CONFIDENCE = 0.5  # at least, of text that was cut elsewhere and is typed
 _LEAST_DELETED = 8  # characters, for a match with what was deleted
 MAX_OTHER_DOCUMENTS = 8  # each is searched for matches at every request
 
+_UNSETTLED = {
+    "latency": "when the time of fimserver.maxLatencyMs was over",
+    "steps": "when its denoising steps were over",
+}  # an empty answer with one of these finishes was still changing
+
 
 @dataclass(slots=True)
 class Memory:
@@ -172,6 +177,8 @@ def read_answer(
     ``shown`` is a first line that is on the screen already: the answer has to continue it.
     """
     answer = to_answer(generation, found.place, shown=shown, min_confidence=query.threshold)
+    if not generation.text and generation.finish in _UNSETTLED:
+        return NoCompletion("unsettled", f"the model had not settled on an answer {_UNSETTLED[generation.finish]}")
     if isinstance(answer, NoCompletion) or shown is not None:  # text that was shown never changes
         return answer
     return _keep_wanted(query, found.place, answer)

@@ -443,7 +443,7 @@ class Engine:
         length = min(self.model.canvas_length, job.room.canvas_tokens)
         count = min(len(initial), job.room.canvases)
         if count > 1:
-            needed = max(job.hole_tokens, max(map(len, initial))) + 1
+            needed = max([job.hole_tokens, *map(len, initial)]) + 1
             length = min(length, -(-needed // CUT_MULTIPLE) * CUT_MULTIPLE)
             count = max(1, min(count, self.model.max_canvas_rows(self.prompt_cache.cache) // length))
         if count == 1:

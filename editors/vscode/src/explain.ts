@@ -68,6 +68,7 @@ export const HEADLINES: Readonly<Record<string, string>> = {
   snoozed: "Snoozed",
   stale: "The text changed meanwhile",
   superseded: "A newer request replaced it",
+  unsettled: "The model had not settled on an answer",
   syntax: "The answer would have broken the code",
   too_many_files: "Too many files are open",
   contradicts_name: "The answer contradicts a name in this file",

@@ -411,6 +411,8 @@ class Denoiser:
             num_settled = self._count_settled(state, before, answer)
             is_cut = num_settled < len(answer) + (not is_open)
             answer = answer[:num_settled]
+        if is_cut and not answer:
+            return Filled((), finish, passes, confidence=0.0, is_open=is_open, is_cut=True)
         own = answer_start.own_positions(answer)
         confidence = confidence_in(state, self.options, own)
         log_probability = math.log(max(confidence, 1e-30)) * len(own)
@@ -419,8 +421,8 @@ class Denoiser:
     def _count_settled(self, state: CanvasState, before: Sequence[int], answer: Sequence[int]) -> int:
         """Return how many tokens of an unfinished canvas may be offered, and its end if that is settled too.
 
-        A token is settled if its entropy is within the bound and the step before had it too. Where the language says so, the
-        answer ends at a token after which it may end. None are offered if too few of the answer are settled.
+        A token is settled if its entropy is within the bound and the step before had it too. Where the language says
+        so, the answer ends at a token after which it may end. None are offered if too few of the answer are settled.
         """
         if not state.history:
             return 0

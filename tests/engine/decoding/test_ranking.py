@@ -117,7 +117,9 @@ def test_an_uncalibrated_model_never_returns_a_match(tiny_engine: Engine) -> Non
 
 
 @pytest.mark.parametrize("mode", [Mode.SPECULATIVE, Mode.DIFFUSION])
-def test_alternatives_are_distinct_and_sorted(engine: Engine, mode: Mode) -> None:
+def test_alternatives_are_distinct_and_sorted(engine: Engine, mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once = replace(engine.model.metadata, confidence_threshold=1e9, stability_threshold=0)
+    monkeypatch.setattr(engine.model, "metadata", at_once)  # a random model settles on nothing
     plain = engine.complete(FIM, Sampling(mode, seed=0, min_tokens=1))
     assert plain.alternatives == (), "no matches, one answer"
     several = engine.complete(FIM, Sampling(mode, seed=0, min_tokens=1, num_candidates=3))

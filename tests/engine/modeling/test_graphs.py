@@ -187,9 +187,9 @@ def test_modes(random_model: Model, tiny_model: Model) -> None:
     model = make_fixed(random_model)
     record = lambda run: run  # noqa: E731
     assert "turned off" in model.capture_passes(model.new_cache(), "off", record=record).fault
-    assert model.fixed is None
+    assert not model.fixed
     assert model.capture_passes(model.new_cache(), "on", record=record).rows == (model.canvas_length,)
-    assert model.fixed is not None
+    assert model.fixed
     other = make_fixed(random_model)
     assert other.capture_passes(other.new_cache(), record=stale).fault
     assert other.fixed is None
