@@ -143,7 +143,7 @@ def find_gpu(name: str, *, memory_gib: float | None = None, bandwidth_gb_per_s: 
     Raises ``FimserverError`` that lists the products of an ambiguous name, the nearest of an unknown one, or why older
     GPUs are not supported.
     """
-    named = _find_named(name)
+    named = list_named(name)
     fitting = [gpu for gpu in named if _is_about(gpu, memory_gib, bandwidth_gb_per_s)]
     if len(fitting) == 1:
         return fitting[0]
@@ -167,7 +167,7 @@ def find_reported(name: str, memory_bytes: int) -> Gpu | None:
 
     ``memory_bytes`` of 0 means that the driver reports none, as for memory that the system shares.
     """
-    named = _find_named(name)
+    named = list_named(name)
     memory_gib = memory_bytes / _GIB if memory_bytes else None
     fitting = [gpu for gpu in named if _is_about(gpu, memory_gib, None)]
     return fitting[0] if len(fitting) == 1 else None
@@ -185,8 +185,8 @@ def is_without_bf16(name: str) -> bool:
     return bool(_WITHOUT_BF16.fullmatch(words) or _TURING_WORKSTATION.search(name))
 
 
-def _find_named(name: str) -> list[Gpu]:
-    """Return the GPUs with a name; memory at its end ("16 GB") may be left out."""
+def list_named(name: str) -> list[Gpu]:
+    """Return the GPUs with a whole name, which may leave out the memory at its end ("16 GB")."""
     if _TURING_WORKSTATION.search(name):
         return []
     key = _to_key(name)
