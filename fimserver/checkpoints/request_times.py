@@ -93,10 +93,7 @@ def estimate_times(checkpoint: Checkpoint, gpu: Gpu, *, steps: int = MEDIAN_STEP
     """Return the times of a request; ``missing_share`` of the experts that a pass reaches are in main memory."""
     shape = checkpoint.shape
     prompt = min(PROMPT_TOKENS, shape.longest_context_tokens - BLOCK_TOKENS)
-
-    def forward(tokens: int, *, has_head: bool = True) -> float:
-        return _forward_ms(checkpoint, gpu, tokens, prompt, has_head=has_head, missing_share=missing_share)
-
+    forward = _Placement(checkpoint, gpu, prompt, missing_share).forward_ms
     prompt_ms = sum(forward(size, has_head=False) for size in _chunks_of(prompt))
     if not shape.canvas_tokens:
         new = forward(NEW_TOKENS)  # has the first token's logits
@@ -177,24 +174,31 @@ def _chunks_of(prompt: int) -> list[int]:
     return [min(CHUNK_TOKENS, prompt - first) for first in range(0, prompt, CHUNK_TOKENS)]
 
 
-def _forward_ms(
-    checkpoint: Checkpoint, gpu: Gpu, tokens: int, seen: int, *, has_head: bool, missing_share: float
-) -> float:
-    """Return the least time of a forward pass over ``tokens`` after ``seen`` others."""
-    shape = checkpoint.shape
-    active = checkpoint.parameters_of(Role.ATTENTION, Role.DENSE, Role.ROUTER)
-    embedding, unread, bus_ms = checkpoint.bytes_of(Role.EMBEDDING), 0.0, 0.0
-    if not shape.is_dense:
-        active += checkpoint.parameters_of(Role.EXPERTS) * shape.top_experts // shape.num_experts
-        moved = checkpoint.bytes_of(Role.EXPERTS) * shape.distinct_experts(tokens) / shape.num_experts * missing_share
-        bus_ms = moved / (gpu.pcie_gb_per_s * PCIE_SHARE * 1e6) if moved else 0.0
-    if has_head:
-        active += shape.vocab_size * shape.hidden_size
-    elif shape.is_dense:
-        unread = embedding if shape.is_tied else embedding / 2
-    else:
-        unread = 2 * embedding + checkpoint.bytes_of(Role.SELF_CONDITIONING)
-    read = step_bytes(checkpoint, tokens, seen) - unread
-    read_ms = read / (gpu.bandwidth_gb_per_s * 1e6)
-    rate = gpu.bf16_tflops * _RATE_SHARE * 1e9  # operations a millisecond
-    return max(read_ms, 2 * active * tokens / rate if rate else 0.0) + bus_ms
+@dataclass(frozen=True, slots=True)
+class _Placement:
+    """A model on a GPU after a prompt of ``seen`` tokens; ``missing_share`` of its experts are in main memory."""
+
+    checkpoint: Checkpoint
+    gpu: Gpu
+    seen: int
+    missing_share: float
+
+    def forward_ms(self, tokens: int, *, has_head: bool = True) -> float:
+        """Return the least time of a forward pass over ``tokens``."""
+        checkpoint, shape, gpu = self.checkpoint, self.checkpoint.shape, self.gpu
+        active = checkpoint.parameters_of(Role.ATTENTION, Role.DENSE, Role.ROUTER)
+        embedding, unread, bus_ms = checkpoint.bytes_of(Role.EMBEDDING), 0.0, 0.0
+        if not shape.is_dense:
+            active += checkpoint.parameters_of(Role.EXPERTS) * shape.top_experts // shape.num_experts
+            reached = checkpoint.bytes_of(Role.EXPERTS) * shape.distinct_experts(tokens) / shape.num_experts
+            moved = reached * self.missing_share
+            bus_ms = moved / (gpu.pcie_gb_per_s * PCIE_SHARE * 1e6) if moved else 0.0
+        if has_head:
+            active += shape.vocab_size * shape.hidden_size
+        elif shape.is_dense:
+            unread = embedding if shape.is_tied else embedding / 2
+        else:
+            unread = 2 * embedding + checkpoint.bytes_of(Role.SELF_CONDITIONING)
+        read_ms = (step_bytes(checkpoint, tokens, self.seen) - unread) / (gpu.bandwidth_gb_per_s * 1e6)
+        rate = gpu.bf16_tflops * _RATE_SHARE * 1e9  # operations a millisecond
+        return max(read_ms, 2 * active * tokens / rate if rate else 0.0) + bus_ms

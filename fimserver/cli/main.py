@@ -17,7 +17,6 @@ Exit codes: 0 done, 1 nothing to complete or a check failed (the reason is on st
 Standard output is for results; progress, reasons and logs go to stderr.
 """
 
-import dataclasses
 import json
 import logging
 import sys
@@ -152,8 +151,8 @@ def _watch(place: Any, settings: Settings, others: Any, *, as_json: bool) -> Non
     "--card",
     "gpu",
     metavar="NAME",
-    help='Plan the memory and times of --model on a GPU: "RTX 5090", auto (this machine\'s), all (a line for each of the '
-    "table), or cpu. --card is the same.",
+    help='Plan memory and times of --model on a GPU: "RTX 5090", auto (of this machine), all (a line for each of the '
+    "table) or cpu. --card is the same.",
 )
 @click.option(
     "--memory",

@@ -317,15 +317,15 @@ def _list_notes(gpu: Gpu, steps: int) -> tuple[str, ...]:
 
 
 def _list_assumptions(steps: int) -> tuple[str, ...]:
-    return (
-        "Times are lower bounds, not measurements: bytes over the GPU's bandwidth, prompts at half its bf16 rate; no",
-        "kernel launches, no attention scores. "
-        f"Cold: a prompt of {PROMPT_TOKENS} tokens and the answer; warm: {NEW_TOKENS} new tokens and the answer.",
-        f"A line has {LINE_TOKENS} tokens, a block {BLOCK_TOKENS}. Diffusion takes {steps} steps (--steps), other models "
-        "one pass per token.",
-        f"fits ghost text: a warm line within {GHOST_TEXT_MS:.0f} ms, half of maxLatencyMs ({MAX_LATENCY_MS}), where a "
-        "request is cut.",
-    )
+    text = f"""\
+Times are lower bounds, not measurements: bytes over the GPU's bandwidth, prompts at half its bf16 rate; no kernel
+launches, no attention scores. Cold: a prompt of {PROMPT_TOKENS} tokens and the answer; warm: {NEW_TOKENS} new tokens \
+and the answer.
+A line has {LINE_TOKENS} tokens, a block {BLOCK_TOKENS}. Diffusion takes {steps} steps (--steps), other models one pass \
+per token.
+fits ghost text: a warm line within {GHOST_TEXT_MS:.0f} ms, half of maxLatencyMs ({MAX_LATENCY_MS}), where a request \
+is cut."""
+    return tuple(text.split("\n"))
 
 
 def _describe_command(remedy: Remedy) -> str:
