@@ -1,4 +1,4 @@
-"""Estimate how long a request takes on a GPU: the rest of a line and a block, with and without a cached prompt.
+"""Compute how long a request takes on a GPU: the rest of a line and a block, with and without a cached prompt.
 
     estimate_times    Checkpoint, GPU -> Times: prompt, one step, a line and a block, cold and warm, and a verdict
     compare_models    GPU -> a row for each model that fimserver knows: memory, times, where it runs
@@ -6,9 +6,10 @@
 
 The model of a request, of which nothing is measured:
 
-    forward   max(bytes read / bandwidth, 2 x active parameters x tokens / (bf16 rate / 2)), and the bytes of experts
-              in main memory over the bus. Bytes at full bandwidth, no launches, no attention scores: a lower bound.
-              The rate is halved because few products of this size reach more; unknown rates count bytes alone.
+    forward   max(bytes read / bandwidth, 2 x active parameters x tokens / (bf16 rate / 2)): bytes at full bandwidth, no
+              launches, no attention scores, so the real time is longer. The rate is halved because few products of
+              this size reach more; if it is not known, bytes alone count. Then the bytes of experts in main memory
+              over the bus, if all experts are equally likely: the worst case.
     prompt    chunks of 512 tokens, each of which reaches all experts and reads every weight but embedding and head
     cold      a prompt of 2,000 tokens and the answer; warm: 8 new tokens of a cached prompt and the answer
     answer    a line has 16 tokens, a block 100; with the end and 4 spare tokens, canvases of 32 and 112
@@ -41,7 +42,7 @@ MEDIAN_STEPS = 20  # denoising steps of code
 PROMPT_TOKENS, NEW_TOKENS = 2000, 8
 LINE_TOKENS, BLOCK_TOKENS = 16, 100
 MAX_LATENCY_MS = 1500  # the default of the setting maxLatencyMs, which cuts a request
-GHOST_TEXT_MS = MAX_LATENCY_MS / 2  # of a warm line: the times are lower bounds, so the real one may be twice as long
+GHOST_TEXT_MS = MAX_LATENCY_MS / 2  # of a warm line: computed times are too short, so the real one may be twice as long
 FITS_GHOST_TEXT = "fits ghost text"
 TOO_SLOW = "too slow for ghost text"
 NO_MEMORY = "does not fit"
@@ -59,7 +60,7 @@ _COMPARED = (
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Lower bounds in milliseconds; ``step_ms`` is one forward pass for a line, ``passes`` count those of an answer."""
+    """Computed times in milliseconds; ``step_ms`` is one forward pass for a line, ``passes`` count those of an answer."""
 
     step_ms: float
     prompt_ms: float
@@ -184,7 +185,7 @@ class _Placement:
     missing_share: float
 
     def forward_ms(self, tokens: int, *, has_head: bool = True) -> float:
-        """Return the least time of a forward pass over ``tokens``."""
+        """Return the computed time of a forward pass over ``tokens``."""
         checkpoint, shape, gpu = self.checkpoint, self.checkpoint.shape, self.gpu
         active = checkpoint.parameters_of(Role.ATTENTION, Role.DENSE, Role.ROUTER)
         embedding, unread, bus_ms = checkpoint.bytes_of(Role.EMBEDDING), 0.0, 0.0

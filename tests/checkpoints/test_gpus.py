@@ -88,7 +88,7 @@ def test_memory_or_bandwidth_chooses_among_products() -> None:
     assert find_gpu("A100", memory_gib=40).name == "A100 40 GB"
     assert find_gpu("H100", bandwidth_gb_per_s=3350).name == "H100 SXM"
     assert find_gpu("RTX 6000", memory_gib=48, bandwidth_gb_per_s=960).name == "RTX 6000 Ada"
-    with pytest.raises(FimserverError, match="A100 PCIe 80 GB .*A100 SXM 80 GB"):
+    with pytest.raises(FimserverError, match=r"A100 PCIe 80 GB .*A100 SXM 80 GB"):
         find_gpu("A100", memory_gib=80)
     with pytest.raises(FimserverError, match=r"no GPU 'RTX 4090' has that memory or bandwidth; .*24 GB, 1008 GB/s"):
         find_gpu("RTX 4090", memory_gib=48)
@@ -102,7 +102,7 @@ def test_memory_or_bandwidth_chooses_among_products() -> None:
     ],
 )
 def test_gpus_without_bf16_are_not_supported(name: str) -> None:
-    with pytest.raises(FimserverError, match="computes no bf16, which needs compute capability 8.0"):
+    with pytest.raises(FimserverError, match=r"computes no bf16, which needs compute capability 8\.0"):
         find_gpu(name)
     assert find_reported(name, 0) is None
 

@@ -38,7 +38,7 @@ from fimserver.engine.kernels.nvfp4 import Dialect
 from fimserver.engine.kernels.packed import PackedExperts, PackedLinear
 from fimserver.engine.loading.weights import load_weights
 from fimserver.engine.modeling.model import Model
-from fimserver.errors import FimserverError, WeightsError
+from fimserver.errors import WeightsError
 
 NVFP4 = "nvidia/diffusiongemma-26B-A4B-it-NVFP4"
 KNOWN = SHIPPED_MODELS / "known" / "diffusiongemma-26b-a4b-it"

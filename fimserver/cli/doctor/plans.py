@@ -270,7 +270,7 @@ def _print_requests(planned: ModelPlan, console: Console) -> None:
     rows += [(host.change, times) for host, times in zip(plan.host_plans, planned.host_times, strict=True)]
     if not rows:
         return
-    console.print(f"A request, at least, in ms ({_WARM_AND_COLD}):")
+    console.print(f"A request, computed, in ms ({_WARM_AND_COLD}):")
     table = Table(box=SIMPLE, pad_edge=False)
     for column in ("weights", *_TIME_COLUMNS):
         table.add_column(column, justify="left" if column in {"weights", "verdict"} else "right", no_wrap=True)
@@ -318,13 +318,11 @@ def _list_notes(gpu: Gpu, steps: int) -> tuple[str, ...]:
 
 def _list_assumptions(steps: int) -> tuple[str, ...]:
     text = f"""\
-Times are lower bounds, not measurements: bytes over the GPU's bandwidth, prompts at half its bf16 rate; no kernel
-launches, no attention scores. Cold: a prompt of {PROMPT_TOKENS} tokens and the answer; warm: {NEW_TOKENS} new tokens \
-and the answer.
-A line has {LINE_TOKENS} tokens, a block {BLOCK_TOKENS}. Diffusion takes {steps} steps (--steps), other models one pass \
-per token.
-fits ghost text: a warm line within {GHOST_TEXT_MS:.0f} ms, half of maxLatencyMs ({MAX_LATENCY_MS}), where a request \
-is cut."""
+Times are computed, not measured, and too short: bytes at the full bandwidth, prompts at half the GPU's bf16 rate, no
+kernel launches, no attention scores. The step is the floor of one step for a line.
+Cold: a prompt of {PROMPT_TOKENS} tokens and the answer; warm: {NEW_TOKENS} new tokens and the answer.
+A line has {LINE_TOKENS} tokens, a block {BLOCK_TOKENS}. Diffusion takes {steps} steps (--steps), others a pass per token.
+fits ghost text: a warm line within {GHOST_TEXT_MS:.0f} ms, half of maxLatencyMs ({MAX_LATENCY_MS}), which cuts a request."""
     return tuple(text.split("\n"))
 
 
