@@ -17,8 +17,7 @@ from fimserver.checkpoints.installed import is_hub_name, to_gigabytes
 from fimserver.checkpoints.known import read_known
 from fimserver.checkpoints.memory import Checkpoint, Format, find_checkpoint, read_known_checkpoint
 from fimserver.checkpoints.planner import DEFAULT_CONTEXT_TOKENS, plan_on_cpu, plan_on_gpu
-from fimserver.checkpoints.request_times import FITS_GHOST_TEXT, compare_models, to_row
-
+from fimserver.checkpoints.request_times import FITS_GHOST_TEXT, Times, compare_models, to_row
 
 _LARGE, _DENSE = "nvidia/diffusiongemma-26B-A4B-it-NVFP4", "Qwen2.5-Coder"
 _PAGES = Path(__file__).parent.parent / "docs" / "reference"
@@ -77,22 +76,26 @@ def to_gpu_markdown() -> str:
     """Return the table of docs/reference/gpu.md: the 26B on each common GPU, and the largest other model that fits."""
     checkpoint = find_checkpoint(_LARGE)
     rows = [
-        "| GPU | memory | experts in | step | prompt | line, warm / cold | block, warm / cold | verdict | other models |",
+        "| GPU | memory | experts in | step | prompt | line, warm / cold | block, warm / cold | verdict | others |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name in COMMON:
         gpu = find_gpu(name)
         row = to_row(checkpoint, gpu)
-        times = row.times
-        own = (name, f"{gpu.memory_gib:g} GB", "GPU" if row.where == "GPU" else "main memory" if row.where else "")
-        cells = ("", "", "", "")
-        if times is not None:
-            line, block = (times.line_warm_ms, times.line_cold_ms), (times.block_warm_ms, times.block_cold_ms)
-            pairs = (" / ".join(f"{ms:.0f}" for ms in pair) for pair in (line, block))
-            cells = (f"{times.step_ms:.1f}", f"{times.prompt_ms:.0f}", *pairs)
+        where = "GPU" if row.where == "GPU" else "main memory" if row.where else ""
         other = next((o.model for o in compare_models(gpu) if o.verdict == FITS_GHOST_TEXT and _DENSE in o.model), "")
-        rows.append(f"| {' | '.join((*own, *cells, row.verdict, other))} |")
+        cells = [name, f"{gpu.memory_gib:g} GB", where, *_show_times(row.times), row.verdict, other]
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
+
+
+def _show_times(times: Times | None) -> tuple[str, ...]:
+    """Return the cells of a step, a prompt, a line and a block."""
+    if times is None:
+        return ("", "", "", "")
+    line, block = (times.line_warm_ms, times.line_cold_ms), (times.block_warm_ms, times.block_cold_ms)
+    pairs = (" / ".join(f"{ms:.0f}" for ms in pair) for pair in (line, block))
+    return (f"{times.step_ms:.1f}", f"{times.prompt_ms:.0f}", *pairs)
 
 
 def _show(num_bytes: int | None) -> str:

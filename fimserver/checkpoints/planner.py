@@ -398,9 +398,11 @@ def _remedies(checkpoint: Checkpoint, gpu: Gpu, context_tokens: int) -> Iterator
 def _to_quantized(checkpoint: Checkpoint, variant: Checkpoint, remedy: Remedy) -> Remedy:
     """Return a remedy with the command that writes ``variant``, and what it needs.
 
-    Files also hold what is not loaded, such as vision, which is copied; the command holds the embedding and that at
-    once, which are its largest file.
+    No command takes a source with float8 or GGUF; its float checkpoint has to be quantized instead. Files also hold
+    what is not loaded, such as vision, which is copied; the command holds that and the embedding at once.
     """
+    if any(part.stored for part in checkpoint.parts):
+        return replace(remedy, change=f"{remedy.change}, quantized from the float checkpoint")
     roles = tuple(Role)
     unloaded = max(0, (checkpoint.file_bytes or 0) - checkpoint.bytes_of(*roles))
     needs_all = any(part.role is not Role.EXPERTS and part.format is Format.NVFP4 for part in variant.parts)

@@ -60,7 +60,7 @@ _COMPARED = (
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Computed times in milliseconds; ``step_ms`` is one forward pass for a line, ``passes`` count those of an answer."""
+    """Computed times in milliseconds; ``step_ms`` is a forward pass for a line, ``passes`` count those of an answer."""
 
     step_ms: float
     prompt_ms: float

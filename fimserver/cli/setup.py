@@ -146,7 +146,7 @@ def _of_model(name: str, machine: Machine) -> Choice | None:
                 problem = problem or "slow on this GPU"
             if plan.total_bytes > _COMFORTABLE * gpu.usable_bytes:
                 problem = problem or "leaves no memory"
-            ms = times and times.line_cold_ms
+            ms = None if times is None else times.line_cold_ms
             return dataclasses.replace(row, where=gpu.name, memory_bytes=plan.total_bytes, ms=ms, problem=problem)
     if not checkpoint.shape.is_dense or machine.memory_bytes is None:
         return None

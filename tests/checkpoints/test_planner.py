@@ -23,7 +23,7 @@ from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 import fimserver
 from fimserver.checkpoints import memory, planner
 from fimserver.checkpoints.engine_limits import MAX_PROMPT_CACHE_BYTES
-from fimserver.checkpoints.gpus import GPUS, find_gpu
+from fimserver.checkpoints.gpus import GPUS, describe_gpu, find_gpu
 from fimserver.checkpoints.known import SHIPPED_MODELS
 from fimserver.checkpoints.memory import Checkpoint, Format, Role, find_checkpoint, parse_config, read_folder, to_parts
 from fimserver.checkpoints.metadata import read_metadata
@@ -233,6 +233,19 @@ def test_float8_is_not_offered_as_a_remedy(large: Checkpoint) -> None:
     assert [change for change, remedy in remedies.items() if not remedy.is_there] == [planner._FP8_REST]
     in_4_bits = remedies[planner._ALL_IN_4_BITS].total_bytes
     assert in_4_bits == plan_on_gpu(large.with_projections_in_nvfp4(), find_gpu("RTX 4080")).total_bytes
+
+
+def test_no_command_is_named_for_sources_that_quantize_refuses(tmp_path: Path) -> None:
+    checkpoint = read_folder(quantized_folder(tmp_path))
+    assert {part.stored for part in checkpoint.parts} == {"", "fp8"}
+    small = describe_gpu(0.5, 100)
+    remedies = plan_on_gpu(checkpoint, small, 512).remedies
+    assert remedies
+    assert not [remedy.command for remedy in remedies if remedy.command]
+    assert any(remedy.change.endswith("in NVFP4, quantized from the float checkpoint") for remedy in remedies)
+    floats = plan_on_gpu(read_folder(SHIPPED_MODELS / "tiny"), small, 512).remedies
+    commands = [remedy.command for remedy in floats if remedy.command]
+    assert commands == ["fimserver quantize tiny FOLDER", "fimserver quantize tiny FOLDER --all"]
 
 
 # ---- folders

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from fimserver.checkpoints.gpus import COMMON, GPUS
+from fimserver.checkpoints.known import SHIPPED_MODELS
+from fimserver.checkpoints.memory import find_checkpoint
 from fimserver.checkpoints.planner import plan_on_gpu
 from fimserver.cli import machine
 from fimserver.cli.machine import choose_gpu, find_gpus, parse_gpus
@@ -176,6 +180,15 @@ def test_a_remedy_is_a_command_that_exists() -> None:
     assert bf16["change"] == "experts in NVFP4"
 
 
+def test_a_folders_remedy_names_its_path(tmp_path: Path) -> None:
+    folder = tmp_path / "my models" / "tiny"
+    shutil.copytree(SHIPPED_MODELS / "tiny", folder)
+    found = values("--memory", "0.5", "--bandwidth", "100", model=str(folder))
+    commands = [shlex.split(remedy["command"]) for remedy in found["remedies"] if remedy["command"]]
+    assert commands
+    assert all(command[:4] == ["fimserver", "quantize", str(folder), "FOLDER"] for command in commands)
+
+
 def test_steps_change_the_times() -> None:
     few, usual = values("--gpu", "RTX 4090", "--steps", "10"), values("--gpu", "RTX 4090")
     assert (few["denoising_steps"], usual["denoising_steps"]) == (10, 20)
@@ -193,8 +206,6 @@ def test_all_prints_a_line_for_each_gpu() -> None:
     found = values("--gpu", "all", "--context", "32768")
     assert [row["gpu"] for row in found["gpus"]] == [gpu.name for gpu in GPUS]
     assert found["context_tokens"] == 32768
-    from fimserver.checkpoints.memory import find_checkpoint
-
     totals = {row["gpu"]: row["total_bytes"] for row in found["gpus"]}
     assert totals["H200"] == plan_on_gpu(find_checkpoint(NVFP4), GPUS[0], 32768).total_bytes
 

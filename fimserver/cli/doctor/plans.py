@@ -9,8 +9,10 @@ Knows:  plans, the table of GPUs, nvidia-smi.  Never: the engine, torch.
 
 import dataclasses
 import os
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE
@@ -162,7 +164,7 @@ def plan_model(query: PlanQuery) -> ModelPlan:
         gpu = resolve_gpu(query)
         plan = plan_on_gpu(checkpoint, gpu, context)
         return ModelPlan(
-            plan,
+            _with_place(plan, query.model),
             steps,
             estimate_times(checkpoint, gpu, steps=steps) if plan.fits else None,
             tuple(list_host_times(checkpoint, gpu, plan, steps=steps)),
@@ -175,6 +177,15 @@ def plan_model(query: PlanQuery) -> ModelPlan:
         msg = "this system does not report its memory; name a GPU instead of cpu"
         raise FimserverError(msg) from error
     return ModelPlan(plan_on_cpu(checkpoint, memory_bytes, context), steps)
+
+
+def _with_place(plan: Plan, model: str) -> Plan:
+    """Return the plan of a folder with the folder's path in its commands."""
+    if not Path(model).expanduser().is_dir():
+        return plan
+    place = shlex.quote(model)
+    remedies = (dataclasses.replace(r, command=r.command.replace(plan.model, place, 1)) for r in plan.remedies)
+    return dataclasses.replace(plan, remedies=tuple(remedies))
 
 
 def plan_gpus(query: PlanQuery) -> GpusPlan:
@@ -321,8 +332,8 @@ def _list_assumptions(steps: int) -> tuple[str, ...]:
 Times are computed, not measured, and too short: bytes at the full bandwidth, prompts at half the GPU's bf16 rate, no
 kernel launches, no attention scores. The step is the floor of one step for a line.
 Cold: a prompt of {PROMPT_TOKENS} tokens and the answer; warm: {NEW_TOKENS} new tokens and the answer.
-A line has {LINE_TOKENS} tokens, a block {BLOCK_TOKENS}. Diffusion takes {steps} steps (--steps), others a pass per token.
-fits ghost text: a warm line within {GHOST_TEXT_MS:.0f} ms, half of maxLatencyMs ({MAX_LATENCY_MS}), which cuts a request."""
+A line has {LINE_TOKENS} tokens, a block {BLOCK_TOKENS}. Diffusion takes {steps} steps (--steps), others one per token.
+fits ghost text: a warm line within {GHOST_TEXT_MS:.0f} ms, half of maxLatencyMs ({MAX_LATENCY_MS}), the limit."""
     return tuple(text.split("\n"))
 
 
