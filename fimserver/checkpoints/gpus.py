@@ -133,7 +133,7 @@ ASSUMED_PCIE_GB_PER_S = _PCIE_4_X16  # of a GPU that is not in the table
 NO_GPU = Gpu("this GPU", 0, 1, 0, "")  # for a plan's memory, which does not depend on the GPU
 
 _MAKERS_WORDS = re.compile(r"nvidia|geforce|quadro|rtx|graphics|generation|laptop gpu$|[^a-z0-9]")
-_WITHOUT_BF16 = re.compile(r"20[5678]0(super|ti|tisuper)?|gtx\w*|titan\w*|(tesla)?(k|m|p|v|t)\d+\w*|mx\d+|1[06]\d0\w*")
+_WITHOUT_BF16 = re.compile(r"20[5678]0\D*|gtx\w*|titan\w*|(tesla|quadro)?[kmpvt]\d+\w*|mx\d+|1[06]\d0\D*")
 _TURING_WORKSTATION = re.compile(r"quadro.*\b[3-8]000\b", re.IGNORECASE)
 
 

@@ -25,6 +25,7 @@ _SMI_TIMEOUT_S = 10.0
 _SERVER_TIMEOUT_S = 2.0
 _FIELDS = "name,memory.total,driver_version,compute_cap"
 _MIB = 2**20
+_OLDEST_CAPABILITY = 8.0  # with bf16: Ampere
 _WSL_SMI = "/usr/lib/wsl/lib/nvidia-smi"  # where Windows puts it in WSL, often not on PATH
 _SERVERS: tuple[type[Ollama | LlamaCpp | Vllm], ...] = (Ollama, LlamaCpp, Vllm)
 
@@ -38,6 +39,12 @@ class FoundGpu:
     driver: str
     compute_capability: str
     listed: Gpu | None
+
+    @property
+    def has_bf16(self) -> bool:
+        """Whether it computes bf16, as GPUs from Ampere on do; True if the driver does not say."""
+        number = self.compute_capability
+        return not number.replace(".", "", 1).isdecimal() or float(number) >= _OLDEST_CAPABILITY
 
 
 @dataclass(frozen=True, slots=True)

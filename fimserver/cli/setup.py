@@ -136,7 +136,7 @@ def _of_model(name: str, machine: Machine) -> Choice | None:
     if download > machine.free_disk_bytes:
         problem = "too little disk space"
     row = Choice(model=name, where="", licence=licence, download_bytes=download, exact=_MEASURED.get(name, (None,))[0])
-    if machine.gpu is not None:
+    if machine.gpu is not None and machine.gpu.has_bf16:
         gpu = machine.gpu.listed or Gpu(machine.gpu.name, machine.gpu.memory_bytes / 2**30, 0, 0, "")
         with_bandwidth = dataclasses.replace(gpu, bandwidth_gb_per_s=gpu.bandwidth_gb_per_s or 1)
         plan = plan_on_gpu(checkpoint, with_bandwidth, context)
@@ -269,6 +269,7 @@ def _print(machine: Machine, choices: list[Choice], chosen: Choice) -> None:
     gpu = "no GPU with a driver"
     if machine.gpu is not None:
         listed = "" if machine.gpu.listed else ", not in the table of GPUs: its speed is not known"
+        listed = listed if machine.gpu.has_bf16 else ", not used: it computes no bf16"
         gpu = f"{machine.gpu.name}, {machine.gpu.memory_bytes / 2**30:.0f} GiB{listed}"
     memory = "memory not reported" if machine.memory_bytes is None else f"{machine.memory_bytes / 1e9:.0f} GB of memory"
     console = make_console(soft_wrap=True)

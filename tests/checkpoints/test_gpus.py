@@ -98,6 +98,7 @@ def test_memory_or_bandwidth_chooses_among_products() -> None:
     "name",
     [
         *("RTX 2080", "NVIDIA GeForce RTX 2080 Ti", "RTX 2070 SUPER", "GTX 1660 Ti", "GTX 1080", "Quadro RTX 6000"),
+        *("NVIDIA GeForce RTX 2080 with Max-Q Design", "Quadro P2000", "NVIDIA T1000 8GB", "GTX 1080 Ti"),
         *("Tesla T4", "T4", "Tesla V100-SXM2-16GB", "TITAN RTX", "P100", "MX450"),
     ],
 )

@@ -29,6 +29,10 @@ def with_gpu(name: str) -> Machine:
     ("machine", "model"),
     [
         (PLAIN, "Qwen/Qwen2.5-Coder-0.5B"),
+        (
+            replace(PLAIN, gpu=parse_gpus("NVIDIA GeForce RTX 2080 Ti, 11264 MiB, 580.82, 7.5")[0]),
+            "Qwen/Qwen2.5-Coder-0.5B",
+        ),
         (replace(PLAIN, memory_bytes=2 * 10**9), "tiny"),
         (replace(PLAIN, memory_bytes=None), "tiny"),
         (replace(PLAIN, free_disk_bytes=10**8), "tiny"),

@@ -47,7 +47,6 @@ from fimserver.errors import FimserverError
 _FEW_STEPS = 20  # steps per second; slower speeds are shown with one more digit
 _SHORT_MS = 100  # shorter times are shown with one more digit
 _WIDTH = 140
-_OLDEST_CAPABILITY = 8.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +139,7 @@ def _resolve_here(query: PlanQuery) -> Gpu:
     """Return this machine's GPU that the setting ``device`` chooses, with the memory that its driver reports."""
     found = choose_gpu(find_gpus(), query.device, os.environ)
     capability = found.compute_capability
-    if capability.replace(".", "", 1).isdecimal() and float(capability) < _OLDEST_CAPABILITY:
+    if not found.has_bf16:
         msg = f"{found.name} has compute capability {capability}; bf16 needs 8.0 (Ampere), so plan with --gpu cpu"
         raise FimserverError(msg)
     memory_gib = query.memory_gib or found.memory_bytes / 2**30
