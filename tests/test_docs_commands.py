@@ -42,6 +42,7 @@ NOT_RUN = [
     ("README.md", "fimserver setup", "downloads a model; tests/cli/test_setup.py"),
     ("*/models.md", "fimserver model add nvidia/*", "downloads 19 GB; tests/checkpoints has a hub of its own"),
     ("*/models.md", "fimserver model add ~/*", "needs a GGUF file; tests/checkpoints"),
+    ("*/quantize.md", "fimserver quantize nvidia/*", "needs 19 GB of weights; tests/engine/quantize"),
     ("*", "hf download *", "needs the hub"),
     ("*", "fimserver corpus", "downloads 190 MB from PyPI"),
     ("*/quality.md", "fimserver eval holes *", "needs the corpus, and matplotlib"),

@@ -18,7 +18,7 @@ Equal:  memory on a CPU to the engine's (tests/checkpoints/test_planner.py).
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fimserver.checkpoints.engine_limits import (
     CHUNK_TOKENS,
@@ -44,6 +44,7 @@ _PROCESS_BYTES = 600_000_000  # of Python, torch and transformers without a mode
 _GRAPH_BYTES = 20_000_000  # of a CUDA graph in the driver: an assumption, not measured
 _RESIDUALS = 6  # float32 rows of the hidden size, alive at once in a pass
 _LARGEST_MASK = 2**25  # elements of a mask that is repeated for the heads of a group (engine/modeling/layers.py)
+_MAPPED_BYTES = 256 * 2**20  # of the source that quantizing keeps mapped
 _LOGITS_ROWS = 64  # of an autoregressive model at once: drafted tokens, in float32
 _ROW_BYTES = 2  # a scale of the 8-bit copy on a CPU
 _ALL_IN_4_BITS = "experts, attention, dense part in NVFP4"
@@ -92,13 +93,21 @@ class HostPlan:
 
 @dataclass(frozen=True, slots=True)
 class Remedy:
-    """A change and the resulting plan; ``is_there`` means that the engine supports it."""
+    """A change and the resulting plan; ``is_there`` means that the engine supports it.
+
+    ``command`` makes the change from the source's files, ``download_bytes`` of them if that is known. It writes about
+    ``written_bytes`` and takes about ``main_memory_bytes``.
+    """
 
     change: str
     total_bytes: int
     fits: bool
     largest_context_tokens: int
     is_there: bool = True
+    command: str = ""
+    download_bytes: int | None = None
+    written_bytes: int = 0
+    main_memory_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -380,11 +389,31 @@ def _remedies(checkpoint: Checkpoint, gpu: Gpu, context_tokens: int) -> Iterator
     for change, variant in variants:
         total = _sum(_gpu_lines(variant, context_tokens))
         largest = _largest_context(variant, _gpu_lines, gpu.usable_bytes)
-        yield Remedy(change, total, total <= gpu.usable_bytes, largest)
+        yield _to_quantized(checkpoint, variant, Remedy(change, total, total <= gpu.usable_bytes, largest))
     if in_fp8 != checkpoint and not checkpoint.shape.is_dense:
         total = _sum(_gpu_lines(in_fp8, context_tokens))
         largest = _largest_context(in_fp8, _gpu_lines, gpu.usable_bytes)
         yield Remedy(_FP8_REST, total, total <= gpu.usable_bytes, largest, is_there=False)
+
+
+def _to_quantized(checkpoint: Checkpoint, variant: Checkpoint, remedy: Remedy) -> Remedy:
+    """Return a remedy with the command that writes ``variant``, and what it needs.
+
+    No command takes a source with float8 or GGUF; its float checkpoint has to be quantized instead. Files also hold
+    what is not loaded, such as vision, which is copied; the command holds that and the embedding at once.
+    """
+    if any(part.stored for part in checkpoint.parts):
+        return replace(remedy, change=f"{remedy.change}, quantized from the float checkpoint")
+    roles = tuple(Role)
+    unloaded = max(0, (checkpoint.file_bytes or 0) - checkpoint.bytes_of(*roles))
+    needs_all = any(part.role is not Role.EXPERTS and part.format is Format.NVFP4 for part in variant.parts)
+    return replace(
+        remedy,
+        command=f"fimserver quantize {checkpoint.name} FOLDER{' --all' if needs_all else ''}",
+        download_bytes=checkpoint.file_bytes,
+        written_bytes=variant.bytes_of(*roles) + unloaded,
+        main_memory_bytes=_PROCESS_BYTES + _MAPPED_BYTES + variant.bytes_of(Role.EMBEDDING) + unloaded,
+    )
 
 
 def _host_plans(checkpoint: Checkpoint, gpu: Gpu, context_tokens: int) -> Iterator[HostPlan]:
@@ -392,7 +421,20 @@ def _host_plans(checkpoint: Checkpoint, gpu: Gpu, context_tokens: int) -> Iterat
 
     None for a dense model or a single expert, for shared memory, or if the rest is too large.
     """
-    if checkpoint.shape.num_experts <= 1 or not gpu.pcie_gb_per_s:
+    if not gpu.pcie_gb_per_s:
+        return
+    for change, variant in list_host_variants(checkpoint):
+        shape = variant.shape
+        kept = min(shape.num_experts - 1, count_experts_on_gpu(variant, context_tokens, gpu.usable_bytes))
+        if kept < 1:
+            continue
+        steps = _steps(variant, gpu, context_tokens, 1 - kept / shape.num_experts)
+        yield HostPlan(change, kept, shape.num_experts, variant.host_bytes, gpu.pcie_gb_per_s * PCIE_SHARE, steps)
+
+
+def list_host_variants(checkpoint: Checkpoint) -> Iterator[tuple[str, Checkpoint]]:
+    """Yield a model with experts in main memory: the rest as it is, and in 4 bits; none without several experts."""
+    if checkpoint.shape.num_experts <= 1:
         return
     where = "experts in host memory"
     if any(part.format is not Format.NVFP4 for part in checkpoint.parts if part.role is Role.EXPERTS):
@@ -400,17 +442,10 @@ def _host_plans(checkpoint: Checkpoint, gpu: Gpu, context_tokens: int) -> Iterat
             return
         # host memory needs 4 bits
         checkpoint, where = checkpoint.with_experts_in_nvfp4(), "experts in NVFP4 in host memory"
+    yield where, checkpoint
     rest = checkpoint.with_projections_in_nvfp4()
-    variants = [(where, checkpoint)]
     if _has_whole_blocks(checkpoint.shape) and rest != checkpoint:
-        variants.append((f"{where}, attention and dense part in NVFP4 too", rest))
-    for change, variant in variants:
-        shape = variant.shape
-        kept = min(shape.num_experts - 1, count_experts_on_gpu(variant, context_tokens, gpu.usable_bytes))
-        if kept < 1:
-            continue
-        steps = _steps(variant, gpu, context_tokens, 1 - kept / shape.num_experts)
-        yield HostPlan(change, kept, shape.num_experts, variant.host_bytes, gpu.pcie_gb_per_s * PCIE_SHARE, steps)
+        yield f"{where}, attention and dense part in NVFP4 too", rest
 
 
 def _has_whole_blocks(shape: Shape) -> bool:

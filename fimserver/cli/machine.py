@@ -5,26 +5,28 @@ Knows:  nvidia-smi, the usual local ports.  Never: models, torch; nothing is sen
 
 import asyncio
 import os
-import re
 import shutil
 import subprocess
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fimserver.checkpoints.gpus import GPUS, Gpu
+from fimserver.checkpoints.gpus import Gpu, find_reported
 from fimserver.engine.remote.address import USUAL_URLS, parse_address
 from fimserver.engine.remote.connection import Connection
 from fimserver.engine.remote.servers.llamacpp import LlamaCpp
 from fimserver.engine.remote.servers.ollama import Ollama
 from fimserver.engine.remote.servers.server import Server
 from fimserver.engine.remote.servers.vllm import Vllm
-from fimserver.errors import RemoteError
+from fimserver.errors import FimserverError, RemoteError
 from fimserver.paths import OUTSIDE
 
 _SMI_TIMEOUT_S = 10.0
 _SERVER_TIMEOUT_S = 2.0
 _FIELDS = "name,memory.total,driver_version,compute_cap"
 _MIB = 2**20
+_OLDEST_CAPABILITY = 8.0  # with bf16: Ampere
+_WSL_SMI = "/usr/lib/wsl/lib/nvidia-smi"  # where Windows puts it in WSL, often not on PATH
 _SERVERS: tuple[type[Ollama | LlamaCpp | Vllm], ...] = (Ollama, LlamaCpp, Vllm)
 
 
@@ -37,6 +39,12 @@ class FoundGpu:
     driver: str
     compute_capability: str
     listed: Gpu | None
+
+    @property
+    def has_bf16(self) -> bool:
+        """Whether it computes bf16, as GPUs from Ampere on do; True if the driver does not say."""
+        number = self.compute_capability
+        return not number.replace(".", "", 1).isdecimal() or float(number) >= _OLDEST_CAPABILITY
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +72,7 @@ def look_at_machine(folder: Path) -> Machine:
     """Return what this machine has; ``folder`` is where models are kept."""
     existing = next(path for path in (folder, *folder.parents) if path.is_dir())
     return Machine(
-        gpu=_find_gpu(),
+        gpu=max(find_gpus(), key=lambda gpu: gpu.memory_bytes, default=None),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         memory_bytes=_memory_bytes(),
         free_disk_bytes=shutil.disk_usage(existing).free,
@@ -78,37 +86,29 @@ def simulate_gpu(gpu: Gpu) -> FoundGpu:
 
 
 def parse_gpus(output: str) -> list[FoundGpu]:
-    """Return the GPUs that nvidia-smi lists in lines of name, MiB, driver and compute capability."""
+    """Return the GPUs that nvidia-smi lists in lines of name, MiB, driver and compute capability.
+
+    A GPU whose memory the driver does not report is left out, unless the table has it: such memory is the system's.
+    """
     found = []
     for line in output.splitlines():
         parts = [part.strip() for part in line.split(",")]
-        if len(parts) != _FIELDS.count(",") + 1 or not parts[1].split()[:1] or not parts[1].split()[0].isdecimal():
+        if len(parts) != _FIELDS.count(",") + 1:
             continue
-        memory = int(parts[1].split()[0]) * _MIB
-        found.append(FoundGpu(parts[0], memory, parts[2], parts[3], _find_listed(parts[0], memory)))
+        number = next(iter(parts[1].split()), "")
+        memory = int(number) * _MIB if number.isdecimal() else 0
+        listed = find_reported(parts[0], memory)
+        if memory or listed is not None:
+            memory = memory or int((listed.memory_gib if listed else 0) * 2**30)
+            found.append(FoundGpu(parts[0], memory, parts[2], parts[3], listed))
     return found
 
 
-def _find_listed(name: str, memory_bytes: int) -> Gpu | None:
-    """Return the GPU of the table with just this name and about this memory; a similar name is another product."""
-    words = _words_of(name)
-    for gpu in GPUS:
-        is_same = _words_of(gpu.name) == words
-        if is_same and abs(memory_bytes / (gpu.memory_gib * 2**30) - 1) < 0.1:  # noqa: PLR2004  drivers reserve some
-            return gpu
-    return None
-
-
-def _words_of(name: str) -> list[str]:
-    plain = re.sub(r"\b\d+ ?GB\b", "", name.lower().replace("-", " "), flags=re.IGNORECASE)
-    return [word for word in plain.split() if word not in {"nvidia", "geforce", "rtx", "graphics", "generation"}]
-
-
-def _find_gpu() -> FoundGpu | None:
-    """Return the GPU with the most memory, or ``None`` without one or without a driver."""
-    program = shutil.which("nvidia-smi")
+def find_gpus() -> list[FoundGpu]:
+    """Return this machine's GPUs in the order of the bus; none without a driver."""
+    program = shutil.which("nvidia-smi") or shutil.which(_WSL_SMI)
     if program is None:
-        return None
+        return []
     try:
         done = subprocess.run(  # noqa: S603  the driver's own program
             [program, f"--query-gpu={_FIELDS}", "--format=csv,noheader"],
@@ -119,8 +119,34 @@ def _find_gpu() -> FoundGpu | None:
             cwd=OUTSIDE,
         )
     except (OSError, subprocess.TimeoutExpired):
-        return None
-    return max(parse_gpus(done.stdout), key=lambda gpu: gpu.memory_bytes, default=None)
+        return []
+    return parse_gpus(done.stdout)
+
+
+def choose_gpu(found: Sequence[FoundGpu], device: str, environment: Mapping[str, str]) -> FoundGpu:
+    """Return the GPU that the setting ``device`` chooses. Raises ``FimserverError`` if that cannot be known.
+
+    CUDA counts the fastest GPU as 0 unless ``CUDA_DEVICE_ORDER`` is ``PCI_BUS_ID``; nvidia-smi counts by the bus.
+    """
+    if not found:
+        msg = "nvidia-smi finds no GPU; install its driver, name a GPU, or describe one with --memory and --bandwidth"
+        raise FimserverError(msg)
+    names = ", ".join(f"{gpu.name} ({gpu.memory_bytes / 2**30:.0f} GiB)" for gpu in found)
+    number = device.partition(":")[2]
+    index = int(number) if number.isdecimal() else 0
+    if index >= len(found):
+        msg = f"device {device} is not one of this machine's {len(found)} GPUs: {names}"
+        raise FimserverError(msg)
+    if len({(gpu.name, gpu.memory_bytes) for gpu in found}) == 1:
+        return found[index]
+    if "CUDA_VISIBLE_DEVICES" not in environment:
+        if environment.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID":
+            return found[index]
+        rates = [gpu.listed.bf16_tflops if gpu.listed else 0 for gpu in found]
+        if not index and min(rates) > 0 and rates.count(max(rates)) == 1:
+            return found[rates.index(max(rates))]
+    msg = f"which of this machine's GPUs {device} is depends on CUDA's order; name one with --gpu: {names}"
+    raise FimserverError(msg)
 
 
 def _memory_bytes() -> int | None:

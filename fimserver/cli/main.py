@@ -17,7 +17,6 @@ Exit codes: 0 done, 1 nothing to complete or a check failed (the reason is on st
 Standard output is for results; progress, reasons and logs go to stderr.
 """
 
-import dataclasses
 import json
 import logging
 import sys
@@ -147,17 +146,45 @@ def _watch(place: Any, settings: Settings, others: Any, *, as_json: bool) -> Non
 
 @main.command()
 @engine_options
-@click.option("--gpu", metavar="NAME", help='Plan the memory of --model on a GPU, for instance "RTX 5090", or on cpu.')
+@click.option(
+    "--gpu",
+    "--card",
+    "gpu",
+    metavar="NAME",
+    help='Plan memory and times of --model on a GPU: "RTX 5090", auto (of this machine), all (a line for each of the '
+    "table) or cpu. --card is the same.",
+)
+@click.option(
+    "--memory",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="GB",
+    help="Memory of the GPU: with --bandwidth of one that is not in the table; or chooses among products of one name.",
+)
+@click.option(
+    "--bandwidth",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="GB/s",
+    help="Memory bandwidth of the GPU, as --memory.",
+)
+@click.option(
+    "--steps",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Denoising steps of a request in the plan. [default: 20, the median of code]",
+)
 @click.option(
     "--context",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Prompt length of the plan. [default: 8192, or the model's limit]",
+    help="Prompt length of the plan's memory. [default: 8192, or the model's limit]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as one JSON object.")
 @set_option
-def doctor(
+def doctor(  # noqa: PLR0913, PLR0917  one parameter per option
     gpu: str | None,
+    memory: float | None,
+    bandwidth: float | None,
+    steps: int | None,
     context: int | None,
     as_json: bool,  # noqa: FBT001
     pairs: tuple[str, ...],
@@ -165,32 +192,37 @@ def doctor(
 ) -> None:
     """Check the installation. Each failed check says how to fix it.
 
-    With --gpu nothing is checked: fimserver plans the memory of --model, which may be a published model that is not
-    downloaded, the shipped model or a folder.
+    With --gpu, or --memory and --bandwidth, nothing is checked: fimserver plans the memory of --model and the time of a
+    request. The model may be a published one that is not downloaded, the shipped model or a folder.
     """
     from fimserver.cli.doctor.checks import run_checks  # noqa: PLC0415
-    from fimserver.cli.doctor.plans import plan_model, print_plan  # noqa: PLC0415
+    from fimserver.cli.doctor.plans import GpusPlan, PlanQuery, plan_gpus, plan_model, print_gpus, print_plan  # noqa: PLC0415
 
     settings = read_options(options, pairs, reports=False)
-    if gpu is None:
-        if context is not None or as_json:
-            msg = '--context and --json apply to plans only; add --gpu, for instance --gpu "RTX 5090"'
+    if gpu is None and memory is None and bandwidth is None:
+        if context is not None or steps is not None or as_json:
+            msg = '--context, --steps and --json apply to plans only; add --gpu, for instance --gpu "RTX 5090"'
             raise click.UsageError(msg)
         sys.exit(0 if run_checks(settings) else 1)
+    query = PlanQuery(settings.model, gpu, memory, bandwidth, settings.device, context, steps)
     try:
-        plan = plan_model(settings.model, gpu, context)
+        planned = plan_gpus(query) if query.is_about_all else plan_model(query)
     except FimserverError as error:
         raise click.UsageError(str(error)) from error
     if as_json:
-        echo(json.dumps(dataclasses.asdict(plan)))
+        echo(json.dumps(planned.to_values()))
+    elif isinstance(planned, GpusPlan):
+        print_gpus(planned)
     else:
-        print_plan(plan)
+        print_plan(planned)
 
 
 @main.command(short_help="Choose a model or a server for this machine, and set it up.")
 @click.option("--engine", type=click.Choice(list(ENGINES)), help="Take the first choice with this engine.")
 @click.option("--model", metavar="NAME", help="Take this model of the table.")
-@click.option("--gpu", metavar="NAME", help="Show what a machine with this GPU could run; needs --dry-run.")
+@click.option(
+    "--gpu", "--card", "gpu", metavar="NAME", help="Show what a machine with this GPU could run; needs --dry-run."
+)
 @click.option("--yes", is_flag=True, help="Download and write without asking.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and change nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the machine and the table as one JSON object.")

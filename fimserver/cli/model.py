@@ -189,9 +189,7 @@ def remove(name: str, yes: bool) -> None:  # noqa: FBT001
     "--format",
     "dialect",
     type=click.Choice(["modelopt", "compressed-tensors"]),
-    default="modelopt",
-    show_default=True,
-    help="Tensor names of the written file.",
+    help="Tensor names of the written file. [default: SRC's if it has NVFP4, else modelopt]",
 )
 @click.option(
     "--search/--no-search", "searched", default=True, help="Choose scales of least squared error, or the nearest."
@@ -204,16 +202,17 @@ def remove(name: str, yes: bool) -> None:  # noqa: FBT001
     help="A text that shows which weights matter; needs the memory of the whole model.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def quantize_model(source: str, target: Path, dialect: str, as_json: bool, **options: Any) -> None:  # noqa: FBT001
+def quantize_model(source: str, target: Path, dialect: str | None, as_json: bool, **options: Any) -> None:  # noqa: FBT001
     """Write the model SRC (a name or a folder) to the new folder DST with 4-bit weights (NVFP4).
 
+    SRC may have NVFP4 experts already: with --all, the rest is quantized too, and the experts are copied as they are.
     An interrupted run continues when you repeat the command.
     """
     from fimserver.engine.kernels.nvfp4 import Dialect  # noqa: PLC0415
     from fimserver.engine.quantize.plan import QuantizerOptions  # noqa: PLC0415
     from fimserver.engine.quantize.quantizer import quantize_folder  # noqa: PLC0415
 
-    chosen = QuantizerOptions(dialect=Dialect(dialect), **options)
+    chosen = QuantizerOptions(dialect=Dialect(dialect) if dialect else None, **options)
     run_measurement(
         lambda: with_progress(lambda report: quantize_folder(source, target, chosen, report=report)),
         as_json=as_json,

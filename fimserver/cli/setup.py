@@ -28,6 +28,7 @@ from fimserver.checkpoints.known import is_permissive, read_known
 from fimserver.checkpoints.memory import Checkpoint, find_checkpoint
 from fimserver.checkpoints.metadata import Canvas, read_metadata
 from fimserver.checkpoints.planner import plan_on_cpu, plan_on_gpu
+from fimserver.checkpoints.request_times import FITS_GHOST_TEXT, estimate_times
 from fimserver.cli.doctor.checks import check_model
 from fimserver.cli.machine import FoundServer, Machine, look_at_machine, simulate_gpu
 from fimserver.cli.terminal import echo, make_console, plain
@@ -36,8 +37,6 @@ from fimserver.paths import config_file, data_folder, write_private
 from fimserver.settings import parse_settings
 
 _CONTEXT_TOKENS = 2048  # of the plans: what the rest of a line usually needs
-_STEPS_A_LINE = 20  # denoising steps, or passes of a dense model, for the rest of a line
-_TOO_SLOW_MS = 1000.0  # for ghost text
 _MOST_ON_A_PROCESSOR = 600_000_000  # parameters; more take several seconds for a line on a usual one
 _COMFORTABLE = 0.95  # of a GPU's usable memory; the screen and other programs need some
 _SHIPPED = "tiny"
@@ -53,8 +52,8 @@ others:  start `fimserver lsp` over stdio; see docs/how-to/editors.md"""
 class Choice:
     """One row of the table: a model in fimserver's own engine, or a server that runs already.
 
-    ``ms`` is for the rest of a line: measured on two cores if ``is_measured``, else the least that the GPU's bandwidth
-    allows. ``problem`` says why it is not recommended.
+    ``ms`` is for the rest of a line at a new place: measured on two cores if ``is_measured``, else the least that the
+    GPU allows (checkpoints/request_times.py). ``problem`` says why it is not recommended.
     """
 
     engine: str = "local"
@@ -137,16 +136,17 @@ def _of_model(name: str, machine: Machine) -> Choice | None:
     if download > machine.free_disk_bytes:
         problem = "too little disk space"
     row = Choice(model=name, where="", licence=licence, download_bytes=download, exact=_MEASURED.get(name, (None,))[0])
-    if machine.gpu is not None:
+    if machine.gpu is not None and machine.gpu.has_bf16:
         gpu = machine.gpu.listed or Gpu(machine.gpu.name, machine.gpu.memory_bytes / 2**30, 0, 0, "")
         with_bandwidth = dataclasses.replace(gpu, bandwidth_gb_per_s=gpu.bandwidth_gb_per_s or 1)
         plan = plan_on_gpu(checkpoint, with_bandwidth, context)
         if plan.fits:
-            ms = plan.steps[-1].ms * _STEPS_A_LINE if gpu.bandwidth_gb_per_s else None
-            if ms is not None and ms > _TOO_SLOW_MS:
+            times = estimate_times(checkpoint, gpu) if gpu.bandwidth_gb_per_s else None
+            if times is not None and times.verdict != FITS_GHOST_TEXT:
                 problem = problem or "slow on this GPU"
             if plan.total_bytes > _COMFORTABLE * gpu.usable_bytes:
                 problem = problem or "leaves no memory"
+            ms = None if times is None else times.line_cold_ms
             return dataclasses.replace(row, where=gpu.name, memory_bytes=plan.total_bytes, ms=ms, problem=problem)
     if not checkpoint.shape.is_dense or machine.memory_bytes is None:
         return None
@@ -269,6 +269,7 @@ def _print(machine: Machine, choices: list[Choice], chosen: Choice) -> None:
     gpu = "no GPU with a driver"
     if machine.gpu is not None:
         listed = "" if machine.gpu.listed else ", not in the table of GPUs: its speed is not known"
+        listed = listed if machine.gpu.has_bf16 else ", not used: it computes no bf16"
         gpu = f"{machine.gpu.name}, {machine.gpu.memory_bytes / 2**30:.0f} GiB{listed}"
     memory = "memory not reported" if machine.memory_bytes is None else f"{machine.memory_bytes / 1e9:.0f} GB of memory"
     console = make_console(soft_wrap=True)

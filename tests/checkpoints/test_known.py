@@ -10,7 +10,7 @@ from support.command import run
 
 import fimserver
 from fimserver.checkpoints import known
-from fimserver.checkpoints.catalog import list_needs, to_markdown
+from fimserver.checkpoints.catalog import list_needs, to_gpu_markdown, to_markdown
 from fimserver.checkpoints.known import KNOWN_MODELS, find_known_fact, find_known_metadata, is_permissive, read_known
 
 DOCS = Path(fimserver.__file__).parent / "docs"
@@ -95,9 +95,10 @@ def test_facts_are_found_by_name() -> None:
     assert find_known_fact("no/such") is None
 
 
-def test_the_documented_table_is_up_to_date() -> None:
-    """Write it again with: python -m fimserver.checkpoints.catalog."""
+def test_the_documented_tables_are_up_to_date() -> None:
+    """Write them again with: python -m fimserver.checkpoints.catalog."""
     assert to_markdown() in (DOCS / "reference" / "models.md").read_text(encoding="utf-8")
+    assert to_gpu_markdown() in (DOCS / "reference" / "gpu.md").read_text(encoding="utf-8")
 
 
 def test_the_list_shows_licence_memory_and_use() -> None:

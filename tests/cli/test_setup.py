@@ -29,6 +29,10 @@ def with_gpu(name: str) -> Machine:
     ("machine", "model"),
     [
         (PLAIN, "Qwen/Qwen2.5-Coder-0.5B"),
+        (
+            replace(PLAIN, gpu=parse_gpus("NVIDIA GeForce RTX 2080 Ti, 11264 MiB, 580.82, 7.5")[0]),
+            "Qwen/Qwen2.5-Coder-0.5B",
+        ),
         (replace(PLAIN, memory_bytes=2 * 10**9), "tiny"),
         (replace(PLAIN, memory_bytes=None), "tiny"),
         (replace(PLAIN, free_disk_bytes=10**8), "tiny"),
@@ -66,14 +70,18 @@ def test_gpus_are_those_of_the_driver() -> None:
         "NVIDIA GeForce RTX 5090 Laptop GPU, 24463 MiB, 580.82, 12.0\n"
         "NVIDIA H100 80GB HBM3, 81559 MiB, 580.82, 9.0\n"
         "NVIDIA GeForce RTX 5090, 32607 MiB, 580.82, 12.0\n"
-        "something else\n, , ,\nNVIDIA X, [N/A], 1, 1\n"
+        "NVIDIA GeForce RTX 5090 D, 32607 MiB, 580.82, 12.0\n"
+        "something else\n, , ,\nNVIDIA X, [N/A], 1, 1\nNVIDIA GB10, [N/A], 580.82, 12.1\n"
     )
     found = parse_gpus(output)
     listed = [gpu.listed.name if gpu.listed else None for gpu in found]
-    assert listed == ["RTX 4060 Ti 16 GB", None, None, None, "RTX 5090"], "a similar name is another product"
-    unknown = replace(PLAIN, gpu=found[2])
+    laptop, sxm = "RTX 5090 Laptop", "H100 SXM"
+    expected = ["RTX 4060 Ti 16 GB", "RTX 4060 Ti 8 GB", laptop, sxm, "RTX 5090", None, "DGX Spark"]
+    assert listed == expected, "a similar name is another product"
+    assert found[-1].memory_bytes == int(119.2 * 2**30), "the system's, which the driver does not report"
+    unknown = replace(PLAIN, gpu=found[5])
     chosen = recommend(list_choices(unknown))
-    assert chosen.where == "NVIDIA GeForce RTX 5090 Laptop GPU"
+    assert chosen.where == "NVIDIA GeForce RTX 5090 D"
     assert chosen.ms is None, "its speed is not known"
 
 

@@ -303,6 +303,11 @@ def _split(name: str) -> tuple[str, str]:
     return name, "weight"
 
 
+def is_unused(name: str) -> bool:
+    """Return whether a stored tensor is a scale of activations or of a KV cache, which is not loaded."""
+    return _split(name)[1] in _UNUSED_PARTS
+
+
 def _place(module: str, part: str, expected: Mapping[str, tuple[int, ...]]) -> tuple[str | None, Piece]:
     """Return the weight that a module is, or is a piece of."""
     for path in (module, module.replace(ENCODER, DECODER, 1)):

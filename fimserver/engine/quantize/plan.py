@@ -6,8 +6,11 @@ Only experts, or with ``everything``, and in a model without experts, also atten
 self-conditioning. Embeddings, norms, routers and vision stay as they are. Matrices with the same input (gate and up; q,
 k and v) share a global scale, as in published checkpoints, and as servers that fuse them require.
 
+What a source has in NVFP4 already is copied with its scales, byte for byte and under its names, whose dialect the new
+folder keeps; its scales of activations and of a KV cache are left out, since the new folder's are weights only.
+
 Knows:   names and shapes of tensors.  Never: their values.
-Raises:  ``WeightsError`` for anything but a checkpoint of floats.
+Raises:  ``WeightsError`` for anything but a checkpoint of floats and NVFP4.
 """
 
 import math
@@ -18,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fimserver.engine.kernels.nvfp4 import BLOCK, Dialect
-from fimserver.engine.loading.checkpoint import Checkpoint, Format, Target
+from fimserver.engine.loading.checkpoint import Checkpoint, Format, Target, is_unused
 from fimserver.engine.loading.quantization_config import read_quantization
 from fimserver.engine.loading.tensor_files import Stored
 from fimserver.engine.loading.weights import expected_shapes, read_config
@@ -29,6 +32,8 @@ OTHERS = re.compile(
     r"\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj|self_conditioning\.(?:gate|up|down)_proj)\.weight$"
 )
 _VISION = "model.encoder."
+_NVFP4_DTYPES = ("U8", "F8_E4M3")  # of codes and of scales
+_DIALECTS = {"weight_scale_2": Dialect.MODELOPT, "weight_global_scale": Dialect.COMPRESSED_TENSORS}
 _EXPERTS = re.compile(r"\.experts\.(?:\d+\.)?(?:gate|up|gate_up|down)_proj(?:\.weight)?$")
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 _SHARES = {"gate_proj": "gate_up", "up_proj": "gate_up", "q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv"}
@@ -39,7 +44,7 @@ class QuantizerOptions:
     """Which matrices are quantized, how they are rounded, and by which project's names they are written."""
 
     everything: bool = False
-    dialect: Dialect = Dialect.MODELOPT
+    dialect: Dialect | None = None  # the source's own if that has NVFP4, else ModelOpt's
     searched: bool = True
     calibration: Path | None = None  # path of a text
     single_bytes: int = 10**9  # smaller models are written as one file
@@ -87,8 +92,9 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Layers by output file; modules that stay in floats."""
+    """Layers by output file; modules that stay in floats; the project whose names are written."""
 
+    dialect: Dialect
     shards: Mapping[str, tuple[Layer, ...]]
     floats: tuple[str, ...]
     notes: tuple[str, ...]
@@ -98,13 +104,16 @@ class Plan:
 
     @classmethod
     def make(cls, source: Path, options: QuantizerOptions) -> "Plan":
-        """Plan from headers alone. Raises ``WeightsError`` for anything but a checkpoint of floats."""
-        checkpoint = _open_floats(source)
+        """Plan from headers alone. Raises ``WeightsError`` for anything but a checkpoint of floats and NVFP4."""
+        checkpoint = _open_source(source)
+        dialect = _choose_dialect(source, checkpoint, options)
         has_experts = any(_EXPERTS.search(name) for name in checkpoint.targets)
         layers: dict[str, Layer] = {}
         taken: set[str] = set()
         floats, notes = {"lm_head"}, []
         for target in checkpoint.targets.values():
+            if target.is_nvfp4:
+                continue
             chosen = _is_chosen(target.name, everything=options.everything or not has_experts)
             if chosen and target.shape[-1] % BLOCK:
                 rows = f"rows of {target.shape[-1]} are not whole blocks of {BLOCK}"
@@ -118,36 +127,66 @@ class Plan:
                 continue
             floats.update(_modules_of(target))
         for name, stored in checkpoint.stored.items():
-            if name in taken or _is_copy(name, taken):
+            if name in taken or _is_copy(name, taken) or is_unused(name):
                 continue
             layers.setdefault(key := _layer_of(name), Layer(key)).copied.append(name)
-            if len(stored.shape) > 1:
+            if len(stored.shape) > 1 and stored.dtype not in _NVFP4_DTYPES:
                 floats.add(name.removesuffix(".weight"))
         ordered = tuple(layers[name] for name in sorted(layers, key=_order_of))
         written = sum(layer.written_bytes(checkpoint.stored) for layer in ordered)
         if not taken:
-            msg = f"{source} has no matrix to quantize" + "".join(f"; {note}" for note in notes[:1])
-            raise WeightsError(msg)
+            raise WeightsError(_explain_nothing(source, checkpoint, notes, options))
         names = [f"model-{i + 1:05}-of-{len(ordered):05}.safetensors" for i in range(len(ordered))]
         single = written < options.single_bytes
         shards = {"model.safetensors": ordered} if single else {n: (g,) for n, g in zip(names, ordered, strict=True)}
         total = sum(stored.num_bytes for stored in checkpoint.stored.values())
         tied = {name.replace(DECODER, ENCODER, 1) for name in floats if _LAYER.search(name)}
-        return cls(shards, tuple(sorted(floats | tied)), tuple(notes), checkpoint.stored, total, written)
+        return cls(dialect, shards, tuple(sorted(floats | tied)), tuple(notes), checkpoint.stored, total, written)
 
 
-def _open_floats(source: Path) -> Checkpoint:
-    """Open a folder that is not quantized yet. Raises ``WeightsError``."""
+def _open_source(source: Path) -> Checkpoint:
+    """Open a folder of floats and NVFP4. Raises ``WeightsError`` for other formats."""
     advice = "quantize the float checkpoint that it was made from"
-    if (found := read_quantization(source)) is not None:
-        msg = f"{source} is already quantized ({found.method}, {found.algorithm}); {advice}"
-        raise WeightsError(msg)
+    read_quantization(source)  # refuses unsupported kinds by name
     checkpoint = Checkpoint.open(source, expected_shapes(read_config(source)))
     for target in checkpoint.targets.values():
-        if target.formats != {Format.FLOAT}:
+        if not target.formats <= {Format.FLOAT, Format.NVFP4}:
             msg = f"{source} is already quantized ({target.name} is {', '.join(sorted(target.formats))}); {advice}"
             raise WeightsError(msg)
+        if len(target.formats) > 1:
+            msg = f"{source}: {target.name} is in floats and in NVFP4 ({_name_floats(checkpoint, target)}); {advice}"
+            raise WeightsError(msg)
     return checkpoint
+
+
+def _name_floats(checkpoint: Checkpoint, target: Target) -> str:
+    """Return the first piece of a weight that is not in NVFP4."""
+    pieces = (piece for piece in target.pieces if checkpoint.stored[piece.main or ""].dtype not in _NVFP4_DTYPES)
+    return f"{next(pieces).module} is in floats"
+
+
+def _choose_dialect(source: Path, checkpoint: Checkpoint, options: QuantizerOptions) -> Dialect:
+    """Return the names to write: those of the source's NVFP4. Raises ``WeightsError`` if others are asked for."""
+    parts = {part for t in checkpoint.targets.values() if t.is_nvfp4 for piece in t.pieces for part in piece.parts}
+    found = {own for part, own in _DIALECTS.items() if part in parts}
+    if len(found) > 1:
+        msg = f"{source} has NVFP4 by the names of two projects; quantize the float checkpoint that it was made from"
+        raise WeightsError(msg)
+    own = next(iter(found), options.dialect or Dialect.MODELOPT)
+    if options.dialect not in {None, own}:
+        msg = f"{source} has NVFP4 by {own}'s names, which are kept; leave out --format {options.dialect}"
+        raise WeightsError(msg)
+    return own
+
+
+def _explain_nothing(source: Path, checkpoint: Checkpoint, notes: list[str], options: QuantizerOptions) -> str:
+    """Return why no matrix can be quantized."""
+    if not any(target.is_nvfp4 for target in checkpoint.targets.values()):
+        return f"{source} has no matrix to quantize" + "".join(f"; {note}" for note in notes[:1])
+    rest = any(OTHERS.search(t.name) and not t.is_nvfp4 and not _is_vision(t.name) for t in checkpoint.targets.values())
+    if rest and not options.everything:
+        return f"{source} is already quantized: its experts are in NVFP4; add --all for attention and the dense part"
+    return f"{source} is already quantized: all that can be is in NVFP4; use it as it is"
 
 
 def _is_chosen(name: str, *, everything: bool) -> bool:

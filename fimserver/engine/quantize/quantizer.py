@@ -7,6 +7,7 @@
         the rest         configuration, tokenizer, licence; the index last, so no half folder can be loaded
 
 Knows:   files, tensors.  Never: kernels, requests.
+NVFP4:   what the source has in 4 bits already is copied byte for byte; the rest may be quantized.
 Memory:  one layer in 4 bits and 256 MB of the source; a model below 1 GB whole; the bf16 model while calibrating.
 Resumes: shards named in quantize.json stay if source and options are the same; otherwise it is an error.
 Raises:  ``WeightsError`` that names the folder or tensor and the remedy.
@@ -87,6 +88,7 @@ def quantize_folder(
         msg = f"{target} is in the model's own folder {folder}; write to a folder outside it"
         raise WeightsError(msg)
     plan = Plan.make(folder, options)
+    options = dataclasses.replace(options, dialect=plan.dialect)
     state = _State.open(folder, target, options)
     unfinished = [name for name in plan.shards if name not in state.finished]
     _check_space(target, plan, unfinished)
@@ -97,14 +99,16 @@ def quantize_folder(
     for name, layers in plan.shards.items():
         size = sum(layer.source_bytes(plan.stored) for layer in layers)
         if name in unfinished:
-            _write_shard(name, layers, plan, state, _Work(options, importance, report, done, plan.source_bytes))
+            _write_shard(
+                name, layers, plan, state, _Work(options, plan.dialect, importance, report, done, plan.source_bytes)
+            )
         done += size
         report(layers[-1].name, done, plan.source_bytes)
     reports = tuple(LayerReport(**values) for name in plan.shards for values in state.finished[name]["layers"])
     summary = QuantizerReport(
-        folder.resolve().name, options.dialect.value, reports, plan.source_bytes, plan.written_bytes, plan.notes
+        folder.resolve().name, plan.dialect.value, reports, plan.source_bytes, plan.written_bytes, plan.notes
     )
-    _write_rest(folder, target, plan, options, state)
+    _write_rest(folder, target, plan, state)
     state.save(summary)
     return summary
 
@@ -114,6 +118,7 @@ class _Work:
     """State shared by all shards, and the progress at a shard's begin."""
 
     options: QuantizerOptions
+    dialect: Dialect
     importance: Mapping[str, torch.Tensor]
     report: Report
     done_bytes: int
@@ -158,7 +163,7 @@ class _Source:
 
     def _read(self, name: str, expert: int | None) -> torch.Tensor:
         read = self._files.tensor(name, expert)
-        if not is_finite(read):
+        if not is_finite(read.float() if read.dtype == torch.float8_e4m3fn else read):
             place = name if expert is None else f"{name}, expert {expert},"
             msg = f"{self._stored[name].path.name}: tensor {place} has NaN or infinite values; {DAMAGED}"
             raise WeightsError(msg)
@@ -239,7 +244,7 @@ def _quantize_bundle(bundle: list[Matrix], source: _Source, sums: _Sums, work: _
         importance = work.importance.get(matrix.inputs)
         rounded = quantize(weight, global_scale=scale, searched=work.options.searched, importance=importance)
         sums.add(weight, rounded, importance)
-        parts |= to_parts(matrix.module, rounded, work.options.dialect)
+        parts |= to_parts(matrix.module, rounded, work.dialect)
     return parts
 
 
@@ -291,7 +296,7 @@ def _identity_of(source: Path) -> dict[str, list[int]]:
 
 
 def _to_values(options: QuantizerOptions) -> dict[str, Any]:
-    values = {**dataclasses.asdict(options), "dialect": options.dialect.value}
+    values = {**dataclasses.asdict(options), "dialect": str(options.dialect)}
     if options.calibration is not None:
         try:
             values["calibration"] = hashlib.sha256(options.calibration.read_bytes()).hexdigest()
@@ -306,10 +311,10 @@ def _difference(before: Any, now: Mapping[str, Any]) -> str:
     return ", ".join(sorted(key for key in {*before, *now} if before.get(key) != now.get(key)))
 
 
-def _write_rest(source: Path, target: Path, plan: Plan, options: QuantizerOptions, state: _State) -> None:
+def _write_rest(source: Path, target: Path, plan: Plan, state: _State) -> None:
     """Write everything but the weights; the file that makes the folder loadable comes last."""
     config = read_json(source / "config.json")
-    if options.dialect is Dialect.MODELOPT:
+    if plan.dialect is Dialect.MODELOPT:
         own = {
             "producer": {"name": "fimserver", "version": __version__},
             "quantization": {
