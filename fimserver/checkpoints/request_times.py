@@ -26,7 +26,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fimserver.checkpoints.engine_limits import CAPTURED_LENGTH_MULTIPLE, CHUNK_TOKENS
+from fimserver.checkpoints.engine_limits import CHUNK_TOKENS, CUT_MULTIPLE
 from fimserver.checkpoints.gpus import GPUS, Gpu
 from fimserver.checkpoints.memory import MASKED_CANVAS_TOKENS, Checkpoint, Role, find_checkpoint
 from fimserver.checkpoints.planner import (
@@ -168,7 +168,7 @@ def list_host_times(checkpoint: Checkpoint, gpu: Gpu, plan: Plan, *, steps: int 
 
 def _canvas_of(tokens: int) -> int:
     """Return the length to which the engine shortens a canvas whose answer has ``tokens`` tokens."""
-    return math.ceil((tokens + _SPARE_TOKENS) / CAPTURED_LENGTH_MULTIPLE) * CAPTURED_LENGTH_MULTIPLE
+    return math.ceil((tokens + _SPARE_TOKENS) / CUT_MULTIPLE) * CUT_MULTIPLE
 
 
 def _chunks_of(prompt: int) -> list[int]:
