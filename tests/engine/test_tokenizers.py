@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
-from tokenizers.models import BPE
+from support.tokenizers import small_tokenizer
+from tokenizers import Tokenizer
 
 from fimserver.checkpoints.known import KNOWN_MODELS
 from fimserver.checkpoints.metadata import ModelMetadata, read_metadata
@@ -33,7 +33,7 @@ LINE = Hole(HoleKind.REST_OF_LINE, 1, 12)
 CODE = [
     "    return os.path.join(base_name, 'data')",
     "for (const item of items) { total += item.price; }",
-    "\tif err != nil { return fmt.Errorf(\"größe %d: %w\", n, err) }",
+    '\tif err != nil { return fmt.Errorf("größe %d: %w", n, err) }',
     "x = {'schlüssel': [1, 2.5e-3], \"語\": '😀'}  # naïve",
 ]
 TEXTS = [
@@ -48,28 +48,6 @@ TEXTS = [
     "<|turn>user <eos> <unused7> <0x0A> <h1>",
     "\n".join(CODE),
 ]
-MERGED = [
-    *("\n" * n for n in range(2, 8)),
-    *("▁" * n for n in range(2, 9)),
-    *("de", "def", "▁def", "re", "ret", "retu", "rn", "return", "▁return", ")\n", ":\n\n", "\t\t"),
-]
-
-
-def small_tokenizer() -> Tokenizer:
-    """Build a BPE over whole texts with spaces as U+2581, byte fallback, and runs of line ends and spaces as tokens."""
-    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<|turn>", "<turn|>", "<unused0>"]
-    characters = [chr(c) for c in range(33, 127)]
-    pieces = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), "\n", "▁", "\t", *characters, "é"]
-    known = {*pieces, *MERGED}
-    halves = [(text[:n], text[n:]) for text in sorted(MERGED, key=len) for n in range(1, len(text))]
-    merges = [(left, right) for left, right in halves if left in known and right in known]
-    vocab = {piece: i for i, piece in enumerate([*pieces, *MERGED])}
-    tokenizer = Tokenizer(BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))  # noqa: S106  a token of text
-    tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.add_special_tokens(special)
-    return tokenizer
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
@@ -135,7 +113,9 @@ def test_line_ends_of_tokens(gemma: Vocabulary) -> None:
     assert not gemma.joins_indentation
     assert gemma.last_piece("items.ap") == "items.ap"  # it does not split texts: healing takes words, not pieces
     ids = gemma.encode("a\r\nb\r\n")
-    assert gemma.decode(ids[: AnswerEnd(gemma, 2).find(ids)]).startswith("a\r\nb")  # CR LF in two tokens is one line end
+    assert gemma.decode(ids[: AnswerEnd(gemma, 2).find(ids)]).startswith(
+        "a\r\nb"
+    )  # CR LF in two tokens is one line end
     assert gemma.decode(ids[: AnswerEnd(gemma, 9).first_line(ids)]).rstrip("\r\n") == "a"
     assert AnswerEnd(gemma, 2).is_closed(ids)
     assert not AnswerEnd(gemma, 3).is_closed(ids)
@@ -231,7 +211,9 @@ def test_the_real_vocabulary_is_read_fast(real_tokenizer: Tokenizer) -> None:
     assert vocabulary.size == SIZE
     assert len(vocabulary.token_bytes) == SIZE
     vocabulary.starting_with(b" ret")
-    AnswerStart(AnswerEnd(vocabulary, 1), " ret", min_tokens=1, vocab_size=SIZE).constrain_canvases(torch.zeros(1, 4, SIZE))
+    AnswerStart(AnswerEnd(vocabulary, 1), " ret", min_tokens=1, vocab_size=SIZE).constrain_canvases(
+        torch.zeros(1, 4, SIZE)
+    )
     seconds = time.perf_counter() - begin
     assert seconds < 5, f"{seconds:.1f} s"  # about 1 s on an idle machine
     assert held < 64e6, f"{held / 1e6:.0f} MB"

@@ -403,7 +403,9 @@ class Denoiser:
         own = answer_start.own_positions(answer)
         confidence = confidence_in(state, self.options, own)
         log_probability = math.log(max(confidence, 1e-30)) * len(own)
-        is_open = len(answer) == len(best)
+        is_closed = self.answer_end.is_closed([*before, *answer])  # its last token may hold its end too
+        is_open = len(answer) == len(best) and not is_closed
+        finish = "end" if is_closed and finish == "length" else finish
         return Filled(tuple(answer), finish, passes, confidence, log_probability, is_open=is_open)
 
     def _wrong(self, state: CanvasState, before: Sequence[int], answer: Sequence[int]) -> list[int]:
