@@ -87,7 +87,8 @@ class Vocabulary:
 
     def _encode_marks(self, text: str) -> list[int]:
         """Return the ids of a text with U+2581, spelled in bytes, since the tokenizer takes it for a space."""
-        mark = [self._tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
+        of_bytes = (self._tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode())
+        mark = [i for i in of_bytes if i is not None]
         first, *others = map(self.encode, text.split(_SPACE))
         return [*first, *(i for ids in others for i in (*mark, *ids))]
 

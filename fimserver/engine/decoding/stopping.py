@@ -192,6 +192,11 @@ class AnswerStart:
         own = written[len(beginning.rest) :]
         return Beginning(beginning.rest[len(written) :], beginning.needs_more and not own.strip())
 
+    def allows(self, beginning: Beginning, token_id: int) -> bool:
+        """Return whether a token spells the next bytes that are missing."""
+        written = self._tokens[token_id] if token_id < len(self._tokens) else b""
+        return written.startswith(beginning.rest) or (bool(written) and beginning.rest.startswith(written))
+
     def own_positions(self, token_ids: Sequence[int]) -> list[int]:
         """Return the positions of the tokens that add text after the healed word."""
         beginning, own = self.beginning, []
