@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.cases import DATA
 from support.chat import APP, BLOCK, CONTEXTS, LINE, LONG, OTHERS, chat_metadata, chat_tokenizer, make_chat_folder
+from support.command import run
 from tokenizers import Tokenizer
 
 from fimserver.checkpoints.metadata import ModelMetadata, limit_context, read_metadata
@@ -277,3 +278,13 @@ def test_a_state_is_cut_with_its_pins() -> None:
     only = state.only(1).cut(4).pins
     assert only is not None
     assert only.mask.tolist() == [[False, False, False, True]]
+
+
+@pytest.mark.slow("starts commands that load a model")
+@pytest.mark.parametrize("layout", ["continue", "describe"])
+def test_the_command_line_chooses_a_layout(random_folder: Path, tmp_path: Path, layout: str) -> None:
+    folder = make_chat_folder(random_folder, tmp_path / "chat")
+    options = ["--model", folder, "--set", f"promptLayout={layout}", "--mode", "diffusion", "--trace"]
+    result = run("complete", "-:1:9", "--path", "a.py", *options, stdin="total = \n")
+    assert "<|turn>" in result.stdout + result.stderr, result.stderr
+    assert ("<MISSING>" in result.stdout + result.stderr) is (layout == "describe")
