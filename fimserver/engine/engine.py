@@ -4,6 +4,7 @@
         build_prompt          ids for the encoder, without the healed word
         PromptCache.encode    only the tokens that no cached prompt shares
         Denoiser              parallel denoising                 (mode diffusion)
+        fill_between          the same before pinned tokens      (mode diffusion, layout pinned)
         fill_speculative      draft tokens, then verification    (mode speculative)
         fill_autoregressive   one token per pass                 (mode autoregressive)
 
