@@ -284,7 +284,7 @@ def test_a_state_is_cut_with_its_pins() -> None:
 @pytest.mark.parametrize("layout", ["continue", "describe"])
 def test_the_command_line_chooses_a_layout(random_folder: Path, tmp_path: Path, layout: str) -> None:
     folder = make_chat_folder(random_folder, tmp_path / "chat")
-    options = ["--model", folder, "--set", f"promptLayout={layout}", "--mode", "diffusion", "--trace"]
+    options = ["--model", str(folder), "--set", f"promptLayout={layout}", "--mode", "diffusion", "--trace"]
     result = run("complete", "-:1:9", "--path", "a.py", *options, stdin="total = \n")
     assert "<|turn>" in result.stdout + result.stderr, result.stderr
     assert ("<MISSING>" in result.stdout + result.stderr) is (layout == "describe")
