@@ -33,6 +33,20 @@ class HoleKind(StrEnum):
     SPAN = "span"  # any text: holes made by an evaluation
 
 
+class PromptLayout(StrEnum):
+    """How an instruction-tuned model is asked; ``AUTO`` is what its metadata says.
+
+    ``CONTINUE``: the model's turn repeats the prefix, and the answer continues it. ``DESCRIBE``: the user's turn shows
+    the code with a mark in place of the hole. ``PINNED``: as ``CONTINUE``, and the suffix's first tokens stand at the
+    end of the canvas.
+    """
+
+    AUTO = "auto"
+    CONTINUE = "continue"
+    DESCRIBE = "describe"
+    PINNED = "pinned"
+
+
 class Mode(StrEnum):
     """How the middle is decoded; ``AUTO`` uses the model's preferred mode.
 
@@ -159,7 +173,7 @@ class Sampling:
     tokens, and at most ``max_tokens`` after what was typed of its first word; ``trace`` adds every canvas to partial
     answers; ``temperature`` 0 is greedy. Of ``num_candidates`` distinct answers the best is returned and the others are
     its alternatives, as are the matches that were scored. ``without`` names parts of the decoder to leave out, for
-    measurements (``PARTS``).
+    measurements (``PARTS``). ``prompt_layout`` only concerns instruction-tuned models.
     """
 
     mode: Mode = Mode.AUTO
@@ -172,6 +186,7 @@ class Sampling:
     temperature: float | None = None
     num_candidates: int = 1
     without: tuple[str, ...] = ()
+    prompt_layout: PromptLayout = PromptLayout.AUTO
 
 
 @dataclass(frozen=True, slots=True)

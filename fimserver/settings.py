@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from fimserver.datatypes import Mode, NoCompletion, Sampling
+from fimserver.datatypes import Mode, NoCompletion, PromptLayout, Sampling
 from fimserver.errors import SettingsError
 from fimserver.paths import read_bytes
 
@@ -121,6 +121,14 @@ class Settings:
         "(autoregressive), the autoregressive text in fewer passes by draft tokens that are verified "
         "(speculative), or what the model is better at (auto). verified is an older name of speculative.",
         choices=tuple(MODES),
+    )
+    prompt_layout: str = _setting(
+        default="auto",
+        doc="How fimserver's own engine asks an instruction-tuned model: its answer continues the code before the "
+        "cursor (continue), it is shown the code with a mark at the cursor (describe), or as continue, with the "
+        "beginning of the code after the cursor held at the end of its canvas (pinned). auto is what the model's "
+        "metadata says. Other models ignore it. fimserver eval layouts compares the three.",
+        choices=tuple(PromptLayout),
     )
     max_denoising_steps: int | None = _setting(
         default=None,
@@ -434,6 +442,7 @@ def to_sampling(settings: Settings, *, min_tokens: int, trace: bool = False, num
         trace=trace,
         temperature=settings.temperature,
         num_candidates=num_candidates,
+        prompt_layout=PromptLayout(settings.prompt_layout),
     )
 
 

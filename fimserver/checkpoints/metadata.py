@@ -16,7 +16,7 @@ from typing import Any
 
 from fimserver.checkpoints.folder import read_json
 from fimserver.checkpoints.known import KNOWN_MODELS, find_known_metadata, read_added_tokens
-from fimserver.datatypes import Mode
+from fimserver.datatypes import Mode, PromptLayout
 from fimserver.errors import WeightsError
 
 ANSWER_FEATURES = ("bias", "log_probability", "log_tokens", "log_match_of_same", "is_same", "log_match_of_other", "cut")
@@ -41,9 +41,13 @@ _FIM_NAMES = {
     "repository": "<|repo_name|>",
     "file_separator": "<|file_sep|>",
 }
+_OF_TURNS = ("pad", "eos", "bos", "turn", "turn_end")
 _SPECIAL_TOKENS = {  # required by each layout
     "fim": ("pad", "eos", "bos", "suffix", "prefix", "middle"),
-    "chat": ("pad", "eos", "bos", "turn", "turn_end"),
+    "chat": _OF_TURNS,
+    PromptLayout.CONTINUE.value: _OF_TURNS,
+    PromptLayout.DESCRIBE.value: _OF_TURNS,
+    PromptLayout.PINNED.value: _OF_TURNS,
     "prefix-first": ("eos", "suffix", "prefix", "middle"),
     "suffix-first": ("eos", "suffix", "prefix", "middle"),
     "infill": ("eos", "mask"),
@@ -156,6 +160,20 @@ class ModelMetadata:
     languages: tuple[str, ...] = ()  # of the training data; empty means any
     end_token_ids: tuple[int, ...] = ()  # end an answer in addition to "eos"
     calibration: Mapping[str, Sequence[float]] = field(default_factory=dict)  # see ranking.py
+
+    @property
+    def chat_layout(self) -> PromptLayout | None:
+        """The layout of an instruction-tuned model's prompts, ``chat`` being ``continue``; ``None`` for others."""
+        if self.prompt_layout == "chat":
+            return PromptLayout.CONTINUE
+        is_chat = self.prompt_layout in set(PromptLayout)
+        return PromptLayout(self.prompt_layout) if is_chat else None
+
+    def under_layout(self, layout: PromptLayout) -> "ModelMetadata":
+        """Return these metadata with another layout of turns; unchanged for ``AUTO``, or if the model has no turns."""
+        if layout is PromptLayout.AUTO or self.chat_layout is None:
+            return self
+        return replace(self, prompt_layout=layout.value)
 
     @property
     def denoises_from_left(self) -> bool:

@@ -103,6 +103,31 @@ def masked(limit: int, data: Path | None, as_json: bool, **options: Any) -> None
 
 @evaluate.command()
 @click.option(
+    "--data",
+    multiple=True,
+    type=click.Path(exists=True, path_type=Path),
+    help="HumanEval-Infilling tasks: .jsonl or .jsonl.gz, or a folder of such files; may be repeated. "
+    "[default: ten holes in seven languages]",
+)
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Use only the first N holes of each file.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@decoding_options
+@engine_options
+def layouts(data: tuple[Path, ...], limit: int | None, as_json: bool, **options: Any) -> None:  # noqa: FBT001
+    """Compare the prompt layouts of an instruction-tuned model on the same holes.
+
+    Reports for each layout exact match of lines and blocks, empty answers, denoising steps and time. The setting
+    promptLayout chooses a layout.
+    """
+    from fimserver.bench.layouts.measure import evaluate_layouts  # noqa: PLC0415
+    from fimserver.cli.tables import print_layouts  # noqa: PLC0415
+
+    settings = read_options(options)
+    run_measurement(lambda: evaluate_layouts(settings, data=data, limit=limit), as_json=as_json, show=print_layouts)
+
+
+@evaluate.command()
+@click.option(
     "--limit", type=click.IntRange(min=1), default=100, show_default=True, metavar="N", help="Number of holes."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fimserver.bench.capacity import Plan
     from fimserver.bench.confidence.measure import Summary as Automatic
     from fimserver.bench.decode import Comparison, WayNumbers
+    from fimserver.bench.layouts.measure import Summary as Layouts
     from fimserver.bench.metrics import Interval, MeanInterval
     from fimserver.bench.profiling import Profile
     from fimserver.bench.quality import Numbers
@@ -107,6 +108,25 @@ def print_profile(profile: "Profile", console: Console | None = None) -> None:
     bf16 = f", bf16 {bound.bf16_gflops:.0f}" if bound.bf16_gflops else ""
     console.print(f"{'probe':34} fp32 {bound.fp32_gflops:.0f} GFLOP/s{bf16}; {bound.gigabytes_per_s:.1f} GB/s")
     console.print(f"{'machine':34} {_show_facts(profile.machine)}")
+
+
+def print_layouts(summary: "Layouts", console: Console | None = None) -> None:
+    """Print a table row for each prompt layout; shares are of holes that are filled exactly."""
+    console = console or make_console(width=140)
+    distances = list(dict.fromkeys(d for scores in summary.layouts for d in scores.by_distance))
+    table = Table(title=f"{summary.layouts[0].holes} holes, {summary.data}; {summary.model} on {summary.device}")
+    table.add_column("layout")
+    columns = ("lines", "blocks", *distances, "empty", "steps", "passes", "ms mean", "p50", "prompt tokens")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for scores in summary.layouts:
+        shares = [scores.lines, scores.blocks, *(scores.by_distance.get(d) for d in distances)]
+        shown = ["-" if share is None else f"{share.value:.2f} of {share.holes}" for share in shares]
+        name = f"{scores.layout} (model's)" if scores.layout == summary.own else scores.layout
+        counts = [f"{scores.empty:.2f}", f"{scores.steps:.1f}", f"{scores.passes:.1f}"]
+        times = [f"{scores.ms_mean:.0f}", f"{scores.ms_p50:.0f}", f"{scores.prompt_tokens:.0f}"]
+        table.add_row(name, *shown, *counts, *times)
+    console.print(table)
 
 
 def print_quality(quality: "Quality", console: Console | None = None) -> None:

@@ -1,13 +1,27 @@
 """Write the prompt of an instruction-tuned model, and extract the code from its answer.
 
+Layout "continue":
+
     <bos><turn>user
     instruction, file, snippets, the code after the cursor<turn end>
     <turn>model
     ```python
     the code before the cursor
 
-The canvas continues that code, so the answer ends before the fence that closes the block. A text with fences of its
-own is put between longer ones.
+Layout "describe":
+
+    <bos><turn>user
+    file, snippets, the code with a mark in place of the hole, the request<turn end>
+    <turn>model
+    ```python
+    the cursor's line before the cursor
+
+The cursor's line is not in the user's turn, so typing in it extends the prompt at its end. The request is one sentence
+at the end of the turn: what stands far before a question is overlooked, and a request for code "only" is often answered
+with nothing.
+
+The canvas continues the open block, so the answer ends before the fence that closes it. A text with fences of its own
+is put between longer ones.
 
 Knows:   texts.  Never: token ids, tensors, documents.
 Source:  turns of Gemma 4 (``<|turn>``, ``<turn|>``, roles "user" and "model", a newline after a role and after a
@@ -18,6 +32,7 @@ Source:  turns of Gemma 4 (``<|turn>``, ``<turn|>``, roles "user" and "model", a
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain, count
 
 from fimserver.datatypes import FimContext
 
@@ -25,6 +40,7 @@ INSTRUCTION = (
     "Fill in the code at the cursor of a file. Answer with one code block: the code before the cursor as it is, "
     "and then only what is missing at the cursor. Do not repeat the code after the cursor. Do not explain."
 )
+REQUEST = "Write the code that belongs in place of {mark} as one code block, without the code around it."
 NOTHING_FOLLOWS = "\n\nNothing follows the cursor."
 # tags that differ from the language id
 _TAGS = {"javascriptreact": "jsx", "typescriptreact": "tsx", "shellscript": "bash"}
@@ -120,6 +136,13 @@ def marks_around(texts: Iterable[str]) -> str:
     """Return a fence longer than any fence in the texts."""
     longest = max((len(run) for text in texts for run in re.findall(r"`{3,}", text)), default=0)
     return "`" * max(len(_MARKS), longest + 1)
+
+
+def mark_in(texts: Iterable[str]) -> str:
+    """Return a mark for a hole that none of the texts contains."""
+    joined = "\n".join(texts)
+    names = chain(["<MISSING>"], (f"<MISSING_{number}>" for number in count(2)))
+    return next(name for name in names if name not in joined)
 
 
 def _leaves_open(lines: Iterable[str]) -> bool:

@@ -4,6 +4,7 @@
         build_prompt          ids for the encoder, without the healed word
         PromptCache.encode    only the tokens that no cached prompt shares
         Denoiser              parallel denoising                 (mode diffusion)
+        fill_between          the same before pinned tokens      (mode diffusion, layout pinned)
         fill_speculative      draft tokens, then verification    (mode speculative)
         fill_autoregressive   one token per pass                 (mode autoregressive)
 
@@ -39,6 +40,7 @@ from fimserver.engine.decoding.denoise import CanvasState, Denoiser, DenoisingOp
 from fimserver.engine.decoding.drafts import Lookup
 from fimserver.engine.decoding.grammar import TreeRules
 from fimserver.engine.decoding.masked import MaskedCanvas, MaskedFiller, MaskedOptions, Sides
+from fimserver.engine.decoding.pinned import fill_between, lengths_between
 from fimserver.engine.decoding.probe import choose_drafts, choose_prompt_length, measure_row_cost
 from fimserver.engine.decoding.ranking import Candidate, Scored, rank
 from fimserver.engine.decoding.speculative import Drafter, DraftOptions, fill_speculative
@@ -298,7 +300,7 @@ class Engine:
         on_partial: OnPartial,
         room: Room = _ROOMS[0],
     ) -> Job:
-        metadata = self.model.metadata
+        metadata = self.model.metadata.under_layout(sampling.prompt_layout)
         context, moved = normalize_span(context)
         prompt = build_prompt(context, self.vocabulary, metadata)
         anchor = find_anchor(context.suffix, self.vocabulary) if context.hole.max_lines > 1 else ()
@@ -357,6 +359,9 @@ class Engine:
             constraint=TreeRules(job.context, job.prompt.healed) if job.has("grammar") else None,
             boundaries=job.rules,
         )
+        if job.prompt.pins and job.room.canvases > 1 and (found := self._denoise_between(job, denoiser)):
+            job.others.extend(found[1:])
+            return encoded, found[0]
         cache = self.prompt_cache.cache
         if (count := job.sampling.num_candidates) > 1:
             count, options = self._fit_canvases(job, [()] * count, options)
@@ -376,6 +381,13 @@ class Engine:
             total += filled.log_probability
             filled = replace(filled, confidence=math.exp(total / max(1, len(answer))), log_probability=total)
         return encoded, replace(filled, token_ids=tuple(answer[: job.max_tokens]), passes=passes)
+
+    def _denoise_between(self, job: Job, denoiser: Denoiser) -> list[Filled]:
+        """Denoise canvases that end with the prompt's pins, as many answers as are wanted; empty if none is right."""
+        healed = len(self.vocabulary.encode(job.prompt.healed))
+        lengths = lengths_between(job.context.hole.max_lines, healed, self.model.canvas_length - len(job.prompt.pins))
+        found = fill_between(denoiser, self.prompt_cache.cache, job.answer_start, job.prompt.pins, lengths)
+        return found[: job.sampling.num_candidates]
 
     @torch.inference_mode()
     def score_lengths(self, context: FimContext, lengths: Sequence[int]) -> list[float]:

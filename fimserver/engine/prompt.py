@@ -13,9 +13,11 @@ last, like "fim".
 
 Layout "infill", for a model that sees both sides of a canvas: the prefix before it, the suffix after it.
 
-Layout "chat", for an instruction-tuned model: the user's turn has the same parts in words and code blocks, the model's
-turn opens a block and repeats the prefix, so that the canvas continues it (``chat.py``). The prefix is last here too.
-A model's ``fimserver.json`` names its layout.
+Layouts "continue" (also named "chat"), "describe" and "pinned", for an instruction-tuned model (``chat.py``). In the
+first, the user's turn has the same parts in words and code blocks, the model's turn opens a block and repeats the
+prefix, so that the canvas continues it; the prefix is last here too. In the second, the user's turn shows the code with
+a mark in place of the hole. The third is the first with the beginning of the suffix at the end of the canvas. A model's
+``fimserver.json`` names its layout, and a request may name another one of the three.
 
 Line boundaries: where a newline and the indentation after it are one token, no model is trained on a prompt that ends
 between them. So such a newline is taken off and begins the answer. A span of lines whose last newline belongs to it
@@ -32,8 +34,8 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
 from fimserver.checkpoints.metadata import NO_TOKEN, Healing, ModelMetadata
-from fimserver.datatypes import FimContext, HoleKind
-from fimserver.engine.chat import INSTRUCTION, NOTHING_FOLLOWS, Fence, marks_around, open_fence
+from fimserver.datatypes import FimContext, HoleKind, PromptLayout
+from fimserver.engine.chat import INSTRUCTION, NOTHING_FOLLOWS, REQUEST, Fence, mark_in, marks_around, open_fence
 from fimserver.engine.vocabulary import Vocabulary
 
 _MAX_HEALED_TOKENS = 8  # a longer word would leave the answer no room
@@ -43,7 +45,9 @@ _INDENTED = (HoleKind.SPAN, HoleKind.BLOCK)  # their first line is mostly indent
 _MOST_PIECE_CHARACTERS = 256  # before the cursor, in which the last piece is looked for
 _LEAST_ANCHOR = 6  # characters of code
 _MAX_ANCHOR_TOKENS = 8
+_MAX_PINS = 8
 _PATH_PARTS = 3  # the last ones; earlier parts of a path are private
+_LINES_PER_BUDGET = 8  # part of a prompt that the cursor's line may take, if it is not in the prefix
 _CUTS_PER_BUDGET = 4  # a long prefix is cut by quarters of its budget, so that the cut does not move with every key
 
 
@@ -52,13 +56,14 @@ class Prompt:
     """Ids for the encoder; ``healed`` is typed text that the answer must begin with.
 
     ``fence`` is the code block that the answer continues, for an instruction-tuned model. ``suffix_ids`` come after the
-    canvas, for a model that sees both sides of it.
+    canvas, for a model that sees both sides of it. ``pins`` are held at the end of the canvas: tokens of the suffix.
     """
 
     token_ids: tuple[int, ...]
     healed: str
     fence: Fence | None = None
     suffix_ids: tuple[int, ...] = ()
+    pins: tuple[int, ...] = ()
 
     def to_answer(self, text: str) -> str:
         """Return the part of a decoded answer after the cursor."""
@@ -71,8 +76,13 @@ def build_prompt(context: FimContext, vocabulary: Vocabulary, metadata: ModelMet
     head, healed = _split(context, vocabulary, metadata)
     fence: Fence | None = None
     after: list[int] = []
-    if metadata.prompt_layout == "chat":
+    pins: tuple[int, ...] = ()
+    if metadata.chat_layout is PromptLayout.DESCRIBE:
+        return _write_description(context, head, healed, vocabulary, metadata)
+    if metadata.chat_layout is not None:
         fence = open_fence(context)
+        if metadata.chat_layout is PromptLayout.PINNED:
+            pins = find_pins(context.suffix, vocabulary)
         before = _write_turns(context, fence, vocabulary, metadata)
     elif metadata.prompt_layout in {"prefix-first", "suffix-first"}:
         fence = _fence_of_code(context, healed)
@@ -90,7 +100,7 @@ def build_prompt(context: FimContext, vocabulary: Vocabulary, metadata: ModelMet
     prefix = vocabulary.encode(head)
     if len(prefix) > budget - len(above):
         prefix = [*above, *trim_front(prefix, budget - len(above))]
-    return Prompt((*before, *prefix, *after), healed, fence)
+    return Prompt((*before, *prefix, *after), healed, fence, pins=pins)
 
 
 def normalize_span(context: FimContext) -> tuple[FimContext, str]:
@@ -104,7 +114,7 @@ def normalize_span(context: FimContext) -> tuple[FimContext, str]:
 def _split(context: FimContext, vocabulary: Vocabulary, metadata: ModelMetadata) -> tuple[str, str]:
     """Split off the text before the cursor that the answer begins with; nothing if that is too long."""
     prefix = context.prefix
-    begins_line = prefix.endswith("\n") and context.hole.kind in _INDENTED and metadata.prompt_layout != "chat"
+    begins_line = prefix.endswith("\n") and context.hole.kind in _INDENTED and metadata.chat_layout is None
     if metadata.healing is Healing.PIECE:
         healed = vocabulary.last_piece(prefix[-_MOST_PIECE_CHARACTERS:])
         head = prefix[: len(prefix) - len(healed)]
@@ -183,6 +193,49 @@ def _write_turns(context: FimContext, fence: Fence, vocabulary: Vocabulary, meta
     others = len(begin) + len(quote) + len(closing) + len(end) + _MAX_HEALED_TOKENS
     room = max(0, metadata.max_prompt_tokens - metadata.max_prompt_tokens // _CUTS_PER_BUDGET - others)
     return [*begin, *quote, *suffix[:room], *closing, *end]
+
+
+def _write_description(
+    context: FimContext, head: str, healed: str, vocabulary: Vocabulary, metadata: ModelMetadata
+) -> Prompt:
+    """Return the user's turn with the code around the hole, and the model's with the cursor's line.
+
+    A long suffix leaves the prefix a quarter of the prompt. The line's share is fixed, so that the cuts stay in place
+    while it grows.
+    """
+    special, encode, fence = metadata.special_tokens, vocabulary.encode, open_fence(context)
+    above, line = head[: head.rfind("\n") + 1], head[head.rfind("\n") + 1 :]
+    mark, marks = (
+        mark_in([context.prefix, context.suffix]),
+        marks_around([context.prefix, context.head, context.suffix]),
+    )
+    begin = [special["bos"], special["turn"], *encode("user\nA part of a file is missing.")]
+    begin += _name_file(context, vocabulary, metadata)
+    begin += _quote_snippets(context, vocabulary, metadata)
+    begin += encode(f"\n\nThe code, with {mark} in place of the missing part:\n{marks}{fence.tag}\n")
+    request = [*encode(f"\n{marks}\n\n{REQUEST.format(mark=mark)}"), special["turn_end"], *encode("\n")]
+    request += [special["turn"], *encode(f"model\n{fence.opening}\n")]
+    hole, most = encode(mark), metadata.max_prompt_tokens
+    room_of_line = most // _LINES_PER_BUDGET
+    budget = max(0, most - len(begin) - len(request) - len(hole) - room_of_line - _MAX_HEALED_TOKENS)
+    suffix = _encode_suffix(context.suffix.rstrip(), vocabulary, metadata)
+    suffix = suffix[: max(0, budget - most // _CUTS_PER_BUDGET)]
+    budget -= len(suffix)
+    defined = encode(context.head)[-metadata.max_head_tokens :] if metadata.max_head_tokens else []
+    prefix = encode(above)
+    if len(prefix) > budget:
+        defined = defined[: budget // 2]
+        prefix = [*defined, *trim_front(prefix, budget - len(defined))]
+    return Prompt((*begin, *prefix, *hole, *suffix, *request, *trim_front(encode(line), room_of_line)), healed, fence)
+
+
+def find_pins(suffix: str, vocabulary: Vocabulary) -> tuple[int, ...]:
+    """Return the first tokens of a suffix, up to the end of its first line of code; empty if nothing follows."""
+    lines = suffix.split("\n")
+    place = next((i for i, line in enumerate(lines) if line.strip()), None)
+    if place is None:
+        return ()
+    return tuple(vocabulary.encode("\n".join(lines[: place + 1]))[:_MAX_PINS])
 
 
 def _name_file(context: FimContext, vocabulary: Vocabulary, metadata: ModelMetadata) -> list[int]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Encoding, Tokenizer
+from tokenizers.models import BPE
 
 from fimserver.checkpoints.folder import check_file, most_bytes
 from fimserver.errors import WeightsError
@@ -27,6 +28,16 @@ def _byte_of_character() -> dict[str, int]:
     table = {chr(b): b for b in printable}
     table.update({chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in printable)})
     return table
+
+
+def _describe(tokenizer: Tokenizer) -> str:
+    """Return how a tokenizer splits and joins text, in JSON; without the vocabulary, whose JSON takes a while."""
+    bare = Tokenizer(BPE())
+    if tokenizer.pre_tokenizer is not None:
+        bare.pre_tokenizer = tokenizer.pre_tokenizer
+    if tokenizer.decoder is not None:
+        bare.decoder = tokenizer.decoder
+    return bare.to_str()
 
 
 _SPACE = "\u2581"
@@ -42,6 +53,7 @@ class Vocabulary:
 
     def __init__(self, tokenizer: Tokenizer, special_ids: Iterable[int]) -> None:
         self._tokenizer = tokenizer
+        self._parts = _describe(tokenizer)
         # "<mid>" typed in a file is text like any other: without this it would become a control token.
         tokenizer.encode_special_tokens = True
         self.size = tokenizer.get_vocab_size()
@@ -66,10 +78,19 @@ class Vocabulary:
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text; lone surrogates become U+FFFD."""
         clean = text.encode("utf-8", "replace").decode("utf-8") if not text.isascii() else text
+        if _SPACE in clean and self._is_sentencepiece:
+            return self._encode_marks(clean)
         encoding = self._tokenizer.encode(clean, add_special_tokens=False)
         if self.special_ids.isdisjoint(encoding.ids):
             return list(encoding.ids)
         return self._spell(clean, encoding)
+
+    def _encode_marks(self, text: str) -> list[int]:
+        """Return the ids of a text with U+2581, spelled in bytes, since the tokenizer takes it for a space."""
+        of_bytes = (self._tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode())
+        mark = [i for i in of_bytes if i is not None]
+        first, *others = map(self.encode, text.split(_SPACE))
+        return [*first, *(i for ids in others for i in (*mark, *ids))]
 
     def _spell(self, text: str, encoding: Encoding) -> list[int]:
         """Return the ids of a text that contains special tokens unknown to the tokenizer, such as ``<unused7>``."""
@@ -97,13 +118,16 @@ class Vocabulary:
         runs = [list(run) for _, run in groupby(ids, key=self.is_text)]
         return "".join(self.decode(r) if self.is_text(r[0]) else "".join(map(self.show, r)) for r in runs)
 
+    @property
+    def _is_sentencepiece(self) -> bool:
+        return '"ByteFallback"' in self._parts
+
     @cached_property
     def token_bytes(self) -> list[bytes]:
         """Bytes of each id, in order; empty for special ids."""
         table = _byte_of_character()
-        described = self._tokenizer.to_str()
         added = self._tokenizer.get_added_tokens_decoder()
-        byte_level, byte_fallback = '"ByteLevel"' in described, '"ByteFallback"' in described
+        byte_level, byte_fallback = '"ByteLevel"' in self._parts, self._is_sentencepiece
         result = []
         for i in range(self.size):
             token = self._tokenizer.id_to_token(i)
@@ -165,6 +189,11 @@ class Vocabulary:
     def num_newlines(self) -> list[int]:
         """Number of newlines in each token."""
         return [b.count(b"\n") + b.count(b"\r") - b.count(b"\r\n") for b in self.token_bytes]
+
+    @cached_property
+    def line_end_ids(self) -> tuple[int, ...]:
+        """Tokens with a line end."""
+        return tuple(i for i, count in enumerate(self.num_newlines) if count)
 
     def is_text(self, token_id: int) -> bool:
         """Return whether an id stands for text: not special, and part of the tokenizer."""

@@ -129,3 +129,11 @@ def test_the_command_prints_alternatives_on_request(tmp_path: Path, more: int) -
     assert ("alternatives" in values) == (more > 1)
     if more > 1:
         assert all(isinstance(text, str) for text in values["alternatives"])
+
+
+@pytest.mark.parametrize("layout", ["auto", "describe"])
+def test_the_setting_chooses_the_prompt_layout(fake: FakeServer, layout: str) -> None:
+    fake.set(promptLayout=layout)
+    fake.complete(*show(fake, f"layout-{layout}"))
+    (begun,) = fake.noted("begun", f"layout-{layout}")
+    assert begun["layout"] == layout

@@ -85,7 +85,9 @@ class FakeEngine:
         order |= json.loads(found[-1]) if found else {}
         texts = [*(s.text for s in context.snippets), *(g.text for g in context.matches)]
         begun = {"prefix": context.prefix, "suffix": context.suffix, "others": texts}
-        self.write("begun", order["name"], {**begun, "candidates": sampling.num_candidates})
+        self.write(
+            "begun", order["name"], {**begun, "candidates": sampling.num_candidates, "layout": sampling.prompt_layout}
+        )
 
         def wait(seconds: float, step: int) -> None:
             due = time.monotonic() + seconds

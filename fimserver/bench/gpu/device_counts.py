@@ -198,9 +198,7 @@ class _Operations(TorchDispatchMode):
         by_mask = name in {"index", "index_put", "index_put_", "_index_put_impl_"} and any(
             t is not None and t.dtype in {torch.bool, torch.uint8} for t in args[1]
         )
-        if not is_on_host and (
-            name in _NUMBERS or name in _SHAPES or by_mask or (name == "where" and len(args) == 1)
-        ):
+        if not is_on_host and (name in _NUMBERS or name in _SHAPES or by_mask or (name == "where" and len(args) == 1)):
             self._counts.waits += 1
             self._counts.names.append(name)
         for tensor in result if isinstance(result, tuple | list) else (result,):

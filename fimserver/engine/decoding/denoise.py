@@ -37,6 +37,7 @@ from fimserver.engine.modeling.model import Model
 
 _MOST_RENOISINGS = 2  # per canvas
 _LEAST_SETTLED = 0.5  # of an answer's tokens, when time or steps run out; below it the rest is likely to change too
+_LEAST_LOG = -30.0  # log-probability of a pinned token that a constraint excludes
 _SPARE_TOKENS = 4  # kept after the apparent end of the answer when a canvas is shortened
 
 
@@ -68,12 +69,26 @@ class DenoisingOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class Pins:
+    """Tokens that are held at every step: ``tokens`` (K, C) where ``mask`` (K, C) is true."""
+
+    mask: torch.Tensor
+    tokens: torch.Tensor
+
+    def hold(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return logits (K, C, V) that are certain of the pinned tokens."""
+        certain = torch.full_like(logits, -torch.inf).scatter(-1, self.tokens[..., None], 0.0)
+        return torch.where(self.mask[..., None], certain, logits)
+
+
+@dataclass(frozen=True, slots=True)
 class CanvasState:
     """Canvases between two steps.
 
     ``canvas`` (K, C) is the input of the next step; ``best`` (K, C) is the most likely token at each position, the
     partial answer; ``logits`` (K, C, V) condition the next step; ``history`` holds earlier ``best``, newest last. The
-    first ``num_pinned`` positions are fixed.
+    first ``num_pinned`` positions are fixed, and so are those of ``pins``; ``pin_support`` (K,) is then the mean
+    log-probability that the model gave to the pinned tokens in the last step.
     """
 
     canvas: torch.Tensor
@@ -84,6 +99,8 @@ class CanvasState:
     steps_left: int
     history: tuple[torch.Tensor, ...] = ()
     num_pinned: int = 0
+    pins: Pins | None = None
+    pin_support: torch.Tensor | None = None
 
     def only(self, index: int) -> "CanvasState":
         """Return one of the canvases, still as a batch."""
@@ -103,6 +120,7 @@ class CanvasState:
             accepted_mask=change(self.accepted_mask),
             entropy=change(self.entropy),
             history=tuple(change(h) for h in self.history),
+            pins=None if self.pins is None else Pins(change(self.pins.mask), change(self.pins.tokens)),
         )
 
 
@@ -221,11 +239,17 @@ def denoising_step(  # noqa: PLR0913, PLR0917  the loop's whole state is its arg
             logits = torch.cat((one_hot, logits), dim=1)
         elif answer_start is not None:
             logits = answer_start.constrain_canvases(logits)
+        support = None
+        if state.pins is not None:
+            support = _support_of(state.pins, logits)
+            logits = state.pins.hold(logits)
         probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
         likeliest = logits.argmax(-1)
         candidates = likeliest if options.takes_likeliest else sample_canvas(probabilities, generator)
         entropy = token_entropy(probabilities)
         accepted_mask = accept_tokens(entropy, options.entropy_bound, options.left_bias)
+        if state.pins is not None:
+            accepted_mask = accepted_mask | state.pins.mask
         noise = draw_noise(model, generator, (state.canvas.shape[0], state.canvas.shape[1]))
         return replace(
             state,
@@ -236,7 +260,15 @@ def denoising_step(  # noqa: PLR0913, PLR0917  the loop's whole state is its arg
             entropy=entropy,
             steps_left=state.steps_left - 1,
             history=(*state.history, state.best)[-max(1, options.stability_threshold) :],
+            pin_support=support,
         )
+
+
+def _support_of(pins: Pins, logits: torch.Tensor) -> torch.Tensor:
+    """Return the mean log-probability (K,) of the pinned tokens in logits (K, C, V)."""
+    likely = torch.log_softmax(logits.float(), dim=-1).gather(-1, pins.tokens[..., None])[..., 0]
+    count = pins.mask.sum(-1).clamp(min=1)
+    return torch.where(pins.mask, likely.clamp(min=_LEAST_LOG), 0.0).sum(-1) / count
 
 
 def is_settled(state: CanvasState, options: DenoisingOptions, num_positions: int) -> bool:
@@ -405,11 +437,13 @@ class Denoiser:
             return Filled((), finish, passes, confidence=0.0)
         best = state.best[0].tolist()
         answer = best[: self._length(before, best)]
-        is_open = len(answer) == len(best)
+        is_closed = self.answer_end.is_closed([*before, *answer])  # its last token may hold its end too
+        is_open = len(answer) == len(best) and not is_closed
+        finish = "end" if is_closed and finish == "length" else finish
         is_cut = False
         if finish in {"steps", "latency"}:
-            num_settled = self._count_settled(state, before, answer)
-            is_cut = num_settled < len(answer) + (not is_open)
+            num_settled = self.count_settled(state, before, answer)
+            is_cut = num_settled < len(answer) + (not is_open and not is_closed)
             answer = answer[:num_settled]
         if is_cut and not answer:
             return Filled((), finish, passes, confidence=0.0, is_open=is_open, is_cut=True)
@@ -418,7 +452,7 @@ class Denoiser:
         log_probability = math.log(max(confidence, 1e-30)) * len(own)
         return Filled(tuple(answer), finish, passes, confidence, log_probability, is_open=is_open, is_cut=is_cut)
 
-    def _count_settled(self, state: CanvasState, before: Sequence[int], answer: Sequence[int]) -> int:
+    def count_settled(self, state: CanvasState, before: Sequence[int], answer: Sequence[int]) -> int:
         """Return how many tokens of an unfinished canvas may be offered, and its end if that is settled too.
 
         A token is settled if its entropy is within the bound and the step before had it too. Where the language says
@@ -432,7 +466,7 @@ class Denoiser:
         if sum(is_settled[: len(answer)]) < _LEAST_SETTLED * len(answer):
             return 0
         length = is_settled.index(False) if False in is_settled else len(is_settled)
-        if length > len(answer) or (rules := self.boundaries()) is None:
+        if length >= min(len(answer) + 1, len(is_settled)) or (rules := self.boundaries()) is None:
             return length
         for token_id in before:
             rules.accept(token_id)

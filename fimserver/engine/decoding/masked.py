@@ -351,6 +351,7 @@ class MaskedFiller:
             length = canvas.token_ids.index(self.options.end)
         text = [i for i in range(length) if vocabulary.is_text(canvas.token_ids[i])]
         token_ids = tuple(canvas.token_ids[i] for i in text)
+        token_ids = token_ids[: self.request.answer_end.find(token_ids)]
         own = self.request.answer_start.own_positions(token_ids)
         logs = torch.tensor([math.log(max(canvas.probabilities[text[i]], 1e-30)) for i in own])
         return Filled(token_ids, finish, self.sides.passes, confidence_of(logs), float(logs.sum()))

@@ -9,7 +9,7 @@ Shapes:  C positions, V vocabulary.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, islice
@@ -55,30 +55,44 @@ class AnswerEnd:
 
     def is_closed(self, token_ids: Sequence[int]) -> bool:
         """Return whether the last of these ids, which all belong to the answer, also holds the answer's end."""
-        newlines = self.vocabulary.num_newlines
-        return (
-            bool(token_ids) and bool(newlines[token_ids[-1]]) and sum(newlines[i] for i in token_ids) >= self.max_lines
-        )
+        has_end = bool(token_ids) and bool(self.vocabulary.num_newlines[token_ids[-1]])
+        return has_end and sum(self._line_ends(token_ids)) >= self.max_lines
+
+    def _line_ends(self, token_ids: Sequence[int]) -> Iterator[int]:
+        """Yield the number of line ends that each id adds: CR LF in two tokens is one."""
+        after_return = False
+        for token_id in token_ids:
+            if not (ends := self.vocabulary.num_newlines[token_id]):
+                after_return = False
+                yield 0
+                continue
+            written = self.vocabulary.token_bytes[token_id]
+            yield ends - (after_return and written.startswith(b"\n"))
+            after_return = written.endswith(b"\r")
 
     def cut(self, text: str, before: Sequence[int] = ()) -> str:
         """Return a text, which follows the ids ``before``, up to the line end that ends the answer."""
-        left = self.max_lines - sum(self.vocabulary.num_newlines[i] for i in before)
+        left = self.max_lines - sum(self._line_ends(before))
         ends = islice(_LINE_END.finditer(text), max(0, left - 1), None)
         return text[: end.start()] if (end := next(ends, None)) else text
 
     def _find_token(self, token_ids: Sequence[int]) -> int:
-        newlines, anchor = 0, self.anchor
+        newlines, anchor, after_return = 0, self.anchor, False
         for i, token_id in enumerate(token_ids):
             if not self.vocabulary.is_text(token_id):
                 return i
             if anchor and token_id == anchor[0] and tuple(token_ids[i : i + len(anchor)]) == anchor:
                 return i
             if ends := self.vocabulary.num_newlines[token_id]:
-                if newlines + ends >= self.max_lines:
-                    return i + _has_code(self.vocabulary.token_bytes[token_id], self.max_lines - newlines)
+                written = self.vocabulary.token_bytes[token_id]
+                joined = after_return and written.startswith(b"\n")  # CR LF in two tokens is one line end
+                if newlines + ends - joined >= self.max_lines:
+                    return i + _has_code(written, self.max_lines - newlines + joined)
                 if len(anchor) > 1 and self._joins_anchor(token_id) and _starts(token_ids[i + 1 :], anchor[1:]):
                     return i + 1
+                newlines -= joined
             newlines += ends
+            after_return = bool(ends) and self.vocabulary.token_bytes[token_id].endswith(b"\r")
         return len(token_ids)
 
     def _joins_anchor(self, token_id: int) -> bool:
@@ -120,7 +134,7 @@ class AnswerEnd:
 
     def first_line(self, token_ids: Sequence[int]) -> int | None:
         """Return the number of ids in the first line, line end included; ``None`` if it has no end."""
-        ends = accumulate(self.vocabulary.num_newlines[t] for t in token_ids)
+        ends = accumulate(self._line_ends(token_ids))
         return next((i + 1 for i, count in enumerate(ends) if count > self.healed_lines), None)
 
 
@@ -177,6 +191,11 @@ class AnswerStart:
         written = self._tokens[token_id] if token_id < len(self._tokens) else b""
         own = written[len(beginning.rest) :]
         return Beginning(beginning.rest[len(written) :], beginning.needs_more and not own.strip())
+
+    def allows(self, beginning: Beginning, token_id: int) -> bool:
+        """Return whether a token spells the next bytes that are missing."""
+        written = self._tokens[token_id] if token_id < len(self._tokens) else b""
+        return written.startswith(beginning.rest) or (bool(written) and beginning.rest.startswith(written))
 
     def own_positions(self, token_ids: Sequence[int]) -> list[int]:
         """Return the positions of the tokens that add text after the healed word."""
@@ -242,22 +261,34 @@ class AnswerStart:
         return logits
 
 
+@lru_cache(maxsize=2)
+def _kinds(vocabulary: Vocabulary) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return which tokens (V,) are text, and their numbers of line ends (V,), on the CPU."""
+    is_text = torch.ones(vocabulary.size, dtype=torch.bool)
+    is_text[[i for i in vocabulary.special_ids if i < vocabulary.size]] = False
+    return is_text, torch.tensor(vocabulary.num_newlines)
+
+
+def _with_code(vocabulary: Vocabulary, line_end: int) -> list[int]:
+    """Return the tokens with visible text before their line end of that number, counted from 1."""
+    return [i for i in vocabulary.line_end_ids if _has_code(vocabulary.token_bytes[i], line_end)]
+
+
 @lru_cache(maxsize=64)
 def _end_mask(vocabulary: Vocabulary, max_lines: int, vocab_size: int, device: torch.device) -> torch.Tensor:
     """Return the tokens (V,) bool that end an answer of at most ``max_lines - 1`` newlines before its first text."""
-    newlines, texts = vocabulary.num_newlines, vocabulary.token_bytes
-    ends = [
-        not vocabulary.is_text(i) or (newlines[i] >= max_lines and not _has_code(texts[i], max_lines))
-        for i in range(vocabulary.size)
-    ]
-    return torch.tensor(ends + [True] * (vocab_size - len(ends)), device=device)
+    is_text, newlines = _kinds(vocabulary)
+    mask = torch.ones(vocab_size, dtype=torch.bool)
+    mask[: vocabulary.size] = ~is_text | (newlines >= max_lines)
+    mask[[i for i in _with_code(vocabulary, max_lines) if is_text[i]]] = False
+    return mask.to(device)
 
 
 @lru_cache(maxsize=16)
 def _excess_mask(vocabulary: Vocabulary, most: int, vocab_size: int, device: torch.device) -> torch.Tensor:
     """See ``AnswerEnd.excess_mask``."""
     mask = torch.zeros(vocab_size, dtype=torch.bool)
-    mask[: vocabulary.size] = torch.tensor(vocabulary.num_newlines) > most
+    mask[: vocabulary.size] = _kinds(vocabulary)[1] > most
     return mask.to(device)
 
 
@@ -271,28 +302,21 @@ def _barred_mask(  # noqa: PLR0913, PLR0917  what determines the mask
     may_end_in_code: bool,  # noqa: FBT001
 ) -> torch.Tensor:
     """See ``AnswerEnd.barred_mask``."""
-    barred = [
-        i not in allowed
-        and (
-            not vocabulary.is_text(i)
-            or (
-                is_single_line
-                and vocabulary.num_newlines[i] > 0
-                and not (may_end_in_code and _has_code(vocabulary.token_bytes[i], 1))
-            )
-        )
-        for i in range(vocabulary.size)
-    ]
-    rest = [i not in allowed for i in range(vocabulary.size, vocab_size)]
-    return torch.tensor(barred + rest, device=device)
+    is_text, newlines = _kinds(vocabulary)
+    barred = newlines > 0 if is_single_line else torch.zeros_like(is_text)
+    if may_end_in_code:
+        barred[_with_code(vocabulary, 1)] = False
+    mask = torch.ones(vocab_size, dtype=torch.bool)
+    mask[: vocabulary.size] = barred | ~is_text
+    mask[[i for i in allowed if i < vocab_size]] = False
+    return mask.to(device)
 
 
 @lru_cache(maxsize=4)
 def _line_end_mask(vocabulary: Vocabulary, vocab_size: int, device: torch.device) -> torch.Tensor:
     """See ``AnswerEnd.line_end_mask``."""
     mask = torch.zeros(vocab_size, dtype=torch.bool)
-    pairs = zip(vocabulary.num_newlines, vocabulary.token_bytes, strict=True)
-    mask[: vocabulary.size] = torch.tensor([count > 0 and not written.strip() for count, written in pairs])
+    mask[[i for i in vocabulary.line_end_ids if not vocabulary.token_bytes[i].strip()]] = True
     return mask.to(device)
 
 

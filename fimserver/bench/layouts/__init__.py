@@ -1,0 +1,1 @@
+"""Compare the prompt layouts of instruction-tuned models."""
