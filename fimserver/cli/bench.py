@@ -419,7 +419,8 @@ def gpu(  # noqa: PLR0913, PLR0917  one parameter per option
 
     Reports memory, decoding steps compared with their lower bound, prompt encoding, and whole requests.
     """
-    from fimserver.bench.gpu import STAGES, measure_gpu, to_markdown  # noqa: PLC0415
+    from fimserver.bench.gpu.report import to_markdown  # noqa: PLC0415
+    from fimserver.bench.gpu.stages import STAGES, measure_gpu  # noqa: PLC0415
 
     chosen = tuple(stages.split(",")) if stages else STAGES
     found = []

@@ -21,7 +21,7 @@ from dataclasses import replace
 
 import torch
 
-from fimserver.checkpoints.engine_limits import CUT_MULTIPLE
+from fimserver.checkpoints.engine_limits import CHUNK_TOKENS, CUT_MULTIPLE
 from fimserver.checkpoints.installed import find_model
 from fimserver.checkpoints.metadata import Canvas, limit_context
 from fimserver.datatypes import (
@@ -109,6 +109,8 @@ class Engine:
             model.metadata = limit_context(model.metadata, choose_prompt_length(model))
         vocabulary = Vocabulary.load(folder / "tokenizer.json", model.metadata.special_ids)
         engine = cls(model, vocabulary)
+        if model.device.type == "cuda":
+            engine.prompt_cache.warm_up(min(CHUNK_TOKENS, model.metadata.max_prompt_tokens))
         engine.graphs = model.capture_passes(
             engine.prompt_cache.cache, cuda_graphs, sign=lambda: report(999, 1000)
         ).describe()

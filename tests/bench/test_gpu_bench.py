@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from fimserver.bench.gpu import STAGES, Bench, measure_gpu, read_known, to_markdown, to_planned
+from fimserver.bench.gpu.report import to_markdown
+from fimserver.bench.gpu.stages import STAGES, Bench, measure_gpu
+from fimserver.bench.gpu.synthetic import read_known, to_planned
 from fimserver.engine.loading.weights import expected_shapes
 from fimserver.engine.modeling.graphs import FixedPasses
 from fimserver.errors import FimserverError

@@ -53,6 +53,13 @@ class DeviceCounts:
     segments: int = 0
     names: list[str] = field(default_factory=list)
 
+    def add(self, other: "DeviceCounts") -> None:
+        """Add other counts to these."""
+        self.waits += other.waits
+        self.uploads += other.uploads
+        self.segments += other.segments
+        self.names += other.names
+
 
 class DeviceCounter(Protocol):
     """Counts what runs inside ``counting``."""
@@ -91,7 +98,7 @@ class CudaCounter:
 
 
 class SimulatedCounter:
-    """Counts on a CPU. Memory that is held when counting begins stays free for later counts once it is freed."""
+    """Counts on a CPU. All counts share one allocator, whose segments are used again."""
 
     def __init__(self) -> None:
         self._allocator = CachingAllocator()
@@ -166,18 +173,17 @@ class _Operations(TorchDispatchMode):
     def __init__(self, counts: DeviceCounts, allocator: CachingAllocator) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._counts, self._allocator = counts, allocator
-        self._known: weakref.WeakSet[Any] = weakref.WeakSet()  # storages
         self._on_host: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._is_paused = False
+        self.is_paused = False
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Count nothing, as inside a captured pass."""
-        self._is_paused = True
+        self.is_paused = True
         try:
             yield
         finally:
-            self._is_paused = False
+            self.is_paused = False
 
     def take_to_host(self, tensor: torch.Tensor) -> None:
         """Note that the host has fetched a tensor, and may read it freely."""
@@ -191,7 +197,7 @@ class _Operations(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if self._is_paused:
+        if self.is_paused:
             return result
         name = func._schema.name.removeprefix("aten::")  # noqa: SLF001  the operation's name
         is_on_host = bool(args) and isinstance(args[0], torch.Tensor) and self.has_fetched(args[0])
@@ -201,21 +207,19 @@ class _Operations(TorchDispatchMode):
         if not is_on_host and (name in _NUMBERS or name in _SHAPES or by_mask or (name == "where" and len(args) == 1)):
             self._counts.waits += 1
             self._counts.names.append(name)
+        inputs = [t.untyped_storage() for t in (*args, *(kwargs or {}).values()) if isinstance(t, torch.Tensor)]
         for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and not any(tensor.untyped_storage() is one for one in inputs):
                 self._hold(tensor, is_on_host=is_on_host)
         return result
 
     def _hold(self, tensor: torch.Tensor, *, is_on_host: bool) -> None:
+        """Give a new tensor a block, unless it is on the host, as single numbers are."""
         storage = tensor.untyped_storage()
-        if storage in self._known or storage in self._on_host:
-            return
-        if is_on_host or tensor.dim() == 0:  # a scalar that the host made takes no part
-            if is_on_host:
-                self._on_host.add(storage)
-            return
-        self._known.add(storage)
-        weakref.finalize(storage, self._allocator.release, self._allocator.allocate(storage.nbytes()))
+        if is_on_host:
+            self._on_host.add(storage)
+        elif tensor.dim() > 0:
+            weakref.finalize(storage, self._allocator.release, self._allocator.allocate(storage.nbytes()))
 
 
 class _Functions(TorchFunctionMode):
@@ -229,6 +233,8 @@ class _Functions(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = getattr(func, "__name__", "")
+        if self._operations.is_paused:
+            return func(*args, **(kwargs or {}))
         if name == "cpu":
             self._counts.waits += 1
             self._counts.names.append(name)

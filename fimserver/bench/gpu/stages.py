@@ -1,16 +1,21 @@
 """Run all GPU measurements with one command, and record the environment of each number.
 
+    checks      what fimserver doctor says of the GPU, its driver, torch and the compiler
     kernels     each backend against plain torch at the model's shapes, and pytest -m gpu if the tests are available
     load        a model of the 26B's size with random weights: memory used, and the planner's figure
+    graphs      the passes that are captured when a model is loaded: seconds and memory
     steps       a denoising step per canvas size, next to the floor: bytes it reads over the measured bandwidth
     encode      prompts, in milliseconds per 1,000 tokens
+    jumps       requests at 42 new places: captures, waits of the host, allocations by the driver
     requests    from the prompt to a result: with nothing cached, and with all but the last tokens cached
     profile     the kernels that take most of the slowest step
+    layouts     the prompt layouts on ten shipped holes, with real weights if a model is named
     generate    the same model in bf16 through transformers' own ``generate``, once, if the GPU has room (52 GB)
 
 The peak memory of each stage is reported next to the plan's. ``--simulate`` runs every stage on this machine at a
-reduced size, to test them without a GPU. Weights are random: times are those of real ones, answers are not. Training
-on a GPU is another command: ``fimserver train --device cuda``.
+reduced size, to test them without a GPU. Except for the layouts, weights are random: times are those of real ones,
+answers are not. A stage that fails does not stop the others. Training on a GPU is another command: ``fimserver train
+--device cuda``.
 
 Knows:  models, time.  Never: LSP, texts.
 Units:  milliseconds; GB are 1e9 bytes.
@@ -22,119 +27,108 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DiffusionGemmaConfig
 
+from fimserver.bench.gpu.device_counts import CudaCounter, DeviceCounter, DeviceCounts, SimulatedCounter
+from fimserver.bench.gpu.report import Report, Step, to_markdown
+from fimserver.bench.gpu.synthetic import (
+    SYNTHETIC,
+    DenseMatmul,
+    make_chat_engine,
+    options_of,
+    random_weights,
+    read_known,
+    to_planned,
+)
+from fimserver.bench.layouts.holes import shipped_holes
+from fimserver.bench.layouts.measure import LayoutScores, measure_layouts
 from fimserver.bench.machine import machine_facts
+from fimserver.checkpoints.engine_limits import CHUNK_TOKENS
 from fimserver.checkpoints.gpus import NO_GPU
-from fimserver.checkpoints.known import KNOWN_MODELS
-from fimserver.checkpoints.memory import Checkpoint, Format, Role, find_checkpoint, parse_config, to_parts
-from fimserver.checkpoints.metadata import ModelMetadata, read_metadata
+from fimserver.checkpoints.memory import Format, Role
 from fimserver.checkpoints.planner import plan_on_gpu, step_bytes
-from fimserver.engine.decoding.denoise import DenoisingOptions, denoising_step, initialize_canvases, read_out
+from fimserver.engine.decoding.denoise import denoising_step, initialize_canvases, read_out
+from fimserver.engine.engine import Engine
 from fimserver.engine.kernels.backends import Choice, Trial, Work, choose_matmul
-from fimserver.engine.kernels.devices import capture, wait_for
-from fimserver.engine.kernels.matmul import PlainMatmul
-from fimserver.engine.kernels.nvfp4 import NVFP4Tensor, draw_codes
-from fimserver.engine.loading.weights import create_model, expected_shapes
+from fimserver.engine.kernels.devices import GraphRecorder, wait_for
+from fimserver.engine.loading.weights import create_model
 from fimserver.engine.modeling.model import Model
 from fimserver.engine.modeling.prompt_cache import PromptCache
 from fimserver.errors import FimserverError
 
-SYNTHETIC = {"26b": "diffusiongemma-26b-a4b-it"}
-STAGES = ("kernels", "load", "steps", "encode", "requests", "profile")
-_LEAST_SCALE = 0x30  # 0.5 as a byte of e4m3
+Checks = tuple[tuple[str, str, str], ...]  # name, what was found, remedy or ""
+STAGES = ("checks", "kernels", "load", "graphs", "steps", "encode", "jumps", "requests", "profile", "layouts")
 _OTHER_BYTES = 2 * 10**9  # a canvas, a prompt and the driver, in addition to weights in bf16
 _CANVASES = (16, 32, 64, 128, 256)
+_REQUEST_CANVAS = 32  # tokens: the rest of a line
 _STEPS_A_REQUEST = 8
+_PLACES = 42
 _TYPED_TOKENS = 4
 _REPEATS = 7
 _TOP_KERNELS = 15
-_REDUCED = {
-    "hidden_size": 128,
-    "intermediate_size": 96,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "num_experts": 8,
-    "top_k_experts": 2,
-    "moe_intermediate_size": 64,
-    "vocab_size": 2048,
-    "sliding_window": 64,
-    "layer_types": None,
-    "global_head_dim": 64,
-    "num_global_key_value_heads": 1,
-}
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """A denoising step over one canvas: its median, and the least time for reading its weights."""
-
-    canvas_tokens: int
-    ms: float
-    free_ms: float
-    floor_ms: float
-    read_bytes: int
-    steps_per_s: float
+class SkippedError(Exception):
+    """A stage that cannot run here, and why."""
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
-    """Results by stage; ``failures`` has the reasons of failed stages."""
-
-    machine: dict[str, Any]
-    is_simulated: bool
-    model: str
-    backend: dict[str, str] = field(default_factory=dict)
-    tests: str = ""
-    load_s: float = 0.0
-    weight_bytes: int = 0
-    planned_weight_bytes: int = 0
-    bandwidth_gb_per_s: float = 0.0
-    context_tokens: int = 0
-    steps: tuple[Step, ...] = ()
-    encode_ms_per_1000: dict[str, float] = field(default_factory=dict)
-    requests_ms: dict[str, float] = field(default_factory=dict)
-    generate: dict[str, float] = field(default_factory=dict)
-    profile: tuple[tuple[str, float], ...] = ()
-    peak_bytes: dict[str, int] = field(default_factory=dict)  # peak memory allocated by torch, by stage
-    reserved_bytes: dict[str, int] = field(default_factory=dict)  # peak memory reserved from the driver, by stage
-    planned_bytes: int = 0  # total, by the planner
-    failures: dict[str, str] = field(default_factory=dict)
+def _cuda_facts() -> dict[str, str]:
+    """Return the versions of what only a GPU needs."""
+    try:
+        triton = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        triton = "none"
+    return {"cuda": torch.version.cuda or "none", "triton": triton}
 
 
-class HastyMatmul(PlainMatmul):
-    """Plain torch that claims not to read expert choices on the host, so that a simulation takes a GPU's code path."""
+def _exact_share(scores: LayoutScores) -> float:
+    """Return the share of all holes that are filled exactly."""
+    return sum(part.value * part.holes for part in (scores.lines, scores.blocks) if part is not None) / scores.holes
 
-    name = "plain torch, simulated"
-    reads_choices = False
+
+def device_name(device: torch.device) -> str:
+    """Return the GPU's name, or the kind of device."""
+    if device.type != "cuda":
+        return device.type
+    properties = torch.cuda.get_device_properties(device)
+    return f"{properties.name}, sm{properties.major}{properties.minor}, {properties.total_memory / 1e9:.1f} GB"
 
 
 class Bench:
     """One run: a device, a model of random weights, and the results so far."""
 
-    def __init__(self, name: str, *, simulate: bool, context_tokens: int, with_generate: bool | None = None) -> None:
+    def __init__(  # noqa: PLR0913  options of one command
+        self,
+        name: str,
+        *,
+        simulate: bool,
+        context_tokens: int,
+        with_generate: bool | None = None,
+        weights: str = "",
+        find_checks: Callable[[], Checks] = tuple,
+    ) -> None:
         self.device = torch.device("cpu" if simulate else "cuda")
         if not simulate and not torch.cuda.is_available():
             msg = "torch sees no CUDA device; install CUDA torch, or try every stage here with --simulate"
             raise FimserverError(msg)
         self.simulate, self.with_generate = simulate, with_generate
+        self.weights, self.find_checks = weights, find_checks
         self.dtype = torch.float32 if simulate else torch.bfloat16
         self.context_tokens = min(context_tokens, 200) if simulate else context_tokens
         self.config, self.metadata = read_known(name, reduced=simulate)
         self.checkpoint = to_planned(name, self.config)
         self.generator = torch.Generator(self.device).manual_seed(0)
-        self.report = Report(
-            machine_facts(str(self.dtype).removeprefix("torch."), device_name(self.device)), simulate, name
-        )
+        machine = machine_facts(str(self.dtype).removeprefix("torch."), device_name(self.device))
+        self.report = Report({**machine, **_cuda_facts()}, simulate, name)
         self.model: Model | None = None
+        self.prompts: PromptCache | None = None
+        self.counter: DeviceCounter = SimulatedCounter() if simulate else CudaCounter()
         self.choice: Choice | None = None
         self.canvases = tuple(c for c in _CANVASES if c <= 64) if simulate else _CANVASES  # noqa: PLR2004
 
@@ -149,6 +143,8 @@ class Bench:
             self._forget_peak()
             try:
                 getattr(self, f"measure_{stage}")()
+            except SkippedError as reason:
+                self._note(skipped={**self.report.skipped, stage: str(reason)})
             except Exception as error:  # noqa: BLE001  GPU time is rare: every stage that works is measured
                 self._note(failures={**self.report.failures, stage: f"{type(error).__name__}: {error}"})
             self._note_peak(stage)
@@ -179,11 +175,21 @@ class Bench:
             raise FimserverError(msg)
         return self.model
 
+    def _need_prompts(self) -> PromptCache:
+        self._need_model()
+        assert self.prompts is not None
+        self.prompts.clear()
+        return self.prompts
+
+    def measure_checks(self) -> None:
+        """Note what ``fimserver doctor`` finds about the GPU, its driver and torch."""
+        self._note(checks=self.find_checks())
+
     def measure_kernels(self) -> None:
         """Measure the backends on this device, and run the tests that need it."""
         choice = self._choose()
         self._note(backend={"chosen": choice.matmul.name, **choice.tried})
-        tests = Path(__file__).parents[2] / "tests"
+        tests = Path(__file__).parents[3] / "tests"
         if self.simulate or not tests.is_dir():
             self._note(tests="not run: they need a GPU and the project's folder")
             return
@@ -196,8 +202,8 @@ class Bench:
         choice = Choice(self._choose().matmul)
         begin, before = time.perf_counter(), self._allocated()
         network = create_model(self.config, random_weights(self.config, self.device, self.dtype), self.device)
-        record = capture if self.device.type == "cuda" else (lambda run: run)
-        self.model = Model(network, self.metadata, choice, consumes=True, capture=record)
+        self.model = Model(network, self.metadata, choice, consumes=True)
+        self.prompts = PromptCache(self.model)
         wait_for(self.device)
         gc.collect()
         held = self._allocated() - before if self.device.type == "cuda" else 0
@@ -207,6 +213,22 @@ class Bench:
             planned_weight_bytes=sum(part.num_bytes for part in self.checkpoint.parts),
         )
 
+    def measure_graphs(self) -> None:
+        """Capture the passes that a server captures when it loads the model."""
+        model, prompts = self._need_model(), self._need_prompts()
+        record = self.counter.record if self.simulate else GraphRecorder()
+        begin = time.perf_counter()
+        found = model.capture_passes(prompts.cache, record=record)
+        self._note(
+            graphs={
+                "rows": ", ".join(map(str, found.rows)),
+                "captured": model.fixed.num_captured if model.fixed is not None else 0,
+                "seconds": time.perf_counter() - begin,
+                "bytes": found.num_bytes,
+                "fault": found.fault,
+            }
+        )
+
     def _choose(self) -> Choice:
         """Choose the matmul backend for 4-bit weights; in a simulation, by the same trial of plain torch."""
         if self.choice is None:
@@ -214,7 +236,7 @@ class Bench:
             experts = (text.num_experts, text.moe_intermediate_size, text.hidden_size)
             work = Work(experts=experts, num_chosen=text.top_k_experts)
             if self.simulate:
-                matmul, trial = HastyMatmul(self.dtype), Trial(self.device, self.dtype, work)
+                matmul, trial = DenseMatmul(self.dtype), Trial(self.device, self.dtype, work)
                 fault = trial.find_fault(matmul)
                 self.choice = Choice(matmul, {matmul.name: fault or f"{trial.measure(matmul) * 1e6:.0f} us"})
             else:
@@ -223,11 +245,9 @@ class Bench:
 
     def measure_steps(self) -> None:
         """Measure a step of each canvas over a random prompt: as a captured graph, and kernel by kernel."""
-        model = self._need_model()
+        model, cache = self._need_model(), self._need_prompts().cache
         bandwidth = self._measure_bandwidth()
-        cache = model.new_cache()
         cache.pretend(self.context_tokens, self.generator)
-        cache.reserve(max(self.canvases))
         steps = []
         for length in self.canvases:
             fixed = self._time_step(model, cache, length)
@@ -240,51 +260,123 @@ class Bench:
 
     def measure_encode(self) -> None:
         """Measure prompts of three lengths, in the chunks of requests."""
-        model = self._need_model()
+        prompts = self._need_prompts()
         found = {}
         for length in (self.context_tokens // 8, self.context_tokens // 2, self.context_tokens):
             ids = self._ids(length)
 
             def encode(ids: list[int] = ids) -> None:
-                PromptCache(model, max_prompts=1).encode(ids)
+                prompts.clear()
+                prompts.encode(ids)
 
             found[str(length)] = self._median_ms(encode, repeats=3) / length * 1000
         self._note(encode_ms_per_1000=found)
 
+    def measure_jumps(self) -> None:
+        """Answer at 42 new places, after a load's warm-up: captures, waits, allocations by the driver."""
+        model, prompts = self._need_model(), self._need_prompts()
+        longest = self.context_tokens // 2
+        with self.counter.counting():
+            prompts.warm_up(min(CHUNK_TOKENS, longest))  # as when a model is loaded
+            self._answer(prompts, self._ids(longest // 2))
+        before = (model.fixed.num_captured, model.fixed.num_uncaptured) if model.fixed is not None else (0, 0)
+        steps, prompts_read, times = DeviceCounts(), DeviceCounts(), []
+        for place in range(_PLACES):
+            ids = self._ids(longest // 8 + place * (longest - longest // 8) // _PLACES, seed=1000 + place)
+            begin = time.perf_counter()
+            with self.counter.counting() as counts:
+                prompts.encode(ids)
+            prompts_read.add(counts)
+            with self.counter.counting() as counts:
+                self._denoise(prompts)
+            steps.add(counts)
+            wait_for(self.device)
+            times.append((time.perf_counter() - begin) * 1e3)
+        after = (model.fixed.num_captured, model.fixed.num_uncaptured) if model.fixed is not None else (0, 0)
+        self._note(
+            jumps={
+                "places": _PLACES,
+                "captures": after[0] - before[0],
+                "uncaptured passes": after[1] - before[1],
+                "waits per step": steps.waits / (_PLACES * _STEPS_A_REQUEST),
+                "copies to the GPU per canvas": steps.uploads / _PLACES,
+                "waits per prompt": prompts_read.waits / _PLACES,
+                "copies to the GPU per prompt": prompts_read.uploads / _PLACES,
+                "allocations by the driver": steps.segments + prompts_read.segments,
+                "ms, median": sorted(times)[_PLACES // 2],
+                "ms, largest": max(times),
+            }
+        )
+
+    def _answer(self, prompts: PromptCache, ids: list[int]) -> None:
+        prompts.encode(ids)
+        self._denoise(prompts)
+
+    def _denoise(self, prompts: PromptCache) -> None:
+        """Denoise one canvas of 32 in eight steps, each read back."""
+        model, options = self._need_model(), options_of(self.metadata, _REQUEST_CANVAS)
+        state = initialize_canvases(model, options, self.generator)
+        for _ in range(_STEPS_A_REQUEST):
+            state = denoising_step(model, prompts.cache, state, options, self.generator)
+            read_out(state, options)
+
     def measure_requests(self) -> None:
         """Measure from a prompt's ids to the result of eight steps of a canvas of 32."""
-        model = self._need_model()
-        options = options_of(self.metadata, 32)
+        prompts = self._need_prompts()
         ids = self._ids(self.context_tokens // 4)
-
-        def answer(prompts: PromptCache, prompt: list[int]) -> None:
-            prompts.encode(prompt)
-            state = initialize_canvases(model, options, self.generator)
-            for _ in range(_STEPS_A_REQUEST):
-                state = denoising_step(model, prompts.cache, state, options, self.generator)
-                read_out(state, options)
-
         typed = iter(range(10**6))
-        warm = PromptCache(model, max_prompts=1)
-        answer(warm, ids)
 
         def type_on() -> None:
-            answer(warm, [*ids, *self._ids(_TYPED_TOKENS, seed=1 + next(typed))])
+            self._answer(prompts, [*ids, *self._ids(_TYPED_TOKENS, seed=1 + next(typed))])
 
+        def begin_anew() -> None:
+            prompts.clear()
+            self._answer(prompts, ids)
+
+        cold = self._median_ms(begin_anew, repeats=3)
         self._note(
             requests_ms={
-                f"cold, {len(ids)} tokens": self._median_ms(lambda: answer(PromptCache(model), ids), repeats=3),
+                f"cold, {len(ids)} tokens": cold,
                 f"warm, {_TYPED_TOKENS} new tokens": self._median_ms(type_on),
                 "steps": _STEPS_A_REQUEST,
             }
         )
 
-    def measure_generate(self) -> None:
-        """Measure transformers' own loop on bf16 weights, one canvas; free the other model first."""
-        self.model = None
+    def measure_layouts(self) -> None:
+        """Fill the shipped holes with real weights in each prompt layout; free the model of random weights first."""
+        if self.simulate:
+            engine = make_chat_engine(self._need_model())
+        elif not self.weights:
+            msg = "it needs real weights; add --weights and the name of an instruction-tuned model that is installed"
+            raise SkippedError(msg)
+        else:
+            self._free()
+            engine = Engine.load(self.weights, str(self.device), self.context_tokens)
+        found = measure_layouts(engine, shipped_holes())
+        self._note(
+            layouts_model=engine.info.name,
+            layouts=tuple(
+                {
+                    "layout": one.layout,
+                    "holes": one.holes,
+                    "exact": _exact_share(one),
+                    "empty": one.empty,
+                    "steps": one.steps,
+                    "ms": one.ms_p50,
+                }
+                for one in found
+            ),
+        )
+
+    def _free(self) -> None:
+        self.model = self.prompts = None
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def measure_generate(self) -> None:
+        """Measure transformers' own loop on bf16 weights, one canvas; free the other model first."""
+        self._free()
         weights = random_weights(self.config, self.device, self.dtype, packed=False)
         network = create_model(self.config, weights, self.device)
         network.set_experts_implementation("grouped_mm" if self.device.type == "cuda" else "eager")
@@ -304,7 +396,7 @@ class Bench:
         model = self._need_model()
         steps = self.report.steps
         length = max(steps, key=lambda s: s.ms / s.floor_ms).canvas_tokens if steps else self.canvases[0]
-        cache = model.new_cache()
+        cache = self._need_prompts().cache
         cache.pretend(self.context_tokens, self.generator)
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self.device.type == "cuda":
@@ -356,6 +448,8 @@ def measure_gpu(  # noqa: PLR0913  options of one command
     name: str,
     *,
     simulate: bool = False,
+    weights: str = "",
+    find_checks: Callable[[], Checks] = tuple,
     stages: tuple[str, ...] = STAGES,
     context_tokens: int = 8192,
     with_generate: bool | None = None,
@@ -364,7 +458,8 @@ def measure_gpu(  # noqa: PLR0913  options of one command
 ) -> Report:
     """Run the stages, and write ``gpu.json`` and ``gpu.md`` into a folder. Raises ``FimserverError``.
 
-    ``with_generate`` runs transformers' own loop; ``None`` runs it after all stages if there is room.
+    ``with_generate`` runs transformers' own loop; ``None`` runs it after all stages if there is room. ``weights`` names
+    an installed model for the layouts, ``find_checks`` returns the lines of ``fimserver doctor``.
     """
     if unknown := set(stages) - {*STAGES}:
         msg = f"unknown stage {min(unknown)!r}; choose from: {', '.join(STAGES)}"
@@ -372,112 +467,17 @@ def measure_gpu(  # noqa: PLR0913  options of one command
     if name not in SYNTHETIC:
         msg = f"unknown synthetic model {name!r}; choose from: {', '.join(SYNTHETIC)}"
         raise FimserverError(msg)
-    bench = Bench(name, simulate=simulate, context_tokens=context_tokens, with_generate=with_generate)
+    bench = Bench(
+        name,
+        simulate=simulate,
+        context_tokens=context_tokens,
+        with_generate=with_generate,
+        weights=weights,
+        find_checks=find_checks,
+    )
     found = bench.run(stages, report)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "gpu.json").write_text(json.dumps(dataclasses.asdict(found), indent=2) + "\n", encoding="utf-8")
         (out / "gpu.md").write_text("\n".join(to_markdown(found)) + "\n", encoding="utf-8")
     return found
-
-
-def read_known(name: str, *, reduced: bool) -> tuple[DiffusionGemmaConfig, ModelMetadata]:
-    """Return the configuration and metadata of a known model, small if ``reduced``."""
-    folder = KNOWN_MODELS / SYNTHETIC[name]
-    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    metadata = read_metadata(folder)
-    if reduced:
-        values["text_config"] = {k: v for k, v in {**values["text_config"], **_REDUCED}.items() if v is not None}
-        values["text_config"].pop("per_layer_config", None)
-        values["canvas_length"] = 64
-        metadata = replace(metadata, max_prompt_tokens=512)
-    return DiffusionGemmaConfig.from_dict(values), metadata
-
-
-def to_planned(name: str, config: DiffusionGemmaConfig) -> Checkpoint:
-    """Return the planner's description of the same model."""
-    known = find_checkpoint(SYNTHETIC[name])
-    formats = {part.role: part.format for part in known.parts}
-    shape = parse_config(config.to_dict(), "config.json")
-    return replace(known, shape=shape, parts=to_parts(shape, formats))
-
-
-def random_weights(
-    config: DiffusionGemmaConfig, device: torch.device, dtype: torch.dtype, *, packed: bool = True
-) -> Iterator[tuple[str, torch.Tensor | NVFP4Tensor]]:
-    """Yield every weight of a model, created on the device one at a time; experts in 4 bits if ``packed``."""
-    generator = torch.Generator(device).manual_seed(0)
-    for name, shape in expected_shapes(config).items():
-        if "vision" in name:
-            continue
-        if packed and ".experts." in name:
-            yield name, random_nvfp4(shape, generator)
-        elif name.endswith(("layer_scalar", "norm.weight", "scale")) or "layernorm" in name:
-            yield name, torch.ones(shape, device=device, dtype=dtype)
-        else:
-            yield name, torch.empty(shape, device=device, dtype=dtype).normal_(0, 0.02, generator=generator)
-
-
-def random_nvfp4(shape: tuple[int, ...], generator: torch.Generator) -> NVFP4Tensor:
-    """Return a stack of matrices of random codes and scales, about as large as real weights."""
-    packed, scales = draw_codes(shape, generator, _LEAST_SCALE)
-    return NVFP4Tensor(packed, scales, torch.full(shape[:-1], 0.007, device=generator.device))
-
-
-def options_of(metadata: ModelMetadata, canvas_tokens: int) -> DenoisingOptions:
-    """Return the model's decoding options for a canvas of this size, with the server's sparse self-conditioning."""
-    return DenoisingOptions(
-        max_denoising_steps=metadata.max_denoising_steps,
-        entropy_bound=metadata.entropy_bound,
-        confidence_threshold=metadata.confidence_threshold,
-        stability_threshold=metadata.stability_threshold,
-        t_min=metadata.t_min,
-        t_max=metadata.t_max,
-        canvas_length=canvas_tokens,
-        conditioning_top=64,
-    )
-
-
-def device_name(device: torch.device) -> str:
-    """Return the GPU's name, or the kind of device."""
-    if device.type != "cuda":
-        return device.type
-    properties = torch.cuda.get_device_properties(device)
-    return f"{properties.name}, sm{properties.major}{properties.minor}, {properties.total_memory / 1e9:.1f} GB"
-
-
-def to_markdown(report: Report) -> list[str]:
-    """Format an entry for docs/reference/results.md."""
-    lines = [f"## {report.machine['device']}: {report.model}{', SIMULATED' if report.is_simulated else ''}", ""]
-    lines.append(", ".join(f"{key} {value}" for key, value in report.machine.items()))
-    lines += ["", f"Kernels: {report.backend}. Tests on the GPU: {report.tests}", ""]
-    held, planned = report.weight_bytes / 1e9, report.planned_weight_bytes / 1e9
-    lines.append(f"Weights: {held:.2f} GB used, {planned:.2f} GB planned, loaded in {report.load_s:.1f} s.")
-    if report.peak_bytes:
-        took = {f"{stage}": f"{peak / 1e9:.2f}" for stage, peak in report.peak_bytes.items()}
-        most = max(report.reserved_bytes.values()) / 1e9
-        lines += [
-            "",
-            f"Peak GB by stage: {took}; reserved from the driver: {most:.2f}; the plan of all without generate: ",
-        ]
-        lines[-1] += f"{report.planned_bytes / 1e9:.2f}."
-    bandwidth = f"{report.bandwidth_gb_per_s:.0f} GB/s"
-    lines += ["", f"Steps over {report.context_tokens} tokens, bandwidth measured {bandwidth}:", ""]
-    lines += [
-        "| canvas | ms | ms, not captured | floor ms | over floor | steps/s |",
-        "|---|---|---|---|---|---|",
-    ]
-    for s in report.steps:
-        over = s.ms / s.floor_ms
-        row = f"{s.canvas_tokens} | {s.ms:.2f} | {s.free_ms:.2f} | {s.floor_ms:.2f} | {over:.2f} | {s.steps_per_s:.0f}"
-        lines.append(f"| {row} |")
-    lines += ["", f"Encode, ms per 1,000 tokens by prompt length: {_rounded(report.encode_ms_per_1000)}"]
-    lines += ["", f"Requests, ms: {_rounded(report.requests_ms)}", "", f"generate in bf16: {_rounded(report.generate)}"]
-    lines += ["", "| kernel | ms per step |", "|---|---|", *(f"| {name} | {ms:.3f} |" for name, ms in report.profile)]
-    if report.failures:
-        lines += ["", f"FAILED: {report.failures}"]
-    return lines
-
-
-def _rounded(values: dict[str, float]) -> dict[str, float]:
-    return {key: round(value, 2) for key, value in values.items()}

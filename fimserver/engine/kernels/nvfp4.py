@@ -20,6 +20,7 @@ Source:  NVIDIA's description of NVFP4; ModelOpt's and compressed-tensors' check
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -171,8 +172,14 @@ def encode(values: torch.Tensor) -> torch.Tensor:
 
 def decode(codes: torch.Tensor) -> torch.Tensor:
     """Return the numbers (float32) of e2m1 codes; code 8 is minus zero."""
-    table = torch.tensor([*_MAGNITUDES, *(-m for m in _MAGNITUDES)], device=codes.device)
-    return table[codes.int()]
+    return _table_of(codes.device)[codes.int()]
+
+
+@lru_cache
+@torch.inference_mode(mode=False)
+def _table_of(device: torch.device) -> torch.Tensor:
+    """Return the numbers of all 16 codes, copied to a device once."""
+    return torch.tensor([*_MAGNITUDES, *(-m for m in _MAGNITUDES)], device=device)
 
 
 def pack(codes: torch.Tensor) -> torch.Tensor:

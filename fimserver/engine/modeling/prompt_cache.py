@@ -60,9 +60,15 @@ class PromptCache:
         self._held = [_Held()]
         self.cache.trim(0)
 
-    def drop_others(self) -> None:
-        """Drop all prompts but the current one."""
-        del self._held[:-1]
+    def warm_up(self, num_tokens: int) -> None:
+        """Encode a prompt and keep copies of it, so that later requests find memory allocated and kernels compiled.
+
+        The copies have the ids of no prompt, and go with the requests that follow, or with ``clear``.
+        """
+        self.encode([self._model.metadata.special_tokens["eos"]] * num_tokens)
+        for number in range(1, self._max_prompts):
+            if _sum_saved(self._held) + self.cache.num_prompt_bytes <= self._max_bytes:
+                self._held.insert(0, _Held([-number], self.cache.save()))
 
     @property
     def token_ids(self) -> list[int]:

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from support.checkpoints import EXPERTS_ONLY, repack
-from support.matmul import DenseMatmul
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fimserver.bench.gpu.synthetic import DenseMatmul
 from fimserver.engine.decoding.denoise import (
     CanvasState,
     Denoiser,

@@ -16,7 +16,7 @@ from fimserver.checkpoints.gpus import find_gpu
 from fimserver.checkpoints.memory import Role, find_checkpoint, read_folder
 from fimserver.checkpoints.metadata import read_metadata
 from fimserver.checkpoints.planner import HostPlan, plan_on_gpu
-from fimserver.datatypes import FimContext, Hole, HoleKind, Mode, Sampling
+from fimserver.datatypes import FimContext, Hole, HoleKind, Mode, PartialAnswer, Sampling
 from fimserver.engine.engine import Engine
 from fimserver.engine.kernels.expert_cache import ExpertCache, Traffic, add_up
 from fimserver.engine.kernels.matmul import PLAIN, AsStored, MatmulBackend
@@ -301,9 +301,14 @@ def test_it_completes_as_with_all_experts_on_the_device(
     """In rounds sums differ by 1e-5, which after some steps changes a random model's draws."""
     sampling = Sampling(mode, seed=0, max_denoising_steps=steps)
     models = (load(folder, n) for n in (experts_on_device, None))
-    hosted, whole = (Engine(model, vocabulary).complete(CONTEXT, sampling) for model in models)
+    seen: list[list[PartialAnswer]] = [[], []]
+    hosted, whole = (
+        Engine(model, vocabulary).complete(CONTEXT, sampling, on_partial=partials.append)
+        for model, partials in zip(models, seen, strict=True)
+    )
     assert hosted.text == whole.text
-    assert hosted.num_tokens
+    assert seen[0] == seen[1], "drafts too, since a random model settles on no answer in parallel"
+    assert seen[0][-1].text
     assert hosted.forward_passes == whole.forward_passes
 
 

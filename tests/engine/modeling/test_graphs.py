@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from support.checkpoints import EXPERTS_ONLY, repack
-from support.matmul import DenseMatmul
 
+from fimserver.bench.gpu.synthetic import DenseMatmul
 from fimserver.checkpoints.engine_limits import captured_rows
 from fimserver.engine.kernels.backends import Choice
 from fimserver.engine.kernels.devices import GraphRecorder
