@@ -155,11 +155,10 @@ def test_a_request_without_any_memory_fails_with_a_reason_and_the_next_works(
 ) -> None:
     with monkeypatch.context() as patch:
         shapes = watch_canvases(wide_engine.model, patch, most_rows=0)
-        with pytest.raises(
-            EngineError, match="no memory left for a request to random.*close other programs.*--gpu auto"
-        ):
+        with pytest.raises(EngineError, match="no memory left for a request to random") as error:
             wide_engine.complete(at_place(1, matches=MATCHES), DIFFUSION)
         assert len(shapes) == 3
+    assert "close other programs that use the GPU, or set contextTokens lower" in str(error.value)
     assert wide_engine.prompt_cache.token_ids == []
     expected = wide_engine.complete(at_place(2), replace(DIFFUSION, seed=1, trace=True))
     wide_engine.forget()

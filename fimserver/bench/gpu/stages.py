@@ -53,6 +53,7 @@ from fimserver.checkpoints.engine_limits import CHUNK_TOKENS
 from fimserver.checkpoints.gpus import NO_GPU
 from fimserver.checkpoints.memory import Format, Role
 from fimserver.checkpoints.planner import plan_on_gpu, step_bytes
+from fimserver.datatypes import Sampling
 from fimserver.engine.decoding.denoise import denoising_step, initialize_canvases, read_out
 from fimserver.engine.engine import Engine
 from fimserver.engine.kernels.backends import Choice, Trial, Work, choose_matmul
@@ -68,6 +69,7 @@ _OTHER_BYTES = 2 * 10**9  # a canvas, a prompt and the driver, in addition to we
 _CANVASES = (16, 32, 64, 128, 256)
 _REQUEST_CANVAS = 32  # tokens: the rest of a line
 _STEPS_A_REQUEST = 8
+_SIMULATED_STEPS = 2
 _PLACES = 42
 _TYPED_TOKENS = 4
 _REPEATS = 7
@@ -352,7 +354,8 @@ class Bench:
         else:
             self._free()
             engine = Engine.load(self.weights, str(self.device), self.context_tokens)
-        found = measure_layouts(engine, shipped_holes())
+        sampling = Sampling(seed=0, max_denoising_steps=_SIMULATED_STEPS if self.simulate else None)
+        found = measure_layouts(engine, shipped_holes(), sampling)
         self._note(
             layouts_model=engine.info.name,
             layouts=tuple(
