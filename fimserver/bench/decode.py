@@ -378,7 +378,9 @@ class DecodeBench:
 
     def __init__(self, settings: Settings, *, limit: int, decoders: Sequence[str] = DECODERS) -> None:
         use_threads(settings.threads, settings.model)
-        self.engine = Engine.load(settings.model, settings.device, settings.context_tokens)
+        self.engine = Engine.load(
+            settings.model, settings.device, settings.context_tokens, cuda_graphs=settings.cuda_graphs
+        )
         self.info = self.engine.info
         if (canvas := self.engine.model.metadata.canvas) is not Canvas.UNIFORM:
             msg = f"bench decode compares canvases of random tokens; the canvas of {self.info.name} is {canvas}"

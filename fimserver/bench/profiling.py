@@ -132,7 +132,7 @@ def own_times(spans: Iterable[Span]) -> tuple[dict[str, float], Counter[str]]:
 def profile_requests(settings: Settings, *, limit: int) -> Profile:
     """Profile ``limit`` cold requests. Raises ``FimserverError``."""
     use_threads(settings.threads, settings.model)
-    engine = Engine.load(settings.model, settings.device, settings.context_tokens)
+    engine = Engine.load(settings.model, settings.device, settings.context_tokens, cuda_graphs=settings.cuda_graphs)
     if torch.device(engine.info.device).type != "cpu":
         msg = f"bench profile measures the processor, not {engine.info.device}; add --device cpu"
         raise FimserverError(msg)

@@ -152,7 +152,8 @@ def main() -> int:
         outbox.send("failed", message=str(error))
         return 1
     except Exception as error:  # noqa: BLE001  the outermost handler: reports every failure to the server
-        outbox.send("failed", message=f"the engine cannot load: {type(error).__name__}: {error}")
+        how = '; if it fails again, set cudaGraphs to "off"' if "CUDA error" in str(error) else ""
+        outbox.send("failed", message=f"the engine cannot load: {type(error).__name__}: {error}{how}")
         return 1
     outbox.send("ready", info=to_plain(engine.info), device_bytes=engine.device_bytes())
     engine.begin()

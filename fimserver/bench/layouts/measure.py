@@ -68,7 +68,7 @@ def evaluate_layouts(settings: Settings, *, data: Sequence[Path] = (), limit: in
         msg = f"{', '.join(map(str, data))}: no items"
         raise FimserverError(msg)
     use_threads(settings.threads, settings.model)
-    engine = Engine.load(settings.model, settings.device, settings.context_tokens)
+    engine = Engine.load(settings.model, settings.device, settings.context_tokens, cuda_graphs=settings.cuda_graphs)
     sampling = Sampling(
         mode=MODES[settings.mode],
         seed=settings.seed or 0,
