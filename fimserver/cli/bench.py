@@ -390,7 +390,10 @@ def decode(limit: int, modes: str | None, plots: Path | None, as_json: bool, **o
     "--synthetic", default="26b", show_default=True, metavar="NAME", help="Shape of the model; its weights are random."
 )
 @click.option("--context", default=8192, show_default=True, type=click.IntRange(min=64), metavar="TOKENS")
-@click.option("--stages", metavar="A,B", help="Run only these stages: kernels, load, steps, encode, requests, profile.")
+@click.option("--stages", metavar="A,B", help="Run only these stages, such as checks,load,graphs,steps. [default: all]")
+@click.option(
+    "--weights", default="", metavar="NAME", help="An installed instruction-tuned model, to compare prompt layouts with."
+)
 @click.option(
     "--generate/--no-generate",
     default=None,
@@ -410,14 +413,16 @@ def gpu(  # noqa: PLR0913, PLR0917  one parameter per option
     synthetic: str,
     context: int,
     stages: str | None,
+    weights: str,
     generate: bool | None,  # noqa: FBT001
     simulate: bool,  # noqa: FBT001
     out: Path | None,
     as_json: bool,  # noqa: FBT001
 ) -> None:
-    """Measure a CUDA GPU with random weights in the shape of the 26B model.
+    """Measure a CUDA GPU with random weights in the shape of the 26B model, in about ten minutes.
 
-    Reports memory, decoding steps compared with their lower bound, prompt encoding, and whole requests.
+    Prints a page to paste into an issue: what fimserver doctor finds, kernels, memory compared with the plan, steps
+    compared with their lower bound, captures and waits, whole requests, and prompt layouts with real weights.
     """
     from fimserver.bench.gpu.report import to_markdown  # noqa: PLC0415
     from fimserver.bench.gpu.stages import STAGES, measure_gpu  # noqa: PLC0415
@@ -432,6 +437,8 @@ def gpu(  # noqa: PLR0913, PLR0917  one parameter per option
                 simulate=simulate,
                 stages=chosen,
                 context_tokens=context,
+                weights=weights,
+                find_checks=_find_gpu_checks,
                 with_generate=generate,
                 out=out,
                 report=lambda stage: echo(f"{stage} ...", err=True),
@@ -457,6 +464,13 @@ def profile(limit: int, as_json: bool, **options: Any) -> None:  # noqa: FBT001
 
     settings = read_options(options)
     run_measurement(lambda: profile_requests(settings, limit=limit), as_json=as_json, show=print_profile)
+
+
+def _find_gpu_checks() -> tuple[tuple[str, str, str], ...]:
+    """Return the lines of fimserver doctor about the GPU."""
+    from fimserver.cli.doctor.gpu_checks import check_gpu  # noqa: PLC0415
+
+    return tuple((check.name, check.found, check.remedy) for check in check_gpu(read_options({})))
 
 
 def _read_users(_context: click.Context, _option: click.Parameter, text: str) -> list[int]:
