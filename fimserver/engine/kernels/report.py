@@ -129,7 +129,7 @@ def look_at_torch(*, measures: bool = False) -> TorchReport:
                 devices = tuple(_to_device(torch, index, measures) for index in range(torch.cuda.device_count()))
                 return TorchReport(*versions, architectures, is_available=True, devices=devices)
             if any(versions[1:]):
-                torch.cuda.init()  # raises the reason
+                torch.cuda.init()  # type: ignore[no-untyped-call]  # raises the reason
         reason = _first_line(caught[-1].message) if caught else ""
     except Exception as error:  # noqa: BLE001  drivers raise errors of many classes
         reason = _first_line(error)
