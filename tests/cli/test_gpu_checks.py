@@ -215,6 +215,15 @@ def test_no_triton(machine: Machine) -> None:
     assert line.endswith(f'-> run: {sys.executable} -m pip install --force-reinstall --no-deps "triton==3.7.1"')
 
 
+def test_no_triton_and_torch_for_cpus(machine: Machine) -> None:
+    """Any version of Triton could be installed, but not the one that torch for CUDA needs."""
+    missing = TritonReport("", "ModuleNotFoundError: No module named 'triton'")
+    machine.report = replace(machine.report, torch=no_gpu("", "2.13.0+cpu", ""), triton=missing)
+    line = machine.fails()["triton"]
+    assert "-> install torch for CUDA, which brings Triton; run: " in line
+    assert 'install --force-reinstall "torch>=2.11"' in line
+
+
 def test_windows_needs_triton_of_its_own_and_no_compiler(machine: Machine) -> None:
     missing = TritonReport("", "ModuleNotFoundError: No module named 'triton'")
     machine.report = replace(machine.report, triton=missing, compiler=CompilerReport(), platform="win32")
@@ -232,7 +241,8 @@ def test_torch_for_cpus_next_to_a_gpu(machine: Machine) -> None:
     assert f'-> run: {sys.executable} -m pip install --force-reinstall "torch>=2.11"' in line
     machine.cuda = "12.8"
     line = machine.fails()["torch"]
-    assert "update the NVIDIA driver to 580 or later: sudo apt install nvidia-driver" in line, "PyPI's torch needs it"
+    assert "install torch for CUDA 12 with the command that pytorch.org shows for pip; or update the NVIDIA" in line
+    assert "driver to 580 or later: NVIDIA's own packages for Debian" in line, "PyPI's torch needs it"
     assert "then run: " in line
 
 
@@ -262,7 +272,7 @@ def test_no_nvidia_smi_although_the_driver_is_there(machine: Machine) -> None:
     machine.report = replace(machine.report, torch=no_gpu("RuntimeError: No CUDA GPUs are available"))
     failed = machine.fails()
     assert failed["driver"].startswith("FAIL nvidia-smi is missing, although files of the NVIDIA driver are here -> ")
-    assert "sudo apt install nvidia-driver" in failed["driver"]
+    assert "NVIDIA's own packages for Debian" in failed["driver"]
     assert "cannot use the GPU: RuntimeError: No CUDA GPUs are available" in failed["torch"]
     machine.report = replace(machine.report, torch=torch_of(RTX_5090))
     code, lines = machine.doctor()
@@ -274,7 +284,11 @@ def test_no_nvidia_smi_although_the_driver_is_there(machine: Machine) -> None:
     ("error", "found", "remedy"),
     [
         (MISMATCH, f"nvidia-smi fails: {MISMATCH}", "the driver was updated while it ran: restart the machine"),
-        ("Field compute_cap is not a valid field to query.", "the driver is too old", "update the NVIDIA driver: sudo"),
+        (
+            "Field compute_cap is not a valid field to query.",
+            "the driver is too old",
+            "update the NVIDIA driver: NVIDIA's",
+        ),
         ("NVIDIA-SMI has failed", "nvidia-smi fails: NVIDIA-SMI has failed", "restart the machine; if that does not"),
         (
             "No devices were found",
@@ -291,7 +305,7 @@ def test_a_driver_that_does_not_answer(machine: Machine, error: str, found: str,
     assert f"-> {remedy}" in line
 
 
-def test_a_driver_that_is_too_old_for_torch(machine: Machine) -> None:
+def test_a_driver_that_is_too_old_for_torch(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     machine.cuda, machine.version = "12.4", "550.120"
     reason = "RuntimeError: The NVIDIA driver on your system is too old (found version 12040)"
     machine.report = replace(machine.report, torch=no_gpu(reason))
@@ -299,7 +313,16 @@ def test_a_driver_that_is_too_old_for_torch(machine: Machine) -> None:
     assert line.startswith(
         "FAIL the driver is too old for torch 2.13.0+cu130 for CUDA 13.0: the driver supports CUDA up to"
     )
-    assert "-> update the NVIDIA driver to 580 or later: sudo apt install nvidia-driver" in line
+    assert "-> update the NVIDIA driver to 580 or later: NVIDIA's own packages for Debian" in line
+    assert line.endswith("; or install torch for CUDA 12 with the command that pytorch.org shows for pip")
+    for release, command in (
+        ({"ID": "ubuntu"}, "sudo ubuntu-drivers install"),
+        ({"ID": "fedora"}, "sudo dnf install akmod-nvidia"),
+        ({"ID": "arch"}, "sudo pacman -S nvidia-open nvidia-utils"),
+        ({"ID": "nixos"}, "the package of your distribution"),
+    ):
+        monkeypatch.setattr(platform, "freedesktop_os_release", lambda release=release: release)
+        assert f"to 580 or later: {command}" in machine.fails()["torch"]
     machine.report = replace(machine.report, torch=torch_of(RTX_5090))
     assert machine.doctor()[0] == 0, "with NVIDIA's forward compatibility a GPU is found all the same"
 

@@ -39,8 +39,11 @@ OLDEST_CAPABILITY = 8.0  # with bf16: Ampere
 _FIRST_CUDA = {8: "11.0", 9: "11.8", 10: "12.8", 11: "13.0", 12: "12.8"}  # by the major number of a capability
 _OLDEST_DRIVER = {11: "450", 12: "525", 13: "580"}  # by the major number of CUDA
 _PYPI_CUDA = "13.0"
+_WITH_OLDER_DRIVERS = 12  # the major number of CUDA
+_OLDER_BUILD = "install torch for CUDA 12 with the command that pytorch.org shows for pip"
 _GPU_OF_CODE = re.compile(r"(sm|compute)_(\d+)(\d)([af]?)")
 _DEBIAN, _FEDORA, _ARCH = "debian", "fedora", "arch"
+_DEBIANS_DRIVER = "NVIDIA's own packages for Debian, because those of Debian 12 and 13 are older than 580"
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +108,8 @@ def _find_cuda_fault(report: TorchReport, name: str, cuda_of_driver: str) -> Fau
     major, supported = _to_version(report.cuda)[0], _to_version(cuda_of_driver)
     if "too old" in report.reason or (supported and supported[0] < major):
         why = f"the driver supports CUDA up to {cuda_of_driver}" if supported else report.reason
-        return Fault(f"the driver is too old for {name}: {why}", driver_remedy(major))
+        other = "" if major <= _WITH_OLDER_DRIVERS else f"; or {_OLDER_BUILD}"
+        return Fault(f"the driver is too old for {name}: {why}", f"{driver_remedy(major)}{other}")
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in {"", "-1"}:
         return Fault(f"{name} finds no GPU, because CUDA_VISIBLE_DEVICES hides all", "unset CUDA_VISIBLE_DEVICES")
     return Fault(f"{name} cannot use the GPU: {report.reason or 'it finds none'}", "restart the machine")
@@ -133,8 +137,12 @@ def find_triton_fault(report: TritonReport, system: str = sys.platform) -> Fault
     if report.version:
         return None
     python = f"{sys.executable} -m pip install"
-    package = "triton-windows" if system == "win32" else f'--force-reinstall --no-deps "{report.wanted or "triton"}"'
-    return Fault(f"Triton cannot be imported: {report.reason}", f"run: {python} {package}")
+    found = f"Triton cannot be imported: {report.reason}"
+    if system == "win32":
+        return Fault(found, f"run: {python} triton-windows")
+    if not report.wanted:  # not a build for CUDA
+        return Fault(found, f"install torch for CUDA, which brings Triton; {torch_remedy()}")
+    return Fault(found, f'run: {python} --force-reinstall --no-deps "{report.wanted}"')
 
 
 def find_compiler_fault(report: CompilerReport, system: str = sys.platform) -> Fault | None:
@@ -223,7 +231,7 @@ def torch_remedy(cuda_of_driver: str = "", needed: str = "12.8") -> str:
     command = install_command("torch").replace(" install ", " install --force-reinstall ", 1)
     own, needs = _to_version(cuda_of_driver), _to_version(_PYPI_CUDA)
     if own and own < needs:
-        return f"{driver_remedy(needs[0])}; then run: {command}"
+        return f"{_OLDER_BUILD}; or {driver_remedy(needs[0])}; then run: {command}"
     return f"run: {command}"
 
 
@@ -240,11 +248,11 @@ def driver_command() -> str:
     if sys.platform == "win32":
         return "with the installer of nvidia.com"
     commands = {
-        _DEBIAN: "sudo ubuntu-drivers install" if _is_ubuntu() else "sudo apt install nvidia-driver (from non-free)",
+        _DEBIAN: "sudo ubuntu-drivers install" if _is_ubuntu() else _DEBIANS_DRIVER,
         _FEDORA: "sudo dnf install akmod-nvidia xorg-x11-drv-nvidia-cuda (from RPM Fusion)",
         _ARCH: "sudo pacman -S nvidia-open nvidia-utils",
     }
-    return commands.get(_find_family(), "with the package of your distribution")
+    return commands.get(_find_family(), "the package of your distribution")
 
 
 def compiler_remedy(report: CompilerReport) -> str:
