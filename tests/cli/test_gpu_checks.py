@@ -247,7 +247,7 @@ def test_torch_for_cpus_next_to_a_gpu(machine: Machine) -> None:
 
 
 def test_a_remedy_for_torch_on_windows_is_the_page_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(faults.sys, "platform", "win32")
+    monkeypatch.setattr(sys, "platform", "win32")
     assert faults.torch_remedy() == (
         "install torch with the command that pytorch.org shows for Windows, pip and CUDA 12.8 or later"
     )
