@@ -155,8 +155,8 @@ def main() -> int:
         outbox.send("failed", message=f"the engine cannot load: {type(error).__name__}: {error}")
         return 1
     outbox.send("ready", info=to_plain(engine.info), device_bytes=engine.device_bytes())
-    if "engine" not in options:
-        send_notice(options["device"], engine.info, outbox)
+    if "engine" not in options:  # nvidia-smi may take seconds, for which no request has to wait
+        threading.Thread(target=send_notice, args=(options["device"], engine.info, outbox), daemon=True).start()
     engine.begin()
     while True:
         request = inbox.take()

@@ -241,8 +241,8 @@ def test_torch_for_cpus_next_to_a_gpu(machine: Machine) -> None:
     assert f'-> run: {sys.executable} -m pip install --force-reinstall "torch>=2.11"' in line
     machine.cuda = "12.8"
     line = machine.fails()["torch"]
-    assert "install torch for CUDA 12 with the command that pytorch.org shows for pip; or update the NVIDIA" in line
-    assert "driver to 580 or later: NVIDIA's own packages for Debian" in line, "PyPI's torch needs it"
+    assert "pytorch.org shows for pip and the newest CUDA 12; or update the NVIDIA driver to" in line
+    assert "to 580 or later: NVIDIA's own packages for Debian" in line, "PyPI's torch needs it"
     assert "then run: " in line
 
 
@@ -314,7 +314,7 @@ def test_a_driver_that_is_too_old_for_torch(machine: Machine, monkeypatch: pytes
         "FAIL the driver is too old for torch 2.13.0+cu130 for CUDA 13.0: the driver supports CUDA up to"
     )
     assert "-> update the NVIDIA driver to 580 or later: NVIDIA's own packages for Debian" in line
-    assert line.endswith("; or install torch for CUDA 12 with the command that pytorch.org shows for pip")
+    assert line.endswith("; or install torch with the command that pytorch.org shows for pip and the newest CUDA 12")
     for release, command in (
         ({"ID": "ubuntu"}, "sudo ubuntu-drivers install"),
         ({"ID": "fedora"}, "sudo dnf install akmod-nvidia"),
@@ -323,6 +323,8 @@ def test_a_driver_that_is_too_old_for_torch(machine: Machine, monkeypatch: pytes
     ):
         monkeypatch.setattr(platform, "freedesktop_os_release", lambda release=release: release)
         assert f"to 580 or later: {command}" in machine.fails()["torch"]
+    machine.cuda, machine.version = "11.4", "470.256"
+    assert "CUDA 12" not in machine.fails()["torch"], "which needs a newer driver too"
     machine.report = replace(machine.report, torch=torch_of(RTX_5090))
     assert machine.doctor()[0] == 0, "with NVIDIA's forward compatibility a GPU is found all the same"
 
@@ -340,6 +342,11 @@ def test_a_gpu_without_bf16(machine: Machine) -> None:
     assert "compute capability 7.5, 11.8 GB" in line
     assert "bf16 and weights in NVFP4 need 8.0 (Ampere)" in line
     assert line.endswith('-> set device to "cpu"')
+    oldest = device("NVIDIA GeForce GTX 1080", "6.1", 8)  # for which this torch has no kernels either
+    machine.devices, machine.report = (oldest,), replace(machine.report, torch=torch_of(oldest))
+    failed = machine.fails()
+    assert {line.rpartition("-> ")[2] for line in failed.values()} == {'set device to "cpu"'}
+    assert set(failed) == {"gpu", "torch"}
 
 
 def test_too_little_memory_names_who_has_it(machine: Machine) -> None:
@@ -349,7 +356,7 @@ def test_too_little_memory_names_who_has_it(machine: Machine) -> None:
         "4242, /opt/games/game, 20000",
         "5, [N/A], [N/A]",
         "9, ...AAAA== --secret, 200",
-        "10, /usr/bin/python3, 100",
+        "10, /usr/bin/python3 /home/me/secret.py, 100",
     ]
     (line,) = machine.fails(model=NVFP4).values()
     names = "game (pid 4242, 21.0 GB), firefox (pid 77, 0.3 GB), a program without a name (pid 9, 0.2 GB) and 1 more"
@@ -357,6 +364,8 @@ def test_too_little_memory_names_who_has_it(machine: Machine) -> None:
     assert "-> close other programs that use the GPU: end the programs above; or set contextTokens lower" in line
     assert "of 128 experts of each layer fit now, which is slower" in line
     assert "secret" not in line
+    machine.processes = machine.processes[-1:]
+    assert "used by python3 (pid 10, 0.1 GB); " in machine.fails(model=NVFP4)["gpu memory"]
 
 
 def test_the_running_daemon_does_not_count(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:

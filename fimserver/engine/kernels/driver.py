@@ -7,6 +7,7 @@
 Knows:  nvidia-smi, the files of the driver.  Never: torch, models; no arguments of other programs are kept.
 """
 
+import os
 import re
 import shutil
 import subprocess
@@ -127,8 +128,7 @@ def _to_number(text: str) -> str:
 
 def _to_program(name: str) -> str:
     """Return a program's name without its folder and its arguments, which nvidia-smi shows for some programs."""
-    path = re.split(r"\s+-", name, maxsplit=1)[0]
-    if name.startswith(("-", "...", "[")):  # arguments alone, or nothing
+    if not name or name.startswith(("-", "...", "[")):  # arguments alone, or nothing
         return "a program without a name"
-    path = path if "\\" in path or Path(path).exists() else path.split(maxsplit=1)[0] if path else ""
-    return re.split(r"[/\\]", path)[-1] or "a program without a name"
+    path = name if os.path.exists(name) else name.split(maxsplit=1)[0]  # noqa: PTH110  no error for a long name
+    return Path(path).name or "a program without a name"

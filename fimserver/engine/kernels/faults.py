@@ -25,6 +25,7 @@ from fimserver.datatypes import ModelInfo
 from fimserver.engine.kernels.driver import Driver, has_gpu_files, is_wsl, read_driver
 from fimserver.engine.kernels.report import (
     CompilerReport,
+    Device,
     Report,
     TorchReport,
     TritonReport,
@@ -39,8 +40,8 @@ OLDEST_CAPABILITY = 8.0  # with bf16: Ampere
 _FIRST_CUDA = {8: "11.0", 9: "11.8", 10: "12.8", 11: "13.0", 12: "12.8"}  # by the major number of a capability
 _OLDEST_DRIVER = {11: "450", 12: "525", 13: "580"}  # by the major number of CUDA
 _PYPI_CUDA = "13.0"
-_WITH_OLDER_DRIVERS = 12  # the major number of CUDA
-_OLDER_BUILD = "install torch for CUDA 12 with the command that pytorch.org shows for pip"
+_OLDER_CUDA = 12  # the major number of a build for drivers that are too old for PyPI's
+_OLDER_BUILD = "install torch with the command that pytorch.org shows for pip and the newest CUDA 12"
 _GPU_OF_CODE = re.compile(r"(sm|compute)_(\d+)(\d)([af]?)")
 _DEBIAN, _FEDORA, _ARCH = "debian", "fedora", "arch"
 _DEBIANS_DRIVER = "NVIDIA's own packages for Debian, because those of Debian 12 and 13 are older than 580"
@@ -92,13 +93,19 @@ def find_torch_fault(report: TorchReport, cuda_of_driver: str = "", index: int =
         return _find_cuda_fault(report, f"{name} for CUDA {report.cuda}", cuda_of_driver)
     if index >= len(report.devices) or has_code_for(report.architectures, report.devices[index].capability):
         return None
-    device = report.devices[index]
+    return _find_code_fault(report, report.devices[index], cuda_of_driver)
+
+
+def _find_code_fault(report: TorchReport, device: Device, cuda_of_driver: str) -> Fault:
+    """Return why a build has no kernels for a GPU."""
+    if is_too_old(device.capability):
+        return find_capability_fault(device.name, device.capability)
     needed = _FIRST_CUDA.get(_to_version(device.capability)[0])
     build = f"a build for CUDA {needed} or later" if needed else "another build"
     own = f"{device.name} (sm_{device.capability.replace('.', '')})"
     return Fault(
-        f"{name} for CUDA {report.cuda} has no kernels for {own}, which needs {build}; it has those for "
-        f"{' '.join(report.architectures)}",
+        f"torch {report.version} for CUDA {report.cuda} has no kernels for {own}, which needs {build}; it has those "
+        f"for {' '.join(report.architectures)}",
         torch_remedy(cuda_of_driver, needed or _PYPI_CUDA),
     )
 
@@ -108,7 +115,7 @@ def _find_cuda_fault(report: TorchReport, name: str, cuda_of_driver: str) -> Fau
     major, supported = _to_version(report.cuda)[0], _to_version(cuda_of_driver)
     if "too old" in report.reason or (supported and supported[0] < major):
         why = f"the driver supports CUDA up to {cuda_of_driver}" if supported else report.reason
-        other = "" if major <= _WITH_OLDER_DRIVERS else f"; or {_OLDER_BUILD}"
+        other = f"; or {_OLDER_BUILD}" if major > _OLDER_CUDA and supported >= (_OLDER_CUDA,) else ""
         return Fault(f"the driver is too old for {name}: {why}", f"{driver_remedy(major)}{other}")
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in {"", "-1"}:
         return Fault(f"{name} finds no GPU, because CUDA_VISIBLE_DEVICES hides all", "unset CUDA_VISIBLE_DEVICES")
@@ -231,7 +238,8 @@ def torch_remedy(cuda_of_driver: str = "", needed: str = "12.8") -> str:
     command = install_command("torch").replace(" install ", " install --force-reinstall ", 1)
     own, needs = _to_version(cuda_of_driver), _to_version(_PYPI_CUDA)
     if own and own < needs:
-        return f"{_OLDER_BUILD}; or {driver_remedy(needs[0])}; then run: {command}"
+        other = f"{_OLDER_BUILD}; or " if own >= (_OLDER_CUDA,) else ""
+        return f"{other}{driver_remedy(needs[0])}; then run: {command}"
     return f"run: {command}"
 
 

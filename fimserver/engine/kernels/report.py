@@ -108,9 +108,9 @@ def read_report() -> Report:
         raise EngineError(msg) from error
 
 
-def look() -> Report:
-    """Return the report of this process, which imports torch and Triton."""
-    return Report(look_at_torch(measures=True), look_at_triton(), look_at_compiler())
+def look(*, measures: bool = False) -> Report:
+    """Return the report of this process, which imports torch and Triton; ``measures`` as for ``look_at_torch``."""
+    return Report(look_at_torch(measures=measures), look_at_triton(), look_at_compiler())
 
 
 def look_at_torch(*, measures: bool = False) -> TorchReport:
@@ -205,4 +205,4 @@ def _first_line(error: object) -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(f"{json.dumps(to_plain(look()))}\n")
+    sys.stdout.write(f"{json.dumps(to_plain(look(measures=True)))}\n")
