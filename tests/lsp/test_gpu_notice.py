@@ -1,4 +1,4 @@
-"""A model that does not use the machine's GPU: the editor shows why, and completions go on working."""
+"""A model that does not use the machine's GPU: the editor shows why, and completions are still offered."""
 
 import sys
 from contextlib import closing
