@@ -18,7 +18,6 @@ from fimserver.cli.main import main
 from fimserver.datatypes import Mode, ModelInfo
 from fimserver.engine.kernels import driver, faults, report
 from fimserver.engine.kernels.report import CompilerReport, Device, Report, TorchReport, TritonReport
-from fimserver.settings import Settings
 
 NVFP4 = "nvidia/diffusiongemma-26B-A4B-it-NVFP4"
 HEADER = f"/usr/include/python{sys.version_info.major}.{sys.version_info.minor}/Python.h"
@@ -411,6 +410,15 @@ def test_the_gpu_is_the_one_that_torch_counts(machine: Machine) -> None:
     assert machine.fails("--device", "cuda:1")["gpu"].startswith("FAIL NVIDIA GeForce RTX 2080 Ti, compute capability")
 
 
+def test_memory_that_the_driver_does_not_report_is_torchs(machine: Machine) -> None:
+    """As where a GPU shares the system's memory."""
+    machine.devices = (replace(RTX_5090, total_bytes=0),)
+    code, lines = machine.doctor(model=NVFP4)
+    assert code == 0, lines
+    assert lines["gpu"].endswith("34.4 GB, 33.3 GB free")
+    assert lines["gpu memory"].startswith("ok 33.3 of 34.4 GB free; ")
+
+
 def test_torch_that_does_not_answer(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "COMMAND", (sys.executable, "-c", "raise SystemExit('a broken library')"))
     line = machine.fails()["torch"]
@@ -460,7 +468,6 @@ def test_plain_torch_for_4_bit_weights_fails(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, kernels: str, changes: dict[str, Any], found: str
 ) -> None:
     machine.report = replace(machine.report, **changes)
-    machine.write()
     info = replace(INFO, kernels=kernels, graphs="no CUDA graphs: out of memory")
 
     class Client(SimpleNamespace):
@@ -473,10 +480,12 @@ def test_plain_torch_for_4_bit_weights_fails(
             self.wait_until_ready, self.complete = lambda _s: info, lambda *_arguments: pending
 
     monkeypatch.setattr(checks, "EngineClient", Client)
-    result = check_model(Settings())
-    assert "; no CUDA graphs: out of memory" in result.found
-    assert bool(result.remedy) is bool(found)
-    assert found in f"{result.found} -> {result.remedy}"
+    monkeypatch.setattr(checks, "check_model", check_model)
+    code, lines = machine.doctor()
+    assert "; no CUDA graphs: out of memory" in lines["model"]
+    assert lines["model"].startswith("FAIL " if found else "ok ")
+    assert found in lines["model"]
+    assert code == int(bool(found)), lines
 
 
 def test_the_real_report_of_this_machine() -> None:
