@@ -224,7 +224,10 @@ class Settings:
         engine=True,
     )
     device: str = _setting(
-        default="auto", doc="auto, cpu, cuda, cuda:N or mps (torch's names).", pattern=_DEVICE, engine=True
+        default="auto",
+        doc="auto, cpu, cuda, cuda:N or mps (torch's names); auto takes a GPU that torch can use, else the CPU.",
+        pattern=_DEVICE,
+        engine=True,
     )
     threads: int = _setting(
         default=0,

@@ -6,12 +6,12 @@ Knows:  nvidia-smi, the usual local ports.  Never: models, torch; nothing is sen
 import asyncio
 import os
 import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fimserver.checkpoints.gpus import Gpu, find_reported
+from fimserver.engine.kernels.driver import ask_smi, find_smi
 from fimserver.engine.remote.address import USUAL_URLS, parse_address
 from fimserver.engine.remote.connection import Connection
 from fimserver.engine.remote.servers.llamacpp import LlamaCpp
@@ -19,14 +19,11 @@ from fimserver.engine.remote.servers.ollama import Ollama
 from fimserver.engine.remote.servers.server import Server
 from fimserver.engine.remote.servers.vllm import Vllm
 from fimserver.errors import FimserverError, RemoteError
-from fimserver.paths import OUTSIDE
 
-_SMI_TIMEOUT_S = 10.0
 _SERVER_TIMEOUT_S = 2.0
 _FIELDS = "name,memory.total,driver_version,compute_cap"
 _MIB = 2**20
 _OLDEST_CAPABILITY = 8.0  # with bf16: Ampere
-_WSL_SMI = "/usr/lib/wsl/lib/nvidia-smi"  # where Windows puts it in WSL, often not on PATH
 _SERVERS: tuple[type[Ollama | LlamaCpp | Vllm], ...] = (Ollama, LlamaCpp, Vllm)
 
 
@@ -106,21 +103,8 @@ def parse_gpus(output: str) -> list[FoundGpu]:
 
 def find_gpus() -> list[FoundGpu]:
     """Return this machine's GPUs in the order of the bus; none without a driver."""
-    program = shutil.which("nvidia-smi") or shutil.which(_WSL_SMI)
-    if program is None:
-        return []
-    try:
-        done = subprocess.run(  # noqa: S603  the driver's own program
-            [program, f"--query-gpu={_FIELDS}", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=_SMI_TIMEOUT_S,
-            check=False,
-            cwd=OUTSIDE,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return parse_gpus(done.stdout)
+    program = find_smi()
+    return [] if program is None else parse_gpus(ask_smi(program, f"--query-gpu={_FIELDS}", "--format=csv,noheader")[1])
 
 
 def choose_gpu(found: Sequence[FoundGpu], device: str, environment: Mapping[str, str]) -> FoundGpu:

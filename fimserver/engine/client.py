@@ -573,7 +573,7 @@ class EngineClient:
             self._on_ready(from_plain(ModelInfo, message["info"]))
         elif kind == "failed" and self._phase.state is not WorkerPhase.FAILED:
             self._move(WorkerPhase.FAILED, message["message"])
-        elif kind == "changed" and self.state is EngineState.READY:  # a server failed, or answers again
+        elif kind == "changed" and self.state is EngineState.READY:  # another engine answers, or this one is slow
             self.info, self.notice = from_plain(ModelInfo, message["info"]), message["notice"]
             self._announce(message["detail"])
 

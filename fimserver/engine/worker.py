@@ -156,6 +156,8 @@ def main() -> int:
         outbox.send("failed", message=f"the engine cannot load: {type(error).__name__}: {error}{how}")
         return 1
     outbox.send("ready", info=to_plain(engine.info), device_bytes=engine.device_bytes())
+    if "engine" not in options:  # nvidia-smi may take seconds, for which no request has to wait
+        threading.Thread(target=send_notice, args=(options["device"], engine.info, outbox), daemon=True).start()
     engine.begin()
     while True:
         request = inbox.take()
@@ -173,6 +175,16 @@ def load(options: dict[str, Any], outbox: Outbox) -> CompletionEngine:
         outbox.send("changed", info=to_plain(info), detail=detail, notice=notice)
 
     return load_remote(options, report, choose_threads)
+
+
+def send_notice(device: str, info: ModelInfo, outbox: Outbox) -> None:
+    """Report a model that does not use this machine's GPU, or not well; ``device`` is the setting."""
+    from fimserver.engine.kernels.faults import find_notice  # noqa: PLC0415  another engine does not need it
+
+    if notice := find_notice(device, info):
+        _logger.warning("%s", notice)
+        detail = f"{info.name} on {info.device}; {notice}"
+        outbox.send("changed", info=to_plain(info), detail=detail, notice=f"fimserver: {notice}.")
 
 
 def lower_priority() -> None:

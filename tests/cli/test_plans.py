@@ -15,9 +15,9 @@ from fimserver.checkpoints.gpus import COMMON, GPUS
 from fimserver.checkpoints.known import SHIPPED_MODELS
 from fimserver.checkpoints.memory import find_checkpoint
 from fimserver.checkpoints.planner import plan_on_gpu
-from fimserver.cli import machine
 from fimserver.cli.machine import choose_gpu, find_gpus, parse_gpus
 from fimserver.cli.main import main
+from fimserver.engine.kernels import driver
 from fimserver.errors import FimserverError
 
 NVFP4 = "nvidia/diffusiongemma-26B-A4B-it-NVFP4"
@@ -75,7 +75,7 @@ def test_auto_in_wsl_finds_a_driver_outside_path(smi: Path, monkeypatch: pytest.
     program = smi.with_name("nvidia-smi").rename(smi.with_name("smi-of-windows"))
     program.write_text(f"#!/bin/sh\nexec /bin/cat {smi}\n")
     monkeypatch.setenv("PATH", str(smi.parent / "nothing"))
-    monkeypatch.setattr(machine, "_WSL_SMI", str(program))
+    monkeypatch.setattr(driver, "WSL_SMI", str(program))
     assert [gpu.listed and gpu.listed.name for gpu in find_gpus()] == ["RTX 3060 12 GB"]
 
 

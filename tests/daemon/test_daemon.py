@@ -19,7 +19,8 @@ import pytest
 from support.lsp_client import RELAY, LspClient, has_memory
 
 from fimserver.__main__ import _parse
-from fimserver.cli.doctor.checks import Check, check_daemon
+from fimserver.cli.doctor.check import Check
+from fimserver.cli.doctor.checks import check_daemon
 from fimserver.daemon.launch import end_daemon, read_status
 from fimserver.daemon.server import resident_bytes
 from fimserver.daemon.transport import KEY, Lock, connect, is_same_user, say_hello, uses_tcp

@@ -14,14 +14,16 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 from rich.text import Text
 
 from fimserver import __version__
+from fimserver.cli.doctor.check import Check
+from fimserver.cli.doctor.gpu_checks import check_gpu, find_slow_weights
 from fimserver.cli.terminal import make_console, plain
 from fimserver.context.languages.table import LANGUAGES
 from fimserver.context.syntax import GRAMMAR_ERRORS, load_parser
@@ -62,30 +64,25 @@ _LEAST_FREE_BYTES = 1_500_000_000  # torch, transformers and the shipped model i
 _PROBE = "def add(first, second):\n    return first + "
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
-    """The result of one check: its name, what was found, and how to fix it, or "" if it is good."""
-
-    name: str
-    found: str
-    remedy: str = ""
-
-
 def run_checks(settings: Settings) -> bool:
     """Print every check; return whether all are good."""
     console = make_console(soft_wrap=True)
     good = True
-    for check in (
-        *(check_python, check_program, check_environment, check_packages, check_memory, check_grammar),
-        *(check_config, check_settings, check_folders, check_daemon, check_server, check_model),
-    ):
-        result = check(settings)
+    for result in _list_results(settings):
         mark = ("FAIL", "bold red") if result.remedy else ("ok  ", "green")
         console.print(Text.assemble(mark, plain(f" {result.name:11} {result.found}")))
         if result.remedy:
             console.print(Text(plain(f"     {'':11} {result.remedy}")))
             good = False
     return good
+
+
+def _list_results(settings: Settings) -> Iterator[Check]:
+    """Yield the result of each check when it is there: the last ones take seconds."""
+    before = (check_python, check_program, check_environment, check_packages, check_memory, check_grammar)
+    yield from (check(settings) for check in (*before, check_config, check_settings, check_folders))
+    yield from check_gpu(settings)
+    yield from (check(settings) for check in (check_daemon, check_server, check_model))
 
 
 def check_python(_settings: Settings) -> Check:
@@ -271,8 +268,10 @@ def check_model(settings: Settings) -> Check:
         f"{info.name}, {info.num_parameters / 1e6:.1f} M parameters, {info.dtype} on {info.device}, "
         f"{info.num_threads} threads, mode {info.preferred_mode}{wide}, loaded in {info.load_ms:.0f} ms, "
         f"probe answered in {generation.timings_ms['total']:.0f} ms ({generation.mode})"
-        f"{'; 4-bit weights with ' + info.kernels if info.kernels else ''}"
+        f"{'; 4-bit weights with ' + info.kernels if info.kernels else ''}{'; ' + info.graphs if info.graphs else ''}"
     )
+    if (fault := find_slow_weights(info)) is not None:
+        return Check("model", f"{found}; this is slow: {fault.found}", fault.remedy)
     return Check("model", found)
 
 

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from fimserver.engine.kernels.devices import GraphRecorder, wait_for
+from fimserver.engine.kernels.faults import NO_MEMORY
 from fimserver.engine.kernels.matmul import PLAIN, MatmulBackend, PlainMatmul, RoundedMatmul
 from fimserver.engine.kernels.nvfp4 import NVFP4Tensor, concatenate, draw_codes
 from fimserver.engine.kernels.packed import find_packed_experts, find_packed_projections
@@ -145,7 +146,7 @@ def choose_matmul(  # noqa: PLR0913  only two without a default
         others = own if work.stay else Trial(device, dtype, work.for_others(), sign)
     except torch.OutOfMemoryError:
         _logger.warning("no GPU memory is left to compare kernels, so weights in 4 bits are expanded, which is slow")
-        return Choice(plain)
+        return Choice(plain, dict.fromkeys((backend.name for backend in backends if not backend.package), NO_MEMORY))
     for backend in backends:
         if backend.rounds_activations and not fp4_activations:
             continue

@@ -25,6 +25,7 @@ from fimserver.engine.kernels.backends import Choice, choose_matmul, find_matmul
 from fimserver.engine.kernels.cpu_linear import CpuKernels, choose_float_dtype, choose_kernels
 from fimserver.engine.kernels.devices import GraphRecorder, free_bytes
 from fimserver.engine.kernels.expert_cache import Traffic, add_up
+from fimserver.engine.kernels.faults import find_device_fault
 from fimserver.engine.kernels.matmul import PLAIN
 from fimserver.engine.kernels.packed import count_parameters, find_packed_experts, is_packed
 from fimserver.engine.loading.weights import is_dense_config, load_weights
@@ -293,9 +294,12 @@ def find_experts_on_device(folder: Path, context_tokens: int, free_bytes: int) -
 
 
 def find_device(name: str) -> torch.device:
-    """Return the device of a torch name; ``auto`` takes CUDA, then MPS, then the CPU. Raises ``EngineError``."""
+    """Return the device of a torch name. Raises ``EngineError`` if torch cannot compute there.
+
+    ``auto`` takes the first CUDA device if torch has kernels for it, then MPS, then the CPU.
+    """
     if name == "auto":
-        if torch.cuda.is_available():
+        if torch.cuda.is_available() and find_device_fault(0) is None:
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
@@ -306,10 +310,14 @@ def find_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda", "mps"):
         msg = f"device {name!r} is not supported; use auto, cpu, cuda, cuda:N or mps"
         raise EngineError(msg)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        msg = f"device {name!r}: torch finds {count} CUDA devices; use auto or cpu, or install CUDA torch"
-        raise EngineError(msg)
+    if device.type == "cuda":
+        fault = find_device_fault(device.index or 0)
+        if fault is not None:
+            msg = f"device {name!r}: {fault}; or use auto or cpu"
+            raise EngineError(msg)
+        if (device.index or 0) >= (count := torch.cuda.device_count()):
+            msg = f"device {name!r}: torch finds {count} CUDA devices; use auto or cpu"
+            raise EngineError(msg)
     if device.type == "mps" and not torch.backends.mps.is_available():
         msg = "device 'mps': torch has no MPS on this machine; use auto or cpu"
         raise EngineError(msg)

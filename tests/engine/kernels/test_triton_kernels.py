@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fimserver.engine.kernels.backends import BackendCandidate, Choice, Trial, Work, choose_matmul, find_matmul_work
+from fimserver.engine.kernels.faults import NO_MEMORY, PLAIN_TORCH
 from fimserver.engine.kernels.matmul import PLAIN, MatmulBackend, PlainMatmul, RoundedMatmul
 from fimserver.engine.kernels.nvfp4 import NVFP4Tensor, quantize
 from fimserver.engine.kernels.packed import find_packed_experts
@@ -324,6 +325,20 @@ def test_a_wrong_kernel_is_left_out_with_a_warning(
     assert "Wrong is not used for weights in 4 bits: experts of 1 tokens differed" in caplog.text
     assert "Broken cannot be used for weights in 4 bits: RuntimeError: no compiler" in caplog.text
     assert "which is slow" in caplog.text
+
+
+def test_a_gpu_without_memory_for_a_comparison_is_named(monkeypatch: pytest.MonkeyPatch, random_model: Model) -> None:
+    """``fimserver doctor`` finds it in ``ModelInfo.kernels``."""
+
+    def fail(*_arguments: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(Trial, "__init__", fail)
+    ours, theirs = BackendCandidate("Ours", of(PlainMatmul)), BackendCandidate("Theirs", of(PlainMatmul), "theirs")
+    chosen = choose_matmul(torch.device("meta"), torch.float32, WORK, (ours, theirs))
+    assert chosen.tried == {"Ours": NO_MEMORY}
+    kernels = Model(random_model.reference, random_model.metadata, chosen).kernels
+    assert kernels == f"{PLAIN_TORCH} (Ours: {NO_MEMORY})"
 
 
 def test_the_fastest_right_backend_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,12 @@
+"""Define the result of a check of ``fimserver doctor``."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """The result of one check: its name, what was found, and how to fix it, or "" if it is good."""
+
+    name: str
+    found: str
+    remedy: str = ""
