@@ -253,8 +253,8 @@ class Settings:
     )
     cuda_graphs: str = _setting(
         default="auto",
-        doc="Whether denoising steps are recorded as CUDA graphs, which saves the time of launching each kernel: auto "
-        "does without them where recording fails or a replay differs, on makes that an error, off never records.",
+        doc="Whether denoising steps are captured as CUDA graphs, which saves the time of launching each kernel: auto "
+        "does without them where a capture fails or differs, on makes that an error, off never captures.",
         choices=("auto", "on", "off"),
         engine=True,
     )

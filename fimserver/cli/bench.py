@@ -391,9 +391,7 @@ def decode(limit: int, modes: str | None, plots: Path | None, as_json: bool, **o
 )
 @click.option("--context", default=8192, show_default=True, type=click.IntRange(min=64), metavar="TOKENS")
 @click.option("--stages", metavar="A,B", help="Run only these stages, such as checks,load,graphs,steps. [default: all]")
-@click.option(
-    "--weights", default="", metavar="NAME", help="An installed instruction-tuned model, to compare prompt layouts with."
-)
+@click.option("--weights", default="", metavar="NAME", help="Installed instruction-tuned model for the stage layouts.")
 @click.option(
     "--generate/--no-generate",
     default=None,

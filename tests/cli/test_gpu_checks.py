@@ -108,6 +108,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.setattr(platform, "freedesktop_os_release", lambda: {"ID": "debian"})
     monkeypatch.setattr(report, "COMMAND", ("/bin/cat", str(tmp_path / "report")))
     monkeypatch.setattr(driver, "DEVICE_FILES", (tmp_path / "nvidia0",))
+    monkeypatch.setattr(driver, "PCI_DEVICES", tmp_path / "pci")
     monkeypatch.setattr(driver, "_WSL_DEVICE", tmp_path / "dxg")
     for name in ("check_server", "check_model", "check_daemon"):
         monkeypatch.setattr(checks, name, lambda _settings, name=name: Check(name, "not run"))
@@ -141,6 +142,22 @@ def test_a_machine_without_a_gpu_has_one_line(machine: Machine) -> None:
     assert not {"driver", "torch", "triton", "compiler", "gpu memory"} & set(lines)
     machine.has_smi, machine.error = True, "No devices were found"
     assert machine.doctor()[1]["gpu"] == "ok none found (nvidia-smi lists none); the model runs on the CPU"
+
+
+def test_a_gpu_without_a_driver_is_mentioned(machine: Machine) -> None:
+    """By vendor and class of the PCI bus: not a network card of NVIDIA's, not a display of another maker."""
+    machine.has_smi = False
+    (machine.folder / "nvidia0").unlink()
+    for place, vendor, kind in (("1", "0x8086", "0x030000"), ("2", "0x10de", "0x020000"), ("3", "0x10de", "0x030000")):
+        code, lines = machine.doctor()
+        assert (code, lines["gpu"]) == (0, "ok none found (no nvidia-smi); the model runs on the CPU")
+        device = machine.folder / "pci" / place
+        device.mkdir(parents=True)
+        (device / "vendor").write_text(f"{vendor}\n")
+        (device / "class").write_text(f"{kind}\n")
+    code, lines = machine.doctor()
+    assert code == 0
+    assert lines["gpu"].endswith("; an NVIDIA GPU is on the PCI bus: to use it, install its driver")
 
 
 def test_nothing_fails_if_the_settings_choose_the_cpu(machine: Machine) -> None:

@@ -19,7 +19,15 @@ from fimserver.checkpoints.planner import DEFAULT_CONTEXT_TOKENS, count_experts_
 from fimserver.cli.doctor.check import Check
 from fimserver.daemon.launch import read_status
 from fimserver.datatypes import ModelInfo
-from fimserver.engine.kernels.driver import Driver, GpuProcess, has_gpu_files, is_wsl, list_processes, read_driver
+from fimserver.engine.kernels.driver import (
+    Driver,
+    GpuProcess,
+    has_gpu_files,
+    has_pci_gpu,
+    is_wsl,
+    list_processes,
+    read_driver,
+)
 from fimserver.engine.kernels.faults import (
     PLAIN_TORCH,
     Fault,
@@ -57,6 +65,8 @@ def check_gpu(settings: Settings) -> list[Check]:
     if not driver.gpus and not driver.fault and not has_gpu_files():
         why = "nvidia-smi lists none" if driver.program else "no nvidia-smi"
         where = "" if sys.platform == "darwin" else "; the model runs on the CPU"
+        if has_pci_gpu():  # in a container, perhaps that of its host
+            where += "; an NVIDIA GPU is on the PCI bus: to use it, install its driver"
         return [Check("gpu", f"none found ({why}){where}")]
     checks = _list_checks(driver, settings)
     if settings.device == "cpu" or settings.engine != "local":

@@ -3,6 +3,7 @@
     read_driver      version, newest CUDA, GPUs; or why nvidia-smi does not answer
     list_processes   what uses a GPU's memory, the largest first
     has_gpu_files    whether the driver's files are there, without asking it
+    has_pci_gpu      whether a GPU is there, with a driver or without
 
 Knows:  nvidia-smi, the files of the driver.  Never: torch, models; no arguments of other programs are kept.
 """
@@ -19,6 +20,8 @@ from fimserver.paths import OUTSIDE
 
 WSL_SMI = "/usr/lib/wsl/lib/nvidia-smi"  # where Windows puts it in WSL, often not on PATH
 DEVICE_FILES = (Path("/dev/nvidia0"), Path("/proc/driver/nvidia"))
+PCI_DEVICES = Path("/sys/bus/pci/devices")
+_NVIDIA, _DISPLAY = "0x10de", "0x03"  # vendor, and the beginning of the class
 _WSL_DEVICE = Path("/dev/dxg")
 _TIMEOUT_S = 10.0
 _MIB = 2**20
@@ -74,6 +77,27 @@ def has_gpu_files() -> bool:
     if sys.platform == "win32":
         return find_smi() is not None
     return any(path.exists() for path in DEVICE_FILES) or (is_wsl() and Path(WSL_SMI).exists())
+
+
+def has_pci_gpu() -> bool:
+    """Return whether an NVIDIA GPU is on the PCI bus of this Linux machine, with a driver or without."""
+    return any(
+        _read(folder / "vendor") == _NVIDIA and _read(folder / "class").startswith(_DISPLAY) for folder in _list_pci()
+    )
+
+
+def _list_pci() -> list[Path]:
+    try:
+        return list(PCI_DEVICES.iterdir())
+    except OSError:
+        return []
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return ""
 
 
 def read_driver() -> Driver:
