@@ -187,8 +187,8 @@ class Settings:
     )
     max_latency_ms: int = _setting(
         default=1500,
-        doc="Longest model time, the wait for other editors' requests included; then the best partial answer is "
-        "used. An automatic request gets nothing after three times as long.",
+        doc="Longest model time, the wait for other editors' requests included; then the part of the answer "
+        "that is settled is used. An automatic request gets nothing after three times as long.",
         low=50,
         high=60000,
     )
