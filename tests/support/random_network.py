@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.numpy import save_file
-from support.expanded import expand_nvfp4
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, DiffusionGemmaTextConfig
 from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
     DiffusionGemmaGenerationConfig,
@@ -28,6 +27,7 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
 from fimserver.checkpoints.known import SHIPPED_MODELS
 from fimserver.engine.quantize.plan import QuantizerOptions
 from fimserver.engine.quantize.quantizer import quantize_folder
+from support.expanded import expand_nvfp4
 
 
 def make_random_network(head_dim: int = 16) -> DiffusionGemmaForBlockDiffusion:
