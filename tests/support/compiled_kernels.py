@@ -167,12 +167,12 @@ def list_all_launches() -> dict[str, list[Launch]]:
 
 
 def _run(module: ModuleType, work: Work) -> Iterator[Launch]:
-    """Call the backend for all matmuls of a model, with the kernels replaced by a note of their arguments."""
-    noted: list[Launch] = []
+    """Call the backend for all matmuls of a model, with kernels that record their arguments."""
+    recorded: list[Launch] = []
     real = {name: getattr(module, name) for name in find_kernels()}
     try:
         for name, kernel in real.items():
-            setattr(module, name, _Noting(name, kernel.arg_names, noted))
+            setattr(module, name, _Recorder(name, kernel.arg_names, recorded))
         matmul = module.TritonMatmul()
         for tokens in TOKENS:
             for shape in work.projections:
@@ -185,7 +185,7 @@ def _run(module: ModuleType, work: Work) -> Iterator[Launch]:
     finally:
         for name, kernel in real.items():
             setattr(module, name, kernel)
-    yield from noted
+    yield from recorded
 
 
 def _floats(*shape: int) -> torch.Tensor:
@@ -193,14 +193,14 @@ def _floats(*shape: int) -> torch.Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class _Noting:
-    """Stands in for a kernel, and notes what Triton would specialize a launch on."""
+class _Recorder:
+    """Replaces a kernel, and records what Triton would specialize a launch on."""
 
     name: str
     arguments: Sequence[str]
-    noted: list[Launch]
+    recorded: list[Launch]
 
-    def __getitem__(self, _grid: tuple[int, ...]) -> "_Noting":
+    def __getitem__(self, _grid: tuple[int, ...]) -> "_Recorder":
         return self
 
     def __call__(self, *given: Any, **named: Any) -> None:
@@ -211,7 +211,7 @@ class _Noting:
         types = {n: "constexpr" if n in constants else tensors.get(n, "i32") for n in self.arguments}
         divisible = tuple(n for n, v in values.items() if n in tensors or (n not in constants and v % 16 == 0))
         rows = constants["I"] if "I" in constants else constants["N"]
-        self.noted.append(Launch(self.name, rows, constants["K"], types, constants, divisible, options))
+        self.recorded.append(Launch(self.name, rows, constants["K"], types, constants, divisible, options))
 
 
 def find_kernels() -> list[str]:
@@ -278,7 +278,7 @@ def _compile(launch: Launch, capability: int, num_stages: int | None) -> Usage:
         numbers["REG"],
         numbers["STACK"] + numbers["LOCAL"],
         numbers["SHARED"] + compiled.metadata.shared,
-        compiled.metadata.tmem_size or 0,
+        getattr(compiled.metadata, "tmem_size", 0) or 0,
         compiled.metadata.num_warps,
         compiled.asm["ptx"],
     )
@@ -319,7 +319,7 @@ def _main(arguments: Sequence[str]) -> None:
         print(json.dumps([asdict(_compile(one, int(arguments[1]), given["num_stages"])) for one in launches]))
         return
     if installed_triton() != TRITON:
-        sys.exit(f"the table is of Triton {TRITON}; pip install triton=={TRITON}, or change TRITON in this module")
+        sys.exit(f"the table is for Triton {TRITON}; pip install triton=={TRITON}, or change TRITON in this module")
     launches_by_name = list_all_launches()
     table = to_markdown({a.capability: measure(a.capability, launches_by_name) for a in ARCHITECTURES})
     before, begin, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)

@@ -42,7 +42,8 @@ def to_float(bits: np.ndarray, exponent_bits: int, mantissa_bits: int) -> np.nda
     mantissa = (bits & (2**mantissa_bits - 1)) / 2**mantissa_bits
     exponent = (bits >> mantissa_bits & (2**exponent_bits - 1)).astype(int)
     size = np.where(exponent == 0, mantissa * 2.0 ** (1 - bias), (1 + mantissa) * 2.0 ** (exponent - bias))
-    return np.where(bits >> (exponent_bits + mantissa_bits), -size, size)
+    found: np.ndarray = np.where(bits >> (exponent_bits + mantissa_bits), -size, size)
+    return found
 
 
 def expand_matrix(packed: np.ndarray, scales: np.ndarray, global_scale: np.ndarray) -> np.ndarray:
