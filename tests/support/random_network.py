@@ -1,18 +1,23 @@
 """A random network of many experts, and a variant of it that vLLM can serve.
 
     PYTHONPATH=tests:. python -m support.random_network FOLDER
+    PYTHONPATH=tests:. python -m support.random_network FOLDER --nvfp4 experts
 
 writes the variant as a checkpoint, to be served with ``--dtype float32``, ``--max-model-len 768`` and
-``--diffusion-config '{"canvas_length":16}'``.
+``--diffusion-config '{"canvas_length":16}'``. With ``--nvfp4`` its experts, or with ``everything`` also attention and
+the dense part, are those that ``quantize_folder`` writes, expanded again by ``support.expanded``: vLLM 0.32 has no
+kernel for NVFP4 experts on a CPU.
 """
 
+import argparse
 import shutil
-import sys
+import tempfile
 from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.numpy import save_file
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, DiffusionGemmaTextConfig
 from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
     DiffusionGemmaGenerationConfig,
@@ -20,6 +25,9 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
 )
 
 from fimserver.checkpoints.known import SHIPPED_MODELS
+from fimserver.engine.quantize.plan import QuantizerOptions
+from fimserver.engine.quantize.quantizer import quantize_folder
+from support.expanded import expand_nvfp4
 
 
 def make_random_network(head_dim: int = 16) -> DiffusionGemmaForBlockDiffusion:
@@ -116,5 +124,36 @@ def save_served_network(folder: Path) -> None:
     shutil.copy(SHIPPED_MODELS / "tiny" / "tokenizer.json", folder)
 
 
+def save_quantized_network(folder: Path, *, everything: bool) -> None:
+    """Write the variant with its experts in NVFP4, or everything that can be.
+
+    Scales are not searched for: a search compares sums, whose last bit may differ between machines.
+    """
+    with tempfile.TemporaryDirectory() as floats:
+        save_served_network(Path(floats))
+        quantize_folder(floats, folder, QuantizerOptions(everything=everything, searched=False))
+
+
+def save_expanded_network(folder: Path, *, everything: bool) -> None:
+    """Write the variant with the numbers of ``save_quantized_network`` in float32."""
+    save_served_network(folder)
+    with tempfile.TemporaryDirectory() as parent:
+        save_quantized_network(Path(parent) / "quantized", everything=everything)
+        weights = expand_nvfp4(Path(parent) / "quantized")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def main() -> None:
+    """Write a checkpoint for vLLM."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--nvfp4", choices=("experts", "everything"))
+    given = parser.parse_args()
+    if given.nvfp4 is None:
+        save_served_network(given.folder)
+    else:
+        save_expanded_network(given.folder, everything=given.nvfp4 == "everything")
+
+
 if __name__ == "__main__":
-    save_served_network(Path(sys.argv[1]))
+    main()

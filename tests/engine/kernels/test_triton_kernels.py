@@ -1,10 +1,5 @@
-"""Kernels against plain torch: interpreted here, compiled for every GPU architecture, run if there is a GPU."""
+"""Kernels against plain torch: interpreted here, run if there is a GPU. test_compiled_kernels.py compiles them."""
 
-import json
-import os
-import re
-import subprocess
-import sys
 from types import ModuleType
 from typing import Any
 
@@ -162,87 +157,6 @@ def test_a_whole_model_through_the_kernels(kernels: ModuleType, random_model: Mo
         with torch.inference_mode():
             results.append(forward.forward(causal_rows([2, 77, 901, 5], 0, CPU), forward.new_cache()))
     check(results[1], results[0], 1e-5)
-
-
-COMPILE = """
-import json, os, re, subprocess, sys, tempfile
-import triton
-from triton.backends import nvidia
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from fimserver.engine.kernels import triton_kernels as kernels
-
-tools = os.path.join(os.path.dirname(nvidia.__file__), "bin")
-floats, ints = {"x": "*bf16", "out": "*bf16", "row_scales": "*fp32", "slot_weights": "*fp32"}, ("slots", "tile_experts")
-shapes = {"_linear_kernel": {"N": 2816, "K": 2816}, "_gate_up_kernel": {"I": 704, "K": 2816},
-          "_down_kernel": {"N": 2816, "K": 704}}
-for name, shape in shapes.items():
-    function = getattr(kernels, name)
-    constants = {**shape, "ROWS": 16, "BLOCK_N": 64, "BLOCK_K": 64, "EXACT": False}
-    signature = {}
-    for argument in function.arg_names:
-        others = "*i32" if argument in ints else "*u8" if argument in ("packed", "scales") else "i32"
-        kind = floats.get(argument, others)
-        signature[argument] = "constexpr" if argument in constants else kind
-    if name == "_down_kernel":
-        signature["out"] = "*fp32"
-    where = {(function.arg_names.index(n),): value for n, value in constants.items()}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, k in enumerate(signature.values()) if k.startswith("*")}
-    source = ASTSource(function, signature, where, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32),
-                              options={"num_warps": 4, "num_stages": int(sys.argv[2])})
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [tools + "/cuobjdump", "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\\d+)", usage)}
-    print(json.dumps({"kernel": name, "shared": compiled.metadata.shared, "ptx": compiled.asm["ptx"], **numbers}))
-"""
-
-
-def compile_for(capability: int, num_stages: int = 3) -> dict[str, dict[str, Any]]:
-    """Compile the kernels with Triton and NVIDIA's assembler, in a process of its own: no GPU is needed."""
-    pytest.importorskip("triton", reason="Triton is not installed; pip install '.[interop]'")
-    command = [sys.executable, "-c", COMPILE, str(capability), str(num_stages)]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    printed = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-    found = [json.loads(line) for line in printed.splitlines()]
-    return {entry["kernel"]: entry for entry in found}
-
-
-@pytest.mark.slow("runs kernels in Triton's interpreter")
-@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
-def test_compiles_for_every_gpu(capability: int) -> None:
-    compiled = compile_for(capability)
-    assert len(compiled) == 3
-    for entry in compiled.values():
-        assert entry["REG"] <= 128  # so that four programs of 128 threads share a multiprocessor
-        assert entry["LOCAL"] == 0  # nothing is spilled
-        assert entry["STACK"] == 0
-        assert entry["shared"] <= 48 * 1024
-        assert "mma" in entry["ptx"]  # tensor cores do the product
-
-
-LOAD = re.compile(r"ld\.global(?:\.\w+)*?(?:\.v(\d))?\.[bfsu](\d+)")
-
-
-def loop_of(ptx: str) -> str:
-    """Return the instructions between a label and the branch back to it."""
-    labels = {match[1]: match.start() for match in re.finditer(r"^(\$L\w+):", ptx, re.MULTILINE)}
-    back = [(labels[m[1]], m.end()) for m in re.finditer(r"bra[\w.]*\s+(\$L\w+);", ptx) if labels[m[1]] < m.start()]
-    ((begin, end),) = back
-    return ptx[begin:end]
-
-
-def test_weights_are_read_as_4_bits_once() -> None:
-    """The loop loads its tokens, half a byte for each weight of its tiles, and a scale for each 16 of them."""
-    threads = 128
-    for name, entry in compile_for(90, num_stages=1).items():
-        loaded = sum(int(vector or 1) * int(bits) // 8 for vector, bits in LOAD.findall(loop_of(entry["ptx"])))
-        matrices = 2 if name == "_gate_up_kernel" else 1
-        tokens, weights, scales = 16 * 64 * 2, matrices * 64 * 64 // 2, matrices * 64 * 64 // 16
-        assert loaded * threads == tokens + weights + scales, name
 
 
 class Wrong(PlainMatmul):
