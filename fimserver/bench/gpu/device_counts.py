@@ -24,6 +24,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fimserver.engine.kernels.devices import GraphRecorder
+
 _BLOCK = 512  # bytes; sizes are multiples
 _SMALL, _SMALL_SEGMENT = 2**20, 2 * 2**20  # blocks of up to 1 MiB share segments of 2 MiB
 _LARGE, _LARGE_SEGMENT = 10 * 2**20, 20 * 2**20  # larger ones share segments of 20 MiB
@@ -68,11 +70,14 @@ class DeviceCounter(Protocol):
         """Return a context manager that gives the ``DeviceCounts`` of its block."""
 
     def record(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-        """Return a pass that is counted as a captured one."""
+        """Capture a pass, or return one that is counted as if it were captured."""
 
 
 class CudaCounter:
     """Counts on a GPU. A copy to the GPU is a wait for torch, and is not counted apart."""
+
+    def __init__(self) -> None:
+        self._recorder = GraphRecorder()
 
     @contextmanager
     def counting(self) -> Iterator[DeviceCounts]:
@@ -90,7 +95,7 @@ class CudaCounter:
 
     def record(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
         """See ``DeviceCounter``."""
-        return run
+        return self._recorder(run)
 
     def _segments(self) -> int:
         found: int = torch.cuda.memory_stats()["segment.all.allocated"]

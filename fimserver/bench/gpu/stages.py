@@ -57,7 +57,7 @@ from fimserver.datatypes import Sampling
 from fimserver.engine.decoding.denoise import denoising_step, initialize_canvases, read_out
 from fimserver.engine.engine import Engine
 from fimserver.engine.kernels.backends import Choice, Trial, Work, choose_matmul
-from fimserver.engine.kernels.devices import GraphRecorder, wait_for
+from fimserver.engine.kernels.devices import wait_for
 from fimserver.engine.loading.weights import create_model
 from fimserver.engine.modeling.model import Model
 from fimserver.engine.modeling.prompt_cache import PromptCache
@@ -218,9 +218,8 @@ class Bench:
     def measure_graphs(self) -> None:
         """Capture the passes that a server captures when it loads the model."""
         model, prompts = self._need_model(), self._need_prompts()
-        record = self.counter.record if self.simulate else GraphRecorder()
         begin = time.perf_counter()
-        found = model.capture_passes(prompts.cache, record=record)
+        found = model.capture_passes(prompts.cache, record=self.counter.record)
         self._note(
             graphs={
                 "rows": ", ".join(map(str, found.rows)),
