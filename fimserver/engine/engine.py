@@ -47,7 +47,7 @@ from fimserver.engine.decoding.speculative import Drafter, DraftOptions, fill_sp
 from fimserver.engine.decoding.stopping import AnswerEnd, AnswerStart
 from fimserver.engine.interface import OnPartial
 from fimserver.engine.job import LEAST_TEMPERATURE, Clock, Job, Room
-from fimserver.engine.kernels.devices import free_bytes, memory_held
+from fimserver.engine.kernels.devices import free_bytes, is_out_of_memory, memory_held
 from fimserver.engine.modeling.model import Model, find_device
 from fimserver.engine.modeling.prompt_cache import Encoded, PromptCache
 from fimserver.engine.prompt import build_prompt, find_anchor, normalize_span
@@ -109,11 +109,11 @@ class Engine:
             model.metadata = limit_context(model.metadata, choose_prompt_length(model))
         vocabulary = Vocabulary.load(folder / "tokenizer.json", model.metadata.special_ids)
         engine = cls(model, vocabulary)
-        if model.device.type == "cuda":
-            engine.prompt_cache.warm_up(min(CHUNK_TOKENS, model.metadata.max_prompt_tokens))
         engine.graphs = model.capture_passes(
             engine.prompt_cache.cache, cuda_graphs, sign=lambda: report(999, 1000)
         ).describe()
+        if model.device.type == "cuda":
+            engine.prompt_cache.warm_up(min(CHUNK_TOKENS, model.metadata.max_prompt_tokens))
         engine._load_ms = (time.perf_counter() - begin) * 1e3
         return engine
 
@@ -200,14 +200,16 @@ class Engine:
             try:
                 limited = replace(sampling, num_candidates=min(room.canvases, sampling.num_candidates))
                 return self._complete(context, limited, clock, on_partial, room)
-            except torch.OutOfMemoryError:
-                pass  # handled below, where the failed pass's tensors are no longer referred to
-            self.forget()
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+            self.forget()  # here, where the failed pass's tensors are no longer referred to
             self._release_memory()
-        free = free_bytes(self.model.device) or 0
+        free = free_bytes(self.model.device)
+        shown = "" if free is None else f" ({free / 1e9:.1f} GB free)"
         msg = (
-            f"the GPU has no memory left for a request to {self.model.metadata.name} ({free / 1e9:.1f} GB free); close "
-            "other programs that use the GPU, or set contextTokens lower; fimserver doctor --gpu auto plans the memory"
+            f"there is no memory left for a request to {self.model.metadata.name} on {self.model.device}{shown}; close "
+            "other programs that use it, or set contextTokens lower; fimserver doctor --gpu auto plans the memory"
         )
         raise EngineError(msg)
 
@@ -374,11 +376,13 @@ class Engine:
         count, fitted = self._fit_canvases(job, initial, options)
         filled = replace(denoiser, options=fitted).fill(cache, job.answer_start, initial=initial[:count])
         answer, passes, total = list(filled.token_ids), filled.passes, filled.log_probability
+        whole = replace(options, canvas_length=min(self.model.canvas_length, job.room.canvas_tokens))
+        following = replace(denoiser, options=whole)
         while filled.is_open and not filled.is_cut and filled.finish != "latency" and len(answer) < job.max_tokens:
             self.prompt_cache.append(filled.token_ids, last_only=True)  # the next canvas comes after it
             start = AnswerStart(job.answer_end, "", min_tokens=0, vocab_size=self.model.vocab_size)
-            filled = denoiser.fill(self.prompt_cache.cache, start, before=tuple(answer))
-            answer += filled.token_ids
+            filled = following.fill(self.prompt_cache.cache, start, before=tuple(answer))
+            answer = [*answer[: len(answer) - filled.num_dropped], *filled.token_ids]
             passes += 1 + filled.passes
             total += filled.log_probability
             filled = replace(filled, confidence=math.exp(total / max(1, len(answer))), log_probability=total)
@@ -452,12 +456,14 @@ class Engine:
     ) -> tuple[int, DenoisingOptions]:
         """Return how many canvases are denoised side by side, and their length: several are no longer than their hole.
 
-        The first ones are kept if memory is not free for all.
+        The first ones are kept if memory is not free for all. Candidates are not continued in another canvas, so they
+        have twice that length.
         """
         length = min(self.model.canvas_length, job.room.canvas_tokens)
         count = min(len(initial), job.room.canvases)
         if count > 1:
-            needed = max([job.hole_tokens, *map(len, initial)]) + 1
+            wanted = job.hole_tokens * (2 if job.sampling.num_candidates > 1 else 1)
+            needed = max([wanted, *map(len, initial)]) + 1
             length = min(length, -(-needed // CUT_MULTIPLE) * CUT_MULTIPLE)
             count = max(1, min(count, self.model.max_canvas_rows(self.prompt_cache.cache) // length))
         if count == 1:

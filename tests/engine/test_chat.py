@@ -183,6 +183,8 @@ def test_a_fence_that_may_still_grow_is_not_an_end(vocabulary: Vocabulary) -> No
 def test_a_model_of_turns_answers(chat_folder: Path, mode: Mode, commit_probability: float) -> None:
     change_metadata(chat_folder, lambda values: values.update(commit_probability=commit_probability))
     engine = Engine.load(str(chat_folder), "cpu")
+    at_once = replace(engine.model.metadata, confidence_threshold=1e9, stability_threshold=0)
+    engine.model.metadata = at_once  # a random model settles on nothing
     context = replace(CONTEXTS["middle"], snippets=OTHERS[:1])
     sampling = Sampling(mode, seed=1, trace=True, min_tokens=1, max_denoising_steps=4)
     generation = engine.complete(context, sampling)

@@ -37,8 +37,8 @@ def gpu_engine(random_model: Model, vocabulary: Vocabulary, counter: SimulatedCo
     model = Model(repack(random_model.reference, EXPERTS_ONLY), metadata, Choice(DenseMatmul()))
     engine = Engine(model, vocabulary)
     with counter.counting():
-        engine.prompt_cache.warm_up(200)
         assert not model.capture_passes(engine.prompt_cache.cache, record=counter.record).fault
+        engine.prompt_cache.warm_up(200)
         engine.complete(at_place(0), replace(DIFFUSION, seed=0))
     engine.forget()
     yield engine
@@ -115,7 +115,7 @@ def test_canvases_side_by_side_are_no_longer_than_their_hole(
     assert shapes[0] == (4, 32)
     shapes.clear()
     wide_engine.complete(at_place(2), replace(DIFFUSION, num_candidates=3))
-    assert shapes[0] == (3, 32)
+    assert shapes[0] == (3, 64), "candidates end with their canvas"
     shapes.clear()
     wide_engine.complete(at_place(3, hole=BLOCK), replace(DIFFUSION, num_candidates=3))
     assert shapes[0] == (3, 64)
@@ -137,6 +137,53 @@ def test_canvases_side_by_side_are_as_many_as_memory_is_free_for(
         assert shapes[0] == expected, "never fewer rows than one canvas has"
 
 
+def test_several_canvases_leave_the_graphs(gpu_engine: Engine) -> None:
+    """A wide pass after a prompt longer than the window moves no buffer, however much memory is free."""
+    model, cache = gpu_engine.model, gpu_engine.prompt_cache.cache
+    gpu_engine.prompt_cache.encode(list(range(100, 340)))
+    assert cache.base > 0 or cache.length <= 32 + 1024
+    rows = model.max_canvas_rows(cache)
+    generation = cache.generation
+    with torch.inference_mode():
+        model.decode(torch.zeros(1, rows, dtype=torch.int64), cache, None)
+    assert cache.generation == generation
+    assert model.fixed is not None
+    assert model.fixed.num_captured == 1
+
+
+def test_a_small_canvas_is_followed_by_small_ones(wide_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long answer of a request for which memory is short."""
+    at_once = replace(wide_engine.model.metadata, confidence_threshold=1e9, stability_threshold=0)
+    monkeypatch.setattr(wide_engine.model, "metadata", at_once)
+    monkeypatch.setattr(engine_module, "_ROOMS", (Room(), Room(canvases=1, canvas_tokens=16)))
+    shapes = watch_canvases(wide_engine.model, monkeypatch, most_rows=40)
+    hole = Hole(HoleKind.BLOCK, 30, 300)
+    sampling = replace(DIFFUSION, without=("grammar", "cut"))
+    found = [wide_engine.complete(at_place(seed, hole=hole), replace(sampling, seed=seed)) for seed in range(4)]
+    assert max(generation.num_tokens for generation in found) > 16, "more than one canvas"
+    assert {shape for shape in shapes if shape[1] <= 40} == {(1, 16)}
+
+
+@pytest.mark.parametrize(
+    ("error", "is_tried_again"),
+    [
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    ],
+)
+def test_any_way_of_saying_that_memory_is_short(
+    wide_engine: Engine, monkeypatch: pytest.MonkeyPatch, error: Exception, *, is_tried_again: bool
+) -> None:
+    def fails(*_arguments: Any, **_options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(wide_engine.model, "decode", fails)
+    with pytest.raises(EngineError if is_tried_again else RuntimeError):
+        wide_engine.complete(at_place(1), DIFFUSION)
+
+
 def test_a_request_without_memory_is_tried_with_one_canvas_then_a_small_one(
     wide_engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,10 +202,10 @@ def test_a_request_without_any_memory_fails_with_a_reason_and_the_next_works(
 ) -> None:
     with monkeypatch.context() as patch:
         shapes = watch_canvases(wide_engine.model, patch, most_rows=0)
-        with pytest.raises(EngineError, match="no memory left for a request to random") as error:
+        with pytest.raises(EngineError, match="no memory left for a request to random on cpu;") as error:
             wide_engine.complete(at_place(1, matches=MATCHES), DIFFUSION)
         assert len(shapes) == 3
-    assert "close other programs that use the GPU, or set contextTokens lower" in str(error.value)
+    assert "close other programs that use it, or set contextTokens lower" in str(error.value)
     assert wide_engine.prompt_cache.token_ids == []
     expected = wide_engine.complete(at_place(2), replace(DIFFUSION, seed=1, trace=True))
     wide_engine.forget()

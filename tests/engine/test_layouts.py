@@ -157,7 +157,11 @@ def test_the_setting_reaches_the_engine(engine: Engine) -> None:
 @pytest.mark.parametrize("mode", [Mode.DIFFUSION, Mode.SPECULATIVE, Mode.AUTOREGRESSIVE])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["middle", "line_continues", "blank_line", "docstring"])
-def test_every_layout_answers_in_every_mode(engine: Engine, layout: PromptLayout, mode: Mode, name: str) -> None:
+def test_every_layout_answers_in_every_mode(
+    engine: Engine, layout: PromptLayout, mode: Mode, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once = replace(engine.model.metadata, confidence_threshold=1e9, stability_threshold=0)
+    monkeypatch.setattr(engine.model, "metadata", at_once)  # a random model settles on nothing
     context = replace(ALL[name], prefix=ALL[name].prefix + "va")
     sampling = Sampling(mode, seed=1, max_denoising_steps=3, num_candidates=2, prompt_layout=layout)
     generation = engine.complete(context, sampling)
@@ -210,6 +214,10 @@ class Between:
         self.text, self.pins, self.seen = text, pins, seen
         self.canvas_length, self.vocab_size = 24, 8192
         self.device, self.dtype, self.network = torch.device("cpu"), torch.float32, self
+        self.most_rows = 1000
+
+    def max_canvas_rows(self, _cache: Any) -> int:
+        return self.most_rows
 
     def to_self_conditioning(self, logits: torch.Tensor, _top: int | None) -> torch.Tensor:
         return logits
@@ -243,6 +251,20 @@ def test_the_length_that_the_pins_fit_wins(vocabulary: Vocabulary, length: int) 
         for row, count in enumerate((2, 4, 8, 16)):
             assert canvas[row, count : count + 3].tolist() == pins
     assert len(seen) == best.passes
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(76, 4), (75, 3), (33, 3), (32, 2), (0, 1)])
+def test_the_longest_are_left_out_where_memory_is_short(vocabulary: Vocabulary, rows: int, expected: int) -> None:
+    """Canvases of 19, 11, 7 and 5 positions."""
+    seen: list[torch.Tensor] = []
+    model = Between([500, 501], [700, 701, 702], seen)
+    model.most_rows = rows
+    denoiser = denoiser_of(model, vocabulary, 1)
+    cache: Any = None
+    start = AnswerStart(denoiser.answer_end, "", min_tokens=0, vocab_size=8192)
+    best = fill_between(denoiser, cache, start, [700, 701, 702], (2, 4, 8, 16))[0]
+    assert len(seen[0]) == expected
+    assert best.token_ids == (500, 501)
 
 
 def test_an_answer_may_end_before_its_pins(vocabulary: Vocabulary) -> None:

@@ -1,8 +1,8 @@
 """Run ``fimserver eval layouts``: which prompt layout an instruction-tuned model answers best.
 
 Every layout fills the same holes, each as at a new place: the prompt cache is empty, so times include reading the whole
-prompt. The first hole is filled once before, so that no layout pays for CUDA graphs. Answers are the engine's, without
-postprocessing, and seeded.
+prompt. The first hole is filled once before, so that no layout pays for compiling kernels. Answers are the engine's,
+without postprocessing, and seeded.
 
 Knows:  holes, the engine.  Never: LSP, tensors.
 """

@@ -46,7 +46,7 @@ class DenoisingOptions:
     """Thresholds in nats of entropy; names as in transformers' generation config.
 
     ``canvas_length`` ``None`` is the model's own. ``is_cut`` shortens a canvas once the answer's end is found, to a
-    multiple of ``cut_multiple`` (each length needs its own CUDA graph). ``conditioning_top`` conditions a step on that
+    multiple of ``cut_multiple`` (few sizes of tensors on a GPU). ``conditioning_top`` conditions a step on that
     many of the most likely tokens instead of all. ``left_bias`` is the entropy that each position further right adds
     when tokens are ordered; ``kept_condition`` is the fraction by which the condition of an accepted token moves to the
     token itself. Both suit models trained on canvases whose beginning is known. With ``takes_likeliest`` the most
@@ -139,7 +139,8 @@ class Filled:
     ``confidence`` is the geometric mean of its own tokens' probabilities. ``log_probability`` is that of the whole
     answer, its end included, after what was typed; ``match_log_probabilities`` are those of the matches, ``None`` for
     one that was not scored. ``is_open``: the answer fills its canvas without an end. ``is_cut``: it was not settled
-    when time or steps ran out, and ends before its first open token.
+    when time or steps ran out, and ends before its first open token; ``num_dropped`` tokens of earlier canvases go too,
+    because it may not end after them.
     """
 
     token_ids: tuple[int, ...]
@@ -151,6 +152,7 @@ class Filled:
     runners_up: tuple[RunnerUp, ...] = ()
     is_open: bool = False
     is_cut: bool = False
+    num_dropped: int = 0
 
     @property
     def is_whole(self) -> bool:
@@ -440,13 +442,13 @@ class Denoiser:
         is_closed = self.answer_end.is_closed([*before, *answer])  # its last token may hold its end too
         is_open = len(answer) == len(best) and not is_closed
         finish = "end" if is_closed and finish == "length" else finish
-        is_cut = False
+        is_cut, num_dropped = False, 0
         if finish in {"steps", "latency"}:
             num_settled = self.count_settled(state, before, answer)
             is_cut = num_settled < len(answer) + (not is_open and not is_closed)
-            answer = answer[:num_settled]
+            num_dropped, answer = max(0, -num_settled), answer[: max(0, num_settled)]
         if is_cut and not answer:
-            return Filled((), finish, passes, confidence=0.0, is_open=is_open, is_cut=True)
+            return Filled((), finish, passes, 0.0, is_open=is_open, is_cut=True, num_dropped=num_dropped)
         own = answer_start.own_positions(answer)
         confidence = confidence_in(state, self.options, own)
         log_probability = math.log(max(confidence, 1e-30)) * len(own)
@@ -456,25 +458,33 @@ class Denoiser:
         """Return how many tokens of an unfinished canvas may be offered, and its end if that is settled too.
 
         A token is settled if its entropy is within the bound and the step before had it too. Where the language says
-        so, the answer ends at a token after which it may end. None are offered if too few of the answer are settled.
+        so, the answer ends at a token after which it may end: less than 0 is a token of ``before``. None are offered if
+        too few of the answer are settled. Pinned tokens, and the first line of ``before``, stay: they may be shown.
         """
-        if not state.history:
-            return 0
-        part = slice(0, len(answer) + 1)
-        is_sure = state.entropy[0, part] <= self.options.entropy_bound
-        is_settled = (is_sure & (state.history[-1][0, part] == state.best[0, part])).tolist()
-        if sum(is_settled[: len(answer)]) < _LEAST_SETTLED * len(answer):
-            return 0
+        pinned, part = state.num_pinned, slice(0, len(answer) + 1)
+        is_settled = [True] * pinned
+        if state.history:
+            is_sure = state.entropy[0, part] <= self.options.entropy_bound
+            is_settled = (is_sure & (state.history[-1][0, part] == state.best[0, part])).tolist()
+            is_settled[:pinned] = [True] * min(pinned, len(is_settled))
+        rest = is_settled[pinned : len(answer)]
         length = is_settled.index(False) if False in is_settled else len(is_settled)
-        if length >= min(len(answer) + 1, len(is_settled)) or (rules := self.boundaries()) is None:
+        if sum(rest) < _LEAST_SETTLED * (len(answer) - pinned):
+            length = pinned
+        if length >= min(len(answer) + 1, len(is_settled)) and length > pinned:
             return length
-        for token_id in before:
+        return self._last_end(before, answer[:length], pinned)
+
+    def _last_end(self, before: Sequence[int], answer: Sequence[int], pinned: int) -> int:
+        """Return the last place in an answer at which it may end, counted from its canvas's beginning."""
+        if (rules := self.boundaries()) is None:
+            return len(answer)
+        ends = (self.answer_end.first_line(before) or 0) if before else pinned
+        for i, token_id in enumerate((*before, *answer)):
             rules.accept(token_id)
-        ends = 0
-        for i, token_id in enumerate(answer[:length]):
-            rules.accept(token_id)
-            ends = i + 1 if rules.may_end() else ends
-        return ends
+            if rules.may_end():
+                ends = max(ends, i + 1)
+        return ends - len(before)
 
     def _wrong(self, state: CanvasState, before: Sequence[int], answer: Sequence[int]) -> list[int]:
         """Return the unpinned positions at which the constraint finds errors."""

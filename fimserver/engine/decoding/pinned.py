@@ -122,7 +122,7 @@ def _read(  # noqa: PLR0913  what one canvas holds
     assert state.pin_support is not None
     is_cut = False
     if finish != "end":
-        num_settled = denoiser.count_settled(state.only(index), (), answer)
+        num_settled = max(0, denoiser.count_settled(state.only(index), (), answer))
         answer, is_cut = answer[:num_settled], num_settled <= len(answer)
     if is_cut and not answer:
         return -math.inf, Filled((), finish, 0, confidence=0.0, is_cut=True)

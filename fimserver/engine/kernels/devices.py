@@ -7,6 +7,7 @@ import torch
 
 _Run = Callable[[], torch.Tensor]
 _WARM_UPS = 2
+_OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
 
 
 def memory_held(device: torch.device) -> int | None:
@@ -24,6 +25,19 @@ def free_bytes(device: torch.device) -> int | None:
         return None
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def driver_free_bytes(device: torch.device) -> int | None:
+    """Return the GPU memory that the driver has left, after torch has returned what it holds unused."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether an error of torch, the driver, cuBLAS or Triton says that memory is short."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def wait_for(device: torch.device) -> None:

@@ -20,13 +20,13 @@ Equal:   to ``Backbone.forward`` (tests/engine/modeling/test_graphs.py).
 
 import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from fimserver.checkpoints.engine_limits import MAX_GRAPH_BYTES, captured_places, captured_rows
-from fimserver.engine.kernels.devices import free_bytes
+from fimserver.engine.kernels.devices import driver_free_bytes
 from fimserver.engine.modeling.backbone import Backbone, Rows, canvas_rows, causal_rows
 from fimserver.engine.modeling.kv_cache import KVCache
 from fimserver.engine.modeling.layers import AttentionPlan
@@ -140,8 +140,7 @@ class FixedPasses:
 
     def __init__(self, network: Backbone, cache: KVCache) -> None:
         self._network, self._cache = network, cache
-        self._passes: list[FixedPass] = []  # by rows, then by places
-        self._limits: list[tuple[int, int]] = []  # of each: rows, places
+        self._passes: dict[tuple[int, int], FixedPass] = {}  # by rows and places, in this order
         self._generation = cache.generation
         self.num_captured = 0
         self.num_uncaptured = 0  # passes over the cache for which there was no captured one
@@ -162,72 +161,77 @@ class FixedPasses:
         ``sign`` is called before each pass. The cache must be empty, and is so afterwards. If a pass cannot be captured
         or its replay differs, none is used; with ``is_needed`` that raises ``EngineError``.
         """
-        device, before = self._network.device, free_bytes(self._network.device)
-        took, rows, fault = 0, captured_rows(canvas_length), ""
-        self._cache.reserve_all(num_places)
-        self._generation = self._cache.generation
+        device, rows = self._network.device, captured_rows(canvas_length)
+        before = driver_free_bytes(device)
         try:
-            self._network.forward(causal_rows(list(range(_PROMPT_ROWS)), 0, device), self._cache)
-            self._cache.keep(range(_PROMPT_ROWS))
-            for places in captured_places(num_places):
-                for num_rows in reversed(rows):  # the largest first: smaller ones fit into its memory
-                    sign()
-                    fixed = FixedPass(self._network, self._cache, num_rows, places)
-                    fault = self._try(fixed, record)
-                    took = before - (free_bytes(device) or 0) if before is not None else 0
-                    if not fault and took > MAX_GRAPH_BYTES:
-                        fault = f"they take {took / 1e6:.0f} MB of GPU memory, more than {MAX_GRAPH_BYTES / 1e6:.0f} MB"
-                    if fault:
-                        break
-                    self._passes.append(fixed)
-                    self._limits.append((num_rows, places))
-                    self.num_captured += 1
-                if fault:
-                    break
+            self._cache.reserve_all(num_places)
+            self._generation = self._cache.generation
+            fault = self._capture_all(record, rows, num_places, sign)
+            took = 0 if before is None else before - (driver_free_bytes(device) or 0)
+            if not fault and took > MAX_GRAPH_BYTES:
+                fault = f"they take {took / 1e6:.0f} MB of GPU memory, more than {MAX_GRAPH_BYTES / 1e6:.0f} MB"
         except Exception as error:  # noqa: BLE001  drivers and kernels may raise anything
-            fault = f"{type(error).__name__}: {error}".splitlines()[0]
-        finally:
-            self._cache.trim(0)
+            took, fault = 0, f"{type(error).__name__}: {error}".splitlines()[0]
+        self._cache.trim(0)
         if fault:
             self._drop(device)
             if is_needed:
                 msg = f'CUDA graphs cannot be used ({fault}); set cudaGraphs to "auto" or "off"'
                 raise EngineError(msg)
             _logger.warning("passes run without CUDA graphs, which is slower: %s", fault)
-        order = sorted(range(len(self._passes)), key=lambda i: self._limits[i])
-        self._passes, self._limits = ([part[i] for i in order] for part in (self._passes, self._limits))  # type: ignore[assignment]
-        self.report = GraphReport(() if fault else rows, took, fault)
+        self.report = GraphReport(() if fault else rows, 0 if fault else took, fault)
         return self.report
 
-    def _try(self, fixed: FixedPass, record: _Record) -> str:
-        """Capture a pass and compare its replays, with other inputs, to the uncaptured pass; return what differs."""
-        length = fixed.num_rows
-        canvases = [self._arange((1, length), 7), self._arange((1, max(1, length - 3)), 90)]
-        condition = None
-        fixed.move(canvases[0])
+    def _capture_all(self, record: _Record, rows: Sequence[int], num_places: int, sign: Callable[[], None]) -> str:
+        """Capture the passes, the largest first, whose memory the others use; return what differs, or empty."""
+        found: dict[tuple[int, int], FixedPass] = {}
+        for places in captured_places(num_places):
+            for num_rows in reversed(rows):
+                sign()
+                fixed = found[num_rows, places] = FixedPass(self._network, self._cache, num_rows, places)
+                if fault := self._try(fixed, places, record):
+                    return fault
+        self._passes = dict(sorted(found.items()))
+        self.num_captured = len(found)
+        return ""
+
+    def _try(self, fixed: FixedPass, num_places: int, record: _Record) -> str:
+        """Capture a pass and compare its replays, with other inputs, to the uncaptured pass; return what differs.
+
+        Over a short prompt, and over one of noise that is longer than the window; one canvas and two, with padding.
+        """
+        rows, noise = fixed.num_rows, torch.Generator(self._network.device).manual_seed(0)
+        shapes = ((1, rows), (1, max(1, rows - 3)), (2, rows // 2))
+        long = min(num_places - rows, (self._cache.window or 0) + 2 * _PROMPT_ROWS)
+        self._cache.trim(0)
+        self._network.forward(causal_rows(list(range(_PROMPT_ROWS)), 0, self._network.device), self._cache)
+        self._cache.keep(range(_PROMPT_ROWS))
+        fixed.move(self._arange(shapes[0], 7))
         fixed.record(record)
-        for canvas in canvases:
-            expected = self._network.forward(canvas_rows(canvas, self._cache.length), self._cache, condition)
-            found = fixed(canvas, condition)
-            difference = float((found - expected).norm() / expected.norm())
-            if not difference <= _TOLERANCE:  # also true for NaN
-                return f"a replay of {length} rows differed by {difference:.1%} from the uncaptured pass on this GPU"
-            condition = expected[: canvases[1].numel()]
+        for is_long in (False, True):
+            if is_long:
+                self._cache.pretend(long, noise)
+            condition: torch.Tensor | None = None
+            for shape in shapes:
+                canvas = self._arange(shape, 90)
+                given = None if condition is None else condition[: canvas.numel()]
+                expected = self._network.forward(canvas_rows(canvas, self._cache.length), self._cache, given)
+                found = fixed(canvas, given)
+                difference = float((found - expected).norm() / expected.norm())
+                if not difference <= _TOLERANCE:  # also true for NaN
+                    return f"a replay of {rows} rows differed by {difference:.1%} from the uncaptured pass on this GPU"
+                condition = expected if condition is None else condition
         return ""
 
     def _arange(self, shape: tuple[int, int], first: int) -> torch.Tensor:
-        return torch.arange(first, first + shape[1], device=self._network.device).view(shape) % self._network.vocab_size
+        count = shape[0] * shape[1]
+        return torch.arange(first, first + count, device=self._network.device).view(shape) % self._network.vocab_size
 
     def _drop(self, device: torch.device) -> None:
-        self._passes, self._limits, self.num_captured = [], [], 0
+        self._passes, self.num_captured = {}, 0
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-
-    @property
-    def num_places(self) -> int | None:
-        """Tokens that prompt and rows may have together; ``None`` if nothing is captured."""
-        return self._limits[-1][1] if self._limits else None
 
     def run(
         self, canvases: torch.Tensor, cache: KVCache, self_conditioning: torch.Tensor | None
@@ -236,13 +240,11 @@ class FixedPasses:
         if cache is not self._cache or not self._passes:
             return None
         count = canvases.numel()
-        fitting = (
-            i for i, (rows, places) in enumerate(self._limits) if rows >= count and cache.length + rows <= places
-        )
+        fitting = ((rows, places) for rows, places in self._passes if rows >= count and cache.length + rows <= places)
         if (best := next(fitting, None)) is None:
             self.num_uncaptured += 1
             return None
-        cache.reserve(self._limits[best][0])
+        cache.reserve(best[0])
         if cache.generation != self._generation:  # its buffers were replaced
             _logger.error("the KV cache has moved; passes run without CUDA graphs from now on")
             self._drop(cache.keys[0].device)

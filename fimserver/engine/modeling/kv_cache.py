@@ -80,6 +80,17 @@ class KVCache:
         return sum(t.nbytes for t in (*self.keys, *self.values))
 
     @property
+    def num_free_rows(self) -> int:
+        """Rows that fit after the prompt without larger buffers; a sliding layer may drop tokens first."""
+        free = []
+        for layer, shape in enumerate(self._shapes):
+            held, capacity = self.length - self.start_of(layer), self.keys[layer].shape[1]
+            if shape.window is not None and self._window is not None and capacity >= self._window + self._margin:
+                held = min(held, self._window + self._margin // 2)
+            free.append(capacity - held)
+        return min(free)
+
+    @property
     def num_prompt_bytes(self) -> int:
         """Memory of the prompt's keys and values alone."""
         held = (self.length - self.start_of(layer) for layer in range(len(self._shapes)))

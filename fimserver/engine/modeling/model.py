@@ -195,9 +195,11 @@ class Model:
         room = free_bytes(self.device)
         if room is None:
             room = _CANVAS_BYTES_WITHOUT_GPU
+        elif self.fixed is not None:
+            room -= self.fixed.report.num_bytes  # memory of graphs that is unused now, but theirs
         rows = (room - _SPARE_BYTES) // (self.vocab_size * (4 * LOGITS_COPIES + self.network.dtype.itemsize))
-        if self.fixed is not None and self.fixed.num_places is not None:
-            rows = min(rows, self.fixed.num_places - cache.length)  # a cache that grows moves, and graphs are lost
+        if self.fixed is not None:
+            rows = min(rows, cache.num_free_rows)  # buffers that grow move, and graphs are lost
         return max(self.canvas_length, rows)
 
     def without_graphs(self) -> "Model":

@@ -138,23 +138,32 @@ class PromptCache:
         """Make another prompt the current one; copy the one that was, if there is room."""
         *others, current = self._held
         others = [other for other in others if other is not held]
-        saved, held.saved = held.saved, None
+        saved = held.saved
         room = self._max_bytes - (saved.num_bytes if saved is not None else 0)
         if current.token_ids and self.cache.num_prompt_bytes <= room:
             while others and _sum_saved(others) + self.cache.num_prompt_bytes > room:
                 del others[0]
             current.saved = self.cache.save()
             others.append(current)
-        self._held = [*others, held]
-        if saved is None:
-            self.cache.trim(0)
-        else:
-            self.cache.load(saved)
+        self._held, held.saved = [*others, held], None
+        try:
+            if saved is None:
+                self.cache.trim(0)
+            else:
+                self.cache.load(saved)
+        except Exception:
+            self.clear()  # no memory, perhaps: half of a prompt must not be taken for it
+            raise
 
     def append(self, token_ids: Sequence[int], *, last_only: bool = False) -> torch.Tensor:
         """Encode more tokens after the prompt; return the logits after each (T, V), or after the last (1, V)."""
         encode = self._model.encode if last_only else self._model.encode_all
-        logits = encode(list(token_ids), self.cache)
+        try:
+            logits = encode(list(token_ids), self.cache)
+        except Exception:
+            if self.cache.trim(len(self.token_ids)) < len(self.token_ids):
+                self.clear()
+            raise
         self.token_ids.extend(token_ids)
         return logits
 

@@ -456,6 +456,64 @@ def test_a_cut_answer_ends_where_the_language_lets_it_end(vocabulary: Vocabulary
     assert denoiser.fill(cache, start).token_ids == (100, 101)
 
 
+class Closing:
+    """Lets an answer end after some tokens only."""
+
+    def __init__(self, *ends: int) -> None:
+        self.ends, self.last = ends, 0
+
+    def accept(self, token_id: int) -> None:
+        self.last = token_id
+
+    def may_end(self) -> bool:
+        return self.last in self.ends
+
+
+@pytest.mark.parametrize(
+    ("ends", "before", "expected", "dropped"),
+    [
+        ((101,), [], [100, 101], 0),
+        ((), [], [], 0),
+        ((101,), [50, 51], [100, 101], 0),
+        ((50,), [50, 51, 52], [], 2),  # nothing of this canvas, and two tokens of the one before
+        ((), [50, 51, 52], [], 3),
+    ],
+)
+def test_a_cut_answer_ends_where_it_may_in_this_canvas_or_the_one_before(
+    vocabulary: Vocabulary, ends: tuple[int, ...], before: list[int], expected: list[int], dropped: int
+) -> None:
+    model: Any = Scripted([100, 101, 102, 103, 104])
+    model.unsure = [3]
+    end = AnswerEnd(vocabulary, 1)
+    options = replace(QUICK, max_denoising_steps=5, confidence_threshold=-1.0)
+    generator = torch.Generator().manual_seed(0)
+    denoiser = Denoiser(
+        model, options, generator, end, lambda: False, lambda _state, _answer: None, boundaries=lambda: Closing(*ends)
+    )
+    cache: Any = None
+    start = AnswerStart(end, "", min_tokens=0, vocab_size=8192)
+    filled = denoiser.fill(cache, start, before=before)
+    assert (list(filled.token_ids), filled.num_dropped) == (expected, dropped)
+
+
+def test_text_that_may_be_shown_stays_when_time_is_over(vocabulary: Vocabulary) -> None:
+    """The pinned first line of an answer whose other lines are all open, and that may end nowhere."""
+    newline = next(i for i in range(8, 8192) if vocabulary.num_newlines[i] == 1)
+    model: Any = Scripted([100, newline, 102, 103, 104, 105, 106, 107])
+    model.unsure = [2, 3, 4, 5, 6]
+    end = AnswerEnd(vocabulary, 3)
+    options = replace(QUICK, max_denoising_steps=5)
+    states: list[CanvasState] = []
+    generator = torch.Generator().manual_seed(0)
+    denoiser = Denoiser(
+        model, options, generator, end, lambda: False, lambda state, _answer: states.append(state), boundaries=Closing
+    )
+    cache: Any = None
+    filled = denoiser.fill(cache, AnswerStart(end, "", min_tokens=0, vocab_size=8192))
+    assert states[-1].num_pinned == 2
+    assert (filled.token_ids, filled.is_cut) == ((100, newline), True)
+
+
 def test_a_canvas_is_cut_after_its_end(tiny_model: Model, vocabulary: Vocabulary) -> None:
     """After the first step only the answer and little more are computed."""
     shorter = 0

@@ -171,9 +171,9 @@ def test_a_capture_that_fails_or_differs_is_done_without(
 
 
 def test_memory_of_graphs_is_bounded(random_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each capture takes 0.75 GB of a simulated GPU; the second is one too many."""
-    free = iter(range(20_000_000_000, 0, -750_000_001))
-    monkeypatch.setattr("fimserver.engine.modeling.graphs.free_bytes", lambda _device: next(free))
+    """Of a simulated GPU, one byte more than is allowed is taken."""
+    free = iter((20_000_000_000, 18_499_999_999))
+    monkeypatch.setattr("fimserver.engine.modeling.graphs.driver_free_bytes", lambda _device: next(free))
     report = FixedPasses(random_model.network, random_model.new_cache()).capture(lambda run: run, 64, 100)
     assert report.fault == "they take 1500 MB of GPU memory, more than 1500 MB"
 

@@ -131,6 +131,24 @@ def test_long_positions_are_rotated_like_short_ones(random_model: Model) -> None
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("prompt", [1, 20, 31, 47, 48, 100, 300])
+@pytest.mark.parametrize("capacity", [40, 200, 400])
+def test_free_rows_fit_without_larger_buffers(prompt: int, capacity: int) -> None:
+    """One row more does not fit: a sliding layer of window 32 and margin 16 keeps 40 tokens after it slid."""
+    made = []
+    for more in (0, 1):
+        cache = KVCache([CacheShape(1, 4, WINDOW), CacheShape(1, 4)], torch.float32, CPU, margin_tokens=MARGIN)
+        cache.reserve_all(capacity)
+        for _ in range(min(prompt, capacity)):
+            cache.reserve(1)
+            cache.keep([0])
+        before = cache.generation
+        cache.reserve(cache.num_free_rows + more)
+        made.append(cache.generation - before)
+    assert made[0] == 0
+    assert made[1] > 0
+
+
 def test_a_cache_without_sliding_layers_keeps_everything() -> None:
     cache = KVCache([CacheShape(1, 4)], torch.float32, CPU, margin_tokens=1)
     cache.reserve(50)
