@@ -13,7 +13,7 @@ import sys
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from fimserver.checkpoints.gpus import NO_GPU
+from fimserver.checkpoints.gpus import NO_GPU, USABLE
 from fimserver.checkpoints.memory import Checkpoint, Format, Role, find_checkpoint
 from fimserver.checkpoints.planner import DEFAULT_CONTEXT_TOKENS, count_experts_on_gpu, plan_on_gpu
 from fimserver.cli.doctor.check import Check
@@ -43,7 +43,6 @@ from fimserver.engine.kernels.report import Report, read_report
 from fimserver.errors import EngineError, FimserverError
 from fimserver.settings import Settings
 
-_USABLE = 0.98  # fraction of a GPU's memory that programs get, as in checkpoints/gpus.py
 _SHOWN_PROCESSES = 3
 _MEMORY = "gpu memory"
 
@@ -193,7 +192,7 @@ def _check_memory(gpu: _Gpu, driver: Driver, settings: Settings) -> Check:
     kept = _count_experts(checkpoint, context, free_bytes)
     if kept >= 1:
         found += f"; {kept} of {checkpoint.shape.num_experts} experts of each layer fit now, which is slower"
-    if plan.total_bytes <= gpu.total_bytes * _USABLE:
+    if plan.total_bytes <= gpu.total_bytes * USABLE:
         which = ": end the programs above" if others else ""
         which = ": Windows's Task Manager lists them" if not is_listed else which
         return Check(_MEMORY, found, f"close other programs that use the GPU{which}; or set contextTokens lower")
