@@ -23,7 +23,7 @@ from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 import fimserver
 from fimserver.checkpoints import memory, planner
 from fimserver.checkpoints.engine_limits import MAX_GRAPH_BYTES, MAX_PROMPT_CACHE_BYTES
-from fimserver.checkpoints.gpus import GPUS, describe_gpu, find_gpu
+from fimserver.checkpoints.gpus import GPUS, USABLE, describe_gpu, find_gpu
 from fimserver.checkpoints.known import SHIPPED_MODELS
 from fimserver.checkpoints.memory import Checkpoint, Format, Role, find_checkpoint, parse_config, read_folder, to_parts
 from fimserver.checkpoints.metadata import read_metadata
@@ -131,13 +131,6 @@ def test_steps_of_the_large_model(
         assert found == pytest.approx(expected, abs=0.055 if expected < 50 else 0.55), name
 
 
-def test_fp8_for_the_rest(large: Checkpoint) -> None:
-    # 15.3 GB a step with one read of the embedding
-    changed = large.with_rest_in_fp8()
-    read = step_bytes(changed, 256, 0) - changed.bytes_of(Role.EMBEDDING) - changed.bytes_of(Role.ROUTER) / 2
-    assert read / GB == pytest.approx(15.3, abs=0.06)
-
-
 def test_cache_of_the_large_model(large: Checkpoint) -> None:
     # The notes count the window and a canvas, without the margin
     for context, gigabytes in ((8192, 0.44), (32768, 0.94)):
@@ -228,23 +221,25 @@ def test_the_longest_context_has_room_for_its_masks(large: Checkpoint) -> None:
     assert 496 * 340_000 * 2 < sum_of(plan, "CUDA graphs") < MAX_GRAPH_BYTES, "of 16 to 256 rows, over three lengths"
 
 
-def test_float8_is_not_offered_as_a_remedy(large: Checkpoint) -> None:
-    remedies = {r.change: r for r in plan_on_gpu(large, find_gpu("RTX 4080")).remedies}
-    assert [change for change, remedy in remedies.items() if not remedy.is_there] == [planner._FP8_REST]
-    in_4_bits = remedies[planner._ALL_IN_4_BITS].total_bytes
-    assert in_4_bits == plan_on_gpu(large.with_projections_in_nvfp4(), find_gpu("RTX 4080")).total_bytes
+def test_a_remedy_has_a_command_only_if_the_result_fits(large: Checkpoint) -> None:
+    in_4_bits = plan_on_gpu(large.with_projections_in_nvfp4(), find_gpu("RTX 4080")).total_bytes
+    for gpu, commands in (("RTX 4080", ()), ("20 GB", (f"fimserver quantize {NVFP4} FOLDER --all",))):
+        found = plan_on_gpu(large, describe_gpu(18.5, 900) if gpu == "20 GB" else find_gpu(gpu)).remedies
+        (remedy,) = (r for r in found if not r.change.startswith("a context"))
+        assert (remedy.change, remedy.total_bytes) == (planner._ALL_IN_4_BITS, in_4_bits)
+        assert (remedy.fits, remedy.commands) == (bool(commands), commands)
 
 
 def test_no_command_is_named_for_sources_that_quantize_refuses(tmp_path: Path) -> None:
     checkpoint = read_folder(quantized_folder(tmp_path))
     assert {part.stored for part in checkpoint.parts} == {"", "fp8"}
-    small = describe_gpu(0.5, 100)
-    remedies = plan_on_gpu(checkpoint, small, 512).remedies
-    assert remedies
-    assert not [remedy.command for remedy in remedies if remedy.command]
+    needed = plan_on_gpu(checkpoint, describe_gpu(0.5, 100), 512).remedies[-1].total_bytes
+    remedies = plan_on_gpu(checkpoint, describe_gpu(1.001 * needed / USABLE / 2**30, 100), 512).remedies
+    assert remedies[-1].fits
+    assert not [remedy.commands for remedy in remedies if remedy.commands]
     assert any(remedy.change.endswith("in NVFP4, quantized from the float checkpoint") for remedy in remedies)
-    floats = plan_on_gpu(read_folder(SHIPPED_MODELS / "tiny"), small, 512).remedies
-    commands = [remedy.command for remedy in floats if remedy.command]
+    floats = plan_on_gpu(read_folder(SHIPPED_MODELS / "tiny"), describe_gpu(1.333, 100), 512).remedies
+    commands = [command for remedy in floats for command in remedy.commands]
     assert commands == ["fimserver quantize tiny FOLDER", "fimserver quantize tiny FOLDER --all"]
 
 

@@ -12,13 +12,14 @@ import pytest
 from click.testing import CliRunner, Result
 
 from fimserver.checkpoints.gpus import COMMON, GPUS
+from fimserver.checkpoints.installed import find_model
 from fimserver.checkpoints.known import SHIPPED_MODELS
 from fimserver.checkpoints.memory import find_checkpoint
 from fimserver.checkpoints.planner import plan_on_gpu
 from fimserver.cli.machine import choose_gpu, find_gpus, parse_gpus
 from fimserver.cli.main import main
 from fimserver.engine.kernels import driver
-from fimserver.errors import FimserverError
+from fimserver.errors import FimserverError, WeightsError
 
 NVFP4 = "nvidia/diffusiongemma-26B-A4B-it-NVFP4"
 RTX_4090 = "NVIDIA GeForce RTX 4090, 24564 MiB, 580.82, 8.9"
@@ -165,26 +166,35 @@ def test_16_gb_name_what_fits_there() -> None:
 
 
 def test_a_remedy_is_a_command_that_exists() -> None:
-    (remedy,) = (r for r in values("--gpu", "RTX 5080")["remedies"] if r["command"])
-    assert remedy["command"] == f"fimserver quantize {NVFP4} FOLDER --all"
+    arguments = ("--memory", "18.5", "--bandwidth", "900")
+    (remedy,) = (r for r in values(*arguments)["remedies"] if r["commands"])
+    download, quantizing = remedy["commands"]
+    assert download == f"fimserver model add {NVFP4}", "without it, quantize finds no such model"
+    assert quantizing == f"fimserver quantize {NVFP4} FOLDER --all"
+    with pytest.raises(WeightsError, match="neither a folder nor downloaded"):
+        find_model(NVFP4)
+    shown = [line.strip() for line in doctor(*arguments).stdout.splitlines() if line.startswith("  fimserver ")]
+    assert [line.partition("  (")[0] for line in shown] == remedy["commands"]
+    assert "(downloads 18.9 GB)" in shown[0]
     assert remedy["download_bytes"] == 18_864_434_565
     assert remedy["written_bytes"] == pytest.approx(16.47e9, rel=0.01)
     assert remedy["main_memory_bytes"] == pytest.approx(3.5e9, rel=0.05)
-    command, options = remedy["command"].split()[1], remedy["command"].split()[4:]
-    quantize = main.commands[command]
-    assert set(options) <= {name for option in quantize.params for name in option.opts}
+    quantize = main.commands[quantizing.split()[1]]
+    assert set(quantizing.split()[4:]) <= {name for option in quantize.params for name in option.opts}
     (bf16,) = (
         r for r in values("--gpu", "RTX 5090", model="google/diffusiongemma-26B-A4B-it")["remedies"] if r["fits"]
-        and "--all" not in r["command"] and r["command"]
+        and r["commands"] and "--all" not in r["commands"][-1]
     )  # fmt: skip
     assert bf16["change"] == "experts in NVFP4"
+    assert "does not fit either" in (shown := doctor("--gpu", "RTX 5080").stdout)
+    assert "fimserver model add" not in shown, "a command that does not help"
 
 
 def test_a_folders_remedy_names_its_path(tmp_path: Path) -> None:
     folder = tmp_path / "my models" / "tiny"
     shutil.copytree(SHIPPED_MODELS / "tiny", folder)
-    found = values("--memory", "0.5", "--bandwidth", "100", model=str(folder))
-    commands = [shlex.split(remedy["command"]) for remedy in found["remedies"] if remedy["command"]]
+    found = values("--memory", "1.33", "--bandwidth", "100", "--context", "384", model=str(folder))
+    commands = [shlex.split(command) for remedy in found["remedies"] for command in remedy["commands"]]
     assert commands
     assert all(command[:4] == ["fimserver", "quantize", str(folder), "FOLDER"] for command in commands)
 
