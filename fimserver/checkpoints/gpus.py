@@ -10,8 +10,8 @@ share ("RTX 4060 Ti", "A100", "RTX 6000") is an error too, unless a memory or a 
 Knows:   numbers of data sheets.  Never: models, the GPUs of this machine.
 Source:  data sheets and architecture papers of the maker; for the bus, the nominal rate of its PCIe generation and
          width, of a laptop's GPU those of its chip. bf16 is the dense rate of tensor cores with float32 sums; of a
-         laptop's GPU it follows from the maker's "AI TOPS" at full power. L4 and L40S have the memory that is left with error correction, which is on by
-         default; all others the nominal one.
+         laptop's GPU it follows from the maker's "AI TOPS" at full power. L4 and L40S have the memory that is left
+         with error correction, which is on by default; all others the nominal one.
 """
 
 import difflib

@@ -16,16 +16,16 @@ from fimserver.checkpoints.installed import find_model
 from fimserver.checkpoints.known import SHIPPED_MODELS
 from fimserver.checkpoints.memory import find_checkpoint
 from fimserver.checkpoints.planner import plan_on_gpu
-from fimserver.cli.machine import choose_gpu, find_gpus, parse_gpus
+from fimserver.cli.machine import choose_gpu, list_gpus
 from fimserver.cli.main import main
 from fimserver.engine.kernels import driver
 from fimserver.errors import FimserverError, WeightsError
 
 NVFP4 = "nvidia/diffusiongemma-26B-A4B-it-NVFP4"
-RTX_4090 = "NVIDIA GeForce RTX 4090, 24564 MiB, 580.82, 8.9"
-RTX_3060 = "NVIDIA GeForce RTX 3060, 12288 MiB, 580.82, 8.6"
-UNKNOWN = "NVIDIA GeForce RTX 5090 D, 32607 MiB, 580.82, 12.0"
-OLD = "NVIDIA GeForce RTX 2080 Ti, 11264 MiB, 580.82, 7.5"
+RTX_4090 = "GPU-1, NVIDIA GeForce RTX 4090, 24564, 24000, 580.82, 8.9"
+RTX_3060 = "GPU-2, NVIDIA GeForce RTX 3060, 12288, 12000, 580.82, 8.6"
+UNKNOWN = "GPU-3, NVIDIA GeForce RTX 5090 D, 32607, 32000, 580.82, 12.0"
+OLD = "GPU-4, NVIDIA GeForce RTX 2080 Ti, 11264, 11000, 580.82, 7.5"
 
 
 def doctor(*arguments: str, model: str = NVFP4) -> Result:
@@ -59,7 +59,7 @@ def test_auto_without_a_gpu_says_what_to_do(smi: Path, monkeypatch: pytest.Monke
         assert "--memory and --bandwidth" in result.stderr
     smi.with_name("nvidia-smi").unlink()
     monkeypatch.setenv("PATH", str(smi.parent))
-    assert find_gpus() == []
+    assert list_gpus(driver.read_driver()) == []
 
 
 def test_auto_takes_the_memory_that_the_driver_reports(smi: Path) -> None:
@@ -77,7 +77,7 @@ def test_auto_in_wsl_finds_a_driver_outside_path(smi: Path, monkeypatch: pytest.
     program.write_text(f"#!/bin/sh\nexec /bin/cat {smi}\n")
     monkeypatch.setenv("PATH", str(smi.parent / "nothing"))
     monkeypatch.setattr(driver, "WSL_SMI", str(program))
-    assert [gpu.listed and gpu.listed.name for gpu in find_gpus()] == ["RTX 3060 12 GB"]
+    assert [gpu.listed and gpu.listed.name for gpu in list_gpus(driver.read_driver())] == ["RTX 3060 12 GB"]
 
 
 def test_auto_asks_for_the_bandwidth_of_an_unlisted_gpu(smi: Path) -> None:
@@ -116,8 +116,9 @@ def test_auto_takes_the_gpu_that_device_chooses(smi: Path, monkeypatch: pytest.M
     assert "cuda:2 is not one of this machine's 2 GPUs" in doctor("--gpu", "auto", "--device", "cuda:2").stderr
 
 
-def test_a_gpu_that_is_not_listed_leaves_the_order_open() -> None:
-    found = parse_gpus(f"{RTX_4090}\n{UNKNOWN}\n")
+def test_a_gpu_that_is_not_listed_leaves_the_order_open(smi: Path) -> None:
+    smi.write_text(f"{RTX_4090}\n{UNKNOWN}\n")
+    found = list_gpus(driver.read_driver())
     with pytest.raises(FimserverError, match="depends on CUDA's order"):
         choose_gpu(found, "auto", {})
     assert choose_gpu(found, "cuda:1", {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}) is found[1]

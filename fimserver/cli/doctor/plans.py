@@ -40,8 +40,9 @@ from fimserver.checkpoints.request_times import (
     estimate_times,
     list_host_times,
 )
-from fimserver.cli.machine import choose_gpu, find_gpus
+from fimserver.cli.machine import choose_gpu, list_gpus
 from fimserver.cli.terminal import make_console, plain
+from fimserver.engine.kernels.driver import read_driver
 from fimserver.errors import FimserverError, WeightsError
 
 _FEW_STEPS = 20  # steps per second; slower speeds are shown with one more digit
@@ -137,7 +138,7 @@ def resolve_gpu(query: PlanQuery) -> Gpu:
 
 def _resolve_here(query: PlanQuery) -> Gpu:
     """Return this machine's GPU that the setting ``device`` chooses, with the memory that its driver reports."""
-    found = choose_gpu(find_gpus(), query.device, os.environ)
+    found = choose_gpu(list_gpus(read_driver()), query.device, os.environ)
     capability = found.compute_capability
     if not found.has_bf16:
         msg = f"{found.name} has compute capability {capability}; bf16 needs 8.0 (Ampere), so plan with --gpu cpu"
