@@ -34,6 +34,7 @@ from fimserver.checkpoints.planner import (
     weight_lines_on_cpu,
     weight_lines_on_gpu,
 )
+from fimserver.checkpoints.request_times import FITS_GHOST_TEXT, TOO_SLOW, compare_models, list_host_times
 from fimserver.engine.kernels.nvfp4 import Dialect
 from fimserver.engine.kernels.packed import PackedExperts, PackedLinear
 from fimserver.engine.loading.weights import load_weights
@@ -179,6 +180,36 @@ def test_the_page_states_the_cost_of_host_plans(large: Checkpoint) -> None:
     ]
     some, more = (f"{min(ms):.0f} to {max(ms):.0f} ms" for ms in costs)
     assert f"add {some} to a step; {more} if attention and the dense part are in 4 bits too" in page
+
+
+def test_the_page_states_what_fits_16_gb_instead(large: Checkpoint) -> None:
+    path = Path(fimserver.__file__).parent / "docs" / "how-to" / "gpu.md"
+    page = " ".join(path.read_text(encoding="utf-8").split())
+    gpus = [find_gpu(gpu) for gpu in ("RTX 5080", "RTX 4060 Ti 16 GB")]
+    times = [list_host_times(large, gpu, plan_on_gpu(large, gpu, 8192)) for gpu in gpus]
+    assert {found.verdict for both in times for found in both} == {TOO_SLOW}
+    published, in_4_bits = ([found.line_warm_ms / 1e3 for found in kind] for kind in zip(*times, strict=True))
+    assert f"too slow for ghost text: a line takes {published[0]:.1f} to {published[1]:.1f} s." in page
+    assert f"with which a line takes {in_4_bits[0]:.1f} to {in_4_bits[1]:.1f} s: still too slow" in page
+    others = [{row.model: row for row in compare_models(gpu)} for gpu in gpus]
+    for model, text in (
+        ("Qwen2.5-Coder-7B in NVFP4", "({} to {} ms for a line)"),
+        ("Qwen2.5-Coder-1.5B", "as published ({} to {} ms)"),
+    ):
+        rows = [other[model] for other in others]
+        assert {row.verdict for row in rows} == {FITS_GHOST_TEXT}
+        ms = [round(row.times.line_warm_ms) for row in rows if row.times is not None]
+        assert f"{model} {text.format(*ms)}" in page
+
+
+def test_no_gpu_of_16_gb_is_faster_than_the_page_states(large: Checkpoint) -> None:
+    lines = {
+        gpu.name: list_host_times(large, gpu, plan_on_gpu(large, gpu, 8192))[0].line_warm_ms
+        for gpu in GPUS
+        if gpu.memory_gib == 16
+    }
+    assert min(lines, key=lambda name: lines[name]) == "RTX 5080"
+    assert max(lines, key=lambda name: lines[name]) == "RTX 4060 Ti 16 GB"
 
 
 def test_host_plans_fill_the_gpu_and_no_more(large: Checkpoint) -> None:

@@ -243,7 +243,7 @@ def find_notice(device: str, info: ModelInfo, *, lacks_experts: bool = False) ->
             f"weights in 4 bits are multiplied in plain torch, which is slow: {find_plain_fault(info.kernels, look())}"
         )
     if lacks_experts:
-        return f"some experts of {info.name} do not fit on the GPU and are copied from main memory: {SLOW_EXPERTS}"
+        return f"some experts do not fit on the GPU and are copied from main memory: {SLOW_EXPERTS}"
     if device != "auto" or info.device != "cpu" or not has_gpu_files():
         return ""
     driver = read_driver()
