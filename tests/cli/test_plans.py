@@ -174,9 +174,9 @@ def test_a_remedy_is_a_command_that_exists() -> None:
     assert quantizing == f"fimserver quantize {NVFP4} FOLDER --all"
     with pytest.raises(WeightsError, match="neither a folder nor downloaded"):
         find_model(NVFP4)
-    shown = [line.strip() for line in doctor(*arguments).stdout.splitlines() if line.startswith("  fimserver ")]
-    assert [line.partition("  (")[0] for line in shown] == remedy["commands"]
-    assert "(downloads 18.9 GB)" in shown[0]
+    printed = [line.strip() for line in doctor(*arguments).stdout.splitlines() if line.startswith("  fimserver ")]
+    assert [line.partition("  (")[0] for line in printed] == remedy["commands"]
+    assert "(downloads 18.9 GB)" in printed[0]
     assert remedy["download_bytes"] == 18_864_434_565
     assert remedy["written_bytes"] == pytest.approx(16.47e9, rel=0.01)
     assert remedy["main_memory_bytes"] == pytest.approx(3.5e9, rel=0.05)

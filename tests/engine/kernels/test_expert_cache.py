@@ -336,9 +336,7 @@ def test_transformers_own_modules_read_the_device_too(folder: Path) -> None:
     assert add_up(caches).misses > 0
 
 
-def test_a_gpu_gets_as_many_experts_as_fit(
-    folder: Path, random_folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_gpu_gets_as_many_experts_as_fit(folder: Path, random_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     checkpoint = read_folder(folder)
     total, experts = plan_on_gpu(checkpoint, find_gpu("RTX 5080"), 256).total_bytes, checkpoint.bytes_of(Role.EXPERTS)
     rest = total - experts
