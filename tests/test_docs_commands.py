@@ -43,6 +43,7 @@ NOT_RUN = [
     ("*/models.md", "fimserver model add nvidia/*", "downloads 19 GB; tests/checkpoints has a hub of its own"),
     ("*/models.md", "fimserver model add ~/*", "needs a GGUF file; tests/checkpoints"),
     ("*/quantize.md", "fimserver quantize nvidia/*", "needs 19 GB of weights; tests/engine/quantize"),
+    ("*/quantize.md", "fimserver model add nvidia/*", "downloads 19 GB; tests/checkpoints has a hub of its own"),
     ("*", "hf download *", "needs the hub"),
     ("*", "fimserver corpus", "downloads 190 MB from PyPI"),
     ("*/quality.md", "fimserver eval holes *", "needs the corpus, and matplotlib"),

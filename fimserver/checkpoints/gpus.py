@@ -9,9 +9,9 @@ share ("RTX 4060 Ti", "A100", "RTX 6000") is an error too, unless a memory or a 
 
 Knows:   numbers of data sheets.  Never: models, the GPUs of this machine.
 Source:  data sheets and architecture papers of the maker; for the bus, the nominal rate of its PCIe generation and
-         width. bf16 is the dense rate of tensor cores with float32 sums. Of a laptop's GPU it follows from the maker's
-         "AI TOPS" at full power. L4 and L40S have the memory that is left with error correction, which is on by
-         default; all others the nominal one.
+         width, of a laptop's GPU those of its chip. bf16 is the dense rate of tensor cores with float32 sums; of a
+         laptop's GPU it follows from the maker's "AI TOPS" at full power. L4 and L40S have the memory that is left
+         with error correction, which is on by default; all others the nominal one.
 """
 
 import difflib
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from fimserver.errors import FimserverError
 
 _GIB = 2**30
-_USABLE = 0.98  # fraction of a GPU's nominal memory that programs get; an estimate
+USABLE = 0.98  # fraction of a GPU's memory that programs get; an estimate
 _SAME_MEMORY = 0.1  # relative difference between a nominal memory and a driver's
 _SAME_BANDWIDTH = 0.02
 
@@ -45,7 +45,7 @@ class Gpu:
     @property
     def usable_bytes(self) -> int:
         """Memory available to programs."""
-        return int(self.memory_gib * _GIB * _USABLE)
+        return int(self.memory_gib * _GIB * USABLE)
 
 
 _PCIE_4_X8, _PCIE_4_X16, _PCIE_5_X8, _PCIE_5_X16 = 15.75, 31.5, 31.5, 63.0
@@ -76,6 +76,7 @@ GPUS = (
     Gpu("RTX 4080", 16, 716.8, _PCIE_4_X16, "8.9", 97.5),
     Gpu("RTX 4080 Super", 16, 736, _PCIE_4_X16, "8.9", 104.4),
     Gpu("RTX 4090", 24, 1008, _PCIE_4_X16, "8.9", 165.2),
+    Gpu("RTX 4050 Laptop", 6, 192, _PCIE_4_X8, "8.9", 24.3),
     Gpu("RTX 4060 Laptop", 8, 256, _PCIE_4_X8, "8.9", 29.1),
     Gpu("RTX 4070 Laptop", 8, 256, _PCIE_4_X8, "8.9", 40.1),
     Gpu("RTX 4080 Laptop", 12, 432, _PCIE_4_X16, "8.9", 67.8),
@@ -87,6 +88,8 @@ GPUS = (
     Gpu("RTX 5070 Ti", 16, 896, _PCIE_5_X16, "12.0", 87.9),
     Gpu("RTX 5080", 16, 960, _PCIE_5_X16, "12.0", 112.6),
     Gpu("RTX 5090", 32, 1792, _PCIE_5_X16, "12.0", 209.5),
+    Gpu("RTX 5060 Laptop", 8, 384, _PCIE_5_X8, "12.0", 35.8),
+    Gpu("RTX 5070 Laptop", 8, 384, _PCIE_5_X8, "12.0", 49.9),
     Gpu("RTX 5070 Ti Laptop", 12, 672, _PCIE_5_X16, "12.0", 62.0),
     Gpu("RTX 5080 Laptop", 16, 896, _PCIE_5_X16, "12.0", 83.4),
     Gpu("RTX 5090 Laptop", 24, 896, _PCIE_5_X16, "12.0", 114.0),
@@ -103,7 +106,8 @@ GPUS = (
     Gpu("H100 PCIe", 80, 2000, _PCIE_5_X16, "9.0", 756.0, ("H100", "H100 80 GB")),
     Gpu("H100 SXM", 80, 3350, _PCIE_5_X16, "9.0", 989.0, ("H100", "H100 80 GB", "H100 SXM5", "H100 80GB HBM3")),
     Gpu("H100 NVL", 94, 3900, _PCIE_5_X16, "9.0", 835.0, ("H100",)),
-    Gpu("H200", 141, 4800, _PCIE_5_X16, "9.0", 989.0, ("H200 SXM", "H200 NVL")),
+    Gpu("H200", 141, 4800, _PCIE_5_X16, "9.0", 989.0, ("H200 SXM",)),
+    Gpu("H200 NVL", 141, 4800, _PCIE_5_X16, "9.0", 835.0),
     Gpu("B200", 180, 8000, _PCIE_5_X16, "10.0", 2250.0),
     Gpu("DGX Spark", 119.2, 273, 0, "12.1", 125.0, ("GB10",)),  # 128 GB, shared with the system
 )
@@ -133,7 +137,15 @@ ASSUMED_PCIE_GB_PER_S = _PCIE_4_X16  # of a GPU that is not in the table
 NO_GPU = Gpu("this GPU", 0, 1, 0, "")  # for a plan's memory, which does not depend on the GPU
 
 _MAKERS_WORDS = re.compile(r"nvidia|geforce|quadro|rtx|graphics|generation|laptop gpu$|[^a-z0-9]")
-_WITHOUT_BF16 = re.compile(r"20[5678]0\D*|gtx\w*|titan\w*|(tesla|quadro)?[kmpvt]\d+\w*|mx\d+|1[06]\d0\D*")
+_BEFORE_AMPERE = (
+    r"(gtx|teslac?[kmpvt]?\d|quadro([kmpt]|gp|gv)?\d)\w*",
+    r"titan(x|xp|xpascal|v|z|black)?",
+    r"(10[35678]0|16[356]0|20[5678]0)(ti|super|maxq|mobile|laptop(gpu)?|withmaxqdesign|\d+gb)*",
+    r"mx(110|130|150|230|250|330|350|450|550)",
+    r"t(400|500|550|600|1000|1200|2000)(laptop(gpu)?|\d+gb)*",
+    r"(k80|p4|p40|t4)(\d+gb)?|(p100|v100s?)((pcie|sxm[23]|fhhl)?(\d+gb)?)",
+)  # whole names without "NVIDIA", "GeForce" and "RTX"; a GPU that is not among them is only unknown
+_WITHOUT_BF16 = re.compile("|".join(_BEFORE_AMPERE))
 _TURING_WORKSTATION = re.compile(r"quadro.*\b[3-8]000\b", re.IGNORECASE)
 
 
@@ -180,7 +192,7 @@ def describe_gpu(memory_gib: float, bandwidth_gb_per_s: float, name: str = "") -
 
 
 def is_without_bf16(name: str) -> bool:
-    """Return whether a name is that of a GPU before Ampere, or of a T4 or V100."""
+    """Return whether a name is that of an NVIDIA GPU before Ampere."""
     words = re.sub(r"nvidia|geforce|rtx|[^a-z0-9]", "", name.lower())
     return bool(_WITHOUT_BF16.fullmatch(words) or _TURING_WORKSTATION.search(name))
 

@@ -66,7 +66,6 @@ class Role(StrEnum):
         return {Role.DENSE: "dense part", Role.SELF_CONDITIONING: "self-conditioning"}.get(self, self.value)
 
 
-_NEVER_FP8 = (Role.ROUTER, Role.NORMS)
 _IN_4_BITS = (Role.EXPERTS, Role.ATTENTION, Role.DENSE, Role.SELF_CONDITIONING)  # may stay in 4 bits
 _DENSE_TYPES = ("qwen2", "Dream")
 _EXPANDED = (Format.FP8, Format.NVFP4, Format.GGUF)  # a plan names these formats of a file
@@ -173,16 +172,6 @@ class Checkpoint:
     def parameters_of(self, *roles: Role) -> int:
         """Return the number of weights of some roles."""
         return sum(part.num_parameters for part in self.parts if part.role in roles)
-
-    def with_rest_in_fp8(self) -> "Checkpoint":
-        """Return the checkpoint with every large bf16 part in 8 bits."""
-        parts = tuple(
-            replace(part, format=Format.FP8, stored="", stored_bytes=0)
-            if part.format is Format.BF16 and part.role not in _NEVER_FP8 and part.role is not Role.EXPERTS
-            else part
-            for part in self.parts
-        )
-        return replace(self, parts=parts)
 
     def with_experts_in_nvfp4(self) -> "Checkpoint":
         """Return the checkpoint with experts in 4 bits."""

@@ -49,7 +49,6 @@ _LOGITS_ROWS = 64  # of an autoregressive model at once: drafted tokens, in floa
 _ROW_BYTES = 2  # a scale of the 8-bit copy on a CPU
 _ALL_IN_4_BITS = "experts, attention, dense part in NVFP4"
 _DENSE_IN_4_BITS = "attention and dense part in NVFP4"
-_FP8_REST = "fp8 for the bf16 rest (not in the engine)"
 _CPU_NOTE = "Weights are float32 on a CPU; 4 bits are only their format on disk."
 _CPU_DENSE_NOTE = "Weights are bf16 on a CPU, and 8 bits for passes of few tokens; 4 bits are only a format on disk."
 _SHOWN_IN_BILLIONS = 10_000_000  # parameters; smaller counts are shown in millions
@@ -93,18 +92,17 @@ class HostPlan:
 
 @dataclass(frozen=True, slots=True)
 class Remedy:
-    """A change and the resulting plan; ``is_there`` means that the engine supports it.
+    """A change and the resulting plan.
 
-    ``command`` makes the change from the source's files, ``download_bytes`` of them if that is known. It writes about
-    ``written_bytes`` and takes about ``main_memory_bytes``.
+    ``commands`` make the change from the source's files, ``download_bytes`` of them if that is known; none if the
+    result does not fit. The last one writes about ``written_bytes`` and takes about ``main_memory_bytes``.
     """
 
     change: str
     total_bytes: int
     fits: bool
     largest_context_tokens: int
-    is_there: bool = True
-    command: str = ""
+    commands: tuple[str, ...] = ()
     download_bytes: int | None = None
     written_bytes: int = 0
     main_memory_bytes: int = 0
@@ -383,33 +381,30 @@ def _remedies(checkpoint: Checkpoint, gpu: Gpu, context_tokens: int) -> Iterator
     if _has_whole_blocks(checkpoint.shape) and checkpoint.with_projections_in_nvfp4() != checkpoint:
         change = _DENSE_IN_4_BITS if checkpoint.shape.is_dense else _ALL_IN_4_BITS
         variants.append((change, checkpoint.with_projections_in_nvfp4()))
-    in_fp8 = (variants[0][1] if has_bf16_experts and variants else checkpoint).with_rest_in_fp8()
     if largest := _largest_context(checkpoint, _gpu_lines, gpu.usable_bytes):
         yield Remedy(f"a context of {largest} tokens", _sum(_gpu_lines(checkpoint, largest)), True, largest)  # noqa: FBT003
     for change, variant in variants:
         total = _sum(_gpu_lines(variant, context_tokens))
         largest = _largest_context(variant, _gpu_lines, gpu.usable_bytes)
         yield _to_quantized(checkpoint, variant, Remedy(change, total, total <= gpu.usable_bytes, largest))
-    if in_fp8 != checkpoint and not checkpoint.shape.is_dense:
-        total = _sum(_gpu_lines(in_fp8, context_tokens))
-        largest = _largest_context(in_fp8, _gpu_lines, gpu.usable_bytes)
-        yield Remedy(_FP8_REST, total, total <= gpu.usable_bytes, largest, is_there=False)
 
 
 def _to_quantized(checkpoint: Checkpoint, variant: Checkpoint, remedy: Remedy) -> Remedy:
-    """Return a remedy with the command that writes ``variant``, and what it needs.
+    """Return a remedy with the command that writes ``variant``, and what it needs, if the result fits.
 
     No command takes a source with float8 or GGUF; its float checkpoint has to be quantized instead. Files also hold
     what is not loaded, such as vision, which is copied; the command holds that and the embedding at once.
     """
     if any(part.stored for part in checkpoint.parts):
         return replace(remedy, change=f"{remedy.change}, quantized from the float checkpoint")
+    if not remedy.fits:
+        return remedy
     roles = tuple(Role)
     unloaded = max(0, (checkpoint.file_bytes or 0) - checkpoint.bytes_of(*roles))
     needs_all = any(part.role is not Role.EXPERTS and part.format is Format.NVFP4 for part in variant.parts)
     return replace(
         remedy,
-        command=f"fimserver quantize {checkpoint.name} FOLDER{' --all' if needs_all else ''}",
+        commands=(f"fimserver quantize {checkpoint.name} FOLDER{' --all' if needs_all else ''}",),
         download_bytes=checkpoint.file_bytes,
         written_bytes=variant.bytes_of(*roles) + unloaded,
         main_memory_bytes=_PROCESS_BYTES + _MAPPED_BYTES + variant.bytes_of(Role.EMBEDDING) + unloaded,

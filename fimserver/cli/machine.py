@@ -1,6 +1,7 @@
 """Look at this machine: GPU, processor, memory, disk, and completion servers that run already.
 
-Knows:  nvidia-smi, the usual local ports.  Never: models, torch; nothing is sent but questions about a server's model.
+Knows:  the driver's GPUs, the usual local ports.  Never: models, torch.
+Sends:  questions about a server's model, and nothing else.
 """
 
 import asyncio
@@ -11,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fimserver.checkpoints.gpus import Gpu, find_reported
-from fimserver.engine.kernels.driver import ask_smi, find_smi
+from fimserver.engine.kernels.driver import Driver, read_driver
+from fimserver.engine.kernels.faults import is_too_old
 from fimserver.engine.remote.address import USUAL_URLS, parse_address
 from fimserver.engine.remote.connection import Connection
 from fimserver.engine.remote.servers.llamacpp import LlamaCpp
@@ -21,9 +23,6 @@ from fimserver.engine.remote.servers.vllm import Vllm
 from fimserver.errors import FimserverError, RemoteError
 
 _SERVER_TIMEOUT_S = 2.0
-_FIELDS = "name,memory.total,driver_version,compute_cap"
-_MIB = 2**20
-_OLDEST_CAPABILITY = 8.0  # with bf16: Ampere
 _SERVERS: tuple[type[Ollama | LlamaCpp | Vllm], ...] = (Ollama, LlamaCpp, Vllm)
 
 
@@ -40,8 +39,7 @@ class FoundGpu:
     @property
     def has_bf16(self) -> bool:
         """Whether it computes bf16, as GPUs from Ampere on do; True if the driver does not say."""
-        number = self.compute_capability
-        return not number.replace(".", "", 1).isdecimal() or float(number) >= _OLDEST_CAPABILITY
+        return not is_too_old(self.compute_capability)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +67,7 @@ def look_at_machine(folder: Path) -> Machine:
     """Return what this machine has; ``folder`` is where models are kept."""
     existing = next(path for path in (folder, *folder.parents) if path.is_dir())
     return Machine(
-        gpu=max(find_gpus(), key=lambda gpu: gpu.memory_bytes, default=None),
+        gpu=max(list_gpus(read_driver()), key=lambda gpu: gpu.memory_bytes, default=None),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         memory_bytes=_memory_bytes(),
         free_disk_bytes=shutil.disk_usage(existing).free,
@@ -82,29 +80,18 @@ def simulate_gpu(gpu: Gpu) -> FoundGpu:
     return FoundGpu(gpu.name, int(gpu.memory_gib * 2**30), "", gpu.compute_capability, gpu)
 
 
-def parse_gpus(output: str) -> list[FoundGpu]:
-    """Return the GPUs that nvidia-smi lists in lines of name, MiB, driver and compute capability.
+def list_gpus(driver: Driver) -> list[FoundGpu]:
+    """Return the driver's GPUs in the order of the bus, with their entries in the table.
 
     A GPU whose memory the driver does not report is left out, unless the table has it: such memory is the system's.
     """
     found = []
-    for line in output.splitlines():
-        parts = [part.strip() for part in line.split(",")]
-        if len(parts) != _FIELDS.count(",") + 1:
-            continue
-        number = next(iter(parts[1].split()), "")
-        memory = int(number) * _MIB if number.isdecimal() else 0
-        listed = find_reported(parts[0], memory)
-        if memory or listed is not None:
-            memory = memory or int((listed.memory_gib if listed else 0) * 2**30)
-            found.append(FoundGpu(parts[0], memory, parts[2], parts[3], listed))
+    for gpu in driver.gpus:
+        listed = find_reported(gpu.name, gpu.total_bytes)
+        memory = gpu.total_bytes or (int(listed.memory_gib * 2**30) if listed else 0)
+        if memory:
+            found.append(FoundGpu(gpu.name, memory, driver.version, gpu.capability, listed))
     return found
-
-
-def find_gpus() -> list[FoundGpu]:
-    """Return this machine's GPUs in the order of the bus; none without a driver."""
-    program = find_smi()
-    return [] if program is None else parse_gpus(ask_smi(program, f"--query-gpu={_FIELDS}", "--format=csv,noheader")[1])
 
 
 def choose_gpu(found: Sequence[FoundGpu], device: str, environment: Mapping[str, str]) -> FoundGpu:

@@ -27,7 +27,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from fimserver.checkpoints.consent import check_content
 from fimserver.checkpoints.folder import weight_files
@@ -157,7 +157,9 @@ def main() -> int:
         return 1
     outbox.send("ready", info=to_plain(engine.info), device_bytes=engine.device_bytes())
     if "engine" not in options:  # nvidia-smi may take seconds, for which no request has to wait
-        threading.Thread(target=send_notice, args=(options["device"], engine.info, outbox), daemon=True).start()
+        lacks_experts = cast("Engine", engine).model.expert_traffic is not None
+        arguments = (options["device"], engine.info, lacks_experts, outbox)
+        threading.Thread(target=send_notice, args=arguments, daemon=True).start()
     engine.begin()
     while True:
         request = inbox.take()
@@ -177,11 +179,11 @@ def load(options: dict[str, Any], outbox: Outbox) -> CompletionEngine:
     return load_remote(options, report, choose_threads)
 
 
-def send_notice(device: str, info: ModelInfo, outbox: Outbox) -> None:
-    """Report a model that does not use this machine's GPU, or not well; ``device`` is the setting."""
+def send_notice(device: str, info: ModelInfo, lacks_experts: bool, outbox: Outbox) -> None:  # noqa: FBT001
+    """Report a model that does not use this machine's GPU, or not well, to the server; as ``find_notice``."""
     from fimserver.engine.kernels.faults import find_notice  # noqa: PLC0415  another engine does not need it
 
-    if notice := find_notice(device, info):
+    if notice := find_notice(device, info, lacks_experts=lacks_experts):
         _logger.warning("%s", notice)
         detail = f"{info.name} on {info.device}; {notice}"
         outbox.send("changed", info=to_plain(info), detail=detail, notice=f"fimserver: {notice}.")

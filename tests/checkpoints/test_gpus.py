@@ -99,13 +99,48 @@ def test_memory_or_bandwidth_chooses_among_products() -> None:
     [
         *("RTX 2080", "NVIDIA GeForce RTX 2080 Ti", "RTX 2070 SUPER", "GTX 1660 Ti", "GTX 1080", "Quadro RTX 6000"),
         *("NVIDIA GeForce RTX 2080 with Max-Q Design", "Quadro P2000", "NVIDIA T1000 8GB", "GTX 1080 Ti"),
-        *("Tesla T4", "T4", "Tesla V100-SXM2-16GB", "TITAN RTX", "P100", "MX450"),
+        *(
+            "Tesla T4",
+            "T4",
+            "Tesla V100-SXM2-16GB",
+            "TITAN RTX",
+            "P100",
+            "MX450",
+            "Tesla M60",
+            "V100-PCIE-32GB",
+            "TITAN Xp",
+        ),
+        *("NVIDIA GeForce GTX 1060 6GB", "RTX 2080 Ti 11 GB", "Quadro K620", "Quadro GV100", "NVIDIA T600 Laptop GPU"),
     ],
 )
 def test_gpus_without_bf16_are_not_supported(name: str) -> None:
     with pytest.raises(FimserverError, match=r"computes no bf16, which needs compute capability 8\.0"):
         find_gpu(name)
     assert find_reported(name, 0) is None
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "M4 Max",
+            "Apple M3 Ultra",
+            "M1",
+            "V620",
+            "Radeon Pro V620",
+            "P5",
+            "T5",
+            "MX570",
+            "A30",
+            "RTX 6090",
+            "Titan 2",
+        ),
+        *("RX 580", "Arc B580", "MI300X", "M60", "2090", "RTX 2000 Ada Generation", "RTX 3050 Ti Laptop GPU"),
+    ],
+)
+def test_other_gpus_that_are_not_listed_are_unknown(name: str) -> None:
+    with pytest.raises(FimserverError, match="is not in the table"):
+        find_gpu(name)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +167,10 @@ def test_gpus_without_bf16_are_not_supported(name: str) -> None:
         ("NVIDIA H100 80GB HBM3", 81559, "H100 SXM"),
         ("NVIDIA H100 NVL", 95830, "H100 NVL"),
         ("NVIDIA H200", 143771, "H200"),
-        ("NVIDIA H200 NVL", 143771, "H200"),
+        ("NVIDIA H200 NVL", 143771, "H200 NVL"),
+        ("NVIDIA GeForce RTX 4050 Laptop GPU", 6141, "RTX 4050 Laptop"),
+        ("NVIDIA GeForce RTX 5060 Laptop GPU", 8151, "RTX 5060 Laptop"),
+        ("NVIDIA GeForce RTX 5070 Laptop GPU", 8151, "RTX 5070 Laptop"),
         ("NVIDIA B200", 183359, "B200"),
         ("NVIDIA GB10", 0, "DGX Spark"),
         ("NVIDIA A10", 23028, None),

@@ -23,7 +23,7 @@ from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 import fimserver
 from fimserver.checkpoints import memory, planner
 from fimserver.checkpoints.engine_limits import MAX_GRAPH_BYTES, MAX_PROMPT_CACHE_BYTES
-from fimserver.checkpoints.gpus import GPUS, describe_gpu, find_gpu
+from fimserver.checkpoints.gpus import GPUS, USABLE, describe_gpu, find_gpu
 from fimserver.checkpoints.known import SHIPPED_MODELS
 from fimserver.checkpoints.memory import Checkpoint, Format, Role, find_checkpoint, parse_config, read_folder, to_parts
 from fimserver.checkpoints.metadata import read_metadata
@@ -34,6 +34,7 @@ from fimserver.checkpoints.planner import (
     weight_lines_on_cpu,
     weight_lines_on_gpu,
 )
+from fimserver.checkpoints.request_times import FITS_GHOST_TEXT, TOO_SLOW, compare_models, list_host_times
 from fimserver.engine.kernels.nvfp4 import Dialect
 from fimserver.engine.kernels.packed import PackedExperts, PackedLinear
 from fimserver.engine.loading.weights import load_weights
@@ -131,13 +132,6 @@ def test_steps_of_the_large_model(
         assert found == pytest.approx(expected, abs=0.055 if expected < 50 else 0.55), name
 
 
-def test_fp8_for_the_rest(large: Checkpoint) -> None:
-    # 15.3 GB a step with one read of the embedding
-    changed = large.with_rest_in_fp8()
-    read = step_bytes(changed, 256, 0) - changed.bytes_of(Role.EMBEDDING) - changed.bytes_of(Role.ROUTER) / 2
-    assert read / GB == pytest.approx(15.3, abs=0.06)
-
-
 def test_cache_of_the_large_model(large: Checkpoint) -> None:
     # The notes count the window and a canvas, without the margin
     for context, gigabytes in ((8192, 0.44), (32768, 0.94)):
@@ -188,6 +182,36 @@ def test_the_page_states_the_cost_of_host_plans(large: Checkpoint) -> None:
     assert f"add {some} to a step; {more} if attention and the dense part are in 4 bits too" in page
 
 
+def test_the_page_states_what_fits_16_gb_instead(large: Checkpoint) -> None:
+    path = Path(fimserver.__file__).parent / "docs" / "how-to" / "gpu.md"
+    page = " ".join(path.read_text(encoding="utf-8").split())
+    gpus = [find_gpu(gpu) for gpu in ("RTX 5080", "RTX 4060 Ti 16 GB")]
+    times = [list_host_times(large, gpu, plan_on_gpu(large, gpu, 8192)) for gpu in gpus]
+    assert {found.verdict for both in times for found in both} == {TOO_SLOW}
+    published, in_4_bits = ([found.line_warm_ms / 1e3 for found in kind] for kind in zip(*times, strict=True))
+    assert f"too slow for ghost text: a line takes {published[0]:.1f} to {published[1]:.1f} s." in page
+    assert f"with which a line takes {in_4_bits[0]:.1f} to {in_4_bits[1]:.1f} s: still too slow" in page
+    others = [{row.model: row for row in compare_models(gpu)} for gpu in gpus]
+    for model, text in (
+        ("Qwen2.5-Coder-7B in NVFP4", "({} to {} ms for a line)"),
+        ("Qwen2.5-Coder-1.5B", "as published ({} to {} ms)"),
+    ):
+        rows = [other[model] for other in others]
+        assert {row.verdict for row in rows} == {FITS_GHOST_TEXT}
+        ms = [round(row.times.line_warm_ms) for row in rows if row.times is not None]
+        assert f"{model} {text.format(*ms)}" in page
+
+
+def test_no_gpu_of_16_gb_is_faster_than_the_page_states(large: Checkpoint) -> None:
+    lines = {
+        gpu.name: list_host_times(large, gpu, plan_on_gpu(large, gpu, 8192))[0].line_warm_ms
+        for gpu in GPUS
+        if gpu.memory_gib == 16
+    }
+    assert min(lines, key=lambda name: lines[name]) == "RTX 5080"
+    assert max(lines, key=lambda name: lines[name]) == "RTX 4060 Ti 16 GB"
+
+
 def test_host_plans_fill_the_gpu_and_no_more(large: Checkpoint) -> None:
     gpu = find_gpu("RTX 4080")
     plan = plan_on_gpu(large, gpu, 8192)
@@ -228,23 +252,25 @@ def test_the_longest_context_has_room_for_its_masks(large: Checkpoint) -> None:
     assert 496 * 340_000 * 2 < sum_of(plan, "CUDA graphs") < MAX_GRAPH_BYTES, "of 16 to 256 rows, over three lengths"
 
 
-def test_float8_is_not_offered_as_a_remedy(large: Checkpoint) -> None:
-    remedies = {r.change: r for r in plan_on_gpu(large, find_gpu("RTX 4080")).remedies}
-    assert [change for change, remedy in remedies.items() if not remedy.is_there] == [planner._FP8_REST]
-    in_4_bits = remedies[planner._ALL_IN_4_BITS].total_bytes
-    assert in_4_bits == plan_on_gpu(large.with_projections_in_nvfp4(), find_gpu("RTX 4080")).total_bytes
+def test_a_remedy_has_a_command_only_if_the_result_fits(large: Checkpoint) -> None:
+    in_4_bits = plan_on_gpu(large.with_projections_in_nvfp4(), find_gpu("RTX 4080")).total_bytes
+    for gpu, commands in (("RTX 4080", ()), ("20 GB", (f"fimserver quantize {NVFP4} FOLDER --all",))):
+        found = plan_on_gpu(large, describe_gpu(18.5, 900) if gpu == "20 GB" else find_gpu(gpu)).remedies
+        (remedy,) = (r for r in found if not r.change.startswith("a context"))
+        assert (remedy.change, remedy.total_bytes) == (planner._ALL_IN_4_BITS, in_4_bits)
+        assert (remedy.fits, remedy.commands) == (bool(commands), commands)
 
 
 def test_no_command_is_named_for_sources_that_quantize_refuses(tmp_path: Path) -> None:
     checkpoint = read_folder(quantized_folder(tmp_path))
     assert {part.stored for part in checkpoint.parts} == {"", "fp8"}
-    small = describe_gpu(0.5, 100)
-    remedies = plan_on_gpu(checkpoint, small, 512).remedies
-    assert remedies
-    assert not [remedy.command for remedy in remedies if remedy.command]
+    needed = plan_on_gpu(checkpoint, describe_gpu(0.5, 100), 512).remedies[-1].total_bytes
+    remedies = plan_on_gpu(checkpoint, describe_gpu(1.001 * needed / USABLE / 2**30, 100), 512).remedies
+    assert remedies[-1].fits
+    assert not [remedy.commands for remedy in remedies if remedy.commands]
     assert any(remedy.change.endswith("in NVFP4, quantized from the float checkpoint") for remedy in remedies)
-    floats = plan_on_gpu(read_folder(SHIPPED_MODELS / "tiny"), small, 512).remedies
-    commands = [remedy.command for remedy in floats if remedy.command]
+    floats = plan_on_gpu(read_folder(SHIPPED_MODELS / "tiny"), describe_gpu(1.333, 100), 512).remedies
+    commands = [command for remedy in floats for command in remedy.commands]
     assert commands == ["fimserver quantize tiny FOLDER", "fimserver quantize tiny FOLDER --all"]
 
 

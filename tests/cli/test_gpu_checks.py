@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,13 +12,17 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from fimserver.checkpoints.gpus import find_gpu
+from fimserver.checkpoints.memory import find_checkpoint
+from fimserver.checkpoints.planner import plan_on_gpu
+from fimserver.checkpoints.request_times import estimate_times
 from fimserver.cli.doctor import checks, gpu_checks
 from fimserver.cli.doctor.check import Check
 from fimserver.cli.doctor.checks import check_model
 from fimserver.cli.main import main
 from fimserver.datatypes import Mode, ModelInfo
 from fimserver.engine.kernels import driver, faults, report
-from fimserver.engine.kernels.report import CompilerReport, Device, Report, TorchReport, TritonReport
+from fimserver.engine.kernels.report import CompilerReport, Device, LibraryReport, Report, TorchReport, TritonReport
 
 NVFP4 = "nvidia/diffusiongemma-26B-A4B-it-NVFP4"
 HEADER = f"/usr/include/python{sys.version_info.major}.{sys.version_info.minor}/Python.h"
@@ -25,6 +30,7 @@ VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120")
 GIB = 2**30
 COMPILER = CompilerReport("/usr/bin/gcc", header=HEADER, has_header=True)
+LIBRARY = LibraryReport("/usr/lib/x86_64-linux-gnu")
 MISMATCH = "Failed to initialize NVML: Driver/library version mismatch"
 
 
@@ -50,7 +56,7 @@ class Machine:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.cuda, self.version = folder, "13.0", "580.82.09"
-        self.report = Report(torch_of(RTX_5090), TritonReport("3.7.1"), COMPILER, "linux")
+        self.report = Report(torch_of(RTX_5090), TritonReport("3.7.1"), COMPILER, "linux", LIBRARY)
         self.devices: tuple[Device, ...] = (RTX_5090,)
         self.used_mib = 400
         self.processes: list[str] = []
@@ -378,7 +384,9 @@ def test_too_little_memory_names_who_has_it(machine: Machine) -> None:
     names = "game (pid 4242, 21.0 GB), firefox (pid 77, 0.3 GB), a program without a name (pid 9, 0.2 GB) and 1 more"
     assert f"9.2 of 34.4 GB free; used by {names}; " in line
     assert "-> close other programs that use the GPU: end the programs above; or set contextTokens lower" in line
-    assert "of 128 experts of each layer fit now, which is slower" in line
+    assert re.search(
+        r"; \d+ of 128 experts of each layer fit now: too slow for ghost text \(by the plan \d\.\d s", line
+    )
     assert "secret" not in line
     machine.processes = machine.processes[-1:]
     assert "used by python3 (pid 10, 0.1 GB); " in machine.fails(model=NVFP4)["gpu memory"]
@@ -396,11 +404,35 @@ def test_the_running_daemon_does_not_count(machine: Machine, monkeypatch: pytest
 def test_a_small_gpu_keeps_experts_in_main_memory(machine: Machine) -> None:
     small = device("NVIDIA GeForce RTX 5080", "12.0", 16)
     machine.devices, machine.report = (small,), replace(machine.report, torch=torch_of(small))
+    (line,) = machine.fails(model=NVFP4).values()
+    found = re.search(
+        r" (\d+) of 128 experts of each layer fit now: too slow for ghost text \((.*) for a line\) -> ", line
+    )
+    assert found is not None, line
+    times = estimate_times(find_checkpoint(NVFP4), find_gpu("RTX 5080"), missing_share=1 - int(found[1]) / 128)
+    assert found[2] == f"by the plan {times.line_warm_ms / 1e3:.1f} s"
+    remedy = "choose a smaller model, such as Qwen2.5-Coder-7B in NVFP4: fimserver doctor --gpu auto --model nvidia/"
+    assert remedy in line
+    line = machine.fails(model="google/diffusiongemma-26B-A4B-it")["gpu memory"]
+    assert "choose a smaller model, such as Qwen2.5-Coder-7B in NVFP4: fimserver doctor --gpu auto --model" in line
+
+
+def test_without_the_gpus_numbers_no_time_is_claimed(machine: Machine) -> None:
+    unknown = device("NVIDIA GeForce RTX 9080", "12.0", 16)
+    machine.devices, machine.report = (unknown,), replace(machine.report, torch=torch_of(unknown))
     code, lines = machine.doctor(model=NVFP4)
     assert code == 0, lines
-    assert "of 128 experts of each layer fit now, which is slower" in lines["gpu memory"]
-    line = machine.fails(model="google/diffusiongemma-26B-A4B-it")["gpu memory"]
-    assert "choose a smaller model: fimserver doctor --gpu auto --model" in line
+    assert "fit now: too slow for ghost text (seconds for a line) unless few are missing" in lines["gpu memory"]
+
+
+def test_few_missing_experts_are_no_failure(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = device("NVIDIA GeForce RTX 4090", "8.9", 24)
+    machine.devices, machine.report = (small,), replace(machine.report, torch=torch_of(small))
+    longest = plan_on_gpu(find_checkpoint(NVFP4), find_gpu("RTX 4090")).largest_context_tokens
+    monkeypatch.setattr(gpu_checks, "DEFAULT_CONTEXT_TOKENS", longest + 10_000)
+    code, lines = machine.doctor(model=NVFP4)
+    assert code == 0, lines
+    assert "of 128 experts of each layer fit now: fits ghost text (by the plan 0." in lines["gpu memory"]
 
 
 def test_wsl(machine: Machine) -> None:

@@ -12,19 +12,20 @@ import pytest
 from click.testing import CliRunner, Result
 
 from fimserver.checkpoints.gpus import COMMON, GPUS
+from fimserver.checkpoints.installed import find_model
 from fimserver.checkpoints.known import SHIPPED_MODELS
 from fimserver.checkpoints.memory import find_checkpoint
 from fimserver.checkpoints.planner import plan_on_gpu
-from fimserver.cli.machine import choose_gpu, find_gpus, parse_gpus
+from fimserver.cli.machine import choose_gpu, list_gpus
 from fimserver.cli.main import main
 from fimserver.engine.kernels import driver
-from fimserver.errors import FimserverError
+from fimserver.errors import FimserverError, WeightsError
 
 NVFP4 = "nvidia/diffusiongemma-26B-A4B-it-NVFP4"
-RTX_4090 = "NVIDIA GeForce RTX 4090, 24564 MiB, 580.82, 8.9"
-RTX_3060 = "NVIDIA GeForce RTX 3060, 12288 MiB, 580.82, 8.6"
-UNKNOWN = "NVIDIA GeForce RTX 5090 D, 32607 MiB, 580.82, 12.0"
-OLD = "NVIDIA GeForce RTX 2080 Ti, 11264 MiB, 580.82, 7.5"
+RTX_4090 = "GPU-1, NVIDIA GeForce RTX 4090, 24564, 24000, 580.82, 8.9"
+RTX_3060 = "GPU-2, NVIDIA GeForce RTX 3060, 12288, 12000, 580.82, 8.6"
+UNKNOWN = "GPU-3, NVIDIA GeForce RTX 5090 D, 32607, 32000, 580.82, 12.0"
+OLD = "GPU-4, NVIDIA GeForce RTX 2080 Ti, 11264, 11000, 580.82, 7.5"
 
 
 def doctor(*arguments: str, model: str = NVFP4) -> Result:
@@ -58,7 +59,7 @@ def test_auto_without_a_gpu_says_what_to_do(smi: Path, monkeypatch: pytest.Monke
         assert "--memory and --bandwidth" in result.stderr
     smi.with_name("nvidia-smi").unlink()
     monkeypatch.setenv("PATH", str(smi.parent))
-    assert find_gpus() == []
+    assert list_gpus(driver.read_driver()) == []
 
 
 def test_auto_takes_the_memory_that_the_driver_reports(smi: Path) -> None:
@@ -76,7 +77,7 @@ def test_auto_in_wsl_finds_a_driver_outside_path(smi: Path, monkeypatch: pytest.
     program.write_text(f"#!/bin/sh\nexec /bin/cat {smi}\n")
     monkeypatch.setenv("PATH", str(smi.parent / "nothing"))
     monkeypatch.setattr(driver, "WSL_SMI", str(program))
-    assert [gpu.listed and gpu.listed.name for gpu in find_gpus()] == ["RTX 3060 12 GB"]
+    assert [gpu.listed and gpu.listed.name for gpu in list_gpus(driver.read_driver())] == ["RTX 3060 12 GB"]
 
 
 def test_auto_asks_for_the_bandwidth_of_an_unlisted_gpu(smi: Path) -> None:
@@ -115,8 +116,9 @@ def test_auto_takes_the_gpu_that_device_chooses(smi: Path, monkeypatch: pytest.M
     assert "cuda:2 is not one of this machine's 2 GPUs" in doctor("--gpu", "auto", "--device", "cuda:2").stderr
 
 
-def test_a_gpu_that_is_not_listed_leaves_the_order_open() -> None:
-    found = parse_gpus(f"{RTX_4090}\n{UNKNOWN}\n")
+def test_a_gpu_that_is_not_listed_leaves_the_order_open(smi: Path) -> None:
+    smi.write_text(f"{RTX_4090}\n{UNKNOWN}\n")
+    found = list_gpus(driver.read_driver())
     with pytest.raises(FimserverError, match="depends on CUDA's order"):
         choose_gpu(found, "auto", {})
     assert choose_gpu(found, "cuda:1", {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}) is found[1]
@@ -165,26 +167,35 @@ def test_16_gb_name_what_fits_there() -> None:
 
 
 def test_a_remedy_is_a_command_that_exists() -> None:
-    (remedy,) = (r for r in values("--gpu", "RTX 5080")["remedies"] if r["command"])
-    assert remedy["command"] == f"fimserver quantize {NVFP4} FOLDER --all"
+    arguments = ("--memory", "18.5", "--bandwidth", "900")
+    (remedy,) = (r for r in values(*arguments)["remedies"] if r["commands"])
+    download, quantizing = remedy["commands"]
+    assert download == f"fimserver model add {NVFP4}", "without it, quantize finds no such model"
+    assert quantizing == f"fimserver quantize {NVFP4} FOLDER --all"
+    with pytest.raises(WeightsError, match="neither a folder nor downloaded"):
+        find_model(NVFP4)
+    printed = [line.strip() for line in doctor(*arguments).stdout.splitlines() if line.startswith("  fimserver ")]
+    assert [line.partition("  (")[0] for line in printed] == remedy["commands"]
+    assert "(downloads 18.9 GB)" in printed[0]
     assert remedy["download_bytes"] == 18_864_434_565
     assert remedy["written_bytes"] == pytest.approx(16.47e9, rel=0.01)
     assert remedy["main_memory_bytes"] == pytest.approx(3.5e9, rel=0.05)
-    command, options = remedy["command"].split()[1], remedy["command"].split()[4:]
-    quantize = main.commands[command]
-    assert set(options) <= {name for option in quantize.params for name in option.opts}
+    quantize = main.commands[quantizing.split()[1]]
+    assert set(quantizing.split()[4:]) <= {name for option in quantize.params for name in option.opts}
     (bf16,) = (
         r for r in values("--gpu", "RTX 5090", model="google/diffusiongemma-26B-A4B-it")["remedies"] if r["fits"]
-        and "--all" not in r["command"] and r["command"]
+        and r["commands"] and "--all" not in r["commands"][-1]
     )  # fmt: skip
     assert bf16["change"] == "experts in NVFP4"
+    assert "does not fit either" in (shown := doctor("--gpu", "RTX 5080").stdout)
+    assert "fimserver model add" not in shown, "a command that does not help"
 
 
 def test_a_folders_remedy_names_its_path(tmp_path: Path) -> None:
     folder = tmp_path / "my models" / "tiny"
     shutil.copytree(SHIPPED_MODELS / "tiny", folder)
-    found = values("--memory", "0.5", "--bandwidth", "100", model=str(folder))
-    commands = [shlex.split(remedy["command"]) for remedy in found["remedies"] if remedy["command"]]
+    found = values("--memory", "1.33", "--bandwidth", "100", "--context", "384", model=str(folder))
+    commands = [shlex.split(command) for remedy in found["remedies"] for command in remedy["commands"]]
     assert commands
     assert all(command[:4] == ["fimserver", "quantize", str(folder), "FOLDER"] for command in commands)
 

@@ -14,8 +14,9 @@ from support.completion_server import serve
 
 from fimserver.checkpoints.gpus import find_gpu
 from fimserver.cli import machine as machine_module
-from fimserver.cli.machine import FoundServer, Machine, look_at_machine, parse_gpus, simulate_gpu
+from fimserver.cli.machine import FoundServer, Machine, list_gpus, look_at_machine, simulate_gpu
 from fimserver.cli.setup import change_config, find_choice, list_choices, recommend
+from fimserver.engine.kernels.driver import Driver, DriverGpu
 from fimserver.errors import FimserverError, SettingsError
 
 PLAIN = Machine(gpu=None, cores=8, memory_bytes=32 * 10**9, free_disk_bytes=500 * 10**9)
@@ -25,12 +26,18 @@ def with_gpu(name: str) -> Machine:
     return replace(PLAIN, gpu=simulate_gpu(find_gpu(name)))
 
 
+def with_gpus(*reported: tuple[str, int, str]) -> Driver:
+    """Return a driver that reports GPUs of these names, MiB and compute capabilities."""
+    gpus = (DriverGpu(f"GPU-{name}", name, mib * 2**20, mib * 2**20, capability) for name, mib, capability in reported)
+    return Driver("nvidia-smi", "580.82", "13.0", tuple(gpus))
+
+
 @pytest.mark.parametrize(
     ("machine", "model"),
     [
         (PLAIN, "Qwen/Qwen2.5-Coder-0.5B"),
         (
-            replace(PLAIN, gpu=parse_gpus("NVIDIA GeForce RTX 2080 Ti, 11264 MiB, 580.82, 7.5")[0]),
+            replace(PLAIN, gpu=list_gpus(with_gpus(("NVIDIA GeForce RTX 2080 Ti", 11264, "7.5")))[0]),
             "Qwen/Qwen2.5-Coder-0.5B",
         ),
         (replace(PLAIN, memory_bytes=2 * 10**9), "tiny"),
@@ -64,16 +71,17 @@ def test_a_server_that_runs_already_comes_first() -> None:
 
 
 def test_gpus_are_those_of_the_driver() -> None:
-    output = (
-        "NVIDIA GeForce RTX 4060 Ti, 16380 MiB, 580.82, 8.9\n"
-        "NVIDIA GeForce RTX 4060 Ti, 8188 MiB, 580.82, 8.9\n"
-        "NVIDIA GeForce RTX 5090 Laptop GPU, 24463 MiB, 580.82, 12.0\n"
-        "NVIDIA H100 80GB HBM3, 81559 MiB, 580.82, 9.0\n"
-        "NVIDIA GeForce RTX 5090, 32607 MiB, 580.82, 12.0\n"
-        "NVIDIA GeForce RTX 5090 D, 32607 MiB, 580.82, 12.0\n"
-        "something else\n, , ,\nNVIDIA X, [N/A], 1, 1\nNVIDIA GB10, [N/A], 580.82, 12.1\n"
-    )
-    found = parse_gpus(output)
+    reported = [
+        ("NVIDIA GeForce RTX 4060 Ti", 16380, "8.9"),
+        ("NVIDIA GeForce RTX 4060 Ti", 8188, "8.9"),
+        ("NVIDIA GeForce RTX 5090 Laptop GPU", 24463, "12.0"),
+        ("NVIDIA H100 80GB HBM3", 81559, "9.0"),
+        ("NVIDIA GeForce RTX 5090", 32607, "12.0"),
+        ("NVIDIA GeForce RTX 5090 D", 32607, "12.0"),
+        ("NVIDIA X", 0, ""),
+        ("NVIDIA GB10", 0, "12.1"),
+    ]
+    found = list_gpus(with_gpus(*reported))
     listed = [gpu.listed.name if gpu.listed else None for gpu in found]
     laptop, sxm = "RTX 5090 Laptop", "H100 SXM"
     expected = ["RTX 4060 Ti 16 GB", "RTX 4060 Ti 8 GB", laptop, sxm, "RTX 5090", None, "DGX Spark"]

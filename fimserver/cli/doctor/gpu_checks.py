@@ -13,9 +13,10 @@ import sys
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from fimserver.checkpoints.gpus import NO_GPU
+from fimserver.checkpoints.gpus import NO_GPU, USABLE, find_reported
 from fimserver.checkpoints.memory import Checkpoint, Format, Role, find_checkpoint
 from fimserver.checkpoints.planner import DEFAULT_CONTEXT_TOKENS, count_experts_on_gpu, plan_on_gpu
+from fimserver.checkpoints.request_times import FITS_GHOST_TEXT, Times, compare_models, estimate_times
 from fimserver.cli.doctor.check import Check
 from fimserver.daemon.launch import read_status
 from fimserver.datatypes import ModelInfo
@@ -30,10 +31,12 @@ from fimserver.engine.kernels.driver import (
 )
 from fimserver.engine.kernels.faults import (
     PLAIN_TORCH,
+    SLOW_EXPERTS,
     Fault,
     find_capability_fault,
     find_compiler_fault,
     find_driver_fault,
+    find_library_fault,
     find_plain_fault,
     find_torch_fault,
     find_triton_fault,
@@ -43,7 +46,6 @@ from fimserver.engine.kernels.report import Report, read_report
 from fimserver.errors import EngineError, FimserverError
 from fimserver.settings import Settings
 
-_USABLE = 0.98  # fraction of a GPU's memory that programs get, as in checkpoints/gpus.py
 _SHOWN_PROCESSES = 3
 _MEMORY = "gpu memory"
 
@@ -149,6 +151,7 @@ def _check_torch(driver: Driver, report: Report, index: int) -> Check:
 
 def _check_triton(report: Report) -> Check:
     fault = find_triton_fault(report.triton, report.platform)
+    fault = fault or find_library_fault(report.library, report.torch, report.platform)
     if fault is not None:
         return Check("triton", fault.found, fault.remedy)
     return Check("triton", report.triton.version)
@@ -175,11 +178,7 @@ def _check_memory(gpu: _Gpu, driver: Driver, settings: Settings) -> Check:
     found = f"{free_bytes / 1e9:.1f} of {gpu.total_bytes / 1e9:.1f} GB free"
     if own is not None:
         found += f", counting {own.used_bytes / 1e9:.1f} GB of the running daemon's model"
-    if others:
-        found += f"; used by {', '.join(map(_describe, others[:_SHOWN_PROCESSES]))}"
-        found += f" and {len(others) - _SHOWN_PROCESSES} more" if len(others) > _SHOWN_PROCESSES else ""
-    elif not is_listed:
-        found += f"; nvidia-smi cannot list the programs that use it in {'WSL' if is_wsl() else 'Windows'}"
+    found += _describe_users(others, is_listed=is_listed)
     try:
         checkpoint = find_checkpoint(settings.model)
         longest = checkpoint.shape.longest_context_tokens
@@ -191,15 +190,40 @@ def _check_memory(gpu: _Gpu, driver: Driver, settings: Settings) -> Check:
     if plan.total_bytes <= free_bytes:
         return Check(_MEMORY, found)
     kept = _count_experts(checkpoint, context, free_bytes)
+    listed, times = find_reported(gpu.name, gpu.total_bytes), None
     if kept >= 1:
-        found += f"; {kept} of {checkpoint.shape.num_experts} experts of each layer fit now, which is slower"
-    if plan.total_bytes <= gpu.total_bytes * _USABLE:
+        found += f"; {kept} of {checkpoint.shape.num_experts} experts of each layer fit now: "
+        if listed is not None:
+            times = estimate_times(checkpoint, listed, missing_share=1 - kept / checkpoint.shape.num_experts)
+        found += _judge(times)
+    if plan.total_bytes <= gpu.total_bytes * USABLE:
         which = ": end the programs above" if others else ""
         which = ": Windows's Task Manager lists them" if not is_listed else which
         return Check(_MEMORY, found, f"close other programs that use the GPU{which}; or set contextTokens lower")
-    if kept >= 1:
+    if kept >= 1 and (times is None or times.verdict == FITS_GHOST_TEXT):
         return Check(_MEMORY, found)
-    return Check(_MEMORY, found, f"choose a smaller model: fimserver doctor --gpu auto --model {settings.model}")
+    fitting = [row.model for row in compare_models(listed) if row.verdict == FITS_GHOST_TEXT] if listed else []
+    example = f", such as {fitting[0]}" if fitting else ""
+    return Check(
+        _MEMORY, found, f"choose a smaller model{example}: fimserver doctor --gpu auto --model {settings.model}"
+    )
+
+
+def _describe_users(others: list[GpuProcess], *, is_listed: bool) -> str:
+    """Return which other programs use the GPU's memory; ``is_listed`` means that nvidia-smi can list them."""
+    if others:
+        more = f" and {len(others) - _SHOWN_PROCESSES} more" if len(others) > _SHOWN_PROCESSES else ""
+        return f"; used by {', '.join(map(_describe, others[:_SHOWN_PROCESSES]))}{more}"
+    if not is_listed:
+        return f"; nvidia-smi cannot list the programs that use it in {'WSL' if is_wsl() else 'Windows'}"
+    return ""
+
+
+def _judge(times: Times | None) -> str:
+    """Return whether the planned time of a line is short enough; ``times`` is ``None`` for a GPU that is not listed."""
+    if times is None:
+        return SLOW_EXPERTS.partition(";")[0]
+    return f"{times.verdict} (by the plan {times.line_warm_ms / 1e3:.1f} s for a line)"
 
 
 def _count_experts(checkpoint: Checkpoint, context_tokens: int, free_bytes: int) -> int:

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fimserver.checkpoints.gpus import ASSUMED_PCIE_GB_PER_S, Gpu, describe_gpu, find_gpu, is_without_bf16, list_named
-from fimserver.checkpoints.installed import to_gigabytes
+from fimserver.checkpoints.installed import find_model, to_gigabytes
 from fimserver.checkpoints.memory import find_checkpoint
 from fimserver.checkpoints.planner import DEFAULT_CONTEXT_TOKENS, Plan, Remedy, Step, plan_on_cpu, plan_on_gpu
 from fimserver.checkpoints.request_times import (
@@ -40,9 +40,10 @@ from fimserver.checkpoints.request_times import (
     estimate_times,
     list_host_times,
 )
-from fimserver.cli.machine import choose_gpu, find_gpus
+from fimserver.cli.machine import choose_gpu, list_gpus
 from fimserver.cli.terminal import make_console, plain
-from fimserver.errors import FimserverError
+from fimserver.engine.kernels.driver import read_driver
+from fimserver.errors import FimserverError, WeightsError
 
 _FEW_STEPS = 20  # steps per second; slower speeds are shown with one more digit
 _SHORT_MS = 100  # shorter times are shown with one more digit
@@ -137,7 +138,7 @@ def resolve_gpu(query: PlanQuery) -> Gpu:
 
 def _resolve_here(query: PlanQuery) -> Gpu:
     """Return this machine's GPU that the setting ``device`` chooses, with the memory that its driver reports."""
-    found = choose_gpu(find_gpus(), query.device, os.environ)
+    found = choose_gpu(list_gpus(read_driver()), query.device, os.environ)
     capability = found.compute_capability
     if not found.has_bf16:
         msg = f"{found.name} has compute capability {capability}; bf16 needs 8.0 (Ampere), so plan with --gpu cpu"
@@ -163,7 +164,7 @@ def plan_model(query: PlanQuery) -> ModelPlan:
         gpu = resolve_gpu(query)
         plan = plan_on_gpu(checkpoint, gpu, context)
         return ModelPlan(
-            _with_place(plan, query.model),
+            _with_source(plan, query.model),
             steps,
             estimate_times(checkpoint, gpu, steps=steps) if plan.fits else None,
             tuple(list_host_times(checkpoint, gpu, plan, steps=steps)),
@@ -178,12 +179,22 @@ def plan_model(query: PlanQuery) -> ModelPlan:
     return ModelPlan(plan_on_cpu(checkpoint, memory_bytes, context), steps)
 
 
-def _with_place(plan: Plan, model: str) -> Plan:
-    """Return the plan of a folder with the folder's path in its commands."""
-    if not Path(model).expanduser().is_dir():
-        return plan
-    place = shlex.quote(model)
-    remedies = (dataclasses.replace(r, command=r.command.replace(plan.model, place, 1)) for r in plan.remedies)
+def _with_source(plan: Plan, model: str) -> Plan:
+    """Return the plan with a folder's path in its commands, and with the download that a published model needs."""
+    name = plan.model
+    first: tuple[str, ...] = ()
+    try:
+        find_model(model)
+    except WeightsError:  # known, but not downloaded
+        first = (f"fimserver model add {plan.model}",)
+    else:
+        name = shlex.quote(model) if Path(model).expanduser().is_dir() else plan.model
+    remedies = (
+        dataclasses.replace(r, commands=(*first, *(c.replace(plan.model, name, 1) for c in r.commands)))
+        if r.commands
+        else r
+        for r in plan.remedies
+    )
     return dataclasses.replace(plan, remedies=tuple(remedies))
 
 
@@ -238,11 +249,11 @@ def print_plan(planned: ModelPlan, console: Console | None = None) -> None:
     ):
         console.print(f"What fits ghost text on this GPU: {fitting}", soft_wrap=True)
     for remedy in plan.remedies:
-        then = ("fits" if remedy.is_there else "would fit") if remedy.fits else "does not fit either"
+        then = "fits" if remedy.fits else "does not fit either"
         longest = f", up to {remedy.largest_context_tokens} tokens" if remedy.fits else ""
         console.print(f"{remedy.change + ':':42} {remedy.total_bytes / 1e9:.2f} GB, {then}{longest}")
-        if remedy.command:
-            console.print(f"  {_describe_command(remedy)}", soft_wrap=True)
+        for line in _describe_commands(remedy):
+            console.print(f"  {line}", soft_wrap=True)
     if planned.rows:
         what = f"with a context of {DEFAULT_CONTEXT_TOKENS} tokens, times in ms ({_WARM_AND_COLD})"
         console.print(plain(f"\nModels on {plan.gpu}, {what}:"))
@@ -336,13 +347,16 @@ fits ghost text: a warm line within {GHOST_TEXT_MS:.0f} ms, half of maxLatencyMs
     return tuple(text.split("\n"))
 
 
-def _describe_command(remedy: Remedy) -> str:
-    """Return the command of a remedy with what it needs."""
-    download = "" if remedy.download_bytes is None else f"downloads {to_gigabytes(remedy.download_bytes)}, "
-    return (
-        f"{remedy.command}  ({download}writes {to_gigabytes(remedy.written_bytes)}, about "
-        f"{to_gigabytes(remedy.main_memory_bytes)} of main memory)"
+def _describe_commands(remedy: Remedy) -> list[str]:
+    """Return the commands of a remedy, each with what it needs."""
+    if not remedy.commands:
+        return []
+    *downloads, quantize = remedy.commands
+    size = "" if remedy.download_bytes is None else f"  (downloads {to_gigabytes(remedy.download_bytes)})"
+    needs = (
+        f"writes {to_gigabytes(remedy.written_bytes)}, about {to_gigabytes(remedy.main_memory_bytes)} of main memory"
     )
+    return [*(f"{command}{size}" for command in downloads), f"{quantize}  ({needs})"]
 
 
 def _to_values(times: Times | None) -> dict[str, Any] | None:

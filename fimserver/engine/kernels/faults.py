@@ -3,6 +3,7 @@
     find_driver_fault     nvidia-smi does not answer, or is missing
     find_torch_fault      a build for CPUs, too new for the driver, or without kernels for the GPU
     find_triton_fault     Triton cannot be imported
+    find_library_fault    Triton does not find libcuda.so.1
     find_compiler_fault   no C compiler, no Python.h, or a compiler that fails
     find_plain_fault      why 4-bit weights are multiplied in plain torch
     find_device_fault     find_torch_fault for a CUDA device of this process
@@ -26,6 +27,7 @@ from fimserver.engine.kernels.driver import Driver, has_gpu_files, is_wsl, read_
 from fimserver.engine.kernels.report import (
     CompilerReport,
     Device,
+    LibraryReport,
     Report,
     TorchReport,
     TritonReport,
@@ -36,6 +38,9 @@ from fimserver.errors import install_command
 
 PLAIN_TORCH = "plain torch"  # how a backend's description begins if it expands weights
 NO_MEMORY = "no GPU memory was left to compare it"
+SLOW_EXPERTS = (
+    "too slow for ghost text (seconds for a line) unless few are missing; fimserver doctor shows what to do instead"
+)
 OLDEST_CAPABILITY = 8.0  # with bf16: Ampere
 _FIRST_CUDA = {8: "11.0", 9: "11.8", 10: "12.8", 11: "13.0", 12: "12.8"}  # by the major number of a capability
 _OLDEST_DRIVER = {11: "450", 12: "525", 13: "580"}  # by the major number of CUDA
@@ -152,10 +157,26 @@ def find_triton_fault(report: TritonReport, system: str = sys.platform) -> Fault
     return Fault(found, f'run: {python} --force-reinstall --no-deps "{report.wanted}"')
 
 
+def find_library_fault(report: LibraryReport, torch: TorchReport, system: str = sys.platform) -> Fault | None:
+    """Return why Triton cannot link its driver, although torch has loaded the library; ``None`` without a GPU."""
+    if report.folder or not (torch.is_available and torch.cuda) or not system.startswith("linux"):
+        return None
+    folder = report.loaded or "the folder of libcuda.so.1"
+    if report.named:
+        found = f"TRITON_LIBCUDA_PATH is {report.named!r}, where Triton finds no libcuda.so.1"
+        return Fault(found, f"unset TRITON_LIBCUDA_PATH, or set it to {folder}")
+    return Fault(
+        "Triton does not find the driver's libcuda.so.1: it is not in the list of /sbin/ldconfig -p",
+        f"run: sudo ldconfig; or set TRITON_LIBCUDA_PATH to {folder}",
+    )
+
+
 def find_compiler_fault(report: CompilerReport, system: str = sys.platform) -> Fault | None:
     """Return why Triton cannot compile its driver; it brings a compiler for Windows."""
     if system == "win32":
         return None
+    if not report.command and report.is_named:
+        return Fault("no C compiler: the variable CC is set, but empty", "unset CC")
     if not report.command:
         return Fault("no C compiler: Triton needs gcc or clang", compiler_remedy(report))
     if not report.has_header:
@@ -177,7 +198,11 @@ def find_plain_fault(kernels: str, report: Report) -> Fault:
     old = [device for device in report.torch.devices if is_too_old(device.capability)]
     if old and len(old) == len(report.torch.devices):
         return find_capability_fault(old[0].name, old[0].capability)
-    missing = find_triton_fault(report.triton, report.platform) or find_compiler_fault(report.compiler, report.platform)
+    missing = (
+        find_triton_fault(report.triton, report.platform)
+        or find_library_fault(report.library, report.torch, report.platform)
+        or find_compiler_fault(report.compiler, report.platform)
+    )
     if missing is not None:
         return missing
     tried = " ".join(kernels.removeprefix(PLAIN_TORCH).strip(" ()").split())
@@ -207,15 +232,18 @@ def find_device_fault(index: int) -> Fault | None:
     return find_torch_fault(look_at_torch(), index=index)
 
 
-def find_notice(device: str, info: ModelInfo) -> str:
+def find_notice(device: str, info: ModelInfo, *, lacks_experts: bool = False) -> str:
     """Return a sentence for the user if a loaded model does not use the GPU well; empty if it does, or there is none.
 
-    ``device`` is the setting. Asks torch, the driver or a compiler only where something is wrong.
+    ``device`` is the setting; ``lacks_experts`` means that some experts are in main memory. Asks torch, the driver or
+    a compiler only where something is wrong.
     """
     if info.device.startswith("cuda") and info.kernels.startswith(PLAIN_TORCH):
         return (
             f"weights in 4 bits are multiplied in plain torch, which is slow: {find_plain_fault(info.kernels, look())}"
         )
+    if lacks_experts:
+        return f"some experts do not fit on the GPU and are copied from main memory: {SLOW_EXPERTS}"
     if device != "auto" or info.device != "cpu" or not has_gpu_files():
         return ""
     driver = read_driver()

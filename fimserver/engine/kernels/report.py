@@ -1,13 +1,15 @@
-"""Report what kernels on a GPU need from this machine: torch's build, Triton, a C compiler and Python's headers.
+"""Report what kernels on a GPU need from this machine: torch's build, Triton, the driver's library, a C compiler.
 
     python -P -m fimserver.engine.kernels.report    print the report as one JSON object
 
 The command line does not import torch, so it runs this module in a process of its own (``read_report``). Triton
 compiles its driver with a C compiler when it is first used: ``look_at_compiler`` finds the one that Triton would take,
-and compiles one line with it.
+and compiles one line with it, which includes Python's headers. It links that driver with libcuda.so.1:
+``look_at_library`` searches it where Triton does, which is not where torch does.
 
 Knows:   torch, Triton, compilers.  Never: what to do about them (``faults.py``), models.
-Source:  order of compilers and path of the headers: ``triton/runtime/build.py``.
+Source:  order of compilers and path of the headers: ``triton/runtime/build.py``; folders of libcuda.so.1:
+         ``triton/backends/nvidia/driver.py``.
 """
 
 import json
@@ -29,6 +31,10 @@ from fimserver.paths import OUTSIDE
 COMMAND = (sys.executable, "-P", "-m", "fimserver.engine.kernels.report")
 _REPORT_TIMEOUT_S = 120.0  # importing torch from a slow disk takes a minute
 _COMPILE_TIMEOUT_S = 30.0
+_LIST_TIMEOUT_S = 10.0
+_LDCONFIG = "/sbin/ldconfig"
+_LIBRARY = "libcuda.so.1"  # the driver's, which Triton links
+_MAPS = Path("/proc/self/maps")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +88,18 @@ class CompilerReport:
 
 
 @dataclass(frozen=True, slots=True)
+class LibraryReport:
+    """The folder in which Triton finds the driver's libcuda.so.1, empty if it does not.
+
+    ``named`` is the folder of ``TRITON_LIBCUDA_PATH``. ``loaded`` is that of the library that torch has loaded.
+    """
+
+    folder: str = ""
+    named: str = ""
+    loaded: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """All of it; ``platform`` as in ``sys.platform``."""
 
@@ -89,6 +107,7 @@ class Report:
     triton: TritonReport
     compiler: CompilerReport
     platform: str = sys.platform
+    library: LibraryReport = LibraryReport()
 
 
 def read_report() -> Report:
@@ -110,7 +129,7 @@ def read_report() -> Report:
 
 def look(*, measures: bool = False) -> Report:
     """Return the report of this process, which imports torch and Triton; ``measures`` as for ``look_at_torch``."""
-    return Report(look_at_torch(measures=measures), look_at_triton(), look_at_compiler())
+    return Report(look_at_torch(measures=measures), look_at_triton(), look_at_compiler(), library=look_at_library())
 
 
 def look_at_torch(*, measures: bool = False) -> TorchReport:
@@ -170,6 +189,41 @@ def look_at_compiler() -> CompilerReport:
     header = Path(include, "Python.h")
     output = "" if not command else _compile(command, include)
     return CompilerReport(command, named is not None, str(header), header.is_file(), output)
+
+
+def look_at_library() -> LibraryReport:
+    """Return where Triton finds libcuda.so.1.
+
+    In the folder that ``TRITON_LIBCUDA_PATH`` names, else in the loader's, and if these are none, LD_LIBRARY_PATH's.
+    """
+    if not sys.platform.startswith("linux"):
+        return LibraryReport()
+    named = os.environ.get("TRITON_LIBCUDA_PATH", "")
+    folders = [named] if named else _list_loaders_folders()
+    found = next((folder for folder in folders if Path(folder, _LIBRARY).exists()), "")
+    return LibraryReport(found, named, _find_loaded())
+
+
+def _list_loaders_folders() -> list[str]:
+    """Return the folders of libcuda.so.1 in the loader's cache, or else LD_LIBRARY_PATH's; none without ldconfig."""
+    try:
+        done = subprocess.run(  # noqa: S603  the program that Triton runs
+            [_LDCONFIG, "-p"], capture_output=True, text=True, errors="ignore", timeout=_LIST_TIMEOUT_S, check=True
+        )
+    except (OSError, subprocess.SubprocessError):  # of which Triton fails
+        return []
+    listed = [str(Path(line.split()[-1]).parent) for line in done.stdout.splitlines() if _LIBRARY in line]
+    return listed or os.environ.get("LD_LIBRARY_PATH", "").split(":")
+
+
+def _find_loaded() -> str:
+    """Return the folder of the libcuda that this process has loaded, if libcuda.so.1 is there."""
+    try:
+        lines = _MAPS.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    loaded = (Path(line.split(maxsplit=5)[-1]) for line in lines if "/libcuda.so" in line)
+    return next((str(path.parent) for path in loaded if (path.parent / _LIBRARY).exists()), "")
 
 
 def _compile(command: str, include: str) -> str:

@@ -25,7 +25,7 @@ from fimserver.engine.kernels.backends import Choice, choose_matmul, find_matmul
 from fimserver.engine.kernels.cpu_linear import CpuKernels, choose_float_dtype, choose_kernels
 from fimserver.engine.kernels.devices import GraphRecorder, free_bytes
 from fimserver.engine.kernels.expert_cache import Traffic, add_up
-from fimserver.engine.kernels.faults import find_device_fault
+from fimserver.engine.kernels.faults import SLOW_EXPERTS, find_device_fault
 from fimserver.engine.kernels.matmul import PLAIN
 from fimserver.engine.kernels.packed import count_parameters, find_packed_experts, is_packed
 from fimserver.engine.loading.weights import is_dense_config, load_weights
@@ -287,10 +287,10 @@ def find_experts_on_device(folder: Path, context_tokens: int, free_bytes: int) -
         )
         raise WeightsError(msg)
     _logger.warning(
-        "%d of %d experts of each layer fit on the GPU; the others are copied from main memory when they are needed, "
-        "which is slower (fimserver doctor --gpu shows how much)",
+        "%d of %d experts of each layer fit on the GPU; the others are copied from main memory when needed: %s",
         found,
         shape.num_experts,
+        SLOW_EXPERTS,
     )
     return found
 

@@ -234,11 +234,13 @@ class FallbackEngine:
 
     def _report_down(self) -> None:
         instead = "nothing is offered" if self._own is None else f"{self._own.options.model} answers on this machine"
+        if self._own is not None and self._own.notice:
+            instead += f", where {self._own.notice.removeprefix('fimserver: ').removesuffix('.')}"
         self._report(self.info, f"{instead}: {self._why}", f"fimserver: {self._why}. Until then {instead}.")
 
     def _on_own(self, state: EngineState, _detail: str) -> None:
         if state is EngineState.READY and self.is_down:
-            self._report_down()  # with the description of the model, which is known now
+            self._report_down()  # with the model's description or its notice, known now
 
     def _probe(self) -> None:
         """Probe the server until it is up, while the user works."""

@@ -336,12 +336,15 @@ def test_transformers_own_modules_read_the_device_too(folder: Path) -> None:
     assert add_up(caches).misses > 0
 
 
-def test_a_gpu_gets_as_many_experts_as_fit(folder: Path, random_folder: Path) -> None:
+def test_a_gpu_gets_as_many_experts_as_fit(folder: Path, random_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     checkpoint = read_folder(folder)
     total, experts = plan_on_gpu(checkpoint, find_gpu("RTX 5080"), 256).total_bytes, checkpoint.bytes_of(Role.EXPERTS)
     rest = total - experts
     assert find_experts_on_device(folder, 256, total) is None
+    assert not caplog.messages
     assert find_experts_on_device(folder, 256, total - 1) == 7
+    assert caplog.messages[0].startswith("7 of 8 experts of each layer fit on the GPU")
+    assert "too slow for ghost text (seconds for a line)" in caplog.messages[0]
     assert find_experts_on_device(folder, 256, rest + 3 * experts // 8) == 3
     assert find_experts_on_device(folder, 256, rest + 4 * experts // 8 - 1) == 3
     with pytest.raises(WeightsError, match=r"needs 1\.\d GB of GPU memory even with experts in main memory"):

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,8 +16,17 @@ from fimserver.datatypes import Mode, ModelInfo
 from fimserver.engine.client import EngineClient, EngineOptions
 from fimserver.engine.kernels import driver, faults, report
 from fimserver.engine.kernels.driver import Driver, DriverGpu
-from fimserver.engine.kernels.faults import find_notice, has_code_for
-from fimserver.engine.kernels.report import CompilerReport, Device, Report, TorchReport, TritonReport, look_at_compiler
+from fimserver.engine.kernels.faults import find_compiler_fault, find_library_fault, find_notice, has_code_for
+from fimserver.engine.kernels.report import (
+    CompilerReport,
+    Device,
+    LibraryReport,
+    Report,
+    TorchReport,
+    TritonReport,
+    look_at_compiler,
+    look_at_library,
+)
 from fimserver.engine.modeling.model import find_device
 from fimserver.errors import EngineError
 
@@ -82,13 +92,18 @@ def test_a_build_for_cpus_names_the_command(see: Callable[[TorchReport], None]) 
 @pytest.fixture
 def notice(see: Callable[[TorchReport], None], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     def find(
-        torch_report: TorchReport, info: ModelInfo = INFO, *, device: str = "auto", gpu: DriverGpu | None = NEW
+        torch_report: TorchReport,
+        info: ModelInfo = INFO,
+        *,
+        device: str = "auto",
+        gpu: DriverGpu | None = NEW,
+        lacks_experts: bool = False,
     ) -> str:
         see(torch_report)
         gpus = (gpu,) if gpu else ()
         monkeypatch.setattr(faults, "has_gpu_files", lambda: gpu is not None)
         monkeypatch.setattr(faults, "read_driver", lambda: Driver("nvidia-smi", "580.1", "13.0", gpus))
-        return find_notice(device, info)
+        return find_notice(device, info, lacks_experts=lacks_experts)
 
     return find
 
@@ -112,14 +127,21 @@ def test_no_notice_where_nothing_can_be_better(notice: Callable[..., str]) -> No
 
 
 def test_plain_torch_on_a_gpu_is_reported(notice: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    lacks = Report(
-        GOOD_BUILD, TritonReport("3.7.1"), CompilerReport(header="/usr/include/python3.12/Python.h"), "linux"
-    )
+    header = "/usr/include/python3.12/Python.h"
+    lacks = Report(GOOD_BUILD, TritonReport("3.7.1"), CompilerReport(header=header), "linux", LibraryReport("/usr/lib"))
     monkeypatch.setattr(faults, "look", lambda: lacks)
     info = replace(INFO, device="cuda:0", kernels="plain torch (Triton: RuntimeError: Failed to find C compiler.)")
     found = notice(GOOD_BUILD, info, device="cuda")
     assert found.startswith("weights in 4 bits are multiplied in plain torch, which is slow: no C compiler")
     assert "gcc" in found
+    monkeypatch.setattr(faults, "look", lambda: replace(lacks, library=LibraryReport()))
+    assert "which is slow: Triton does not find the driver's libcuda.so.1" in notice(GOOD_BUILD, info, device="cuda")
+
+
+def test_experts_in_main_memory_are_reported(notice: Callable[..., str]) -> None:
+    info = replace(INFO, device="cuda:0", kernels="Triton (Triton: 120 us)")
+    found = notice(GOOD_BUILD, info, lacks_experts=True)
+    assert found.startswith("some experts do not fit on the GPU and are copied from main memory: too slow for gh")
 
 
 def test_the_notice_of_a_worker_reaches_the_server(tmp_path: Path) -> None:
@@ -175,14 +197,102 @@ def test_the_compiler_is_the_one_that_triton_takes(tmp_path: Path, monkeypatch: 
     assert look_at_compiler() == replace(found, command="ccache gcc", is_named=True, output="No such file or directory")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Triton for Windows brings a compiler")
+def test_an_empty_variable_is_not_a_missing_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "")
+    fault = find_compiler_fault(look_at_compiler())
+    assert str(fault) == "no C compiler: the variable CC is set, but empty; unset CC"
+
+
+@pytest.fixture
+def loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Simulate ldconfig, which lists the lines of ``list``; it fails without that file. No folder is named."""
+    monkeypatch.delenv("TRITON_LIBCUDA_PATH", raising=False)
+    monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
+    program = tmp_path / "ldconfig"
+    program.write_text(f"#!/bin/sh\nexec cat {tmp_path}/list\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(report, "_LDCONFIG", str(program))
+    monkeypatch.setattr(report, "_MAPS", tmp_path / "maps")
+    return tmp_path
+
+
+def make_library(folder: Path) -> str:
+    folder.mkdir()
+    (folder / "libcuda.so.1").touch()
+    return str(folder)
+
+
+LINUX_ONLY = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the loader of Linux")
+
+
+@LINUX_ONLY
+def test_the_library_is_where_triton_looks(loader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = make_library(loader / "first"), make_library(loader / "second")
+    (loader / "maps").write_text(f"7f00-7f01 r-xp 00000000 08:01 123  {second}/libcuda.so.580.82.09\n")
+    monkeypatch.setenv("LD_LIBRARY_PATH", second)
+    assert look_at_library() == LibraryReport(loaded=second), "Triton fails where ldconfig does"
+    (loader / "list").write_text("2 libs found\n\tlibc.so.6 (libc6,x86-64) => /lib/libc.so.6\n")
+    assert look_at_library() == LibraryReport(second, "", second)
+    with (loader / "list").open("a") as file:
+        file.write(f"\tlibcuda.so.1 (libc6,x86-64) => {first}/libcuda.so.1\n")
+    assert look_at_library().folder == first
+    Path(first, "libcuda.so.1").unlink()
+    assert look_at_library().folder == "", "what is listed comes before LD_LIBRARY_PATH, there or not"
+    monkeypatch.setenv("TRITON_LIBCUDA_PATH", second)
+    assert look_at_library() == LibraryReport(second, second, second)
+
+
+@LINUX_ONLY
+def test_triton_finds_the_same_library(loader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Triton's own function, where it is installed, with the simulated list."""
+    triton_driver = pytest.importorskip("triton.backends.nvidia.driver")
+    ask = subprocess.check_output
+    there, gone = make_library(loader / "there"), str(loader / "gone")
+
+    def ask_simulated(command: list[str], **options: Any) -> bytes:
+        assert command == ["/sbin/ldconfig", "-p"]
+        return cast("bytes", ask([report._LDCONFIG], stderr=subprocess.DEVNULL, **options))
+
+    monkeypatch.setattr(subprocess, "check_output", ask_simulated)
+    for listed in ([there], [gone, there], [gone], [], None):
+        for path in ("", there, gone):
+            (loader / "list").unlink(missing_ok=True)
+            if listed is not None:
+                lines = (f"\tlibcuda.so.1 (libc6,x86-64) => {folder}/libcuda.so.1\n" for folder in listed)
+                (loader / "list").write_text("".join(lines))
+            monkeypatch.setenv("LD_LIBRARY_PATH", path)
+            triton_driver.libcuda_dirs.cache_clear()
+            try:
+                expected = there in triton_driver.libcuda_dirs()
+            except (AssertionError, subprocess.CalledProcessError):
+                expected = False
+            assert look_at_library().folder == (there if expected else ""), (listed, path)
+    triton_driver.libcuda_dirs.cache_clear()
+
+
+def test_a_library_that_triton_does_not_find_has_a_remedy() -> None:
+    fault = find_library_fault(LibraryReport(loaded="/opt/lib"), GOOD_BUILD, "linux")
+    assert fault is not None
+    assert fault.found.startswith("Triton does not find the driver's libcuda.so.1")
+    assert fault.remedy == "run: sudo ldconfig; or set TRITON_LIBCUDA_PATH to /opt/lib"
+    fault = find_library_fault(LibraryReport(named="/gone"), GOOD_BUILD, "linux")
+    assert fault is not None
+    assert fault.found == "TRITON_LIBCUDA_PATH is '/gone', where Triton finds no libcuda.so.1"
+    assert fault.remedy == "unset TRITON_LIBCUDA_PATH, or set it to the folder of libcuda.so.1"
+    assert find_library_fault(LibraryReport("/lib"), GOOD_BUILD, "linux") is None
+    assert find_library_fault(LibraryReport(), FOR_CPUS, "linux") is None, "torch itself finds no GPU"
+    assert find_library_fault(LibraryReport(), GOOD_BUILD, "win32") is None
+
+
 def test_triton_finds_the_same_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """By Triton's own function, where it is installed."""
     build = pytest.importorskip("triton.runtime.build")
     if not hasattr(build, "_find_compiler"):
         pytest.skip("another version of Triton")
-    for named in (None, "/some/cc"):
+    for named in (None, "/some/cc", ""):
         monkeypatch.delenv("CC", raising=False)
-        if named:
+        if named is not None:
             monkeypatch.setenv("CC", named)
         build._find_compiler.cache_clear()
         try:

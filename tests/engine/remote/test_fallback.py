@@ -126,6 +126,35 @@ def test_every_fault_costs_one_time_out_and_one_message(server: CompletionServer
     assert watched.engine.is_down
 
 
+def announce(own: Own, detail: str) -> None:
+    with own._changed:
+        own._announce(detail)
+
+
+def test_the_own_models_notice_is_passed_on_while_it_answers(server: CompletionServer) -> None:
+    server.fault = "garbage"
+    watched = watch(server.url)
+    watched.complete()
+    (first,) = watched.notices
+    assert first.endswith("Until then tiny answers on this machine.")
+    watched.own.notice = "fimserver: the model runs on the CPU: torch is a build for CPUs."
+    announce(watched.own, "tiny on cpu; the model runs on the CPU")
+    why = "tiny answers on this machine, where the model runs on the CPU: torch is a build for CPUs"
+    assert watched.notices[1:] == [first.replace("tiny answers on this machine", why)]
+    assert watched.reports[-1][1].startswith(why)
+
+
+def test_the_own_models_notice_waits_for_its_turn(server: CompletionServer) -> None:
+    watched = watch(server.url)
+    watched.complete()
+    watched.own.notice = "fimserver: the model runs on the CPU."
+    announce(watched.own, "tiny on cpu")
+    assert not watched.notices, "the server answers"
+    server.fault = "garbage"
+    watched.complete()
+    assert watched.notices[0].endswith("answers on this machine, where the model runs on the CPU.")
+
+
 def test_a_server_that_is_back_is_used_again() -> None:
     with serve(pieces=(" server",)) as server:
         watched = watch(server.url)
@@ -140,7 +169,7 @@ def test_a_server_that_is_back_is_used_again() -> None:
 
 def test_a_server_that_answers_probes_alone_is_asked_less_and_less(server: CompletionServer) -> None:
     watched = watch(server.url)
-    server.fault = "500"
+    server.fault = "garbage"
     for failures in range(3):
         until(lambda: not watched.engine.is_down)
         begin = time.monotonic()
@@ -149,7 +178,7 @@ def test_a_server_that_answers_probes_alone_is_asked_less_and_less(server: Compl
         assert time.monotonic() - begin > 0.8 * 2**failures
     server.fault = ""
     assert watched.complete() == "server"
-    server.fault = "500"
+    server.fault = "garbage"
     begin = time.monotonic()
     assert watched.complete() == "own"
     until(lambda: not watched.engine.is_down)
@@ -171,7 +200,7 @@ def test_a_wait_that_the_server_asks_for_is_kept(server: CompletionServer) -> No
 def test_nothing_is_sent_while_the_user_rests(server: CompletionServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fimserver.engine.remote.fallback._WORKS_S", 0.5)
     watched = watch(server.url)
-    server.fault = "500"
+    server.fault = "garbage"
     assert watched.complete() == "own"
     server.fault = "dead"
     time.sleep(1.5)
@@ -230,7 +259,7 @@ def test_an_engine_of_this_machine_that_failed_is_not_started_again_and_again(se
 
     watched = watch(server.url)
     watched.engine._own = Failed()
-    server.fault = "500"
+    server.fault = "garbage"
     for _ in range(3):
         with pytest.raises(EngineError, match="it failed"):
             watched.complete()
