@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fimserver.bench.gpu.report import to_markdown
-from fimserver.bench.gpu.stages import STAGES, Bench, measure_gpu
+from fimserver.bench.gpu.run import measure_gpu
+from fimserver.bench.gpu.stages import STAGES, Bench
 from fimserver.bench.gpu.synthetic import read_known, to_planned
 from fimserver.engine.loading.weights import expected_shapes
 from fimserver.engine.modeling.graphs import FixedPasses
