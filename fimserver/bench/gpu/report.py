@@ -12,6 +12,7 @@ Units:  milliseconds; GB are 1e9 bytes.
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ _SHOWN = 300  # characters of an error
 _UNKNOWN = ("none found", "neither nvidia-smi", "is not known")  # in lines of fimserver doctor that measured nothing
 _IN_PART = "which is slower"  # in its line about a GPU that holds only some experts
 _PROGRAMS = re.compile(r"used by .*\(pid \d+, [\d.]+ GB\)(?: and (\d+) more)?", re.DOTALL)
-_PATH = re.compile(r"(?<![\w/\\.~-])(?:~|[A-Za-z]:)?(?:[/\\]+[^\s/\\:;,'\"()|<>]+){2,}")
+_PROCESS = re.compile(r"\bProcess \d+ has")  # in torch's error about a full GPU
+_PATH = re.compile(r"(?<![\w/\\.~-])(?!//)(?:~|[A-Za-z]:)?(?:[/\\]+[^\s/\\:;,'\"()|<>]+){2,}")
 _HOME = re.compile(r"(?:[A-Za-z]:)?[/\\]+(?:home|users)[/\\]+[^\s/\\:;,'\"()|<>]+", re.IGNORECASE)
 
 Row = tuple[str, str, str]  # check, result, what was found
@@ -108,9 +110,10 @@ def _redact(text: str) -> str:
     def end(found: re.Match[str]) -> str:
         return "/".join([part for part in re.split(r"[/\\]+", found[0]) if part][-2:])
 
-    text = _PROGRAMS.sub(count, text)
-    if len((home := Path.home()).parts) > 1:
-        text = re.sub(rf"{re.escape(str(home))}(?![\w.-])", "~", text)
+    text = _PROCESS.sub("Another process has", _PROGRAMS.sub(count, text))
+    with suppress(RuntimeError):  # a user without a home
+        if len((home := Path.home()).parts) > 1:
+            text = re.sub(rf"{re.escape(str(home))}(?![\w.-])", "~", text)
     return _PATH.sub(end, _HOME.sub("~", text))
 
 

@@ -30,7 +30,7 @@ import cattrs
 import torch
 
 from fimserver.bench.gpu.report import Report, to_markdown
-from fimserver.bench.gpu.stages import STAGES, Bench, Checks
+from fimserver.bench.gpu.stages import ENDED, STAGES, Bench, Checks
 from fimserver.bench.gpu.synthetic import SYNTHETIC
 from fimserver.errors import FimserverError
 
@@ -123,9 +123,9 @@ def _supervise(options: _Options, path: Path, report: Callable[[str], None]) -> 
     """Start processes until no stage is left; a process that does not begin any of those left is the last one."""
     found: Report | None = None
     left = options.stages
+    with suppress(OSError):
+        (Path(options.out) / "gpu.json").unlink()  # of an earlier run
     while left:
-        with suppress(OSError):
-            (Path(options.out) / "gpu.json").unlink()
         again = _list_again(found, left)
         chosen = replace(options, stages=(*again, *left))
         path.write_text(json.dumps({"options": dataclasses.asdict(chosen), "before": _to_dict(found)}), "utf-8")
@@ -138,12 +138,12 @@ def _supervise(options: _Options, path: Path, report: Callable[[str], None]) -> 
         found = latest or found
         assert found is not None
         is_over = time.time() >= options.deadline
-        if is_over and (stage := found.stages[-1]) in found.failures and found.failures[stage].startswith("the process"):
-            found = found.with_end(stage, skipped="it was stopped at the time limit")
+        if is_over and found.failures.get(found.stages[-1]) == ENDED:
+            found = found.with_end(found.stages[-1], skipped="it was stopped at the time limit")
         remaining = tuple(stage for stage in left if stage not in begun)
         if is_over or len(remaining) == len(left):
             for stage in remaining:
-                why = "the time limit was reached before" if is_over else "the model could not be loaded again"
+                why = "the time limit was reached before" if is_over else f"a new process could not continue ({error})"
                 found = found.with_end(stage, skipped=why)
             remaining = ()
         left = remaining
@@ -166,7 +166,9 @@ def _list_again(found: Report | None, left: tuple[str, ...]) -> tuple[str, ...]:
 def _run_child(path: Path, deadline: float, report: Callable[[str], None]) -> str:
     """Run a process until it ends or the time is over, and report its stages; return how it ended."""
     command = [sys.executable, *_CHILD, str(path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:  # noqa: S603
+    with subprocess.Popen(  # noqa: S603  our own command
+        command, stdout=subprocess.PIPE, encoding="utf-8", errors="replace", start_new_session=True
+    ) as process:
         timer = threading.Timer(max(0, deadline - time.time()), _kill, (process,))
         timer.start()
         try:

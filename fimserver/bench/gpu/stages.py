@@ -75,6 +75,7 @@ _SIMULATED_STEPS = 2
 _PLACES = 42
 _REPEATS = 7
 _TOP_KERNELS = 15
+ENDED = "the process ended during this stage"
 _TEST_SECONDS = 300  # of pytest
 _COPIED_BYTES = 2**28  # larger than any GPU's cache
 _DRIVER_LINE = "driver and workspace"  # of a plan: memory that torch does not count
@@ -130,7 +131,8 @@ def read_tests(code: int, output: str) -> tuple[str, str]:
         return FAIL, last
     if code == 0 and re.search(r"\b[1-9]\d* passed\b", last):
         return PASS, last
-    return NOT_MEASURED, f"{last} (pytest's exit code {code}; it needs the test extras)"
+    hint = "; the tests need the test extras" if "No module named" in output else ""
+    return NOT_MEASURED, f"{last} (pytest's exit code {code}{hint})"
 
 
 def _exact_share(scores: LayoutScores) -> float:
@@ -196,7 +198,7 @@ class Bench:
                 self._end(stage, skipped="the time limit was reached before")
                 continue
             report(stage)
-            self._end(stage, failed="the process ended during this stage")
+            self._end(stage, failed=ENDED)
             self._forget_peak()
             failed = skipped = ""
             try:
@@ -319,6 +321,7 @@ class Bench:
         """Measure a step of each canvas over a random prompt: as a captured graph, and kernel by kernel."""
         model, cache = self._need_model(), self._need_prompts().cache
         bandwidth = self._measure_bandwidth()
+        self._release()  # requests do not use this memory
         cache.pretend(self.context_tokens, self.generator)
         steps = []
         for length in self.canvases:
@@ -536,10 +539,7 @@ class Bench:
         size = 2**22 if self.simulate else _COPIED_BYTES
         source = torch.zeros(size, dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
-        ms = self._median_ms(lambda: target.copy_(source))
-        del source, target
-        self._release()  # this memory is no request's
-        return 2 * size / (ms / 1e3)
+        return 2 * size / (self._median_ms(lambda: target.copy_(source)) / 1e3)
 
     def _median_ms(self, work: Callable[[], object], repeats: int = _REPEATS) -> float:
         work()
