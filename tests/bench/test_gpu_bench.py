@@ -162,6 +162,8 @@ def test_nothing_passes_unmeasured() -> None:
         ("memory within the plan", {"reserved_bytes": {"load": 10**9}}, NOT_MEASURED),
         ("memory within the plan", {"reserved_bytes": {"load": 23 * 10**8}}, FAIL),
         ("memory within the plan", {"failures": {"requests": "out of memory"}}, NOT_MEASURED),
+        ("one wait per step", {"failures": {"jumps": "CUDA error"}}, NOT_MEASURED),
+        (_FLOOR, {"failures": {"steps": "CUDA error"}}, NOT_MEASURED),
         ("stage steps", {"failures": {"steps": "out of memory"}}, FAIL),
         ("stage layouts", {"skipped": {"layouts": "no weights"}}, NOT_MEASURED),
     ],
@@ -338,7 +340,7 @@ run.main()
 @pytest.mark.slow("starts processes that load a model")
 @pytest.mark.parametrize("jumps", ["None", "os._exit(3)"])
 def test_stages_survive_a_cuda_error_and_a_crash(jumps: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next process loads the model, captures its passes, and goes on."""
+    """The next process loads the model, captures its passes, and continues."""
     monkeypatch.setattr(gpu_run, "_CHILD", ("-c", _BROKEN.format(jumps=jumps)))
     seen: list[str] = []
     stages = ("checks", "load", "graphs", "encode", "jumps", "requests")
@@ -448,6 +450,9 @@ def test_errors_list_valid_choices(monkeypatch: pytest.MonkeyPatch) -> None:
         measure_gpu("26b", simulate=True, stages=("swim",))
     with pytest.raises(FimserverError, match="unknown synthetic model '7b'; choose from: 26b"):
         measure_gpu("7b", simulate=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(FimserverError, match=r"a context of 999999 tokens: .* takes 1 to 262144"):
+        measure_gpu("26b", context_tokens=999_999)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(FimserverError, match=r"no CUDA device; .*--simulate"):
         measure_gpu("26b")

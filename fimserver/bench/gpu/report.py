@@ -11,7 +11,7 @@ Units:  milliseconds; GB are 1e9 bytes.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -149,15 +149,31 @@ def to_markdown(report: Report) -> list[str]:
 def list_results(report: Report) -> list[Row]:
     """Return a row for each check: fimserver doctor's lines, what the stages found, and stages without a result."""
     found = [_to_row(*check) for check in report.checks] or [_missing(report, "fimserver doctor", "checks")]
-    for name, result, text in _list_measured(report):
-        is_simulated = report.is_simulated and result in {PASS, INFO}
-        found.append((name, NOT_MEASURED, f"simulated: {text}") if is_simulated else (name, result, text))
+    for stage, name, result, text in _list_measured(report):
+        why = "simulated" if report.is_simulated else _why_not(report, stage) if stage in report.failures else ""
+        is_void = why and result in {PASS, INFO}
+        found.append((name, NOT_MEASURED, f"{why}: {text}") if is_void else (name, result, text))
     found += [(f"stage {stage}", FAIL, why) for stage, why in report.failures.items()]
     found += [(f"stage {stage}", NOT_MEASURED, why) for stage, why in report.skipped.items()]
     return found
 
 
-def _list_measured(report: Report) -> Iterator[Row]:
+def _list_measured(report: Report) -> Iterator[tuple[str, str, str, str]]:
+    """Yield rows after the stage that they are about; what a stage found before it failed does not pass."""
+    stages: dict[str, Callable[[Report], Iterator[Row]]] = {
+        "kernels": _kernel_rows,
+        "graphs": _graphs_row,
+        "load": _memory_row,
+        "steps": _floor_row,
+        "jumps": _jump_rows,
+        "requests": _request_rows,
+        "layouts": _layouts_row,
+    }
+    for stage, rows in stages.items():
+        yield from ((stage, *row) for row in rows(report))
+
+
+def _kernel_rows(report: Report) -> Iterator[Row]:
     if not report.backend:
         yield _missing(report, "4-bit kernels", "kernels")
     else:
@@ -166,10 +182,9 @@ def _list_measured(report: Report) -> Iterator[Row]:
         yield "4-bit kernels", FAIL if is_plain else PASS, chosen
     result, text = report.tests
     yield "GPU tests", result, text or _why_not(report, "kernels")
-    yield _graphs_row(report)
-    yield _memory_row(report)
-    yield _floor_row(report)
-    yield from _jump_rows(report)
+
+
+def _request_rows(report: Report) -> Iterator[Row]:
     if not report.requests_ms:
         yield _missing(report, "requests", "requests")
     for name, ms in report.requests_ms.items():
@@ -177,6 +192,9 @@ def _list_measured(report: Report) -> Iterator[Row]:
             computed = report.computed_ms.get(name)
             against = f"{computed:.0f} ms computed" if computed else "no computed time"
             yield f"request, {name}", INFO, f"{ms:.0f} ms; {against}"
+
+
+def _layouts_row(report: Report) -> Iterator[Row]:
     if not report.layouts:
         yield _missing(report, "prompt layouts", "layouts")
     else:
@@ -203,42 +221,47 @@ def _missing(report: Report, name: str, stage: str) -> Row:
     return name, NOT_MEASURED, _why_not(report, stage)
 
 
-def _graphs_row(report: Report) -> Row:
+def _graphs_row(report: Report) -> Iterator[Row]:
+    name = "CUDA graphs"
     if not report.graphs:
-        return _missing(report, "CUDA graphs", "graphs")
-    fault, captured = report.graphs["fault"], report.graphs["captured"]
-    if fault or not captured:
-        return "CUDA graphs", FAIL, fault or "no pass was captured"
-    return "CUDA graphs", PASS, f"{captured} passes, of {report.graphs['rows']} rows"
+        yield _missing(report, name, "graphs")
+    elif report.graphs["fault"] or not report.graphs["captured"]:
+        yield name, FAIL, report.graphs["fault"] or "no pass was captured"
+    else:
+        yield name, PASS, f"{report.graphs['captured']} passes, of {report.graphs['rows']} rows"
 
 
-def _memory_row(report: Report) -> Row:
+def _memory_row(report: Report) -> Iterator[Row]:
     """Compare the most that torch reserved with the plan, less what only the driver counts."""
     name, planned = "memory within the plan", report.planned_bytes - report.planned_driver_bytes
     reserved = [report.reserved_bytes[stage] for stage in MEMORY_STAGES if stage in report.reserved_bytes]
     if not report.weight_bytes or not reserved:
-        return name, NOT_MEASURED, "simulated" if report.is_simulated else "no model was loaded"
+        yield name, NOT_MEASURED, "simulated" if report.is_simulated else "no model was loaded"
+        return
     most = max(reserved)
     text = f"{most / 1e9:.2f} GB reserved by torch, {planned / 1e9:.2f} GB planned without the driver's"
-    if most > planned:
-        return name, FAIL, text
     left = [one for one in MEMORY_STAGES if one not in report.reserved_bytes or one in report.failures]
-    if left:
-        return name, NOT_MEASURED, f"{text}, but without: {', '.join(left)}"
-    return name, PASS, text
+    if most > planned:
+        yield name, FAIL, text
+    elif left:
+        yield name, NOT_MEASURED, f"{text}, but without: {', '.join(left)}"
+    else:
+        yield name, PASS, text
 
 
-def _floor_row(report: Report) -> Row:
+def _floor_row(report: Report) -> Iterator[Row]:
     name = f"steps within {_MOST_OVER_FLOOR:g} times their floor"
     if not report.steps:
-        return _missing(report, name, "steps")
+        yield _missing(report, name, "steps")
+        return
     if report.is_simulated:
-        return name, NOT_MEASURED, "simulated"
+        yield name, NOT_MEASURED, "simulated"
+        return
     worst = max(s.ms / s.floor_ms for s in report.steps)
     text = ", ".join(
         f"{s.canvas_tokens}: {s.ms / s.floor_ms:.2f}{'' if s.is_captured else ' (not captured)'}" for s in report.steps
     )
-    return name, PASS if worst <= _MOST_OVER_FLOOR else FAIL, f"canvas {text}"
+    yield name, PASS if worst <= _MOST_OVER_FLOOR else FAIL, f"canvas {text}"
 
 
 def _jump_rows(report: Report) -> Iterator[Row]:

@@ -31,7 +31,9 @@ import torch
 
 from fimserver.bench.gpu.report import Report, to_markdown
 from fimserver.bench.gpu.stages import ENDED, STAGES, Bench, Checks
-from fimserver.bench.gpu.synthetic import SYNTHETIC
+from fimserver.bench.gpu.synthetic import SYNTHETIC, read_known, to_planned
+from fimserver.checkpoints.gpus import NO_GPU
+from fimserver.checkpoints.planner import plan_on_gpu
 from fimserver.errors import FimserverError
 
 DEFAULT_MINUTES = 15.0
@@ -84,6 +86,8 @@ def measure_gpu(  # noqa: PLR0913  options of one command
     if not simulate and not torch.cuda.is_available():
         msg = "torch sees no CUDA device; install CUDA torch, or try every stage here with --simulate"
         raise FimserverError(msg)
+    if not simulate:
+        plan_on_gpu(to_planned(name, read_known(name, reduced=False)[0]), NO_GPU, context_tokens)  # checks the context
     deadline = time.time() + 60 * minutes
     if with_generate or (with_generate is None and set(stages) == set(STAGES)):
         stages = (*stages, _GENERATE)

@@ -101,7 +101,7 @@ def _cuda_facts() -> dict[str, str]:
 
 
 def find_tests() -> Path | None:
-    """Return the folder of this project's tests; ``None`` for an installed package, beside which others' may lie."""
+    """Return the folder of this project's tests; ``None`` for an installed package."""
     folder = Path(__file__).parents[3]
     try:
         project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8")).get("project", {})
