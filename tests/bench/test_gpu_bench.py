@@ -417,6 +417,7 @@ def test_any_stage_may_fail(stage: str, monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(Bench, f"measure_{stage}", fail)
     monkeypatch.setattr("fimserver.bench.gpu.stages._PLACES", 2)
+    monkeypatch.setattr(gpu_stages, "MEDIAN_STEPS", 2)
     quick = tuple(one for one in STAGES if one not in {"layouts", "profile", "steps"} or one == stage)
     found = measure_gpu("26b", simulate=True, stages=quick)
     needs_load = {"graphs", "steps", "encode", "jumps", "requests", "profile", "layouts"}
