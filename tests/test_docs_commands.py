@@ -55,6 +55,7 @@ NOT_RUN = [
     ("*/training.md", "python -m fimserver.training.masked.adapter *", "needs a Qwen2 model, and an hour"),
     ("*/training.md", "fimserver eval masked *", "needs a model of an hour"),
     ("*/gpu.md", "fimserver bench gpu *", "needs a GPU; tests/bench/test_gpu_bench.py simulates one"),
+    ("*/gpu.md", "fimserver eval layouts *", "needs a GPU, and the model; tests/bench measures a small one"),
     ("*/gpu.md", "fimserver doctor --gpu auto *", "needs a GPU; tests/cli/test_plans.py simulates one"),
     ("*/gpu.md", "fimserver doctor", "needs a GPU; tests/cli/test_gpu_checks.py simulates one"),
     ("*/gpu.md", "fimserver model add nvidia/*", "downloads 19 GB"),

@@ -19,8 +19,10 @@ from fimserver.cli.options import (
     run_measurement,
 )
 from fimserver.cli.terminal import echo
+from fimserver.settings import Settings
 
 _MOST_USERS = 100_000
+_LARGE_MODEL = "nvidia/diffusiongemma-26B-A4B-it-NVFP4"  # whose shape fimserver bench gpu measures
 
 _lines_option = click.option(
     "--data",
@@ -401,10 +403,18 @@ def decode(limit: int, modes: str | None, plots: Path | None, as_json: bool, **o
     "--simulate", is_flag=True, help="Run every stage on this machine at a reduced size, without measuring anything."
 )
 @click.option(
+    "--minutes",
+    default=15.0,
+    show_default=True,
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="N",
+    help="Skip the stages that have not begun after N minutes, and stop the one that runs.",
+)
+@click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
     metavar="FOLDER",
-    help="Write gpu.json and gpu.md to FOLDER.",
+    help="Write gpu.json and gpu.md to FOLDER, after each stage.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def gpu(  # noqa: PLR0913, PLR0917  one parameter per option
@@ -414,16 +424,19 @@ def gpu(  # noqa: PLR0913, PLR0917  one parameter per option
     weights: str,
     generate: bool | None,  # noqa: FBT001
     simulate: bool,  # noqa: FBT001
+    minutes: float,
     out: Path | None,
     as_json: bool,  # noqa: FBT001
 ) -> None:
     """Measure a CUDA GPU with random weights in the shape of the 26B model, in about ten minutes.
 
     Prints a page to paste into an issue: what fimserver doctor finds, kernels, memory compared with the plan, steps
-    compared with their lower bound, captures and waits, whole requests, and prompt layouts with real weights.
+    compared with their lower bound, captures and waits, whole requests, and prompt layouts with real weights. A check
+    passes only if it was measured. The page leaves out other programs' names, and all but the end of paths.
     """
     from fimserver.bench.gpu.report import to_markdown  # noqa: PLC0415
-    from fimserver.bench.gpu.stages import STAGES, measure_gpu  # noqa: PLC0415
+    from fimserver.bench.gpu.run import measure_gpu  # noqa: PLC0415
+    from fimserver.bench.gpu.stages import STAGES  # noqa: PLC0415
 
     chosen = tuple(stages.split(",")) if stages else STAGES
     found = []
@@ -436,7 +449,8 @@ def gpu(  # noqa: PLR0913, PLR0917  one parameter per option
                 stages=chosen,
                 context_tokens=context,
                 weights=weights,
-                find_checks=_find_gpu_checks,
+                find_checks=lambda: _find_gpu_checks(context),
+                minutes=minutes,
                 with_generate=generate,
                 out=out,
                 report=lambda stage: echo(f"{stage} ...", err=True),
@@ -464,11 +478,12 @@ def profile(limit: int, as_json: bool, **options: Any) -> None:  # noqa: FBT001
     run_measurement(lambda: profile_requests(settings, limit=limit), as_json=as_json, show=print_profile)
 
 
-def _find_gpu_checks() -> tuple[tuple[str, str, str], ...]:
-    """Return the lines of fimserver doctor about the GPU."""
+def _find_gpu_checks(context_tokens: int) -> tuple[tuple[str, str, str], ...]:
+    """Return the lines of fimserver doctor about the GPU for the model that is measured, not the user's settings."""
     from fimserver.cli.doctor.gpu_checks import check_gpu  # noqa: PLC0415
 
-    return tuple((check.name, check.found, check.remedy) for check in check_gpu(read_options({})))
+    settings = Settings(device="cuda", engine="local", model=_LARGE_MODEL, context_tokens=context_tokens)
+    return tuple((check.name, check.found, check.remedy) for check in check_gpu(settings))
 
 
 def _read_users(_context: click.Context, _option: click.Parameter, text: str) -> list[int]:

@@ -14,31 +14,32 @@
 
 The peak memory of each stage is reported next to the plan's. ``--simulate`` runs every stage on this machine at a
 reduced size, to test them without a GPU. Except for the layouts, weights are random: times are those of real ones,
-answers are not. A stage that fails does not stop the others. Training on a GPU is another command: ``fimserver train
---device cuda``.
+answers are not. A stage that fails does not stop the others, except for a CUDA error, after which a process can do
+nothing more on a GPU (``bench/gpu/run.py`` starts another one). Training on a GPU is another command: ``fimserver
+train --device cuda``.
 
 Knows:  models, time.  Never: LSP, texts.
 Units:  milliseconds; GB are 1e9 bytes.
 """
 
-import dataclasses
 import gc
-import json
+import re
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
 
 from fimserver.bench.gpu.device_counts import CudaCounter, DeviceCounter, DeviceCounts, SimulatedCounter
-from fimserver.bench.gpu.report import Report, Step, to_markdown
+from fimserver.bench.gpu.report import FAIL, NOT_MEASURED, PASS, Report, Step, redact
 from fimserver.bench.gpu.synthetic import (
-    SYNTHETIC,
     DenseMatmul,
     make_chat_engine,
     options_of,
@@ -50,9 +51,10 @@ from fimserver.bench.layouts.holes import shipped_holes
 from fimserver.bench.layouts.measure import LayoutScores, measure_layouts
 from fimserver.bench.machine import machine_facts
 from fimserver.checkpoints.engine_limits import CHUNK_TOKENS
-from fimserver.checkpoints.gpus import NO_GPU
+from fimserver.checkpoints.gpus import NO_GPU, describe_gpu, find_reported
 from fimserver.checkpoints.memory import Format, Role
 from fimserver.checkpoints.planner import plan_on_gpu, step_bytes
+from fimserver.checkpoints.request_times import MEDIAN_STEPS, NEW_TOKENS, PROMPT_TOKENS, estimate_times
 from fimserver.datatypes import Sampling
 from fimserver.engine.decoding.denoise import denoising_step, initialize_canvases, read_out
 from fimserver.engine.engine import Engine
@@ -71,13 +73,22 @@ _REQUEST_CANVAS = 32  # tokens: the rest of a line
 _STEPS_A_REQUEST = 8
 _SIMULATED_STEPS = 2
 _PLACES = 42
-_TYPED_TOKENS = 4
 _REPEATS = 7
 _TOP_KERNELS = 15
+ENDED = "the process ended during this stage"
+_TEST_SECONDS = 300  # of pytest
+_COPIED_BYTES = 2**28  # larger than any GPU's cache
+_DRIVER_LINE = "driver and workspace"  # of a plan: memory that torch does not count
+_CUDA_ERRORS = ("CUDA error", "Triton Error [CUDA]")  # after most of these, every later call of the process fails
 
 
 class SkippedError(Exception):
     """A stage that cannot run here, and why."""
+
+
+def is_cuda_error(text: str) -> bool:
+    """Return whether an error's text is CUDA's; memory that torch's allocator lacks is not such an error."""
+    return any(kind in text for kind in _CUDA_ERRORS)
 
 
 def _cuda_facts() -> dict[str, str]:
@@ -87,6 +98,41 @@ def _cuda_facts() -> dict[str, str]:
     except metadata.PackageNotFoundError:
         triton = "none"
     return {"cuda": torch.version.cuda or "none", "triton": triton}
+
+
+def find_tests() -> Path | None:
+    """Return the folder of this project's tests; ``None`` for an installed package."""
+    folder = Path(__file__).parents[3]
+    try:
+        project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8")).get("project", {})
+    except (OSError, ValueError):
+        return None
+    return folder / "tests" if project.get("name") == "fimserver" and (folder / "tests").is_dir() else None
+
+
+def run_tests(tests: Path, seconds: float) -> tuple[str, str]:
+    """Run the tests that need a GPU; return pass, fail or not measured, and pytest's last line."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(tests)]
+    with TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
+        try:
+            done = subprocess.run(  # noqa: S603  our own command
+                command, stdout=output, stderr=subprocess.STDOUT, check=False, cwd=tests.parent, timeout=max(1, seconds)
+            )
+        except subprocess.TimeoutExpired:
+            return NOT_MEASURED, f"stopped after {seconds:.0f} s"
+        output.seek(0)
+        return read_tests(done.returncode, output.read())
+
+
+def read_tests(code: int, output: str) -> tuple[str, str]:
+    """Return what pytest's exit code and output mean: a run without a passed test has measured nothing."""
+    last = (output.strip().splitlines() or ["no output"])[-1].strip("= ")
+    if re.search(r"\b\d+ (failed|errors?)\b", last):
+        return FAIL, last
+    if code == 0 and re.search(r"\b[1-9]\d* passed\b", last):
+        return PASS, last
+    hint = "; the tests need the test extras" if "No module named" in output else ""
+    return NOT_MEASURED, f"{last} (pytest's exit code {code}{hint})"
 
 
 def _exact_share(scores: LayoutScores) -> float:
@@ -114,20 +160,25 @@ class Bench:
         with_generate: bool | None = None,
         weights: str = "",
         find_checks: Callable[[], Checks] = tuple,
+        deadline: float = float("inf"),
+        save: Callable[[Report], None] = lambda _report: None,
+        before: Report | None = None,
     ) -> None:
         self.device = torch.device("cpu" if simulate else "cuda")
         if not simulate and not torch.cuda.is_available():
             msg = "torch sees no CUDA device; install CUDA torch, or try every stage here with --simulate"
             raise FimserverError(msg)
         self.simulate, self.with_generate = simulate, with_generate
-        self.weights, self.find_checks = weights, find_checks
+        self.weights, self.find_checks, self.deadline, self.save = weights, find_checks, deadline, save
         self.dtype = torch.float32 if simulate else torch.bfloat16
         self.context_tokens = min(context_tokens, 200) if simulate else context_tokens
-        self.config, self.metadata = read_known(name, reduced=simulate)
+        self.config, metadata = read_known(name, reduced=simulate)
+        longest = max(metadata.max_prompt_tokens, self.context_tokens)  # passes are captured for this length
+        self.metadata = replace(metadata, max_prompt_tokens=longest)
         self.checkpoint = to_planned(name, self.config)
         self.generator = torch.Generator(self.device).manual_seed(0)
         machine = machine_facts(str(self.dtype).removeprefix("torch."), device_name(self.device))
-        self.report = Report({**machine, **_cuda_facts()}, simulate, name)
+        self.report = before or Report(redact({**machine, **_cuda_facts()}), simulate, name)
         self.model: Model | None = None
         self.prompts: PromptCache | None = None
         self.counter: DeviceCounter = SimulatedCounter() if simulate else CudaCounter()
@@ -135,25 +186,44 @@ class Bench:
         self.canvases = tuple(c for c in _CANVASES if c <= 64) if simulate else _CANVASES  # noqa: PLR2004
 
     def run(self, stages: tuple[str, ...], report: Callable[[str], None] = lambda _stage: None) -> Report:
-        """Run every stage in turn, also after one has failed."""
-        self._note(planned_bytes=plan_on_gpu(self.checkpoint, NO_GPU, self.context_tokens).total_bytes)
-        is_wanted = self.with_generate
-        if is_wanted is None:
-            is_wanted = set(stages) == set(STAGES) and self._has_room()
-        for stage in (*stages, *(("generate",) if is_wanted else ())):
+        """Run every stage in turn, also after one has failed; stop after a CUDA error, or at the deadline.
+
+        The results are saved before and after each stage: a stage during which the process ends is a failed one.
+        """
+        plan = plan_on_gpu(self.checkpoint, NO_GPU, self.metadata.max_prompt_tokens)
+        driver = next(line.num_bytes for line in plan.lines if line.name == _DRIVER_LINE)
+        self._note(planned_bytes=plan.total_bytes, planned_driver_bytes=driver)
+        for stage in stages:
+            if time.time() >= self.deadline:
+                self._end(stage, skipped="the time limit was reached before")
+                continue
             report(stage)
+            self._end(stage, failed=ENDED)
             self._forget_peak()
+            failed = skipped = ""
             try:
                 getattr(self, f"measure_{stage}")()
             except SkippedError as reason:
-                self._note(skipped={**self.report.skipped, stage: str(reason)})
+                skipped = str(reason)
             except Exception as error:  # noqa: BLE001  GPU time is rare: every stage that works is measured
-                self._note(failures={**self.report.failures, stage: f"{type(error).__name__}: {error}"})
-            self._note_peak(stage)
+                failed = f"{type(error).__name__}: {error}"
+            if not is_cuda_error(failed):
+                try:
+                    self._note_peak(stage)
+                except RuntimeError as error:  # an error of an earlier kernel appears at a later call
+                    failed = failed or f"{type(error).__name__}: {error}"
+            self._end(stage, failed=failed, skipped=skipped)
+            if is_cuda_error(failed):
+                break
         return self.report
 
+    def _end(self, stage: str, *, failed: str = "", skipped: str = "") -> None:
+        """Note how a stage ended, and save the results so far."""
+        self.report = self.report.with_end(stage, failed=failed, skipped=skipped)
+        self.save(self.report)
+
     def _has_room(self) -> bool:
-        """Return whether the bf16 model fits: on the GPU without this one, by the plan, or simulated."""
+        """Return whether the bf16 model fits into the GPU's free memory, by the plan, or is simulated."""
         in_bf16 = (replace(part, format=Format.BF16) for part in self.checkpoint.parts)
         needed = sum(part.num_bytes for part in in_bf16) + _OTHER_BYTES
         return self.simulate or torch.cuda.mem_get_info()[0] >= needed
@@ -164,12 +234,13 @@ class Bench:
 
     def _note_peak(self, stage: str) -> None:
         if self.device.type == "cuda":
+            torch.cuda.synchronize()
             peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
             self._note(peak_bytes={**self.report.peak_bytes, stage: peak})
             self._note(reserved_bytes={**self.report.reserved_bytes, stage: reserved})
 
     def _note(self, **values: Any) -> None:
-        self.report = replace(self.report, **values)
+        self.report = replace(self.report, **{name: redact(value) for name, value in values.items()})
 
     def _need_model(self) -> Model:
         if self.model is None:
@@ -191,17 +262,17 @@ class Bench:
         """Measure the backends on this device, and run the tests that need it."""
         choice = self._choose()
         self._note(backend={"chosen": choice.matmul.name, **choice.tried})
-        tests = Path(__file__).parents[3] / "tests"
-        if self.simulate or not tests.is_dir():
-            self._note(tests="not run: they need a GPU and the project's folder")
+        tests = None if self.simulate else find_tests()
+        if tests is None:
+            self._note(tests=(NOT_MEASURED, "they need a GPU and the project's folder"))
             return
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(tests)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tests.parent)  # noqa: S603
-        self._note(tests=(done.stdout.strip().splitlines() or ["no output"])[-1])
+        self._note(tests=(NOT_MEASURED, "did not finish"))
+        self._note(tests=run_tests(tests, min(_TEST_SECONDS, self.deadline - time.time())))
 
     def measure_load(self) -> None:
         """Load random weights directly to the device, in 4 bits where the checkpoint has them."""
         choice = Choice(self._choose().matmul)
+        self._release()
         begin, before = time.perf_counter(), self._allocated()
         network = create_model(self.config, random_weights(self.config, self.device, self.dtype), self.device)
         self.model = Model(network, self.metadata, choice, consumes=True)
@@ -229,6 +300,8 @@ class Bench:
                 "fault": found.fault,
             }
         )
+        if is_cuda_error(found.fault):
+            raise FimserverError(found.fault)
 
     def _choose(self) -> Choice:
         """Choose the matmul backend for 4-bit weights; in a simulation, by the same trial of plain torch."""
@@ -248,15 +321,18 @@ class Bench:
         """Measure a step of each canvas over a random prompt: as a captured graph, and kernel by kernel."""
         model, cache = self._need_model(), self._need_prompts().cache
         bandwidth = self._measure_bandwidth()
+        self._release()  # requests do not use this memory
         cache.pretend(self.context_tokens, self.generator)
         steps = []
         for length in self.canvases:
+            before = self._count_passes()
             fixed = self._time_step(model, cache, length)
+            is_captured = self._were_captured(before)
             free = self._time_step(model.without_graphs(), cache, length)
             read = step_bytes(self.checkpoint, length, self.context_tokens)
             # self-conditioning reads few tokens: only the head reads all
             read -= self.checkpoint.bytes_of(Role.EMBEDDING)
-            steps.append(Step(length, fixed, free, read / bandwidth * 1e3, read, 1e3 / fixed))
+            steps.append(Step(length, fixed, free, read / bandwidth * 1e3, read, 1e3 / fixed, is_captured))
         self._note(steps=tuple(steps), bandwidth_gb_per_s=bandwidth / 1e9, context_tokens=self.context_tokens)
 
     def measure_encode(self) -> None:
@@ -275,12 +351,12 @@ class Bench:
 
     def measure_jumps(self) -> None:
         """Answer at 42 new places, after a load's warm-up: captures, waits, allocations by the driver."""
-        model, prompts = self._need_model(), self._need_prompts()
+        prompts = self._need_prompts()
         longest = self.context_tokens // 2
         with self.counter.counting():
             prompts.warm_up(min(CHUNK_TOKENS, longest))  # as when a model is loaded
             self._answer(prompts, self._ids(longest // 2))
-        before = (model.fixed.num_captured, model.fixed.num_uncaptured) if model.fixed is not None else (0, 0)
+        before = self._count_passes()
         steps, prompts_read, times = DeviceCounts(), DeviceCounts(), []
         for place in range(_PLACES):
             ids = self._ids(longest // 8 + place * (longest - longest // 8) // _PLACES, seed=1000 + place)
@@ -293,11 +369,12 @@ class Bench:
             steps.add(counts)
             wait_for(self.device)
             times.append((time.perf_counter() - begin) * 1e3)
-        after = (model.fixed.num_captured, model.fixed.num_uncaptured) if model.fixed is not None else (0, 0)
+        after = self._count_passes()
         self._note(
             jumps={
                 "places": _PLACES,
-                "captures": after[0] - before[0],
+                "captured passes before": before[0],
+                "captured passes after": after[0],
                 "uncaptured passes": after[1] - before[1],
                 "waits per step": steps.waits / (_PLACES * _STEPS_A_REQUEST),
                 "copies to the GPU per canvas": steps.uploads / _PLACES,
@@ -309,39 +386,69 @@ class Bench:
             }
         )
 
+    def _count_passes(self) -> tuple[int, int]:
+        """Return how many captured passes there are, and how many passes ran for which there was none."""
+        fixed = self._need_model().fixed
+        return (fixed.num_captured, fixed.num_uncaptured) if fixed is not None else (0, 0)
+
+    def _were_captured(self, before: tuple[int, int]) -> bool:
+        """Return whether every pass since ``before`` was captured; passes that were lost are not counted any more."""
+        return before[0] > 0 and self._count_passes() == before
+
     def _answer(self, prompts: PromptCache, ids: list[int]) -> None:
         prompts.encode(ids)
         self._denoise(prompts)
 
-    def _denoise(self, prompts: PromptCache) -> None:
-        """Denoise one canvas of 32 in eight steps, each read back."""
-        model, options = self._need_model(), options_of(self.metadata, _REQUEST_CANVAS)
+    def _denoise(self, prompts: PromptCache, steps: int = _STEPS_A_REQUEST, canvas: int = _REQUEST_CANVAS) -> None:
+        """Denoise one canvas, and read each step back."""
+        model, options = self._need_model(), options_of(self.metadata, canvas)
         state = initialize_canvases(model, options, self.generator)
-        for _ in range(_STEPS_A_REQUEST):
+        for _ in range(steps):
             state = denoising_step(model, prompts.cache, state, options, self.generator)
             read_out(state, options)
 
     def measure_requests(self) -> None:
-        """Measure from a prompt's ids to the result of eight steps of a canvas of 32."""
+        """Measure the planner's request (``checkpoints/request_times.py``): a prompt, and the steps of a line.
+
+        The first step is over the model's whole canvas, the others over the shortened one.
+        """
         prompts = self._need_prompts()
-        ids = self._ids(self.context_tokens // 4)
+        ids = self._ids(min(PROMPT_TOKENS, self.context_tokens - NEW_TOKENS))
         typed = iter(range(10**6))
 
+        def answer(prompt: list[int]) -> None:
+            prompts.encode(prompt)
+            self._denoise(prompts, 1, self.config.canvas_length)
+            self._denoise(prompts, MEDIAN_STEPS - 1)
+
         def type_on() -> None:
-            self._answer(prompts, [*ids, *self._ids(_TYPED_TOKENS, seed=1 + next(typed))])
+            answer([*ids, *self._ids(NEW_TOKENS, seed=1 + next(typed))])
 
-        def begin_anew() -> None:
+        def begin_again() -> None:
             prompts.clear()
-            self._answer(prompts, ids)
+            answer(ids)
 
-        cold = self._median_ms(begin_anew, repeats=3)
+        cold, warm = f"cold, {len(ids)} tokens", f"warm, {NEW_TOKENS} new tokens"
         self._note(
             requests_ms={
-                f"cold, {len(ids)} tokens": cold,
-                f"warm, {_TYPED_TOKENS} new tokens": self._median_ms(type_on),
-                "steps": _STEPS_A_REQUEST,
-            }
+                cold: self._median_ms(begin_again, repeats=3),
+                warm: self._median_ms(type_on),
+                "steps": MEDIAN_STEPS,
+            },
+            computed_ms=self._compute_request(cold, warm) if len(ids) == PROMPT_TOKENS else {},
         )
+
+    def _compute_request(self, cold: str, warm: str) -> dict[str, float]:
+        """Return the planner's times for this GPU: the data sheet's numbers, or the bandwidth measured here."""
+        if self.device.type != "cuda":
+            return {}
+        properties = torch.cuda.get_device_properties(self.device)
+        gpu = find_reported(properties.name, properties.total_memory)
+        if gpu is None and not self.report.bandwidth_gb_per_s:
+            return {}
+        gpu = gpu or describe_gpu(properties.total_memory / 2**30, self.report.bandwidth_gb_per_s)
+        times = estimate_times(self.checkpoint, gpu)
+        return {cold: times.line_cold_ms, warm: times.line_warm_ms}
 
     def measure_layouts(self) -> None:
         """Fill the shipped holes with real weights in each prompt layout; free the model of random weights first."""
@@ -372,13 +479,21 @@ class Bench:
 
     def _free(self) -> None:
         self.model = self.prompts = None
+        self._release()
+
+    def _release(self) -> None:
+        """Return unused memory to the driver, and count peaks from now on."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
 
     def measure_generate(self) -> None:
         """Measure transformers' own loop on bf16 weights, one canvas; free the other model first."""
         self._free()
+        if self.with_generate is None and not self._has_room():
+            msg = "the model in bf16 does not fit into the GPU's free memory"
+            raise SkippedError(msg)
         weights = random_weights(self.config, self.device, self.dtype, packed=False)
         network = create_model(self.config, weights, self.device)
         network.set_experts_implementation("grouped_mm" if self.device.type == "cuda" else "eager")
@@ -421,7 +536,7 @@ class Bench:
 
     def _measure_bandwidth(self) -> float:
         """Return the bytes per second that are read and written when a tensor is copied on the device."""
-        size = 2**22 if self.simulate else 2**31
+        size = 2**22 if self.simulate else _COPIED_BYTES
         source = torch.zeros(size, dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
         return 2 * size / (self._median_ms(lambda: target.copy_(source)) / 1e3)
@@ -444,42 +559,3 @@ class Bench:
 
     def _allocated(self) -> int:
         return torch.cuda.memory_allocated() if self.device.type == "cuda" else 0
-
-
-def measure_gpu(  # noqa: PLR0913  options of one command
-    name: str,
-    *,
-    simulate: bool = False,
-    weights: str = "",
-    find_checks: Callable[[], Checks] = tuple,
-    stages: tuple[str, ...] = STAGES,
-    context_tokens: int = 8192,
-    with_generate: bool | None = None,
-    out: Path | None = None,
-    report: Callable[[str], None] = lambda _stage: None,
-) -> Report:
-    """Run the stages, and write ``gpu.json`` and ``gpu.md`` into a folder. Raises ``FimserverError``.
-
-    ``with_generate`` runs transformers' own loop; ``None`` runs it after all stages if there is room. ``weights`` names
-    an installed model for the layouts, ``find_checks`` returns the lines of ``fimserver doctor``.
-    """
-    if unknown := set(stages) - {*STAGES}:
-        msg = f"unknown stage {min(unknown)!r}; choose from: {', '.join(STAGES)}"
-        raise FimserverError(msg)
-    if name not in SYNTHETIC:
-        msg = f"unknown synthetic model {name!r}; choose from: {', '.join(SYNTHETIC)}"
-        raise FimserverError(msg)
-    bench = Bench(
-        name,
-        simulate=simulate,
-        context_tokens=context_tokens,
-        with_generate=with_generate,
-        weights=weights,
-        find_checks=find_checks,
-    )
-    found = bench.run(stages, report)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "gpu.json").write_text(json.dumps(dataclasses.asdict(found), indent=2) + "\n", encoding="utf-8")
-        (out / "gpu.md").write_text("\n".join(to_markdown(found)) + "\n", encoding="utf-8")
-    return found
