@@ -479,24 +479,50 @@ def test_a_request_without_memory_is_refused_with_a_reason_and_the_worker_contin
     assert world.pid_of("worker", editor) == worker
 
 
+FILLS_MEMORY = """
+import resource, signal, sys
+
+held = []
+
+def fill(*_):
+    pages = int(open("/proc/self/statm").read().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize(), resource.RLIM_INFINITY))
+    size = 2**22
+    while size >= 2**14:  # what the heap has left from loading, too
+        try:
+            held.append(bytearray(size))
+        except MemoryError:
+            size //= 2
+
+def release(*_):
+    held.clear()
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+
+if "fimserver.engine.worker" in sys.orig_argv:
+    signal.signal(signal.SIGUSR1, fill)
+    signal.signal(signal.SIGUSR2, release)
+"""
+
+
 def test_the_real_worker_answers_again_when_it_has_memory(world: World) -> None:
-    (world.folder / "site" / "sitecustomize.py").unlink()
+    """Other work of the worker's process takes all memory, and returns it."""
+    (world.folder / "site" / "sitecustomize.py").write_text(FILLS_MEMORY)
     editor = world.editor(SERVER, threads=1)
-    head = "".join(f"def step_{i}(items):\n    return items[{i}]\n" for i in range(60))
-    place = editor.show(URI, f"{head}def last(items):\n    return {MARK}\n")
+    text = "".join(f"def step_{i}(items):\n    return items[{i}]\n" for i in range(60))
+    assert editor.ask(editor.show(URI, f"def first(items):\n    return {MARK}\n"))
     worker = editor.explain()["engine"]["pid"]
-    limit_memory(worker, 0)
-    refused = []
-    for i in range(4):  # some of it fits into the memory that the process has already
-        place = editor.show(URI, f"{head * (i + 1)}def last_{i}(items):\n    return {MARK}\n")
-        if not editor.ask(place):
+    os.kill(worker, signal.SIGUSR1)
+    refused: list[dict[str, Any]] = []
+    for i in range(4):
+        lines = "".join(f"{chr(97 + i) * 3}_{j} = {chr(98 + i) * 2}_{7 * j}({j * i})\n" for j in range(80))
+        if not editor.ask(editor.show(f"file:///file_{i}.py", f"{lines}{chr(99 + i) * 4} = {MARK}\n")):
             refused.append(editor.last())
     alive = editor.explain()["engine"]["pid"]
     if alive == worker:
-        limit_memory(worker, None)
-    assert refused or alive != worker, "the limit was felt"
+        os.kill(worker, signal.SIGUSR2)
+    assert refused or alive != worker, "the lack was felt"
     assert all(last["reason"] == "engine" for last in refused)
-    assert editor.ask(editor.show(OTHER, f"{head}def other(items):\n    return {MARK}\n"))
+    assert editor.ask(editor.show(OTHER, f"{text}def other(items):\n    return {MARK}\n"))
     assert editor.shutdown() == 0
 
 

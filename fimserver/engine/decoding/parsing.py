@@ -8,10 +8,13 @@ Knows:   texts, processes.  Never: tokens, tensors.
 Threads: one at a time.
 """
 
+import os
+import select
 import subprocess
 import sys
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO, cast
 
 from fimserver.errors import FrameError
@@ -21,6 +24,7 @@ from fimserver.paths import OUTSIDE
 COMMAND = (sys.executable, "-P", "-m", "fimserver.engine.decoding.parsing")
 _WITHIN_S = 1.0  # a text of 2,500 characters takes 1 ms
 _START_S = 30.0  # for Python to start and to import, on a busy machine
+_IS_WINDOWS = os.name == "nt"
 Spans = list[tuple[int, int]]
 
 
@@ -55,13 +59,12 @@ class ErrorParser:
         process = self._process
         if process is None:
             raise EOFError
-        timer = threading.Timer(within_s, process.kill)
-        timer.start()
-        try:
-            write_message(cast("BinaryIO", process.stdin), message)
-            reply = read_message(cast("BinaryIO", process.stdout))
-        finally:
-            timer.cancel()
+        stdin, stdout = cast("BinaryIO", process.stdin), cast("BinaryIO", process.stdout)
+        with _deadline(process, within_s):
+            write_message(stdin, message)
+            if not _IS_WINDOWS:
+                _wait_for_reply(stdout, within_s)
+            reply = read_message(stdout)
         if reply is None:
             raise EOFError
         return reply
@@ -75,6 +78,30 @@ class ErrorParser:
                 with suppress(OSError):
                     cast("BinaryIO", stream).close()
         self._process = None
+
+
+def _wait_for_reply(stream: BinaryIO, within_s: float) -> None:
+    """Wait for the first byte of a reply, which is written at once. Raises ``TimeoutError``."""
+    poll = select.poll()
+    poll.register(stream.fileno(), select.POLLIN)
+    if not poll.poll(within_s * 1e3):
+        msg = f"no reply in {within_s:g} s"
+        raise TimeoutError(msg)
+
+
+@contextmanager
+def _deadline(process: "subprocess.Popen[bytes]", within_s: float) -> Iterator[None]:
+    """Kill a process after some time on Windows, whose pipes cannot be polled.
+
+    Elsewhere no thread is started for a request: where memory is short, Python may wait for its start for good.
+    """
+    timer = threading.Timer(within_s, process.kill)
+    if _IS_WINDOWS:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def main() -> None:
