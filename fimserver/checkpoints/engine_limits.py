@@ -5,6 +5,7 @@ CHUNK_TOKENS = 512  # of a prompt, per pass; cancellation is checked between pas
 MARGIN_TOKENS = 1024  # kept by a sliding layer beyond its window, so that a prompt can be trimmed
 MIN_GROWTH_TOKENS, MAX_GROWTH_TOKENS = 256, 4096  # KV buffers grow by half, within these limits
 CUT_MULTIPLE = 16  # lengths of shortened canvases on a GPU, so that few sizes of tensors are allocated
+LARGEST_REPEATED_MASK = 2**25  # elements, for the heads of a group; 64 MB in bf16
 MAX_GRAPH_BYTES = 1_500_000_000  # of all CUDA graphs; more is a reason not to use them
 LOGITS_COPIES = 3  # float32, alive at once: the head's, capped or sampled from, and one temporary (decoding/denoise.py)
 MAX_TABLED_POSITIONS = 16384  # in the tables of rotations; those of 262,144 positions would take 1.6 GB

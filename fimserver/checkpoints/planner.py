@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 
 from fimserver.checkpoints.engine_limits import (
     CHUNK_TOKENS,
+    LARGEST_REPEATED_MASK,
     LOGITS_COPIES,
     MARGIN_TOKENS,
     MAX_GROWTH_TOKENS,
@@ -43,7 +44,6 @@ _CONTEXT_BYTES = 800_000_000  # of a driver, its kernels and a workspace
 _PROCESS_BYTES = 600_000_000  # of Python, torch and transformers without a model
 _GRAPH_BYTES = 20_000_000  # of a CUDA graph in the driver: an assumption, not measured
 _RESIDUALS = 6  # float32 rows of the hidden size, alive at once in a pass
-_LARGEST_MASK = 2**25  # elements of a mask that is repeated for the heads of a group (engine/modeling/layers.py)
 _MAPPED_BYTES = 256 * 2**20  # of the source that quantizing keeps mapped
 _LOGITS_ROWS = 64  # of an autoregressive model at once: drafted tokens, in float32
 _ROW_BYTES = 2  # a scale of the 8-bit copy on a CPU
@@ -349,7 +349,7 @@ def _graph_bytes(shape: Shape, context_tokens: int) -> int:
     chosen = shape.top_experts * (4 * shape.hidden_size + 4 * shape.expert_size)
     heads = shape.num_heads // min(layer.num_kv_heads for layer in shape.layers)
     one_pass = shape.canvas_tokens * (_RESIDUALS * 4 * shape.hidden_size + chosen)
-    one_pass += 2 * min(_LARGEST_MASK, heads * shape.canvas_tokens * places)
+    one_pass += 2 * min(LARGEST_REPEATED_MASK, heads * shape.canvas_tokens * places)
     return masks + one_pass + _GRAPH_BYTES * len(rows) * len(captured_places(places))
 
 

@@ -151,7 +151,7 @@ def _check_torch(driver: Driver, report: Report, index: int) -> Check:
 
 def _check_triton(report: Report) -> Check:
     fault = find_triton_fault(report.triton, report.platform)
-    fault = fault or find_library_fault(report.library, report.torch, report.platform)
+    fault = fault or find_library_fault(report.libcuda, report.torch, report.platform)
     if fault is not None:
         return Check("triton", fault.found, fault.remedy)
     return Check("triton", report.triton.version)

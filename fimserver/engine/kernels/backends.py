@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from fimserver.engine.kernels.devices import GraphRecorder, wait_for
+from fimserver.engine.kernels.devices import GraphRecorder, Record, Run, wait_for
 from fimserver.engine.kernels.faults import NO_MEMORY
 from fimserver.engine.kernels.matmul import PLAIN, MatmulBackend, PlainMatmul, RoundedMatmul
 from fimserver.engine.kernels.nvfp4 import NVFP4Tensor, concatenate, draw_codes
@@ -38,8 +38,6 @@ _TOKENS = (1, 19, 64, 300)  # of a trial: one, an odd number, a canvas, a chunk 
 _TIMED_TOKENS = 64
 _ROUNDS = 5
 _LEAST_SCALE = 0x20  # 1/8 as an e4m3 byte
-_Run = Callable[[], torch.Tensor]
-_Record = Callable[[_Run], _Run]
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +193,7 @@ def find_matmul_work(model: Any) -> Work:
     return Work(projections, (num_experts, inner, hidden), chosen, stay=cache is None)
 
 
-def _run_once(run: _Run) -> _Run:
+def _run_once(run: Run) -> Run:
     """Replace a ``GraphRecorder`` on a CPU; runs once, as a capture does."""
     run()
     return run
@@ -214,7 +212,7 @@ class Trial:
         self.device, self._dtype, self._sign = device, dtype, sign
         self.is_empty = not work.projections and work.experts is None
         self._generator = torch.Generator(device).manual_seed(0)
-        self._record: _Record = GraphRecorder(shares=False) if device.type == "cuda" else _run_once
+        self._record: Record = GraphRecorder(shares=False) if device.type == "cuda" else _run_once
         self._projections = [self._to_weights(*shape) for shape in work.projections]
         self._stacks: tuple[NVFP4Tensor, NVFP4Tensor] | None = None
         if work.experts is not None:

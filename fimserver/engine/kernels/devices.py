@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-_Run = Callable[[], torch.Tensor]
+Run = Callable[[], torch.Tensor]
+Record = Callable[[Run], Run]  # a GraphRecorder, or what stands for one
 _WARM_UPS = 2
 _OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
 
@@ -60,7 +61,7 @@ class GraphRecorder:
         self._stream: Any = None
         self._pool: Any = None
 
-    def __call__(self, run: _Run) -> _Run:
+    def __call__(self, run: Run) -> Run:
         """Capture a pass. Raises whatever torch or CUDA raises; the current stream stays the same."""
         if self._stream is None:
             self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]

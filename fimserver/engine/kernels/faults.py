@@ -200,7 +200,7 @@ def find_plain_fault(kernels: str, report: Report) -> Fault:
         return find_capability_fault(old[0].name, old[0].capability)
     missing = (
         find_triton_fault(report.triton, report.platform)
-        or find_library_fault(report.library, report.torch, report.platform)
+        or find_library_fault(report.libcuda, report.torch, report.platform)
         or find_compiler_fault(report.compiler, report.platform)
     )
     if missing is not None:

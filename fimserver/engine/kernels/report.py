@@ -107,7 +107,7 @@ class Report:
     triton: TritonReport
     compiler: CompilerReport
     platform: str = sys.platform
-    library: LibraryReport = LibraryReport()
+    libcuda: LibraryReport = LibraryReport()
 
 
 def read_report() -> Report:
@@ -129,7 +129,7 @@ def read_report() -> Report:
 
 def look(*, measures: bool = False) -> Report:
     """Return the report of this process, which imports torch and Triton; ``measures`` as for ``look_at_torch``."""
-    return Report(look_at_torch(measures=measures), look_at_triton(), look_at_compiler(), library=look_at_library())
+    return Report(look_at_torch(measures=measures), look_at_triton(), look_at_compiler(), libcuda=look_at_library())
 
 
 def look_at_torch(*, measures: bool = False) -> TorchReport:

@@ -26,14 +26,12 @@ from dataclasses import dataclass
 import torch
 
 from fimserver.checkpoints.engine_limits import MAX_GRAPH_BYTES, captured_places, captured_rows
-from fimserver.engine.kernels.devices import driver_free_bytes
+from fimserver.engine.kernels.devices import Record, Run, driver_free_bytes
 from fimserver.engine.modeling.backbone import Backbone, Rows, canvas_rows, causal_rows
 from fimserver.engine.modeling.kv_cache import KVCache
 from fimserver.engine.modeling.layers import AttentionPlan
 from fimserver.errors import EngineError
 
-_Run = Callable[[], torch.Tensor]
-_Record = Callable[[_Run], _Run]
 _TOLERANCE = 0.1  # of the norm of a pass's result: bf16 sums differ by 0.01, a stale input by 1
 _PROMPT_ROWS = 24  # of the comparison
 _logger = logging.getLogger(__name__)
@@ -79,9 +77,9 @@ class FixedPass:
             mask = network.new_mask(num_rows, places)
             slots = torch.zeros(num_rows, dtype=torch.int64, device=device)
             self._plans[kind] = AttentionPlan(0, 0, places, mask, slots)
-        self._run: _Run = self.compute
+        self._run: Run = self.compute
 
-    def record(self, record: _Record) -> None:
+    def record(self, record: Record) -> None:
         """Capture the pass. Raises what ``record`` raises."""
         self._run = record(self.compute)
 
@@ -135,6 +133,11 @@ class GraphReport:
         return f"CUDA graphs of {', '.join(map(str, self.rows))} rows, {self.num_bytes / 1e6:.0f} MB"
 
 
+def error_without_graphs(fault: str) -> EngineError:
+    """Return the error for a user who needs CUDA graphs."""
+    return EngineError(f'CUDA graphs cannot be used ({fault}); set cudaGraphs to "auto" or "off"')
+
+
 class FixedPasses:
     """Captured passes over one cache, whose buffers must not move any more."""
 
@@ -149,7 +152,7 @@ class FixedPasses:
     @torch.inference_mode()
     def capture(
         self,
-        record: _Record,
+        record: Record,
         canvas_length: int,
         num_places: int,
         *,
@@ -176,13 +179,12 @@ class FixedPasses:
         if fault:
             self._drop(device)
             if is_needed:
-                msg = f'CUDA graphs cannot be used ({fault}); set cudaGraphs to "auto" or "off"'
-                raise EngineError(msg)
+                raise error_without_graphs(fault)
             _logger.warning("passes run without CUDA graphs, which is slower: %s", fault)
         self.report = GraphReport(() if fault else rows, 0 if fault else took, fault)
         return self.report
 
-    def _capture_all(self, record: _Record, rows: Sequence[int], num_places: int, sign: Callable[[], None]) -> str:
+    def _capture_all(self, record: Record, rows: Sequence[int], num_places: int, sign: Callable[[], None]) -> str:
         """Capture the passes, the largest first, whose memory the others use; return what differs, or empty."""
         found: dict[tuple[int, int], FixedPass] = {}
         for places in captured_places(num_places):
@@ -195,7 +197,7 @@ class FixedPasses:
         self.num_captured = len(found)
         return ""
 
-    def _try(self, fixed: FixedPass, num_places: int, record: _Record) -> str:
+    def _try(self, fixed: FixedPass, num_places: int, record: Record) -> str:
         """Capture a pass and compare its replays, with other inputs, to the uncaptured pass; return what differs.
 
         Over a short prompt, and over one of noise that is longer than the window; one canvas and two, with padding.

@@ -22,6 +22,7 @@ import torch
 from torch.nn import functional
 from torch.profiler import record_function
 
+from fimserver.checkpoints.engine_limits import LARGEST_REPEATED_MASK
 from fimserver.engine.kernels.matmul import Experts, MatmulBackend, Projection, run_experts
 from fimserver.engine.kernels.nvfp4 import concatenate
 from fimserver.engine.kernels.packed import PackedExperts, PackedLinear, is_packed, num_rows_of
@@ -29,7 +30,6 @@ from fimserver.engine.modeling.kv_cache import KVCache
 
 _NOTHING = nullcontext()
 MASK_ALIGNMENT = 8  # elements
-_LARGEST_REPEATED = 2**25  # elements of a mask; 64 MB in bf16
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ def attend_grouped(
     """
     heads, rows, size = queries.shape
     group = heads // len(keys)
-    if mask is None or group * mask.numel() <= _LARGEST_REPEATED:
+    if mask is None or group * mask.numel() <= LARGEST_REPEATED_MASK:
         grouped = queries.reshape(1, len(keys), -1, size)
         repeated = None if mask is None else _repeat(mask, group)
         found = functional.scaled_dot_product_attention(

@@ -23,7 +23,7 @@ from fimserver.checkpoints.metadata import Canvas, ModelMetadata, limit_context,
 from fimserver.checkpoints.planner import count_experts_on_gpu, plan_on_gpu
 from fimserver.engine.kernels.backends import Choice, choose_matmul, find_matmul_work
 from fimserver.engine.kernels.cpu_linear import CpuKernels, choose_float_dtype, choose_kernels
-from fimserver.engine.kernels.devices import GraphRecorder, free_bytes
+from fimserver.engine.kernels.devices import GraphRecorder, Record, free_bytes
 from fimserver.engine.kernels.expert_cache import Traffic, add_up
 from fimserver.engine.kernels.faults import SLOW_EXPERTS, find_device_fault
 from fimserver.engine.kernels.matmul import PLAIN
@@ -31,7 +31,7 @@ from fimserver.engine.kernels.packed import count_parameters, find_packed_expert
 from fimserver.engine.loading.weights import is_dense_config, load_weights
 from fimserver.engine.modeling.backbone import Backbone, Rows, canvas_rows, causal_rows
 from fimserver.engine.modeling.diffusion_gemma import DiffusionGemma
-from fimserver.engine.modeling.graphs import FixedPasses, GraphReport
+from fimserver.engine.modeling.graphs import FixedPasses, GraphReport, error_without_graphs
 from fimserver.engine.modeling.kv_cache import KVCache
 from fimserver.engine.modeling.layers import measured
 from fimserver.engine.modeling.qwen2 import Qwen2
@@ -158,7 +158,7 @@ class Model:
         cache: KVCache,
         mode: str = "auto",
         *,
-        record: Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]] | None = None,
+        record: Record | None = None,
         sign: Callable[[], None] = lambda: None,
     ) -> GraphReport:
         """Capture the denoising passes over ``cache`` as CUDA graphs, which must be the cache of all requests.
@@ -175,8 +175,7 @@ class Model:
         if not self.network.is_fixed:
             fault = "the host reads which experts the tokens chose (experts in main memory, or kernels in plain torch)"
             if mode == "on":
-                msg = f'CUDA graphs cannot be used ({fault}); set cudaGraphs to "auto" or "off"'
-                raise EngineError(msg)
+                raise error_without_graphs(fault)
             return GraphReport(fault=fault)
         self.fixed = FixedPasses(self.network, cache)
         places = fixed_places(self.metadata.max_prompt_tokens, self.canvas_length)

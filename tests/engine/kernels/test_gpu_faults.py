@@ -134,7 +134,7 @@ def test_plain_torch_on_a_gpu_is_reported(notice: Callable[..., str], monkeypatc
     found = notice(GOOD_BUILD, info, device="cuda")
     assert found.startswith("weights in 4 bits are multiplied in plain torch, which is slow: no C compiler")
     assert "gcc" in found
-    monkeypatch.setattr(faults, "look", lambda: replace(lacks, library=LibraryReport()))
+    monkeypatch.setattr(faults, "look", lambda: replace(lacks, libcuda=LibraryReport()))
     assert "which is slow: Triton does not find the driver's libcuda.so.1" in notice(GOOD_BUILD, info, device="cuda")
 
 

@@ -137,7 +137,7 @@ def test_heads_share_keys_and_mask(monkeypatch: pytest.MonkeyPatch, rows: int, k
     mask = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf) if masked else None
     expected = attend(queries, keys, values, mask)
     for largest in (2**25, 0):
-        monkeypatch.setattr(layers, "_LARGEST_REPEATED", largest)
+        monkeypatch.setattr(layers, "LARGEST_REPEATED_MASK", largest)
         found = attend_grouped(queries, keys, values, mask)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
