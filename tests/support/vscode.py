@@ -442,6 +442,14 @@ class Window:
         """Messages that are on the screen."""
         return self.texts(".notification-toast .notification-list-item-message")
 
+    @contextmanager
+    def asks_again(self) -> Iterator[None]:
+        """Wait until the message on the screen is replaced by one of the same text, which VS Code closes first."""
+        self.evaluate("document.querySelector('.notification-toast').dataset.earlier = ''")
+        yield
+        again = ".notification-toast:not([data-earlier]) .notification-list-item-message"
+        wait_until(lambda: len(self.texts(again)) == len(self.notifications()) == 1, "the question, asked again")
+
     def dismiss(self) -> None:
         """Take all messages off the screen."""
         self.press("Escape")
