@@ -479,11 +479,17 @@ def profile(limit: int, as_json: bool, **options: Any) -> None:  # noqa: FBT001
 
 
 def _find_gpu_checks(context_tokens: int) -> tuple[tuple[str, str, str], ...]:
-    """Return the lines of fimserver doctor about the GPU for the model that is measured, not the user's settings."""
+    """Return rows of what fimserver doctor finds about the GPU for the measured model, not for the user's settings."""
+    from fimserver.bench.gpu.report import FAIL, NOT_MEASURED, PASS  # noqa: PLC0415
     from fimserver.cli.doctor.gpu_checks import check_gpu  # noqa: PLC0415
 
     settings = Settings(device="cuda", engine="local", model=_LARGE_MODEL, context_tokens=context_tokens)
-    return tuple((check.name, check.found, check.remedy) for check in check_gpu(settings))
+    return tuple(
+        (check.name, FAIL, f"{check.found}; {check.remedy}")
+        if check.remedy
+        else (check.name, PASS if check.is_known else NOT_MEASURED, check.found)
+        for check in check_gpu(settings)
+    )
 
 
 def _read_users(_context: click.Context, _option: click.Parameter, text: str) -> list[int]:

@@ -30,6 +30,7 @@ from fimserver.bench.gpu.stages import STAGES, Bench
 from fimserver.bench.gpu.synthetic import read_known, to_planned
 from fimserver.cli.bench import _find_gpu_checks
 from fimserver.cli.doctor import gpu_checks
+from fimserver.cli.doctor.check import Check
 from fimserver.engine.kernels.driver import Driver, GpuProcess
 from fimserver.engine.loading.weights import expected_shapes
 from fimserver.engine.modeling.graphs import FixedPasses
@@ -49,11 +50,11 @@ def test_every_stage_runs_simulated(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return found
 
     monkeypatch.setattr(FixedPasses, "run", run)
-    checks = (("compiler", "gcc 12", ""), ("driver", "none", "install one"))
+    checks = (("compiler", PASS, "gcc 12"), ("driver", FAIL, "none; install one"))
     found = measure_gpu("26b", simulate=True, out=tmp_path, report=seen.append, find_checks=lambda: checks)
     assert not found.failures
     assert passes[0].num_captured > 0
-    assert found.checks == (("compiler", "gcc 12", ""), ("driver", "none", "install one"))
+    assert found.checks == checks
     assert (found.graphs["rows"], found.graphs["fault"]) == ("16, 32, 64", "")
     jumps = ("places", "captured passes before", "captured passes after", "uncaptured passes", "waits per step")
     assert [found.jumps[name] for name in jumps] == [42, 3, 3, 0, 1]
@@ -103,7 +104,7 @@ def _measured(**values: Any) -> Report:
         {"device": "a GPU"},
         is_simulated=False,
         model="26b",
-        checks=(("gpu", "a GPU", ""),),
+        checks=(("gpu", PASS, "a GPU"),),
         backend={"chosen": "Triton"},
         tests=(PASS, "9 passed in 1.00s"),
         weight_bytes=10**9,
@@ -140,7 +141,6 @@ def test_nothing_passes_unmeasured() -> None:
     empty = Report({"device": "a GPU"}, is_simulated=False, model="26b")
     for report in (empty, _measured(is_simulated=True, checks=())):
         assert {result for _, result, _ in list_results(report)} == {NOT_MEASURED}
-    assert _result("gpu", checks=(("gpu", "none found (no nvidia-smi)", ""),))[0] == NOT_MEASURED
 
 
 @pytest.mark.parametrize(
@@ -279,12 +279,15 @@ def test_checks_are_about_the_measured_model(monkeypatch: pytest.MonkeyPatch) ->
     """Whatever the user's settings are."""
     seen: list[Any] = []
 
-    def look(settings: Settings) -> list[Any]:
+    checks = [Check("gpu", "a GPU"), Check("driver", "none", "install one"), Check("memory", "?", is_known=False)]
+
+    def look(settings: Settings) -> list[Check]:
         seen.append(settings)
-        return []
+        return checks
 
     monkeypatch.setattr(gpu_checks, "check_gpu", look)
-    assert _find_gpu_checks(4096) == ()
+    rows = (("gpu", PASS, "a GPU"), ("driver", FAIL, "none; install one"), ("memory", NOT_MEASURED, "?"))
+    assert _find_gpu_checks(4096) == rows
     assert [(s.device, s.engine, s.context_tokens) for s in seen] == [("cuda", "local", 4096)]
     assert seen[0].model == "nvidia/diffusiongemma-26B-A4B-it-NVFP4"
 
@@ -359,7 +362,7 @@ def test_stages_survive_a_cuda_error_and_a_crash(jumps: str, tmp_path: Path, mon
     assert (tmp_path / "gpu.md").read_text() == "\n".join(to_markdown(found)) + "\n"
 
 
-_CHECKS = (("compiler", "gcc 12", ""),)
+_CHECKS = (("compiler", PASS, "gcc 12"),)
 
 
 _HANGING = """

@@ -23,6 +23,7 @@ from fimserver.cli.main import main
 from fimserver.datatypes import Mode, ModelInfo
 from fimserver.engine.kernels import driver, faults, report
 from fimserver.engine.kernels.report import CompilerReport, Device, LibraryReport, Report, TorchReport, TritonReport
+from fimserver.settings import Settings
 
 NVFP4 = "nvidia/diffusiongemma-26B-A4B-it-NVFP4"
 HEADER = f"/usr/include/python{sys.version_info.major}.{sys.version_info.minor}/Python.h"
@@ -105,6 +106,11 @@ class Machine:
         assert (code, bool(found)) == (1, True), lines
         return found
 
+    def unknown(self, model: str) -> list[str]:
+        """Return the names of the GPU's lines in which nothing shows whether they are good."""
+        self.write()
+        return [check.name for check in gpu_checks.check_gpu(Settings(model=model)) if not check.is_known]
+
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
@@ -138,6 +144,7 @@ def test_all_is_good(machine: Machine, gpu: Device) -> None:
     assert lines["compiler"] == f"ok /usr/bin/gcc compiles with {HEADER}"
     assert f"{free:.1f} of {total:.1f} GB free; {NVFP4.partition('/')[2]}" in lines["gpu memory"].replace("nvidia/", "")
     assert " GB with a context of 8192 tokens" in lines["gpu memory"]
+    assert machine.unknown(NVFP4) == []
 
 
 def test_a_machine_without_a_gpu_has_one_line(machine: Machine) -> None:
@@ -148,6 +155,7 @@ def test_a_machine_without_a_gpu_has_one_line(machine: Machine) -> None:
     assert not {"driver", "torch", "triton", "compiler", "gpu memory"} & set(lines)
     machine.has_smi, machine.error = True, "No devices were found"
     assert machine.doctor()[1]["gpu"] == "ok none found (nvidia-smi lists none); the model runs on the CPU"
+    assert machine.unknown("tiny") == ["gpu"]
 
 
 def test_a_gpu_without_a_driver_is_mentioned(machine: Machine) -> None:
@@ -423,6 +431,7 @@ def test_without_the_gpus_numbers_no_time_is_claimed(machine: Machine) -> None:
     code, lines = machine.doctor(model=NVFP4)
     assert code == 0, lines
     assert "fit now: too slow for ghost text (seconds for a line) unless few are missing" in lines["gpu memory"]
+    assert machine.unknown(NVFP4) == ["gpu memory"]
 
 
 def test_few_missing_experts_are_no_failure(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -433,6 +442,7 @@ def test_few_missing_experts_are_no_failure(machine: Machine, monkeypatch: pytes
     code, lines = machine.doctor(model=NVFP4)
     assert code == 0, lines
     assert "of 128 experts of each layer fit now: fits ghost text (by the plan 0." in lines["gpu memory"]
+    assert machine.unknown(NVFP4) == []
 
 
 def test_wsl(machine: Machine) -> None:
@@ -466,6 +476,10 @@ def test_memory_that_the_driver_does_not_report_is_torchs(machine: Machine) -> N
     assert code == 0, lines
     assert lines["gpu"].endswith("34.4 GB, 33.3 GB free")
     assert lines["gpu memory"].startswith("ok 33.3 of 34.4 GB free; ")
+    nowhere = replace(RTX_5090, total_bytes=0, free_bytes=0)
+    machine.report = replace(machine.report, torch=torch_of(nowhere))
+    machine.devices = (nowhere,)
+    assert machine.unknown(NVFP4) == ["gpu memory"]
 
 
 def test_torch_that_does_not_answer(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,8 +21,6 @@ PASS, FAIL, NOT_MEASURED, INFO = "pass", "fail", "not measured", "info"
 MEMORY_STAGES = ("load", "graphs", "steps", "encode", "jumps", "requests")  # what the plan is about
 _MOST_OVER_FLOOR = 2.0  # of a step's time over the time to read its weights
 _SHOWN = 300  # characters of an error
-_UNKNOWN = ("none found", "neither nvidia-smi", "is not known")  # in lines of fimserver doctor that measured nothing
-_IN_PART = "which is slower"  # in its line about a GPU that holds only some experts
 _PROGRAMS = re.compile(r"used by .*\(pid \d+, [\d.]+ GB\)(?: and (\d+) more)?", re.DOTALL)
 _PROCESS = re.compile(r"\bProcess \d+ has")  # in torch's error about a full GPU
 _PATH = re.compile(r"(?<![\w/\\.~-])(?!//)(?:~|[A-Za-z]:)?(?:[/\\]+[^\s/\\:;,'\"()|<>]+){2,}")
@@ -54,7 +52,7 @@ class Report:
     machine: dict[str, Any]
     is_simulated: bool
     model: str
-    checks: tuple[tuple[str, str, str], ...] = ()  # of fimserver doctor: name, what was found, remedy or ""
+    checks: tuple[Row, ...] = ()  # of fimserver doctor
     backend: dict[str, str] = field(default_factory=dict)
     tests: tuple[str, str] = (NOT_MEASURED, "")  # result, and pytest's last line
     load_s: float = 0.0
@@ -148,7 +146,7 @@ def to_markdown(report: Report) -> list[str]:
 
 def list_results(report: Report) -> list[Row]:
     """Return a row for each check: fimserver doctor's lines, what the stages found, and stages without a result."""
-    found = [_to_row(*check) for check in report.checks] or [_missing(report, "fimserver doctor", "checks")]
+    found = [*report.checks] or [_missing(report, "fimserver doctor", "checks")]
     for stage, name, result, text in _list_measured(report):
         why = "simulated" if report.is_simulated else _why_not(report, stage) if stage in report.failures else ""
         is_void = why and result in {PASS, INFO}
@@ -200,15 +198,6 @@ def _layouts_row(report: Report) -> Iterator[Row]:
     else:
         text = ", ".join(f"{one['layout']} {one['exact']:.2f}" for one in report.layouts)
         yield "prompt layouts", INFO, f"{text} exact, of {report.layouts[0]['holes']} holes"
-
-
-def _to_row(name: str, text: str, remedy: str) -> Row:
-    """Return the row of a line of ``fimserver doctor``."""
-    if remedy:
-        return name, FAIL, f"{text}; {remedy}"
-    if any(one in text for one in _UNKNOWN):
-        return name, NOT_MEASURED, text
-    return name, FAIL if _IN_PART in text else PASS, text
 
 
 def _why_not(report: Report, stage: str) -> str:

@@ -29,7 +29,7 @@ from typing import Any
 import cattrs
 import torch
 
-from fimserver.bench.gpu.report import Report, to_markdown
+from fimserver.bench.gpu.report import FAIL, Report, to_markdown
 from fimserver.bench.gpu.stages import ENDED, STAGES, Bench, Checks
 from fimserver.bench.gpu.synthetic import SYNTHETIC, read_known, to_planned
 from fimserver.checkpoints.gpus import NO_GPU
@@ -74,8 +74,8 @@ def measure_gpu(  # noqa: PLR0913  options of one command
     """Run the stages, and write ``gpu.json`` and ``gpu.md`` into a folder. Raises ``FimserverError``.
 
     ``with_generate`` runs transformers' own loop; ``None`` runs it after all stages if there is room. ``weights`` names
-    an installed model for the layouts, ``find_checks`` returns the lines of ``fimserver doctor``. Stages that have not
-    begun after ``minutes`` are skipped. ``apart`` runs them in other processes, by default unless simulated.
+    an installed model for the layouts, ``find_checks`` returns rows of what ``fimserver doctor`` finds. Stages that
+    have not begun after ``minutes`` are skipped. ``apart`` runs them in other processes, by default unless simulated.
     """
     if unknown := set(stages) - {*STAGES}:
         msg = f"unknown stage {min(unknown)!r}; choose from: {', '.join(STAGES)}"
@@ -104,7 +104,7 @@ def _try_checks(find_checks: Callable[[], Checks]) -> Checks:
     try:
         return find_checks()
     except Exception as error:  # noqa: BLE001  a page without these lines is better than none
-        return (("fimserver doctor", f"{type(error).__name__}: {error}", "run: fimserver doctor"),)
+        return (("fimserver doctor", FAIL, f"{type(error).__name__}: {error}; run: fimserver doctor"),)
 
 
 def _run_stages(options: _Options, before: Report | None, report: Callable[[str], None]) -> Report:

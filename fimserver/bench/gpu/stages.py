@@ -38,7 +38,7 @@ from typing import Any
 import torch
 
 from fimserver.bench.gpu.device_counts import CudaCounter, DeviceCounter, DeviceCounts, SimulatedCounter
-from fimserver.bench.gpu.report import FAIL, NOT_MEASURED, PASS, Report, Step, redact
+from fimserver.bench.gpu.report import FAIL, NOT_MEASURED, PASS, Report, Row, Step, redact
 from fimserver.bench.gpu.synthetic import (
     DenseMatmul,
     make_chat_engine,
@@ -65,7 +65,7 @@ from fimserver.engine.modeling.model import Model
 from fimserver.engine.modeling.prompt_cache import PromptCache
 from fimserver.errors import FimserverError
 
-Checks = tuple[tuple[str, str, str], ...]  # name, what was found, remedy or ""
+Checks = tuple[Row, ...]
 STAGES = ("checks", "kernels", "load", "graphs", "steps", "encode", "jumps", "requests", "profile", "layouts")
 _OTHER_BYTES = 2 * 10**9  # a canvas, a prompt and the driver, in addition to weights in bf16
 _CANVASES = (16, 32, 64, 128, 256)

@@ -69,7 +69,7 @@ def check_gpu(settings: Settings) -> list[Check]:
         where = "" if sys.platform == "darwin" else "; the model runs on the CPU"
         if has_pci_gpu():  # in a container, perhaps that of its host
             where += "; an NVIDIA GPU is on the PCI bus: to use it, install its driver"
-        return [Check("gpu", f"none found ({why}){where}")]
+        return [Check("gpu", f"none found ({why}){where}", is_known=False)]
     checks = _list_checks(driver, settings)
     if settings.device == "cpu" or settings.engine != "local":
         return [replace(check, remedy="") for check in checks]
@@ -169,7 +169,7 @@ def _check_compiler(report: Report) -> Check:
 def _check_memory(gpu: _Gpu, driver: Driver, settings: Settings) -> Check:
     """Compare the GPU's free memory with what the model needs by its plan."""
     if not gpu.total_bytes:
-        return Check(_MEMORY, "neither nvidia-smi nor torch reports it")
+        return Check(_MEMORY, "neither nvidia-smi nor torch reports it", is_known=False)
     is_listed = not is_wsl() and sys.platform != "win32"
     processes = list_processes(driver.program, gpu.uuid) if driver.program and gpu.uuid and is_listed else []
     own = _find_own(processes)
@@ -185,7 +185,7 @@ def _check_memory(gpu: _Gpu, driver: Driver, settings: Settings) -> Check:
         context = min(settings.context_tokens or DEFAULT_CONTEXT_TOKENS, longest)
         plan = plan_on_gpu(checkpoint, NO_GPU, context)
     except FimserverError as error:
-        return Check(_MEMORY, f"{found}; what the model needs is not known: {error}")
+        return Check(_MEMORY, f"{found}; what the model needs is not known: {error}", is_known=False)
     found += f"; {plan.model} needs {plan.total_bytes / 1e9:.1f} GB with a context of {context} tokens"
     if plan.total_bytes <= free_bytes:
         return Check(_MEMORY, found)
@@ -201,7 +201,7 @@ def _check_memory(gpu: _Gpu, driver: Driver, settings: Settings) -> Check:
         which = ": Windows's Task Manager lists them" if not is_listed else which
         return Check(_MEMORY, found, f"close other programs that use the GPU{which}; or set contextTokens lower")
     if kept >= 1 and (times is None or times.verdict == FITS_GHOST_TEXT):
-        return Check(_MEMORY, found)
+        return Check(_MEMORY, found, is_known=times is not None)
     fitting = [row.model for row in compare_models(listed) if row.verdict == FITS_GHOST_TEXT] if listed else []
     example = f", such as {fitting[0]}" if fitting else ""
     return Check(
