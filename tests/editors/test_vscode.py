@@ -318,8 +318,9 @@ def test_a_language_that_the_model_has_not_learned(window: Window, workbench: Wo
 def test_settings_and_a_sample_by_command(window: Window) -> None:
     window.command("fimserver: Settings")
     wait_until(lambda: window.has(".settings-editor .setting-item-contents"), "the settings are there")
-    assert window.texts(".settings-editor .setting-item-label")[0] == "Enabled"
-    assert any("Settings Found" in text for text in window.texts(".settings-editor .settings-count-widget"))
+    count = ".settings-editor .settings-count-widget"
+    wait_until(lambda: any("Settings Found" in text for text in window.texts(count)), "they are searched")
+    wait_until(lambda: window.texts(".settings-editor .setting-item-label")[:1] == ["Enabled"], "only ours")
     window.press("Escape")
     wait_until(lambda: not window.has(".settings-editor"), "they are closed")
     window.command("fimserver: Open a Sample")

@@ -427,6 +427,7 @@ def test_a_model_is_chosen_in_the_terminal(
         window.click(".notification-toast .monaco-button >> text=Get a Model")
         terminal = ".xterm-rows"
         wait_until(lambda: any("Which model?" in text for text in window.texts(terminal)), "the command asks")
+        wait_until(lambda: window.has(".xterm.focus"), "the terminal has the keys")
         window.screenshot(pictures / "setup.png")
         window.type("the first")
         window.press("Enter")

@@ -408,7 +408,8 @@ class Window:
         title = _PICK + " .quick-input-title"
         wait_until(lambda: any("fimserver" in text for text in self.texts(title)), "the menu is there")
         rows = json.dumps(".quick-input-list .monaco-list-row")
-        found: list[str] = self.evaluate(f"[...document.querySelectorAll({rows})].map(row => row.ariaLabel)")
+        code = f"[...document.querySelectorAll({rows})].map(row => row.ariaLabel)"
+        found: list[str] = wait_until(lambda: self.evaluate(code), "its entries are there")
         return found
 
     def choose(self, label: str) -> None:
