@@ -16,7 +16,7 @@ from fimserver.checkpoints.gpus import COMMON, NO_GPU, find_gpu
 from fimserver.checkpoints.installed import is_hub_name, to_gigabytes
 from fimserver.checkpoints.known import read_known
 from fimserver.checkpoints.memory import Checkpoint, Format, find_checkpoint, read_known_checkpoint
-from fimserver.checkpoints.planner import DEFAULT_CONTEXT_TOKENS, plan_on_cpu, plan_on_gpu
+from fimserver.checkpoints.planner import choose_context, plan_on_cpu, plan_on_gpu
 from fimserver.checkpoints.request_times import FITS_GHOST_TEXT, Times, compare_models, to_row
 
 _LARGE, _DENSE = "nvidia/diffusiongemma-26B-A4B-it-NVFP4", "Qwen2.5-Coder"
@@ -53,7 +53,7 @@ def list_needs() -> Iterator[Need]:
                 licence=fact["licence"],
                 use=fact["use"],
                 gpu_bytes=on_gpu,
-                cpu_bytes=plan_on_cpu(checkpoint, 0, _context(checkpoint)).total_bytes,
+                cpu_bytes=plan_on_cpu(checkpoint, 0, choose_context(checkpoint)).total_bytes,
                 bf16_bytes=None if is_in_4_bits else on_gpu,
                 nvfp4_bytes=_bytes_on_gpu(in_4_bits),
             )
@@ -103,11 +103,7 @@ def _show(num_bytes: int | None) -> str:
 
 
 def _bytes_on_gpu(checkpoint: Checkpoint) -> int:
-    return plan_on_gpu(checkpoint, NO_GPU, _context(checkpoint)).total_bytes
-
-
-def _context(checkpoint: Checkpoint) -> int:
-    return min(DEFAULT_CONTEXT_TOKENS, checkpoint.shape.longest_context_tokens)
+    return plan_on_gpu(checkpoint, NO_GPU, choose_context(checkpoint)).total_bytes
 
 
 def _write_table(page: Path, head: str, table: str) -> None:

@@ -136,6 +136,11 @@ class Plan:
     notes: tuple[str, ...]
 
 
+def choose_context(checkpoint: Checkpoint) -> int:
+    """Return the prompt length of a plan for which none is given: 8192 tokens, or the model's limit."""
+    return min(DEFAULT_CONTEXT_TOKENS, checkpoint.shape.longest_context_tokens)
+
+
 def plan_on_gpu(checkpoint: Checkpoint, gpu: Gpu, context_tokens: int = DEFAULT_CONTEXT_TOKENS) -> Plan:
     """Plan a checkpoint on a GPU. Raises ``FimserverError`` for an unsupported context."""
     _check_context(checkpoint, context_tokens)

@@ -30,9 +30,9 @@ from fimserver.checkpoints.engine_limits import CHUNK_TOKENS, CUT_MULTIPLE
 from fimserver.checkpoints.gpus import GPUS, Gpu
 from fimserver.checkpoints.memory import MASKED_CANVAS_TOKENS, Checkpoint, Role, find_checkpoint
 from fimserver.checkpoints.planner import (
-    DEFAULT_CONTEXT_TOKENS,
     PCIE_SHARE,
     Plan,
+    choose_context,
     list_host_variants,
     plan_on_gpu,
     step_bytes,
@@ -144,7 +144,7 @@ def to_row(
     checkpoint: Checkpoint, gpu: Gpu, *, steps: int = MEDIAN_STEPS, label: str = "", context_tokens: int | None = None
 ) -> Row:
     """Plan a model on a GPU, with experts in main memory if it does not fit."""
-    context = context_tokens or min(DEFAULT_CONTEXT_TOKENS, checkpoint.shape.longest_context_tokens)
+    context = context_tokens or choose_context(checkpoint)
     plan = plan_on_gpu(checkpoint, gpu, context)
     where, times = "", None
     if plan.fits:

@@ -376,7 +376,7 @@ class Engine:
         count, fitted = self._fit_canvases(job, initial, options)
         filled = replace(denoiser, options=fitted).fill(cache, job.answer_start, initial=initial[:count])
         answer, passes, total = list(filled.token_ids), filled.passes, filled.log_probability
-        whole = replace(options, canvas_length=min(self.model.canvas_length, job.room.canvas_tokens))
+        whole = replace(options, canvas_length=self._longest_canvas(job))
         following = replace(denoiser, options=whole)
         while filled.is_open and not filled.is_cut and filled.finish != "latency" and len(answer) < job.max_tokens:
             self.prompt_cache.append(filled.token_ids, last_only=True)  # the next canvas comes after it
@@ -459,16 +459,19 @@ class Engine:
         The first ones are kept if memory is not free for all. Candidates are not continued in another canvas, so they
         have twice that length.
         """
-        length = min(self.model.canvas_length, job.room.canvas_tokens)
-        count = min(len(initial), job.room.canvases)
+        length, count = self._longest_canvas(job), min(len(initial), job.room.canvases)
         if count > 1:
             wanted = job.hole_tokens * (2 if job.sampling.num_candidates > 1 else 1)
             needed = max([wanted, *map(len, initial)]) + 1
             length = min(length, -(-needed // CUT_MULTIPLE) * CUT_MULTIPLE)
             count = max(1, min(count, self.model.max_canvas_rows(self.prompt_cache.cache) // length))
         if count == 1:
-            length = min(self.model.canvas_length, job.room.canvas_tokens)
+            length = self._longest_canvas(job)
         return count, replace(options, canvas_length=length)
+
+    def _longest_canvas(self, job: Job) -> int:
+        """Return the tokens of a canvas: the model's, or fewer in a request that is tried again."""
+        return min(self.model.canvas_length, job.room.canvas_tokens)
 
     def _initial_canvases(self, job: Job) -> list[list[int]]:
         """Return initial canvases of these texts, or one of pure noise."""

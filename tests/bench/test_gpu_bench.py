@@ -31,7 +31,7 @@ from fimserver.bench.gpu.synthetic import read_known, to_planned
 from fimserver.cli.bench import _find_gpu_checks
 from fimserver.cli.doctor import gpu_checks
 from fimserver.cli.doctor.check import Check
-from fimserver.engine.kernels.driver import Driver, GpuProcess
+from fimserver.engine.kernels.driver import Device, Driver, GpuProcess
 from fimserver.engine.loading.weights import expected_shapes
 from fimserver.engine.modeling.graphs import FixedPasses
 from fimserver.errors import FimserverError
@@ -268,7 +268,7 @@ def test_other_programs_are_counted_only(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(gpu_checks, "list_processes", lambda *_: programs)
     monkeypatch.setattr(gpu_checks, "_find_own", lambda _: None)
     monkeypatch.setattr(gpu_checks, "read_driver", lambda: Driver(program="nvidia-smi"))
-    gpu = gpu_checks._Gpu("GPU-1", "a GPU", "8.9", 24 * 10**9, 20 * 10**9)
+    gpu = Device("GPU-1", "a GPU", "8.9", 24 * 10**9, 20 * 10**9)
     line = gpu_checks._check_memory(gpu, Driver(program="nvidia-smi"), Settings())
     assert "secret (pid 6, 1.0 GB)" in line.found
     assert "; used by 2 other processes; " in redact(line.found)

@@ -22,7 +22,8 @@ from fimserver.cli.doctor.checks import check_model
 from fimserver.cli.main import main
 from fimserver.datatypes import Mode, ModelInfo
 from fimserver.engine.kernels import driver, faults, report
-from fimserver.engine.kernels.report import CompilerReport, Device, LibraryReport, Report, TorchReport, TritonReport
+from fimserver.engine.kernels.driver import Device
+from fimserver.engine.kernels.report import CompilerReport, LibraryReport, Report, TorchReport, TritonReport
 from fimserver.settings import Settings
 
 NVFP4 = "nvidia/diffusiongemma-26B-A4B-it-NVFP4"

@@ -16,7 +16,7 @@ from fimserver.checkpoints.gpus import find_gpu
 from fimserver.cli import machine as machine_module
 from fimserver.cli.machine import FoundServer, Machine, list_gpus, look_at_machine, simulate_gpu
 from fimserver.cli.setup import change_config, find_choice, list_choices, recommend
-from fimserver.engine.kernels.driver import Driver, DriverGpu
+from fimserver.engine.kernels.driver import Device, Driver
 from fimserver.errors import FimserverError, SettingsError
 
 PLAIN = Machine(gpu=None, cores=8, memory_bytes=32 * 10**9, free_disk_bytes=500 * 10**9)
@@ -28,7 +28,7 @@ def with_gpu(name: str) -> Machine:
 
 def with_gpus(*reported: tuple[str, int, str]) -> Driver:
     """Return a driver that reports GPUs of these names, MiB and compute capabilities."""
-    gpus = (DriverGpu(f"GPU-{name}", name, mib * 2**20, mib * 2**20, capability) for name, mib, capability in reported)
+    gpus = (Device(f"GPU-{name}", name, capability, mib * 2**20, mib * 2**20) for name, mib, capability in reported)
     return Driver("nvidia-smi", "580.82", "13.0", tuple(gpus))
 
 

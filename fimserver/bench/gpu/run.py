@@ -33,6 +33,7 @@ from fimserver.bench.gpu.report import FAIL, Report, to_markdown
 from fimserver.bench.gpu.stages import ENDED, STAGES, Bench, Checks
 from fimserver.bench.gpu.synthetic import SYNTHETIC, read_known, to_planned
 from fimserver.checkpoints.gpus import NO_GPU
+from fimserver.checkpoints.installed import write_whole
 from fimserver.checkpoints.planner import plan_on_gpu
 from fimserver.errors import FimserverError
 
@@ -115,7 +116,7 @@ def _run_stages(options: _Options, before: Report | None, report: Callable[[str]
         context_tokens=options.context_tokens,
         with_generate=options.with_generate,
         weights=options.weights,
-        find_checks=lambda: options.checks,
+        checks=options.checks,
         deadline=options.deadline,
         save=lambda found: _write(found, Path(options.out)),
         before=before,
@@ -207,15 +208,8 @@ def _read(folder: Path) -> Report | None:
 
 def _write(found: Report, folder: Path) -> None:
     """Write both files, each at once, so that a process that ends leaves whole ones."""
-    folder.mkdir(parents=True, exist_ok=True)
-    texts = {
-        "gpu.json": json.dumps(dataclasses.asdict(found), indent=2),
-        "gpu.md": "\n".join(to_markdown(found)),
-    }
-    for name, text in texts.items():
-        part = folder / f"{name}.part"
-        part.write_text(f"{text}\n", encoding="utf-8")
-        part.replace(folder / name)
+    write_whole(folder / "gpu.json", json.dumps(dataclasses.asdict(found), indent=2) + "\n")
+    write_whole(folder / "gpu.md", "\n".join(to_markdown(found)) + "\n")
 
 
 def main() -> None:

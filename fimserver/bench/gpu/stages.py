@@ -159,7 +159,7 @@ class Bench:
         context_tokens: int,
         with_generate: bool | None = None,
         weights: str = "",
-        find_checks: Callable[[], Checks] = tuple,
+        checks: Checks = (),
         deadline: float = float("inf"),
         save: Callable[[Report], None] = lambda _report: None,
         before: Report | None = None,
@@ -169,7 +169,7 @@ class Bench:
             msg = "torch sees no CUDA device; install CUDA torch, or try every stage here with --simulate"
             raise FimserverError(msg)
         self.simulate, self.with_generate = simulate, with_generate
-        self.weights, self.find_checks, self.deadline, self.save = weights, find_checks, deadline, save
+        self.weights, self.checks, self.deadline, self.save = weights, checks, deadline, save
         self.dtype = torch.float32 if simulate else torch.bfloat16
         self.context_tokens = min(context_tokens, 200) if simulate else context_tokens
         self.config, metadata = read_known(name, reduced=simulate)
@@ -255,8 +255,8 @@ class Bench:
         return self.prompts
 
     def measure_checks(self) -> None:
-        """Note what ``fimserver doctor`` finds about the GPU, its driver and torch."""
-        self._note(checks=self.find_checks())
+        """Note what ``fimserver doctor`` found about the GPU, its driver and torch."""
+        self._note(checks=self.checks)
 
     def measure_kernels(self) -> None:
         """Measure the backends on this device, and run the tests that need it."""

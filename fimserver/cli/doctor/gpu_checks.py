@@ -11,7 +11,7 @@ Knows:  reports, plans.  Never: torch, in this process.
 
 import sys
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from fimserver.checkpoints.gpus import NO_GPU, USABLE, find_reported
 from fimserver.checkpoints.memory import Checkpoint, Format, Role, find_checkpoint
@@ -21,6 +21,7 @@ from fimserver.cli.doctor.check import Check
 from fimserver.daemon.launch import read_status
 from fimserver.datatypes import ModelInfo
 from fimserver.engine.kernels.driver import (
+    Device,
     Driver,
     GpuProcess,
     has_gpu_files,
@@ -48,17 +49,6 @@ from fimserver.settings import Settings
 
 _SHOWN_PROCESSES = 3
 _MEMORY = "gpu memory"
-
-
-@dataclass(frozen=True, slots=True)
-class _Gpu:
-    """The GPU that the model would use; sizes are 0 if neither the driver nor torch reports them."""
-
-    uuid: str
-    name: str
-    capability: str
-    total_bytes: int
-    free_bytes: int
 
 
 def check_gpu(settings: Settings) -> list[Check]:
@@ -103,19 +93,16 @@ def _list_checks(driver: Driver, settings: Settings) -> list[Check]:
     return checks
 
 
-def _find_gpu(driver: Driver, report: Report, index: int) -> _Gpu | None:
+def _find_gpu(driver: Driver, report: Report, index: int) -> Device | None:
     """Return the GPU that torch counts as ``index``, or if torch sees none, the driver's one with the most memory."""
-    if index < len(devices := report.torch.devices):
-        device = devices[index]
-        sizes = device.uuid, device.name, device.capability, device.total_bytes, device.free_bytes
-        for gpu in driver.gpus:
-            if (device.uuid and gpu.uuid.endswith(device.uuid)) or len(driver.gpus) == 1:
-                return _Gpu(gpu.uuid, *sizes[1:3], gpu.total_bytes or sizes[3], gpu.free_bytes or sizes[4])
-        return _Gpu(*sizes)
-    largest = max(driver.gpus, key=lambda gpu: gpu.total_bytes, default=None)
-    if largest is None:
-        return None
-    return _Gpu(largest.uuid, largest.name, largest.capability, largest.total_bytes, largest.free_bytes)
+    if index >= len(report.torch.devices):
+        return max(driver.gpus, key=lambda gpu: gpu.total_bytes, default=None)
+    device = report.torch.devices[index]
+    for gpu in driver.gpus:
+        if (device.uuid and gpu.uuid.endswith(device.uuid)) or len(driver.gpus) == 1:
+            total, free = gpu.total_bytes or device.total_bytes, gpu.free_bytes or device.free_bytes
+            return replace(device, uuid=gpu.uuid, total_bytes=total, free_bytes=free)
+    return device
 
 
 def _check_driver(driver: Driver, report: Report | None) -> Check:
@@ -128,7 +115,7 @@ def _check_driver(driver: Driver, report: Report | None) -> Check:
     return Check("driver", fault.found, fault.remedy)
 
 
-def _check_name(gpu: _Gpu, driver: Driver) -> Check:
+def _check_name(gpu: Device, driver: Driver) -> Check:
     capability = f", compute capability {gpu.capability}" if gpu.capability else ""
     sizes = f", {gpu.total_bytes / 1e9:.1f} GB, {gpu.free_bytes / 1e9:.1f} GB free" if gpu.total_bytes else ""
     others = [other.name for other in driver.gpus if other.uuid != gpu.uuid]
@@ -166,7 +153,7 @@ def _check_compiler(report: Report) -> Check:
     return Check("compiler", f"{report.compiler.command} compiles with {report.compiler.header}")
 
 
-def _check_memory(gpu: _Gpu, driver: Driver, settings: Settings) -> Check:
+def _check_memory(gpu: Device, driver: Driver, settings: Settings) -> Check:
     """Compare the GPU's free memory with what the model needs by its plan."""
     if not gpu.total_bytes:
         return Check(_MEMORY, "neither nvidia-smi nor torch reports it", is_known=False)

@@ -23,7 +23,15 @@ from rich.text import Text
 from fimserver.checkpoints.gpus import ASSUMED_PCIE_GB_PER_S, Gpu, describe_gpu, find_gpu, is_without_bf16, list_named
 from fimserver.checkpoints.installed import find_model, to_gigabytes
 from fimserver.checkpoints.memory import find_checkpoint
-from fimserver.checkpoints.planner import DEFAULT_CONTEXT_TOKENS, Plan, Remedy, Step, plan_on_cpu, plan_on_gpu
+from fimserver.checkpoints.planner import (
+    DEFAULT_CONTEXT_TOKENS,
+    Plan,
+    Remedy,
+    Step,
+    choose_context,
+    plan_on_cpu,
+    plan_on_gpu,
+)
 from fimserver.checkpoints.request_times import (
     BLOCK_TOKENS,
     FITS_GHOST_TEXT,
@@ -157,9 +165,7 @@ def _resolve_here(query: PlanQuery) -> Gpu:
 def plan_model(query: PlanQuery) -> ModelPlan:
     """Plan a model on a GPU, or in this machine's memory (``cpu``). Raises ``FimserverError``."""
     checkpoint = find_checkpoint(query.model)
-    context, steps = query.context_tokens, query.steps or MEDIAN_STEPS
-    if context is None:
-        context = min(DEFAULT_CONTEXT_TOKENS, checkpoint.shape.longest_context_tokens)
+    context, steps = query.context_tokens or choose_context(checkpoint), query.steps or MEDIAN_STEPS
     if query.gpu is None or query.gpu.lower() != "cpu":
         gpu = resolve_gpu(query)
         plan = plan_on_gpu(checkpoint, gpu, context)
@@ -204,7 +210,7 @@ def plan_gpus(query: PlanQuery) -> GpusPlan:
         msg = "--gpu all takes memory and bandwidth from the table; leave out --memory and --bandwidth"
         raise FimserverError(msg)
     checkpoint, steps = find_checkpoint(query.model), query.steps or MEDIAN_STEPS
-    context = query.context_tokens or min(DEFAULT_CONTEXT_TOKENS, checkpoint.shape.longest_context_tokens)
+    context = query.context_tokens or choose_context(checkpoint)
     rows = compare_gpus(checkpoint, steps=steps, context_tokens=context)
     return GpusPlan(checkpoint.name, steps, context, tuple(rows))
 

@@ -32,14 +32,14 @@ _NO_GPU = "No devices were found"
 
 
 @dataclass(frozen=True, slots=True)
-class DriverGpu:
-    """A GPU as nvidia-smi reports it; a size or a capability that it does not report is 0 or empty."""
+class Device:
+    """A GPU as nvidia-smi or torch reports it; a size or a capability that is not reported is 0 or empty."""
 
     uuid: str
     name: str
-    total_bytes: int
-    free_bytes: int
     capability: str
+    total_bytes: int
+    free_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Driver:
     program: str = ""
     version: str = ""
     cuda: str = ""  # the newest that it supports
-    gpus: tuple[DriverGpu, ...] = ()
+    gpus: tuple[Device, ...] = ()
     fault: str = ""
 
 
@@ -112,7 +112,7 @@ def read_driver() -> Driver:
         return Driver(program, fault=" ".join(output.split()) or f"it ended with code {code}")
     rows = [[part.strip() for part in line.split(",")] for line in output.splitlines()]
     rows = [row for row in rows if len(row) == _FIELDS.count(",") + 1]
-    gpus = tuple(DriverGpu(row[0], row[1], _to_bytes(row[2]), _to_bytes(row[3]), _to_number(row[5])) for row in rows)
+    gpus = tuple(Device(row[0], row[1], _to_number(row[5]), _to_bytes(row[2]), _to_bytes(row[3])) for row in rows)
     cuda = _CUDA_VERSION.search(ask_smi(program)[1])
     return Driver(program, rows[0][4] if rows else "", cuda[1] if cuda else "", gpus)
 

@@ -23,10 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fimserver.datatypes import ModelInfo
-from fimserver.engine.kernels.driver import Driver, has_gpu_files, is_wsl, read_driver
+from fimserver.engine.kernels.driver import Device, Driver, has_gpu_files, is_wsl, read_driver
 from fimserver.engine.kernels.report import (
     CompilerReport,
-    Device,
     LibraryReport,
     Report,
     TorchReport,

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from fimserver.datatypes import from_plain, to_plain
+from fimserver.engine.kernels.driver import Device
 from fimserver.errors import EngineError, FrameError
 from fimserver.paths import OUTSIDE
 
@@ -35,17 +36,6 @@ _LIST_TIMEOUT_S = 10.0
 _LDCONFIG = "/sbin/ldconfig"
 _LIBRARY = "libcuda.so.1"  # the driver's, which Triton links
 _MAPS = Path("/proc/self/maps")
-
-
-@dataclass(frozen=True, slots=True)
-class Device:
-    """A GPU as torch sees it; ``free_bytes`` is 0 if it was not asked for."""
-
-    uuid: str
-    name: str
-    capability: str
-    total_bytes: int
-    free_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

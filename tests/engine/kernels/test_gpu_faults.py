@@ -15,11 +15,10 @@ import torch
 from fimserver.datatypes import Mode, ModelInfo
 from fimserver.engine.client import EngineClient, EngineOptions
 from fimserver.engine.kernels import driver, faults, report
-from fimserver.engine.kernels.driver import Driver, DriverGpu
+from fimserver.engine.kernels.driver import Device, Driver
 from fimserver.engine.kernels.faults import find_compiler_fault, find_library_fault, find_notice, has_code_for
 from fimserver.engine.kernels.report import (
     CompilerReport,
-    Device,
     LibraryReport,
     Report,
     TorchReport,
@@ -35,7 +34,7 @@ RTX_5090 = Device("u", "NVIDIA GeForce RTX 5090", "12.0", 2**35)
 OLD_BUILD = TorchReport("2.12.0", "12.6", "", ("sm_80", "sm_90"), is_available=True, devices=(RTX_5090,))
 GOOD_BUILD = replace(OLD_BUILD, cuda="13.0", architectures=("sm_80", "sm_120"))
 FOR_CPUS = TorchReport("2.13.0+cpu")
-NEW = DriverGpu("GPU-u", "NVIDIA GeForce RTX 5090", 2**35, 2**35, "12.0")
+NEW = Device("GPU-u", "NVIDIA GeForce RTX 5090", "12.0", 2**35, 2**35)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +95,7 @@ def notice(see: Callable[[TorchReport], None], monkeypatch: pytest.MonkeyPatch) 
         info: ModelInfo = INFO,
         *,
         device: str = "auto",
-        gpu: DriverGpu | None = NEW,
+        gpu: Device | None = NEW,
         lacks_experts: bool = False,
     ) -> str:
         see(torch_report)
