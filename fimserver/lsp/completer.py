@@ -13,7 +13,8 @@ Knows:  sessions, requests, the engine's client, the pipeline.  Never: LSP types
 import asyncio
 import logging
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -74,7 +75,9 @@ class Completer:
         query, epoch = self._session.to_query(snapshot, invoked=request.invoked), self._session.epoch
         cached = self._session.cache.find(snapshot)
         request.notes.facts |= {"invoked": request.invoked}
-        found = await self._analyse(request, self._analysis.find(id(self._session), query, with_matches=not cached))
+        with self._keep_running(request):
+            step = self._analysis.find(id(self._session), query, with_matches=not cached)
+            found = await self._analyse(request, step)
         request.notes.timings_ms["place"] = (time.monotonic() - begin) * 1e3
         if isinstance(found, NoCompletion):
             raise RefusedError(found)
@@ -130,6 +133,19 @@ class Completer:
         """Cancel the in-flight completions of a closed document."""
         for running in [c for c in self._running if c.snapshot.uri == uri]:
             running.end()
+
+    @contextmanager
+    def _keep_running(self, request: Request) -> Iterator[None]:
+        """Keep the in-flight completions of a document while the place of a request is found, which may join one."""
+        kept = [c for c in self._running if c.snapshot.uri == request.snapshot.uri]
+        for running in kept:
+            running.users.add(request)
+        try:
+            yield
+        finally:
+            for running in kept:
+                running.users.discard(request)
+                self._leave(running)
 
     def _find_running(self, request: Request) -> InflightCompletion | None:
         """Return an in-flight completion whose answer may begin with what was typed since it began."""

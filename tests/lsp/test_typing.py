@@ -194,6 +194,26 @@ def test_cancel_and_a_new_request_within_50_ms_keep_the_completion(fake: FakeSer
     assert fake.noted("cancelled", "kept") == []
 
 
+def test_a_completion_is_kept_while_the_place_of_the_next_request_is_found(
+    start_fake: Callable[..., FakeServer],
+) -> None:
+    """On a busy machine that takes longer than the grace period."""
+    fake = start_fake(find_s=0.3)
+    fake.wait_until_ready()
+    uri, line, column = show(fake, "placed", held=0)
+    first = fake.send_completion(uri, line, column)
+    fake.wait_until_noted("begun", "placed")
+    fake.insert(uri, line, column, "f")
+    fake.notify("$/cancelRequest", {"id": first})
+    second = fake.send_completion(uri, line, column + 1)
+    assert fake.wait(first)["error"]["code"] == -32800
+    time.sleep(0.5)  # for the place, and a grace period more
+    fake.release()
+    assert texts(fake, second) == ["irst, second"]
+    assert len(fake.noted("begun", "placed")) == 1
+    assert fake.noted("cancelled", "placed") == []
+
+
 @pytest.mark.parametrize("typed", ["", "f"])
 def test_cancel_alone_ends_the_completion(fake: FakeServer, typed: str) -> None:
     """No request came back for the completion, so the model stops."""
