@@ -5,7 +5,8 @@
 
 A match is the text that followed the same words elsewhere: in this document, in the other open ones, in text that
 was just deleted or cut. Code repeats itself, so the longest match is often right. Nothing is indexed: ``str.find``
-searches the texts, so there is no index to update or store. The search stops at a time limit.
+searches the texts, so there is no index to update or store. The search stops at a time limit, but not before it has
+looked at the nearest place.
 
 Knows:  texts, holes.  Never: trees, tokens, LSP.
 Source: cache language models, Hellendoorn and Devanbu 2017.
@@ -82,7 +83,7 @@ def _search(snapshot: Snapshot, hole: Hole, others: Sequence[str], deadline: flo
             continue
         for source, text in enumerate((snapshot.text, *others)):
             for end in _find_all(text, anchor, snapshot.cursor if source == 0 else len(text)):
-                if time.perf_counter() > deadline:
+                if seen and time.perf_counter() > deadline:
                     return
                 if (source, end) in seen or (source == 0 and line_start < end <= snapshot.cursor):
                     continue  # on the cursor's own line

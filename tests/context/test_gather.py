@@ -32,6 +32,12 @@ def test_the_longest_match_is_first() -> None:
     assert texts(source)[0] == "append(1)"
 
 
+def test_the_nearest_place_is_looked_at_however_late_it_is() -> None:
+    """A busy machine, or a process that has just started, may take longer than the limit to begin."""
+    source = "call(one, two)\ncall(three, four)\ncall(\u25ae\n"
+    assert [match.text for match in find_matches(snapshot_of(source), LINE, max_seconds=-1)] == ["three, four)"]
+
+
 def test_agreement_with_the_suffix_outranks() -> None:
     source = "a.call(1)\nb = 1\na.call(2)\nc = 1\na.call(\u25ae\nb = 1\n"
     assert texts(source)[0] == "1)"
